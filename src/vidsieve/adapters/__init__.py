@@ -1,0 +1,18 @@
+"""Where models are known: one file per family, and the mechanism that prunes their inputs."""
+
+from vidsieve.adapters.base import Adapter, adapter_for, prune
+from vidsieve.adapters.batch import Encoded, Pruned, Template, VideoFeatures, VideoSpan
+from vidsieve.adapters.session import Session, attach
+
+__all__ = [
+    "Adapter",
+    "Encoded",
+    "Pruned",
+    "Session",
+    "Template",
+    "VideoFeatures",
+    "VideoSpan",
+    "adapter_for",
+    "attach",
+    "prune",
+]

@@ -1,0 +1,121 @@
+"""What the mechanism hands around: the chat template's ids, encoded videos and their places, pruned inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.errors import NeedError
+from vidsieve.types import TokenGrid
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template as token ids: enough to find the question of a prompt.
+
+    Parameters
+    ----------
+    turn_start, turn_end : int
+        Ids that open and close a turn.
+    user : int
+        Id of the role word that follows `turn_start` in a user's turn.
+    ignore : frozenset of int
+        Ids that are never part of a question: blanks, vision markers, placeholders.
+    """
+
+    turn_start: int
+    turn_end: int
+    user: int
+    ignore: frozenset[int] = frozenset()
+
+    def question_mask(self, input_ids: Tensor) -> Tensor:
+        """Return (L,) bool: the words of the last user turn of one prompt (L,) int64, options included.
+
+        Raises
+        ------
+        NeedError
+            If the prompt holds no user turn in this template.
+        """
+        ids = input_ids.tolist()
+        starts = [i for i in range(len(ids) - 1) if ids[i] == self.turn_start and ids[i + 1] == self.user]
+        if not starts:
+            raise NeedError("the prompt has no user turn of the model's chat template: render it with the template")
+        first = starts[-1] + 2
+        last = next((i for i in range(first, len(ids)) if ids[i] == self.turn_end), len(ids))
+        mask = torch.zeros(len(ids), dtype=torch.bool, device=input_ids.device)
+        mask[[i for i in range(first, last) if ids[i] not in self.ignore]] = True
+        return mask
+
+
+QWEN_TEMPLATE = Template(
+    turn_start=151644, turn_end=151645, user=872,
+    # newline, two newlines, blank, and the vision markers and placeholders of Qwen's tokenizers
+    ignore=frozenset({198, 271, 220, *range(151643, 151664)}),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """One encoded video: grid tokens (N, D), and tokens outside the grid that are always kept (E, D)."""
+
+    embeds: Tensor
+    grid: TokenGrid
+    tail: Tensor
+
+
+@dataclass(frozen=True)
+class VideoSpan:
+    """Where one video stands in a batch: its row, the columns of its grid tokens (N,) and of its tail (E,)."""
+
+    row: int
+    columns: Tensor
+    tail_columns: Tensor
+    features: VideoFeatures
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch whose videos went through the vision encoder once.
+
+    Parameters
+    ----------
+    input_ids, attention_mask : Tensor, (B, L), int64 and bool
+    positions : Tensor, (rows, B, L), int64
+        As the model takes them (1 row, or text, temporal, height and width).
+    videos : tuple of VideoSpan
+        In placeholder order.
+    rest : dict
+        Arguments of the call that have nothing to do with videos.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    videos: tuple[VideoSpan, ...]
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    def of_row(self, row: int) -> list[int]:
+        """Return the numbers of the videos in one prompt of the batch."""
+        return [i for i, video in enumerate(self.videos) if video.row == row]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Inputs of the unmodified model, and what they leave out.
+
+    Parameters
+    ----------
+    inputs : dict
+        Arguments for `model.generate` or `model.forward`.
+    kept_positions : Tensor, (B', L'), int64
+        The column of the unpruned prompt behind each column; −1 on padding.
+    traces : tuple of VideoTrace
+    """
+
+    inputs: dict[str, Any]
+    kept_positions: Tensor
+    traces: tuple[VideoTrace, ...] = ()

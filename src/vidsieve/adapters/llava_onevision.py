@@ -1,0 +1,62 @@
+"""LLaVA-OneVision: T × ⌈h/2⌉ × ⌈w/2⌉ pooled tokens and one newline after the whole video."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.types import TokenGrid
+
+
+class LlavaOnevisionAdapter(Adapter):
+    """Adapter of `LlavaOnevisionForConditionalGeneration`.
+
+    Each frame is pooled to a square grid by the model; its ``image_newline`` closes the video, lies outside
+    the grid and is always kept. Positions are 1-D.
+    """
+
+    family: ClassVar[str] = "llava_onevision"
+    model_class: ClassVar[str] = "LlavaOnevisionForConditionalGeneration"
+    video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of ready features."""
+        ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if ready is None:
+            pixels = inputs["pixel_values_videos"].to(self.model.device, self.model.dtype)
+            options = {
+                key: inputs[key]
+                for key in ("vision_feature_layer", "vision_feature_select_strategy")
+                if inputs.get(key) is not None
+            }
+            ready = self.model.model.get_video_features(pixels, return_dict=True, **options)
+        vision = self.model.config.vision_config
+        side = -(-(vision.image_size // vision.patch_size) // 2)
+        videos = []
+        for tokens in ready.pooler_output:
+            grid = TokenGrid((tokens.shape[0] - 1) // side**2, side, side)
+            videos.append(VideoFeatures(tokens[:-1], grid, tokens[-1:]))
+        return videos
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return (1, B, L): the count of real tokens before each."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[None]
+
+    def pack_positions(self, positions: Tensor) -> Tensor:
+        """Return (B, L)."""
+        return positions[0]
+
+    def unpack_positions(self, position_ids: Tensor) -> Tensor:
+        """Return (1, B, L)."""
+        return position_ids[None]
+
+    def encoder_outputs(self, rows: Sequence[Tensor]) -> BaseModelOutputWithPooling:
+        """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])

@@ -1,0 +1,78 @@
+"""Qwen2.5-VL: T × H/2 × W/2 merged tokens, positions in time, height and width (M-RoPE)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.errors import PromptError
+from vidsieve.types import TokenGrid
+
+
+class Qwen25VLAdapter(Adapter):
+    """Adapter of `Qwen2_5_VLForConditionalGeneration`.
+
+    Position ids have four rows, as the model makes them for `generate`: text, time, height, width. The
+    last three are the rotary ones.
+    """
+
+    family: ClassVar[str] = "qwen2_5_vl"
+    model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
+    video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    position_rows: ClassVar[slice] = slice(1, 4)
+
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return each video of ``pixel_values_videos`` by ``video_grid_thw`` (videos, 3), or of ready features."""
+        grids = inputs.get("video_grid_thw")
+        if grids is None:
+            raise PromptError("video_grid_thw is missing: hand over everything that the processor returned")
+        ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if ready is None:
+            pixels = inputs["pixel_values_videos"].to(self.model.device)
+            ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
+        merge = self.model.config.vision_config.spatial_merge_size
+        features = torch.cat(list(ready.pooler_output))
+        sizes = [int(t * h * w) // merge**2 for t, h, w in grids.tolist()]
+        return [
+            VideoFeatures(part, TokenGrid(t, h // merge, w // merge), part[:0])
+            for part, (t, h, w) in zip(torch.split(features, sizes), grids.tolist(), strict=True)
+        ]
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
+        kinds = torch.zeros_like(input_ids)
+        kinds[input_ids == self.model.config.image_token_id] = 1
+        kinds[input_ids == self.video_token_id] = 2
+        rotary, _ = self.model.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=kinds,
+            video_grid_thw=inputs.get("video_grid_thw"),
+            second_per_grid_ts=inputs.get("second_per_grid_ts"),
+            attention_mask=attention_mask,
+        )
+        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.cat([text[None], rotary])
+
+    def pack_positions(self, positions: Tensor) -> Tensor:
+        """Return (4, B, L)."""
+        return positions
+
+    def unpack_positions(self, position_ids: Tensor) -> Tensor:
+        """Return (4, B, L) from (4, B, L), or from (3, B, L) with the text row counted."""
+        if position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4):
+            raise PromptError(f"position_ids must be (3, B, L) or (4, B, L), got {tuple(position_ids.shape)}")
+        if position_ids.shape[0] == 4:
+            return position_ids
+        text = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids[:1])
+        return torch.cat([text, position_ids])
+
+    def encoder_outputs(self, rows: Sequence[Tensor]) -> BaseModelOutputWithPooling:
+        """Return the features as one tensor per prompt."""
+        return BaseModelOutputWithPooling(pooler_output=list(rows))

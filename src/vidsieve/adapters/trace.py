@@ -1,0 +1,93 @@
+"""What a session kept, when and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vidsieve.types import Selection, TokenGrid
+
+
+@dataclass(frozen=True)
+class VideoTrace:
+    """One video of one call.
+
+    `per_frame` counts kept tokens of each frame, `indices` are the kept raster indices, `select_ms` is the
+    time spent selecting, device synchronised.
+    """
+
+    row: int
+    grid: TokenGrid
+    method: str
+    variant: str
+    nominal: str
+    kept: int
+    per_frame: tuple[int, ...]
+    indices: tuple[int, ...]
+    merged: bool
+    select_ms: float
+
+    @classmethod
+    def of(
+        cls, row: int, grid: TokenGrid, kept: Selection, select_ms: float, *, method: str, variant: str, nominal: str
+    ) -> VideoTrace:
+        """Return the record of one selection."""
+        frames = torch.bincount(kept.indices.cpu() // grid.per_frame, minlength=grid.frames)
+        return cls(
+            row, grid, method, variant, nominal, kept.num_kept, tuple(frames.tolist()),
+            tuple(kept.indices.tolist()), kept.embeds is not None, select_ms,
+        )  # fmt: skip
+
+    @property
+    def total(self) -> int:
+        """N, tokens on the video's grid."""
+        return self.grid.num_tokens
+
+    @property
+    def real_retention(self) -> float:
+        """K / N."""
+        return self.kept / self.total
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain values for JSON."""
+        return {
+            "row": self.row, "grid": [self.grid.frames, self.grid.height, self.grid.width], "method": self.method,
+            "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
+            "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
+            "merged": self.merged, "select_ms": self.select_ms,
+        }  # fmt: skip
+
+
+@dataclass
+class Trace:
+    """Everything a session pruned, newest last.
+
+    `positions` names the position convention, `prompt_tokens` are (before, after) of the last pruned call.
+    """
+
+    positions: str
+    videos: list[VideoTrace] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    prompt_tokens: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[VideoTrace]:
+        return iter(self.videos)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __str__(self) -> str:
+        lines = []
+        for video in self.videos:
+            verb = "merged into" if video.merged else "kept"
+            lines.append(
+                f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
+                f"({video.real_retention:.1%}, grid {video.grid}) in {video.select_ms:.1f} ms; "
+                f"per frame {' '.join(map(str, video.per_frame))}; positions {self.positions}"
+            )
+        if not lines:
+            lines = ["nothing pruned yet"]
+        return "\n".join(lines + [f"note: {note}" for note in self.notes])

@@ -1,0 +1,69 @@
+"""vidsieve ask: one question about one video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retention, quiet, set_threads, write_json
+
+
+def ask(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Annotated[
+        str, typer.Option(help="Folder or hub id of a LLaVA-OneVision or Qwen2.5-VL model; 'testbed' for ours.")
+    ] = "testbed",
+    method: Annotated[str, typer.Option(help="A method (vidsieve list), a policy folder, or 'full'.")] = "divprune",
+    policy: Annotated[
+        str | None,
+        typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
+    ] = None,
+    retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
+    frames: Annotated[int | None, typer.Option(help="Frames taken evenly from the video.", show_default="16")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second instead.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of the kept tokens here.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Ask a question about a video, and see what was kept and where the time went."""
+    amount = parse_retention(retention)
+    check_output(json)
+    check_output(picture)
+    set_threads(threads)
+    from vidsieve import pipeline
+    from vidsieve.loading import load
+    from vidsieve.registry import compressors
+
+    quiet()
+    if policy is None and model == "testbed" and method in compressors and compressors.get(method).trained:
+        policy = "testbed"
+    compressor = None if method == "full" else load(method, policy, retention=amount)
+    clock = pipeline.Clock()
+    taken = 16 if frames is None and fps is None else frames
+    loaded = pipeline.read(video, clock, frames=taken, fps=fps, max_frames=None)
+    network, processor = pipeline.load_model(model)
+    result = pipeline.answer(
+        network, processor, loaded, question, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock
+    )
+    for note in loaded.notes:
+        out.print(f"note: {escape(note)}")
+    out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
+    before, after = result.prompt_tokens
+    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%})" for t in result.traces)
+    out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
+    out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in pipeline.PARTS), highlight=False)
+    if picture is not None and result.traces:
+        from vidsieve.report.pictures import kept_picture
+
+        trace = result.traces[0]
+        kept_picture(picture, loaded.pixels, trace.grid, {result.method: trace.indices}, title=question)
+        out.print(f"picture: {picture}")
+    write_json(json, result.as_dict() | {"video": str(video), "question": question, "model": model})

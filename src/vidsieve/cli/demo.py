@@ -1,0 +1,91 @@
+"""vidsieve demo: the whole thing on a scene of the testbed, without any download."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from vidsieve.cli.shared import (
+    Json,
+    Threads,
+    check_output,
+    err,
+    out,
+    parse_retention,
+    quiet,
+    set_threads,
+    table,
+    write_json,
+)
+
+_ASKED = 3
+_METHODS = ("random", "uniform", "downsample", "divprune", "score", "cacovid")
+
+
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where the video and the picture go.", show_default="a new temporary folder"),
+    ] = None,
+    retention: Annotated[str, typer.Option(help="Fraction of video tokens kept.")] = "0.1",
+    questions: Annotated[int, typer.Option(help="Questions of the accuracy table.", min=20)] = 240,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Write a video, ask a trained model about it from a tenth of its tokens, and show what each method kept."""
+    amount = parse_retention(retention)
+    check_output(json)
+    if folder is not None:
+        check_output(folder / "scene.mp4")
+    set_threads(threads)
+    from vidsieve import pipeline
+    from vidsieve.cli.evaluate import print_result, progress_bar
+    from vidsieve.eval.methods import named_methods, rows_for
+    from vidsieve.eval.testbed import evaluate
+    from vidsieve.report.pictures import kept_picture
+    from vidsieve.testbed.files import write_scene
+    from vidsieve.testbed.questions import make_questions
+    from vidsieve.testbed.world import FRAMES, make_cast
+
+    quiet()
+    place = folder or Path(tempfile.mkdtemp(prefix="vidsieve-demo-"))
+    video_path, picture_path = place / "scene.mp4", place / "kept.png"
+    write_scene(video_path, world="A", seed=seed, index=0)
+    out.print(f"a fresh scene in {video_path}")
+    model, processor = pipeline.load_model("testbed")
+    methods = [method.with_retention(amount) for method in named_methods(list(_METHODS))]
+    asked = make_questions(make_cast("A", seed, 0), seed, 0)[:_ASKED]
+    lines, kept, record = [], {}, []
+    for question in asked:
+        for method in (None, *methods):
+            clock = pipeline.Clock()
+            video = pipeline.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
+            said = pipeline.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
+            name = "full" if method is None else method.name
+            share = ", ".join(f"{t.kept}/{t.total}" for t in said.traces) or "all"
+            mark = "✓" if said.text == question.answer else "✗"
+            times = (f"{said.ms.get(part, 0.0):.0f}" for part in pipeline.PARTS)
+            first = question.text if method is None else ""
+            lines.append((escape(first), name, f"{said.text} {mark}", share, *times))
+            record.append(said.as_dict() | {"question": question.text, "right_answer": question.answer})
+            if method is not None and question is asked[0]:
+                kept[name] = said.traces[0].indices
+                grid = said.traces[0].grid
+    columns = ("question", "method", "answer", "tokens", *(f"{part} ms" for part in pipeline.PARTS))
+    out.print(table("full against compressed", columns, lines, right=range(3, len(columns))))
+    kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
+    out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
+    with progress_bar("fresh questions", questions) as advance:
+        rows = rows_for(methods, [methods[0].budget_ratio(grid.num_tokens)])
+        result = evaluate(model, processor, rows, world="A", seed=seed + 1, questions=questions, progress=advance)
+    print_result(result)
+    out.print("model and policies are toys trained on this synthetic world: the README says what that proves")
+    result = {key: value for key, value in result.items() if key not in ("right", "clusters")}
+    write_json(json, {"video": str(video_path), "picture": str(picture_path), "answers": record, "accuracy": result})
+    if folder is None:
+        err.print(f"files stay in {place}")

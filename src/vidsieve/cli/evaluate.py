@@ -1,0 +1,103 @@
+"""vidsieve eval: accuracy of methods side by side."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from vidsieve.cli.shared import (
+    Json,
+    Threads,
+    check_output,
+    err,
+    out,
+    parse_retentions,
+    quiet,
+    set_threads,
+    table,
+    words,
+    write_json,
+)
+from vidsieve.errors import UnknownNameError
+
+app = typer.Typer(no_args_is_help=True, help="Measure methods: accuracy with errors clustered by video.")
+
+
+@app.command("testbed")
+def eval_testbed(
+    methods: Annotated[str, typer.Option(help="Names, name:variant, policy folders, or 'all'.")] = "all",
+    retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1,0.05",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    questions: Annotated[int, typer.Option(help="Questions, about 24 a scene.", min=2)] = 2000,
+    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).")] = "A",
+    model: Annotated[str, typer.Option(help="Folder of a testbed model, or 'testbed'.")] = "testbed",
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Also give question-aware methods another question, and other budgets.")
+    ] = False,
+    answers: Annotated[bool, typer.Option("--answers", help="Keep every single mark in the JSON file.")] = False,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Answer fresh questions of the testbed under every method; `full` and `random` are always there."""
+    ratios = parse_retentions(retention)
+    check_output(json)
+    if world not in ("A", "B"):
+        raise UnknownNameError("world", world, ("A", "B"))
+    set_threads(threads)
+    from vidsieve.eval.methods import check_known, named_methods, rows_for
+    from vidsieve.eval.testbed import evaluate
+    from vidsieve.pipeline import load_model
+
+    names = words(methods)
+    for name in names:
+        check_known(name)
+    if "all" not in names and "random" not in names:
+        names = ["random", *names]
+    quiet()
+    chosen = named_methods(names)
+    network, processor = load_model(model)
+    with progress_bar("questions", questions) as advance:
+        result = evaluate(
+            network, processor, rows_for(chosen, ratios, probes), world=world, seed=seed, questions=questions,
+            progress=advance,
+        )  # fmt: skip
+    print_result(result)
+    if not answers:
+        result = {k: v for k, v in result.items() if k not in ("right", "clusters")}
+    write_json(json, result)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the table of a testbed result."""
+    lines = []
+    for row in result["rows"]:
+        against = row["vs_random"]
+        versus = f"{against['diff']:+.3f} ± {1.96 * against['stderr']:.3f}" if against else "–"
+        lines.append((
+            row["method"], row["variant"], f"{row['retention']:g}", f"{row['real_retention']:.4f}",
+            f"{row['accuracy']:.3f} ± {row['stderr']:.3f}", versus, f"{row['select_ms']['median']:.1f}",
+        ))  # fmt: skip
+    columns = ("method", "variant", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
+    size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
+    title = f"world {result['world']}, seed {result['seed']}: {size}"
+    out.print(table(title, columns, lines, right=(2, 3, 4, 5, 6)))
+
+
+class progress_bar:
+    """A progress line on stderr; calls of the returned function are (done, total)."""
+
+    def __init__(self, what: str, total: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
+        )
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()

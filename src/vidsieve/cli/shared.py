@@ -1,0 +1,120 @@
+"""What every command does: early checks of output paths, JSON files, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vidsieve.errors import OutputError, RetentionError
+from vidsieve.files import writing
+
+if TYPE_CHECKING:
+    from vidsieve.types import Tokens
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
+Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
+
+
+def check_output(path: Path | None) -> None:
+    """Refuse an output file that could not be written, before any work is done.
+
+    Raises
+    ------
+    OutputError
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; name a file")
+    folder = path.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise OutputError(f"cannot write {path}: {folder} is a file; choose another path")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"cannot write {path}: no permission in {folder}; choose another path")
+
+
+def write_json(path: Path | None, value: Any) -> None:
+    """Write `value` to `path`, if one was given."""
+    if path is None:
+        return
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def parse_retention(text: str) -> float | Tokens:
+    """Return the retention in a word such as ``0.25`` or ``512t`` (a token count).
+
+    Raises
+    ------
+    RetentionError
+    """
+    from vidsieve.selection import check_retention
+    from vidsieve.types import Tokens
+
+    word = text.strip()
+    if word.endswith("t") and word[:-1].isdigit() and int(word[:-1]) > 0:
+        return Tokens(int(word[:-1]))
+    try:
+        number = float(word)
+    except ValueError:
+        raise RetentionError(f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}") from None
+    return check_retention(number)
+
+
+def parse_retentions(text: str) -> list[float]:
+    """Return the retention ratios in a list such as ``0.25,0.1``.
+
+    Raises
+    ------
+    RetentionError
+    """
+    values = [parse_retention(word) for word in words(text)]
+    ratios = [v for v in values if isinstance(v, float)]
+    if not ratios or len(ratios) != len(values):
+        raise RetentionError(f"give one or more retention ratios, as 0.25,0.1; got {text!r}")
+    return ratios
+
+
+def words(text: str) -> list[str]:
+    """Return the parts of a comma-separated list."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def set_threads(count: int) -> None:
+    """Limit torch's CPU threads."""
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def quiet() -> None:
+    """Keep transformers' progress bars out of a command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Any:
+    """Return a rich table; `right` are the numbers of the columns set flush right."""
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", header_style="bold")
+    flush = set(right)
+    for number, name in enumerate(columns):
+        made.add_column(name, justify="right" if number in flush else "left")
+    for row in rows:
+        made.add_row(*(str(value) for value in row))
+    return made

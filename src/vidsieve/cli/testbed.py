@@ -1,0 +1,91 @@
+"""vidsieve testbed: build the tiny model, write scenes as files, measure the world itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidsieve.cli.evaluate import print_result, progress_bar
+from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retentions, quiet, set_threads, write_json
+from vidsieve.errors import UnknownNameError
+
+app = typer.Typer(no_args_is_help=True, help="The synthetic world, its questions, and the tiny model trained on it.")
+
+
+@app.command()
+def build(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
+    seed: Annotated[int, typer.Option(help="Seed of scenes and weights.")] = 11,
+    scenes: Annotated[int, typer.Option(help="Training scenes of the language model.", min=1)] = 4000,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps of each stage, to see that it runs; no usable model.")
+    ] = False,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Train the testbed's model from nothing by the committed recipe; goes on where it was stopped."""
+    check_output(json)
+    check_output(folder / "model" / "config.json")
+    set_threads(threads)
+    from vidsieve.testbed.build import build_testbed
+
+    quiet()
+    record = build_testbed(
+        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: out.print(line, highlight=False)
+    )
+    write_json(json, record)
+
+
+@app.command()
+def render(
+    folder: Annotated[Path, typer.Argument(help="Where the mp4 files and questions.jsonl go.")],
+    scenes: Annotated[int, typer.Option(help="How many scenes.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
+    world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    json: Json = None,
+) -> None:
+    """Write scenes as mp4 files, with their questions and captions as JSON lines."""
+    check_output(json)
+    check_output(folder / "questions.jsonl")
+    if world not in ("A", "B"):
+        raise UnknownNameError("world", world, ("A", "B"))
+    from vidsieve.testbed.files import write_scenes
+
+    summary = write_scenes(folder, world=world, seed=seed, scenes=scenes)
+    out.print(f"{summary['scenes']} scenes, {summary['questions']} questions in {folder}")
+    write_json(json, summary)
+
+
+@app.command()
+def separation(
+    retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1,0.05,0.025",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    questions: Annotated[int, typer.Option(help="Questions.", min=2)] = 2400,
+    world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    model: Annotated[str, typer.Option(help="Folder of a testbed model, or 'testbed'.")] = "testbed",
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
+    ] = False,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Measure the world before any policy: oracles that know the scene against heuristics without training."""
+    ratios = parse_retentions(retention)
+    check_output(json)
+    set_threads(threads)
+    from vidsieve.pipeline import load_model
+    from vidsieve.testbed.study import measure, targets
+
+    quiet()
+    network, processor = load_model(model)
+    with progress_bar("questions", questions) as advance:
+        result = measure(
+            network, processor, ratios, world=world, seed=seed, questions=questions, attention=attention,
+            progress=advance,
+        )  # fmt: skip
+    print_result(result)
+    for line in targets(result):
+        out.print(line, highlight=False)
+    write_json(json, result | {"targets": targets(result)})

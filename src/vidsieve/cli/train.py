@@ -1,0 +1,116 @@
+"""vidsieve train: the two trainers; every setting of a trainer is an option here."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vidsieve.cli.shared import check_output, out, quiet, set_threads, write_json
+from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
+
+app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
+
+
+def field_docs(config: type) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and of its bases."""
+    docs: dict[str, str] = {}
+    for kind in reversed(config.__mro__[:-1]):
+        if not dataclasses.is_dataclass(kind):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+        for field, after in zip(body.body, body.body[1:], strict=False):  # type: ignore[attr-defined]
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
+                docs[field.target.id] = " ".join(str(getattr(after.value, "value", "")).split())
+    return docs
+
+
+def with_settings(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add every field of a training configuration to a command as an option, with its own text as help."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        docs = field_docs(config)
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
+        extra = [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                annotation=Annotated[
+                    type(field.default) | None,
+                    typer.Option(help=docs[field.name], show_default=f"{field.default}, unless the variant changes it"),
+                ],
+            )
+            for field in dataclasses.fields(config)
+        ]  # fmt: skip
+
+        def run(**values: Any) -> None:
+            given = {field.name: values.pop(field.name) for field in dataclasses.fields(config)}
+            command(**values, settings={name: value for name, value in given.items() if value is not None})
+
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        run.__signature__ = inspect.Signature([*keyword, *extra])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in [*keyword, *extra]}
+        return run
+
+    return decorate
+
+
+Out = Annotated[Path, typer.Argument(help="Folder of the run: metrics, checkpoint, policy.")]
+Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 'testbed' for ours.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="JSON lines as `vidsieve testbed render` writes them; default: the testbed.", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
+ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
+Variant = Annotated[str, typer.Option(help="'ours' or 'paper': which defaults the other settings start from.")]
+
+
+def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
+    """Print one line of figures."""
+    shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name != "minutes")
+    out.print(f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}", highlight=False)
+
+
+def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
+    from vidsieve.pipeline import load_model
+    from vidsieve.rl.recipes import train_policy
+
+    check_output(options["json"])
+    check_output(folder / "policy" / "config.json")
+    set_threads(options["threads"])
+    quiet()
+    network, processor = load_model(model)
+    record = train_policy(
+        method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
+        resume=options["resume"], report=progress,
+    )  # fmt: skip
+    out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
+    write_json(options["json"], record)
+
+
+@app.command("cacovid")
+@with_settings(CaCoVIDConfig)
+def train_cacovid(
+    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
+    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
+    _run("cacovid", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+
+
+@app.command("score")
+@with_settings(ScoreConfig)
+def train_score(
+    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
+    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Train SCORE: question-free keep probabilities by group rollouts on captions."""
+    _run("score", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)

@@ -1,0 +1,79 @@
+"""The explicit question path of CaCoVID's variant "ours": every video token against every word asked."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from vidsieve.compressors._decoder import Attention, BlockShape, RMSNorm, rotary
+from vidsieve.policies import mlp
+from vidsieve.types import Prompt, VideoTokens
+
+
+class FirstLook(nn.Module):
+    """The LLM's own first look at the question: queries and keys of its layer 0, kept as they are."""
+
+    def __init__(self, shape: BlockShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.self_attn = Attention(shape)
+        del self.self_attn.v_proj, self.self_attn.o_proj
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.requires_grad_(False)
+
+    def forward(self, video: VideoTokens, prompt: Prompt) -> Tensor:
+        """Return log-attention (heads, words, N) from each question word to each video token, 0 = uniform."""
+        asked = prompt.question_mask
+        words, tokens = self.input_layernorm(prompt.embeds[asked]), self.input_layernorm(video.embeds)
+        queries = self.self_attn.queries(words, rotary(prompt.positions[:, asked], self.shape))
+        keys = self.self_attn.keys(tokens, rotary(video.positions, self.shape))
+        keys = keys.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 0)
+        logits = queries @ keys.transpose(1, 2) / math.sqrt(self.shape.head_dim)
+        return logits.float().log_softmax(-1) + math.log(tokens.shape[0])
+
+
+class QuestionScorer(nn.Module):
+    """Token and frame logits from three looks at the question.
+
+    1. The first look of the LLM (frozen): per head, the strongest and the mean log-attention that a token
+       gets from the question's words.
+    2. A learned match: similarity of the token to each word in `heads` small spaces, soft maximum over words.
+    3. The token itself, its change against the frame before, and a summary of the question, in `width`
+       dimensions.
+    """
+
+    def __init__(self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64) -> None:
+        super().__init__()
+        self.heads, self.head_width = heads, head_width
+        size = shape.hidden_size
+        self.first_look = FirstLook(shape)
+        self.norm_token, self.norm_word = RMSNorm(size, shape.rms_norm_eps), RMSNorm(size, shape.rms_norm_eps)
+        self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
+        self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
+        self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
+        self.token_head = mlp([2 * shape.num_heads + heads + 3 * width, width, width // 2, 2])
+        self.frame_head = mlp([width // 2, width // 2, 2])
+
+    def forward(self, video: VideoTokens, prompt: Prompt) -> tuple[Tensor, Tensor]:
+        """Return token logits (N, 2) and frame logits (T, 2)."""
+        look = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
+        tokens = self.norm_token(video.embeds)
+        words = self.norm_word(prompt.embeds[prompt.question_mask])
+        keys = self.key(tokens).unflatten(1, (self.heads, -1))  # (N, h, e)
+        queries = self.query(words).unflatten(1, (self.heads, -1))  # (words, h, e)
+        match = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)
+        frames = tokens.reshape(video.grid.frames, video.grid.per_frame, -1)
+        change = torch.cat([frames[:1], frames[1:] - frames[:-1]]).flatten(0, 1)
+        asked = (self.weigh_words(words).softmax(0) * self.summary(words)).sum(0)
+        features = torch.cat(
+            [
+                look.amax(1).T, look.mean(1).T, match.logsumexp(2), self.content(tokens), self.change(change),
+                asked.expand(tokens.shape[0], -1),
+            ], 1,
+        )  # fmt: skip
+        hidden = self.token_head[:-1](features)
+        logits = self.token_head[-1](hidden)
+        pooled = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).amax(1)
+        return logits, self.frame_head(pooled)

@@ -1,0 +1,117 @@
+"""What every method is: a frozen dataclass whose fields are its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve.errors import NeedError, SelectionError, UnknownNameError
+from vidsieve.selection import check_retention, kept_tokens, top_indices
+from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
+
+
+@dataclass(frozen=True)
+class Compressor(ABC):
+    """Base of every method that keeps some of a video's tokens.
+
+    A method sets the class attributes, adds its own fields, and writes `_select` (or, for a
+    `ScoreCompressor`, `score`). Instances hold configuration only: nothing is remembered between calls.
+
+    Parameters
+    ----------
+    retention : float or Tokens
+        Fraction of the video tokens kept, 0 < R ≤ 1, or an exact count.
+    variant : str
+        ``"ours"`` (exact budget, stable ties), ``"paper"`` or ``"official"``, where they exist.
+
+    Raises
+    ------
+    RetentionError
+        If `retention` is not in (0, 1].
+    UnknownNameError
+        If the method has no such variant.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    stage: ClassVar[Stage] = Stage.PRE_LLM
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    trained: ClassVar[bool] = False
+    variants: ClassVar[tuple[str, ...]] = ("ours",)
+    expected_failures: ClassVar[dict[str, str]] = {}
+    """Contract checks that the method cannot pass, with the reason; they appear as xfail."""
+
+    retention: float | Tokens = 0.25
+    variant: str = "ours"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "retention", check_retention(self.retention))
+        if self.variant not in self.variants:
+            raise UnknownNameError(f"variant of {self.name}", self.variant, self.variants)
+
+    def budget(self, video: VideoTokens) -> int:
+        """Return K, the number of tokens kept of `video`."""
+        return kept_tokens(self.retention, video.num_tokens)
+
+    def budget_ratio(self, num_tokens: int) -> float:
+        """Return the nominal retention: the fraction asked for, or a token count over `num_tokens`."""
+        return self.retention.count / num_tokens if isinstance(self.retention, Tokens) else self.retention
+
+    def compress(self, video: VideoTokens, *, generator: Generator | None = None) -> Selection:
+        """Return what is kept of one video; at full budget that is every token, untouched.
+
+        Parameters
+        ----------
+        video : VideoTokens
+            Never changed.
+        generator : torch.Generator, optional
+            Source of randomness for methods that draw; seed 0 when absent, so that calls repeat.
+
+        Raises
+        ------
+        NeedError
+            If the method needs a signal that `video` does not carry.
+        """
+        self._check_needs(video)
+        budget = self.budget(video)
+        if budget >= video.num_tokens:
+            return Selection(torch.arange(video.num_tokens, device=video.embeds.device))
+        return self._select(video, budget, generator or torch.Generator().manual_seed(0))
+
+    def _check_needs(self, video: VideoTokens) -> None:
+        if Need.QUESTION in self.needs and video.prompt is None:
+            raise NeedError(f"{self.name} reads the question: hand over VideoTokens with a prompt")
+
+    @abstractmethod
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        """Return a selection of exactly `budget` < N tokens."""
+
+    def with_retention(self, retention: float | Tokens) -> Compressor:
+        """Return the same method at another budget."""
+        return dataclasses.replace(self, retention=retention)
+
+    def describe(self) -> str:
+        """Return the method's name, variant and budget, as traces and tables print them."""
+        rate = str(self.retention) if isinstance(self.retention, Tokens) else f"{self.retention:g}"
+        return f"{self.name} (variant {self.variant}, retention {rate})"
+
+
+@dataclass(frozen=True)
+class ScoreCompressor(Compressor):
+    """Base of methods that score every token and keep the highest over the whole video."""
+
+    @abstractmethod
+    def score(self, video: VideoTokens) -> Tensor:
+        """Return the scores (N,) floating of a video's tokens; higher = keep."""
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        with torch.no_grad():
+            scores = self.score(video).float()
+        if scores.shape != (video.num_tokens,):
+            raise SelectionError(f"{self.name}.score must return ({video.num_tokens},), got {tuple(scores.shape)}")
+        return Selection(top_indices(scores, budget), scores=scores)

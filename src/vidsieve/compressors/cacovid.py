@@ -1,0 +1,256 @@
+"""CaCoVID: a question-aware policy that keeps the tokens which contribute to right answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Generator, Tensor, nn
+
+from vidsieve.compressors._decoder import BlockShape, DecoderBlock, RMSNorm
+from vidsieve.compressors._question import QuestionScorer
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import PolicyError, UnknownNameError
+from vidsieve.policies import Policy, PolicyConfig, mlp
+from vidsieve.selection import (
+    allocate_frames,
+    even_counts,
+    evenly_spaced,
+    indices_to_mask,
+    mask_to_indices,
+    top_indices,
+    top_indices_per_frame,
+)
+from vidsieve.types import Need, Prompt, Selection, TokenGrid, Tokens, VideoTokens
+
+Body = Literal["layer", "attention", "local", "question"]
+Allocation = Literal["frame_avg", "frame_ada", "frame_ada_st", "global"]
+
+
+class CaCoVIDPolicy(Policy):
+    """Body over the prompt, then a token head and a frame head (Eq. 1-3).
+
+    Bodies: ``"layer"`` is one decoder layer that starts as the LLM's layer 0, bidirectional over the whole
+    prompt (causal where ``causal`` is set, as the release is in effect); ``"attention"`` leaves out its SwiGLU;
+    ``"local"`` attends within frames and to the text; ``"question"`` scores each token against the words of
+    the question (`QuestionScorer`).
+    """
+
+    method: ClassVar[str] = "cacovid"
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        network = dict(config.network)
+        self.body: Body = network["body"]
+        if self.body not in get_args(Body):
+            raise UnknownNameError("policy body", self.body, get_args(Body))
+        self.causal = bool(network.get("causal", False))
+        shape = BlockShape(**network["shape"])
+        width = shape.hidden_size
+        if self.body == "question":
+            self.scorer = QuestionScorer(shape, **network.get("scorer", {}))
+            return
+        self.layers = nn.ModuleList([DecoderBlock(shape, feed_forward=self.body != "attention")])
+        self.layernorm = RMSNorm(width, shape.rms_norm_eps)
+        sizes = [width, *(width // 2**i for i in range(1, 5)), 2]
+        self.token_compress, self.frame_compress = mlp(sizes), mlp(sizes)
+
+    def forward(self, video: VideoTokens) -> tuple[Tensor, Tensor]:
+        """Return token logits (N, 2) and frame logits (T, 2) float32; column 0 = drop, 1 = keep.
+
+        Raises
+        ------
+        PolicyError
+            If the video comes without its prompt, or in another width.
+        """
+        if video.prompt is None:
+            raise PolicyError("a CaCoVID policy reads the question: hand over VideoTokens with a prompt")
+        if video.embeds.shape[1] != self.config.hidden_size:
+            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        dtype = next(self.parameters()).dtype
+        prompt = replace(video.prompt, embeds=video.prompt.embeds.to(dtype))
+        if self.body == "question":
+            tokens, frames = self.scorer(replace(video, embeds=video.embeds.to(dtype)), prompt)
+            return tokens.float(), frames.float()
+        mask = _local_mask(prompt, video.grid) if self.body == "local" else None
+        hidden = self.layers[0](prompt.embeds, prompt.positions, mask, self.causal)[prompt.video_mask]
+        frame_features = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).mean(1)
+        tokens = self.token_compress(self.layernorm(hidden))
+        return tokens.float(), self.frame_compress(self.layernorm(frame_features)).float()
+
+    @classmethod
+    def start(
+        cls, shape: BlockShape, family: str, *, variant: str = "ours", layer0: dict[str, Tensor] | None = None,
+        seed: int = 0, base_model: str = "", body: Body | None = None, **network: Any,
+    ) -> CaCoVIDPolicy:  # fmt: skip
+        """Return an untrained policy; `layer0` is the state of the LLM's first decoder layer (paper's start)."""
+        body = body or ("question" if variant == "ours" else "layer")
+        shape_dict = {key: getattr(shape, key) for key in shape.__dataclass_fields__}
+        config = PolicyConfig(
+            cls.method, variant, shape.hidden_size, family, base_model=base_model,
+            network={"body": body, "causal": variant == "official", "shape": shape_dict} | network,
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            policy = cls(config)
+        if layer0 is not None:
+            target: nn.Module = policy.scorer.first_look if body == "question" else policy.layers[0]
+            target.load_state_dict({k: v for k, v in layer0.items() if k in target.state_dict()})
+        return policy
+
+
+def _local_mask(prompt: Prompt, grid: TokenGrid) -> Tensor:
+    """Return (L, L) bool: a video token sees its own frame and the text, text sees everything."""
+    frame = torch.full_like(prompt.video_mask, -1, dtype=torch.int64)
+    frame[prompt.video_mask] = torch.arange(grid.num_tokens, device=frame.device) // grid.per_frame
+    text = frame < 0
+    return (frame[:, None] == frame[None]) | text[None] | text[:, None]
+
+
+@dataclass(frozen=True)
+class CaCoVID(Compressor):
+    """Keep the tokens of the highest learned contribution, the budget shared out among frames.
+
+    Parameters
+    ----------
+    policy : CaCoVIDPolicy
+        From `from_pretrained`; there is no sensible policy without training.
+    allocation : str, optional
+        ``"frame_avg"`` (FrameAvg: the same number for every frame), ``"frame_ada"`` (FrameAda: in proportion
+        to the frame scores), ``"frame_ada_st"`` (FrameAda+ST: a part of the budget spread uniformly over what
+        is left), ``"global"`` (the highest scores of the whole video). Default: the paper's ``"frame_ada_st"``;
+        ``"global"`` in variant ``"ours"``.
+    contribution : float
+        Share of the budget chosen by scores under ``"frame_ada_st"``.
+    frame_cap : float
+        Variant ``"official"``: most a frame may give, as a multiple of R·H·W (the release's scripts use 1.5).
+
+    Variants: ``"paper"`` shares by softmax(Ŝ_f) with largest remainders. ``"official"`` reproduces the release
+    at inference (half-even roundings, the flattened token softmax, surplus to the least important frames), ties
+    to the lower index, and counts in floating point. ``"ours"`` and ``"paper"`` keep exactly ⌊R·N⌋ tokens.
+
+    References
+    ----------
+    CaCoVID, AAAI 2026 (arXiv 2602.01649), Eq. 1-4, Tables 3-5; LivingFutureLab/CaCoVID @ 384752da.
+    """
+
+    name: ClassVar[str] = "cacovid"
+    paper: ClassVar[str] = "CaCoVID, AAAI 2026"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    trained: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ("ours", "paper", "official")
+    policy: CaCoVIDPolicy | None = None
+    allocation: Allocation | None = None
+    contribution: float = 0.5
+    frame_cap: float = 1.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.allocation is None:
+            object.__setattr__(self, "allocation", "global" if self.variant == "ours" else "frame_ada_st")
+        if self.allocation not in get_args(Allocation):
+            raise UnknownNameError("allocation", self.allocation, get_args(Allocation))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
+        """Return the compressor with the policy in `folder`, in the variant it was trained as."""
+        policy = CaCoVIDPolicy.from_pretrained(folder)
+        return cls(policy=policy, **({"variant": policy.config.variant} | fields))
+
+    @classmethod
+    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
+        """Return the compressor with random weights, for contract checks and timing."""
+        shape = BlockShape(hidden_size, 2, 1, hidden_size // 2, 2 * hidden_size)
+        policy = CaCoVIDPolicy.start(shape, "none", variant=fields.get("variant", "ours"))
+        return cls(policy=policy.eval(), **fields)
+
+    def budget(self, video: VideoTokens) -> int:
+        """Return K: ⌊R·N⌋, taken in floating point under ``"official"`` (0.29 of 100 is 28 there)."""
+        if self.variant == "official" and not isinstance(self.retention, Tokens):
+            return max(1, int(self.retention * video.num_tokens))
+        return super().budget(video)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        if self.policy is None:
+            raise PolicyError("cacovid needs a trained policy: vidsieve.load('cacovid', FOLDER), or `vidsieve train`")
+        with torch.no_grad():
+            token_logits, frame_logits = self.policy(video)
+        scores, frames = token_logits[:, 1] - token_logits[:, 0], frame_logits[:, 1] - frame_logits[:, 0]
+        if self.variant == "official" and self.allocation == "frame_ada_st" and not isinstance(self.retention, Tokens):
+            indices = official_selection(
+                scores, frames, video.grid, self.retention, self.contribution, self.frame_cap * self.retention
+            )[0]
+        else:
+            indices = self._indices(scores, frames, video.grid, budget)
+        return Selection(indices, scores=scores, frame_scores=frames)
+
+    def _indices(self, scores: Tensor, frames: Tensor, grid: TokenGrid, budget: int) -> Tensor:
+        if self.allocation == "global":
+            return top_indices(scores, budget)
+        if self.allocation == "frame_avg":
+            return top_indices_per_frame(scores, grid, even_counts(budget, grid.frames))
+        spread = 0 if self.allocation == "frame_ada" else budget - max(1, round(self.contribution * budget))
+        counts = allocate_frames(frames.softmax(0), budget - spread, cap=grid.per_frame)
+        return fill_evenly(top_indices_per_frame(scores, grid, counts), grid.num_tokens, spread)
+
+
+def fill_evenly(chosen: Tensor, num_tokens: int, count: int) -> Tensor:
+    """Return `chosen` and `count` tokens spread evenly, in raster order, over those not chosen, sorted."""
+    left = mask_to_indices(~indices_to_mask(chosen, num_tokens))
+    spread = left[evenly_spaced(left.shape[0], count).to(left.device)] if count else left[:0]
+    return torch.cat([chosen, spread]).sort().values
+
+
+def official_frame_counts(frames: Tensor, total: int, per_frame: int, ratio: float, share: float, cap: float) -> Tensor:
+    """Return the release's contribution budget per frame (T,) int64.
+
+    Scores are scaled to ±3, their softmax is clipped to [1/2T, cap/(T·ratio)] and renormalised, counts are
+    rounded half to even and clipped to [1, ⌊share·cap·H·W⌋]; what is then missing goes to the frame with the
+    fewest, what is too much comes off the one with the most (first on ties), past both bounds.
+
+    Parameters
+    ----------
+    frames : Tensor, (T,), floating
+    total : int, ⌊share·ratio·N⌋
+    per_frame : int, H·W
+    ratio, share, cap : float, the release's topk, imp_ratio and max_sample_ratio_for_each_frame
+    """
+    count = frames.shape[0]
+    scaled = frames.float()
+    largest = scaled.abs().max()
+    # All-zero scores give NaN in the release; here they are equal.
+    scaled = scaled / largest * 3 if float(largest) > 0 else scaled
+    probability = scaled.softmax(0).clamp(min=1 / count / 2, max=cap / count / ratio)
+    probability = probability / probability.sum()
+    wanted = round(share * ratio * per_frame * count)
+    counts = (probability * wanted).round().clamp(min=1).clamp(max=int(share * per_frame * cap)).long()
+    while int(counts.sum()) > total:
+        counts[counts.argmax()] -= 1
+    while int(counts.sum()) < total:
+        counts[counts.argmin()] += 1
+    return counts
+
+
+def official_selection(
+    token_scores: Tensor, frame_scores: Tensor, grid: TokenGrid, ratio: float, share: float, cap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the release's inference selection (mode "token"): all kept, those kept by score, counts per frame.
+
+    Parameters
+    ----------
+    token_scores : Tensor, (N,), and frame_scores : Tensor, (T,); logit of keep minus logit of drop
+    ratio, share, cap : float, the release's topk, imp_ratio and max_sample_ratio_for_each_frame
+
+    Returns
+    -------
+    tuple of Tensor, (K,), (K_1,) and (T,), int64
+    """
+    budget = int(ratio * grid.num_tokens)
+    by_score = int(share * ratio * grid.num_tokens) if share < 1 else budget
+    counts = official_frame_counts(frame_scores, by_score, grid.per_frame, ratio, share, cap)
+    # The release orders by a softmax so flat that differences below about 1e-4 tie.
+    flat = (token_scores.float() * 0.001).reshape(grid.frames, grid.per_frame).softmax(1).flatten()
+    chosen = top_indices_per_frame(flat, grid, counts)
+    return fill_evenly(chosen, grid.num_tokens, budget - by_score if share < 1 else 0), chosen, counts

@@ -1,0 +1,160 @@
+"""DivPrune: keep the most diverse tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError
+from vidsieve.types import Selection, Tokens, VideoTokens
+
+_POOL, _BLOCK = 512, 256
+_RESOLUTION = 1e-6
+"""Distances closer than this are decided in double precision; below it a token counts as a duplicate."""
+
+
+@dataclass(frozen=True)
+class DivPrune(Compressor):
+    """Keep the tokens that are farthest from each other in cosine distance (max-min diversity).
+
+    The first pick is the token whose nearest neighbour is farthest; then, again and again, the token whose
+    nearest pick is farthest. Blind to the question and to time.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ different tokens, ties to the lower index. ``"official"`` rounds
+    R·N half to even, as the release does; where only duplicates of the picks are left, the release may return
+    one index twice, and this variant then keeps fewer tokens. The release renumbers positions; an adapter keeps
+    the original ones. There is no official port to video or to LLaVA-OneVision: here N is every token of
+    the video, newline excluded.
+
+    References
+    ----------
+    DivPrune, CVPR 2025; vbdi/divprune @ 799e2d95, llava_arch.py:147-171.
+    """
+
+    name: ClassVar[str] = "divprune"
+    paper: ClassVar[str] = "DivPrune, CVPR 2025"
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+
+    def budget(self, video: VideoTokens) -> int:
+        """Return K: ⌊R·N⌋, or R·N rounded half to even under ``"official"``."""
+        if self.variant == "official" and not isinstance(self.retention, Tokens):
+            count = round(self.retention * video.num_tokens)
+            if count < 1:
+                raise BudgetError(
+                    f"the release rounds {self.retention:g} of {video.num_tokens} tokens to none; "
+                    f"use variant 'ours' or a retention above {0.5 / video.num_tokens:.2g}"
+                )
+            return count
+        return super().budget(video)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        with torch.no_grad():
+            picks = diverse_picks(video.embeds, budget, repeat=self.variant == "official")
+        return Selection(torch.unique(picks))
+
+
+def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tensor:
+    """Return the picks of the greedy max-min diversity problem in the order in which they are made.
+
+    Exact, in memory linear in N. Candidates are the `_POOL` tokens farthest from the picks so far: as
+    distances to the picks only shrink, the best of them is the best of all until it falls below the tokens
+    outside. Only then are all tokens brought up to date, by one matrix product for all picks made meanwhile.
+
+    Parameters
+    ----------
+    features : Tensor, (N, D), floating
+    count : int, 1 ≤ count ≤ N
+    repeat : bool
+        As the release: a pick stays a candidate at distance 0, so that duplicates of picks can make the
+        same index come back.
+
+    Returns
+    -------
+    Tensor, (count,), int64
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=1)
+    total = unit.shape[0]
+    picks = [_loneliest(unit)]
+    nearest = 1 - unit @ unit[picks[0]]
+    taken = 0.0 if repeat else -1.0
+    nearest[picks[0]] = taken
+    while len(picks) < count:
+        pool = nearest.topk(min(_POOL, total)).indices.sort().values
+        outside = nearest.clone()
+        outside[pool] = -2.0
+        ceiling = float(outside.max())
+        pairwise = 1 - unit[pool] @ unit[pool].T
+        distance = nearest[pool]
+        fresh: list[int] = []
+        while len(picks) + len(fresh) < count:
+            best = float(distance.max())
+            if fresh and best <= ceiling + _RESOLUTION:
+                break
+            if best <= _RESOLUTION:
+                # Only duplicates are left anywhere: every one of them is equally far, take the lowest.
+                rest = nearest.clone()
+                rest[fresh] = taken
+                left = (rest >= 0).nonzero().flatten()
+                missing = count - len(picks) - len(fresh)
+                fill = left[:1].repeat(missing) if repeat else left[:missing]
+                return torch.tensor(picks + fresh + fill.tolist(), device=features.device)
+            if best <= ceiling + _RESOLUTION:
+                choice = _farthest(unit, (nearest >= best - _RESOLUTION).nonzero().flatten(), picks)
+            else:
+                choice = _farthest(unit, pool[distance >= best - _RESOLUTION], picks + fresh)
+            fresh.append(choice)
+            place = int(torch.searchsorted(pool, choice))
+            if place == len(pool) or int(pool[place]) != choice:
+                break
+            distance = torch.minimum(distance, pairwise[place])
+            distance[place] = taken
+        nearest = torch.minimum(nearest, (1 - unit @ unit[fresh].T).amin(1))
+        picks += fresh
+        nearest[picks] = taken
+    return torch.tensor(picks, device=features.device)
+
+
+def _farthest(unit: Tensor, candidates: Tensor, picks: list[int]) -> int:
+    """Return the candidate farthest from all picks; near-equal ones are compared in double precision."""
+    if candidates.shape[0] == 1:
+        return int(candidates[0])
+    nearest = 1 - (unit[candidates].double() @ unit[picks].double().T).amax(1)
+    return int(candidates[int(nearest.argmax())])
+
+
+def _loneliest(unit: Tensor) -> int:
+    """Return the token whose nearest neighbour is farthest, without forming all N² distances.
+
+    Tokens meet the others block by block, in an order that has nothing to do with time or place; the exact
+    distance of a few leaders rules out every token that has met a closer neighbour already, so that few
+    tokens meet all blocks.
+    """
+    total, device = unit.shape[0], unit.device
+    if total == 1:
+        return 0
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(device)
+    shuffled = unit[order]
+    bound = torch.full((total,), torch.inf, device=device)
+    alive = torch.arange(total, device=device)
+    sure = -torch.inf
+    for start in range(0, total, _BLOCK):
+        stop = min(start + _BLOCK, total)
+        distance = 1 - shuffled[alive] @ shuffled[start:stop].T
+        own = ((alive >= start) & (alive < stop)).nonzero().flatten()
+        distance[own, alive[own] - start] = torch.inf
+        bound[alive] = torch.minimum(bound[alive], distance.amin(1))
+        leaders = alive[bound[alive].topk(min(4, len(alive))).indices]
+        exact = 1 - shuffled @ shuffled[leaders].T
+        exact[leaders, torch.arange(len(leaders), device=device)] = torch.inf
+        sure = max(sure, float(exact.amin(0).max()))
+        alive = alive[bound[alive] >= sure - _RESOLUTION]
+    candidates = order[alive].sort().values
+    if len(candidates) == 1 or len(candidates) > _POOL:
+        return int(candidates[0])  # more than a pool of equals: every token has a duplicate
+    cosine = unit[candidates].double() @ unit.double().T
+    cosine[torch.arange(len(candidates), device=device), candidates] = -torch.inf
+    return int(candidates[int((1 - cosine.amax(1)).argmax())])

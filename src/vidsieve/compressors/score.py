@@ -1,0 +1,132 @@
+"""SCORE: a question-free policy on each token and its surprise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vidsieve.compressors.base import ScoreCompressor
+from vidsieve.errors import PolicyError
+from vidsieve.policies import Policy, PolicyConfig
+from vidsieve.types import TokenGrid, VideoTokens
+
+
+class ScorePolicy(Policy):
+    """MLP on [X; ΔX] with one hidden layer of GELU units, one keep logit a token (Eq. 2-4).
+
+    ΔX_t = X_t − X_{t−1} with a virtual zero frame before the first. The concatenation is never formed:
+    W₁X + W₂ΔX = (W₁ + W₂)X_t − W₂X_{t−1}, two products on X and a shift, a few frames at a time.
+
+    Network settings: ``hidden``, ``residual`` (False leaves ΔX out, Table 5), ``normalise`` (RMS of each token
+    before the first layer; variant "ours"), ``target`` (the output bias starts at logit(target); "paper": 0.5).
+    """
+
+    method: ClassVar[str] = "score"
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        network = dict(config.network)
+        hidden, target = int(network.get("hidden", 512)), float(network.get("target", 0.5))
+        self.residual, self.normalise = bool(network.get("residual", True)), bool(network.get("normalise", False))
+        width = config.hidden_size
+        self.token, self.surprise = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1)
+        for layer in (self.token, self.surprise):
+            # As one layer on 2D inputs would start.
+            nn.init.uniform_(layer.weight, -((2 * width) ** -0.5), (2 * width) ** -0.5)
+        nn.init.zeros_(self.token.bias)
+        nn.init.constant_(self.out.bias, torch.logit(torch.tensor(target)).item())
+
+    def forward(self, video: VideoTokens) -> Tensor:
+        """Return keep logits (N,) float32.
+
+        Raises
+        ------
+        PolicyError
+            If the video has another width.
+        """
+        if video.embeds.shape[1] != self.config.hidden_size:
+            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        return self.logits(video.embeds, video.grid)
+
+    def logits(self, embeds: Tensor, grid: TokenGrid, chunk_tokens: int = 8192) -> Tensor:
+        """Return keep logits (N,) of tokens (N, D), working through about `chunk_tokens` tokens at a time."""
+        dtype = self.out.weight.dtype
+        now = self.token.weight + self.surprise.weight if self.residual else self.token.weight
+        frames = embeds.reshape(grid.frames, grid.per_frame, -1)
+        step = max(1, chunk_tokens // grid.per_frame)
+        parts = []
+        for start in range(0, grid.frames, step):
+            x = self._scaled(frames[start : start + step].to(dtype))
+            hidden = F.linear(x, now, self.token.bias)
+            if self.residual:
+                before = F.linear(x, self.surprise.weight)
+                hidden[1:] -= before[:-1]
+                if start:
+                    hidden[0] -= F.linear(self._scaled(frames[start - 1].to(dtype)), self.surprise.weight)
+            parts.append(self.out(F.gelu(hidden)).flatten())
+        return torch.cat(parts).float()
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) if self.normalise else x
+
+    @classmethod
+    def start(
+        cls, hidden_size: int, family: str, *, variant: str = "ours", seed: int = 0, base_model: str = "",
+        **network: Any,
+    ) -> ScorePolicy:  # fmt: skip
+        """Return an untrained policy."""
+        defaults = {"normalise": True} if variant == "ours" else {}
+        config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config)
+
+
+@dataclass(frozen=True)
+class Score(ScoreCompressor):
+    """Keep the tokens of the highest learned retention probability over the whole video (global top-K).
+
+    Blind to the question: one selection serves every question about a video.
+
+    Parameters
+    ----------
+    policy : ScorePolicy
+        From `from_pretrained`; there is no sensible policy without training.
+
+    Variants ``"ours"`` and ``"paper"`` differ in network settings and training, not in selection: both keep
+    exactly ⌊R·T·N⌋ tokens at their original positions (SCORE §4.5).
+
+    References
+    ----------
+    SCORE, Eq. 2-9, §4.5; no official code is public.
+    """
+
+    name: ClassVar[str] = "score"
+    paper: ClassVar[str] = "SCORE (Wang et al.)"
+    trained: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ("ours", "paper")
+    policy: ScorePolicy | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
+        """Return the compressor with the policy in `folder`, in the variant it was trained as."""
+        policy = ScorePolicy.from_pretrained(folder)
+        return cls(policy=policy, **({"variant": policy.config.variant} | fields))
+
+    @classmethod
+    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
+        """Return the compressor with random weights, for contract checks and timing."""
+        return cls(policy=ScorePolicy.start(hidden_size, "none", hidden=32).eval(), **fields)
+
+    def score(self, video: VideoTokens) -> Tensor:
+        """Return keep logits (N,)."""
+        if self.policy is None:
+            raise PolicyError("score needs a trained policy: vidsieve.load('score', FOLDER), or `vidsieve train score`")
+        logits: Tensor = self.policy(video)
+        return logits

@@ -1,0 +1,118 @@
+"""Training prompts from JSON lines of ordinary video files.
+
+One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` for CaCoVID, or
+``{"video": path, "caption": …}`` for SCORE; paths are relative to the file. Options that begin with a letter
+("A. a dog") are listed in the prompt and answered by letter; other options must each be one token of the
+model's vocabulary. `answer` is an option or its letter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.data.video import read_video
+from vidsieve.errors import TrainingError
+from vidsieve.pipeline import chat
+from vidsieve.rl.samples import Caption, Choice
+
+_LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
+CAPTION_PROMPT = "Describe the video."
+
+
+class FilePrompts:
+    """Prompts of a JSON-lines file in a seeded order, again and again.
+
+    Parameters
+    ----------
+    adapter, processor : of the frozen model
+    path : Path
+    seed : int
+        Order of the rows; every pass has its own.
+    frames : int
+        Frames taken evenly from each video.
+
+    Raises
+    ------
+    TrainingError
+        If the file is unreadable, a row is malformed, or a video is missing.
+    """
+
+    def __init__(self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16) -> None:
+        self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
+        rows = _read(self.path)
+        self.choices = [row for row in rows if "question" in row]
+        self.captions = [row for row in rows if "caption" in row]
+        missing = sorted({row["video"] for row in rows if not (self.path.parent / row["video"]).is_file()})
+        if missing:
+            raise TrainingError(f"{len(missing)} videos of {self.path} are missing, first {missing[0]}")
+
+    def _row(self, rows: list[dict[str, Any]], number: int, what: str) -> dict[str, Any]:
+        if not rows:
+            raise TrainingError(f"{self.path} has no rows with {what}")
+        turn, place = divmod(number, len(rows))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed + turn))
+        return rows[int(order[place])]
+
+    def _inputs(self, row: dict[str, Any], question: str) -> dict[str, Any]:
+        video = read_video(self.path.parent / row["video"], frames=self.frames)
+        return chat(self.processor, video, question)
+
+    def choice(self, number: int) -> Choice:
+        """Return multiple-choice prompt `number`."""
+        row = self._row(self.choices, number, "a question")
+        options, answer = [str(option) for option in row["options"]], str(row["answer"]).strip()
+        letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
+        if len(letters) == len(options):
+            listed = "\n".join(options)
+            question = f"{row['question']}\n{listed}\nAnswer with the option's letter from the given choices directly."
+            words, right = letters, answer[:1]
+        else:
+            question, words, right = str(row["question"]), options, answer
+        if right not in words:
+            raise TrainingError(f"the answer {answer!r} of {row['video']} is none of its options {options}")
+        ids = [self.processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        if any(len(tokens) != 1 for tokens in ids):
+            long = next(word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1)
+            raise TrainingError(f"option {long!r} of {row['video']} is not one token: letter the options (A. …, B. …)")
+        return Choice(self._inputs(row, question), torch.tensor([t[0] for t in ids]), words.index(right))
+
+    def caption(self, number: int) -> Caption:
+        """Return caption prompt `number`."""
+        row = self._row(self.captions, number, "a caption")
+        inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
+        end = self.processor.tokenizer.eos_token or ""
+        text = f" {row['caption']} {end}"
+        answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        if answer.shape[1] < 2:
+            raise TrainingError(f"the caption of {row['video']} is empty")
+        ids = torch.cat([inputs["input_ids"], answer], 1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -answer.shape[1] :] = answer
+        extended = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        return Caption({k: v for k, v in inputs.items() if k != "mm_token_type_ids"} | extended)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read {path}: {error}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise TrainingError(f"line {number} of {path} is not JSON: {error}") from None
+        whole = isinstance(row, dict) and "video" in row
+        if not whole or not ("caption" in row or {"question", "options", "answer"} <= row.keys()):
+            raise TrainingError(f"line {number} of {path} needs video, and caption or question, options and answer")
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""Measuring methods: accuracy with errors clustered by video, in one run with its baselines."""

@@ -1,0 +1,193 @@
+"""Accuracy on the testbed: fresh scenes, every question scored by its options, methods side by side."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Generator, Tensor
+
+from vidsieve._version import __version__
+from vidsieve.adapters.base import Adapter, adapter_for
+from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors.base import Compressor
+from vidsieve.eval.stats import clustered_mean, paired_difference
+from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
+from vidsieve.testbed.questions import Question, make_questions
+from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
+from vidsieve.types import Need, Selection, VideoTokens
+
+
+@dataclass(frozen=True)
+class SceneBatch:
+    """One scene, encoded once, with all its prompts in one batch."""
+
+    cast: Cast
+    questions: list[Question]
+    encoded: Encoded
+    options: Tensor
+    answers: Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition: what the rows of a result say of it, and how it selects.
+
+    `select(adapter, scene, number, generator)` returns the selection for question `number`; None means
+    all tokens. `per_question` is False where one selection serves the whole scene.
+    """
+
+    method: str
+    variant: str
+    retention: float
+    select: Callable[[Adapter, SceneBatch, int, Generator], Selection] | None
+    per_question: bool = True
+    positions: str = "installed"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def compressor_row(compressor: Compressor, label: str | None = None, *, other_question: bool = False) -> Row:
+    """Return the condition of a method; `other_question` hands it the next question of the same scene."""
+
+    def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
+        number = (number + 1) % len(scene.questions) if other_question else number
+        return compressor.compress(_video(adapter, scene, number, compressor), generator=generator)
+
+    return Row(
+        label or compressor.name, compressor.variant, float(compressor.budget_ratio(TOKENS)), select,
+        Need.QUESTION in compressor.needs,
+    )  # fmt: skip
+
+
+def _video(adapter: Adapter, scene: SceneBatch, number: int, compressor: Compressor) -> VideoTokens:
+    return adapter.video_tokens(scene.encoded, number, compressor.needs)
+
+
+FULL = Row("full", "-", 1.0, None, per_question=False)
+
+
+def scenes(adapter: Adapter, processor: Any, world: str, seed: int, questions: int) -> Iterator[SceneBatch]:
+    """Yield encoded scenes until `questions` questions are reached; the last scene is cut to fit."""
+    left, index = questions, 0
+    while left > 0:
+        cast = make_cast(world, seed, index)
+        asked = make_questions(cast, seed, index)[:left]
+        inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in asked])
+        with torch.no_grad():
+            features = adapter.video_features(inputs)
+            # One pass through the vision tower serves every question of the scene.
+            inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
+            del inputs["pixel_values_videos"]
+            encoded = adapter.encode(inputs)
+        yield SceneBatch(
+            cast, asked, encoded, torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
+            torch.tensor([q.options.index(q.answer) for q in asked]),
+        )  # fmt: skip
+        left, index = left - len(asked), index + 1
+
+
+@torch.no_grad()
+def answers(adapter: Adapter, scene: SceneBatch, row: Row, seed: int) -> tuple[list[bool], list[VideoTrace]]:
+    """Return for each question of a scene whether the model answers it rightly under `row`, and what was kept."""
+    generator = torch.Generator().manual_seed(seed)
+    count = len(scene.questions)
+    traces: list[VideoTrace] = []
+    whole = Selection(torch.arange(TOKENS))
+    chosen: list[Selection] = []
+    for number in range(count):
+        if row.select is None:
+            chosen.append(whole)
+        elif row.per_question or number == 0:
+            start = time.perf_counter()
+            selection = row.select(adapter, scene, number, generator)
+            spent = 1e3 * (time.perf_counter() - start)
+            grid = scene.encoded.videos[number].features.grid
+            named = {"method": row.method, "variant": row.variant, "nominal": f"{row.retention:g}"}
+            traces.append(VideoTrace.of(number, grid, selection, spent, **named))
+            chosen.append(selection)
+        else:
+            chosen.append(chosen[0])
+    pruned = adapter.build(scene.encoded, [[selection] for selection in chosen])
+    logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+    picked = logits.gather(1, scene.options).argmax(1)
+    return (picked == scene.answers).tolist(), traces
+
+
+def evaluate(
+    model: Any, processor: Any, rows: Sequence[Row], *, world: str, seed: int, questions: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the accuracy of every row on the same questions, errors clustered by scene.
+
+    ``full`` is always the first row. Each other row has its paired difference to ``random`` at the same
+    retention (None where random was not asked for) and to ``full``.
+
+    Returns
+    -------
+    dict
+        ``world, seed, n_questions, n_scenes, versions, rows``; per row ``method, variant, retention,
+        real_retention, layer_retention, accuracy, stderr, vs_random, vs_full, by_kind, select_ms``.
+    """
+    adapter = adapter_for(model)
+    everything = [FULL, *rows]
+    right: list[list[bool]] = [[] for _ in everything]
+    kept: list[list[VideoTrace]] = [[] for _ in everything]
+    clusters: list[int] = []
+    kinds: list[str] = []
+    count = 0
+    for number, scene in enumerate(scenes(adapter, processor, world, seed, questions)):
+        for i, row in enumerate(everything):
+            marks, traces = answers(adapter, scene, row, seed + number)
+            right[i] += marks
+            kept[i] += traces
+        clusters += [number] * len(scene.questions)
+        kinds += [q.kind for q in scene.questions]
+        count = number + 1
+        if progress:
+            progress(len(clusters), questions)
+    result = []
+    for i, row in enumerate(everything):
+        accuracy = clustered_mean([float(m) for m in right[i]], clusters)
+        real = float(np.mean([t.real_retention for t in kept[i]])) if kept[i] else 1.0
+        reference = [j for j, r in enumerate(everything) if r.method == "random" and r.retention == row.retention]
+        spent = [t.select_ms for t in kept[i]] or [0.0]
+        result.append({
+            "method": row.method, "variant": row.variant, "retention": row.retention, "real_retention": real,
+            "layer_retention": real, "accuracy": accuracy.mean, "stderr": accuracy.stderr,
+            "vs_random": _difference(right[i], right[reference[0]], clusters) if reference else None,
+            "vs_full": _difference(right[i], right[0], clusters), "positions": row.positions,
+            "by_kind": {
+                kind: float(np.mean([m for m, k in zip(right[i], kinds, strict=True) if k == kind]))
+                for kind in sorted(set(kinds))
+            },
+            "select_ms": {"min": min(spent), "median": float(np.median(spent)), "max": max(spent)},
+        })  # fmt: skip
+    return {
+        "world": world, "seed": seed, "n_questions": len(clusters), "n_scenes": count, "versions": versions(),
+        "rows": result, "right": {_key(row): marks for row, marks in zip(everything, right, strict=True)},
+        "clusters": clusters,
+    }  # fmt: skip
+
+
+def _key(row: Row) -> str:
+    return f"{row.method}/{row.variant}/{row.retention:g}"
+
+
+def _difference(marks: list[bool], others: list[bool], clusters: list[int]) -> dict[str, float]:
+    estimate = paired_difference([float(m) for m in marks], [float(o) for o in others], clusters)
+    return {"diff": estimate.mean, "stderr": estimate.stderr}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number depends on."""
+    return {
+        "vidsieve": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+        "numpy": np.__version__, "python": platform.python_version(),
+    }  # fmt: skip

@@ -1,0 +1,182 @@
+"""From a video file and a question to an answer, every part on the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vidsieve.adapters.base import adapter_for
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors.base import Compressor
+from vidsieve.data.video import Video
+from vidsieve.errors import VidsieveError
+from vidsieve.types import Selection
+
+PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
+
+
+class ModelError(VidsieveError, ValueError):
+    """A model or its processor cannot be loaded."""
+
+
+@dataclass
+class Clock:
+    """Milliseconds spent in each part of one answer."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, device: Any = None) -> Iterator[None]:
+        """Measure a block, device synchronised."""
+        _synchronise(device)
+        start = time.perf_counter()
+        yield
+        _synchronise(device)
+        self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    @property
+    def total(self) -> float:
+        """Milliseconds in all parts."""
+        return sum(self.ms.values())
+
+
+def _synchronise(device: Any) -> None:
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, what it read, and how long each part took."""
+
+    text: str
+    method: str
+    prompt_tokens: tuple[int, int]
+    traces: tuple[VideoTrace, ...]
+    ms: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer as plain values for JSON."""
+        return {
+            "answer": self.text, "method": self.method, "prompt_tokens_before": self.prompt_tokens[0],
+            "prompt_tokens_after": self.prompt_tokens[1], "videos": [t.as_dict() for t in self.traces], "ms": self.ms,
+        }  # fmt: skip
+
+
+class _FirstToken(LogitsProcessor):  # type: ignore[misc]
+    """Notes when the prefill has given its logits."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.at = device, 0.0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not self.at:
+            _synchronise(self.device)
+            self.at = time.perf_counter()
+        return scores
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
+
+    Raises
+    ------
+    ModelError
+        If they cannot be loaded; the text says what was tried.
+    UnsupportedModelError
+        If the model's family has no adapter.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from vidsieve.testbed.model import shipped_model
+
+    source = str(shipped_model()) if name == "testbed" else name
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        dtype = torch.float32 if name == "testbed" else "auto"
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "
+            "'testbed'"
+        ) from None
+    adapter_for(model)
+    return model.eval(), processor
+
+
+def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about one video."""
+    from transformers.video_utils import VideoMetadata
+
+    count = len(video.pixels)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    rate = count / video.duration if video.duration > 0 else 1.0
+    metadata = VideoMetadata(
+        total_num_frames=count, fps=rate, frames_indices=list(range(count)), duration=video.duration
+    )
+    made = processor(
+        text=[text], videos=[video.pixels], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
+    )
+    return dict(made)
+
+
+@torch.no_grad()
+def answer(
+    model: Any, processor: Any, video: Video, question: str, compressor: Compressor | None = None, *,
+    max_new_tokens: int = 64, seed: int = 0, clock: Clock | None = None,
+) -> Answer:  # fmt: skip
+    """Return the greedy answer to a question about a video, pruned by `compressor` (None: all tokens).
+
+    Raises
+    ------
+    UnsupportedModelError, NeedError, PolicyMismatchError, PromptError
+    """
+    clock = clock or Clock()
+    adapter = adapter_for(model)
+    if compressor is not None:
+        adapter.check(compressor)
+    device = model.device
+    with clock.part("preprocess", device):
+        inputs = chat(processor, video, question)
+        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    with clock.part("encode", device):
+        encoded = adapter.encode(inputs)
+    generator = torch.Generator().manual_seed(seed)
+    with clock.part("select", device):
+        if compressor is None:
+            chosen = [Selection(torch.arange(v.features.grid.num_tokens, device=device)) for v in encoded.videos]
+            traces: list[VideoTrace] = []
+        else:
+            chosen, traces = adapter.select(encoded, compressor, generator)
+        pruned = adapter.build(encoded, [chosen])
+    first = _FirstToken(device)
+    start = time.perf_counter()
+    out = model.generate(
+        **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([first])
+    )
+    _synchronise(device)
+    clock.ms["prefill"] = 1e3 * (first.at - start)
+    clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
+    short = pruned.inputs["input_ids"].shape[1]
+    text = processor.batch_decode(out[:, short:], skip_special_tokens=True)[0].strip()
+    name = compressor.describe() if compressor is not None else "full"
+    return Answer(text, name, (int(encoded.input_ids.shape[1]), short), tuple(traces), dict(clock.ms))
+
+
+def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:
+    """Return a video's frames, the reading on the clock."""
+    from vidsieve.data.video import read_video
+
+    with clock.part("decode"):
+        return read_video(path, frames=frames, fps=fps, max_frames=max_frames)

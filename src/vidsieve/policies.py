@@ -1,0 +1,188 @@
+"""Trained policies on disk: `config.json` and `model.safetensors`, stamped and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vidsieve._version import __version__
+from vidsieve.errors import PolicyError, PolicyMismatchError
+from vidsieve.files import writing
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What a policy is and where it belongs.
+
+    Parameters
+    ----------
+    type : str
+        The method, as registered.
+    variant : str
+        The variant it was trained as.
+    hidden_size : int
+        D of the LLM whose tokens it reads.
+    family : str
+        The adapter family of that LLM.
+    network : dict
+        Sizes and switches of the network, as its class takes them.
+    base_model : str
+        Which model it was trained on, for people to read.
+    training : dict
+        The training record: settings, seed, data, steps, metrics.
+    """
+
+    type: str
+    variant: str
+    hidden_size: int
+    family: str
+    network: dict[str, Any] = field(default_factory=dict)
+    base_model: str = ""
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the file's text: sorted keys, stamped with version and format."""
+        stamped = dataclasses.asdict(self) | {"vidsieve_version": __version__, "format": FORMAT}
+        return json.dumps(stamped, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path) -> PolicyConfig:
+        """Return the configuration in a file's text.
+
+        Raises
+        ------
+        PolicyError
+            If it is not a policy's configuration.
+        PolicyMismatchError
+            If a newer format wrote it.
+        """
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise PolicyError(f"{where} is not JSON: {error}") from None
+        if not isinstance(raw, dict) or "type" not in raw or "format" not in raw:
+            raise PolicyError(f"{where} is not the configuration of a vidsieve policy")
+        if raw["format"] > FORMAT:
+            raise PolicyMismatchError(
+                f"{where} was written by vidsieve {raw.get('vidsieve_version')} in format {raw['format']}, this "
+                f"version reads up to {FORMAT}: upgrade vidsieve"
+            )
+        names = {f.name for f in dataclasses.fields(cls)}
+        missing = {"type", "variant", "hidden_size", "family"} - raw.keys()
+        if missing:
+            raise PolicyError(f"{where} lacks {', '.join(sorted(missing))}")
+        return cls(**{key: value for key, value in raw.items() if key in names})
+
+
+class Policy(nn.Module):
+    """A network that scores video tokens, with the record of where it came from."""
+
+    method: ClassVar[str]
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all.
+
+        Raises
+        ------
+        OutputError
+            If the folder cannot be written.
+        """
+        folder = Path(folder)
+        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
+        with writing(folder / WEIGHTS) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt", "vidsieve_version": __version__})
+        with writing(folder / CONFIG) as temporary:
+            temporary.write_text(self.config.to_json(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Return the policy in `folder`, in evaluation mode.
+
+        Raises
+        ------
+        PolicyError
+            If the folder holds no readable policy of this type.
+        PolicyMismatchError
+            If a newer format wrote it.
+        """
+        folder = Path(folder)
+        config = read_config(folder)
+        if config.type != cls.method:
+            raise PolicyError(f"{folder} holds a {config.type} policy, not a {cls.method} policy")
+        weights = read_weights(folder)
+        try:
+            policy = cls(config)
+            policy.load_state_dict(weights)
+        except (RuntimeError, TypeError) as error:
+            raise PolicyError(f"the weights in {folder} do not fit their config.json: {error}") from None
+        return policy.eval()
+
+
+def read_config(folder: Path) -> PolicyConfig:
+    """Return the configuration of the policy in `folder`.
+
+    Raises
+    ------
+    PolicyError, PolicyMismatchError
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise PolicyError(f"no policy in {folder}: {CONFIG} is missing; train one with `vidsieve train`")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{path} cannot be read: {error}") from None
+    return PolicyConfig.from_json(text, path)
+
+
+def read_weights(folder: Path) -> Mapping[str, Tensor]:
+    """Return the tensors of the policy in `folder`; only safetensors is ever loaded.
+
+    Raises
+    ------
+    PolicyError
+        If the file is missing, corrupt or of another kind.
+    """
+    path = folder / WEIGHTS
+    if not path.is_file():
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+        advice = f"; {', '.join(others)} will not be loaded, because pickles can run code" if others else ""
+        raise PolicyError(f"{WEIGHTS} is missing in {folder}{advice}")
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise PolicyError(f"{path} is no readable safetensors file ({error}); fetch or train it again") from None
+    return weights
+
+
+def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
+    """Return linear layers of the given widths with an activation between, Xavier weights and zero biases."""
+    layers: list[nn.Module] = []
+    for i, (wide, narrow) in enumerate(pairwise(sizes)):
+        linear = nn.Linear(wide, narrow)
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        layers += [linear] if i == len(sizes) - 2 else [linear, activation()]
+    return nn.Sequential(*layers)
+
+
+def parameters_without_nan(module: nn.Module) -> bool:
+    """Return whether every parameter is finite."""
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())

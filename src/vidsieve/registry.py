@@ -1,0 +1,99 @@
+"""Names → classes, loaded on first use. THE one line per method and per model family lives here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+from vidsieve.errors import UnknownNameError
+
+
+class Registry:
+    """A table from names to ``"module:Class"``; entry points of `group` are added when first asked.
+
+    Parameters
+    ----------
+    kind : str
+        What the names are, for messages.
+    group : str
+        Entry-point group through which other packages add names.
+    table : dict
+        The names that come with vidsieve.
+    """
+
+    def __init__(self, kind: str, group: str, table: dict[str, str]) -> None:
+        self.kind, self.group = kind, group
+        self._table = dict(table)
+        self._plugins_read = False
+
+    def _all(self) -> dict[str, str]:
+        if not self._plugins_read:
+            self._plugins_read = True
+            for entry in entry_points(group=self.group):
+                self.register(entry.name, entry.value)
+        return self._table
+
+    def register(self, name: str, target: str) -> None:
+        """Add `name` → ``"module:Class"``.
+
+        Raises
+        ------
+        ValueError
+            If the name is taken by another target, or `target` is not of that form.
+        """
+        module, colon, attribute = target.partition(":")
+        if not (module and colon and attribute.isidentifier()):
+            raise ValueError(f"a {self.kind} is registered as 'module:Class', got {target!r}")
+        taken = self._table.setdefault(name, target)
+        if taken != target:
+            raise ValueError(f"the {self.kind} {name!r} is registered already, as {taken}")
+
+    def names(self) -> list[str]:
+        """Return every registered name, in the order of registration."""
+        return list(self._all())
+
+    def get(self, name: str) -> Any:
+        """Return the class registered as `name`, importing its module.
+
+        Raises
+        ------
+        UnknownNameError
+            If there is none; the text offers the nearest names.
+        """
+        target = self._all().get(name)
+        if target is None:
+            raise UnknownNameError(self.kind, name, self._all())
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._all()
+
+
+compressors = Registry(
+    "compressor",
+    "vidsieve.compressors",
+    {
+        "random": "vidsieve.compressors.random:Random",
+        "uniform": "vidsieve.compressors.uniform:Uniform",
+        "downsample": "vidsieve.compressors.downsample:Downsample",
+        "frame_difference": "vidsieve.compressors.frame_difference:FrameDifference",
+        "divprune": "vidsieve.compressors.divprune:DivPrune",
+        "cacovid": "vidsieve.compressors.cacovid:CaCoVID",
+        "score": "vidsieve.compressors.score:Score",
+    },
+)
+
+families = Registry(
+    "model family",
+    "vidsieve.families",
+    {
+        "LlavaOnevisionForConditionalGeneration": "vidsieve.adapters.llava_onevision:LlavaOnevisionAdapter",
+        "Qwen2_5_VLForConditionalGeneration": "vidsieve.adapters.qwen2_5_vl:Qwen25VLAdapter",
+    },
+)

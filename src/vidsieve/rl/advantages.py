@@ -1,0 +1,50 @@
+"""From the rewards of a group of rollouts to advantages. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_advantage(rewards: Tensor) -> Tensor:
+    """Return (R − mean) / std (G,) float32, the population std; zero when all rewards are equal (CaCoVID Eq. 15)."""
+    rewards = rewards.float()
+    centred = rewards - rewards.mean()
+    if bool((rewards == rewards[0]).all()):
+        return torch.zeros_like(rewards)
+    return centred / centred.square().mean().sqrt()
+
+
+def official_advantage(rewards: Tensor) -> Tensor:
+    """Return (R − mean) / (std + 1e-4) (G,) float32 with the unbiased std, as CaCoVID's release has it."""
+    rewards = rewards.float()
+    return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+
+
+def leave_one_out(rewards: Tensor) -> Tensor:
+    """Return each reward minus the mean of the others (G,) float32; zero for a group of one (RLOO, 2402.14740)."""
+    rewards, count = rewards.float(), rewards.shape[0]
+    if count == 1:
+        return torch.zeros_like(rewards)
+    return (rewards - rewards.mean()) * count / (count - 1)
+
+
+def split_advantage(delta_ce: Tensor, sparsity: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Return SCORE's split advantage (K,) float32 (Eq. 7).
+
+    Safe zone (ΔCE > 0): ΔCE · (S − μ⁺)/(σ⁺ + ε), the population mean and std over the safe rollouts; a single
+    safe one has advantage 0. Penalty zone: ΔCE · S, not above 0.
+
+    Parameters
+    ----------
+    delta_ce : Tensor, (K,), τ·CE_base − CE (Eq. 5)
+    sparsity : Tensor, (K,), share of tokens dropped, in [0, 1] (Eq. 6)
+    """
+    delta_ce, sparsity = delta_ce.float(), sparsity.float()
+    safe = delta_ce > 0
+    advantage = delta_ce * sparsity
+    if bool(safe.any()):
+        inside = sparsity[safe]
+        spread = inside.std(correction=0)
+        advantage[safe] = delta_ce[safe] * (inside - inside.mean()) / (spread + epsilon)
+    return advantage

@@ -1,0 +1,59 @@
+"""What a rollout is worth, from the frozen LLM's own outputs. Pure functions."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
+    """Return 1 where the right option has the highest logit, else 0, (G,) float32.
+
+    The dense form of "does the model answer correctly": argmax over the options in one prefill.
+
+    Parameters
+    ----------
+    option_logits : Tensor, (G, options), next-token logits of the options
+    answer : int
+    """
+    return (option_logits.argmax(1) == answer).float()
+
+
+def margin_reward(option_logits: Tensor, answer: int) -> Tensor:
+    """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly."""
+    log_p = option_logits.float().log_softmax(1)
+    wrong = torch.cat([log_p[:, :answer], log_p[:, answer + 1 :]], 1)
+    return log_p[:, answer] - wrong.amax(1)
+
+
+def caption_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy per caption token (G,) float32, averaged over each row's labelled tokens.
+
+    Parameters
+    ----------
+    logits : Tensor, (G, L, V)
+    labels : Tensor, (G, L), int64
+        −100 where there is nothing to predict; shifted inside, as in a causal LM.
+    """
+    predicted, wanted = logits[:, :-1].float(), labels[:, 1:]
+    loss = F.cross_entropy(predicted.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="none")
+    counted = wanted != -100
+    return loss.view_as(wanted).sum(1) / counted.sum(1)
+
+
+def score_rewards(
+    ce: Tensor, ce_full: float, keep_masks: Tensor, tolerance: float, slack: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return SCORE's ΔCE = τ·CE_base + slack − CE and sparsity S, both (K,) float32 (Eq. 5-6).
+
+    Parameters
+    ----------
+    ce : Tensor, (K,), cross-entropy under each mask
+    ce_full : float, CE_base, under all tokens
+    keep_masks : Tensor, (K, N), bool
+    tolerance : float, τ ≥ 1
+    slack : float
+        Added where a factor leaves no room because CE_base is near 0 (variant "ours").
+    """
+    return tolerance * ce_full + slack - ce.float(), 1 - keep_masks.float().mean(1)

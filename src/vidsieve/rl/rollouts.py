@@ -1,0 +1,81 @@
+"""Running a frozen LLM on many keep-masks of one prompt: one encoding, a few packed prefills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import Encoded
+from vidsieve.errors import UnsupportedCallError
+from vidsieve.rl.rewards import caption_ce
+from vidsieve.selection import mask_to_indices
+from vidsieve.types import Need, Selection, VideoTokens
+
+
+class Rollouts:
+    """A prompt with one video, and the frozen LLM's reaction to any subset of its tokens.
+
+    The video is encoded when the object is made; every rollout after that costs a prefill of the kept tokens
+    only, packed `max_tokens` tokens at a time.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    inputs : mapping
+        Processor outputs of one prompt with one video; ``labels`` where a caption is scored.
+    max_tokens : int
+        Most tokens, padding included, in one prefill.
+    """
+
+    def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], max_tokens: int = 16384) -> None:
+        self.adapter, self.max_tokens = adapter, max_tokens
+        with torch.no_grad():
+            self.encoded: Encoded = adapter.encode(inputs)
+        if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
+            raise UnsupportedCallError("rollouts need one prompt with one video at a time")
+
+    def video(self, needs: frozenset[Need] = frozenset()) -> VideoTokens:
+        """Return the video as a policy reads it."""
+        with torch.no_grad():
+            return self.adapter.video_tokens(self.encoded, 0, needs)
+
+    @torch.no_grad()
+    def option_logits(self, keep_masks: Tensor, option_ids: Tensor) -> Tensor:
+        """Return the next-token logits (G, options) of the option words after the prompt.
+
+        Parameters
+        ----------
+        keep_masks : Tensor, (G, N), bool
+        option_ids : Tensor, (options,), int64
+        """
+        parts = [
+            self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids]
+            for batch in self._batches(keep_masks)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def caption_ce(self, keep_masks: Tensor) -> Tensor:
+        """Return the caption's cross-entropy per token (G,) under each mask; the prompt must carry labels."""
+        if "labels" not in self.encoded.rest:
+            raise UnsupportedCallError("caption_ce needs labels in the inputs")
+        parts = []
+        for batch in self._batches(keep_masks):
+            labels = batch.pop("labels")
+            # Left padding puts the caption at the end of every row: only those logits are wanted.
+            span = int((labels != -100).sum(1).max()) + 1
+            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
+            parts.append(caption_ce(logits, labels[:, -span:]))
+        return torch.cat(parts)
+
+    def _batches(self, keep_masks: Tensor) -> Iterator[dict[str, Any]]:
+        kept = keep_masks.sum(1)
+        text = int(self.encoded.attention_mask.sum()) - self.encoded.videos[0].features.grid.num_tokens
+        size = max(1, self.max_tokens // (text + int(kept.max())))
+        for start in range(0, keep_masks.shape[0], size):
+            chosen = [[Selection(mask_to_indices(mask))] for mask in keep_masks[start : start + size]]
+            yield self.adapter.build(self.encoded, chosen, rows=[0] * len(chosen)).inputs

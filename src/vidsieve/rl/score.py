@@ -1,0 +1,87 @@
+"""Training SCORE by group rollouts, top to bottom.
+
+Per video: draw `rollouts` Bernoulli masks at the policy's own rate, let the frozen LLM predict the caption under
+each, compare its cross-entropy with the one under all tokens, and take a REINFORCE step with the split
+advantage (Eq. 5-9). Left to issue C: the pseudo-video curriculum.
+
+Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
+later), and scores rollouts by −CE with a leave-one-out baseline instead of the split: a group then compares
+masks of equal rate, and sparsity needs no reward.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.compressors.score import ScorePolicy
+from vidsieve.errors import UnknownNameError
+from vidsieve.rl.advantages import leave_one_out, split_advantage
+from vidsieve.rl.losses import reinforce_loss
+from vidsieve.rl.rewards import score_rewards
+from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.samples import Caption
+from vidsieve.rl.sampling import bernoulli_masks
+from vidsieve.rl.settings import Advantage, ScoreConfig
+from vidsieve.rl.trainer import StepResult, Trainer
+
+
+class ScoreTrainer(Trainer[Caption]):
+    """REINFORCE on captions; see the module's text."""
+
+    policy: ScorePolicy
+    config: ScoreConfig
+
+    def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
+        self.adapter = adapter
+        super().__init__(*args, **kwargs)
+        if self.config.advantage not in get_args(Advantage):
+            raise UnknownNameError("advantage", self.config.advantage, get_args(Advantage))
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return Adam."""
+        return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr)
+
+    def train_step(self, sample: Caption) -> StepResult:
+        """Return the policy-gradient loss of one video."""
+        c = self.config
+        rollouts = Rollouts(self.adapter, sample.inputs)
+        video = rollouts.video()
+        logits = self.policy(video)  # (N,)
+        shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
+        masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
+        ce = rollouts.caption_ce(masks)  # (K,)
+        metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(logits)}
+        if c.advantage == "split":
+            everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
+            ce_full = float(rollouts.caption_ce(everything)[0])
+            delta_ce, sparsity = score_rewards(ce, ce_full, masks, c.tolerance, c.slack)  # (K,), (K,)
+            advantage = split_advantage(delta_ce, sparsity)
+            metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
+        else:
+            advantage = leave_one_out(-ce)
+        return StepResult(reinforce_loss(shifted, masks, advantage), metrics)
+
+    def _shift(self, logits: Tensor) -> Tensor:
+        """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""
+        c = self.config
+        if not c.rate_high:
+            return torch.zeros(())
+        low, high = torch.tensor([c.rate_low, c.rate_high]).log()
+        rate = torch.exp(low + (high - low) * torch.rand((), generator=self.generator))
+        below, above = torch.tensor(-40.0) - logits.max(), torch.tensor(40.0) - logits.min()
+        for _ in range(40):  # bisection: the mean of a sigmoid grows with the shift
+            middle = (below + above) / 2
+            if float((logits + middle).sigmoid().mean()) < float(rate):
+                below = middle
+            else:
+                above = middle
+        return middle
+
+
+def _saturated(logits: Tensor) -> float:
+    """Return the share of tokens whose keep probability is within 1 % of 0 or 1."""
+    return float((logits.detach().abs() > 4.6).float().mean())

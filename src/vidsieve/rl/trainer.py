@@ -1,0 +1,216 @@
+"""The shell around an algorithm's train_step: seeds, steps, metrics, checkpoints, resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from vidsieve._version import __version__
+from vidsieve.checkpoints import load_state, read_header, save_state
+from vidsieve.errors import OutputError, TrainingError
+from vidsieve.files import writing
+from vidsieve.policies import Policy
+from vidsieve.rl.settings import TrainConfig
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+
+Sample = TypeVar("Sample")
+
+
+@dataclass
+class StepResult:
+    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log."""
+
+    loss: Tensor | None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer(ABC, Generic[Sample]):
+    """Base of the training algorithms; a subclass writes `train_step` and its `schedule`.
+
+    Parameters
+    ----------
+    policy : Policy
+    config : TrainConfig
+    data : callable
+        ``data(i)`` returns sample i; the same i gives the same sample on every call, so that a resumed run
+        sees what a straight one sees.
+    folder : Path
+        Where metrics, checkpoints and the trained policy go.
+    report : callable, optional
+        Called with (step, steps, metrics) whenever metrics are logged.
+    """
+
+    def __init__(
+        self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
+        report: Callable[[int, int, dict[str, float]], None] | None = None,
+    ) -> None:  # fmt: skip
+        self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
+        self.report = report or (lambda step, steps, metrics: None)
+        self.optimizer = self.make_optimizer()
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = 0
+        self.minutes = 0.0
+
+    @abstractmethod
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser over the policy's trainable parameters."""
+
+    @abstractmethod
+    def train_step(self, sample: Sample) -> StepResult:
+        """Return loss and figures of one prompt: sample, run, reward, advantage, loss."""
+
+    def learning_rate(self, step: int) -> float:
+        """Return the factor on every learning rate at `step`; constant unless a subclass says otherwise."""
+        return 1.0
+
+    def fit(self, resume: bool = False) -> Policy:
+        """Run the remaining steps and return the policy, saved in ``folder/policy``.
+
+        Raises
+        ------
+        TrainingError
+            If a loss or a parameter stops being finite; the last good checkpoint stays.
+        OutputError
+            If the folder cannot be written, or holds another run and `resume` is not set.
+        """
+        self._open_folder(resume)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.policy.train()
+        window: list[dict[str, float]] = []
+        started = time.perf_counter() - 60 * self.minutes
+        last_log = time.perf_counter()
+        while self.step < self.config.steps:
+            factor = self.learning_rate(self.step)
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            window.append(self._optimise())
+            self.step += 1
+            self.minutes = (time.perf_counter() - started) / 60
+            done = self.step == self.config.steps or 0 < self.config.max_minutes <= self.minutes
+            if self.step % self.config.log_every == 0 or done:
+                metrics = _mean(window)
+                metrics["prompts_per_second"] = (
+                    len(window) * self.config.prompts_per_step / (time.perf_counter() - last_log)
+                )
+                metrics["minutes"] = self.minutes
+                self._log(metrics)
+                window, last_log = [], time.perf_counter()
+            if self.step % self.config.save_every == 0 or done:
+                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate
+                self._save()
+            if done:
+                break
+        self.policy.eval()
+        self.policy.config = replace(self.policy.config, training=self.record())
+        self.policy.save_pretrained(self.folder / "policy")
+        return self.policy
+
+    def record(self) -> dict[str, Any]:
+        """Return what a reader of the policy needs to know of its training."""
+        last = read_metrics(self.folder)[-1:]
+        return {
+            "trainer": type(self).__name__, "steps": self.step, "minutes": round(self.minutes, 2),
+            "prompts": self.step * self.config.prompts_per_step, "settings": asdict(self.config),
+            "last_metrics": last[0] if last else {}, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        }  # fmt: skip
+
+    # -- one step -------------------------------------------------------------------------------------------
+
+    def _optimise(self) -> dict[str, float]:
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = []
+        first = self.step * self.config.prompts_per_step
+        for number in range(first, first + self.config.prompts_per_step):
+            result = self.train_step(self.data(number))
+            if result.loss is not None:
+                if not bool(torch.isfinite(result.loss)):
+                    raise TrainingError(
+                        f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; the last good "
+                        f"checkpoint is {self.folder / CHECKPOINT}. Lower the learning rate, or look at sample {number}"
+                    )
+                (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
+                result.metrics["loss"] = float(result.loss.detach())
+            figures.append(result.metrics)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError(
+                f"the gradient of step {self.step + 1} is not finite: stopped; the last good checkpoint is "
+                f"{self.folder / CHECKPOINT}"
+            )
+        self.optimizer.step()
+        return _mean(figures) | {"gradient_norm": float(norm)}
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        line = {"step": self.step} | {key: round(value, 6) for key, value in metrics.items()}
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.report(self.step, self.config.steps, metrics)
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def _open_folder(self, resume: bool) -> None:
+        checkpoint = self.folder / CHECKPOINT
+        if checkpoint.exists():
+            if not resume:
+                raise OutputError(f"{self.folder} holds a run already: go on with --resume, or choose another folder")
+            self._load(checkpoint)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / METRICS).write_text("", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from None
+        self._save()
+
+    def _save(self) -> None:
+        header = {"step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__}
+        save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header, self.generator)
+
+    def _load(self, path: Path) -> None:
+        ours, theirs = asdict(self.config), read_header(path)["config"]
+        free = {"steps", "max_minutes", "log_every", "save_every"}
+        changed = [
+            f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in free and theirs.get(k) != v
+        ]
+        if changed:
+            raise TrainingError(f"the run in {self.folder} was begun with other settings: {'; '.join(changed)}")
+        header = load_state(path, {"policy": self.policy}, self.optimizer, self.generator)
+        self.step, self.minutes = int(header["step"]), float(header["minutes"])
+        self._cut_metrics()
+
+    def _cut_metrics(self) -> None:
+        """Drop metrics that were logged after the checkpoint, so that no step appears twice."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.step]
+        with writing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over the rows that have it."""
+    keys: Iterator[str] = iter(dict.fromkeys(key for row in rows for key in row))
+    return {key: sum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in keys}
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run, one dict per logged step."""
+    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,1 @@
+"""A synthetic video world, questions about it, and a tiny model trained on it."""

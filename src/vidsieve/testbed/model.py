@@ -1,0 +1,133 @@
+"""The testbed's model: transformers' own LLaVA-OneVision classes at a few million parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
+    LlavaOnevisionProcessor,
+    LlavaOnevisionVideoProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.testbed.vocabulary import SPECIAL, VOCABULARY
+from vidsieve.testbed.world import SIDE
+
+PATCH = 12
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} "
+    "{% if message['content'] is string %}{{ message['content'] }} {% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<video> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "<|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
+)
+WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the testbed's tokenizer: one id a word, words split at blanks."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    core = Tokenizer(WordLevel(WORD_ID, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(SPECIAL[2:]),
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaOnevisionProcessor:
+    """Return the processor that turns frames and text into inputs, as `AutoProcessor` would load it."""
+    look = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    return LlavaOnevisionProcessor(
+        image_processor=LlavaOnevisionImageProcessor(**look, image_grid_pinpoints=[[SIDE, SIDE]]),
+        tokenizer=build_tokenizer(),
+        video_processor=LlavaOnevisionVideoProcessor(**look),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_config(
+    layers: int = 6, width: int = 128, vision_width: int = 64, vision_layers: int = 3
+) -> LlavaOnevisionConfig:
+    """Return the model's configuration, with the template's ids under `vidsieve_template`."""
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            hidden_size=vision_width, intermediate_size=3 * vision_width, num_hidden_layers=vision_layers,
+            num_attention_heads=4, image_size=SIDE, patch_size=PATCH, vision_use_head=False,
+        ).to_dict() | {"model_type": "siglip_vision_model"},
+        text_config=Qwen2Config(
+            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096, rope_theta=1e4,
+            tie_word_embeddings=True, bos_token_id=None, eos_token_id=WORD_ID["<|im_end|>"], pad_token_id=0,
+        ).to_dict() | {"model_type": "qwen2"},
+        image_token_index=WORD_ID["<image>"], video_token_index=WORD_ID["<video>"],
+        vision_feature_layer=-1, tie_word_embeddings=True, image_grid_pinpoints=[[SIDE, SIDE]],
+    )  # fmt: skip
+    config.vidsieve_template = {
+        "turn_start": WORD_ID["<|im_start|>"], "turn_end": WORD_ID["<|im_end|>"], "user": WORD_ID["user"],
+        "ignore": [WORD_ID[word] for word in SPECIAL],
+    }  # fmt: skip
+    return config
+
+
+def build_model(seed: int = 0, **sizes: int) -> LlavaOnevisionForConditionalGeneration:
+    """Return the untrained model in evaluation mode, float32, seeded."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaOnevisionForConditionalGeneration(build_config(**sizes))
+    model.generation_config.eos_token_id = WORD_ID["<|im_end|>"]
+    model.generation_config.pad_token_id = WORD_ID["<pad>"]
+    return model.eval()
+
+
+def chat_inputs(processor: Any, frames: NDArray[np.uint8], questions: list[str]) -> dict[str, Any]:
+    """Return the processor's inputs of a batch that asks each of `questions` about one video (T, H, W, 3).
+
+    The pixels come once, as one video; the batch needs them repeated, or encoded once and repeated.
+    """
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True, tokenize=False,
+        )
+        for question in questions
+    ]  # fmt: skip
+    inputs = processor(text=texts[:1], videos=[frames], return_tensors="pt")
+    placeholders = int((inputs["input_ids"] == processor.video_token_id).sum())
+    expanded = [text.replace(processor.video_token, processor.video_token * placeholders) for text in texts]
+    words = processor.tokenizer(expanded, return_tensors="pt", padding=True, padding_side="left")
+    return {
+        "input_ids": words["input_ids"], "attention_mask": words["attention_mask"],
+        "pixel_values_videos": inputs["pixel_values_videos"],
+    }  # fmt: skip
+
+
+def repeated_features(features: VideoFeatures, times: int) -> BaseModelOutputWithPooling:
+    """Return ready features of one video for `times` prompts, as `mm_encoder_outputs` takes them."""
+    tokens = torch.cat([features.embeds, features.tail])
+    return BaseModelOutputWithPooling(pooler_output=tokens.expand(times, -1, -1))
+
+
+def shipped_model() -> Path:
+    """Return the folder of the trained model that comes with the package."""
+    return Path(__file__).with_name("assets") / "model"

@@ -1,0 +1,194 @@
+"""Is the world hard enough? Oracles that know the scene, and heuristics without training, on one table.
+
+Run before any policy is trained: `vidsieve testbed separation`. The oracles read the scene's cast, so they
+are no methods; the heuristics are what anyone would try first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve import registry
+from vidsieve.adapters.base import Adapter, adapter_for
+from vidsieve.eval.testbed import Row, SceneBatch, compressor_row, evaluate
+from vidsieve.selection import kept_tokens, top_indices
+from vidsieve.testbed.questions import best_order
+from vidsieve.testbed.world import TOKENS, Cast
+from vidsieve.types import Need, Selection, VideoTokens
+
+Select = Any
+
+
+def _fill(first: list[int], count: int, generator: Generator) -> Selection:
+    """Return a selection of `count` tokens: `first` in their order, then random ones."""
+    chosen = list(dict.fromkeys(first))[:count]
+    taken = set(chosen)
+    rest = [i for i in torch.randperm(TOKENS, generator=generator).tolist() if i not in taken]
+    return Selection(torch.tensor(chosen + rest[: count - len(chosen)]).sort().values)
+
+
+def question_oracle(count: int) -> Select:
+    """Return the selection of the tokens that a question is about, random ones after them."""
+
+    def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
+        return _fill(list(scene.questions[number].targets), count, generator)
+
+    return select
+
+
+def object_oracle(count: int, spread: bool) -> Select:
+    """Return the question-blind selection of tokens on objects that could be asked about.
+
+    `spread`: one token of every object first (two of a mover, the turn of a fixture), in random order, then
+    the rest; otherwise tokens of objects in random order.
+    """
+
+    def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
+        first, rest = _object_tokens(scene.cast, generator)
+        tokens = first + rest if spread else [*first, *rest]
+        if not spread:
+            tokens = [tokens[i] for i in torch.randperm(len(tokens), generator=generator).tolist()]
+        return _fill(tokens, count, generator)
+
+    return select
+
+
+def _object_tokens(cast: Cast, generator: Generator) -> tuple[list[int], list[int]]:
+    asked = [o for o in cast.objects if o.kind != "glyph"]
+    asked = [asked[i] for i in torch.randperm(len(asked), generator=generator).tolist()]
+    first: list[int] = []
+    for kind in ("fixture", "mover", "flash"):
+        for thing in asked:
+            if thing.kind == kind:
+                tokens = thing.tokens()
+                first.append(tokens[0])
+                if thing.turned:
+                    first.append(tokens[thing.turned[1][0]])
+                if kind == "mover":
+                    first.append(tokens[-1])
+    known = set(first)
+    return first, [token for thing in asked for token in best_order(thing) if token not in known]
+
+
+def _scored(score: Any, needs: frozenset[Need] = frozenset()) -> Any:
+    def build(count: int) -> Select:
+        def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
+            video = adapter.video_tokens(scene.encoded, number, needs)
+            return Selection(top_indices(score(adapter, scene, number, video), count))
+
+        return select
+
+    return build
+
+
+def _from_median(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+    frames = video.embeds.reshape(video.grid.frames, video.grid.per_frame, -1)
+    return (frames - frames.median(0, keepdim=True).values).square().sum(-1).flatten()
+
+
+def _from_mean(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+    return (video.embeds - video.embeds.mean(0)).square().sum(-1)
+
+
+def _word_similarity(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+    if video.prompt is None:
+        raise ValueError("word similarity needs the prompt")
+    words = video.prompt.embeds[video.prompt.question_mask]
+    tokens = torch.nn.functional.normalize(video.embeds, dim=-1)
+    return (tokens @ torch.nn.functional.normalize(words, dim=-1).T).amax(1)
+
+
+def _last_token_attention(layer: int) -> Any:
+    def score(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+        return _attention_of_last(adapter, scene, layer)[number][scene.encoded.videos[number].columns]
+
+    return score
+
+
+def _attention_of_last(adapter: Adapter, scene: SceneBatch, layer: int) -> Tensor:
+    """Return the mean-over-heads attention (B, L) of the last prompt token in one layer of the unpruned LLM."""
+    whole = Selection(torch.arange(TOKENS))
+    inputs = adapter.build(scene.encoded, [[whole]] * len(scene.questions)).inputs
+    before = adapter.model.config.get_text_config()._attn_implementation
+    adapter.model.set_attn_implementation({"text_config": "eager"})
+    try:
+        out = adapter.model(**inputs, logits_to_keep=1, use_cache=False, output_attentions=True)
+    finally:
+        adapter.model.set_attn_implementation({"text_config": before})
+    attention: Tensor = out.attentions[layer][:, :, -1].mean(1)
+    return attention
+
+
+HEURISTICS: dict[str, tuple[Any, bool]] = {
+    "temporal_median": (_scored(_from_median), False),
+    "distance_to_mean": (_scored(_from_mean), False),
+    "word_similarity": (_scored(_word_similarity, frozenset({Need.QUESTION})), True),
+}
+BLIND = ("random", "uniform", "downsample", "frame_difference", "divprune")
+
+
+def separation_rows(retentions: list[float], attention_layers: list[int] | None = None) -> list[Row]:
+    """Return the rows of the table that TESTBED's targets are read from."""
+    rows = []
+    for retention in retentions:
+        count = kept_tokens(retention, TOKENS)
+        rows.append(Row("question_oracle", "-", retention, question_oracle(count)))
+        rows.append(Row("object_oracle", "spread", retention, object_oracle(count, True), False))
+        rows.append(Row("object_oracle", "mixed", retention, object_oracle(count, False), False))
+        rows += [compressor_row(registry.compressors.get(name)(retention=retention)) for name in BLIND]
+        later = registry.compressors.get("frame_difference")(retention=retention, first_frame="next")
+        rows.append(compressor_row(later, "frame_difference_next"))
+        for name, (build, per_question) in HEURISTICS.items():
+            rows.append(Row(name, "-", retention, build(count), per_question))
+        for layer in attention_layers or []:
+            attention = _scored(_last_token_attention(layer))(count)
+            rows.append(Row(f"last_token_attention_{layer}", "-", retention, attention))
+    return rows
+
+
+def measure(
+    model: Any, processor: Any, retentions: list[float], *, world: str, seed: int, questions: int,
+    attention: bool = False, progress: Any = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the table of oracles and heuristics, and of another video's tokens (`wrong_video`)."""
+    layers = list(range(len(adapter_for(model).decoder_layers))) if attention else None
+    return evaluate(
+        model, processor, separation_rows(retentions, layers), world=world, seed=seed, questions=questions,
+        progress=progress,
+    )  # fmt: skip
+
+
+def targets(result: dict[str, Any]) -> list[str]:
+    """Return the conditions that the world must meet before any policy is trained, each with its figure."""
+    rows = result["rows"]
+
+    def value(method: str, retention: float) -> float:
+        found = [r["accuracy"] for r in rows if r["method"] == method and r["retention"] == retention]
+        return max(found, default=float("nan"))
+
+    knowing = {"full", "question_oracle", "object_oracle"}
+    full = value("full", 1.0)
+    lines = [_line("full tokens ≥ .88", full, full >= 0.88)]
+    for retention, slack in ((0.1, 0.02), (0.025, 0.05)):
+        oracle = value("question_oracle", retention)
+        name = f"question oracle at {retention:g} ≥ full − {slack:g}"
+        lines.append(_line(name, oracle - full, oracle >= full - slack))
+    for retention, distance in ((0.1, 0.12), (0.25, 0.05)):
+        oracle = value("question_oracle", retention)
+        best = max(
+            ((r["accuracy"], r["method"]) for r in rows if r["method"] not in knowing and r["retention"] == retention),
+            default=(float("nan"), "-"),
+        )
+        name = f"best without training ({best[1]}) at {retention:g} ≤ question oracle − {distance:g}"
+        lines.append(_line(name, best[0] - oracle, best[0] <= oracle - distance))
+    blind, oracle = value("object_oracle", 0.1), value("question_oracle", 0.1)
+    name = "question-blind object oracle at 0.1 ≤ question oracle − 0.06"
+    lines.append(_line(name, blind - oracle, blind <= oracle - 0.06))
+    return lines
+
+
+def _line(condition: str, figure: float, met: bool) -> str:
+    return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"

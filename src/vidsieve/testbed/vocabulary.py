@@ -1,0 +1,51 @@
+"""Words of the testbed: what scenes contain, how questions name it, how answers name it."""
+
+from __future__ import annotations
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "orange", "white")
+"""Answer words of the eight object colours."""
+
+SHAPES = (
+    "circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart", "moon", "arrow", "crown", "drop",
+)  # fmt: skip
+"""Answer words of the shapes that flash or move and that questions ask about."""
+
+FIXTURES = ("house", "tree", "cup", "bell")
+"""Answer words of the shapes that stay in place for the whole video."""
+
+GLYPHS = (
+    "zigzag", "hourglass", "ladder", "comb", "hook", "wave", "lattice", "fork",
+    "bolt", "anchor", "chain", "stairs", "target", "trident", "bowtie", "funnel",
+)  # fmt: skip
+"""Shapes that flash exactly as the asked ones do, and that no question and no caption ever names."""
+
+PLACES = ("northwest", "northeast", "southwest", "southeast")
+DIRECTIONS = ("left", "right", "up", "down")
+
+QUESTION_WORD = {
+    "red": "crimson", "green": "emerald", "blue": "azure", "yellow": "golden",
+    "purple": "violet", "cyan": "teal", "orange": "amber", "white": "ivory",
+    "circle": "disc", "square": "box", "triangle": "wedge", "star": "spark", "cross": "plus",
+    "ring": "hoop", "diamond": "gem", "heart": "love", "moon": "crescent",
+    "arrow": "dart", "crown": "tiara", "drop": "tear",
+    "house": "home", "tree": "plant", "cup": "mug", "bell": "chime",
+}  # fmt: skip
+"""Questions use words of their own, so that word similarity alone does not find an answer's tokens."""
+
+ROWS = tuple(f"row{i}" for i in range(6))
+COLUMNS = tuple(f"column{i}" for i in range(6))
+"""Words no text uses: targets of the projector's alignment stage."""
+
+FUNCTION_WORDS = (
+    "user", "assistant", "what", "which", "where", "way", "colour", "shape", "is", "was", "the", "does",
+    "did", "move", "moves", "turn", "turns", "first", "last", "and", "in", "a", "?", ".", "describe", "video",
+    "answer", "with", "one", "word", "of", "there", "that", "stays", "it",
+)  # fmt: skip
+
+SPECIAL = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<video>", "<image>")
+
+VOCABULARY: tuple[str, ...] = (
+    *SPECIAL, *COLOURS, *SHAPES, *FIXTURES, *GLYPHS, "decoy", "ground", *PLACES, *DIRECTIONS,
+    *QUESTION_WORD.values(), *ROWS, *COLUMNS, *FUNCTION_WORDS,
+)  # fmt: skip
+"""Every word in id order; the tokenizer splits at blanks and knows nothing else."""

@@ -1,0 +1,243 @@
+"""What every registered compressor must do, as small named checks; later methods are checked by being registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import NeedError, RetentionError, UnknownNameError
+from vidsieve.types import Need, Prompt, Selection, Stage, TokenGrid, Tokens, VideoTokens
+
+WIDTH = 32
+GRIDS = (TokenGrid(8, 5, 7), TokenGrid(3, 4, 4), TokenGrid(16, 6, 6))
+RETENTIONS = (0.02, 0.1, 0.25, 0.29, 0.5, 0.99)
+
+Method = type[Compressor]
+Check = Callable[[Method], None]
+
+
+class CheckFailure(AssertionError):
+    """A compressor breaks the contract."""
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise CheckFailure(message)
+
+
+def make_video(
+    grid: TokenGrid, width: int = WIDTH, *, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> VideoTokens:
+    """Return a video of smooth drifting random tokens inside a short prompt with a question."""
+    draw = torch.Generator().manual_seed(seed)
+    base = torch.randn(1, grid.per_frame, width, generator=draw)
+    steps = torch.randn(grid.frames, grid.per_frame, width, generator=draw).cumsum(0) * 0.3
+    tokens = (base + steps).reshape(-1, width).to(dtype)
+    before, after = 3, 6
+    length = before + grid.num_tokens + after
+    embeds = torch.randn(length, width, generator=draw).to(dtype)
+    embeds[before : before + grid.num_tokens] = tokens
+    video_mask = torch.zeros(length, dtype=torch.bool)
+    video_mask[before : before + grid.num_tokens] = True
+    question = torch.zeros(length, dtype=torch.bool)
+    question[-after:-1] = True
+    positions = torch.arange(length)[None]
+    return VideoTokens(tokens, grid, positions[:, video_mask], Prompt(embeds, positions, video_mask, question))
+
+
+def example(method: Method, **fields: Any) -> Compressor:
+    """Return an instance for checks: random weights where the method is trained."""
+    untrained = getattr(method, "untrained", None)
+    made: Compressor = untrained(WIDTH, **fields) if untrained else method(**fields)
+    return made
+
+
+def _variants(method: Method) -> Iterable[str]:
+    return method.variants
+
+
+def _compress(compressor: Compressor, video: VideoTokens, seed: int = 0) -> Selection:
+    return compressor.compress(video, generator=torch.Generator().manual_seed(seed))
+
+
+def check_exact_budget(method: Method) -> None:
+    """Every selection has exactly the budgeted size, at every retention, grid and variant."""
+    for variant in _variants(method):
+        for grid in GRIDS:
+            video = make_video(grid)
+            for retention in RETENTIONS:
+                compressor = example(method, retention=retention, variant=variant)
+                kept = _compress(compressor, video).num_kept
+                budget = compressor.budget(video)
+                _expect(kept == budget, f"{variant} at {retention} of {grid}: kept {kept}, budget {budget}")
+
+
+def check_token_count_budget(method: Method) -> None:
+    """``retention=Tokens(k)`` keeps k tokens."""
+    for count in (1, 7, 100):
+        kept = _compress(example(method, retention=Tokens(count)), make_video(GRIDS[0])).num_kept
+        _expect(kept == count, f"Tokens({count}) kept {kept}")
+
+
+def check_indices_in_range(method: Method) -> None:
+    """Indices are sorted and unique (the type sees to that) and lie on the grid."""
+    for grid in GRIDS:
+        chosen = _compress(example(method), make_video(grid)).indices
+        _expect(int(chosen[-1]) < grid.num_tokens, f"index {int(chosen[-1])} on a grid of {grid.num_tokens} tokens")
+
+
+def check_deterministic(method: Method) -> None:
+    """The same video and seed give the same selection."""
+    for variant in _variants(method):
+        compressor, video = example(method, variant=variant), make_video(GRIDS[0])
+        first, second = _compress(compressor, video, 7), _compress(compressor, video, 7)
+        _expect(torch.equal(first.indices, second.indices), f"{variant}: two runs keep different tokens")
+        if first.embeds is not None and second.embeds is not None:
+            _expect(torch.equal(first.embeds, second.embeds), f"{variant}: two runs merge differently")
+
+
+def check_full_retention_is_identity(method: Method) -> None:
+    """Retention 1.0 keeps every token, untouched."""
+    video = make_video(GRIDS[1])
+    chosen = _compress(example(method, retention=1.0), video)
+    _expect(torch.equal(chosen.indices, torch.arange(video.num_tokens)), "retention 1.0 dropped tokens")
+    same = chosen.embeds is None or torch.equal(chosen.embeds, video.embeds)
+    _expect(same, "retention 1.0 changed tokens")
+
+
+def check_dtype_and_device(method: Method) -> None:
+    """Half-precision tokens work; what comes back has their dtype and device."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        video = make_video(GRIDS[0], dtype=dtype)
+        chosen = _compress(example(method), video)
+        _expect(chosen.indices.device == video.embeds.device, "indices moved to another device")
+        _expect(chosen.embeds is None or chosen.embeds.dtype == dtype, f"merged tokens are not {dtype}")
+
+
+def check_one_frame_and_one_token(method: Method) -> None:
+    """A single frame works, and a single token is kept whatever the retention."""
+    _expect(_compress(example(method, retention=0.5), make_video(TokenGrid(1, 4, 4))).num_kept == 8, "one frame")
+    _expect(_compress(example(method, retention=0.1), make_video(TokenGrid(1, 1, 1))).num_kept == 1, "one token")
+
+
+def check_inputs_not_changed(method: Method) -> None:
+    """`compress` changes nothing in the video handed to it."""
+    video = make_video(GRIDS[0])
+    tensors = {"embeds": video.embeds, "positions": video.positions}
+    if video.prompt is not None:
+        tensors |= {f"prompt.{f.name}": getattr(video.prompt, f.name) for f in dataclasses.fields(video.prompt)}
+    before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in tensors.items()}
+    _compress(example(method), video)
+    for name, tensor in tensors.items():
+        _expect(torch.equal(before[name], tensor), f"{name} was changed")
+
+
+def check_duplicate_tokens(method: Method) -> None:
+    """A video whose frames are all the same still gives the exact budget."""
+    video = make_video(GRIDS[1])
+    still = video.embeds[: video.grid.per_frame].repeat(video.grid.frames, 1)
+    chosen = _compress(example(method, retention=0.5), dataclasses.replace(video, embeds=still))
+    _expect(chosen.num_kept == video.num_tokens // 2, f"kept {chosen.num_kept} of {video.num_tokens} at 0.5")
+
+
+def check_picklable(method: Method) -> None:
+    """An instance survives pickling with its fields."""
+    compressor = example(method, retention=0.3)
+    again = pickle.loads(pickle.dumps(compressor))
+    _expect(again.retention == 0.3 and type(again) is type(compressor), "pickling changed the instance")
+
+
+def check_default_constructible(method: Method) -> None:
+    """The class can be made without arguments."""
+    method()
+
+
+def check_bad_fields_refused(method: Method) -> None:
+    """A retention outside (0, 1] and an unknown variant are refused when the instance is made."""
+    for retention in (0, 1.5, -0.1, float("nan"), "abc", None, True):
+        try:
+            method(retention=retention)  # type: ignore[arg-type]
+        except RetentionError:
+            continue
+        raise CheckFailure(f"retention {retention!r} was accepted")
+    try:
+        method(variant="no such variant")
+    except UnknownNameError:
+        return
+    raise CheckFailure("an unknown variant was accepted")
+
+
+def check_documented(method: Method) -> None:
+    """The class says what it keeps and names its paper."""
+    text = method.__doc__ or ""
+    _expect(len(text.split()) > 15, "the class docstring does not say what is kept and why")
+    _expect(bool(method.paper), "no paper is named")
+    _expect(method.name.isidentifier(), f"{method.name!r} is no identifier")
+
+
+def check_needs_enforced(method: Method) -> None:
+    """A method that reads the question refuses a video without a prompt."""
+    if Need.QUESTION not in method.needs:
+        return
+    bare = dataclasses.replace(make_video(GRIDS[1]), prompt=None)
+    try:
+        example(method).compress(bare)
+    except NeedError:
+        return
+    raise CheckFailure("a video without a prompt was accepted")
+
+
+def check_blind_unless_declared(method: Method) -> None:
+    """Without `Need.QUESTION`, another question changes nothing."""
+    if Need.QUESTION in method.needs:
+        return
+    video = make_video(GRIDS[0])
+    prompt = video.prompt
+    if prompt is None:
+        raise CheckFailure("the example video has no prompt")
+    other = dataclasses.replace(prompt, embeds=prompt.embeds.flip(0))
+    first = _compress(example(method), video)
+    second = _compress(example(method), dataclasses.replace(video, prompt=other))
+    _expect(torch.equal(first.indices, second.indices), "the question changed what is kept, but is not a declared need")
+
+
+CHECKS: tuple[Check, ...] = (
+    check_exact_budget, check_token_count_budget, check_indices_in_range, check_deterministic,
+    check_full_retention_is_identity, check_dtype_and_device, check_one_frame_and_one_token,
+    check_inputs_not_changed, check_duplicate_tokens, check_picklable, check_default_constructible,
+    check_bad_fields_refused, check_documented, check_needs_enforced, check_blind_unless_declared,
+)  # fmt: skip
+
+
+def check_compressor(method: Method) -> None:
+    """Run every check on one class.
+
+    Raises
+    ------
+    CheckFailure
+        At the first check that fails and is not among the class's `expected_failures`.
+    """
+    if method.stage is not Stage.PRE_LLM:
+        raise NeedError(f"{method.name} acts {method.stage.value}: its checks need a model")
+    for check in CHECKS:
+        if check.__name__ not in method.expected_failures:
+            check(method)
+
+
+def parametrize_with_checks(methods: Iterable[Method]) -> Any:
+    """Return a pytest decorator over (method, check); declared failures become strict xfails with their reason."""
+    import pytest
+
+    cases = []
+    for method in methods:
+        for check in CHECKS:
+            reason = method.expected_failures.get(check.__name__)
+            marks = [pytest.mark.xfail(reason=reason, raises=CheckFailure, strict=True)] if reason else []
+            cases.append(pytest.param(method, check, id=f"{method.name}-{check.__name__}", marks=marks))
+    return pytest.mark.parametrize(("method", "check"), cases)

@@ -1,0 +1,107 @@
+"""Recorded inputs and outputs of official implementations, and whether ours gives the same.
+
+A folder holds one ``<method>.npz`` per method. The module of that name here knows how to read it and yields
+one `Case` per recorded case; a file without such a module is listed as not covered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+
+from vidsieve.errors import VidsieveError
+
+FEATURE_TOLERANCE = 1e-4
+Archive = Mapping[str, Any]
+Status = Literal["pass", "fail", "no such method yet"]
+
+
+class OracleError(VidsieveError, ValueError):
+    """A folder or file of recorded cases cannot be read."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One recorded case: what was compared, the largest difference (0 for equal indices), and the verdict."""
+
+    method: str
+    case: str
+    compared: str
+    difference: float
+    status: Status
+    note: str = ""
+
+
+def judged(
+    method: str, case: str, compared: dict[str, float], note: str = "", tolerance: float = FEATURE_TOLERANCE
+) -> Case:
+    """Return the verdict on named differences: each within `tolerance` (indices: 0 or infinity)."""
+    worst = max(compared.values())
+    return Case(method, case, ", ".join(compared), worst, "pass" if worst <= tolerance else "fail", note)
+
+
+def same_indices(ours: Any, theirs: Any) -> float:
+    """Return 0 if two index arrays are equal, else infinity."""
+    a, b = np.asarray(ours).ravel(), np.asarray(theirs).ravel()
+    return 0.0 if a.shape == b.shape and bool((a == b).all()) else float("inf")
+
+
+def gap(ours: Any, theirs: Any) -> float:
+    """Return the largest absolute difference of two arrays; infinity if their shapes differ or one is not finite."""
+    a, b = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    if a.shape != b.shape:
+        return float("inf")
+    difference = float(np.abs(a - b).max()) if a.size else 0.0
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def groups(archive: Archive, depth: int) -> dict[str, list[str]]:
+    """Return the keys of an archive by their first `depth` parts."""
+    found: dict[str, list[str]] = {}
+    for key in archive:
+        found.setdefault("/".join(key.split("/")[:depth]), []).append(key)
+    return found
+
+
+def run_folder(folder: Path) -> Iterator[Case]:
+    """Yield every case of every archive in `folder`, in the order of the files.
+
+    Raises
+    ------
+    OracleError
+        If the folder holds no readable ``.npz``.
+    """
+    files = sorted(Path(folder).glob("*.npz"))
+    if not files:
+        raise OracleError(f"no .npz files in {folder}: give the folder of recorded cases, as tests/oracles")
+    for path in files:
+        yield from run_file(path)
+
+
+def run_file(path: Path) -> Iterator[Case]:
+    """Yield every case of one archive.
+
+    Raises
+    ------
+    OracleError
+        If the file is no archive of plain arrays.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as opened:
+            archive = {key: opened[key] for key in opened.files}
+    except (OSError, ValueError, BadZipFile) as error:
+        raise OracleError(f"{path} is no archive of plain arrays: {error}") from None
+    method = path.stem
+    if importlib.util.find_spec(f"{__name__}.{method}") is None:
+        for case in groups(archive, 2 if any("/" in k for k in archive) else 1):
+            yield Case(method, case, "-", float("nan"), "no such method yet")
+        return
+    cases: Callable[[Archive], Iterator[Case]] = importlib.import_module(f"{__name__}.{method}").cases
+    yield from cases(archive)

@@ -1,0 +1,208 @@
+"""The tensors that adapters hand to compressors and get back: one video at a time, no batch axis.
+
+Letters used in shapes: N video tokens in LLM width D on a grid T×H×W; L prompt length; K tokens kept;
+P position rows (1, or 3 for temporal, height and width).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from vidsieve.errors import SelectionError
+
+
+class Stage(Enum):
+    """Where a method drops tokens."""
+
+    PRE_LLM = "before the LLM"
+    LAYER = "inside LLM layers"
+    DECODE = "while decoding"
+
+
+class Need(Enum):
+    """A signal beyond the video tokens that a method asks of the adapter."""
+
+    QUESTION = "the prompt's embeddings and which of them are the question"
+    ENCODER_ATTENTION = "attention inside the vision encoder"
+    ENCODER_KEYS = "attention keys of the vision encoder"
+    LAYER_ATTENTION = "attention inside an LLM layer"
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """A video's token grid: `frames` × `height` × `width`, counted in LLM tokens, raster order."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if min(self.frames, self.height, self.width) < 1:
+            raise SelectionError(f"a token grid needs positive sides, got {self}")
+
+    @property
+    def per_frame(self) -> int:
+        """Tokens in one frame."""
+        return self.height * self.width
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all frames."""
+        return self.frames * self.per_frame
+
+    def __str__(self) -> str:
+        return f"{self.frames}×{self.height}×{self.width}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prompt around one video, padding removed.
+
+    Parameters
+    ----------
+    embeds : Tensor, (L, D), floating
+        Input embeddings of the whole prompt, video features in place.
+    positions : Tensor, (P, L), int64
+        Position ids as the LLM gets them.
+    video_mask : Tensor, (L,), bool
+        True on the N tokens of this video's grid (a newline token is not part of the grid).
+    question_mask : Tensor, (L,), bool
+        True on the question: the text of the last user turn, options included, without template tokens.
+    """
+
+    embeds: Tensor
+    positions: Tensor
+    video_mask: Tensor
+    question_mask: Tensor
+
+    def __post_init__(self) -> None:
+        length = self.embeds.shape[0]
+        if self.embeds.ndim != 2 or self.positions.ndim != 2 or self.positions.shape[1] != length:
+            raise SelectionError(
+                f"a prompt needs embeds (L, D) and positions (P, L), got {tuple(self.embeds.shape)} "
+                f"and {tuple(self.positions.shape)}"
+            )
+        for name in ("video_mask", "question_mask"):
+            mask = getattr(self, name)
+            if mask.shape != (length,) or mask.dtype != torch.bool:
+                raise SelectionError(f"{name} must be ({length},) bool, got {tuple(mask.shape)} {mask.dtype}")
+
+
+@dataclass(frozen=True)
+class EncoderOutputs:
+    """Signals of the vision encoder, pooled to the LLM grid exactly as the features are.
+
+    Parameters
+    ----------
+    attention : Tensor or None, (N,), float32
+        Attention each video token receives in the encoder.
+    keys : Tensor or None, (N, D_k), floating
+        Attention keys of each video token.
+    """
+
+    attention: Tensor | None = None
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class VideoTokens:
+    """One video as the LLM would read it.
+
+    Parameters
+    ----------
+    embeds : Tensor, (N, D), floating
+        Video tokens after projector and pooling, in raster order (frame, row, column).
+    grid : TokenGrid
+        With ``grid.num_tokens == N``.
+    positions : Tensor, (P, N), int64
+        Position ids of the tokens in the unpruned prompt.
+    prompt : Prompt or None
+        Given to methods that need `Need.QUESTION`.
+    encoder : EncoderOutputs or None
+        Given to methods that need signals of the vision encoder.
+
+    Raises
+    ------
+    SelectionError
+        If the shapes or dtypes disagree.
+    """
+
+    embeds: Tensor
+    grid: TokenGrid
+    positions: Tensor
+    prompt: Prompt | None = None
+    encoder: EncoderOutputs | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeds.ndim != 2 or not self.embeds.is_floating_point():
+            raise SelectionError(f"embeds must be (N, D) floating, got {tuple(self.embeds.shape)} {self.embeds.dtype}")
+        if self.embeds.shape[0] != self.grid.num_tokens:
+            raise SelectionError(f"{self.embeds.shape[0]} tokens do not fill a grid of {self.grid}")
+        if self.positions.ndim != 2 or self.positions.shape[1] != self.embeds.shape[0]:
+            raise SelectionError(f"positions must be (P, N), got {tuple(self.positions.shape)}")
+        if self.positions.dtype != torch.int64:
+            raise SelectionError(f"positions must be int64, got {self.positions.dtype}")
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.grid.num_tokens
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a compressor keeps of one video.
+
+    Parameters
+    ----------
+    indices : Tensor, (K,), int64
+        Kept tokens as raster indices, sorted, unique.
+    embeds : Tensor or None, (K, D)
+        Given by methods that merge: the merged tokens, each at the index of its anchor.
+    scores : Tensor or None, (N,), float32
+        Higher = keep.
+    frame_scores : Tensor or None, (T,), float32
+        Higher = more of the budget.
+
+    Raises
+    ------
+    SelectionError
+        If `indices` is not sorted, unique int64, or `embeds` does not match it.
+    """
+
+    indices: Tensor
+    embeds: Tensor | None = None
+    scores: Tensor | None = None
+    frame_scores: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.indices.ndim != 1 or self.indices.dtype != torch.int64:
+            raise SelectionError(f"indices must be (K,) int64, got {tuple(self.indices.shape)} {self.indices.dtype}")
+        if self.indices.numel() == 0:
+            raise SelectionError("a selection keeps at least one token")
+        if not bool((self.indices[1:] > self.indices[:-1]).all()):
+            raise SelectionError("indices must be sorted and unique")
+        if int(self.indices[0]) < 0:
+            raise SelectionError(f"indices must not be negative, got {int(self.indices[0])}")
+        if self.embeds is not None and (self.embeds.ndim != 2 or self.embeds.shape[0] != self.indices.shape[0]):
+            raise SelectionError(f"{self.indices.shape[0]} indices need embeds (K, D), got {tuple(self.embeds.shape)}")
+
+    @property
+    def num_kept(self) -> int:
+        """K."""
+        return int(self.indices.shape[0])
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A budget as a token count instead of a fraction: ``retention=Tokens(512)``."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
+            raise SelectionError(f"Tokens(...) needs a whole number ≥ 1, got {self.count!r}")

@@ -1,0 +1,439 @@
+"""What the caller sees does not change; what cannot be right is an error; nothing stays behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+
+import vidsieve
+from vidsieve.adapters import Template, adapter_for
+from vidsieve.errors import (
+    AttachError,
+    NeedError,
+    PolicyMismatchError,
+    PromptError,
+    UnknownNameError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
+from vidsieve.testing.equivalence import configuration
+from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
+
+pytestmark = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture
+def model(family):
+    return FAMILIES[family]()
+
+
+@pytest.fixture
+def inputs(family):
+    return configuration(family, "batch 1")
+
+
+def random(retention=0.3):
+    return vidsieve.load("random", retention=retention)
+
+
+def generate(model, inputs, **options):
+    return model.generate(**inputs, **({"max_new_tokens": 6, "do_sample": False} | options))
+
+
+def snapshot(model):
+    return {
+        name: {k: v for k, v in vars(module).items() if not k.startswith("_is_hf")}
+        for name, module in model.named_modules()
+    }
+
+
+def test_text_after_the_prompt_is_the_same_at_full_retention(model, inputs):
+    plain = generate(model, inputs)
+    with vidsieve.attach(model, random(1.0)):
+        assert torch.equal(generate(model, inputs), plain)
+
+
+def test_model_is_bit_identical_after_detach(model, inputs, family):
+    generate(model, inputs)  # what the model itself leaves behind on first use
+    before, weights = snapshot(model), {k: v.clone() for k, v in model.state_dict().items()}
+    with vidsieve.attach(model, random()):
+        generate(model, inputs)
+        model(**inputs)
+        assert "generate" in vars(model)
+    after = snapshot(model)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert before[name].keys() == after[name].keys(), name
+        for key, value in before[name].items():
+            now = after[name][key]
+            same = torch.equal(value, now) if isinstance(value, torch.Tensor) else value is now
+            assert same or value == now, (name, key)
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(generate(model, inputs), generate(FAMILIES[family](), inputs))
+
+
+def test_detached_after_an_error_too(model, inputs):
+    with pytest.raises(RuntimeError, match="inside"), vidsieve.attach(model, random()):
+        raise RuntimeError("inside")
+    assert not {"generate", "forward"} & vars(model).keys()
+
+
+def test_an_instance_attribute_from_elsewhere_comes_back(model, inputs):
+    """accelerate wraps `forward` on the instance: that wrapper must be there again afterwards."""
+    calls = []
+    original = model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    model.forward = wrapped
+    with vidsieve.attach(model, random()):
+        model(**inputs)
+    assert calls and vars(model)["forward"] is wrapped
+
+
+def test_close_is_idempotent_and_frees_the_model(family):
+    model = FAMILIES[family]()
+    session = vidsieve.attach(model, random())
+    session.close()
+    session.close()
+    gone = weakref.ref(model)
+    del session, model
+    gc.collect()
+    assert gone() is None
+
+
+def test_attaching_twice_is_refused(model, inputs):
+    with vidsieve.attach(model, random()):
+        with pytest.raises(AttachError, match="random is attached to this model already"):
+            vidsieve.attach(model, random())
+        generate(model, inputs)
+    with vidsieve.attach(model, random()):
+        pass
+
+
+def test_other_instances_are_not_touched(model, inputs, family):
+    other = FAMILIES[family]()
+    plain = generate(other, inputs)
+    with vidsieve.attach(model, random()):
+        assert torch.equal(generate(other, inputs), plain)
+
+
+def test_text_only_prompts_pass_through(model, family):
+    inputs = inputs_for(family, [[]], words=[12])
+    plain, logits = generate(model, inputs), model(**inputs).logits
+    with vidsieve.attach(model, random()) as session:
+        assert torch.equal(generate(model, inputs), plain)
+        assert torch.equal(model(**inputs).logits, logits)
+    assert len(session.trace) == 0
+
+
+def test_a_text_prompt_beside_a_video_prompt(model, family):
+    inputs = inputs_for(family, [[default_grid(family)], []], words=[4, 20])
+    real = inputs["attention_mask"][0].bool()
+    alone = {k: v[:1, real] if v.shape[:2] == inputs["input_ids"].shape else v for k, v in inputs.items()}
+    with vidsieve.attach(model, vidsieve.load("uniform", retention=0.3)) as session:
+        both = generate(model, inputs)[:, inputs["input_ids"].shape[1] :]
+        one = generate(model, alone)[:, alone["input_ids"].shape[1] :]
+    assert torch.equal(both[:1], one)
+    assert len(session.trace) == 2
+    text = {k: v[1:] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    real = text["attention_mask"][0].bool()
+    text = {k: v[:, real] for k, v in text.items()}
+    assert torch.equal(both[1:], generate(model, text)[:, text["input_ids"].shape[1] :])
+
+
+def test_trace_says_what_was_kept(model, inputs, family):
+    grid = default_grid(family)
+    with vidsieve.attach(model, random(0.5)) as session:
+        generate(model, inputs)
+    (video,) = session.trace
+    assert (video.kept, video.total, video.grid) == (grid.num_tokens // 2, grid.num_tokens, grid)
+    assert sum(video.per_frame) == video.kept == len(video.indices) and video.select_ms > 0
+    assert f"kept {video.kept} of {video.total}" in str(session.trace) and "installed" in str(session.trace)
+    before, after = session.trace.prompt_tokens
+    assert before - after == video.total - video.kept
+
+
+def test_sampling_repeats_under_a_seed(model, inputs):
+    outs = []
+    for _ in range(2):
+        with vidsieve.attach(model, random(), seed=3):
+            torch.manual_seed(5)
+            outs.append(generate(model, inputs, do_sample=True, temperature=1.5))
+    assert torch.equal(*outs)
+    with vidsieve.attach(model, random(), seed=4) as session:
+        generate(model, inputs)
+        other = session.trace.videos[0].indices
+    with vidsieve.attach(model, random(), seed=3) as session:
+        generate(model, inputs)
+        assert session.trace.videos[0].indices != other
+
+
+def test_several_return_sequences_and_beams_begin_with_the_callers_prompt(model, family):
+    inputs = configuration(family, "ragged batch 2")
+    prompt = inputs["input_ids"].repeat_interleave(2, 0)
+    with vidsieve.attach(model, random()):
+        for options in ({"do_sample": True}, {"num_beams": 3}):
+            out = generate(model, inputs, num_return_sequences=2, **options)
+            assert torch.equal(out[:, : prompt.shape[1]], prompt) and out.shape == (4, prompt.shape[1] + 6)
+
+
+def test_total_lengths_count_the_callers_prompt(model, inputs):
+    prompt = inputs["input_ids"].shape[1]
+    with vidsieve.attach(model, random()):
+        assert model.generate(**inputs, max_length=prompt + 3, do_sample=False).shape[1] == prompt + 3
+        config = GenerationConfig(max_length=prompt + 4, do_sample=False, pad_token_id=0)
+        assert model.generate(**inputs, generation_config=config).shape[1] == prompt + 4
+        with pytest.raises(UnsupportedCallError, match="leaves no room"):
+            model.generate(**inputs, max_length=prompt - 1)
+
+
+def test_hooks_of_generate_see_the_callers_prompt(model, inputs):
+    ids, seen = inputs["input_ids"], []
+
+    class Watch(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            seen.append(("processor", input_ids.clone()))
+            return scores
+
+    def stop(input_ids, scores, **kwargs):
+        seen.append(("criteria", input_ids.clone()))
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    def allowed(row, input_ids):
+        seen.append(("prefix", input_ids[None].clone()))
+        return list(range(128))
+
+    class Streamer:
+        def put(self, value):
+            seen.append(("streamer", value.clone()))
+
+        def end(self):
+            seen.append(("end", ids))
+
+    with vidsieve.attach(model, random()):
+        generate(
+            model, inputs, logits_processor=LogitsProcessorList([Watch()]), prefix_allowed_tokens_fn=allowed,
+            stopping_criteria=StoppingCriteriaList([stop]), streamer=Streamer(), max_new_tokens=2,
+        )  # fmt: skip
+    for name in ("processor", "criteria", "prefix"):
+        shown = [value for kind, value in seen if kind == name]
+        assert shown and all(torch.equal(value[:, : ids.shape[1]], ids) for value in shown), name
+    assert torch.equal(next(value for kind, value in seen if kind == "streamer"), ids)
+
+
+def test_positional_input_ids_and_model_outputs(model, inputs):
+    with vidsieve.attach(model, random()):
+        named = generate(model, inputs)
+        rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+        assert torch.equal(model.generate(inputs["input_ids"], **rest, max_new_tokens=6, do_sample=False), named)
+        out = generate(model, inputs, return_dict_in_generate=True, output_scores=True)
+        assert torch.equal(out.sequences, named) and len(out.scores) == 6
+
+
+def test_forward_gathers_labels_and_maps_logits_back(model, inputs):
+    ids = inputs["input_ids"]
+    labels = ids.masked_fill(ids == VIDEO, -100)
+    with vidsieve.attach(model, random()) as session:
+        out = model(**inputs, labels=labels)
+    kept = session.kept_positions
+    assert out.logits.shape[:2] == kept.shape and kept.shape[1] < ids.shape[1]
+    words = (ids[0] != VIDEO).nonzero().flatten()
+    assert set(words.tolist()) <= set(kept[0].tolist())
+    assert torch.isfinite(out.loss)
+
+
+def test_logits_to_keep(model, inputs):
+    with vidsieve.attach(model, random()):
+        last = model(**inputs).logits[:, -2:]
+        assert torch.allclose(model(**inputs, logits_to_keep=2).logits, last, atol=1e-5)
+        with pytest.raises(UnsupportedCallError, match="reaches into the video"):
+            model(**inputs, logits_to_keep=inputs["input_ids"].shape[1] - 3)
+        with pytest.raises(UnsupportedCallError, match="kept_positions"):
+            model(**inputs, logits_to_keep=torch.tensor([0, 1]))
+
+
+def test_manual_decoding_through_forward_equals_generate(model, inputs):
+    """A loop of plain forwards on the cache, with the caller's full-length mask, gives the same tokens."""
+    with vidsieve.attach(model, random()), torch.no_grad():
+        wanted = generate(model, inputs)
+        out = model(**inputs, use_cache=True)
+        made, mask = inputs["input_ids"], inputs["attention_mask"]
+        for _ in range(6):
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            made, mask = torch.cat([made, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
+            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+    assert torch.equal(made, wanted)
+
+
+def test_the_callers_own_cache_is_remembered(model, inputs):
+    with vidsieve.attach(model, random()), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        first = generate(model, inputs, past_key_values=cache)
+        more = torch.cat([first, torch.tensor([[41, 42]])], 1)
+        again = model.generate(input_ids=more, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(again[:, : more.shape[1]], more)
+
+
+def test_later_turns_that_cannot_be_right_are_refused(model, inputs, family):
+    with vidsieve.attach(model, random()), torch.no_grad():
+        out = generate(model, inputs, return_dict_in_generate=True)
+        cache, full = out.past_key_values, out.sequences
+        other = full.clone()
+        other[0, 1] = 55
+        with pytest.raises(UnsupportedCallError, match="must begin with"):
+            model.generate(input_ids=torch.cat([other, full[:, :1]], 1), past_key_values=cache, max_new_tokens=2)
+        with pytest.raises(UnsupportedCallError, match="brings another video"):
+            new = torch.cat([full, torch.full((1, 2), VIDEO)], 1)
+            model.generate(input_ids=new, past_key_values=cache, max_new_tokens=2)
+        beams = generate(model, inputs, num_beams=2, return_dict_in_generate=True)
+        with pytest.raises(UnsupportedCallError, match="beam search cannot be continued"):
+            again = torch.cat([beams.sequences, full[:, :1]], 1)
+            model.generate(input_ids=again, past_key_values=beams.past_key_values, max_new_tokens=2)
+        with pytest.raises(UnsupportedCallError, match="attention_mask must cover"):
+            model(input_ids=full[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 3))
+
+
+def test_a_cache_from_outside_the_session_is_refused(model, inputs):
+    cache = generate(model, inputs, return_dict_in_generate=True).past_key_values
+    more = torch.cat([inputs["input_ids"], torch.arange(40, 50)[None]], 1)
+    with (
+        vidsieve.attach(model, random()),
+        pytest.raises(UnsupportedCallError, match="not filled under this session"),
+    ):
+        model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)
+
+
+def test_calls_that_could_be_wrong_are_refused(model, inputs):
+    refused = [
+        ({"use_cache": False}, "packed sequences"),
+        ({"assistant_model": model}, "assisted decoding"),
+        ({"guidance_scale": 2.0}, "classifier-free guidance"),
+        ({"prompt_lookup_num_tokens": 2}, "prompt-lookup"),
+        ({"penalty_alpha": 0.5, "top_k": 4}, "contrastive"),
+        ({"prefill_chunk_size": 8}, "chunked prefill"),
+    ]
+    with vidsieve.attach(model, random()):
+        for options, message in refused:
+            with pytest.raises(UnsupportedCallError, match=message):
+                generate(model, inputs, **options)
+        with pytest.raises(UnsupportedCallError, match="pass input_ids"):
+            pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            model(inputs_embeds=torch.randn(1, 9, 64), **pixels)
+        with pytest.raises(UnsupportedCallError, match="images and videos"):
+            model(**inputs, pixel_values=torch.randn(1, 3, 56, 56))
+
+
+def test_prompt_and_video_must_agree(model, inputs, family):
+    ids = inputs["input_ids"]
+    words = (ids[0] != VIDEO).nonzero().flatten()
+    bare = inputs | {"input_ids": ids[:, words], "attention_mask": torch.ones(1, len(words), dtype=torch.int64)}
+    bare.pop("mm_token_type_ids", None)
+    short = inputs | {"input_ids": ids[:, 4:], "attention_mask": inputs["attention_mask"][:, 4:]}
+    if "mm_token_type_ids" in short:
+        short["mm_token_type_ids"] = short["mm_token_type_ids"][:, 4:]
+    with vidsieve.attach(model, random()):
+        with pytest.raises(PromptError, match="no video placeholder"):
+            generate(model, bare)
+        with pytest.raises(PromptError, match="video placeholders, its 1 videos give"):
+            generate(model, short)
+        with pytest.raises(PromptError, match="the call carries no video"):
+            generate(model, {"input_ids": ids, "attention_mask": inputs["attention_mask"]})
+
+
+def test_prune_is_the_same_by_hand(model, inputs):
+    with vidsieve.attach(model, vidsieve.load("divprune", retention=0.3)):
+        attached = generate(model, inputs)
+    before = {k: v.clone() for k, v in inputs.items()}
+    pruned = vidsieve.prune(model, inputs, vidsieve.load("divprune", retention=0.3))
+    out = model.generate(**pruned, max_new_tokens=6, do_sample=False)
+    assert torch.equal(out[:, pruned["input_ids"].shape[1] :], attached[:, inputs["input_ids"].shape[1] :])
+    assert all(torch.equal(before[k], v) for k, v in inputs.items())
+    with pytest.raises(TypeError, match="use_cache"):
+        model.generate(**pruned, use_cache=False)
+
+
+def test_ready_features_are_not_encoded_again(model, inputs):
+    """Features from an earlier call can be handed over instead of pixels."""
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        ready = model.model.get_video_features(
+            *(inputs[k] for k in ("pixel_values_videos", "video_grid_thw") if k in inputs), return_dict=True
+        )
+    rest = {k: v for k, v in inputs.items() if k != "pixel_values_videos"}
+    method = vidsieve.load("divprune", retention=0.3)
+    again = adapter.prune(rest | {"mm_encoder_outputs": {"video": copy.copy(ready)}}, method)
+    assert torch.equal(again.kept_positions, adapter.prune(inputs, method).kept_positions)
+
+
+def test_question_aware_methods_need_a_template_and_keep_their_selection(model, inputs, family):
+    method = vidsieve.registry.compressors.get("cacovid").untrained(64, retention=0.3)
+    fitting = copy.copy(method.policy.config.__dict__) | {"family": family}
+    object.__setattr__(method.policy, "config", type(method.policy.config)(**fitting))
+    _give_rope_rows(method, family)
+    with vidsieve.attach(model, method) as session, torch.no_grad():
+        out = generate(model, inputs, return_dict_in_generate=True)
+        more = torch.cat([out.sequences, torch.tensor([[41, 42]])], 1)
+        model.generate(input_ids=more, past_key_values=out.past_key_values, max_new_tokens=2, do_sample=False)
+        assert "first question" in str(session.trace) and len(session.trace) == 1
+    stated = model.config.vidsieve_template
+    del model.config.vidsieve_template
+    with pytest.raises(NeedError, match="pass template="):
+        vidsieve.attach(model, method)
+    template = Template(stated["turn_start"], stated["turn_end"], stated["user"], frozenset(stated["ignore"]))
+    with vidsieve.attach(model, method, template=template):
+        generate(model, inputs)
+
+
+def _give_rope_rows(method, family):
+    if family == "qwen2_5_vl":
+        for module in method.policy.modules():
+            if hasattr(module, "shape"):
+                module.shape = type(module.shape)(**{**module.shape.__dict__, "rope_sections": (6, 5, 5)})
+
+
+def test_policies_for_other_models_are_refused(model, family):
+    compressors = vidsieve.registry.compressors
+    with pytest.raises(PolicyMismatchError, match="width 32, this model has 64"):
+        vidsieve.attach(model, compressors.get("score").untrained(32))
+    with pytest.raises(PolicyMismatchError, match=f"family none, this model is {family}"):
+        vidsieve.attach(model, compressors.get("score").untrained(64))
+
+
+def test_unknown_models_and_conventions(model):
+    with pytest.raises(UnsupportedModelError, match="To add a family"):
+        vidsieve.attach(torch.nn.Linear(2, 2), random())
+    with pytest.raises(UnknownNameError, match="installed"):
+        vidsieve.attach(model, random(), positions="instaled")
+
+
+def test_one_call_at_a_time(model, inputs):
+    """A call from another thread while one runs is refused, not mixed up."""
+    import threading
+
+    caught = []
+
+    class Slow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if not caught:
+                thread = threading.Thread(target=other)
+                thread.start()
+                thread.join()
+            return scores
+
+    def other():
+        try:
+            generate(model, inputs)
+        except AttachError as error:
+            caught.append(str(error))
+
+    with vidsieve.attach(model, random()):
+        generate(model, inputs, logits_processor=LogitsProcessorList([Slow()]))
+    assert caught and "one call at a time" in caught[0]

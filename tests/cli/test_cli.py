@@ -1,0 +1,217 @@
+"""The command line as a user meets it: results, help, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vidsieve.cli.main import method_markdown
+from vidsieve.cli.train import field_docs
+from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.testbed.files import write_scene
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments, code=0, cwd=None):
+    command = [sys.executable, "-c", "from vidsieve.cli import main; main()", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stdout.split()), " ".join(done.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scenes") / "scene.mp4"
+    write_scene(path, world="A", seed=7, index=0)
+    return path
+
+
+COMMANDS = [
+    [], ["demo"], ["ask"], ["list"], ["oracles"], ["train", "cacovid"], ["train", "score"], ["eval", "testbed"],
+    ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself(command):
+    out, _ = run(*command, "--help")
+    assert "--json" in out or not command
+
+
+def test_the_method_table_of_the_readme_is_the_real_one():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert method_markdown() in readme, "run `vidsieve list --markdown` and put its output into the README"
+
+
+def test_list(tmp_path):
+    out, _ = run("list", "--json", tmp_path / "methods.json")
+    rows = json.loads((tmp_path / "methods.json").read_text())["methods"]
+    assert {row["name"] for row in rows} >= {"random", "uniform", "downsample", "divprune", "cacovid", "score"}
+    assert "divprune" in out
+
+
+def test_training_options_are_the_settings_with_their_texts():
+    for config in (CaCoVIDConfig, ScoreConfig):
+        docs = field_docs(config)
+        assert all(docs[name] for name in config.__dataclass_fields__)
+    out, _ = run("train", "cacovid", "--help")
+    assert "--ratio" in out and "--token-rollouts" in out and "--steps" in out
+
+
+@pytest.mark.slow
+def test_ask(scene, tmp_path):
+    out, _ = run("ask", scene, "what colour is the home ?", "--method", "cacovid", "--retention", "0.1",
+                 "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png", "--threads", 2)  # fmt: skip
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert result["videos"][0]["kept"] == 57 and len(result["videos"][0]["indices"]) == 57
+    assert result["answer"] and result["answer"] in out and "57 of 576" in out
+    assert set(result["ms"]) == {"decode", "preprocess", "encode", "select", "prefill", "decode-text"}
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_eval_testbed_writes_the_agreed_json(tmp_path):
+    run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
+        "--world", "B", "--json", tmp_path / "e.json", "--threads", 2)  # fmt: skip
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert {"world", "seed", "n_questions", "n_scenes", "versions", "rows"} <= result.keys()
+    assert (result["world"], result["seed"], result["n_questions"]) == ("B", 3, 60)
+    rows = {row["method"]: row for row in result["rows"]}
+    assert set(rows) == {"full", "random", "uniform", "score"}
+    for name, row in rows.items():
+        assert {"method", "variant", "retention", "real_retention", "layer_retention", "accuracy", "stderr",
+                "vs_random", "select_ms"} <= row.keys()  # fmt: skip
+        assert row["real_retention"] == (1.0 if name == "full" else 57 / 576)
+        assert set(row["select_ms"]) == {"min", "median", "max"}
+    assert rows["random"]["vs_random"] == {"diff": 0.0, "stderr": 0.0}
+    again = tmp_path / "again.json"
+    run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
+        "--world", "B", "--json", again, "--threads", 2)  # fmt: skip
+    first, second = (
+        [{k: v for k, v in row.items() if k != "select_ms"} for row in json.loads(path.read_text())["rows"]]
+        for path in (tmp_path / "e.json", again)
+    )
+    assert first == second, "the same command twice gives the same numbers"
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    out, _ = run("demo", "--out", tmp_path / "d", "--questions", 40, "--json", tmp_path / "d.json", "--threads", 2)
+    result = json.loads((tmp_path / "d.json").read_text())
+    assert (tmp_path / "d" / "scene.mp4").stat().st_size > 1000
+    assert (tmp_path / "d" / "kept.png").read_bytes().startswith(b"\x89PNG")
+    methods = {row["method"] for row in result["accuracy"]["rows"]}
+    assert methods == {"full", "random", "uniform", "downsample", "divprune", "score", "cacovid"}
+    assert "full against compressed" in out
+
+
+def test_oracles(tmp_path):
+    out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
+    assert passed == {"cacovid", "divprune"} and result["count"]["fail"] == 0
+    assert "no such method yet" in out
+    assert "unstable ties" in out and "scores compared" in out
+
+
+def test_oracles_exit_1_on_a_failure(tmp_path):
+    import numpy as np
+
+    data = dict(np.load(ROOT / "tests" / "oracles" / "divprune.npz"))
+    data["sel/one/selected_in_order"] = (data["sel/one/selected_in_order"] + 1) % 30
+    np.savez(tmp_path / "divprune.npz", **data)
+    out, _ = run("oracles", tmp_path, code=1)
+    assert "1 fail" in out
+
+
+@pytest.mark.slow
+def test_render_and_ask_about_a_rendered_scene(tmp_path):
+    run("testbed", "render", tmp_path / "r", "--scenes", 2, "--json", tmp_path / "r.json")
+    lines = [json.loads(line) for line in (tmp_path / "r" / "questions.jsonl").read_text().splitlines()]
+    assert {line["video"] for line in lines} == {"scene-0000.mp4", "scene-0001.mp4"}
+    assert sum("caption" in line for line in lines) == 2
+    assert json.loads((tmp_path / "r.json").read_text())["questions"] == len(lines) - 2
+
+
+def bad_videos(folder, scene):
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("this is not a video\n" * 50)
+    (folder / "cut.mp4").write_bytes(scene.read_bytes()[:200])
+    return [
+        (folder / "missing.mp4", "does not exist"), (folder / "empty.mp4", "empty"), (folder / "text.mp4", "text.mp4"),
+        (folder / "cut.mp4", "cut.mp4"), (folder, "directory"),
+    ]  # fmt: skip
+
+
+def test_bad_videos_exit_2_with_a_sentence(tmp_path, scene):
+    for path, message in bad_videos(tmp_path, scene):
+        _, err = run("ask", path, "what ?", code=2)
+        assert err.startswith("error:") and message in err, err
+
+
+@pytest.mark.slow
+def test_more_frames_than_exist_are_all_used_with_a_note(scene):
+    out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 2)
+    assert "note:" in out and "all are used" in out
+
+
+MISTAKES = [
+    (["--retention", "0"], r"retention.*\(0, 1\].*0"),
+    (["--retention", "1.5"], "1.5"),
+    (["--retention", "nan"], "nan"),
+    (["--retention", "abc"], "'abc'"),
+    (["--method", "divprunee"], "Did you mean 'divprune'"),
+    (["--model", "/nowhere/at/all"], "cannot load the model"),
+    (["--method", "score", "--policy", "/nowhere"], "no policy in /nowhere"),
+    (["--json", "/proc/nowhere/x.json"], "cannot write /proc/nowhere/x.json"),
+    (["--frames", "0"], "frames"),
+    (["--fps", "nan"], "fps"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_mistakes_exit_2_with_a_sentence(scene, options, message):
+    _, err = run("ask", scene, "what ?", *options, code=2)
+    assert err.startswith("error:") and re.search(message, err), err
+
+
+def test_mistakes_of_other_commands(tmp_path):
+    for command, message in [
+        (["eval", "testbed", "--methods", "unifrom"], "Did you mean 'uniform'"),
+        (["eval", "testbed", "--world", "C"], "world"),
+        (["eval", "testbed", "--retention", ","], "retention ratios"),
+        (["oracles", tmp_path], "no .npz files"),
+        (["testbed", "render", "/proc/nowhere"], "cannot write"),
+        (["train", "score", tmp_path / "run", "--variant", "theirs"], "variant of score"),
+        (["train", "cacovid", tmp_path / "run", "--sampler", "ocs"], "Did you mean 'ocss'"),
+        (["train", "cacovid", tmp_path / "run", "--data", tmp_path / "no.jsonl"], "cannot read"),
+        (["demo", "--retention", "2"], "2"),
+    ]:
+        _, err = run(*command, code=2)
+        assert err.startswith("error:") and message in err, (command, err)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("policy"))
+
+
+def test_pickled_and_foreign_policies(tmp_path, scene):
+    from vidsieve.compressors.score import ScorePolicy
+
+    ScorePolicy.start(64, "qwen2_5_vl", hidden=8).save_pretrained(tmp_path / "other")
+    _, err = run("ask", scene, "what ?", "--method", tmp_path / "other", code=2)
+    assert "made for width 64, this model has 128" in err
+    (tmp_path / "other" / "model.safetensors").write_bytes(pickle.dumps([1]))
+    _, err = run("ask", scene, "what ?", "--method", tmp_path / "other", code=2)
+    assert "no readable safetensors file" in err
+
+
+def test_usage_errors_exit_2():
+    _, err = run("ask", code=2)
+    assert "Missing argument" in err or "Usage" in err
+    run("no-such-command", code=2)

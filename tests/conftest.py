@@ -1,0 +1,30 @@
+"""Shared set-up: few threads, no network, and a last word on what was not exercised."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def testbed():
+    """The shipped tiny model and its processor."""
+    from vidsieve.pipeline import load_model
+
+    return load_model("testbed")
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", [])
+    gone = [item for item in ("gpu", "network") if item not in terminalreporter.config.option.markexpr]
+    terminalreporter.write_line("")
+    terminalreporter.write_line(
+        f"not exercised here: {', '.join(gone)} (no such tests yet in this project)"
+        f"{f'; {len(skipped)} skipped, reasons above' if skipped else ''}"
+    )

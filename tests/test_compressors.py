@@ -1,0 +1,156 @@
+"""What each training-free method keeps, against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vidsieve import load, registry
+from vidsieve.compressors.divprune import diverse_picks
+from vidsieve.compressors.downsample import tile_frame
+from vidsieve.errors import PolicyError, UnknownNameError
+from vidsieve.selection import kept_tokens
+from vidsieve.testing import make_video
+from vidsieve.testing.checks import WIDTH, example
+from vidsieve.types import TokenGrid, Tokens, VideoTokens
+
+METHODS = registry.compressors.names()
+grids = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
+
+
+@pytest.mark.parametrize("name", METHODS)
+@settings(max_examples=25, deadline=None)
+@given(grid=grids, part=st.integers(1, 100), seed=st.integers(0, 3), half=st.booleans())
+def test_every_method_keeps_exactly_its_budget(name, grid, part, seed, half):
+    dtype = torch.bfloat16 if half else torch.float32
+    video = make_video(grid, seed=seed, dtype=dtype)
+    compressor = example(registry.compressors.get(name), retention=part / 100)
+    chosen = compressor.compress(video, generator=torch.Generator().manual_seed(seed))
+    assert chosen.num_kept == kept_tokens(part / 100, grid.num_tokens)
+    assert int(chosen.indices[-1]) < grid.num_tokens
+    again = compressor.compress(video, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(chosen.indices, again.indices)
+    if chosen.embeds is not None:
+        assert chosen.embeds.dtype == dtype and torch.equal(chosen.embeds, again.embeds)
+    if part == 100:
+        assert torch.equal(chosen.indices, torch.arange(grid.num_tokens))
+
+
+def brute_force_picks(unit, count):
+    """Return the max-min picks by their definition, from all distances in double precision."""
+    distance = 1 - unit.double() @ unit.double().T
+    alone = distance.clone().fill_diagonal_(torch.inf).amin(1)
+    picks = [int(alone.argmax())]
+    while len(picks) < count:
+        nearest = distance[picks].amin(0)
+        nearest[picks] = -1
+        picks.append(int(nearest.argmax()))
+    return picks
+
+
+@pytest.mark.parametrize(("tokens", "width", "count"), [(1, 4, 1), (7, 3, 7), (300, 16, 300), (2500, 24, 400)])
+def test_divprune_equals_its_definition(tokens, width, count):
+    for seed in range(3):
+        features = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
+        unit = torch.nn.functional.normalize(features, dim=1)
+        assert diverse_picks(features, count).tolist() == brute_force_picks(unit, count)
+
+
+def test_divprune_on_clusters_wider_than_its_pool():
+    """Many near-equal tokens outside the candidate pool: the pool must notice when it runs dry."""
+    draw = torch.Generator().manual_seed(0)
+    centres = torch.randn(40, 16, generator=draw)
+    features = centres.repeat_interleave(60, 0) + 0.01 * torch.randn(2400, 16, generator=draw)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    assert diverse_picks(features, 120).tolist() == brute_force_picks(unit, 120)
+
+
+def test_divprune_with_duplicates():
+    features = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)).repeat(40, 1)
+    ours = diverse_picks(features, 300).tolist()
+    assert len(set(ours)) == 300
+    assert len({i % 50 for i in ours[:50]}) == 50, "every different token comes before any duplicate"
+    released = diverse_picks(features, 60, repeat=True).tolist()
+    assert len(set(released)) < 60
+
+
+def test_divprune_official_rounds_half_to_even():
+    video = make_video(TokenGrid(1, 5, 5))
+    official, ours = load("divprune", retention=0.1, variant="official"), load("divprune", retention=0.1)
+    assert official.compress(video).num_kept == 2  # 2.5 → 2
+    assert ours.compress(video).num_kept == 2
+    assert load("divprune", retention=0.3, variant="official").compress(video).num_kept == 8  # 7.5 → 8
+    assert load("divprune", retention=0.3).compress(video).num_kept == 7
+
+
+def test_frame_difference_keeps_what_changed():
+    grid = TokenGrid(4, 2, 3)
+    embeds = torch.ones(grid.num_tokens, 5)
+    embeds[13] += 3  # one token of frame 2 flashes: it changes there, and back in frame 3
+    video = VideoTokens(embeds, grid, torch.arange(grid.num_tokens)[None])
+    chosen = load("frame_difference", retention=Tokens(2), first_frame="next").compress(video)
+    assert chosen.indices.tolist() == [13, 19]
+    virtual = load("frame_difference", retention=Tokens(8)).compress(video)
+    assert virtual.indices.tolist() == [0, 1, 2, 3, 4, 5, 13, 19], "the virtual zero frame keeps frame 0"
+
+
+def test_uniform_is_even_in_time_and_space():
+    grid = TokenGrid(8, 6, 6)
+    chosen = load("uniform", retention=0.25).compress(make_video(grid)).indices
+    per_frame = torch.bincount(chosen // 36, minlength=8)
+    assert per_frame.tolist() == [9] * 8
+    gaps = (chosen[1:] - chosen[:-1])[(chosen[1:] // 36) == (chosen[:-1] // 36)]
+    assert int(gaps.min()) >= 4 and int(gaps.max()) <= 4
+    assert len(set((chosen % 36).tolist())) > 20, "frames show different places"
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.data())
+def test_tiles_cut_a_frame_into_connected_rectangles(height, width, data):
+    tiles = data.draw(st.integers(1, height * width))
+    labels = tile_frame(height, width, tiles)
+    assert sorted(set(labels.flatten().tolist())) == list(range(tiles))
+    for tile in range(tiles):
+        rows, columns = (labels == tile).nonzero(as_tuple=True)
+        area = (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
+        assert int(area) == len(rows), "a tile is a full rectangle"
+
+
+def test_downsample_is_the_mean_of_each_tile():
+    grid = TokenGrid(2, 4, 4)
+    video = make_video(grid)
+    chosen = load("downsample", retention=0.25).compress(video)  # four quarters of each frame
+    frames = video.embeds.reshape(2, 2, 2, 2, 2, WIDTH)
+    assert torch.allclose(chosen.embeds, frames.mean((2, 4)).reshape(8, WIDTH), atol=1e-6)
+    whole = load("downsample", retention=Tokens(1)).compress(video)
+    assert torch.allclose(whole.embeds[0], video.embeds.mean(0), atol=1e-6)
+
+
+def test_downsampling_passes_gradients():
+    video = make_video(TokenGrid(2, 4, 4))
+    video.embeds.requires_grad_()
+    load("downsample", retention=0.25).compress(video).embeds.sum().backward()
+    assert torch.allclose(video.embeds.grad, torch.full_like(video.embeds, 0.25))
+
+
+def test_random_differs_by_seed():
+    video, method = make_video(TokenGrid(8, 6, 6)), load("random", retention=0.1)
+    picks = [method.compress(video, generator=torch.Generator().manual_seed(s)).indices for s in range(5)]
+    assert all(not torch.equal(picks[0], other) for other in picks[1:])
+
+
+def test_loading_by_name():
+    with pytest.raises(UnknownNameError, match="Did you mean 'divprune'"):
+        load("divprun")
+    with pytest.raises(UnknownNameError, match=r"field of uniform.*retention"):
+        load("uniform", retension=0.5)
+    with pytest.raises(UnknownNameError, match="variant of divprune"):
+        load("divprune", variant="paper")
+    with pytest.raises(PolicyError, match="takes no policy"):
+        load("uniform", "some/folder")
+    with pytest.raises(PolicyError, match="needs a trained policy"):
+        load("score")
+    for name in ("score", "cacovid"):
+        with pytest.raises(PolicyError, match="needs a trained policy"):
+            registry.compressors.get(name)().compress(make_video(TokenGrid(2, 2, 2)))

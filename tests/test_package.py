@@ -1,0 +1,89 @@
+"""The package as a whole: light to import, complete in its public names, honest in its README."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import vidsieve
+from vidsieve import errors, registry
+from vidsieve.errors import UnknownNameError, VidsieveError
+from vidsieve.registry import Registry
+
+
+def loaded_after(statement):
+    code = f"import sys\n{statement}\nprint(' '.join(sorted(m for m in sys.modules if '.' not in m)))"
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    return set(out.stdout.split())
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not {"torch", "transformers", "av", "matplotlib", "typer"} & loaded_after("import vidsieve")
+
+
+def test_compressors_are_torch_only():
+    names = [m.name for m in pkgutil.iter_modules(vidsieve.__path__ and [f"{vidsieve.__path__[0]}/compressors"])]
+    statement = "\n".join(f"import vidsieve.compressors.{name}" for name in names)
+    assert not {"transformers", "av", "matplotlib"} & loaded_after(statement)
+
+
+def test_help_is_fast_to_load():
+    assert "torch" not in loaded_after("import vidsieve.cli")
+
+
+def modules():
+    return [m.name for m in pkgutil.walk_packages(vidsieve.__path__, "vidsieve.")]
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_has_a_docstring_and_imports(name):
+    module = __import__(name, fromlist=["x"])
+    assert (module.__doc__ or "").strip(), name
+
+
+def test_public_names_are_sorted_complete_and_real():
+    assert vidsieve.__all__ == sorted(vidsieve.__all__)
+    for name in vidsieve.__all__:
+        assert getattr(vidsieve, name) is not None
+    assert set(dir(vidsieve)) == set(vidsieve.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = vidsieve.nonsense
+
+
+def test_errors_are_drawn_in_their_tree():
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, VidsieveError)]
+    for kind in kinds:
+        assert kind.__name__ in (errors.__doc__ or ""), kind
+        assert kind.__doc__
+
+
+def test_registries_refuse_mistakes():
+    table = Registry("thing", "vidsieve.test.nothing", {"alpha": "math:pi"})
+    assert table.get("alpha") > 3 and list(table) == ["alpha"]
+    table.register("beta", "math:e")
+    table.register("beta", "math:e")
+    with pytest.raises(ValueError, match="registered already"):
+        table.register("beta", "math:pi")
+    with pytest.raises(ValueError, match="'module:Class'"):
+        table.register("gamma", "math.pi")
+    with pytest.raises(UnknownNameError, match="Did you mean 'alpha'"):
+        table.get("alpa")
+
+
+def test_a_method_from_elsewhere_is_found_by_entry_point(monkeypatch):
+    class Entry:
+        name, value = "from_elsewhere", "vidsieve.compressors.random:Random"
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Entry] if group == "some.group" else [])
+    table = Registry("compressor", "some.group", {})
+    assert table.get("from_elsewhere").name == "random"
+
+
+def test_no_file_is_too_long():
+    from pathlib import Path
+
+    long = {p.name: n for p in Path(vidsieve.__path__[0]).rglob("*.py") if (n := len(p.read_text().splitlines())) > 360}
+    assert not long
