@@ -20,13 +20,10 @@ def main() -> None:
     cells = list(table())
     for cell in cells:
         tokens = "" if cell.tokens_equal is None else f"  tokens equal: {cell.tokens_equal}"
-        print(
-            f"{cell.family:16} {cell.configuration:15} {cell.call:20} {cell.attention:6} {cell.difference:.1e}{tokens}"
-        )
+        print(cell.family, cell.configuration, cell.call, cell.attention, f"{cell.difference:.1e}{tokens}", sep=" | ")
     worst = max(cell.difference for cell in cells)
-    print(
-        f"{sum(cell.passed for cell in cells)} of {len(cells)} cells within {TOLERANCE:g}; largest difference {worst:.1e}"
-    )
+    passed = sum(cell.passed for cell in cells)
+    print(f"{passed} of {len(cells)} cells within {TOLERANCE:g}; largest difference {worst:.1e}")
     write_result(
         options.json,
         {

@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve import registry
 from vidsieve.adapters.batch import QWEN_TEMPLATE, Encoded, Pruned, Template, VideoFeatures, VideoSpan
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import BlockShape, LayerState
@@ -25,14 +24,9 @@ from vidsieve.errors import (
     PolicyMismatchError,
     PromptError,
     StageError,
-    UnknownNameError,
     UnsupportedCallError,
-    UnsupportedModelError,
 )
 from vidsieve.types import Need, Prompt, Selection, Stage, VideoTokens
-
-POSITIONS = ("installed",)
-"""Position conventions: as the installed transformers computes them."""
 
 
 class Adapter(ABC):
@@ -323,59 +317,3 @@ class Adapter(ABC):
 def _synchronise(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def adapter_for(model: Any, template: Template | None = None) -> Adapter:
-    """Return the adapter of a model, found by the names of its classes.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If no family is registered for it.
-    """
-    for base in type(model).__mro__:
-        if base.__name__ in registry.families:
-            adapter: Adapter = registry.families.get(base.__name__)(model, template)
-            return adapter
-    raise UnsupportedModelError(
-        f"no adapter for {type(model).__name__}; supported: {', '.join(registry.families)}. To add a family, write a "
-        "vidsieve.adapters.Adapter and register it: vidsieve.registry.families.register('ClassName', 'module:Adapter')"
-    )
-
-
-def prune(
-    model: Any,
-    inputs: Mapping[str, Any],
-    compressor: Compressor,
-    *,
-    positions: str = "installed",
-    template: Template | None = None,
-    generator: Generator | None = None,
-) -> dict[str, Any]:
-    """Return the inputs of `model.generate` or `model.forward` with each video cut to its budget.
-
-    A pure function: `model` and `inputs` are not changed. Use the result for one call (`generate` expands
-    the features inside it when it runs beams). It carries ``use_cache=True``, because without a cache
-    transformers reads gaps in the positions as packed sequences.
-
-    Parameters
-    ----------
-    model : a transformers model of a registered family
-    inputs : mapping
-        What the model's processor returned: ``input_ids`` (B, L), ``attention_mask``, pixels, …
-    compressor : Compressor
-    positions : str
-        The position convention; ``"installed"``: original ids as the installed transformers computes them.
-    template : Template, optional
-        Ids of the chat template, for tokenizers that vidsieve does not know.
-    generator : torch.Generator, optional
-        For methods that draw.
-
-    Raises
-    ------
-    UnsupportedModelError, StageError, NeedError, PolicyMismatchError, PromptError, UnsupportedCallError
-    """
-    if positions not in POSITIONS:
-        raise UnknownNameError("position convention", positions, POSITIONS)
-    pruned = adapter_for(model, template).prune(inputs, compressor, generator)
-    return pruned.inputs | {"use_cache": True}

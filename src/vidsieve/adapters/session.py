@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.base import POSITIONS, Adapter, adapter_for
+from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned, Template
 from vidsieve.adapters.calls import (
     CacheRecord,
@@ -25,6 +25,7 @@ from vidsieve.adapters.calls import (
     restore_output,
     uses_cache,
 )
+from vidsieve.adapters.pruning import POSITIONS, adapter_for
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnknownNameError, UnsupportedCallError

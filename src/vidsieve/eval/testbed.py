@@ -14,8 +14,9 @@ import transformers
 from torch import Generator, Tensor
 
 from vidsieve._version import __version__
-from vidsieve.adapters.base import Adapter, adapter_for
+from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.eval.stats import clustered_mean, paired_difference

@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve import registry
-from vidsieve.adapters.base import Adapter, adapter_for
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.pruning import adapter_for
 from vidsieve.eval.testbed import Row, SceneBatch, compressor_row, evaluate
 from vidsieve.selection import kept_tokens, top_indices
 from vidsieve.testbed.questions import best_order

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vidsieve
-from vidsieve.adapters.base import Adapter, adapter_for
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
 from vidsieve.testing.reference import masked_greedy, masked_logits
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
@@ -50,8 +51,10 @@ def configuration(family: str, name: str) -> dict[str, Tensor]:
     return inputs_for(family, [[grid, grid]])
 
 
-def _selections(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor) -> list[Selection]:
-    with torch.no_grad():
+def _selections(
+    adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor, gradients: bool = False
+) -> list[Selection]:
+    with torch.set_grad_enabled(gradients):
         return adapter.select(adapter.encode(inputs), compressor, torch.Generator().manual_seed(0))[0]
 
 
@@ -152,7 +155,8 @@ def masked_greedy_after(adapter: Adapter, inputs: dict[str, Tensor], chosen: lis
 
 def _labels(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor) -> tuple[float, bool | None]:
     """Compare the loss on the words after the video, and its gradient in the vision tower."""
-    model, chosen = adapter.model, _selections(adapter, inputs, compressor)
+    # Merged tokens pass gradients on, so they must not be constants of the reference.
+    model, chosen = adapter.model, _selections(adapter, inputs, compressor, gradients=True)
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, -5:] = ids[:, -5:]
