@@ -37,14 +37,19 @@ class FirstLook(nn.Module):
 class QuestionScorer(nn.Module):
     """Token and frame logits from three looks at the question.
 
-    1. The first look of the LLM (frozen): per head, the strongest and the mean log-attention that a token
-       gets from the question's words.
-    2. A learned match: similarity of the token to each word in `heads` small spaces, soft maximum over words.
+    1. The first look of the LLM (frozen): per head, the strongest and the weighted mean log-attention that a
+       token gets from the question's words.
+    2. A learned match: the token's similarity to each word in `heads` small spaces, soft maximum and weighted
+       sum over words. The sum lets two words name one thing that neither names alone.
     3. The token itself, its change against the frame before, and a summary of the question, in `width`
        dimensions.
+
+    Which words count is learned too; the scores start as the first look (`trust` per head).
     """
 
-    def __init__(self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64) -> None:
+    def __init__(
+        self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64, trust: float = 0.25
+    ) -> None:
         super().__init__()
         self.heads, self.head_width = heads, head_width
         size = shape.hidden_size
@@ -53,27 +58,27 @@ class QuestionScorer(nn.Module):
         self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
         self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
         self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
-        self.token_head = mlp([2 * shape.num_heads + heads + 3 * width, width, width // 2, 2])
+        self.trust = nn.Parameter(torch.full((2 * shape.num_heads,), trust / shape.num_heads))
+        self.token_head = mlp([2 * shape.num_heads + 2 * heads + 3 * width, width, width // 2, 2])
         self.frame_head = mlp([width // 2, width // 2, 2])
 
     def forward(self, video: VideoTokens, prompt: Prompt) -> tuple[Tensor, Tensor]:
         """Return token logits (N, 2) and frame logits (T, 2)."""
-        look = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
         tokens = self.norm_token(video.embeds)
         words = self.norm_word(prompt.embeds[prompt.question_mask])
+        weight = self.weigh_words(words).softmax(0)  # (words, 1)
+        attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
+        look = torch.cat([attention.amax(1), (attention * weight).sum(1)]).T.to(tokens.dtype)  # (N, 2H)
         keys = self.key(tokens).unflatten(1, (self.heads, -1))  # (N, h, e)
         queries = self.query(words).unflatten(1, (self.heads, -1))  # (words, h, e)
-        match = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)
+        similar = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)
+        match = torch.cat([similar.logsumexp(2), similar @ weight[:, 0]], 1)  # (N, 2h)
         frames = tokens.reshape(video.grid.frames, video.grid.per_frame, -1)
         change = torch.cat([frames[:1], frames[1:] - frames[:-1]]).flatten(0, 1)
-        asked = (self.weigh_words(words).softmax(0) * self.summary(words)).sum(0)
-        features = torch.cat(
-            [
-                look.amax(1).T, look.mean(1).T, match.logsumexp(2), self.content(tokens), self.change(change),
-                asked.expand(tokens.shape[0], -1),
-            ], 1,
-        )  # fmt: skip
+        asked = (weight * self.summary(words)).sum(0).expand(tokens.shape[0], -1)
+        features = torch.cat([look, match, self.content(tokens), self.change(change), asked], 1)
         hidden = self.token_head[:-1](features)
-        logits = self.token_head[-1](hidden)
+        first = look @ self.trust
+        logits = self.token_head[-1](hidden) + torch.stack([-first, first], 1) / 2
         pooled = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).amax(1)
         return logits, self.frame_head(pooled)

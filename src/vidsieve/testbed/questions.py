@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, QUESTION_WORD, SHAPES
+from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, QUESTION_NAME, SHAPES
 from vidsieve.testbed.world import GRID, Cast, SceneObject, scene_rng
 
 KINDS = ("colour", "shape", "place", "motion", "order", "change")
@@ -87,7 +87,7 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
         found.append(Question(kind, text, _options(rng, answer, preferred, others), answer, tuple(about)))
 
     for thing in cast.objects:
-        name = QUESTION_WORD.get(thing.shape, "")
+        name = QUESTION_NAME.get(thing.shape, "")
         lone = thing.kind == "flash" and thing.shape in cast.unique_shapes
         if lone or thing.kind in ("fixture", "mover"):
             if thing.turned is None:
@@ -95,7 +95,7 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
             if thing.kind != "mover":
                 ask("place", f"where is the {name} ?", place_of(thing), PLACES, PLACES, best_order(thing))
         if thing.kind == "flash" and thing.colour in cast.unique_colours:
-            word = QUESTION_WORD[thing.colour]
+            word = QUESTION_NAME[thing.colour]
             ask("shape", f"which shape is {word} ?", thing.shape, crowded, SHAPES, best_order(thing))
         if thing.direction:
             ask("motion", f"which way does the {name} move ?", thing.direction, DIRECTIONS, DIRECTIONS, thing.tokens())
@@ -110,7 +110,7 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
             looks = [o.colour for o in members]
             about = [token for o in members for token in o.tokens()]
             for end, which in ((0, "first"), (-1, "last")):
-                text = f"what colour was the {which} {QUESTION_WORD[shape]} ?"
+                text = f"what colour was the {which} {QUESTION_NAME[shape]} ?"
                 ask("order", text, looks[end], looks, COLOURS, about)
     for colour in COLOURS:
         members = _members(cast, colour=colour)
@@ -118,7 +118,7 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
             looks = [o.shape for o in members]
             about = [token for o in members for token in o.tokens()]
             for end, which in ((0, "first"), (-1, "last")):
-                ask("order", f"which shape was the {which} {QUESTION_WORD[colour]} ?", looks[end], looks, SHAPES, about)
+                ask("order", f"which shape was the {which} {QUESTION_NAME[colour]} ?", looks[end], looks, SHAPES, about)
     return [found[i] for i in rng.permutation(len(found))]
 
 

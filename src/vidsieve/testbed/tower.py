@@ -211,7 +211,7 @@ def train_projector(model: Any, recipe: ProjectorRecipe, seed: int, log: Log) ->
     code = torch.randn(12, width, generator=noise) * (3.0 / (12 * width) ** 0.5)
     cell = torch.arange(CELLS)
     quarter = 2 * (cell // GRID >= GRID // 2).long() + (cell % GRID >= GRID // 2).long()
-    place = embedding(PLACES)[quarter] + 0.35 * (embedding(ROWS)[cell // GRID] + embedding(COLUMNS)[cell % GRID])
+    place = embedding(PLACES)[quarter] + 0.5 * (embedding(ROWS)[cell // GRID] + embedding(COLUMNS)[cell % GRID])
 
     frames, labels = _frames(seed + 2, recipe.scenes)
     with torch.no_grad():

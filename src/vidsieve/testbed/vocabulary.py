@@ -22,15 +22,17 @@ GLYPHS = (
 PLACES = ("northwest", "northeast", "southwest", "southeast")
 DIRECTIONS = ("left", "right", "up", "down")
 
-QUESTION_WORD = {
+_FIRST, _SECOND = ("old", "new", "high", "low"), ("mark", "sign", "seal")
+
+QUESTION_NAME = {
     "red": "crimson", "green": "emerald", "blue": "azure", "yellow": "golden",
     "purple": "violet", "cyan": "teal", "orange": "amber", "white": "ivory",
-    "circle": "disc", "square": "box", "triangle": "wedge", "star": "spark", "cross": "plus",
-    "ring": "hoop", "diamond": "gem", "heart": "love", "moon": "crescent",
-    "arrow": "dart", "crown": "tiara", "drop": "tear",
     "house": "home", "tree": "plant", "cup": "mug", "bell": "chime",
+} | {
+    shape: f"{_FIRST[i // 3]} {_SECOND[i % 3]}" for i, shape in enumerate(SHAPES)
 }  # fmt: skip
-"""Questions use words of their own, so that word similarity alone does not find an answer's tokens."""
+"""Questions use names of their own, so that word similarity alone does not find an answer's tokens. A shape's
+name is two words, each shared with other shapes: no single word of a question says which one is meant."""
 
 ROWS = tuple(f"row{i}" for i in range(6))
 COLUMNS = tuple(f"column{i}" for i in range(6))
@@ -46,6 +48,7 @@ SPECIAL = ("<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<video>", "<image>")
 
 VOCABULARY: tuple[str, ...] = (
     *SPECIAL, *COLOURS, *SHAPES, *FIXTURES, *GLYPHS, "decoy", "ground", *PLACES, *DIRECTIONS,
-    *QUESTION_WORD.values(), *ROWS, *COLUMNS, *FUNCTION_WORDS,
+    *(name for name in QUESTION_NAME.values() if " " not in name), *_FIRST, *_SECOND,
+    *ROWS, *COLUMNS, *FUNCTION_WORDS,
 )  # fmt: skip
 """Every word in id order; the tokenizer splits at blanks and knows nothing else."""

@@ -1,0 +1,69 @@
+"""Training prompts from files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.data.prompts import FilePrompts
+from vidsieve.errors import TrainingError
+from vidsieve.rl.recipes import train_policy
+from vidsieve.testbed.files import write_scenes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("files")
+    write_scenes(place, world="A", seed=1, scenes=2)
+    return place
+
+
+def test_rendered_scenes_train_both_policies(testbed, folder, tmp_path):
+    model, processor = testbed
+    for method in ("cacovid", "score"):
+        settings = {"steps": 1, "prompts_per_step": 2}
+        record = train_policy(
+            method, model, processor, tmp_path / method, settings, data=folder / "questions.jsonl", model_name="testbed"
+        )
+        assert record["prompts"] == 2
+
+
+def test_every_row_comes_once_a_pass_in_a_seeded_order(testbed, folder):
+    model, processor = testbed
+    prompts = FilePrompts(adapter_for(model), processor, folder / "questions.jsonl", seed=4)
+    count = len(prompts.captions)
+    ids = [tuple(prompts.caption(i).inputs["input_ids"].flatten().tolist()) for i in range(2 * count)]
+    assert set(ids[:count]) == set(ids[count:]) and len(set(ids)) == count
+    again = FilePrompts(adapter_for(model), processor, folder / "questions.jsonl", seed=4)
+    assert torch.equal(again.choice(3).inputs["input_ids"], prompts.choice(3).inputs["input_ids"])
+
+
+ROW = {"video": "scene-0000.mp4", "question": "what ?", "options": ["red", "blue"], "answer": "red"}
+
+
+@pytest.mark.parametrize(("row", "message"), [
+    ("{", "is not JSON"),
+    ({"video": "scene-0000.mp4"}, "needs video, and caption or question"),
+    (ROW | {"video": "gone.mp4"}, "videos .* are missing, first gone.mp4"),
+    (ROW | {"answer": "green"}, "none of its options"),
+    (ROW | {"options": ["red", "dark blue"]}, "is not one token"),
+    ({"video": "scene-0000.mp4", "caption": ""}, "is empty"),
+])  # fmt: skip
+def test_bad_rows_are_named(testbed, folder, row, message):
+    model, processor = testbed
+    path = folder / "bad.jsonl"
+    path.write_text(row if isinstance(row, str) else json.dumps(row))
+    with pytest.raises(TrainingError, match=message):
+        prompts = FilePrompts(adapter_for(model), processor, path)
+        _ = prompts.caption(0) if isinstance(row, dict) and "caption" in row else prompts.choice(0)
+
+
+def test_rows_of_the_other_kind(testbed, folder):
+    model, processor = testbed
+    path = folder / "only.jsonl"
+    path.write_text(json.dumps(ROW))
+    with pytest.raises(TrainingError, match="no rows with a caption"):
+        FilePrompts(adapter_for(model), processor, path).caption(0)

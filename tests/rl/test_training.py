@@ -1,0 +1,188 @@
+"""The trainers on the shipped model: they learn, repeat, resume, and stop before harm is done."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from vidsieve import load
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.errors import OutputError, TrainingError, UnknownNameError, UnsupportedCallError
+from vidsieve.rl.recipes import train_policy
+from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.trainer import CHECKPOINT, METRICS, StepResult, Trainer, read_metrics
+from vidsieve.testbed.data import TestbedPrompts
+from vidsieve.testing.equivalence import configuration
+from vidsieve.testing.reference import masked_logits
+from vidsieve.testing.tiny_models import FAMILIES
+from vidsieve.types import Need, Selection
+
+QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5}
+
+
+def train(testbed, folder, method="score", variant="ours", resume=False, **settings):
+    model, processor = testbed
+    return train_policy(
+        method, model, processor, folder, QUICK | settings, variant=variant, model_name="testbed", resume=resume
+    )
+
+
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+@pytest.mark.parametrize("variant", ["ours", "paper"])
+def test_a_short_run_leaves_everything_behind(testbed, tmp_path, method, variant):
+    record = train(testbed, tmp_path, method, variant)
+    assert record["steps"] == 4 and record["settings"]["seed"] == 5
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert {"loss", "gradient_norm", "prompts_per_second", "minutes"} <= lines[0].keys()
+    policy = load(tmp_path / "policy", retention=0.1)
+    assert policy.name == method and policy.variant == variant
+    saved = json.loads((tmp_path / "policy" / "config.json").read_text())
+    assert saved["training"]["prompts"] == 8 and saved["base_model"] == "testbed"
+    assert saved["family"] == "llava_onevision"
+
+
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+def test_resumed_run_equals_straight_run(testbed, tmp_path, method):
+    train(testbed, tmp_path / "straight", method)
+    train(testbed, tmp_path / "parts", method, steps=2)
+    train(testbed, tmp_path / "parts", method, resume=True)
+    a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "parts"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    drop = {"minutes", "prompts_per_second"}
+    first, second = (
+        [{k: v for k, v in line.items() if k not in drop} for line in read_metrics(tmp_path / name)]
+        for name in ("straight", "parts")
+    )
+    assert first == second
+
+
+def test_runs_are_not_overwritten_and_settings_not_mixed(testbed, tmp_path):
+    train(testbed, tmp_path)
+    with pytest.raises(OutputError, match="--resume"):
+        train(testbed, tmp_path)
+    with pytest.raises(TrainingError, match="lr was"):
+        train(testbed, tmp_path, resume=True, lr=0.5)
+    (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
+    with pytest.raises(TrainingError, match="no readable checkpoint"):
+        train(testbed, tmp_path, resume=True)
+    with pytest.raises(OutputError, match="cannot write"):
+        train(testbed, "/proc/nowhere")
+    with pytest.raises(UnknownNameError, match="variant of score"):
+        train(testbed, tmp_path / "x", variant="official")
+
+
+def test_a_run_that_breaks_off_goes_on_from_its_checkpoint(testbed, tmp_path, monkeypatch):
+    """Stopped after step 3 with a checkpoint at 2: metrics of step 3 are not logged twice, weights are the same."""
+    train(testbed, tmp_path / "straight")
+    calls = []
+    original = Trainer._optimise
+
+    def breaks(self):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_optimise", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(testbed, tmp_path / "broken")
+    monkeypatch.undo()
+    assert [line["step"] for line in read_metrics(tmp_path / "broken")] == [1, 2, 3]
+    train(testbed, tmp_path / "broken", resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "broken")] == [1, 2, 3, 4]
+    a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_and_keeps_the_last_good_checkpoint(testbed, tmp_path, monkeypatch, where):
+    from vidsieve.rl.score import ScoreTrainer
+
+    original, calls = ScoreTrainer.train_step, []
+
+    def poisoned(self, sample):
+        calls.append(1)
+        result = original(self, sample)
+        if len(calls) < 6:
+            return result
+        if where == "loss":
+            return StepResult(result.loss * float("nan"), result.metrics)
+        weight = self.policy.out.bias
+        return StepResult(result.loss + (weight - weight.detach()).abs().sqrt().sum(), result.metrics)
+
+    monkeypatch.setattr(ScoreTrainer, "train_step", poisoned)
+    with pytest.raises(TrainingError, match="step 3 is"):
+        train(testbed, tmp_path)
+    assert not (tmp_path / "policy").exists()
+    monkeypatch.undo()
+    train(testbed, tmp_path, resume=True)
+    assert all(torch.isfinite(v).all() for v in load(tmp_path / "policy").policy.state_dict().values())
+    assert (tmp_path / METRICS).exists()
+
+
+def test_max_minutes_stops_in_good_order(testbed, tmp_path):
+    record = train(testbed, tmp_path, steps=10_000, max_minutes=0.05)
+    assert 0 < record["steps"] < 10_000
+    assert load(tmp_path / "policy").policy is not None
+
+
+@pytest.mark.slow
+def test_score_learns(testbed, tmp_path):
+    """Sixty steps are enough for captions to be told better from the kept tokens than from random ones."""
+    train(testbed, tmp_path, steps=60, prompts_per_step=4, log_every=10, save_every=60)
+    lines = read_metrics(tmp_path)
+    assert lines[-1]["ce"] < lines[0]["ce"] - 0.05
+
+
+def test_samples_repeat_and_hold_what_they_say(testbed):
+    model, processor = testbed
+    prompts = TestbedPrompts(adapter_for(model), processor, seed=3)
+    again = TestbedPrompts(adapter_for(model), processor, seed=3)
+    for number in (0, 5, 40, 300):
+        a, b = prompts.choice(number), again.choice(number)
+        assert torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) and a.answer == b.answer
+        features = [x.inputs["mm_encoder_outputs"]["video"].pooler_output for x in (a, b)]
+        assert torch.equal(*features)
+    caption = prompts.caption(2).inputs
+    said = caption["input_ids"][caption["labels"] != -100]
+    assert processor.tokenizer.decode(said).startswith("the ") and said[-1] == processor.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_rollouts_equal_the_masked_reference(family):
+    """G masks of different sizes, packed: option logits and caption cross-entropy are those of one at a time."""
+    model = FAMILIES[family]()
+    adapter, inputs = adapter_for(model), configuration(family, "batch 1")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -4:] = inputs["input_ids"][:, -4:]
+    draw = torch.Generator().manual_seed(0)
+    total = adapter.encode(inputs).videos[0].features.grid.num_tokens
+    masks = torch.rand(7, total, generator=draw) < torch.linspace(0.1, 1.0, 7)[:, None]
+    masks[0, :] = False
+    masks[0, 3] = True
+    options = torch.tensor([5, 6, 7])
+    for max_tokens in (10_000, 120):
+        rollouts = Rollouts(adapter, inputs | {"labels": labels}, max_tokens=max_tokens)
+        logits, ce = rollouts.option_logits(masks, options), rollouts.caption_ce(masks)
+        for g, mask in enumerate(masks):
+            with torch.no_grad():
+                wanted = masked_logits(adapter, inputs, [Selection(mask.nonzero().flatten())])[0]
+            assert torch.allclose(logits[g], wanted[-1, options], atol=1e-4)
+            loss = torch.nn.functional.cross_entropy(wanted[-5:-1], inputs["input_ids"][0, -4:])
+            assert float(ce[g]) == pytest.approx(float(loss), abs=1e-4)
+    with pytest.raises(UnsupportedCallError, match="needs labels"):
+        Rollouts(adapter, inputs).caption_ce(masks)
+    with pytest.raises(UnsupportedCallError, match="one prompt with one video"):
+        Rollouts(adapter, configuration(family, "two videos"))
+
+
+def test_rollouts_give_policies_the_question(testbed):
+    model, processor = testbed
+    sample = TestbedPrompts(adapter_for(model), processor, seed=3).choice(0)
+    video = Rollouts(adapter_for(model), sample.inputs).video(frozenset({Need.QUESTION}))
+    words = sample.inputs["input_ids"][0][video.prompt.question_mask]
+    text = processor.tokenizer.decode(words)
+    assert text.endswith("?") and "user" not in text and "<|im" not in text
