@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -17,12 +18,15 @@ from vidsieve.errors import (
     NeedError,
     PolicyMismatchError,
     PromptError,
+    SelectionError,
     UnknownNameError,
     UnsupportedCallError,
     UnsupportedModelError,
 )
 from vidsieve.testing.equivalence import configuration
+from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
+from vidsieve.types import Selection
 
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 
@@ -286,6 +290,15 @@ def test_later_turns_that_cannot_be_right_are_refused(model, inputs, family):
     with vidsieve.attach(model, random()), torch.no_grad():
         out = generate(model, inputs, return_dict_in_generate=True)
         cache, full = out.past_key_values, out.sequences
+        more = torch.cat([full, full[:, :1]], 1)
+        for extra, message in [
+            ({"attention_mask": torch.ones(1, 3)}, "attention_mask must cover"),
+            ({"attention_mask": torch.cat([torch.zeros(1, 1), torch.ones(1, more.shape[1] - 1)], 1)}, "hides other"),
+            ({"position_ids": torch.arange(more.shape[1])[None]}, "takes input_ids alone"),
+            ({"pixel_values": torch.randn(1, 3, 56, 56)}, "brings an image"),
+        ]:
+            with pytest.raises(UnsupportedCallError, match=message):
+                model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2, **extra)
         other = full.clone()
         other[0, 1] = 55
         with pytest.raises(UnsupportedCallError, match="must begin with"):
@@ -306,7 +319,7 @@ def test_a_cache_from_outside_the_session_is_refused(model, inputs):
     more = torch.cat([inputs["input_ids"], torch.arange(40, 50)[None]], 1)
     with (
         vidsieve.attach(model, random()),
-        pytest.raises(UnsupportedCallError, match="not filled under this session"),
+        pytest.raises(UnsupportedCallError, match="begin with an empty cache"),
     ):
         model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)
 
@@ -437,3 +450,208 @@ def test_one_call_at_a_time(model, inputs):
     with vidsieve.attach(model, random()):
         generate(model, inputs, logits_processor=LogitsProcessorList([Slow()]))
     assert caught and "one call at a time" in caught[0]
+
+
+def step(model, cache, token=41, rows=1, **options):
+    """One plain forward on a cache."""
+    return model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **options).logits[:, -1]
+
+
+def test_the_record_travels_with_the_cache(model, inputs):
+    """Copies, tuples and later sessions know what the cache stands for."""
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        with vidsieve.attach(model, random()):
+            first = model(**inputs, use_cache=True).past_key_values
+            as_tuple = model(**inputs, return_dict=False)[1]
+        chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))
+        wanted = masked_logits(adapter, inputs, chosen, torch.tensor([[41]]))[:, -1]
+        with vidsieve.attach(model, vidsieve.load("uniform", retention=0.5)):
+            for cache in (copy.deepcopy(first), as_tuple, first):
+                assert float((step(model, cache) - wanted).abs().max()) < 1e-4
+
+
+def test_an_emptied_cache_forgets_its_prompt(model, inputs, family):
+    text = inputs_for(family, [[]], words=[12])
+    plain = generate(model, text)
+    with vidsieve.attach(model, random()), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        generate(model, inputs, past_key_values=cache)
+        cache.crop(-cache.get_seq_length())
+        assert torch.equal(generate(model, text, past_key_values=cache), plain)
+
+
+def test_a_generation_that_breaks_off_leaves_a_cache_that_is_known(model, inputs):
+    calls = []
+
+    class Stop(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return scores
+
+    with vidsieve.attach(model, random()), torch.no_grad():
+        cache = DynamicCache(config=model.config.get_text_config())
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, inputs, past_key_values=cache, logits_processor=LogitsProcessorList([Stop()]))
+        wanted = step(model, model(**inputs, use_cache=True).past_key_values)
+        cache.crop(cache._vidsieve_record.short_prompt - cache.get_seq_length())
+        assert torch.allclose(step(model, cache), wanted, atol=1e-4)
+
+
+def test_padding_is_inferred_as_transformers_does(model, family):
+    inputs = configuration(family, "ragged batch 2")
+    bare = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    with vidsieve.attach(model, random()):
+        assert torch.equal(generate(model, bare), generate(model, inputs))
+
+
+def test_generate_keeps_no_graph_of_the_vision_tower(model, inputs):
+    saved = []
+    with (
+        vidsieve.attach(model, random()),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t),
+    ):
+        generate(model, inputs)
+    assert not saved
+
+
+def test_images_beside_the_video_are_refused_in_every_form(model, inputs):
+    ids = inputs["input_ids"].clone()
+    ids[0, -4] = model.config.image_token_id
+    with vidsieve.attach(model, random()):
+        with pytest.raises(UnsupportedCallError, match="images and videos"):
+            model(**(inputs | {"input_ids": ids}))
+        cache = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(UnsupportedCallError, match="brings an image"):
+            step(model, cache, token=model.config.image_token_id)
+        with pytest.raises(UnsupportedCallError, match="brings another video"):
+            step(model, cache, token=VIDEO)
+        with pytest.raises(UnsupportedCallError, match="leave position_ids out"):
+            step(model, cache, position_ids=torch.tensor([[99]]))
+
+
+def test_moved_rows_of_a_cache_are_noticed(model, family):
+    inputs = configuration(family, "ragged batch 2")
+    with vidsieve.attach(model, random()), torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        step(model, cache, rows=2)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(UnsupportedCallError, match="rows of a pruned cache cannot be moved"):
+            step(model, cache, rows=2)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        step(model, cache, rows=2)
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(UnsupportedCallError, match="cannot be moved, repeated"):
+            step(model, cache, rows=4)
+
+
+def test_beam_caches_are_refused_whatever_their_size(model, inputs):
+    with vidsieve.attach(model, random()):
+        out = generate(model, inputs, num_beams=3, num_return_sequences=3, return_dict_in_generate=True)
+        more = torch.cat([out.sequences, torch.full((3, 1), 41)], 1)
+        with pytest.raises(UnsupportedCallError, match="beam search cannot be continued"):
+            model.generate(input_ids=more, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
+def test_hooks_of_transformers_replace_built_in_ones_or_are_refused(model, inputs):
+    from transformers import MaxLengthCriteria, RepetitionPenaltyLogitsProcessor
+
+    none = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.0)])
+    with vidsieve.attach(model, random()):
+        plain = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, logits_processor=none, repetition_penalty=5.0), plain)
+        with pytest.raises(UnsupportedCallError, match="pass max_new_tokens to generate instead"):
+            generate(model, inputs, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(90)]))
+
+
+def test_what_is_left_of_a_closed_session_passes_calls_through(model, inputs):
+    plain = generate(model, inputs)
+    with vidsieve.attach(model, random()):
+        kept, twin = model.generate, copy.copy(model)
+        assert not torch.equal(kept(**inputs, max_new_tokens=6, do_sample=False), plain)
+        inner = model.forward
+        model.forward = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))  # by somebody, inside
+    assert torch.equal(kept(**inputs, max_new_tokens=6, do_sample=False), plain)
+    assert torch.equal(generate(twin, inputs), plain)
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_copying_an_attached_model_says_what_to_do(model):
+    with vidsieve.attach(model, random()), pytest.raises(AttachError, match="close it before copying"):
+        copy.deepcopy(model)
+
+
+def test_sessions_do_not_hold_their_model(family):
+    model = FAMILIES[family]()
+    vidsieve.attach(model, random())  # forgotten, never closed
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    model = FAMILIES[family]()
+    with vidsieve.attach(model, random()) as session:
+        pass
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None and str(session.trace) == "nothing pruned yet"
+
+
+def test_masks_that_hide_the_video_are_refused(model, inputs):
+    mask = inputs["attention_mask"].clone()
+    mask[0, (inputs["input_ids"][0] == VIDEO).nonzero()[3]] = 0
+    with vidsieve.attach(model, random()), pytest.raises(UnsupportedCallError, match="hides video tokens"):
+        model(**(inputs | {"attention_mask": mask}))
+
+
+def test_pruned_inputs_are_not_pruned_again(model, inputs):
+    method = vidsieve.load("uniform", retention=0.3)
+    plain = model.generate(**vidsieve.prune(model, inputs, method), max_new_tokens=4, do_sample=False)
+    again = vidsieve.prune(model, inputs, method)
+    with vidsieve.attach(model, random()):
+        assert torch.equal(model.generate(**again, max_new_tokens=4, do_sample=False), plain)
+
+
+def test_a_method_that_misses_its_budget_is_caught(model, inputs, monkeypatch):
+    kept = lambda self, video, budget, generator: Selection(torch.arange(budget + 2))  # noqa: E731
+    monkeypatch.setattr("vidsieve.compressors.random.Random._select", kept)
+    with vidsieve.attach(model, random()), pytest.raises(SelectionError, match="its budget is"):
+        generate(model, inputs)
+
+
+def test_the_prompt_is_passed_once(model, inputs):
+    with vidsieve.attach(model, random()), pytest.raises(UnsupportedCallError, match="pass the prompt once"):
+        model.generate(inputs["input_ids"], **inputs)
+
+
+def test_decoding_modes_set_on_the_model_are_refused_too(model, inputs):
+    model.generation_config.guidance_scale = 2.0
+    with vidsieve.attach(model, random()), pytest.raises(UnsupportedCallError, match="guidance"):
+        generate(model, inputs)
+
+
+def test_static_caches(model, family):
+    inputs = configuration(family, "ragged batch 2")
+    with vidsieve.attach(model, random()):
+        plain = generate(model, inputs)
+        assert torch.equal(generate(model, inputs, cache_implementation="static", disable_compile=True), plain)
+
+
+def test_a_third_turn(model, inputs):
+    adapter, words = adapter_for(model), torch.tensor([[41, 42, 43]])
+    with vidsieve.attach(model, random()), torch.no_grad():
+        out = generate(model, inputs, return_dict_in_generate=True)
+        talk = out.sequences
+        for _ in range(2):
+            talk = torch.cat([talk, words], 1)
+            talk = model.generate(
+                input_ids=talk, past_key_values=out.past_key_values, max_new_tokens=4, do_sample=False
+            )
+    with torch.no_grad():
+        chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))
+        made = talk[:, inputs["input_ids"].shape[1] :]
+        for end in range(-4, 0):
+            wanted = masked_logits(adapter, inputs, chosen, made[:, :end])[:, -1].argmax(-1)
+            assert int(wanted) == int(made[0, end])

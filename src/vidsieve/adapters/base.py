@@ -23,6 +23,7 @@ from vidsieve.errors import (
     NeedError,
     PolicyMismatchError,
     PromptError,
+    SelectionError,
     StageError,
     UnsupportedCallError,
 )
@@ -76,6 +77,11 @@ class Adapter(ABC):
     def video_token_id(self) -> int:
         """The id of a video placeholder."""
         return int(self.model.config.video_token_id)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of an image placeholder."""
+        return int(self.model.config.image_token_id)
 
     @property
     def decoder_layers(self) -> torch.nn.ModuleList:
@@ -136,6 +142,12 @@ class Adapter(ABC):
         ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
         return ready is not None or inputs.get(self.video_keys[0]) is not None
 
+    def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
+        """Return whether pixels, ready features or placeholders of an image are among the arguments of a call."""
+        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys)
+        return given or bool((ids == self.image_token_id).any())
+
     def encode(self, inputs: Mapping[str, Any]) -> Encoded:
         """Return a batch with its videos encoded and located.
 
@@ -148,8 +160,8 @@ class Adapter(ABC):
         """
         ids = inputs.get("input_ids")
         if ids is None or inputs.get("inputs_embeds") is not None:
-            raise UnsupportedCallError("pass input_ids: without them a video's tokens cannot be found in the prompt")
-        if any(inputs.get(key) is not None for key in self.image_keys):
+            raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
+        if self.carries_image(inputs, ids):
             raise UnsupportedCallError("images and videos in one call are not supported; send them in separate calls")
         if not self.carries_video(inputs):
             raise PromptError(f"the inputs carry no video ({self.video_keys[0]} is missing); call the model as it is")
@@ -163,8 +175,12 @@ class Adapter(ABC):
         if not bool((ids == self.video_token_id).any()):
             raise PromptError("the prompt has no video placeholder: put the video into the chat message")
         spans = self._locate(ids, self.video_features(inputs))
+        for span in spans:
+            if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
+                raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")
         given = inputs.get("position_ids")
         positions = self.unpack_positions(given) if given is not None else self.positions(ids, mask, inputs)
+        positions = positions.expand(-1, *ids.shape)
         known = {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs", "mm_token_type_ids"}
         rest = {k: v for k, v in inputs.items() if k not in known and k not in self.video_keys and v is not None}
         return Encoded(ids, mask.bool(), positions, spans, rest)
@@ -197,7 +213,9 @@ class Adapter(ABC):
         StageError, NeedError, PolicyMismatchError
         """
         if compressor.stage is not Stage.PRE_LLM:
-            raise StageError(f"{compressor.name} acts {compressor.stage.value}: use vidsieve.attach, not prune")
+            raise StageError(
+                f"{compressor.name} acts {compressor.stage.value}; this version runs methods that act before the LLM"
+            )
         for need in compressor.needs - self.provides:
             raise NeedError(f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give")
         config = getattr(getattr(compressor, "policy", None), "config", None)
@@ -217,26 +235,27 @@ class Adapter(ABC):
     def video_tokens(self, encoded: Encoded, video: int, needs: frozenset[Need] = frozenset()) -> VideoTokens:
         """Return one video of a batch as compressors read it, with just the signals in `needs`."""
         span = encoded.videos[video]
-        positions = encoded.positions[self.position_rows, span.row]
+        positions = encoded.positions[self.position_rows, span.row][:, span.columns].to(span.features.embeds.device)
         prompt = self.prompt(encoded, video) if Need.QUESTION in needs else None
-        return VideoTokens(span.features.embeds, span.features.grid, positions[:, span.columns], prompt)
+        return VideoTokens(span.features.embeds, span.features.grid, positions, prompt)
 
     def prompt(self, encoded: Encoded, video: int) -> Prompt:
         """Return the whole prompt around one video, padding removed."""
         row = encoded.videos[video].row
-        ids, real = encoded.input_ids[row], encoded.attention_mask[row]
-        embeds = self.model.get_input_embeddings()(ids)
+        table = self.model.get_input_embeddings()
+        device = table.weight.device
+        ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
+        positions = encoded.positions[self.position_rows, row].to(device)
+        embeds = table(ids)
         for number in encoded.of_row(row):
             span = encoded.videos[number]
             parts = torch.cat([span.features.embeds, span.features.tail]).to(embeds)
-            embeds = embeds.index_copy(0, torch.cat([span.columns, span.tail_columns]), parts)
+            embeds = embeds.index_copy(0, torch.cat([span.columns, span.tail_columns]).to(device), parts)
         video_mask = torch.zeros_like(real)
-        video_mask[encoded.videos[video].columns] = True
+        video_mask[encoded.videos[video].columns.to(device)] = True
         question = torch.zeros_like(real)
         question[real] = self.template().question_mask(ids[real])
-        return Prompt(
-            embeds[real], encoded.positions[self.position_rows, row][:, real], video_mask[real], question[real]
-        )
+        return Prompt(embeds[real], positions[:, real], video_mask[real], question[real])
 
     def select(
         self, encoded: Encoded, compressor: Compressor, generator: Generator | None = None
@@ -250,6 +269,12 @@ class Adapter(ABC):
             selection = compressor.compress(video, generator=generator)
             _synchronise(video.embeds)
             spent = 1e3 * (time.perf_counter() - start)
+            budget = compressor.budget(video)
+            if selection.num_kept != budget or int(selection.indices[-1]) >= video.num_tokens:
+                raise SelectionError(
+                    f"{compressor.name} kept {selection.num_kept} tokens up to index {int(selection.indices[-1])}; its "
+                    f"budget is {budget} of {video.num_tokens}"
+                )
             selections.append(selection)
             named = {"method": compressor.name, "variant": compressor.variant, "nominal": str(compressor.retention)}
             traces.append(VideoTrace.of(span.row, span.features.grid, selection, spent, **named))
@@ -275,7 +300,7 @@ class Adapter(ABC):
             for number, selection in zip(encoded.of_row(row), chosen, strict=True):
                 span = encoded.videos[number]
                 keep[span.columns] = False
-                keep[span.columns[selection.indices]] = True
+                keep[span.columns[selection.indices.to(span.columns.device)]] = True
                 merged = selection.embeds
                 parts.append(span.features.embeds[selection.indices] if merged is None else merged)
                 parts.append(span.features.tail)

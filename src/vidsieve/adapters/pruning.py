@@ -48,7 +48,8 @@ def prune(
 
     A pure function: `model` and `inputs` are not changed. Use the result for one call (`generate` expands
     the features inside it when it runs beams). It carries ``use_cache=True``, because without a cache
-    transformers reads gaps in the positions as packed sequences.
+    transformers reads gaps in the positions as packed sequences. Gradients reach the features: wrap the call
+    in ``torch.no_grad()`` where none are wanted. Give an ``attention_mask`` where prompts are padded.
 
     Parameters
     ----------
@@ -70,4 +71,10 @@ def prune(
     if positions not in POSITIONS:
         raise UnknownNameError("position convention", positions, POSITIONS)
     pruned = adapter_for(model, template).prune(inputs, compressor, generator)
+    pruned.inputs["mm_encoder_outputs"]["video"].vidsieve_pruned = True
     return pruned.inputs | {"use_cache": True}
+
+
+def is_pruned(call: Mapping[str, Any]) -> bool:
+    """Return whether the arguments of a call came out of `prune`."""
+    return hasattr((call.get("mm_encoder_outputs") or {}).get("video"), "vidsieve_pruned")

@@ -32,7 +32,10 @@ class Qwen25VLAdapter(Adapter):
         """Return each video of ``pixel_values_videos`` by ``video_grid_thw`` (videos, 3), or of ready features."""
         grids = inputs.get("video_grid_thw")
         if grids is None:
-            raise PromptError("video_grid_thw is missing: hand over everything that the processor returned")
+            raise PromptError(
+                "video_grid_thw is missing: hand over everything that the processor returned, and call model.generate "
+                "itself, not the function of its class"
+            )
         ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.model.device)
@@ -47,9 +50,10 @@ class Qwen25VLAdapter(Adapter):
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
-        kinds = torch.zeros_like(input_ids)
-        kinds[input_ids == self.model.config.image_token_id] = 1
-        kinds[input_ids == self.video_token_id] = 2
+        if inputs.get("mm_token_type_ids") is None:
+            # The installed model would fall back to 1-D positions without a word.
+            raise PromptError("mm_token_type_ids is missing: hand over everything that the processor returned")
+        kinds = 2 * (input_ids == self.video_token_id).int()
         rotary, _ = self.model.model.get_rope_index(
             input_ids,
             mm_token_type_ids=kinds,

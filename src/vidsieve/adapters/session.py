@@ -9,29 +9,30 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned, Template
+from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
-    CacheRecord,
     PromptRestorer,
     check_generate,
     check_logits_to_keep,
     count_from_prompt,
-    restore_output,
-    uses_cache,
+    padding_mask,
+    setting,
 )
-from vidsieve.adapters.pruning import POSITIONS, adapter_for
+from vidsieve.adapters.pruning import POSITIONS, adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnknownNameError, UnsupportedCallError
 from vidsieve.types import Need
 
-_open: weakref.WeakKeyDictionary[Any, Session] = weakref.WeakKeyDictionary()
+_open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
 Call = Callable[..., Any]
 
@@ -40,7 +41,12 @@ class Session:
     """A method attached to one model instance, until `close` (a context manager does it).
 
     While it is open, ``model.generate`` and ``model(...)`` drop video tokens before the LLM reads them, and
-    return what they always return. Text-only prompts pass through. One call at a time.
+    return what they always return. Text-only prompts pass through. One pruned call at a time. Call the model
+    itself: ``type(model).generate(model, …)`` goes past the session.
+
+    A cache filled under a session stands for a shorter prompt than the caller's; later turns and steps on it
+    are put right while a session is open, and must not be run on the detached model. Tokens after a prompt
+    follow at its last position + 1, as the installed `generate` decodes.
 
     Attributes
     ----------
@@ -52,40 +58,45 @@ class Session:
     """
 
     def __init__(self, model: Any, adapter: Adapter, compressor: Compressor, positions: str, seed: int) -> None:
-        self.model, self.adapter, self.compressor, self.seed = model, adapter, compressor, seed
+        self.compressor, self.seed = compressor, seed
         self.trace = Trace(positions)
         self.kept_positions: Tensor | None = None
-        self._caches: weakref.WeakKeyDictionary[Any, CacheRecord] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._saved: dict[str, Any] | None = None
+        self._model, self._adapter = model, adapter
+        self._lock, self._here = threading.Lock(), threading.local()
+        self._wrappers: dict[str, Call] = {}
+        self._before: dict[str, Any] = {}
 
     # -- open and close -------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        if self.model in _open:
-            raise AttachError(
-                f"{_open[self.model].compressor.name} is attached to this model already: close that session first"
+        current = _open.get(self._model)
+        session = current() if current is not None else None
+        if session is not None:
+            raise AttachError(f"{session.compressor.name} is attached to this model already: close that session first")
+        for name, prune in (("generate", self._generate), ("forward", self._forward)):
+            original = getattr(self._model, name)
+            self._before[name] = self._model.__dict__.get(name)
+            self._wrappers[name] = functools.wraps(original)(
+                functools.partial(self._call, prune, original, inspect.signature(original))
             )
-        self._saved = {name: self.model.__dict__.get(name) for name in ("generate", "forward")}
-        for name, wrapper in (("generate", self._generate), ("forward", self._forward)):
-            original = getattr(self.model, name)
-            replacement = functools.wraps(original)(functools.partial(wrapper, original))
             # Set past nn.Module's bookkeeping: an attribute of this instance, removed on close.
-            self.model.__dict__[name] = replacement
-        _open[self.model] = self
+            self._model.__dict__[name] = self._wrappers[name]
+        _open[self._model] = weakref.ref(self)
 
     def close(self) -> None:
         """Take the method off the model; the model is then exactly as before. Safe to call twice."""
-        if self._saved is None:
+        if not self._wrappers:
             return
-        for name, value in self._saved.items():
-            if value is None:
-                self.model.__dict__.pop(name, None)
+        for name, wrapper in self._wrappers.items():
+            if self._model.__dict__.get(name) is not wrapper:
+                continue  # wrapped once more by somebody else: what is left of us there passes calls through
+            if self._before[name] is None:
+                del self._model.__dict__[name]
             else:
-                self.model.__dict__[name] = value
-        self._saved = None
-        _open.pop(self.model, None)
+                self._model.__dict__[name] = self._before[name]
+        _open.pop(self._model, None)
+        self._wrappers, self._before = {}, {}
+        del self._model, self._adapter  # a session is often kept for its trace; the model need not stay for it
 
     def __enter__(self) -> Session:
         return self
@@ -95,117 +106,119 @@ class Session:
     ) -> None:
         self.close()
 
-    @contextmanager
-    def _running(self) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise AttachError("this session is running a call in another thread: one call at a time")
-        self._owner = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._owner = None
-            self._lock.release()
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be copied or pickled along with the model."""
+        raise AttachError("a session is attached to this model: close it before copying or saving the model")
 
     # -- calls ----------------------------------------------------------------------------------------------
 
-    def _generate(self, original: Call, *args: Any, **kwargs: Any) -> Any:
-        if self._owner == threading.get_ident():
+    def _call(self, prune: Call, original: Call, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of the model: inner calls and those without a video go through as they are."""
+        if not self._wrappers or getattr(self._here, "running", False):
             return original(*args, **kwargs)
-        call = _arguments(original, args, kwargs)
+        call = _arguments(signature, args, kwargs)
+        if call.get("inputs") is not None and call.get("input_ids") is not None:
+            raise UnsupportedCallError("pass the prompt once: inputs and input_ids are the same thing")
         ids = call.pop("inputs", None)
-        ids = call.pop("input_ids", None) if ids is None else ids
-        cache = call.get("past_key_values")
-        record = self._record(cache)
-        if record is None and not self._has_video(ids, call, cache):
-            return original(*args, **kwargs)
-        with self._running():
-            check_generate(call)
-            if not uses_cache(self.model, call):
-                raise UnsupportedCallError(
-                    "generate(use_cache=False) cannot run on a pruned prompt: transformers would read the gaps in its "
-                    "positions as packed sequences. Leave the cache on."
-                )
-            call["input_ids"] = ids
-            if record is None:
-                pruned = self._prune(call)
-                new = pruned.inputs
-                record = CacheRecord.start(ids, pruned, self.adapter.unpack_positions(new["position_ids"]))
-            else:
-                new = self._continue(record, call)
-            short = int(new["input_ids"].shape[1])
-            count_from_prompt(self.model, call, ids.shape[1], new)
-            restore = PromptRestorer(ids, short)
-            for name in ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "streamer"):
-                if new.get(name) is not None:
-                    new[name] = restore.wrap(name, new[name])
-            output = original(**new)
-            return self._finish(output, record, restore, cache)
+        call["input_ids"] = call.get("input_ids") if ids is None else ids
+        record = record_of(call.get("past_key_values"))
+        with self._inside():
+            if record is None and not self._to_prune(call):
+                return original(*args, **kwargs)
+            if call["input_ids"] is None:
+                raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
+            with self._alone():
+                return prune(original, call, record)
 
-    def _finish(self, output: Any, record: CacheRecord, restore: PromptRestorer, cache: Any) -> Any:
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        self._here.running = True
+        try:
+            yield
+        finally:
+            self._here.running = False
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise AttachError("this session is running a call in another thread: one call at a time")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @torch.no_grad()
+    def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
+        check_generate(self._model, call)
+        ids, cache = call["input_ids"], call.get("past_key_values")
+        call["attention_mask"] = padding_mask(self._model, call, ids)
+        if record is None:
+            new, record = self._begin(call)
+        else:
+            new = self._continue(record, call)
+        count_from_prompt(self._model, call, ids.shape[1], new)
+        restore = PromptRestorer(ids, int(new["input_ids"].shape[1]))
+        restore.wrap_hooks(new)
+        keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
+        output = original(**new)
         short = output if isinstance(output, Tensor) else output.sequences
-        result = restore_output(output, restore)
+        result = restore.output(output)
+        beams = (setting(self._model, call, "num_beams") or 1) > 1
         full = result if isinstance(result, Tensor) else result.sequences
         made = cache if cache is not None else getattr(output, "past_key_values", None)
-        if made is not None:
-            self._caches[made] = record.grown(full, short)
+        keep_record(made, record.grown(full, short, beams))
         return result
 
-    def _forward(self, original: Call, *args: Any, **kwargs: Any) -> Any:
-        if self._owner == threading.get_ident():
-            return original(*args, **kwargs)
-        call = _arguments(original, args, kwargs)
-        ids, cache = call.get("input_ids"), call.get("past_key_values")
-        record = self._record(cache)
-        if record is None and not self._has_video(ids, call, cache):
-            return original(*args, **kwargs)
-        if ids is None:
-            raise UnsupportedCallError("pass input_ids: without them a video's tokens cannot be found in the prompt")
-        with self._running():
-            if record is not None:
-                new = record.step(ids, call, self.adapter)
-                output = original(**new)
-                self._caches[cache] = record.grown(
-                    torch.cat([record.full_ids, ids], 1), torch.cat([record.short_ids, ids], 1)
-                )
-                return output
-            check_logits_to_keep(call, ids, self.adapter.video_token_id)
-            pruned = self._prune(call)
-            output = original(**pruned.inputs)
-            made = cache if cache is not None else getattr(output, "past_key_values", None)
-            if made is not None:
-                positions = self.adapter.unpack_positions(pruned.inputs["position_ids"])
-                self._caches[made] = CacheRecord.start(ids, pruned, positions)
-            return output
+    def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
+        cache = call.get("past_key_values")
+        if record is not None:
+            new, record = record.step(call["input_ids"], call, self._adapter)
+        else:
+            check_logits_to_keep(call, call["input_ids"], self._adapter.video_token_id)
+            new, record = self._begin(call)
+            if cache is None and call.get("use_cache") is not False:
+                # Ours, so that the record is on it however the output hands it back.
+                new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
+        output = original(**new)
+        keep_record(cache, record)
+        return output
 
     # -- steps ----------------------------------------------------------------------------------------------
 
-    def _record(self, cache: Any) -> CacheRecord | None:
-        record = self._caches.get(cache) if cache is not None else None
-        return record if record is not None and cache.get_seq_length() > 0 else None
-
-    def _has_video(self, ids: Any, call: dict[str, Any], cache: Any) -> bool:
+    def _to_prune(self, call: dict[str, Any]) -> bool:
         """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
-        carries = self.adapter.carries_video(call)
-        placeholders = ids is not None and bool((ids == self.adapter.video_token_id).any())
+        ids, cache = call["input_ids"], call.get("past_key_values")
+        if self.compressor.retention == 1.0 or is_pruned(call):
+            return False
+        carries = self._adapter.carries_video(call)
+        placeholders = ids is not None and bool((ids == self._adapter.video_token_id).any())
         if not carries and not placeholders:
             return False
-        if self.compressor.retention == 1.0:
-            return False
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and not isinstance(cache, tuple) and cache.get_seq_length() > 0:
             raise UnsupportedCallError(
-                "this cache was not filled under this session: begin the conversation while the session is attached, "
-                "or send the whole conversation without past_key_values"
+                "a video cannot be pruned into a cache that holds tokens already, unless they are an earlier turn "
+                "that was pruned under a session: begin with an empty cache, or send the whole conversation without "
+                "past_key_values"
             )
         if placeholders and not carries:
             raise PromptError(
-                f"the prompt has video placeholders, but the call carries no video ({self.adapter.video_keys[0]}): "
+                f"the prompt has video placeholders, but the call carries no video ({self._adapter.video_keys[0]}): "
                 "hand over everything that the processor returned"
             )
         return True
 
+    def _begin(self, call: dict[str, Any]) -> tuple[dict[str, Any], CacheRecord]:
+        """Return the pruned arguments of a first call, and the record of its prompt."""
+        ids = call["input_ids"]
+        pruned = self._prune(call)
+        mask = call.get("attention_mask")
+        whole = torch.ones_like(ids) if mask is None else mask
+        positions = self._adapter.unpack_positions(pruned.inputs["position_ids"])
+        return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions)
+
     def _prune(self, call: dict[str, Any]) -> Pruned:
         generator = torch.Generator().manual_seed(self.seed)
-        pruned = self.adapter.prune(call, self.compressor, generator)
+        pruned = self._adapter.prune(call, self.compressor, generator)
         if not any(trace.kept < trace.total for trace in pruned.traces):
             raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
         self.trace.videos.extend(pruned.traces)
@@ -215,21 +228,19 @@ class Session:
 
     def _continue(self, record: CacheRecord, call: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a later turn on a pruned cache."""
-        drop = {*self.adapter.video_keys, "mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
-        rest = {k: v for k, v in call.items() if k not in drop}
+        drop = {*self._adapter.video_keys, "mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
+        new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
         if Need.QUESTION in self.compressor.needs:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"
             if note not in self.trace.notes:
                 self.trace.notes.append(note)
-        return rest | record.continuation(call, self.adapter)
+        return new
 
 
-def _arguments(original: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call by name, with **kwargs laid flat and absent ones left out."""
-    signature = inspect.signature(original)
-    bound = signature.bind(*args, **kwargs).arguments
     flat: dict[str, Any] = {}
-    for name, value in bound.items():
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
             flat |= value
         elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:

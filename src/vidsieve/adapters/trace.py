@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,13 +64,13 @@ class VideoTrace:
 
 @dataclass
 class Trace:
-    """Everything a session pruned, newest last.
+    """What a session pruned, newest last; the last 1,000 videos are remembered.
 
     `positions` names the position convention, `prompt_tokens` are (before, after) of the last pruned call.
     """
 
     positions: str
-    videos: list[VideoTrace] = field(default_factory=list)
+    videos: deque[VideoTrace] = field(default_factory=lambda: deque(maxlen=1000))
     notes: list[str] = field(default_factory=list)
     prompt_tokens: tuple[int, int] | None = None
 

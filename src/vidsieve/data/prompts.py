@@ -95,7 +95,10 @@ class FilePrompts:
         labels = torch.full_like(ids, -100)
         labels[:, -answer.shape[1] :] = answer
         extended = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        return Caption({k: v for k, v in inputs.items() if k != "mm_token_type_ids"} | extended)
+        kinds = inputs.get("mm_token_type_ids")
+        if kinds is not None:
+            extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
+        return Caption(inputs | extended)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
