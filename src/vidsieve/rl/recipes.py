@@ -20,7 +20,14 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("cacovid", "paper"): {},
     ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.01},
     ("score", "paper"): {},
-    ("score", "ours"): {"advantage": "leave_one_out", "rate_low": 0.05, "rate_high": 0.25, "lr": 0.003},
+    ("score", "ours"): {
+        "advantage": "group",
+        "rate_low": 0.05,
+        "rate_high": 0.25,
+        "lr": 0.001,
+        "schedule": "cosine",
+        "score_decay": 0.003,
+    },
 }
 """What a variant changes of the defaults; a command's own options come on top."""
 
@@ -71,9 +78,9 @@ def train_policy(
 
 def _prompts(adapter: Adapter, processor: Any, data: Path | None, seed: int) -> Any:
     if data is None:
-        from vidsieve.testbed.data import TestbedPrompts
+        from vidsieve.testbed.data import ScenePrompts
 
-        return TestbedPrompts(adapter, processor, seed=100_000 + seed)
+        return ScenePrompts(adapter, processor, seed=100_000 + seed)
     from vidsieve.data.prompts import FilePrompts
 
     return FilePrompts(adapter, processor, data, seed=seed)

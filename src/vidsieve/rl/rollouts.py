@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,19 +52,25 @@ class Rollouts:
         keep_masks : Tensor, (G, N), bool
         option_ids : Tensor, (options,), int64
         """
-        parts = [
-            self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids]
-            for batch in self._batches(keep_masks)
-        ]
+        parts = []
+        for batch in self._batches(keep_masks):
+            batch.pop("labels", None)  # with them the model would compute a loss over every position
+            parts.append(self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids])
         return torch.cat(parts)
 
     @torch.no_grad()
-    def caption_ce(self, keep_masks: Tensor) -> Tensor:
-        """Return the caption's cross-entropy per token (G,) under each mask; the prompt must carry labels."""
+    def caption_ce(self, kept: Tensor | Sequence[Selection]) -> Tensor:
+        """Return the caption's cross-entropy per token (G,) under each keep-mask (G, N) or selection.
+
+        Raises
+        ------
+        UnsupportedCallError
+            If the prompt carries no labels.
+        """
         if "labels" not in self.encoded.rest:
             raise UnsupportedCallError("caption_ce needs labels in the inputs")
         parts = []
-        for batch in self._batches(keep_masks):
+        for batch in self._batches(kept):
             labels = batch.pop("labels")
             # Left padding puts the caption at the end of every row: only those logits are wanted.
             span = int((labels != -100).sum(1).max()) + 1
@@ -72,10 +78,10 @@ class Rollouts:
             parts.append(caption_ce(logits, labels[:, -span:]))
         return torch.cat(parts)
 
-    def _batches(self, keep_masks: Tensor) -> Iterator[dict[str, Any]]:
-        kept = keep_masks.sum(1)
+    def _batches(self, kept: Tensor | Sequence[Selection]) -> Iterator[dict[str, Any]]:
+        chosen = [Selection(mask_to_indices(mask)) for mask in kept] if isinstance(kept, Tensor) else list(kept)
         text = int(self.encoded.attention_mask.sum()) - self.encoded.videos[0].features.grid.num_tokens
-        size = max(1, self.max_tokens // (text + int(kept.max())))
-        for start in range(0, keep_masks.shape[0], size):
-            chosen = [[Selection(mask_to_indices(mask))] for mask in keep_masks[start : start + size]]
-            yield self.adapter.build(self.encoded, chosen, rows=[0] * len(chosen)).inputs
+        size = max(1, self.max_tokens // (text + max(selection.num_kept for selection in chosen)))
+        for start in range(0, len(chosen), size):
+            some = [[selection] for selection in chosen[start : start + size]]
+            yield self.adapter.build(self.encoded, some, rows=[0] * len(some)).inputs

@@ -5,12 +5,13 @@ each, compare its cross-entropy with the one under all tokens, and take a REINFO
 advantage (Eq. 5-9). Left to issue C: the pseudo-video curriculum.
 
 Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
-later), and scores rollouts by −CE with a leave-one-out baseline instead of the split: a group then compares
-masks of equal rate, and sparsity needs no reward.
+later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
+sparsity needs no reward. A penalty on the logits' variance and a cosine keep it exploring.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import UnknownNameError
-from vidsieve.rl.advantages import leave_one_out, split_advantage
+from vidsieve.rl.advantages import group_advantage, leave_one_out, split_advantage
 from vidsieve.rl.losses import reinforce_loss
 from vidsieve.rl.rewards import score_rewards
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption
 from vidsieve.rl.sampling import bernoulli_masks
-from vidsieve.rl.settings import Advantage, ScoreConfig
+from vidsieve.rl.settings import Advantage, Schedule, ScoreConfig
 from vidsieve.rl.trainer import StepResult, Trainer
 
 
@@ -38,12 +39,19 @@ class ScoreTrainer(Trainer[Caption]):
     def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
         self.adapter = adapter
         super().__init__(*args, **kwargs)
-        if self.config.advantage not in get_args(Advantage):
-            raise UnknownNameError("advantage", self.config.advantage, get_args(Advantage))
+        for name, known in (("advantage", get_args(Advantage)), ("schedule", get_args(Schedule))):
+            if getattr(self.config, name) not in known:
+                raise UnknownNameError(name, getattr(self.config, name), known)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
         return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr)
+
+    def learning_rate(self, step: int) -> float:
+        """Return 1, or a cosine from 1 to 0."""
+        if self.config.schedule == "constant":
+            return 1.0
+        return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
     def train_step(self, sample: Caption) -> StepResult:
         """Return the policy-gradient loss of one video."""
@@ -54,7 +62,7 @@ class ScoreTrainer(Trainer[Caption]):
         shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
         masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
         ce = rollouts.caption_ce(masks)  # (K,)
-        metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(logits)}
+        metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
         if c.advantage == "split":
             everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
             ce_full = float(rollouts.caption_ce(everything)[0])
@@ -62,8 +70,9 @@ class ScoreTrainer(Trainer[Caption]):
             advantage = split_advantage(delta_ce, sparsity)
             metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
         else:
-            advantage = leave_one_out(-ce)
-        return StepResult(reinforce_loss(shifted, masks, advantage), metrics)
+            advantage = group_advantage(-ce) if c.advantage == "group" else leave_one_out(-ce)
+        loss = reinforce_loss(shifted, masks, advantage) + c.score_decay * logits.var(correction=0)
+        return StepResult(loss, metrics)
 
     def _shift(self, logits: Tensor) -> Tensor:
         """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""

@@ -8,7 +8,8 @@ from typing import Literal
 Sampler = Literal["ocss", "multinomial", "random"]
 Range = Literal["frame", "video"]
 Reward = Literal["choice", "margin"]
-Advantage = Literal["split", "leave_one_out"]
+Advantage = Literal["split", "group", "leave_one_out"]
+Schedule = Literal["constant", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,13 @@ class ScoreConfig(TrainConfig):
     slack: float = 0.0
     """Added to τ·CE_base, where that is too near 0 for a factor to leave room."""
     lr: float = 0.02
-    """Learning rate of Adam, constant."""
+    """Learning rate of Adam at the start."""
+    schedule: Schedule = "constant"
+    """"constant", or "cosine" to 0."""
     advantage: Advantage = "split"
-    """"split": Eq. 7; "leave_one_out": −CE against the group's other rollouts, no sparsity reward."""
+    """"split": Eq. 7; "group" and "leave_one_out": −CE against the group's mean, no sparsity reward."""
+    score_decay: float = 0.0
+    """Weight of the logits' variance in the loss; without it they grow until nothing is explored any more."""
     rate_low: float = 0.0
     """Lowest mean keep rate of a group, drawn log-uniformly; 0 = the policy's own rate (paper)."""
     rate_high: float = 0.0

@@ -80,7 +80,7 @@ CURRICULUM = (
         weights={"order": 2.0, "motion": 3.0, "change": 3.0}, enough=0.95, every=250,
     ),
     Stage(
-        "C2", KINDS, 12, TOKENS, 2500, batch=24, questions=8, lr=5e-4, last_lr=5e-5, random_share=0.3,
+        "C2", KINDS, 12, TOKENS, 1500, batch=24, questions=8, lr=5e-4, last_lr=5e-5, random_share=0.3,
         caption_share=0.15, conversation_share=0.1, weights={"order": 1.5, "motion": 1.5, "change": 1.5},
         sequence=220, evaluate_at=TOKENS, every=250,
     ),

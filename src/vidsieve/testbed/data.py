@@ -18,7 +18,7 @@ from vidsieve.testbed.world import make_cast, render
 _KEPT_SCENES = 64
 
 
-class TestbedPrompts:
+class ScenePrompts:
     """Scenes under one seed, rendered and encoded on first use; the last few stay in memory.
 
     Parameters

@@ -14,6 +14,8 @@ from torch import Generator, Tensor
 from vidsieve import registry
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors._question import FirstLook
+from vidsieve.errors import NeedError
 from vidsieve.eval.testbed import Row, SceneBatch, compressor_row, evaluate
 from vidsieve.selection import kept_tokens, top_indices
 from vidsieve.testbed.questions import best_order
@@ -96,7 +98,7 @@ def _from_mean(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTok
 
 def _word_similarity(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
     if video.prompt is None:
-        raise ValueError("word similarity needs the prompt")
+        raise NeedError("word similarity needs the prompt")
     words = video.prompt.embeds[video.prompt.question_mask]
     tokens = torch.nn.functional.normalize(video.embeds, dim=-1)
     return (tokens @ torch.nn.functional.normalize(words, dim=-1).T).amax(1)
@@ -156,8 +158,9 @@ def measure(
 ) -> dict[str, Any]:  # fmt: skip
     """Return the table of oracles and heuristics, and of another video's tokens (`wrong_video`)."""
     layers = list(range(len(adapter_for(model).decoder_layers))) if attention else None
+    rows = [*separation_rows(retentions, layers), *(first_look_row(model, retention) for retention in retentions)]
     return evaluate(
-        model, processor, separation_rows(retentions, layers), world=world, seed=seed, questions=questions,
+        model, processor, rows, world=world, seed=seed, questions=questions,
         progress=progress,
     )  # fmt: skip
 
@@ -170,7 +173,7 @@ def targets(result: dict[str, Any]) -> list[str]:
         found = [r["accuracy"] for r in rows if r["method"] == method and r["retention"] == retention]
         return max(found, default=float("nan"))
 
-    knowing = {"full", "question_oracle", "object_oracle"}
+    knowing = {"full", "question_oracle", "object_oracle", "first_look"}
     full = value("full", 1.0)
     lines = [_line("full tokens ≥ .88", full, full >= 0.88)]
     for retention, slack in ((0.1, 0.02), (0.025, 0.05)):
@@ -193,3 +196,22 @@ def targets(result: dict[str, Any]) -> list[str]:
 
 def _line(condition: str, figure: float, met: bool) -> str:
     return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"
+
+
+def first_look_row(model: Any, retention: float) -> Row:
+    """Return the row of the LLM's own first look: layer 0's attention from question words, nothing trained.
+
+    What CaCoVID's variant "ours" starts from, so what its training adds is the difference to this row.
+    """
+    state = adapter_for(model).layer_state(0)
+    look = FirstLook(state.shape)
+    look.load_state_dict({name: tensor for name, tensor in state.weights.items() if name in look.state_dict()})
+
+    def score(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+        if video.prompt is None:
+            raise NeedError("the first look needs the prompt")
+        attention: Tensor = look(video, video.prompt)
+        return attention.amax((0, 1))
+
+    build = _scored(score, frozenset({Need.QUESTION}))
+    return Row("first_look", "-", retention, build(kept_tokens(retention, TOKENS)))

@@ -1,0 +1,136 @@
+"""What the shipped policies learned: every method on fresh questions, three seeds, both worlds, one JSON file.
+
+Rows of the three seeds are pooled (errors clustered by scene), differences are paired question by question.
+`--markdown` prints the README's table from a result file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidsieve.benchmarking import machine, write_result
+from vidsieve.cli.shared import quiet
+from vidsieve.eval.methods import named_methods, rows_for
+from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
+from vidsieve.eval.testbed import Row, evaluate
+from vidsieve.pipeline import load_model
+from vidsieve.selection import kept_tokens
+from vidsieve.testbed.study import first_look_row, question_oracle
+from vidsieve.testbed.world import TOKENS
+
+WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.25, 0.1, 0.05)
+TRAINING_FREE = ("random", "uniform", "downsample", "frame_difference", "divprune")
+
+
+def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
+    """Return the marks of every row for one world and seed, from an earlier run that was stopped if there is one."""
+    world, seed, questions, folder = task
+    path = folder / f"{world}-{seed}-{questions}.json"
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    torch.set_num_threads(1)
+    quiet()
+    model, processor = load_model("testbed")
+    rows = rows_for(named_methods(["all"]), RETENTIONS, probes=True)
+    for retention in RETENTIONS:
+        rows.append(Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))))
+        rows.append(first_look_row(model, retention))
+    result = evaluate(model, processor, rows, world=world, seed=seed, questions=questions)
+    kept = {"marks": result["right"], "clusters": result["clusters"]}
+    write_result(path, kept)
+    at = {r["method"] + ":" + r["variant"]: round(r["accuracy"], 3) for r in result["rows"] if r["retention"] == 0.1}
+    print(world, seed, at, flush=True)
+    return kept
+
+
+def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return every row's marks over all seeds, with one cluster number per scene."""
+    marks: dict[str, list[bool]] = {}
+    clusters: list[int] = []
+    for part in parts:
+        offset = 1 + max(clusters, default=-1)
+        clusters += [offset + number for number in part["clusters"]]
+        for key, values in part["marks"].items():
+            marks.setdefault(key, []).extend(values)
+    return {"marks": marks, "clusters": clusters}
+
+
+def interval(estimate: Estimate) -> dict[str, Any]:
+    return {"mean": estimate.mean, "stderr": estimate.stderr, "interval": list(estimate.interval)}
+
+
+def compared(data: dict[str, Any]) -> dict[str, Any]:
+    """Return accuracy of every row and its paired differences to random, the best untrained method, oracle and full."""
+    marks, clusters = data["marks"], data["clusters"]
+    rows = []
+    for key, values in marks.items():
+        method, variant, retention = key.rsplit("/", 2)
+        others = {
+            "full": "full/-/1",
+            "random": f"random/ours/{retention}",
+            "question_oracle": f"question_oracle/-/{retention}",
+        }
+        if retention != "1":
+            best = max(TRAINING_FREE, key=lambda name: sum(marks[f"{name}/ours/{retention}"]))
+            others["best_training_free"] = f"{best}/ours/{retention}"
+        row = {
+            "method": method,
+            "variant": variant,
+            "retention": float(retention),
+            **interval(clustered_mean(values, clusters)),
+        }
+        for name, other in others.items():
+            if other in marks:
+                row[f"vs_{name}"] = {
+                    "of": other.split("/")[0],
+                    **interval(paired_difference(values, marks[other], clusters)),
+                }
+        rows.append(row)
+    return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the README's table of one world."""
+    by = {(r["method"], r["variant"], r["retention"]): r for r in result["rows"]}
+    names = list(dict.fromkeys((r["method"], r["variant"]) for r in result["rows"] if r["method"] != "full"))
+    lines = ["| kept | " + " | ".join(f"{100 * r:g} %" for r in RETENTIONS) + " |", "|---|" + "---|" * len(RETENTIONS)]
+    full = by["full", "-", 1.0]
+    whole = f"{full['mean']:.3f} ± {full['stderr']:.3f}"
+    lines.append(f"| all tokens | {' | '.join([whole] * len(RETENTIONS))} |")
+    for method, variant in names:
+        cells = [by[method, variant, r] for r in RETENTIONS]
+        label = f"`{method}`" + ("" if variant in ("ours", "-") else f" ({variant})")
+        lines.append(f"| {label} | " + " | ".join(f"{c['mean']:.3f} ± {c['stderr']:.3f}" for c in cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--questions", type=int, default=2000, help="per seed")
+    parser.add_argument("--processes", type=int, default=2, help="one thread each")
+    parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="finished parts, to go on from")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
+    parser.add_argument("--markdown", action="store_true", help="print the table of an existing result")
+    options = parser.parse_args()
+    if not options.markdown:
+        tasks = [(world, seed, options.questions, options.parts) for seed in SEEDS for world in WORLDS]
+        options.parts.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
+            parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))
+        worlds = {world: compared(pooled([parts[world, seed] for seed in SEEDS])) for world in WORLDS}
+        write_result(options.json, {"machine": machine(), "seeds": SEEDS, "worlds": worlds})
+    result = json.loads(options.json.read_text())
+    for world, table in result["worlds"].items():
+        print(f"\nworld {world}: {table['questions']} questions on {table['scenes']} scenes\n\n{markdown(table)}")
+
+
+if __name__ == "__main__":
+    main()
