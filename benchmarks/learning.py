@@ -7,6 +7,7 @@ Rows of the three seeds are pooled (errors clustered by scene), differences are 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+import vidsieve
 from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.eval.methods import named_methods, rows_for
@@ -29,10 +31,20 @@ WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.25, 0.1, 0.05)
 TRAINING_FREE = ("random", "uniform", "downsample", "frame_difference", "divprune")
 
 
+def fingerprint() -> str:
+    """Return a hash of the shipped weights and of the code that selects and measures: what made a part."""
+    digest = hashlib.sha256()
+    package = Path(vidsieve.__file__).parent
+    code = [path for folder in ("compressors", "eval", "testbed") for path in (package / folder).rglob("*.py")]
+    for path in sorted([*code, *package.rglob("*.safetensors")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
     """Return the marks of every row for one world and seed, from an earlier run that was stopped if there is one."""
     world, seed, questions, folder = task
-    path = folder / f"{world}-{seed}-{questions}.json"
+    path = folder / f"{world}-{seed}-{questions}-{fingerprint()}.json"
     if path.exists():
         found: dict[str, Any] = json.loads(path.read_text())
         return found

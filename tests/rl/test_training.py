@@ -9,11 +9,15 @@ import torch
 
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import OutputError, TrainingError, UnknownNameError, UnsupportedCallError
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.score import ScoreTrainer
+from vidsieve.rl.settings import ScoreConfig
 from vidsieve.rl.trainer import CHECKPOINT, METRICS, StepResult, Trainer, read_metrics
 from vidsieve.testbed.data import ScenePrompts
+from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES
@@ -90,8 +94,6 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_and_keeps_the_last_good_checkpoint(testbed, tmp_path, monkeypatch, where):
-    from vidsieve.rl.score import ScoreTrainer
-
     original, calls = ScoreTrainer.train_step, []
 
     def poisoned(self, sample):
@@ -120,12 +122,48 @@ def test_max_minutes_stops_in_good_order(testbed, tmp_path):
     assert load(tmp_path / "policy").policy is not None
 
 
+def object_share(policy, prompts, seed, scenes=4):
+    """Return the share of (object token, other token) pairs that a question-free policy puts in the right order."""
+    right = []
+    for index in range(scenes):
+        video = Rollouts(prompts.adapter, prompts.caption(index).inputs).video()
+        things = [o for o in make_cast("A", seed, index).objects if o.kind != "glyph"]
+        shown = torch.zeros(video.num_tokens, dtype=torch.bool)
+        shown[[token for thing in things for token in thing.tokens()]] = True
+        with torch.no_grad():
+            logits = policy(video)
+        right.append((logits[shown][:, None] > logits[~shown]).float().mean())
+    return float(torch.stack(right).mean())
+
+
 @pytest.mark.slow
-def test_score_learns(testbed, tmp_path):
-    """Sixty steps are enough for captions to be told better from the kept tokens than from random ones."""
-    train(testbed, tmp_path, steps=60, prompts_per_step=4, log_every=10, save_every=60)
+def test_score_learns_what_objects_are(testbed, tmp_path):
+    """Never told what an object is, only how well captions are predicted."""
+    model, processor = testbed
+    prompts = ScenePrompts(adapter_for(model), processor, seed=61)
+    train(testbed, tmp_path, steps=30, prompts_per_step=8, log_every=10, save_every=30)
+    start = ScorePolicy.start(128, "llava_onevision", hidden=256, seed=5).eval()
+    before, after = (object_share(p, prompts, 61) for p in (start, load(tmp_path / "policy").policy))
+    assert after > max(0.7, before + 0.15), (before, after)
+
+
+@pytest.mark.slow
+def test_cacovid_learns_to_be_right_more_often(testbed, tmp_path):
+    train(testbed, tmp_path, "cacovid", steps=60, prompts_per_step=8, log_every=15, save_every=60)
     lines = read_metrics(tmp_path)
-    assert lines[-1]["ce"] < lines[0]["ce"] - 0.05
+    assert lines[-1]["right"] > lines[0]["right"] + 0.05
+
+
+def test_the_rate_of_a_group_is_not_the_policys_to_choose(testbed, tmp_path):
+    """With a given rate the loss has no gradient along the logits' mean; on its own the policy does choose it."""
+    model, processor = testbed
+    adapter = adapter_for(model)
+    sample = ScenePrompts(adapter, processor, seed=3).caption(0)
+    for rates, moves in (((0.1, 0.1), False), ((0.0, 0.0), True)):
+        policy = ScorePolicy.start(128, "llava_onevision", hidden=16, seed=5)
+        config = ScoreConfig(advantage="group", rate_low=rates[0], rate_high=rates[1])
+        ScoreTrainer(adapter, policy, config, lambda number: sample, tmp_path).train_step(sample).loss.backward()
+        assert (abs(float(policy.out.bias.grad)) > 1e-6) == moves
 
 
 def test_samples_repeat_and_hold_what_they_say(testbed):

@@ -74,14 +74,15 @@ def print_result(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         against = row["vs_random"]
         versus = f"{against['diff']:+.3f} ± {1.96 * against['stderr']:.3f}" if against else "–"
+        name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
         lines.append((
-            row["method"], row["variant"], f"{row['retention']:g}", f"{row['real_retention']:.4f}",
+            name, f"{row['retention']:g}", f"{row['real_retention']:.4f}",
             f"{row['accuracy']:.3f} ± {row['stderr']:.3f}", versus, f"{row['select_ms']['median']:.1f}",
         ))  # fmt: skip
-    columns = ("method", "variant", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
+    columns = ("method", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"
-    out.print(table(title, columns, lines, right=(2, 3, 4, 5, 6)))
+    out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5)))
 
 
 class progress_bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,8 @@ from vidsieve.files import writing
 if TYPE_CHECKING:
     from vidsieve.types import Tokens
 
-out = Console()
+# Files and pipes have no width of their own; rich would cut tables at 80.
+out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]

@@ -38,13 +38,13 @@ class QuestionScorer(nn.Module):
     """Token and frame logits from three looks at the question.
 
     1. The first look of the LLM (frozen): per head, the strongest and the weighted mean log-attention that a
-       token gets from the question's words.
+       token gets from the question's words, and the strongest of all heads.
     2. A learned match: the token's similarity to each word in `heads` small spaces, soft maximum and weighted
        sum over words. The sum lets two words name one thing that neither names alone.
     3. The token itself, its change against the frame before, and a summary of the question, in `width`
        dimensions.
 
-    Which words count is learned too; the scores start as the first look (`trust` per head).
+    Which words count is learned too. Token scores start in the order of the strongest first look, times `trust`.
     """
 
     def __init__(
@@ -58,8 +58,11 @@ class QuestionScorer(nn.Module):
         self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
         self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
         self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
-        self.trust = nn.Parameter(torch.full((2 * shape.num_heads,), trust / shape.num_heads))
-        self.token_head = mlp([2 * shape.num_heads + 2 * heads + 3 * width, width, width // 2, 2])
+        looks = 2 * shape.num_heads + 1
+        self.trust = nn.Parameter(torch.cat([torch.zeros(looks - 1), torch.full((1,), trust)]))
+        self.token_head = mlp([looks + 2 * heads + 3 * width, width, width // 2, 2])
+        for parameter in self.token_head[-1].parameters():
+            nn.init.zeros_(parameter)
         self.frame_head = mlp([width // 2, width // 2, 2])
 
     def forward(self, video: VideoTokens, prompt: Prompt) -> tuple[Tensor, Tensor]:
@@ -68,7 +71,9 @@ class QuestionScorer(nn.Module):
         words = self.norm_word(prompt.embeds[prompt.question_mask])
         weight = self.weigh_words(words).softmax(0)  # (words, 1)
         attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
-        look = torch.cat([attention.amax(1), (attention * weight).sum(1)]).T.to(tokens.dtype)  # (N, 2H)
+        strongest = attention.amax(1)  # (H, N)
+        looks = torch.cat([strongest, (attention * weight).sum(1), strongest.amax(0, keepdim=True)])
+        look = looks.T.to(tokens.dtype)  # (N, 2H + 1)
         keys = self.key(tokens).unflatten(1, (self.heads, -1))  # (N, h, e)
         queries = self.query(words).unflatten(1, (self.heads, -1))  # (words, h, e)
         similar = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)

@@ -17,16 +17,18 @@ from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cacovid", "paper"): {},
-    ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.01},
-    ("score", "paper"): {},
+    ("cacovid", "paper"): {"steps": 400},
+    ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
+    ("score", "paper"): {"prompts_per_step": 2, "steps": 150},
     ("score", "ours"): {
+        "hidden": 256,
         "advantage": "group",
         "rate_low": 0.05,
         "rate_high": 0.25,
         "lr": 0.001,
         "schedule": "cosine",
         "score_decay": 0.003,
+        "steps": 150,
     },
 }
 """What a variant changes of the defaults; a command's own options come on top."""
@@ -67,10 +69,9 @@ def train_policy(
         trainer = CaCoVIDTrainer(adapter, policy, config, prompts.choice, folder, report)
     else:
         settings_of_score = ScoreConfig(**chosen)
-        network = {} if variant == "paper" else {"hidden": 256}
         scorer = ScorePolicy.start(
             adapter.hidden_size, adapter.family, variant=variant, seed=settings_of_score.seed, base_model=model_name,
-            **network,
+            hidden=settings_of_score.hidden, residual=settings_of_score.residual,
         )  # fmt: skip
         trainer = ScoreTrainer(adapter, scorer, settings_of_score, prompts.caption, folder, report)
     return dataclasses.replace(trainer.fit(resume).config).training

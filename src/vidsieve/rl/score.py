@@ -59,10 +59,15 @@ class ScoreTrainer(Trainer[Caption]):
         rollouts = Rollouts(self.adapter, sample.inputs)
         video = rollouts.video()
         logits = self.policy(video)  # (N,)
+        if c.rate_high:
+            # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
+            # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
+            logits = logits - logits.mean()
         shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
         masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
         ce = rollouts.caption_ce(masks)  # (K,)
         metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
+        metrics["score_spread"] = float(logits.detach().std())
         if c.advantage == "split":
             everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
             ce_full = float(rollouts.caption_ce(everything)[0])

@@ -68,6 +68,10 @@ class ScoreConfig(TrainConfig):
 
     rollouts: int = 16
     """K, masks per video."""
+    hidden: int = 512
+    """Hidden units of the policy."""
+    residual: bool = True
+    """Read the change since the last frame beside each token, [X; ΔX]; without it X alone (Table 5)."""
     tolerance: float = 1.02
     """τ, the factor on the cross-entropy under all tokens that a safe rollout may reach."""
     slack: float = 0.0

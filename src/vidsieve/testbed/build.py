@@ -65,9 +65,9 @@ def build_testbed(folder: Path, *, seed: int, scenes: int, quick: bool, log: Log
         start = time.perf_counter()
         figures = work()
         minutes = (time.perf_counter() - start) / 60
-        record["stages"][name] = {"minutes": minutes, **figures}
+        record["stages"][name] = {"minutes": minutes, **figures}  # a stage of several sittings counts its own
         save_state(path, {"model": model}, None, {"stage": record["stages"][name]})
-        log(f"{name}: {minutes:.1f} minutes")
+        log(f"{name}: {record['stages'][name]['minutes']:.1f} minutes")
 
     run("V", lambda: train_tower(model, tower, seed, log))
     run("A", lambda: train_projector(model, projector, seed, log))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,11 +125,18 @@ def _batch(stage: Stage, scenes: Scenes, draw: np.random.Generator) -> tuple[Ten
 def run_stage(
     model: Any, stage: Stage, scenes: Scenes, held: Scenes, seed: int, checkpoint: Path, log: Callable[[str], None]
 ) -> dict[str, float]:
-    """Train the language model through one stage, from `checkpoint` if it was begun; return held-out accuracies."""
+    """Train the language model through one stage, from `checkpoint` if it was begun.
+
+    Returns
+    -------
+    dict
+        Held-out accuracy of every kind of question, and the minutes of all sittings.
+    """
     parameters = [*model.model.language_model.parameters(), model.model.image_newline]
     optimizer = torch.optim.AdamW(parameters, stage.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     begun = load_state(checkpoint, {"model": model}, optimizer) if checkpoint.exists() else {}
     smooth = float(begun.get("loss", math.nan))
+    started = time.perf_counter() - 60 * float(begun.get("minutes", 0.0))
     scores: dict[str, float] = {}
     model.train()
     for step in range(int(begun.get("step", 0)), stage.steps):
@@ -154,8 +162,9 @@ def run_stage(
             model.train()
         done = last or (bool(scores) and min(scores.values()) > stage.enough)
         if (step + 1) % _SAVE_EVERY == 0 or done:
-            save_state(checkpoint, {"model": model}, optimizer, {"step": step + 1, "loss": smooth})
+            minutes = (time.perf_counter() - started) / 60
+            save_state(checkpoint, {"model": model}, optimizer, {"step": step + 1, "loss": smooth, "minutes": minutes})
         if done:
             break
     model.eval()
-    return scores
+    return scores | {"minutes": (time.perf_counter() - started) / 60}

@@ -6,6 +6,7 @@ are no methods; the heuristics are what anyone would try first.
 
 from __future__ import annotations
 
+from itertools import count as counter
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from vidsieve.compressors._question import FirstLook
 from vidsieve.errors import NeedError
 from vidsieve.eval.testbed import Row, SceneBatch, compressor_row, evaluate
 from vidsieve.selection import kept_tokens, top_indices
+from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import best_order
-from vidsieve.testbed.world import TOKENS, Cast
+from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
 from vidsieve.types import Need, Selection, VideoTokens
 
 Select = Any
@@ -104,25 +106,35 @@ def _word_similarity(adapter: Adapter, scene: SceneBatch, number: int, video: Vi
     return (tokens @ torch.nn.functional.normalize(words, dim=-1).T).amax(1)
 
 
-def _last_token_attention(layer: int) -> Any:
-    def score(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
-        return _attention_of_last(adapter, scene, layer)[number][scene.encoded.videos[number].columns]
+class _LastTokenAttention:
+    """Mean-over-heads attention of the last prompt token, every layer; one full forward serves a whole scene."""
 
-    return score
+    def __init__(self) -> None:
+        self.scene: SceneBatch | None = None
+        self.attention: list[Tensor] = []
 
+    def at(self, layer: int) -> Any:
+        """Return the score function of one layer."""
 
-def _attention_of_last(adapter: Adapter, scene: SceneBatch, layer: int) -> Tensor:
-    """Return the mean-over-heads attention (B, L) of the last prompt token in one layer of the unpruned LLM."""
-    whole = Selection(torch.arange(TOKENS))
-    inputs = adapter.build(scene.encoded, [[whole]] * len(scene.questions)).inputs
-    before = adapter.model.config.get_text_config()._attn_implementation
-    adapter.model.set_attn_implementation({"text_config": "eager"})
-    try:
-        out = adapter.model(**inputs, logits_to_keep=1, use_cache=False, output_attentions=True)
-    finally:
-        adapter.model.set_attn_implementation({"text_config": before})
-    attention: Tensor = out.attentions[layer][:, :, -1].mean(1)
-    return attention
+        def score(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
+            if scene is not self.scene:
+                self.scene, self.attention = scene, self._of(adapter, scene)
+            return self.attention[layer][number][scene.encoded.videos[number].columns]
+
+        return score
+
+    @staticmethod
+    def _of(adapter: Adapter, scene: SceneBatch) -> list[Tensor]:
+        """Return the attention (B, L) of each layer of the unpruned LLM."""
+        whole = Selection(torch.arange(TOKENS))
+        inputs = adapter.build(scene.encoded, [[whole]] * len(scene.questions)).inputs
+        before = adapter.model.config.get_text_config()._attn_implementation
+        adapter.model.set_attn_implementation({"text_config": "eager"})
+        try:
+            out = adapter.model(**inputs, logits_to_keep=1, use_cache=False, output_attentions=True)
+        finally:
+            adapter.model.set_attn_implementation({"text_config": before})
+        return [attention[:, :, -1].mean(1) for attention in out.attentions]
 
 
 HEURISTICS: dict[str, tuple[Any, bool]] = {
@@ -135,7 +147,7 @@ BLIND = ("random", "uniform", "downsample", "frame_difference", "divprune")
 
 def separation_rows(retentions: list[float], attention_layers: list[int] | None = None) -> list[Row]:
     """Return the rows of the table that TESTBED's targets are read from."""
-    rows = []
+    rows, attention = [], _LastTokenAttention()
     for retention in retentions:
         count = kept_tokens(retention, TOKENS)
         rows.append(Row("question_oracle", "-", retention, question_oracle(count)))
@@ -147,8 +159,8 @@ def separation_rows(retentions: list[float], attention_layers: list[int] | None 
         for name, (build, per_question) in HEURISTICS.items():
             rows.append(Row(name, "-", retention, build(count), per_question))
         for layer in attention_layers or []:
-            attention = _scored(_last_token_attention(layer))(count)
-            rows.append(Row(f"last_token_attention_{layer}", "-", retention, attention))
+            select = _scored(attention.at(layer))(count)
+            rows.append(Row(f"last_token_attention_{layer}", "-", retention, select))
     return rows
 
 
@@ -159,6 +171,7 @@ def measure(
     """Return the table of oracles and heuristics, and of another video's tokens (`wrong_video`)."""
     layers = list(range(len(adapter_for(model).decoder_layers))) if attention else None
     rows = [*separation_rows(retentions, layers), *(first_look_row(model, retention) for retention in retentions)]
+    rows.append(wrong_video_row(processor, world, seed))
     return evaluate(
         model, processor, rows, world=world, seed=seed, questions=questions,
         progress=progress,
@@ -173,14 +186,21 @@ def targets(result: dict[str, Any]) -> list[str]:
         found = [r["accuracy"] for r in rows if r["method"] == method and r["retention"] == retention]
         return max(found, default=float("nan"))
 
-    knowing = {"full", "question_oracle", "object_oracle", "first_look"}
+    knowing = {"full", "wrong_video", "question_oracle", "object_oracle", "first_look"}
     full = value("full", 1.0)
     lines = [_line("full tokens ≥ .88", full, full >= 0.88)]
+    wrong = value("wrong_video", 1.0)
+    lines.append(_line("another video's tokens .25 ± .03", wrong, abs(wrong - 0.25) <= 0.03))
+    measured = {r["retention"] for r in rows}
     for retention, slack in ((0.1, 0.02), (0.025, 0.05)):
+        if retention not in measured:
+            continue
         oracle = value("question_oracle", retention)
         name = f"question oracle at {retention:g} ≥ full − {slack:g}"
         lines.append(_line(name, oracle - full, oracle >= full - slack))
     for retention, distance in ((0.1, 0.12), (0.25, 0.05)):
+        if retention not in measured:
+            continue
         oracle = value("question_oracle", retention)
         best = max(
             ((r["accuracy"], r["method"]) for r in rows if r["method"] not in knowing and r["retention"] == retention),
@@ -188,6 +208,8 @@ def targets(result: dict[str, Any]) -> list[str]:
         )
         name = f"best without training ({best[1]}) at {retention:g} ≤ question oracle − {distance:g}"
         lines.append(_line(name, best[0] - oracle, best[0] <= oracle - distance))
+    if 0.1 not in measured:
+        return lines
     blind, oracle = value("object_oracle", 0.1), value("question_oracle", 0.1)
     name = "question-blind object oracle at 0.1 ≤ question oracle − 0.06"
     lines.append(_line(name, blind - oracle, blind <= oracle - 0.06))
@@ -215,3 +237,16 @@ def first_look_row(model: Any, retention: float) -> Row:
 
     build = _scored(score, frozenset({Need.QUESTION}))
     return Row("first_look", "-", retention, build(kept_tokens(retention, TOKENS)))
+
+
+def wrong_video_row(processor: Any, world: str, seed: int) -> Row:
+    """Return the row in which all tokens are those of another scene: what the text alone gives away."""
+    used = counter()
+
+    def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
+        other = next(used)
+        frames = render(make_cast(world, seed + 1, other), seed + 1, other)
+        (features,) = adapter.video_features(chat_inputs(processor, frames, [scene.questions[0].text]))
+        return Selection(torch.arange(TOKENS), embeds=features.embeds)
+
+    return Row("wrong_video", "-", 1.0, select, per_question=False)
