@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -109,39 +110,71 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
     return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows}
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return the README's table of one world."""
-    by = {(r["method"], r["variant"], r["retention"]): r for r in result["rows"]}
-    names = list(dict.fromkeys((r["method"], r["variant"]) for r in result["rows"] if r["method"] != "full"))
-    lines = ["| kept | " + " | ".join(f"{100 * r:g} %" for r in RETENTIONS) + " |", "|---|" + "---|" * len(RETENTIONS)]
-    full = by["full", "-", 1.0]
-    whole = f"{full['mean']:.3f} ± {full['stderr']:.3f}"
-    lines.append(f"| all tokens | {' | '.join([whole] * len(RETENTIONS))} |")
-    for method, variant in names:
-        cells = [by[method, variant, r] for r in RETENTIONS]
-        label = f"`{method}`" + ("" if variant in ("ours", "-") else f" ({variant})")
-        lines.append(f"| {label} | " + " | ".join(f"{c['mean']:.3f} ± {c['stderr']:.3f}" for c in cells) + " |")
+MAIN = (
+    ("full", "-"),
+    ("cacovid", "ours"),
+    ("score", "ours"),
+    ("cacovid", "paper"),
+    ("score", "paper"),
+    ("divprune", "ours"),
+    ("frame_difference", "ours"),
+    ("uniform", "ours"),
+    ("downsample", "ours"),
+    ("random", "ours"),
+    ("first_look", "-"),
+    ("question_oracle", "-"),
+)
+NAMES = {
+    "full": "all tokens",
+    "first_look": "layer 0's attention from the question, untrained: what `cacovid` starts from",
+    "question_oracle": "oracle: knows which objects the question is about",
+}
+
+
+def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
+    """Return a table of accuracies on both worlds."""
+    by = {
+        (world, r["method"], r["variant"], r["retention"]): r
+        for world, table in result["worlds"].items()
+        for r in table["rows"]
+    }
+    columns = [(world, retention) for world in WORLDS for retention in RETENTIONS]
+    lines = [
+        "| kept | " + " | ".join(f"{100 * retention:g} %, world {world}" for world, retention in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for method, variant in methods:
+        cells = []
+        for world, retention in columns:
+            row = by[world, method, variant, 1.0 if method == "full" else retention]
+            cells.append(f"{row['mean']:.3f} ± {row['stderr']:.3f}")
+        label = NAMES.get(method, f"`{method}`" + ("" if variant in ("ours", "-") else f", variant {variant}"))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", type=int, default=2000, help="per seed")
+    parser.add_argument("--questions", default="2000,400,400", help="of each seed")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="finished parts, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing result")
     options = parser.parse_args()
     if not options.markdown:
-        tasks = [(world, seed, options.questions, options.parts) for seed in SEEDS for world in WORLDS]
+        counts = [int(count) for count in options.questions.split(",")]
+        sizes = list(zip(SEEDS, counts, strict=True))
+        tasks = [(world, seed, count, options.parts) for seed, count in sizes for world in WORLDS]
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))
         worlds = {world: compared(pooled([parts[world, seed] for seed in SEEDS])) for world in WORLDS}
         write_result(options.json, {"machine": machine(), "seeds": SEEDS, "worlds": worlds})
     result = json.loads(options.json.read_text())
-    for world, table in result["worlds"].items():
-        print(f"\nworld {world}: {table['questions']} questions on {table['scenes']} scenes\n\n{markdown(table)}")
+    measured_on = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
+    rows = [(r["method"], r["variant"]) for r in result["worlds"]["A"]["rows"]]
+    probes = list(dict.fromkeys(row for row in rows if "[" in row[0]))
+    print(f"questions and scenes: {measured_on}\n\n{markdown(result, MAIN)}\n\n{markdown(result, probes)}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def bad_videos(folder, scene):
     (folder / "cut.mp4").write_bytes(scene.read_bytes()[:200])
     return [
         (folder / "missing.mp4", "does not exist"), (folder / "empty.mp4", "empty"), (folder / "text.mp4", "text.mp4"),
-        (folder / "cut.mp4", "cut.mp4"), (folder, "directory"),
+        (folder / "cut.mp4", "cut.mp4"), (folder, "is no file"),
     ]  # fmt: skip
 
 

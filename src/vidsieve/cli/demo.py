@@ -60,8 +60,10 @@ def demo(
     model, processor = pipeline.load_model("testbed")
     methods = [method.with_retention(amount) for method in named_methods(list(_METHODS))]
     asked = make_questions(make_cast("A", seed, 0), seed, 0)[:_ASKED]
-    lines, kept, record = [], {}, []
+    kept, record = {}, []
+    columns = ("method", "answer", "tokens", *pipeline.PARTS)
     for question in asked:
+        lines = []
         for method in (None, *methods):
             clock = pipeline.Clock()
             video = pipeline.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
@@ -70,14 +72,13 @@ def demo(
             share = ", ".join(f"{t.kept}/{t.total}" for t in said.traces) or "all"
             mark = "✓" if said.text == question.answer else "✗"
             times = (f"{said.ms.get(part, 0.0):.0f}" for part in pipeline.PARTS)
-            first = question.text if method is None else ""
-            lines.append((escape(first), name, f"{said.text} {mark}", share, *times))
+            lines.append((name, f"{said.text} {mark}", share, *times))
             record.append(said.as_dict() | {"question": question.text, "right_answer": question.answer})
             if method is not None and question is asked[0]:
                 kept[name] = said.traces[0].indices
                 grid = said.traces[0].grid
-    columns = ("question", "method", "answer", "tokens", *(f"{part} ms" for part in pipeline.PARTS))
-    out.print(table("full against compressed", columns, lines, right=range(3, len(columns))))
+        title = f"full against compressed: {escape(question.text)} ({question.answer}); times in ms"
+        out.print(table(title, columns, lines, right=range(2, len(columns))))
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
     out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
     with progress_bar("fresh questions", questions) as advance:

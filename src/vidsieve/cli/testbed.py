@@ -88,4 +88,5 @@ def separation(
     print_result(result)
     for line in targets(result):
         out.print(line, highlight=False)
-    write_json(json, result | {"targets": targets(result)})
+    shown = {key: value for key, value in result.items() if key not in ("right", "clusters")}
+    write_json(json, shown | {"targets": targets(result)})
