@@ -247,7 +247,7 @@ def official_selection(
     -------
     tuple of Tensor, (K,), (K_1,) and (T,), int64
     """
-    budget = int(ratio * grid.num_tokens)
+    budget = max(1, int(ratio * grid.num_tokens))  # The release keeps nothing where R·N < 1.
     by_score = int(share * ratio * grid.num_tokens) if share < 1 else budget
     counts = official_frame_counts(frame_scores, by_score, grid.per_frame, ratio, share, cap)
     # The release orders by a softmax so flat that differences below about 1e-4 tie.
