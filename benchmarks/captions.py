@@ -63,7 +63,7 @@ def main() -> None:
     methods = {
         f"{label(name, method)}/{retention}": method.with_retention(float(retention))
         for name in options.methods.split(",")
-        for method in named_methods([name])
+        for method in named_methods([name]).values()
         if Need.QUESTION not in method.needs
         for retention in options.retention.split(",")
     }

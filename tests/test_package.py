@@ -10,7 +10,7 @@ import pytest
 
 import vidsieve
 from vidsieve import errors, registry
-from vidsieve.errors import UnknownNameError, VidsieveError
+from vidsieve.errors import PluginError, UnknownNameError, VidsieveError
 from vidsieve.registry import Registry
 
 
@@ -80,6 +80,27 @@ def test_a_method_from_elsewhere_is_found_by_entry_point(monkeypatch):
     monkeypatch.setattr(registry, "entry_points", lambda group: [Entry] if group == "some.group" else [])
     table = Registry("compressor", "some.group", {})
     assert table.get("from_elsewhere").name == "random"
+
+
+def test_a_broken_plug_in_does_not_take_the_others_down(monkeypatch):
+    class Broken:
+        name, value = "broken", "no_such_module_anywhere:Thing"
+
+    class Taken:
+        name, value = "random", "elsewhere:Random"
+
+    monkeypatch.setattr(registry, "entry_points", lambda group: [Broken, Taken])
+    table = Registry("compressor", "some.group", {"random": "vidsieve.compressors.random:Random"})
+    with pytest.warns(UserWarning, match="'random' is registered already"):
+        assert table.names() == ["random", "broken"]
+    assert table.get("random").name == "random"
+    with pytest.raises(PluginError, match="no_such_module_anywhere"):
+        table.get("broken")
+
+
+def test_modules_that_the_readme_names_are_there_after_a_plain_import():
+    code = "import vidsieve; vidsieve.registry.compressors.register('x', 'a:B'); vidsieve.testing.check_compressor"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_file_is_too_long():

@@ -29,6 +29,28 @@ def folder(tmp_path):
     return tmp_path / "policy"
 
 
+def test_variant_and_policy_go_together(tmp_path):
+    assert load("cacovid", "testbed", variant="paper").policy.config.variant == "paper"
+    assert load("cacovid", "testbed", variant="official").policy.config.variant == "paper"
+    assert load("score", "testbed").policy.config.variant == "ours"
+    for trained, asked in (("ours", "paper"), ("paper", "ours"), ("ours", "official")):
+        CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "none", variant=trained).save_pretrained(tmp_path)
+        with pytest.raises(PolicyMismatchError, match=f"trained as variant {trained!r}, not {asked!r}"):
+            load("cacovid", tmp_path, variant=asked)
+
+
+def test_the_folder_of_a_run_stands_for_its_policy(folder):
+    assert isinstance(load(folder.parent), Score) and isinstance(load("score", folder.parent), Score)
+
+
+def test_weights_that_are_not_numbers_are_refused(folder):
+    policy = ScorePolicy.from_pretrained(folder)
+    policy.out.weight.data[0, 0] = float("nan")
+    policy.save_pretrained(folder)
+    with pytest.raises(PolicyError, match="not all finite"):
+        load(folder)
+
+
 @pytest.mark.parametrize("make", [
     lambda: ScorePolicy.start(WIDTH, "llava_onevision", hidden=16),
     lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="paper"),

@@ -16,6 +16,7 @@ from vidsieve._version import __version__
 if TYPE_CHECKING:
     from vidsieve.adapters import Adapter, Session, Template, attach, prune
     from vidsieve.compressors.base import Compressor, ScoreCompressor
+    from vidsieve.data.video import read_video
     from vidsieve.errors import VidsieveError
     from vidsieve.loading import load
     from vidsieve.registry import compressors, families
@@ -26,7 +27,7 @@ _HOME = {
     "ScoreCompressor": "compressors.base", "Selection": "types", "Session": "adapters", "Stage": "types",
     "Template": "adapters", "TokenGrid": "types", "Tokens": "types", "VideoTokens": "types",
     "VidsieveError": "errors", "attach": "adapters", "compressors": "registry", "families": "registry",
-    "load": "loading", "prune": "adapters",
+    "load": "loading", "prune": "adapters", "read_video": "data.video",
 }  # fmt: skip
 
 __all__ = [
@@ -49,11 +50,14 @@ __all__ = [
     "families",
     "load",
     "prune",
+    "read_video",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use: `import vidsieve` alone loads neither torch nor transformers."""
+    if name in ("registry", "testing"):
+        return importlib.import_module(f"vidsieve.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vidsieve' has no attribute {name!r}")
     return getattr(importlib.import_module(f"vidsieve.{_HOME[name]}"), name)

@@ -4,6 +4,7 @@ VidsieveError
 ├── RetentionError(ValueError)            a retention outside (0, 1], or not a number
 ├── BudgetError(ValueError)               a budget that the method cannot reach
 ├── UnknownNameError(KeyError)            a method, family or variant that is not registered
+├── PluginError(ImportError)              a registered module that cannot be imported
 ├── UnsupportedModelError(TypeError)      a model class without an adapter
 ├── UnsupportedCallError(ValueError)      a call whose result could not be right while attached
 ├── StageError(RuntimeError)              a method asked to act where it cannot
@@ -47,6 +48,10 @@ class UnknownNameError(VidsieveError, KeyError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+class PluginError(VidsieveError, ImportError):
+    """A method or model family is registered, and its module cannot be imported."""
 
 
 class UnsupportedModelError(VidsieveError, TypeError):

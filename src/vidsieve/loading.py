@@ -20,7 +20,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or the folder of a trained policy.
+        A registered name, or the folder of a trained policy or of the run that made it.
     policy : str or Path, optional
         The policy's folder, for methods that are trained; ``"testbed"`` for the ones that come with the package.
     **fields
@@ -33,11 +33,13 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     PolicyError
         If a policy is missing, superfluous, unreadable, or of another method.
     """
-    folder = Path(name_or_path)
+    folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and (folder / CONFIG).is_file():
         name, policy = read_config(folder).type, folder
     else:
         name = str(name_or_path)
+        if name not in registry.compressors and len(Path(name).parts) > 1:
+            raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
     method = registry.compressors.get(name)
     known = {f.name for f in dataclasses.fields(method)}
     for field in fields:
@@ -52,8 +54,17 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         raise PolicyError(
             f"{name} needs a trained policy: load({name!r}, FOLDER), or load({name!r}, 'testbed') for the testbed"
         )
-    loaded: Compressor = method.from_pretrained(shipped_policy(name) if policy == "testbed" else policy, **fields)
+    if policy == "testbed":
+        policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}".replace("official", "paper"))
+    loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
     return loaded
+
+
+def policy_folder(path: str | Path) -> Path:
+    """Return the folder of a policy: `path` itself, or ``path/policy`` where it is the folder of a run."""
+    path = Path(path)
+    inner = path / "policy"
+    return inner if (inner / CONFIG).is_file() and not (path / CONFIG).is_file() else path
 
 
 def shipped_policies() -> list[str]:

@@ -16,7 +16,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
-from vidsieve.errors import VidsieveError
+from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.types import Selection
 
 PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
@@ -113,9 +113,19 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 
 def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
-    """Return the processor's inputs that ask one question about one video."""
+    """Return the processor's inputs that ask one question about one video.
+
+    Raises
+    ------
+    PromptError
+        If the question holds the model's own placeholder of a video or image.
+    """
     from transformers.video_utils import VideoMetadata
 
+    for name in ("video_token", "image_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in question:
+            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
     count = len(video.pixels)
     text = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],

@@ -80,6 +80,8 @@ class PolicyConfig:
                 f"{where} was written by vidsieve {raw.get('vidsieve_version')} in format {raw['format']}, this "
                 f"version reads up to {FORMAT}: upgrade vidsieve"
             )
+        if not isinstance(raw.get("hidden_size", 0), int) or not isinstance(raw.get("network", {}), dict):
+            raise PolicyError(f"{where} is damaged: hidden_size must be a number and network a table")
         names = {f.name for f in dataclasses.fields(cls)}
         missing = {"type", "variant", "hidden_size", "family"} - raw.keys()
         if missing:
@@ -130,9 +132,27 @@ class Policy(nn.Module):
         try:
             policy = cls(config)
             policy.load_state_dict(weights)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
             raise PolicyError(f"the weights in {folder} do not fit their config.json: {error}") from None
+        if not parameters_without_nan(policy):
+            raise PolicyError(f"the weights in {folder} are not all finite numbers: train the policy again")
         return policy.eval()
+
+    def served_as(self, variant: str | None) -> str:
+        """Return the variant to serve this policy in: its own, or `variant` where the two go together.
+
+        Raises
+        ------
+        PolicyMismatchError
+            For a network of ``"ours"`` under the published rules, or the reverse: its numbers would be nobody's.
+        """
+        own = self.config.variant
+        if variant in (None, own) or {variant, own} == {"paper", "official"}:
+            return variant or own
+        raise PolicyMismatchError(
+            f"this {self.method} policy was trained as variant {own!r}, not {variant!r}: leave variant out, or load "
+            f"one that was trained with --variant {'ours' if variant == 'ours' else 'paper'}"
+        )
 
 
 def read_config(folder: Path) -> PolicyConfig:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
-from vidsieve.errors import UnknownNameError
+from vidsieve.errors import PluginError, UnknownNameError
 
 
 class Registry:
@@ -32,7 +33,10 @@ class Registry:
         if not self._plugins_read:
             self._plugins_read = True
             for entry in entry_points(group=self.group):
-                self.register(entry.name, entry.value)
+                try:
+                    self.register(entry.name, entry.value)
+                except ValueError as error:
+                    warnings.warn(f"an installed plug-in is left out: {error}", stacklevel=4)
         return self._table
 
     def register(self, name: str, target: str) -> None:
@@ -61,12 +65,17 @@ class Registry:
         ------
         UnknownNameError
             If there is none; the text offers the nearest names.
+        PluginError
+            If its module cannot be imported.
         """
         target = self._all().get(name)
         if target is None:
             raise UnknownNameError(self.kind, name, self._all())
         module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"the {self.kind} {name!r} is registered as {target}, which fails: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -113,6 +113,21 @@ def test_close_is_idempotent_and_frees_the_model(family):
     assert gone() is None
 
 
+def test_a_name_instead_of_a_method_is_refused(model):
+    with pytest.raises(UnsupportedCallError, match=r"vidsieve\.load"):
+        vidsieve.attach(model, "divprune")
+
+
+def test_a_count_that_a_short_video_just_reaches_keeps_all_of_it(model, inputs, family):
+    count = vidsieve.Tokens(default_grid(family).num_tokens)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with vidsieve.attach(model, vidsieve.load("random", retention=count)) as session:
+            attached = model(**inputs).logits
+    assert all(video.kept == video.total for video in session.trace)
+    assert float((plain - attached)[inputs["attention_mask"].bool()].abs().max()) < 1e-5
+
+
 def test_attaching_twice_is_refused(model, inputs):
     with vidsieve.attach(model, random()):
         with pytest.raises(AttachError, match="random is attached to this model already"):

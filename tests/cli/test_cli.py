@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vidsieve.cli.main import method_markdown
-from vidsieve.cli.train import field_docs
+from vidsieve.cli.train import field_docs, shown_default
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.testbed.files import write_scene
 
@@ -61,7 +63,9 @@ def test_list(tmp_path):
 def test_training_options_are_the_settings_with_their_texts():
     for config in (CaCoVIDConfig, ScoreConfig):
         docs = field_docs(config)
-        assert all(docs[name] for name in config.__dataclass_fields__)
+        assert all(docs[name] for name in (f.name for f in dataclasses.fields(config)))
+    shown = {f.name: shown_default(CaCoVIDConfig, f) for f in dataclasses.fields(CaCoVIDConfig)}
+    assert shown["steps"] == "ours: 700, paper: 400" and shown["seed"] == "42", "the values that variants really use"
     out, _ = run("train", "cacovid", "--help")
     assert "--ratio" in out and "--token-rollouts" in out and "--steps" in out
 
@@ -100,6 +104,21 @@ def test_eval_testbed_writes_the_agreed_json(tmp_path):
         for path in (tmp_path / "e.json", again)
     )
     assert first == second, "the same command twice gives the same numbers"
+
+
+def test_policies_of_one_method_are_rows_of_their_own(tmp_path):
+    from vidsieve.loading import shipped_policy
+
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        shutil.copytree(shipped_policy("score"), folder / "policy")
+    out, _ = run("eval", "testbed", "--methods", ",".join(["score", *map(str, folders)]), "--retention", "0.1",
+                 "--questions", 20, "--answers", "--json", tmp_path / "e.json", "--threads", 1)  # fmt: skip
+    text = (tmp_path / "e.json").read_text()
+    result = json.loads(text)
+    assert [row["policy"] for row in result["rows"]] == ["", "", "", *map(str, folders)]
+    assert len(result["right"]) == 5
+    assert "NaN" not in text and result["rows"][0]["stderr"] is None and "one scene" in out
 
 
 @pytest.mark.slow
@@ -169,12 +188,20 @@ MISTAKES = [
     (["--retention", "nan"], "nan"),
     (["--retention", "abc"], "'abc'"),
     (["--method", "divprunee"], "Did you mean 'divprune'"),
+    (["--method", "divprune:theirs"], "variant of divprune"),
+    (["--method", "nowhere/policy"], "no policy in nowhere/policy"),
+    (["--method", "full", "--picture", "x.png"], "leave --picture out"),
     (["--model", "/nowhere/at/all"], "cannot load the model"),
     (["--method", "score", "--policy", "/nowhere"], "no policy in /nowhere"),
     (["--json", "/proc/nowhere/x.json"], "cannot write /proc/nowhere/x.json"),
     (["--frames", "0"], "frames"),
     (["--fps", "nan"], "fps"),
 ]
+
+
+def test_a_placeholder_in_the_question_is_refused(scene):
+    _, err = run("ask", scene, "what is in <video> ?", "--method", "divprune:official", code=2)
+    assert err.startswith("error:") and "'<video>'" in err
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
@@ -189,6 +216,9 @@ def test_mistakes_of_other_commands(tmp_path):
         (["eval", "testbed", "--world", "C"], "world"),
         (["eval", "testbed", "--retention", ","], "retention ratios"),
         (["oracles", tmp_path], "no .npz files"),
+        (["testbed", "separation", "--world", "C"], "world"),
+        (["train", "score", tmp_path / "run", "--steps", "0"], "steps must be at least 1"),
+        (["train", "score", tmp_path / "run", "--resume"], "holds no run"),
         (["testbed", "render", "/proc/nowhere"], "cannot write"),
         (["train", "score", tmp_path / "run", "--variant", "theirs"], "variant of score"),
         (["train", "cacovid", tmp_path / "run", "--sampler", "ocs"], "Did you mean 'ocss'"),
@@ -197,7 +227,7 @@ def test_mistakes_of_other_commands(tmp_path):
     ]:
         _, err = run(*command, code=2)
         assert err.startswith("error:") and message in err, (command, err)
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("policy"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_pickled_and_foreign_policies(tmp_path, scene):

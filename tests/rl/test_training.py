@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from vidsieve.errors import OutputError, TrainingError, UnknownNameError, Unsupp
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.score import ScoreTrainer
-from vidsieve.rl.settings import ScoreConfig
+from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.rl.trainer import CHECKPOINT, METRICS, StepResult, Trainer, read_metrics
 from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.world import make_cast
@@ -90,6 +92,55 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
         for name in ("straight", "broken")
     )
     assert first == second
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(testbed, tmp_path, monkeypatch):
+    train(testbed, tmp_path / "straight", save_every=100)
+    original = Trainer._optimise
+
+    def interrupted(self):
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(Trainer, "_optimise", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="after step 3 of 4; --resume"):
+        train(testbed, tmp_path / "broken", save_every=100)
+    monkeypatch.undo()
+    train(testbed, tmp_path / "broken", save_every=100, resume=True)
+    assert [line["step"] for line in read_metrics(tmp_path / "broken")] == [1, 2, 3, 4]
+    a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_run_goes_on_only_with_its_own_model_and_data(testbed, tmp_path):
+    with pytest.raises(OutputError, match="holds no run"):
+        train(testbed, tmp_path / "none", resume=True)
+    train(testbed, tmp_path / "run", steps=1)
+    model, processor = testbed
+    with pytest.raises(TrainingError, match="model was 'testbed', is 'another'"):
+        train_policy("score", model, processor, tmp_path / "run", QUICK, model_name="another", resume=True)
+    with pytest.raises(TrainingError, match="variant was 'ours', is 'paper'"):
+        train(testbed, tmp_path / "run", variant="paper", resume=True, **QUICK | {"advantage": "group"})
+
+
+def test_a_run_that_cannot_begin_leaves_nothing(testbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(ScoreTrainer, "train_step", lambda self, sample: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(testbed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("config", "field", "value"), [
+    (ScoreConfig, "steps", 0), (ScoreConfig, "prompts_per_step", 0), (ScoreConfig, "log_every", 0),
+    (ScoreConfig, "lr", float("nan")), (ScoreConfig, "rollouts", 1), (ScoreConfig, "hidden", 0),
+    (ScoreConfig, "rate_high", 2.0), (ScoreConfig, "rate_low", 0.1), (CaCoVIDConfig, "ratio", 3.0),
+    (CaCoVIDConfig, "width", 0.0), (CaCoVIDConfig, "token_rollouts", -3), (CaCoVIDConfig, "frame_rollouts", 1),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(config, field, value):
+    with pytest.raises(TrainingError, match=field):
+        config(**{field: value})
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -211,7 +211,13 @@ class Adapter(ABC):
         Raises
         ------
         StageError, NeedError, PolicyMismatchError
+        UnsupportedCallError
+            If it is no `Compressor`.
         """
+        if not isinstance(compressor, Compressor):
+            raise UnsupportedCallError(
+                f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
+            )
         if compressor.stage is not Stage.PRE_LLM:
             raise StageError(
                 f"{compressor.name} acts {compressor.stage.value}; this version runs methods that act before the LLM"

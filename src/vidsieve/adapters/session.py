@@ -30,7 +30,7 @@ from vidsieve.adapters.pruning import POSITIONS, adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnknownNameError, UnsupportedCallError
-from vidsieve.types import Need
+from vidsieve.types import Need, Tokens
 
 _open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -219,7 +219,8 @@ class Session:
     def _prune(self, call: dict[str, Any]) -> Pruned:
         generator = torch.Generator().manual_seed(self.seed)
         pruned = self._adapter.prune(call, self.compressor, generator)
-        if not any(trace.kept < trace.total for trace in pruned.traces):
+        counted = isinstance(self.compressor.retention, Tokens)  # a short video may have no more than that
+        if not counted and not any(trace.kept < trace.total for trace in pruned.traces):
             raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
         self.trace.videos.extend(pruned.traces)
         self.trace.prompt_tokens = (int(call["input_ids"].shape[1]), int(pruned.inputs["input_ids"].shape[1]))

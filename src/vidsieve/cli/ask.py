@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retention, quiet, set_threads, write_json
+from vidsieve.errors import OutputError, PolicyError
 
 
 def ask(
@@ -17,7 +18,9 @@ def ask(
     model: Annotated[
         str, typer.Option(help="Folder or hub id of a LLaVA-OneVision or Qwen2.5-VL model; 'testbed' for ours.")
     ] = "testbed",
-    method: Annotated[str, typer.Option(help="A method (vidsieve list), a policy folder, or 'full'.")] = "divprune",
+    method: Annotated[
+        str, typer.Option(help="A method (vidsieve list), name:variant, a policy folder, or 'full'.")
+    ] = "divprune",
     policy: Annotated[
         str | None,
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
@@ -37,15 +40,22 @@ def ask(
     amount = parse_retention(retention)
     check_output(json)
     check_output(picture)
+    if method == "full" and picture is not None:
+        raise OutputError("--picture shows what a method kept, and 'full' keeps all: leave --picture out")
     set_threads(threads)
     from vidsieve import pipeline
-    from vidsieve.loading import load
+    from vidsieve.eval.methods import check_known, is_folder, named_method
     from vidsieve.registry import compressors
 
     quiet()
-    if policy is None and model == "testbed" and method in compressors and compressors.get(method).trained:
-        policy = "testbed"
-    compressor = None if method == "full" else load(method, policy, retention=amount)
+    check_known(method)
+    if policy is None and method != "full" and not is_folder(method):
+        name = method.partition(":")[0]
+        if model == "testbed":
+            policy = "testbed"
+        elif compressors.get(name).trained:
+            raise PolicyError(f"{name} needs a policy made for this model: give its folder with --policy")
+    compressor = None if method == "full" else named_method(method, policy, retention=amount)
     clock = pipeline.Clock()
     taken = 16 if frames is None and fps is None else frames
     loaded = pipeline.read(video, clock, frames=taken, fps=fps, max_frames=None)

@@ -58,13 +58,16 @@ def demo(
     write_scene(video_path, world="A", seed=seed, index=0)
     out.print(f"a fresh scene in {video_path}")
     model, processor = pipeline.load_model("testbed")
-    methods = [method.with_retention(amount) for method in named_methods(list(_METHODS))]
+    methods = {name: method.with_retention(amount) for name, method in named_methods(list(_METHODS)).items()}
     asked = make_questions(make_cast("A", seed, 0), seed, 0)[:_ASKED]
     kept, record = {}, []
+    warm_up = pipeline.read(video_path, pipeline.Clock(), frames=FRAMES, fps=None, max_frames=None)
+    pipeline.answer(model, processor, warm_up, asked[0].text, methods["random"], max_new_tokens=4)
+    pipeline.answer(model, processor, warm_up, asked[0].text, max_new_tokens=4)
     columns = ("method", "answer", "tokens", *pipeline.PARTS)
     for question in asked:
         lines = []
-        for method in (None, *methods):
+        for method in (None, *methods.values()):
             clock = pipeline.Clock()
             video = pipeline.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
             said = pipeline.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
@@ -82,7 +85,7 @@ def demo(
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
     out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
     with progress_bar("fresh questions", questions) as advance:
-        rows = rows_for(methods, [methods[0].budget_ratio(grid.num_tokens)])
+        rows = rows_for(methods, [methods["random"].budget_ratio(grid.num_tokens)])
         result = evaluate(model, processor, rows, world="A", seed=seed + 1, questions=questions, progress=advance)
     print_result(result)
     out.print("model and policies are toys trained on this synthetic world: the README says what that proves")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -73,16 +74,22 @@ def print_result(result: dict[str, Any]) -> None:
     lines = []
     for row in result["rows"]:
         against = row["vs_random"]
-        versus = f"{against['diff']:+.3f} ± {1.96 * against['stderr']:.3f}" if against else "–"
+        versus = with_error(f"{against['diff']:+.3f}", 1.96 * against["stderr"]) if against else "–"
         name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
+        name += f" ({row['policy']})" if row.get("policy") else ""
         lines.append((
             name, f"{row['retention']:g}", f"{row['real_retention']:.4f}",
-            f"{row['accuracy']:.3f} ± {row['stderr']:.3f}", versus, f"{row['select_ms']['median']:.1f}",
+            with_error(f"{row['accuracy']:.3f}", row["stderr"]), versus, f"{row['select_ms']['median']:.1f}",
         ))  # fmt: skip
     columns = ("method", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"
     out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5)))
+
+
+def with_error(value: str, error: float) -> str:
+    """Return ``value ± error``; a single scene gives no error."""
+    return f"{value} ± {error:.3f}" if math.isfinite(error) else f"{value} (one scene)"
 
 
 class progress_bar:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from vidsieve.cli import ask as ask_command
 from vidsieve.cli import demo as demo_command
 from vidsieve.cli import evaluate, testbed, train
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
-from vidsieve.errors import VidsieveError
+from vidsieve.errors import PluginError, VidsieveError
 
 app = typer.Typer(
     name="vidsieve", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -51,7 +52,11 @@ def method_rows() -> list[dict[str, Any]]:
 
     rows = []
     for name in registry.compressors:
-        method = registry.compressors.get(name)
+        try:
+            method = registry.compressors.get(name)
+        except PluginError as error:
+            err.print(f"note: {escape(str(error))}")
+            continue
         rows.append({
             "name": name, "stage": method.stage.value, "question": Need.QUESTION in method.needs,
             "trained": method.trained, "variants": list(method.variants), "paper": method.paper,
@@ -102,11 +107,14 @@ def oracles(
 
     check_output(json)
     cases = list(run_folder(folder))
+    missing = "no such method yet"
     lines = [
         (f"{c.method}/{c.case}", c.compared, "–" if c.difference != c.difference else f"{c.difference:.1e}",
          c.status + (f" ({c.note})" if c.note else ""))
-        for c in cases
+        for c in cases if c.status != missing
     ]  # fmt: skip
+    without = Counter(c.method for c in cases if c.status == missing)
+    lines += [(name, f"{count} cases", "–", missing) for name, count in without.items()]
     out.print(table(f"{folder}", ("case", "compared", "largest difference", "verdict"), lines, right=(2,)))
     count = {s: sum(c.status == s for c in cases) for s in ("pass", "fail", "no such method yet")}
     out.print(", ".join(f"{n} {s}" for s, n in count.items()))

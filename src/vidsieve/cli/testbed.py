@@ -74,6 +74,8 @@ def separation(
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
     check_output(json)
+    if world not in ("A", "B"):
+        raise UnknownNameError("world", world, ("A", "B"))
     set_threads(threads)
     from vidsieve.pipeline import load_model
     from vidsieve.testbed.study import measure, targets

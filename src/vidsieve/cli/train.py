@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.shared import check_output, out, quiet, set_threads, write_json
-from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, write_json
+from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
@@ -31,6 +31,19 @@ def field_docs(config: type) -> dict[str, str]:
     return docs
 
 
+def shown_default(config: type, field: dataclasses.Field[Any]) -> str:
+    """Return a setting's default, with the values of the variants that change it."""
+    method = "cacovid" if config is CaCoVIDConfig else "score"
+    values = {
+        variant: changed.get(field.name, field.default)
+        for (name, variant), changed in sorted(SETTINGS.items())
+        if name == method
+    }
+    if len(set(values.values())) == 1:
+        return str(next(iter(values.values())))
+    return ", ".join(f"{variant}: {value}" for variant, value in values.items())
+
+
 def with_settings(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add every field of a training configuration to a command as an option, with its own text as help."""
 
@@ -42,7 +55,7 @@ def with_settings(config: type) -> Callable[[Callable[..., None]], Callable[...,
                 field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
                 annotation=Annotated[
                     type(field.default) | None,
-                    typer.Option(help=docs[field.name], show_default=f"{field.default}, unless the variant changes it"),
+                    typer.Option(help=docs[field.name], show_default=shown_default(config, field)),
                 ],
             )
             for field in dataclasses.fields(config)
@@ -88,10 +101,14 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
     set_threads(options["threads"])
     quiet()
     network, processor = load_model(model)
-    record = train_policy(
-        method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-        resume=options["resume"], report=progress,
-    )  # fmt: skip
+    try:
+        record = train_policy(
+            method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
+            resume=options["resume"], report=progress,
+        )  # fmt: skip
+    except KeyboardInterrupt as stop:
+        err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
+        raise typer.Exit(130) from None
     out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
     write_json(options["json"], record)
 

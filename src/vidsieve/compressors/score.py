@@ -117,7 +117,7 @@ class Score(ScoreCompressor):
     def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
         """Return the compressor with the policy in `folder`, in the variant it was trained as."""
         policy = ScorePolicy.from_pretrained(folder)
-        return cls(policy=policy, **({"variant": policy.config.variant} | fields))
+        return cls(policy=policy, **(fields | {"variant": policy.served_as(fields.get("variant"))}))
 
     @classmethod
     def untrained(cls, hidden_size: int, **fields: Any) -> Self:

@@ -117,5 +117,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         whole = isinstance(row, dict) and "video" in row
         if not whole or not ("caption" in row or {"question", "options", "answer"} <= row.keys()):
             raise TrainingError(f"line {number} of {path} needs video, and caption or question, options and answer")
+        if "question" in row and not (isinstance(row["options"], list) and len(row["options"]) > 1):
+            raise TrainingError(f"line {number} of {path}: options must be a list of two or more")
         rows.append(row)
     return rows

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import UnknownNameError
+from vidsieve.errors import PolicyError, UnknownNameError
 from vidsieve.eval.testbed import Row, compressor_row
-from vidsieve.loading import load, shipped_policies, shipped_policy
+from vidsieve.loading import load, policy_folder, shipped_policies
 from vidsieve.policies import CONFIG
 from vidsieve.types import Need
 
 
-def named_methods(names: Sequence[str]) -> list[Compressor]:
+def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
     """Return methods by name, ``name:variant``, or policy folder; ``all`` is everything that comes with the package.
+
+    ``full`` is left out: tables have it anyway.
 
     Raises
     ------
@@ -25,38 +28,48 @@ def named_methods(names: Sequence[str]) -> list[Compressor]:
     wanted: list[str] = []
     for name in names:
         wanted += [*registry.compressors.names(), *shipped_policies()] if name == "all" else [name]
-    made = []
-    for name in dict.fromkeys(wanted):
-        if (Path(name) / CONFIG).is_file():
-            made.append(load(name))
-            continue
-        base, _, variant = name.partition(":")
-        method = registry.compressors.get(base)
-        if not method.trained:
-            made.append(load(base, **({"variant": variant} if variant else {})))
-        else:
-            made.append(load(base, shipped_policy(name)))
-    return made
+    return {name: named_method(name) for name in dict.fromkeys(wanted) if name != "full"}
 
 
-def rows_for(methods: Sequence[Compressor], retentions: Sequence[float], probes: bool = False) -> list[Row]:
-    """Return the rows of every method at every retention.
+def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Compressor:
+    """Return the method of one such name; trained ones without a folder take `policy`.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    base, _, variant = name.partition(":")
+    if policy == "testbed" and (is_folder(name) or not registry.compressors.get(base).trained):
+        policy = None  # only there for trained methods that come without one
+    if is_folder(name):
+        return load(name, policy, **fields)
+    return load(base, policy, **({"variant": variant} if variant else {}), **fields)
+
+
+def is_folder(name: str) -> bool:
+    """Return whether a name is the folder of a policy, or of the run that made it."""
+    return name not in registry.compressors and (policy_folder(name) / CONFIG).is_file()
+
+
+def rows_for(methods: Mapping[str, Compressor], retentions: Sequence[float], probes: bool = False) -> list[Row]:
+    """Return the rows of every named method at every retention.
 
     `probes` adds, for methods that read the question, the same method given another question, and, where it
     has them, its other ways of spending the budget.
     """
     rows = []
     for retention in retentions:
-        for method in methods:
-            at = method.with_retention(retention)
-            rows.append(compressor_row(at))
+        for name, method in methods.items():
+            at, policy = method.with_retention(retention), name if is_folder(name) else ""
+            rows.append(compressor_row(at, policy=policy))
             if not probes or Need.QUESTION not in at.needs:
                 continue
-            rows.append(compressor_row(at, f"{at.name}[other question]", other_question=True))
+            rows.append(compressor_row(at, f"{at.name}[other question]", other_question=True, policy=policy))
             current = getattr(at, "allocation", None)
             for way in ("frame_avg", "frame_ada", "frame_ada_st"):
                 if current is not None and way != current:
-                    rows.append(compressor_row(dataclasses.replace(at, allocation=way), f"{at.name}[{way}]"))  # type: ignore[call-arg]
+                    spent = dataclasses.replace(at, allocation=way)  # type: ignore[call-arg]
+                    rows.append(compressor_row(spent, f"{at.name}[{way}]", policy=policy))
     return rows
 
 
@@ -68,5 +81,7 @@ def check_known(name: str) -> None:
     UnknownNameError
     """
     base = name.partition(":")[0]
-    if name != "all" and not (Path(name) / CONFIG).is_file() and base not in registry.compressors:
+    if name not in ("all", "full") and not is_folder(name) and base not in registry.compressors:
+        if len(Path(name).parts) > 1:
+            raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
         raise UnknownNameError("compressor", name, registry.compressors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,10 +51,13 @@ class Row:
     select: Callable[[Adapter, SceneBatch, int, Generator], Selection] | None
     per_question: bool = True
     positions: str = "installed"
-    settings: dict[str, Any] = field(default_factory=dict)
+    policy: str = ""
+    """Folder of a policy that the user named, to tell rows of one method apart."""
 
 
-def compressor_row(compressor: Compressor, label: str | None = None, *, other_question: bool = False) -> Row:
+def compressor_row(
+    compressor: Compressor, label: str | None = None, *, other_question: bool = False, policy: str = ""
+) -> Row:
     """Return the condition of a method; `other_question` hands it the next question of the same scene."""
 
     def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
@@ -63,7 +66,7 @@ def compressor_row(compressor: Compressor, label: str | None = None, *, other_qu
 
     return Row(
         label or compressor.name, compressor.variant, float(compressor.budget_ratio(TOKENS)), select,
-        Need.QUESTION in compressor.needs,
+        Need.QUESTION in compressor.needs, policy=policy,
     )  # fmt: skip
 
 
@@ -133,7 +136,7 @@ def evaluate(
     Returns
     -------
     dict
-        ``world, seed, n_questions, n_scenes, versions, rows``; per row ``method, variant, retention,
+        ``world, seed, n_questions, n_scenes, versions, rows``; per row ``method, variant, policy, retention,
         real_retention, layer_retention, accuracy, stderr, vs_random, vs_full, by_kind, select_ms``.
     """
     adapter = adapter_for(model)
@@ -160,7 +163,8 @@ def evaluate(
         reference = [j for j, r in enumerate(everything) if r.method == "random" and r.retention == row.retention]
         spent = [t.select_ms for t in kept[i]] or [0.0]
         result.append({
-            "method": row.method, "variant": row.variant, "retention": row.retention, "real_retention": real,
+            "method": row.method, "variant": row.variant, "policy": row.policy, "retention": row.retention,
+            "real_retention": real,
             "layer_retention": real, "accuracy": accuracy.mean, "stderr": accuracy.stderr,
             "vs_random": _difference(right[i], right[reference[0]], clusters) if reference else None,
             "vs_full": _difference(right[i], right[0], clusters), "positions": row.positions,
@@ -178,7 +182,7 @@ def evaluate(
 
 
 def _key(row: Row) -> str:
-    return f"{row.method}/{row.variant}/{row.retention:g}"
+    return f"{row.policy or row.method}/{row.variant}/{row.retention:g}"
 
 
 def _difference(marks: list[bool], others: list[bool], clusters: list[int]) -> dict[str, float]:

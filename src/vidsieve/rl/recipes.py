@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,24 +15,7 @@ from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
 from vidsieve.rl.score import ScoreTrainer
-from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
-
-SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cacovid", "paper"): {"steps": 400},
-    ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
-    ("score", "paper"): {"prompts_per_step": 2, "steps": 150},
-    ("score", "ours"): {
-        "hidden": 256,
-        "advantage": "group",
-        "rate_low": 0.05,
-        "rate_high": 0.25,
-        "lr": 0.001,
-        "schedule": "cosine",
-        "score_decay": 0.003,
-        "steps": 150,
-    },
-}
-"""What a variant changes of the defaults; a command's own options come on top."""
+from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 
 def train_policy(
@@ -58,23 +42,28 @@ def train_policy(
     model.requires_grad_(False)
     adapter = adapter_for(model)
     chosen = SETTINGS[method, variant] | settings
-    prompts = _prompts(adapter, processor, data, int(chosen.get("seed", 42)))
+    config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
+    prompts = _prompts(adapter, processor, data, config.seed)
     first = adapter.layer_state(0)
+    origin = {"variant": variant, "model": model_name, "data": _digest(data)}
     trainer: CaCoVIDTrainer | ScoreTrainer
-    if method == "cacovid":
-        config = CaCoVIDConfig(**chosen)
+    if isinstance(config, CaCoVIDConfig):
         policy = CaCoVIDPolicy.start(
             first.shape, adapter.family, variant=variant, layer0=first.weights, seed=config.seed, base_model=model_name
         )
-        trainer = CaCoVIDTrainer(adapter, policy, config, prompts.choice, folder, report)
+        trainer = CaCoVIDTrainer(adapter, policy, config, prompts.choice, folder, report, origin)
     else:
-        settings_of_score = ScoreConfig(**chosen)
         scorer = ScorePolicy.start(
-            adapter.hidden_size, adapter.family, variant=variant, seed=settings_of_score.seed, base_model=model_name,
-            hidden=settings_of_score.hidden, residual=settings_of_score.residual,
+            adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name,
+            hidden=config.hidden, residual=config.residual,
         )  # fmt: skip
-        trainer = ScoreTrainer(adapter, scorer, settings_of_score, prompts.caption, folder, report)
+        trainer = ScoreTrainer(adapter, scorer, config, prompts.caption, folder, report, origin)
     return dataclasses.replace(trainer.fit(resume).config).training
+
+
+def _digest(data: Path | None) -> str:
+    """Return what names the training data: a hash of the file, or the testbed."""
+    return "testbed" if data is None else hashlib.sha256(data.read_bytes()).hexdigest()[:16]
 
 
 def _prompts(adapter: Adapter, processor: Any, data: Path | None, seed: int) -> Any:

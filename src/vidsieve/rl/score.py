@@ -12,21 +12,20 @@ sparsity needs no reward. A penalty on the logits' variance and a cosine keep it
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import UnknownNameError
 from vidsieve.rl.advantages import group_advantage, leave_one_out, split_advantage
 from vidsieve.rl.losses import reinforce_loss
 from vidsieve.rl.rewards import score_rewards
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption
 from vidsieve.rl.sampling import bernoulli_masks
-from vidsieve.rl.settings import Advantage, Schedule, ScoreConfig
+from vidsieve.rl.settings import ScoreConfig
 from vidsieve.rl.trainer import StepResult, Trainer
 
 
@@ -39,9 +38,6 @@ class ScoreTrainer(Trainer[Caption]):
     def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
         self.adapter = adapter
         super().__init__(*args, **kwargs)
-        for name, known in (("advantage", get_args(Advantage)), ("schedule", get_args(Schedule))):
-            if getattr(self.config, name) not in known:
-                raise UnknownNameError(name, getattr(self.config, name), known)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, get_args
+
+from vidsieve.errors import TrainingError, UnknownNameError
 
 Sampler = Literal["ocss", "multinomial", "random"]
 Range = Literal["frame", "video"]
@@ -14,7 +17,21 @@ Schedule = Literal["constant", "cosine"]
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of every training run."""
+    """Settings of every training run.
+
+    Raises
+    ------
+    TrainingError
+        If a number is out of its range (`ranges`: lowest and highest value).
+    UnknownNameError
+        If a choice is none of its `Literal`.
+    """
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "steps": (1, math.inf), "prompts_per_step": (1, math.inf), "grad_clip": (1e-12, math.inf),
+        "log_every": (1, math.inf), "save_every": (1, math.inf), "max_minutes": (0, math.inf), "seed": (0, 2**63 - 1),
+    }  # fmt: skip
+    choices: ClassVar[dict[str, Any]] = {}
 
     steps: int = 1000
     """Optimiser steps."""
@@ -24,19 +41,34 @@ class TrainConfig:
     """Seed of the policy's start, the data order and every draw."""
     grad_clip: float = 5.0
     """Largest gradient norm."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW."""
     log_every: int = 20
     """Steps between two lines of metrics."""
-    save_every: int = 200
+    save_every: int = 25
     """Steps between two checkpoints."""
     max_minutes: float = 0.0
     """Stop after so many minutes; 0 = no limit."""
+
+    def __post_init__(self) -> None:
+        for kind in reversed(type(self).__mro__):
+            for name, (low, high) in vars(kind).get("ranges", {}).items():
+                value = getattr(self, name)
+                if not low <= value <= high:
+                    bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+                    raise TrainingError(f"{name} must be {bound}, got {value}")
+            for name, known in vars(kind).get("choices", {}).items():
+                if getattr(self, name) not in get_args(known):
+                    raise UnknownNameError(name, getattr(self, name), get_args(known))
 
 
 @dataclass(frozen=True)
 class CaCoVIDConfig(TrainConfig):
     """Settings of CaCoVID's training; the defaults are the paper's, scaled to the testbed where said."""
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "ratio": (1e-6, 1), "token_rollouts": (2, math.inf), "frame_rollouts": (0, math.inf), "width": (1, math.inf),
+        "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
+    }  # fmt: skip
+    choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward}
 
     ratio: float = 0.02
     """r, the fraction of each frame's tokens that a rollout keeps, at least one token a frame."""
@@ -56,15 +88,28 @@ class CaCoVIDConfig(TrainConfig):
     """Learning rate of the attention layer (paper: 1e-7 at 7B)."""
     head_lr: float = 1e-3
     """Learning rate of everything else (paper: 1e-6 at 7B)."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
     score_decay: float = 0.0
     """Weight of the pull towards a fair coin (k3 estimate of KL to ½)."""
     balanced: bool = False
     """Give kept and dropped tokens equal total weight, as the release does."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.frame_rollouts == 1:
+            raise TrainingError("frame_rollouts is 0 or at least 2: a group of one has no advantage")
+
 
 @dataclass(frozen=True)
 class ScoreConfig(TrainConfig):
     """Settings of SCORE's training; the defaults are the paper's."""
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "rollouts": (2, math.inf), "hidden": (1, math.inf), "tolerance": (1, math.inf), "slack": (0, math.inf),
+        "lr": (0, math.inf), "score_decay": (0, math.inf), "rate_low": (0, 0.99), "rate_high": (0, 0.99),
+    }  # fmt: skip
+    choices: ClassVar[dict[str, Any]] = {"advantage": Advantage, "schedule": Schedule}
 
     rollouts: int = 16
     """K, masks per video."""
@@ -88,3 +133,28 @@ class ScoreConfig(TrainConfig):
     """Lowest mean keep rate of a group, drawn log-uniformly; 0 = the policy's own rate (paper)."""
     rate_high: float = 0.0
     """Highest mean keep rate of a group."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.rate_high) != bool(self.rate_low) or self.rate_low > self.rate_high:
+            raise TrainingError(
+                f"rate_low and rate_high are both 0, or 0 < rate_low ≤ rate_high; got {self.rate_low}, {self.rate_high}"
+            )
+
+
+SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
+    ("cacovid", "paper"): {"steps": 400},
+    ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
+    ("score", "paper"): {"prompts_per_step": 2, "steps": 150},
+    ("score", "ours"): {
+        "hidden": 256,
+        "advantage": "group",
+        "rate_low": 0.05,
+        "rate_high": 0.25,
+        "lr": 0.001,
+        "schedule": "cosine",
+        "score_decay": 0.003,
+        "steps": 150,
+    },
+}
+"""What a variant changes of the defaults; a command's own options come on top."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -48,12 +51,16 @@ class Trainer(ABC, Generic[Sample]):
         Where metrics, checkpoints and the trained policy go.
     report : callable, optional
         Called with (step, steps, metrics) whenever metrics are logged.
+    origin : dict, optional
+        What else a resumed run must have in common with the first: model, data, variant.
     """
 
     def __init__(
         self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
-        report: Callable[[int, int, dict[str, float]], None] | None = None,
+        report: Callable[[int, int, dict[str, float]], None] | None = None, origin: dict[str, str] | None = None,
     ) -> None:  # fmt: skip
+        self.origin = origin or {}
+        self._stop = False
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
         self.report = report or (lambda step, steps, metrics: None)
         self.optimizer = self.make_optimizer()
@@ -76,14 +83,22 @@ class Trainer(ABC, Generic[Sample]):
     def fit(self, resume: bool = False) -> Policy:
         """Run the remaining steps and return the policy, saved in ``folder/policy``.
 
+        Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
+
         Raises
         ------
         TrainingError
             If a loss or a parameter stops being finite; the last good checkpoint stays.
         OutputError
-            If the folder cannot be written, or holds another run and `resume` is not set.
+            If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
+        KeyboardInterrupt
+            After Ctrl-C; the text says where the checkpoint is.
         """
         self._open_folder(resume)
+        with self._stoppable():
+            return self._fit()
+
+    def _fit(self) -> Policy:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.policy.train()
         window: list[dict[str, float]] = []
@@ -93,7 +108,7 @@ class Trainer(ABC, Generic[Sample]):
             factor = self.learning_rate(self.step)
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-            window.append(self._optimise())
+            window.append(self._first() if self.step == 0 else self._optimise())
             self.step += 1
             self.minutes = (time.perf_counter() - started) / 60
             done = self.step == self.config.steps or 0 < self.config.max_minutes <= self.minutes
@@ -105,12 +120,16 @@ class Trainer(ABC, Generic[Sample]):
                 metrics["minutes"] = self.minutes
                 self._log(metrics)
                 window, last_log = [], time.perf_counter()
-            if self.step % self.config.save_every == 0 or done:
+            if self.step % self.config.save_every == 0 or done or self._stop:
                 for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate
                 self._save()
             if done:
                 break
+            if self._stop:
+                raise KeyboardInterrupt(
+                    f"interrupted after step {self.step} of {self.config.steps}; --resume goes on from there"
+                )
         self.policy.eval()
         self.policy.config = replace(self.policy.config, training=self.record())
         self.policy.save_pretrained(self.folder / "policy")
@@ -125,7 +144,38 @@ class Trainer(ABC, Generic[Sample]):
             "last_metrics": last[0] if last else {}, "torch": torch.__version__, "threads": torch.get_num_threads(),
         }  # fmt: skip
 
+    @contextmanager
+    def _stoppable(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+            yield
+            return
+        before = signal.getsignal(signal.SIGINT)
+
+        def stop(*_: object) -> None:
+            self._stop = True
+            signal.signal(signal.SIGINT, before)
+
+        signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     # -- one step -------------------------------------------------------------------------------------------
+
+    def _first(self) -> dict[str, float]:
+        """Run step 1; a run that cannot even do that leaves no folder behind that would be taken for a run."""
+        try:
+            return self._optimise()
+        except Exception:
+            for name in (CHECKPOINT, METRICS):
+                (self.folder / name).unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: it was there before
+                self.folder.rmdir()
+            raise
+
+    def _saved(self) -> str:
+        return f"the last good checkpoint is {self.folder / CHECKPOINT}" if self.step else "nothing was saved"
 
     def _optimise(self) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -136,18 +186,15 @@ class Trainer(ABC, Generic[Sample]):
             if result.loss is not None:
                 if not bool(torch.isfinite(result.loss)):
                     raise TrainingError(
-                        f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; the last good "
-                        f"checkpoint is {self.folder / CHECKPOINT}. Lower the learning rate, or look at sample {number}"
+                        f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; {self._saved()}. "
+                        f"Lower the learning rate, or look at sample {number}"
                     )
                 (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
                 result.metrics["loss"] = float(result.loss.detach())
             figures.append(result.metrics)
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
-            raise TrainingError(
-                f"the gradient of step {self.step + 1} is not finite: stopped; the last good checkpoint is "
-                f"{self.folder / CHECKPOINT}"
-            )
+            raise TrainingError(f"the gradient of step {self.step + 1} is not finite: stopped; {self._saved()}")
         self.optimizer.step()
         return _mean(figures) | {"gradient_norm": float(norm)}
 
@@ -166,6 +213,8 @@ class Trainer(ABC, Generic[Sample]):
                 raise OutputError(f"{self.folder} holds a run already: go on with --resume, or choose another folder")
             self._load(checkpoint)
             return
+        if resume:
+            raise OutputError(f"{self.folder} holds no run to go on with: leave --resume out to begin one")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / METRICS).write_text("", encoding="utf-8")
@@ -174,11 +223,15 @@ class Trainer(ABC, Generic[Sample]):
         self._save()
 
     def _save(self) -> None:
-        header = {"step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__}
+        header = {
+            "step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__,
+            "origin": self.origin,
+        }  # fmt: skip
         save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header, self.generator)
 
     def _load(self, path: Path) -> None:
-        ours, theirs = asdict(self.config), read_header(path)["config"]
+        header = read_header(path)
+        ours, theirs = asdict(self.config) | self.origin, header["config"] | header.get("origin", {})
         free = {"steps", "max_minutes", "log_every", "save_every"}
         changed = [
             f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in free and theirs.get(k) != v

@@ -176,7 +176,7 @@ def check_bad_fields_refused(method: Method) -> None:
 def check_documented(method: Method) -> None:
     """The class says what it keeps and names its paper."""
     text = method.__doc__ or ""
-    _expect(len(text.split()) > 15, "the class docstring does not say what is kept and why")
+    _expect(len(text.split()) > 15, "the class docstring must say what is kept and why, in more than 15 words")
     _expect(bool(method.paper), "no paper is named")
     _expect(method.name.isidentifier(), f"{method.name!r} is no identifier")
 
