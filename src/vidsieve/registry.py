@@ -104,5 +104,8 @@ families = Registry(
     {
         "LlavaOnevisionForConditionalGeneration": "vidsieve.adapters.llava_onevision:LlavaOnevisionAdapter",
         "Qwen2_5_VLForConditionalGeneration": "vidsieve.adapters.qwen2_5_vl:Qwen25VLAdapter",
+        "Qwen3VLForConditionalGeneration": "vidsieve.adapters.qwen3_vl:Qwen3VLAdapter",
+        "InternVLForConditionalGeneration": "vidsieve.adapters.internvl:InternVLAdapter",
+        "SmolVLMForConditionalGeneration": "vidsieve.adapters.smolvlm:SmolVLMAdapter",
     },
 )

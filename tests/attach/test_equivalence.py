@@ -92,3 +92,93 @@ def test_different_frame_counts_in_one_batch():
     inputs = inputs_for("qwen2_5_vl", [[default_grid("qwen2_5_vl", 2)], [default_grid("qwen2_5_vl", 5)]])
     result = equivalence._prefill(adapter_for(model), inputs, vidsieve.load("random", retention=0.5))
     assert result[0] <= equivalence.TOLERANCE
+
+
+CONVENTIONS_OF = [
+    (family, positions)
+    for family in FAMILIES
+    for positions in ("legacy", "compact")
+    if not (positions == "compact" and family.startswith("qwen"))
+]
+
+
+@pytest.mark.parametrize("call", ["prefill logits", "8 greedy tokens", "second turn"])
+@pytest.mark.parametrize(("family", "positions"), CONVENTIONS_OF)
+def test_other_position_conventions_equal_their_own_reference(family, positions, call):
+    result = cell(family, "ragged batch 2", call, "sdpa", vidsieve.load("random", retention=0.3), positions=positions)
+    assert result.passed, result
+
+
+def test_legacy_positions_go_on_behind_the_videos_last_moment():
+    """3 words, a video of 3×2×4 tokens 2 ticks apart, words: time runs to 3 + 4, the grid only to 3 + 3."""
+    model, grid = FAMILIES["qwen2_5_vl"](), default_grid("qwen2_5_vl")
+    inputs = inputs_for("qwen2_5_vl", [[grid], [grid]], words=[3, 9])
+    for row, pad in enumerate((6, 0)):
+        found = {}
+        for name in ("installed", "legacy"):
+            positions = adapter_for(model, positions=name).encode(inputs).positions[1:, row, pad:]
+            assert positions[0, 3 : 3 + 24].tolist() == [3] * 8 + [5] * 8 + [7] * 8
+            assert positions[1, 3:11].tolist() == [3, 3, 3, 3, 4, 4, 4, 4]
+            found[name] = positions[:, 27:]
+        words = torch.arange(found["legacy"].shape[1]).expand(3, -1)
+        assert torch.equal(found["installed"], 7 + words) and torch.equal(found["legacy"], 8 + words)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl", "smolvlm"])
+def test_compact_positions_are_what_the_model_counts_by_itself(family):
+    model, inputs = FAMILIES[family](), configuration(family, "ragged batch 2")
+    pruned = vidsieve.prune(model, inputs, vidsieve.load("uniform", retention=0.3), positions="compact")
+    bare = {k: v for k, v in pruned.items() if k != "position_ids"}
+    bare["mm_encoder_outputs"] = dict(pruned["mm_encoder_outputs"])
+    with torch.no_grad():
+        counted = (pruned["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        assert torch.equal(pruned["position_ids"], counted)
+        new = model.generate(**pruned, max_new_tokens=4, do_sample=False)
+        assert torch.equal(model.generate(**bare, max_new_tokens=4, do_sample=False), new)
+
+
+def test_conventions_that_do_not_exist_are_refused():
+    method = vidsieve.load("uniform", retention=0.3)
+    with pytest.raises(vidsieve.VidsieveError, match="Did you mean 'legacy'"):
+        vidsieve.attach(FAMILIES["smolvlm"](), method, positions="legcay")
+    with pytest.raises(vidsieve.VidsieveError, match="in time and space"):
+        vidsieve.attach(FAMILIES["qwen3_vl"](), method, positions="compact")
+    with vidsieve.attach(FAMILIES["qwen2_5_vl"](), method, positions="legacy") as session:
+        assert session.trace.positions == "legacy"
+
+
+@pytest.mark.parametrize("family", ["internvl", "smolvlm"])
+def test_images_that_are_frames(family):
+    """All images of a prompt are a video, one alone is none, and `videos` says it where that is not so."""
+    model, grid = FAMILIES[family](), default_grid(family, 2)
+    method = vidsieve.load("uniform", retention=0.5)
+    adapter, inputs = adapter_for(model), inputs_for(family, [[grid, grid], [grid]])
+    assert [span.features.grid.frames for span in adapter.encode(inputs).videos] == [4, 2]
+    named = adapter.encode(inputs, [(0, 2), (2, 2)])
+    assert [(span.row, span.features.grid.frames) for span in named.videos] == [(0, 2), (0, 2)]
+    assert [image.row for image in named.images] == [1]
+    for wrong, message in [
+        ([(0, 2), (1, 2)], "do not overlap"), ([(0, 9)], "among the 6 images"), ([(3, 2)], "into the next"),
+        ([], "names no video"), ([(0, 0)], "pairs in order"),
+    ]:  # fmt: skip
+        with pytest.raises(vidsieve.VidsieveError, match=message):
+            vidsieve.prune(model, inputs, method, videos=wrong)
+    still = inputs_for(family, [[default_grid(family, 1)]])
+    with torch.no_grad():
+        plain = model(**still).logits
+        with vidsieve.attach(model, method) as session:
+            assert torch.equal(model(**still).logits, plain) and not len(session.trace)
+    with pytest.raises(vidsieve.VidsieveError, match="frames are images; qwen3_vl"):
+        vidsieve.prune(FAMILIES["qwen3_vl"](), configuration("qwen3_vl", "batch 1"), method, videos=[(0, 2)])
+
+
+def test_a_family_of_ones_own_is_checked(monkeypatch):
+    from vidsieve.adapters.smolvlm import SmolVLMAdapter
+    from vidsieve.testing import check_family
+
+    inputs = configuration("smolvlm", "ragged batch 2")
+    assert [cell.call for cell in check_family(FAMILIES["smolvlm"](), inputs)] == list(CALLS)
+    right = SmolVLMAdapter.encoder_outputs
+    monkeypatch.setattr(SmolVLMAdapter, "encoder_outputs", lambda self, rows, *rest: right(self, rows[::-1], *rest))
+    with pytest.raises(AssertionError, match="smolvlm: prefill logits differs"):
+        check_family(FAMILIES["smolvlm"](), inputs)

@@ -94,7 +94,15 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
     assert first == second
 
 
-def test_ctrl_c_ends_after_the_step_with_a_checkpoint(testbed, tmp_path, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal; jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_after_the_step_with_a_checkpoint(testbed, tmp_path, monkeypatch, ctrl_c):
     train(testbed, tmp_path / "straight", save_every=100)
     original = Trainer._optimise
 
@@ -256,7 +264,7 @@ def test_packed_rollouts_equal_the_masked_reference(family):
     with pytest.raises(UnsupportedCallError, match="needs labels"):
         Rollouts(adapter, inputs).caption_ce(masks)
     with pytest.raises(UnsupportedCallError, match="one prompt with one video"):
-        Rollouts(adapter, configuration(family, "two videos"))
+        Rollouts(adapter, configuration(family, "ragged batch 2"))
 
 
 def test_rollouts_give_policies_the_question(testbed):

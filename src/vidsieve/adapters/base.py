@@ -10,14 +10,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.adapters.batch import QWEN_TEMPLATE, Encoded, Pruned, Template, VideoFeatures, VideoSpan
+from vidsieve.adapters.batch import Encoded, ImageSpan, Pruned, Template, VideoFeatures, VideoSpan, template_of
+from vidsieve.adapters.layers import layer_state
+from vidsieve.adapters.locate import find_images, find_videos
+from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.compressors._decoder import BlockShape, LayerState
+from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import (
     NeedError,
@@ -25,27 +28,50 @@ from vidsieve.errors import (
     PromptError,
     SelectionError,
     StageError,
+    UnknownNameError,
     UnsupportedCallError,
 )
 from vidsieve.types import Need, Prompt, Selection, Stage, VideoTokens
+
+CONVENTIONS = ("installed", "legacy", "compact")
+"""Position conventions: as the installed transformers computes them; as before 5.3 (Qwen: text after a video goes on
+behind its last moment too); counted anew over the kept tokens, as vLLM does for families with 1-D positions."""
+
+Videos = Sequence[tuple[int, int]] | None
 
 
 class Adapter(ABC):
     """What vidsieve knows of a model family. Subclasses write the five methods below.
 
-    `family` names it in policies, `model_class` is the transformers class; `video_keys` are the
-    arguments that carry videos; `position_rows` picks the rotary rows out of the model's position ids.
+    `family` names it in policies, `model_class` is the transformers class; `video_keys` and `image_keys` are the
+    arguments that carry videos and still images, pixels first; `modality` is the kind of placeholder that videos
+    have; `position_rows` picks the rotary rows out of the model's position ids; `conventions` are the position
+    conventions that differ for this family.
+
+    Parameters
+    ----------
+    model : the transformers model
+    template : Template, optional
+    convention : str
+        How positions are counted, one of `CONVENTIONS`.
     """
 
     family: ClassVar[str]
     model_class: ClassVar[str]
     video_keys: ClassVar[tuple[str, ...]]
     image_keys: ClassVar[tuple[str, ...]]
+    modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
 
-    def __init__(self, model: Any, template: Template | None = None) -> None:
-        self.model = model
+    def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
+        if convention not in CONVENTIONS:
+            raise UnknownNameError("position convention", convention, CONVENTIONS)
+        if convention == "compact" and self.position_rows != slice(None):
+            raise UnsupportedCallError(
+                f"compact positions are for families that count tokens; {self.family} places them in time and space"
+            )
+        self.model, self.convention = model, convention
         self._template = template
 
     @abstractmethod
@@ -65,8 +91,27 @@ class Adapter(ABC):
         """Return position ids as a caller passed them in the form (rows, B, L)."""
 
     @abstractmethod
-    def encoder_outputs(self, rows: Sequence[Tensor]) -> Any:
-        """Return the model's container of video features from the kept rows of each prompt, [(n_b, D), …]."""
+    def encoder_outputs(self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str) -> Any:
+        """Return the model's container of features from the kept rows of each prompt, [(n_b, D), …].
+
+        `deep` has the same per layer, for families with `VideoFeatures.deep`; `modality` is "video" or "image".
+        """
+
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the features (M, D) of every still image of a batch in placeholder order, and their deep features.
+
+        Raises
+        ------
+        UnsupportedCallError
+            Unless the family says how its images are encoded.
+        """
+        raise UnsupportedCallError(
+            f"images and videos in one call are not supported for {self.family}; send them in separate calls"
+        )
+
+    def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
+        return positions
 
     @property
     def hidden_size(self) -> int:
@@ -84,9 +129,14 @@ class Adapter(ABC):
         return int(self.model.config.image_token_id)
 
     @property
+    def language_model(self) -> Any:
+        """The LLM inside the model, without its head."""
+        return self.model.model.language_model
+
+    @property
     def decoder_layers(self) -> torch.nn.ModuleList:
         """The LLM's decoder layers."""
-        layers: torch.nn.ModuleList = self.model.model.language_model.layers
+        layers: torch.nn.ModuleList = self.language_model.layers
         return layers
 
     def layer_state(self, index: int = 0) -> LayerState:
@@ -97,20 +147,7 @@ class Adapter(ABC):
         NeedError
             If its rotary positions are of a kind that our block does not know.
         """
-        text, layer = self.model.config.get_text_config(), self.decoder_layers[index]
-        attention: Any = layer.self_attn
-        rope = getattr(text, "rope_parameters", None) or {}
-        if rope.get("rope_type", "default") != "default":
-            raise NeedError(f"policies do not know rotary positions of type {rope['rope_type']!r}")
-        heads = int(text.num_attention_heads)
-        shape = BlockShape(
-            int(text.hidden_size), heads, int(text.num_key_value_heads),
-            int(getattr(text, "head_dim", None) or text.hidden_size // heads), int(text.intermediate_size),
-            float(text.rms_norm_eps), float(rope.get("rope_theta", 10000.0)),
-            tuple(rope.get("mrope_section") or ()), qkv_bias=attention.q_proj.bias is not None,
-            qk_norm=hasattr(attention, "q_norm"),
-        )  # fmt: skip
-        return LayerState(shape, {k: v.detach().float().clone().cpu() for k, v in layer.state_dict().items()})
+        return layer_state(self.model.config.get_text_config(), self.decoder_layers[index])
 
     def template(self) -> Template:
         """Return the chat template's ids.
@@ -122,18 +159,7 @@ class Adapter(ABC):
         """
         if self._template is not None:
             return self._template
-        stated = getattr(self.model.config, "vidsieve_template", None)
-        if stated is not None:
-            return Template(
-                int(stated["turn_start"]), int(stated["turn_end"]), int(stated["user"]), frozenset(stated["ignore"])
-            )
-        text = self.model.config.get_text_config()
-        if text.model_type.startswith("qwen") and text.vocab_size > max(QWEN_TEMPLATE.ignore):
-            return QWEN_TEMPLATE
-        raise NeedError(
-            "this method reads the question, and the chat template of this model is not known: pass "
-            "template=vidsieve.Template(turn_start=…, turn_end=…, user=…) with the tokenizer's ids"
-        )
+        return template_of(self.model.config)
 
     # -- encode ---------------------------------------------------------------------------------------------
 
@@ -142,27 +168,35 @@ class Adapter(ABC):
         ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
         return ready is not None or inputs.get(self.video_keys[0]) is not None
 
+    def holds_video(self, ids: Tensor) -> bool:
+        """Return whether prompts (B, L) hold placeholders of a video."""
+        return bool((ids == self.video_token_id).any())
+
     def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
         """Return whether pixels, ready features or placeholders of an image are among the arguments of a call."""
         ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
-        given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys)
-        return given or bool((ids == self.image_token_id).any())
+        given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys[:1])
+        return given or self.holds_image(ids)
 
-    def encode(self, inputs: Mapping[str, Any]) -> Encoded:
+    def holds_image(self, ids: Tensor) -> bool:
+        """Return whether prompts (B, L) hold placeholders of a still image."""
+        return bool((ids == self.image_token_id).any())
+
+    def encode(self, inputs: Mapping[str, Any], videos: Videos = None) -> Encoded:
         """Return a batch with its videos encoded and located.
+
+        `videos` names the frames of each video as (first, count) for families whose frames are images.
 
         Raises
         ------
         PromptError
             If placeholders and videos do not agree.
         UnsupportedCallError
-            If images or embeddings come with the videos.
+            If embeddings come with the videos, or images where the family does not know how to encode them.
         """
         ids = inputs.get("input_ids")
         if ids is None or inputs.get("inputs_embeds") is not None:
             raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
-        if self.carries_image(inputs, ids):
-            raise UnsupportedCallError("images and videos in one call are not supported; send them in separate calls")
         if not self.carries_video(inputs):
             raise PromptError(f"the inputs carry no video ({self.video_keys[0]} is missing); call the model as it is")
         mask = inputs.get("attention_mask")
@@ -172,36 +206,35 @@ class Adapter(ABC):
             raise UnsupportedCallError(
                 f"attention_mask must be {tuple(ids.shape)} as input_ids, got {tuple(mask.shape)}"
             )
-        if not bool((ids == self.video_token_id).any()):
+        if not self.holds_video(ids):
             raise PromptError("the prompt has no video placeholder: put the video into the chat message")
-        spans = self._locate(ids, self.video_features(inputs))
+        spans, images = self.locate(ids, inputs, videos)
         for span in spans:
             if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
                 raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")
         given = inputs.get("position_ids")
-        positions = self.unpack_positions(given) if given is not None else self.positions(ids, mask, inputs)
-        positions = positions.expand(-1, *ids.shape)
+        positions = self.unpack_positions(given) if given is not None else self._positions(ids, mask, inputs)
         known = {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs", "mm_token_type_ids"}
-        rest = {k: v for k, v in inputs.items() if k not in known and k not in self.video_keys and v is not None}
-        return Encoded(ids, mask.bool(), positions, spans, rest)
+        known |= {*self.video_keys, *self.image_keys}
+        rest = {k: v for k, v in inputs.items() if k not in known and v is not None}
+        return Encoded(ids, mask.bool(), positions.expand(-1, *ids.shape), spans, rest, images)
 
-    def _locate(self, ids: Tensor, videos: list[VideoFeatures]) -> tuple[VideoSpan, ...]:
-        rows, columns = (ids == self.video_token_id).nonzero(as_tuple=True)
-        sizes = [v.grid.num_tokens + v.tail.shape[0] for v in videos]
-        if len(rows) != sum(sizes):
-            raise PromptError(
-                f"the prompt has {len(rows)} video placeholders, its {len(videos)} videos give {sum(sizes)} tokens: "
-                "use the processor that belongs to the model, and do not truncate the prompt"
+    def _positions(self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        positions = self.positions(ids, mask, inputs)
+        return self.legacy_positions(positions, ids, mask) if self.convention == "legacy" else positions
+
+    def locate(
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos
+    ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
+        """Return every video and every prompt's still images, encoded and found by their placeholders."""
+        if videos is not None:
+            raise UnsupportedCallError(
+                f"videos= is for families whose frames are images; {self.family} tells them itself"
             )
-        spans, start = [], 0
-        for video, size in zip(videos, sizes, strict=True):
-            row, where = rows[start : start + size], columns[start : start + size]
-            if int(row[0]) != int(row[-1]):
-                raise PromptError("a video's placeholders run from one prompt of the batch into the next")
-            split = video.grid.num_tokens
-            spans.append(VideoSpan(int(row[0]), where[:split], where[split:], video))
-            start += size
-        return tuple(spans)
+        images: tuple[ImageSpan, ...] = ()
+        if self.carries_image(inputs, ids):
+            images = find_images(ids, self.image_token_id, *self.image_features(inputs))
+        return find_videos(ids, self.video_token_id, self.video_features(inputs)), images
 
     # -- select ---------------------------------------------------------------------------------------------
 
@@ -253,6 +286,9 @@ class Adapter(ABC):
         ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
         positions = encoded.positions[self.position_rows, row].to(device)
         embeds = table(ids)
+        for image in encoded.images:
+            if image.row == row:
+                embeds = embeds.index_copy(0, image.columns.to(device), image.embeds.to(embeds))
         for number in encoded.of_row(row):
             span = encoded.videos[number]
             parts = torch.cat([span.features.embeds, span.features.tail]).to(embeds)
@@ -298,48 +334,18 @@ class Adapter(ABC):
         selections : per output row, one Selection for each video of its prompt
         rows : per output row, the prompt of the batch it comes from; default: each prompt once
         """
-        rows = range(encoded.input_ids.shape[0]) if rows is None else rows
-        kept_columns, features = [], []
-        for row, chosen in zip(rows, selections, strict=True):
-            keep = encoded.attention_mask[row].clone()
-            parts = []
-            for number, selection in zip(encoded.of_row(row), chosen, strict=True):
-                span = encoded.videos[number]
-                keep[span.columns] = False
-                keep[span.columns[selection.indices.to(span.columns.device)]] = True
-                merged = selection.embeds
-                parts.append(span.features.embeds[selection.indices] if merged is None else merged)
-                parts.append(span.features.tail)
-            kept_columns.append(keep.nonzero().flatten())
-            features.append(torch.cat(parts) if parts else None)
-        length = max(len(columns) for columns in kept_columns)
-        device = encoded.input_ids.device
-        kept = torch.full((len(kept_columns), length), -1, dtype=torch.int64, device=device)
-        for line, columns in zip(kept, kept_columns, strict=True):
-            line[length - len(columns) :] = columns
-        index = torch.as_tensor(list(rows), device=device)[:, None]
-        real, columns = kept >= 0, kept.clamp(min=0)
-        positions = encoded.positions[:, index, columns].masked_fill(~real, 0)
-        inputs = dict(encoded.rest) | {
-            "input_ids": encoded.input_ids[index, columns].masked_fill(~real, self._pad_id()),
-            "attention_mask": real.to(torch.int64),
-            "position_ids": self.pack_positions(positions),
-            "mm_encoder_outputs": {"video": self.encoder_outputs([f for f in features if f is not None])},
-        }
-        labels = encoded.rest.get("labels")
-        if labels is not None:
-            inputs["labels"] = labels[index, columns].masked_fill(~real, -100)
-        return Pruned(inputs, kept)
+        return rebuild(self, encoded, selections, range(encoded.input_ids.shape[0]) if rows is None else rows)
 
-    def _pad_id(self) -> int:
-        config = self.model.config.get_text_config()
-        pad = getattr(config, "pad_token_id", None)
-        return int(pad) if pad is not None else 0
-
-    def prune(self, inputs: Mapping[str, Any], compressor: Compressor, generator: Generator | None = None) -> Pruned:
+    def prune(
+        self,
+        inputs: Mapping[str, Any],
+        compressor: Compressor,
+        generator: Generator | None = None,
+        videos: Videos = None,
+    ) -> Pruned:
         """Return the pruned inputs of a batch: encode, select, rebuild."""
         self.check(compressor)
-        encoded = self.encode(inputs)
+        encoded = self.encode(inputs, videos)
         selections, traces = self.select(encoded, compressor, generator)
         per_row = [[selections[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
         return replace(self.build(encoded, per_row), traces=tuple(traces))

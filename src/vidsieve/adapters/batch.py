@@ -54,17 +54,43 @@ class Template:
 QWEN_TEMPLATE = Template(
     turn_start=151644, turn_end=151645, user=872,
     # newline, two newlines, blank, and the vision markers and placeholders of Qwen's tokenizers
-    ignore=frozenset({198, 271, 220, *range(151643, 151664)}),
+    ignore=frozenset({198, 271, 220, *range(151643, 151675)}),
 )  # fmt: skip
+
+
+def template_of(config: Any) -> Template:
+    """Return the template that a model's configuration states, or Qwen's where its vocabulary is Qwen's.
+
+    Raises
+    ------
+    NeedError
+        If neither is so.
+    """
+    stated = getattr(config, "vidsieve_template", None)
+    if stated is not None:
+        return Template(
+            int(stated["turn_start"]), int(stated["turn_end"]), int(stated["user"]), frozenset(stated["ignore"])
+        )
+    text = config.get_text_config()
+    if text.model_type.startswith("qwen") and text.vocab_size > max(QWEN_TEMPLATE.ignore):
+        return QWEN_TEMPLATE
+    raise NeedError(
+        "this method reads the question, and the chat template of this model is not known: pass "
+        "template=vidsieve.Template(turn_start=…, turn_end=…, user=…) with the tokenizer's ids"
+    )
 
 
 @dataclass(frozen=True)
 class VideoFeatures:
-    """One encoded video: grid tokens (N, D), and tokens outside the grid that are always kept (E, D)."""
+    """One encoded video: grid tokens (N, D), and tokens outside the grid that are always kept (E, D).
+
+    `deep` are further features of the grid tokens, (N, D) each, which the model adds inside its first layers.
+    """
 
     embeds: Tensor
     grid: TokenGrid
     tail: Tensor
+    deep: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +101,16 @@ class VideoSpan:
     columns: Tensor
     tail_columns: Tensor
     features: VideoFeatures
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Still images of one prompt, never pruned: row, columns (M,), features (M, D), deep features (M, D) each."""
+
+    row: int
+    columns: Tensor
+    embeds: Tensor
+    deep: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,6 +126,8 @@ class Encoded:
         In placeholder order.
     rest : dict
         Arguments of the call that have nothing to do with videos.
+    images : tuple of ImageSpan
+        At most one per prompt.
     """
 
     input_ids: Tensor
@@ -97,6 +135,7 @@ class Encoded:
     positions: Tensor
     videos: tuple[VideoSpan, ...]
     rest: dict[str, Any] = field(default_factory=dict)
+    images: tuple[ImageSpan, ...] = ()
 
     def of_row(self, row: int) -> list[int]:
         """Return the numbers of the videos in one prompt of the batch."""

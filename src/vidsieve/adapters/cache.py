@@ -89,7 +89,8 @@ class CacheRecord:
                 "to the sequences that generate returned, or start without past_key_values"
             )
         fresh = ids[:, held:]
-        _check_words_only(fresh, call, adapter, pixels=False)
+        # The first turn's pixels may come again with the conversation.
+        _check_words_only(fresh, call, adapter, pixels=False, image=not adapter.holds_image(self.full_ids))
         mask, positions = self._later(call["attention_mask"], ids.shape[1])
         short = torch.cat([self.short_ids[:, : cache.get_seq_length()].to(ids.device), fresh], 1)
         return {"input_ids": short, "attention_mask": mask, "position_ids": adapter.pack_positions(positions)}
@@ -104,7 +105,7 @@ class CacheRecord:
         """
         cache = call["past_key_values"]
         self._check_rows(cache, ids.shape[0])
-        _check_words_only(ids, call, adapter, pixels=True)
+        _check_words_only(ids, call, adapter, pixels=True, image=True)
         if call.get("position_ids") is not None:
             raise UnsupportedCallError("leave position_ids out: positions on a pruned cache follow from its prompt")
         held = cache.get_seq_length() + self.prompt - self.short_prompt
@@ -114,7 +115,7 @@ class CacheRecord:
             after = torch.ones(ids.shape[0], total - self.prompt, dtype=torch.bool, device=ids.device)
             mask = torch.cat([self.full_mask.to(ids.device), after], 1)
         mask, positions = self._later(mask, total)
-        drop = {*adapter.video_keys, "mm_token_type_ids"}
+        drop = {*adapter.video_keys, *adapter.image_keys, "mm_token_type_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | {
             "input_ids": ids, "attention_mask": mask,
             "position_ids": adapter.pack_positions(positions[..., -ids.shape[1] :]),
@@ -152,11 +153,14 @@ class CacheRecord:
             )
 
 
-def _check_words_only(fresh: Tensor, call: dict[str, Any], adapter: Adapter, *, pixels: bool) -> None:
-    """Refuse tokens of a later call that need the vision encoder; `pixels`: nor may the first video come again."""
+def _check_words_only(fresh: Tensor, call: dict[str, Any], adapter: Adapter, *, pixels: bool, image: bool) -> None:
+    """Refuse tokens of a later call that need the vision encoder.
+
+    `pixels`: nor may the first video come again; `image`: nor an image.
+    """
     if bool((fresh == adapter.video_token_id).any()) or (pixels and adapter.carries_video(call)):
         raise UnsupportedCallError("a later turn brings another video: start a new conversation without the cache")
-    if adapter.carries_image(call, fresh):
+    if adapter.holds_image(fresh) or (image and adapter.carries_image(call, fresh)):
         raise UnsupportedCallError("a later turn brings an image: not supported on a pruned cache")
 
 

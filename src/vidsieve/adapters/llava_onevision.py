@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.adapters.locate import needed
 from vidsieve.types import TokenGrid
 
 
@@ -24,19 +25,14 @@ class LlavaOnevisionAdapter(Adapter):
     family: ClassVar[str] = "llava_onevision"
     model_class: ClassVar[str] = "LlavaOnevisionForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
-    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images", "vision_aspect_ratio")
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of ready features."""
         ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.model.device, self.model.dtype)
-            options = {
-                key: inputs[key]
-                for key in ("vision_feature_layer", "vision_feature_select_strategy")
-                if inputs.get(key) is not None
-            }
-            ready = self.model.model.get_video_features(pixels, return_dict=True, **options)
+            ready = self.model.model.get_video_features(pixels, return_dict=True, **_options(inputs))
         vision = self.model.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         videos = []
@@ -57,6 +53,26 @@ class LlavaOnevisionAdapter(Adapter):
         """Return (1, B, L)."""
         return position_ids[None]
 
-    def encoder_outputs(self, rows: Sequence[Tensor]) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the images of ``pixel_values`` (images, tiles, 3, H, W), or of ready features."""
+        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if ready is None:
+            options = _options(inputs) | {k: inputs[k] for k in self.image_keys[2:] if inputs.get(k) is not None}
+            pixels = needed(inputs, "pixel_values").to(self.model.device, self.model.dtype)
+            sizes = needed(inputs, "image_sizes")
+            ready = self.model.model.get_image_features(pixels, sizes, return_dict=True, **options)
+        return torch.cat(list(ready.pooler_output)), ()
+
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
+        """Return videos as one tensor (N_kept, 1, D), which beams repeat row by row; images as a list."""
+        if modality == "image":
+            return BaseModelOutputWithPooling(pooler_output=list(rows))
         return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
+
+
+def _options(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call that choose layers of the vision tower."""
+    names = ("vision_feature_layer", "vision_feature_select_strategy")
+    return {name: inputs[name] for name in names if inputs.get(name) is not None}

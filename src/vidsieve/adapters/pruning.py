@@ -8,16 +8,13 @@ from typing import Any
 from torch import Generator
 
 from vidsieve import registry
-from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Template
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import UnknownNameError, UnsupportedModelError
-
-POSITIONS = ("installed",)
-"""Position conventions: as the installed transformers computes them."""
+from vidsieve.errors import UnsupportedModelError
 
 
-def adapter_for(model: Any, template: Template | None = None) -> Adapter:
+def adapter_for(model: Any, template: Template | None = None, positions: str = "installed") -> Adapter:
     """Return the adapter of a model, found by the names of its classes.
 
     Raises
@@ -27,7 +24,7 @@ def adapter_for(model: Any, template: Template | None = None) -> Adapter:
     """
     for base in type(model).__mro__:
         if base.__name__ in registry.families:
-            adapter: Adapter = registry.families.get(base.__name__)(model, template)
+            adapter: Adapter = registry.families.get(base.__name__)(model, template, positions)
             return adapter
     raise UnsupportedModelError(
         f"no adapter for {type(model).__name__}; supported: {', '.join(registry.families)}. To add a family, write a "
@@ -43,6 +40,7 @@ def prune(
     positions: str = "installed",
     template: Template | None = None,
     generator: Generator | None = None,
+    videos: Videos = None,
 ) -> dict[str, Any]:
     """Return the inputs of `model.generate` or `model.forward` with each video cut to its budget.
 
@@ -58,23 +56,27 @@ def prune(
         What the model's processor returned: ``input_ids`` (B, L), ``attention_mask``, pixels, …
     compressor : Compressor
     positions : str
-        The position convention; ``"installed"``: original ids as the installed transformers computes them.
+        The position convention: ``"installed"`` (original ids as the installed transformers computes them),
+        ``"legacy"`` (as transformers before 5.3 and vLLM), ``"compact"`` (counted anew over what is kept; families
+        with 1-D positions).
     template : Template, optional
         Ids of the chat template, for tokenizers that vidsieve does not know.
     generator : torch.Generator, optional
         For methods that draw.
+    videos : list of (first, count), optional
+        Which runs of images are the frames of a video, for families whose frames are images (InternVL, SmolVLM);
+        default: all images of a prompt that has two or more.
 
     Raises
     ------
     UnsupportedModelError, StageError, NeedError, PolicyMismatchError, PromptError, UnsupportedCallError
     """
-    if positions not in POSITIONS:
-        raise UnknownNameError("position convention", positions, POSITIONS)
-    pruned = adapter_for(model, template).prune(inputs, compressor, generator)
-    pruned.inputs["mm_encoder_outputs"]["video"].vidsieve_pruned = True
+    pruned = adapter_for(model, template, positions).prune(inputs, compressor, generator, videos)
+    for features in pruned.inputs["mm_encoder_outputs"].values():
+        features.vidsieve_pruned = True
     return pruned.inputs | {"use_cache": True}
 
 
 def is_pruned(call: Mapping[str, Any]) -> bool:
     """Return whether the arguments of a call came out of `prune`."""
-    return hasattr((call.get("mm_encoder_outputs") or {}).get("video"), "vidsieve_pruned")
+    return any(hasattr(features, "vidsieve_pruned") for features in (call.get("mm_encoder_outputs") or {}).values())

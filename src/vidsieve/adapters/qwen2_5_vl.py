@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.adapters.locate import needed, runs
 from vidsieve.errors import PromptError
 from vidsieve.types import TokenGrid
 
@@ -25,7 +26,7 @@ class Qwen25VLAdapter(Adapter):
     family: ClassVar[str] = "qwen2_5_vl"
     model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
@@ -41,28 +42,54 @@ class Qwen25VLAdapter(Adapter):
             pixels = inputs["pixel_values_videos"].to(self.model.device)
             ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
         merge = self.model.config.vision_config.spatial_merge_size
-        features = torch.cat(list(ready.pooler_output))
-        sizes = [int(t * h * w) // merge**2 for t, h, w in grids.tolist()]
+        shapes = [TokenGrid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+        sizes = [grid.num_tokens for grid in shapes]
+        parts = torch.split(torch.cat(list(ready.pooler_output)), sizes)
+        deep = [torch.split(layer, sizes) for layer in _deep(ready)]
         return [
-            VideoFeatures(part, TokenGrid(t, h // merge, w // merge), part[:0])
-            for part, (t, h, w) in zip(torch.split(features, sizes), grids.tolist(), strict=True)
+            VideoFeatures(part, grid, part[:0], tuple(layer[number] for layer in deep))
+            for number, (part, grid) in enumerate(zip(parts, shapes, strict=True))
         ]
+
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the images of ``pixel_values`` by ``image_grid_thw`` (images, 3), or of ready features."""
+        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        if ready is None:
+            pixels = needed(inputs, "pixel_values").to(self.model.device)
+            grids = needed(inputs, "image_grid_thw")
+            ready = self.model.model.get_image_features(pixels, grids, return_dict=True)
+        return torch.cat(list(ready.pooler_output)), tuple(_deep(ready))
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
         if inputs.get("mm_token_type_ids") is None:
             # The installed model would fall back to 1-D positions without a word.
             raise PromptError("mm_token_type_ids is missing: hand over everything that the processor returned")
-        kinds = 2 * (input_ids == self.video_token_id).int()
+        grids = {key: inputs.get(key) for key in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts")}
         rotary, _ = self.model.model.get_rope_index(
-            input_ids,
-            mm_token_type_ids=kinds,
-            video_grid_thw=inputs.get("video_grid_thw"),
-            second_per_grid_ts=inputs.get("second_per_grid_ts"),
-            attention_mask=attention_mask,
+            input_ids, mm_token_type_ids=self._kinds(input_ids), attention_mask=attention_mask, **grids
         )
         text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         return torch.cat([text[None], rotary])
+
+    def _kinds(self, input_ids: Tensor) -> Tensor:
+        """Return (B, L) int32: 0 text, 1 image, 2 video."""
+        return 2 * (input_ids == self.video_token_id).int() + (input_ids == self.image_token_id).int()
+
+    def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return positions (4, B, L) in which what follows a video goes on after its largest row, time included."""
+        moved = positions.clone()
+        kinds = self._kinds(input_ids)
+        for row in range(input_ids.shape[0]):
+            columns = attention_mask[row].bool().nonzero().flatten()
+            cursor = 0
+            for run in runs(kinds[row, columns]):
+                part = columns[run]
+                # Height starts where the part does; time of a video may run ahead of it.
+                block = positions[1:, row, part] - positions[2, row, part[0]]
+                moved[1:, row, part] = block + cursor
+                cursor += int(block.max()) + 1
+        return moved
 
     def pack_positions(self, positions: Tensor) -> Tensor:
         """Return (4, B, L)."""
@@ -77,6 +104,13 @@ class Qwen25VLAdapter(Adapter):
         text = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids[:1])
         return torch.cat([text, position_ids])
 
-    def encoder_outputs(self, rows: Sequence[Tensor]) -> BaseModelOutputWithPooling:
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
         """Return the features as one tensor per prompt."""
         return BaseModelOutputWithPooling(pooler_output=list(rows))
+
+
+def _deep(ready: Any) -> list[Tensor]:
+    """Return the deep features of an encoder's output, one tensor (N, D) a layer; none for most families."""
+    return [torch.cat(list(layer)) for layer in getattr(ready, "deepstack_features", None) or []]

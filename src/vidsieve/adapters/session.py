@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Pruned, Template
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
@@ -26,10 +26,10 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.pruning import POSITIONS, adapter_for, is_pruned
+from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import AttachError, PromptError, UnknownNameError, UnsupportedCallError
+from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import Need, Tokens
 
 _open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
@@ -57,9 +57,9 @@ class Session:
         −1 on padding. Maps the logits of a plain forward back.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, compressor: Compressor, positions: str, seed: int) -> None:
-        self.compressor, self.seed = compressor, seed
-        self.trace = Trace(positions)
+    def __init__(self, model: Any, adapter: Adapter, compressor: Compressor, seed: int, videos: Videos = None) -> None:
+        self.compressor, self.seed, self.videos = compressor, seed, videos
+        self.trace = Trace(adapter.convention)
         self.kept_positions: Tensor | None = None
         self._model, self._adapter = model, adapter
         self._lock, self._here = threading.Lock(), threading.local()
@@ -191,7 +191,7 @@ class Session:
         if self.compressor.retention == 1.0 or is_pruned(call):
             return False
         carries = self._adapter.carries_video(call)
-        placeholders = ids is not None and bool((ids == self._adapter.video_token_id).any())
+        placeholders = ids is not None and self._adapter.holds_video(ids)
         if not carries and not placeholders:
             return False
         if cache is not None and not isinstance(cache, tuple) and cache.get_seq_length() > 0:
@@ -218,7 +218,7 @@ class Session:
 
     def _prune(self, call: dict[str, Any]) -> Pruned:
         generator = torch.Generator().manual_seed(self.seed)
-        pruned = self._adapter.prune(call, self.compressor, generator)
+        pruned = self._adapter.prune(call, self.compressor, generator, self.videos)
         counted = isinstance(self.compressor.retention, Tokens)  # a short video may have no more than that
         if not counted and not any(trace.kept < trace.total for trace in pruned.traces):
             raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
@@ -229,7 +229,8 @@ class Session:
 
     def _continue(self, record: CacheRecord, call: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a later turn on a pruned cache."""
-        drop = {*self._adapter.video_keys, "mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
+        drop = {*self._adapter.video_keys, *self._adapter.image_keys, "mm_token_type_ids", "mm_encoder_outputs"}
+        drop |= {"position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
         if Need.QUESTION in self.compressor.needs:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"
@@ -258,6 +259,7 @@ def attach(
     positions: str = "installed",
     template: Template | None = None,
     seed: int = 0,
+    videos: Videos = None,
 ) -> Session:
     """Return an open session: from now on `model` reads its videos through `compressor`.
 
@@ -267,11 +269,13 @@ def attach(
         This instance only; its class and other instances are not touched.
     compressor : Compressor
     positions : str
-        The position convention; ``"installed"``: original ids as the installed transformers computes them.
+        The position convention, as in `prune`.
     template : Template, optional
         Ids of the chat template, for tokenizers that vidsieve does not know.
     seed : int
         Start of the random draws of every call, for methods that draw.
+    videos : list of (first, count), optional
+        As in `prune`, for every call of the session; the session's attribute `videos` changes it.
 
     Raises
     ------
@@ -286,10 +290,8 @@ def attach(
     ...     out = model.generate(**inputs)
     >>> print(session.trace)
     """
-    if positions not in POSITIONS:
-        raise UnknownNameError("position convention", positions, POSITIONS)
-    adapter = adapter_for(model, template)
+    adapter = adapter_for(model, template, positions)
     adapter.check(compressor)
-    session = Session(model, adapter, compressor, positions, seed)
+    session = Session(model, adapter, compressor, seed, videos)
     session._open()
     return session

@@ -16,7 +16,8 @@ class BlockShape:
     """Sizes of a decoder block, as an LLM's configuration states them.
 
     `rope_sections` are the numbers of rotary frequencies that read the time, height and width row of the
-    positions (M-RoPE); empty for 1-D positions.
+    positions (M-RoPE); empty for 1-D positions. `rope_interleaved`: the sections take turns (time, height, width,
+    time, …) instead of following each other.
     """
 
     hidden_size: int
@@ -29,6 +30,7 @@ class BlockShape:
     rope_sections: tuple[int, ...] = ()
     qkv_bias: bool = True
     qk_norm: bool = False
+    rope_interleaved: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rope_sections", tuple(self.rope_sections))
@@ -64,7 +66,8 @@ class RMSNorm(nn.Module):
 def rotary(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
     """Return cosines and sines (L, head_dim) float32 of rotary positions (P, L) int64.
 
-    With sections, frequency f reads the row of its section: the first ones time, then height, then width.
+    With sections, frequency f reads the row of its section: the first ones time, then height, then width; or, where
+    they are interleaved, every third one height or width as long as its section lasts.
 
     Raises
     ------
@@ -79,6 +82,10 @@ def rotary(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
     if shape.rope_sections:
         counts = torch.tensor(shape.rope_sections, device=positions.device)
         row = torch.repeat_interleave(torch.arange(len(counts), device=positions.device), counts)
+        if shape.rope_interleaved:
+            row = torch.zeros_like(row)
+            for axis in range(1, len(shape.rope_sections)):
+                row[axis : 3 * shape.rope_sections[axis] : 3] = axis
     else:
         row = torch.zeros(half, dtype=torch.int64, device=positions.device)
     angles = positions[row].T.float() * frequencies  # (L, head_dim / 2)

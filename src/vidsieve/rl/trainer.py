@@ -146,10 +146,11 @@ class Trainer(ABC, Generic[Sample]):
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
+        before = signal.getsignal(signal.SIGINT)
+        # Signals can be caught in the main thread only; a job in the background ignores this one, and shall.
+        if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
             yield
             return
-        before = signal.getsignal(signal.SIGINT)
 
         def stop(*_: object) -> None:
             self._stop = True

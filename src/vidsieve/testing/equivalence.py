@@ -14,6 +14,7 @@ import vidsieve
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
+from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.reference import masked_greedy, masked_logits
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Selection
@@ -61,7 +62,7 @@ def _selections(
 def _prefill(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor) -> tuple[float, bool | None]:
     with torch.no_grad():
         wanted = masked_logits(adapter, inputs, _selections(adapter, inputs, compressor))
-        with vidsieve.attach(adapter.model, compressor) as session:
+        with vidsieve.attach(adapter.model, compressor, positions=adapter.convention) as session:
             got = adapter.model(**inputs).logits
         kept = session.kept_positions
     return _gap(got, wanted, kept), None
@@ -81,7 +82,7 @@ def _greedy(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor)
     with torch.no_grad():
         chosen = _selections(adapter, inputs, compressor)
         wanted = masked_greedy(adapter, inputs, chosen, STEPS)
-        with vidsieve.attach(adapter.model, compressor):
+        with vidsieve.attach(adapter.model, compressor, positions=adapter.convention):
             out = adapter.model.generate(
                 **inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True
             )
@@ -94,7 +95,7 @@ def _beams(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor) 
     with torch.no_grad():
         chosen = _selections(adapter, inputs, compressor)
         wanted, score = _beam_reference(adapter, inputs, chosen, beams=2)
-        with vidsieve.attach(adapter.model, compressor):
+        with vidsieve.attach(adapter.model, compressor, positions=adapter.convention):
             out = adapter.model.generate(
                 **inputs, max_new_tokens=STEPS, do_sample=False, num_beams=2, return_dict_in_generate=True,
                 output_scores=True,
@@ -132,7 +133,7 @@ def _second_turn(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compre
         extra = torch.cat([first, words], 1)
         wanted = masked_greedy_after(adapter, inputs, chosen, extra)
         model = adapter.model
-        with vidsieve.attach(model, compressor):
+        with vidsieve.attach(model, compressor, positions=adapter.convention):
             out = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True)
             conversation = torch.cat([out.sequences, words], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(extra)], 1)
@@ -160,14 +161,15 @@ def _labels(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor)
     ids = inputs["input_ids"]
     labels = torch.full_like(ids, -100)
     labels[:, -5:] = ids[:, -5:]
-    weight = next(p for n, p in model.named_parameters() if "patch_embed" in n and p.ndim > 1)
+    tower = [p for n, p in model.named_parameters() if ("patch_embed" in n or "vis" in n) and p.ndim > 1]
+    weight = tower[0]
     model.zero_grad()
     logits = masked_logits(adapter, inputs, chosen)
     wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
     wanted.backward()  # type: ignore[no-untyped-call]
     gradient = weight.grad.clone()
     model.zero_grad()
-    with vidsieve.attach(model, compressor):
+    with vidsieve.attach(model, compressor, positions=adapter.convention):
         got = model(**inputs, labels=labels, use_cache=False).loss
     got.backward()
     gap = max(float((got - wanted).detach().abs()), float((weight.grad - gradient).abs().max()))
@@ -184,11 +186,14 @@ CALLS: dict[str, Callable[[Adapter, dict[str, Tensor], Compressor], tuple[float,
 }
 
 
-def cell(family: str, name: str, call: str, attention: str, compressor: Compressor, model: Any = None) -> Cell:
+def cell(
+    family: str, name: str, call: str, attention: str, compressor: Compressor, model: Any = None,
+    positions: str = "installed",
+) -> Cell:  # fmt: skip
     """Return one cell of the table on this family's tiny model."""
     model = model if model is not None else FAMILIES[family]()
     model.set_attn_implementation(attention)
-    difference, equal = CALLS[call](adapter_for(model), configuration(family, name), compressor)
+    difference, equal = CALLS[call](adapter_for(model, positions=positions), configuration(family, name), compressor)
     return Cell(family, name, call, attention, difference, equal)
 
 
@@ -201,3 +206,36 @@ def table(compressor: Compressor | None = None) -> Iterator[Cell]:
             for name in CONFIGURATIONS:
                 for call in CALLS:
                     yield cell(family, name, call, attention, method, model)
+
+
+def check_family(model: Any, inputs: dict[str, Tensor], compressor: Compressor | None = None) -> list[Cell]:
+    """Check a model family of your own: every call on a model of it against the masked reference.
+
+    Parameters
+    ----------
+    model : a float32 model whose class is registered in `vidsieve.registry.families`
+        A small random one will do; with weights spread enough that answers differ.
+    inputs : dict
+        What its processor returned, for one prompt or a padded batch.
+    compressor : Compressor, optional
+        Default: random at 0.3.
+
+    Returns
+    -------
+    list of Cell, one a call
+
+    Raises
+    ------
+    CheckFailure
+        If a call differs from the reference by more than `TOLERANCE`, or generates other tokens.
+    """
+    method = compressor or vidsieve.load("random", retention=0.3)
+    adapter = adapter_for(model)
+    cells = []
+    for name, call in CALLS.items():
+        difference, equal = call(adapter, inputs, method)
+        cells.append(Cell(adapter.family, "given inputs", name, model.config._attn_implementation, difference, equal))
+    wrong = [f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}" for c in cells if not c.passed]
+    if wrong:
+        raise CheckFailure(f"{adapter.family}: {'; '.join(wrong)}")
+    return cells

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.base import Adapter, Videos
+from vidsieve.adapters.batch import Encoded
 from vidsieve.types import Selection
 
 
 def masked_logits(
-    adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], extra_ids: Tensor | None = None
-) -> Tensor:
+    adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], extra_ids: Tensor | None = None,
+    videos: Videos = None,
+) -> Tensor:  # fmt: skip
     """Return the logits (B, L + E, V) of a full forward without cache in which dropped tokens are masked out.
 
     Parameters
@@ -25,9 +27,10 @@ def masked_logits(
         Merged tokens stand at their anchors.
     extra_ids : Tensor, optional, (B, E), int64
         Tokens after the prompt.
+    videos : as `prune` takes it
     """
     model = adapter.model
-    encoded = adapter.encode(inputs)
+    encoded = adapter.encode(inputs, videos)
     embeds = model.get_input_embeddings()(encoded.input_ids)
     visible = encoded.attention_mask.clone()
     for span, selection in zip(encoded.videos, selections, strict=True):
@@ -38,7 +41,14 @@ def masked_logits(
         embeds[span.row, columns] = torch.cat([tokens, span.features.tail]).to(embeds)
         visible[span.row, span.columns] = False
         visible[span.row, span.columns[selection.indices]] = True
+    deep: dict[str, Any] = {}
+    for image in encoded.images:
+        embeds[image.row, image.columns] = image.embeds.to(embeds)
+    if encoded.videos[0].features.deep:
+        deep = _deep(encoded)
     positions = encoded.positions
+    if adapter.convention == "compact":
+        positions = (visible.long().cumsum(1) - 1).clamp(min=0)[None]
     if extra_ids is not None and extra_ids.shape[1]:
         embeds = torch.cat([embeds, model.get_input_embeddings()(extra_ids)], 1)
         visible = torch.cat([visible, torch.ones_like(extra_ids, dtype=torch.bool)], 1)
@@ -50,11 +60,30 @@ def masked_logits(
     mask = (causal & visible[:, None, :]) | torch.eye(length, dtype=torch.bool, device=embeds.device)
     additive = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
     additive = additive.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None]
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=additive, use_cache=False
-    ).last_hidden_state
+    if deep:
+        extra = torch.zeros(embeds.shape[0], length - deep["visual_pos_masks"].shape[1], dtype=torch.bool)
+        deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], extra], 1)
+    hidden = adapter.language_model(
+        inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=additive, use_cache=False,
+        **deep,
+    ).last_hidden_state  # fmt: skip
     logits: Tensor = model.get_output_embeddings()(hidden)
     return logits
+
+
+def _deep(encoded: Encoded) -> dict[str, Any]:
+    """Return what Qwen3-VL's language model takes: where visual tokens stand, and what each layer adds to them."""
+    spans = [(v.row, v.columns, v.features.deep) for v in encoded.videos]
+    spans += [(i.row, i.columns, i.deep) for i in encoded.images]
+    where = torch.zeros_like(encoded.attention_mask)
+    layers = [
+        torch.zeros(*where.shape, layer.shape[1], dtype=layer.dtype, device=layer.device) for layer in spans[0][2]
+    ]
+    for row, columns, deep in spans:
+        where[row, columns] = True
+        for layer, values in zip(layers, deep, strict=True):
+            layer[row, columns] = values
+    return {"visual_pos_masks": where, "deepstack_visual_embeds": [layer[where] for layer in layers]}
 
 
 def masked_greedy(adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], steps: int) -> Tensor:

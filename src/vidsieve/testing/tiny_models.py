@@ -53,6 +53,55 @@ def qwen2_5_vl(seed: int = 0) -> Any:
     return _made(Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
+def qwen3_vl(seed: int = 0) -> Any:
+    """Return a random Qwen3-VL, 3 layers of width 64, interleaved M-RoPE, deepstack features in two layers."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    text = _text(
+        head_dim=16, rope_parameters={
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True
+        },
+    )  # fmt: skip
+    config = Qwen3VLConfig(
+        vision_config={
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        text_config=text, video_token_id=VIDEO, image_token_id=IMAGE, vision_start_token_id=118,
+        vision_end_token_id=119,
+    )  # fmt: skip
+    return _made(Qwen3VLForConditionalGeneration, config, seed)
+
+
+def internvl(seed: int = 0) -> Any:
+    """Return a random InternVL, 3 layers of width 64, frames of 32 px in 4×4 tokens."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    config = InternVLConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": [32, 32], "patch_size": [4, 4],
+        },
+        text_config=_text(model_type="qwen2"), image_token_id=IMAGE, image_seq_length=16, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _made(InternVLForConditionalGeneration, config, seed)
+
+
+def smolvlm(seed: int = 0) -> Any:
+    """Return a random SmolVLM, 3 layers of width 64, frames of 32 px in 4×4 tokens."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": 32, "patch_size": 4,
+        },
+        text_config=_text(model_type="llama"), image_token_id=IMAGE, scale_factor=2,
+    )  # fmt: skip
+    return _made(SmolVLMForConditionalGeneration, config, seed)
+
+
 def _made(kind: Any, config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,30 +116,37 @@ def _made(kind: Any, config: Any, seed: int) -> Any:
     return model.eval()
 
 
-FAMILIES = {"llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl}
+FAMILIES = {
+    "llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl,
+    "smolvlm": smolvlm,
+}  # fmt: skip
 
 
 def inputs_for(
-    family: str, videos: list[list[TokenGrid]], *, words: list[int] | None = None, seed: int = 1, pad: str = "left"
-) -> dict[str, Tensor]:
+    family: str, videos: list[list[TokenGrid]], *, words: list[int] | None = None, seed: int = 1, pad: str = "left",
+    image: bool = False,
+) -> dict[str, Tensor]:  # fmt: skip
     """Return processor-like inputs: one list of video grids per prompt, random pixels and words.
+
+    InternVL and SmolVLM read all frames of a prompt as one video, unless `prune` is told otherwise.
 
     Parameters
     ----------
     videos : per prompt, the grids of its videos; LLaVA-OneVision grids are 4×4 and have the same frames
     words : per prompt, words after its last video (different numbers make a ragged batch)
     pad : {"left", "right"}
+    image : put a still image behind each prompt's first video
     """
     draw = torch.Generator().manual_seed(seed)
     words = words or [5] * len(videos)
     rows = []
     for grids, count in zip(videos, words, strict=True):
         ids = [START, USER]
-        for grid in grids:
-            tail = 1 if family == "llava_onevision" else 0
-            around = ([], []) if family == "llava_onevision" else ([118], [119])
-            ids += [*around[0], *[VIDEO] * (grid.num_tokens + tail), *around[1]]
+        for number, grid in enumerate(grids):
+            ids += _placeholders(family, grid)
             ids += torch.randint(10, 100, (2,), generator=draw).tolist()
+            if image and number == 0:
+                ids += [118, *[IMAGE] * _IMAGE_TOKENS[family], 119]
         ids += [*torch.randint(10, 100, (count,), generator=draw).tolist(), END, START, 110]
         rows.append(ids)
     length = max(map(len, rows))
@@ -100,20 +156,61 @@ def inputs_for(
         where = slice(length - len(row), None) if pad == "left" else slice(0, len(row))
         input_ids[number, where], mask[number, where] = torch.tensor(row), 1
     inputs = {"input_ids": input_ids, "attention_mask": mask}
-    flat = [grid for grids in videos for grid in grids]
-    if not flat:
-        return inputs
+    return inputs if not any(videos) else inputs | _pixels(family, videos, input_ids, draw, image)
+
+
+_IMAGE_TOKENS = {"llava_onevision": 7 * 7 + 7 * 8, "qwen2_5_vl": 8, "qwen3_vl": 8, "internvl": 16, "smolvlm": 16}
+
+
+def _pixels(
+    family: str, videos: list[list[TokenGrid]], ids: Tensor, draw: torch.Generator, image: bool
+) -> dict[str, Tensor]:
+    """Return the pixels of a batch and what the family's processor says of them."""
+    flat, prompts = [grid for grids in videos for grid in grids], len(videos)
     if family == "llava_onevision":
-        pixels = torch.randn(len(flat), flat[0].frames, 3, 56, 56, generator=draw)
-        return inputs | {"pixel_values_videos": pixels}
-    thw = torch.tensor([[g.frames, 2 * g.height, 2 * g.width] for g in flat])
-    pixels = torch.randn(int(thw.prod(1).sum()), 3 * 2 * 4 * 4, generator=draw)
-    return inputs | {
-        "pixel_values_videos": pixels, "video_grid_thw": thw, "mm_token_type_ids": 2 * (input_ids == VIDEO).long(),
-        "second_per_grid_ts": torch.full((len(flat),), 1.0),
+        made = {"pixel_values_videos": torch.randn(len(flat), flat[0].frames, 3, 56, 56, generator=draw)}
+        if image:
+            made["pixel_values"] = torch.randn(prompts, 2, 3, 56, 56, generator=draw)
+            made["image_sizes"] = torch.tensor([[56, 56]] * prompts)
+        return made
+    if family in ("internvl", "smolvlm"):
+        counts = [sum(g.frames for g in grids) + image for grids in videos]
+        frames = [torch.randn(count, 3, 32, 32, generator=draw) for count in counts]
+        if family == "internvl":
+            return {"pixel_values": torch.cat(frames)}
+        black = torch.zeros(prompts, max(counts), 3, 32, 32)  # padding
+        for line, some in zip(black, frames, strict=True):
+            line[: len(some)] = some
+        return {"pixel_values": black}
+    grids = torch.tensor([[g.frames, 2 * g.height, 2 * g.width] for g in flat])
+    made = {
+        "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, generator=draw), "video_grid_thw": grids,
+        "mm_token_type_ids": 2 * (ids == VIDEO).long() + (ids == IMAGE).long(),
     }  # fmt: skip
+    if family == "qwen2_5_vl":
+        made["second_per_grid_ts"] = torch.full((len(flat),), 1.0)
+    if image:
+        made["image_grid_thw"] = torch.tensor([[1, 4, 8]] * prompts)
+        made["pixel_values"] = torch.randn(32 * prompts, 96, generator=draw)
+    return made
+
+
+def _placeholders(family: str, grid: TokenGrid) -> list[int]:
+    """Return what stands for one video in a prompt, as the family's processor writes it."""
+    if family == "llava_onevision":
+        return [VIDEO] * (grid.num_tokens + 1)  # and one newline at the end
+    if family == "qwen2_5_vl":
+        return [118, *[VIDEO] * grid.num_tokens, 119]
+    kind = VIDEO if family == "qwen3_vl" else IMAGE
+    # A time stamp before every frame.
+    return [i for frame in range(grid.frames) for i in (100 + frame, 118, *[kind] * grid.per_frame, 119)]
+
+
+def placeholder(family: str) -> int:
+    """Return the id that stands for a video's token."""
+    return IMAGE if family in ("internvl", "smolvlm") else VIDEO
 
 
 def default_grid(family: str, frames: int = 3) -> TokenGrid:
-    """Return the grid of a video of this family's tiny model: 4×4 for LLaVA-OneVision, a wide 2×4 for Qwen."""
-    return TokenGrid(frames, 4, 4) if family == "llava_onevision" else TokenGrid(frames, 2, 4)
+    """Return the grid of a video of this family's tiny model: a wide 2×4 for Qwen, else 4×4."""
+    return TokenGrid(frames, 2, 4) if family.startswith("qwen") else TokenGrid(frames, 4, 4)

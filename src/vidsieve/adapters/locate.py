@@ -1,0 +1,80 @@
+"""Finding encoded videos and images in a batch by their placeholders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.errors import PromptError
+
+
+def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tuple[VideoSpan, ...]:
+    """Return each video's place among the placeholders `token_id` of prompts (B, L).
+
+    Raises
+    ------
+    PromptError
+        If placeholders and features do not agree in number.
+    """
+    rows, columns = (ids == token_id).nonzero(as_tuple=True)
+    sizes = [v.grid.num_tokens + v.tail.shape[0] for v in videos]
+    if len(rows) != sum(sizes):
+        raise PromptError(
+            f"the prompt has {len(rows)} video placeholders, its {len(videos)} videos give {sum(sizes)} tokens: "
+            "use the processor that belongs to the model, and do not truncate the prompt"
+        )
+    spans, start = [], 0
+    for video, size in zip(videos, sizes, strict=True):
+        row, where = rows[start : start + size], columns[start : start + size]
+        if int(row[0]) != int(row[-1]):
+            raise PromptError("a video's placeholders run from one prompt of the batch into the next")
+        split = video.grid.num_tokens
+        spans.append(VideoSpan(int(row[0]), where[:split], where[split:], video))
+        start += size
+    return tuple(spans)
+
+
+def find_images(ids: Tensor, token_id: int, embeds: Tensor, deep: tuple[Tensor, ...]) -> tuple[ImageSpan, ...]:
+    """Return each prompt's share of the features (M, D) of all images of a batch.
+
+    Raises
+    ------
+    PromptError
+        If placeholders and features do not agree in number.
+    """
+    rows, columns = (ids == token_id).nonzero(as_tuple=True)
+    if len(rows) != len(embeds):
+        raise PromptError(
+            f"the prompt has {len(rows)} image placeholders, its images give {len(embeds)} tokens: use the processor "
+            "that belongs to the model, and do not truncate the prompt"
+        )
+    spans = []
+    for row in sorted(set(rows.tolist())):
+        mine = rows == row
+        share: Tensor = mine.to(embeds.device)
+        spans.append(ImageSpan(row, columns[mine], embeds[share], tuple(layer[share] for layer in deep)))
+    return tuple(spans)
+
+
+def needed(inputs: Mapping[str, Any], name: str) -> Any:
+    """Return an argument that images need.
+
+    Raises
+    ------
+    PromptError
+        If it is missing.
+    """
+    value = inputs.get(name)
+    if value is None:
+        raise PromptError(f"the call has an image and no {name}: hand over everything that the processor returned")
+    return value
+
+
+def runs(kinds: Tensor) -> list[Tensor]:
+    """Return the positions (n,) of each run of equal values in (L,), in order."""
+    edges = (kinds[1:] != kinds[:-1]).nonzero().flatten() + 1
+    return list(torch.tensor_split(torch.arange(len(kinds), device=kinds.device), edges.tolist()))
