@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vidsieve.adapters.layered import LayerRun, begin
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.data.video import Video
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.types import Selection
@@ -163,19 +164,28 @@ def answer(
     with clock.part("encode", device):
         encoded = adapter.encode(inputs)
     generator = torch.Generator().manual_seed(seed)
+    work: AbstractContextManager[None] = nullcontext()
+    run: LayerRun | None = None
     with clock.part("select", device):
-        if compressor is None:
-            chosen = [Selection(torch.arange(v.features.grid.num_tokens, device=device)) for v in encoded.videos]
-            traces: list[VideoTrace] = []
+        traces: list[VideoTrace] = []
+        if isinstance(compressor, LayerCompressor):  # selects while the LLM prefills
+            pruned, run = begin(adapter, encoded, compressor)
+            work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config())
+        elif compressor is None:
+            whole = [Selection(torch.arange(v.features.grid.num_tokens, device=device)) for v in encoded.videos]
+            pruned = adapter.build(encoded, [whole])
         else:
             chosen, traces = adapter.select(encoded, compressor, generator)
-        pruned = adapter.build(encoded, [chosen])
+            pruned = adapter.build(encoded, [chosen])
     first = _FirstToken(device)
     start = time.perf_counter()
-    out = model.generate(
-        **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList([first])
-    )
+    with work:
+        out = model.generate(
+            **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False,
+            logits_processor=LogitsProcessorList([first]),
+        )  # fmt: skip
     _synchronise(device)
+    traces = run.traces() if run is not None else traces
     clock.ms["prefill"] = 1e3 * (first.at - start)
     clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
     short = pruned.inputs["input_ids"].shape[1]

@@ -32,6 +32,10 @@ class Need(Enum):
     LAYER_ATTENTION = "attention inside an LLM layer"
 
 
+READS_QUESTION = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
+"""Needs whose answer depends on the question."""
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """A video's token grid: `frames` × `height` × `width`, counted in LLM tokens, raster order."""
@@ -151,6 +155,28 @@ class VideoTokens:
     def num_tokens(self) -> int:
         """N."""
         return self.grid.num_tokens
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What a method that acts inside the LLM sees of one video before one layer.
+
+    Parameters
+    ----------
+    layer : int
+        The layer that is about to run.
+    grid : TokenGrid
+        Of the whole video.
+    indices : Tensor, (n,), int64
+        Raster indices of the tokens still alive.
+    attention : Tensor, (H, n), float32
+        Attention of the last prompt token to them in the layer before, softmax over the whole prompt.
+    """
+
+    layer: int
+    grid: TokenGrid
+    indices: Tensor
+    attention: Tensor
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ def test_oracles(tmp_path):
     out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
-    assert passed == {"cacovid", "divprune"} and result["count"]["fail"] == 0
+    assert passed == {"cacovid", "divprune", "fastv"} and result["count"]["fail"] == 0
     assert "no such method yet" in out
     assert "unstable ties" in out and "scores compared" in out
 
@@ -174,6 +174,13 @@ def test_bad_videos_exit_2_with_a_sentence(tmp_path, scene):
     for path, message in bad_videos(tmp_path, scene):
         _, err = run("ask", path, "what ?", code=2)
         assert err.startswith("error:") and message in err, err
+
+
+def test_ask_with_a_method_inside_the_llm(scene):
+    out, _ = run("ask", scene, "what colour is the home ?", "--method", "fastv", "--retention", "0.5", "--threads", 1)
+    assert "fastv (variant ours, retention 0.5): 144 of 576 video tokens (25.0%)" in out
+    _, err = run("ask", scene, "what ?", "--method", "fastv", "--retention", "0.1", code=2)
+    assert "cannot go below 0.333" in err
 
 
 @pytest.mark.slow
@@ -214,6 +221,7 @@ def test_mistakes_of_other_commands(tmp_path):
     for command, message in [
         (["eval", "testbed", "--methods", "unifrom"], "Did you mean 'uniform'"),
         (["eval", "testbed", "--world", "C"], "world"),
+        (["eval", "testbed", "--methods", "fastv"], "methods before the LLM"),
         (["eval", "testbed", "--retention", ","], "retention ratios"),
         (["oracles", tmp_path], "no .npz files"),
         (["testbed", "separation", "--world", "C"], "world"),

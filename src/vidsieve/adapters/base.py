@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, ImageSpan, Pruned, Template, VideoFeatures, VideoSpan, template_of
+from vidsieve.adapters.fit import check_fit
 from vidsieve.adapters.layers import layer_state
 from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.rebuild import rebuild
@@ -23,15 +24,12 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import (
-    NeedError,
-    PolicyMismatchError,
     PromptError,
     SelectionError,
-    StageError,
     UnknownNameError,
     UnsupportedCallError,
 )
-from vidsieve.types import Need, Prompt, Selection, Stage, VideoTokens
+from vidsieve.types import Need, Prompt, Selection, VideoTokens
 
 CONVENTIONS = ("installed", "legacy", "compact")
 """Position conventions: as the installed transformers computes them; as before 5.3 (Qwen: text after a video goes on
@@ -62,7 +60,7 @@ class Adapter(ABC):
     image_keys: ClassVar[tuple[str, ...]]
     modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
 
     def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
         if convention not in CONVENTIONS:
@@ -127,6 +125,11 @@ class Adapter(ABC):
     def image_token_id(self) -> int:
         """The id of an image placeholder."""
         return int(self.model.config.image_token_id)
+
+    @property
+    def deep_layers(self) -> int:
+        """How many of the LLM's first layers add features of visual tokens after they ran."""
+        return 0
 
     @property
     def language_model(self) -> Any:
@@ -247,29 +250,7 @@ class Adapter(ABC):
         UnsupportedCallError
             If it is no `Compressor`.
         """
-        if not isinstance(compressor, Compressor):
-            raise UnsupportedCallError(
-                f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
-            )
-        if compressor.stage is not Stage.PRE_LLM:
-            raise StageError(
-                f"{compressor.name} acts {compressor.stage.value}; this version runs methods that act before the LLM"
-            )
-        for need in compressor.needs - self.provides:
-            raise NeedError(f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give")
-        config = getattr(getattr(compressor, "policy", None), "config", None)
-        if config is not None:
-            if config.hidden_size != self.hidden_size:
-                raise PolicyMismatchError(
-                    f"the {compressor.name} policy was made for width {config.hidden_size}, this model has "
-                    f"{self.hidden_size}: train one for it, or load the policy that belongs to it"
-                )
-            if config.family != self.family:
-                raise PolicyMismatchError(
-                    f"the {compressor.name} policy was made for the family {config.family}, this model is {self.family}"
-                )
-        if Need.QUESTION in compressor.needs:
-            self.template()
+        check_fit(self, compressor)
 
     def video_tokens(self, encoded: Encoded, video: int, needs: frozenset[Need] = frozenset()) -> VideoTokens:
         """Return one video of a batch as compressors read it, with just the signals in `needs`."""

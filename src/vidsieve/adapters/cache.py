@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned
+from vidsieve.adapters.layered import LayerRun
 from vidsieve.errors import UnsupportedCallError
 
 _MARK = "_vidsieve_record"
@@ -33,6 +34,8 @@ class CacheRecord:
         Filled by beam search, whose rows are no sequences.
     fingerprint : Tensor or None, (R, short_prompt)
         A trace of each row's content, to notice rows that were moved.
+    layers : LayerRun or None
+        Of a method that acts inside the LLM: what each layer kept.
     """
 
     full_ids: Tensor
@@ -42,6 +45,7 @@ class CacheRecord:
     positions: Tensor
     beams: bool = False
     fingerprint: Tensor | None = None
+    layers: LayerRun | None = None
 
     @property
     def prompt(self) -> int:
@@ -54,9 +58,12 @@ class CacheRecord:
         return int(self.mask.shape[1])
 
     @classmethod
-    def start(cls, ids: Tensor, full_mask: Tensor, pruned: Pruned, positions: Tensor) -> CacheRecord:
+    def start(
+        cls, ids: Tensor, full_mask: Tensor, pruned: Pruned, positions: Tensor, layers: LayerRun | None = None
+    ) -> CacheRecord:
         """Return the record of a first call."""
-        return cls(ids, pruned.inputs["input_ids"], full_mask.bool(), pruned.inputs["attention_mask"], positions)
+        inputs = pruned.inputs
+        return cls(ids, inputs["input_ids"], full_mask.bool(), inputs["attention_mask"], positions, layers=layers)
 
     def grown(self, full_ids: Tensor, short_ids: Tensor, beams: bool = False) -> CacheRecord:
         """Return the record after more tokens; prompts are repeated where several sequences came of each."""

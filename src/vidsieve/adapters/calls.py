@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
     PrefixConstrainedLogitsProcessor,
@@ -65,6 +66,21 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
         raise UnsupportedCallError(
             "generate(use_cache=False) cannot run on a pruned prompt: transformers would read the gaps in its "
             "positions as packed sequences. Leave the cache on."
+        )
+
+
+def check_dynamic_cache(model: Any, call: dict[str, Any]) -> None:
+    """Refuse caches of one length for all layers: methods inside the LLM leave every layer its own.
+
+    Raises
+    ------
+    UnsupportedCallError
+    """
+    kind, cache = setting(model, call, "cache_implementation"), call.get("past_key_values")
+    fixed = kind not in (None, "dynamic") or (cache is not None and not isinstance(cache, DynamicCache))
+    if fixed:
+        raise UnsupportedCallError(
+            f"a method inside the LLM needs a DynamicCache, got {kind or type(cache).__name__}: leave it out"
         )
 
 

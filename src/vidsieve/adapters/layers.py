@@ -9,7 +9,13 @@ from vidsieve.errors import NeedError
 
 
 def layer_state(text: Any, layer: Any) -> LayerState:
-    """Return shape and weights (float32 copies on the CPU) of a decoder layer of an LLM with configuration `text`.
+    """Return shape and weights (float32 copies on the CPU) of a decoder layer of an LLM with configuration `text`."""
+    weights = {k: v.detach().float().clone().cpu() for k, v in layer.state_dict().items()}
+    return LayerState(block_shape(text, layer), weights)
+
+
+def block_shape(text: Any, layer: Any) -> BlockShape:
+    """Return the shape of a decoder layer of an LLM with configuration `text`.
 
     Raises
     ------
@@ -24,11 +30,10 @@ def layer_state(text: Any, layer: Any) -> LayerState:
     # Qwen3-VL interleaves its sections whatever its configuration says.
     interleaved = text.model_type.startswith("qwen3_vl")
     sections = rope.get("mrope_section") or ((24, 20, 20) if interleaved else ())
-    shape = BlockShape(
+    return BlockShape(
         int(text.hidden_size), heads, int(text.num_key_value_heads),
         int(getattr(text, "head_dim", None) or text.hidden_size // heads), int(text.intermediate_size),
         float(text.rms_norm_eps), float(rope.get("rope_theta", 10000.0)),
         tuple(sections), qkv_bias=attention.q_proj.bias is not None,
         qk_norm=hasattr(attention, "q_norm"), rope_interleaved=interleaved,
     )  # fmt: skip
-    return LayerState(shape, {k: v.detach().float().clone().cpu() for k, v in layer.state_dict().items()})

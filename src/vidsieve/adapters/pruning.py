@@ -11,7 +11,8 @@ from vidsieve import registry
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Template
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import UnsupportedModelError
+from vidsieve.errors import StageError, UnsupportedModelError
+from vidsieve.types import Stage
 
 
 def adapter_for(model: Any, template: Template | None = None, positions: str = "installed") -> Adapter:
@@ -71,7 +72,13 @@ def prune(
     ------
     UnsupportedModelError, StageError, NeedError, PolicyMismatchError, PromptError, UnsupportedCallError
     """
-    pruned = adapter_for(model, template, positions).prune(inputs, compressor, generator, videos)
+    adapter = adapter_for(model, template, positions)
+    adapter.check(compressor)
+    if compressor.stage is not Stage.PRE_LLM:
+        raise StageError(
+            f"{compressor.name} acts {compressor.stage.value}: use vidsieve.attach, inputs cannot hold that"
+        )
+    pruned = adapter.prune(inputs, compressor, generator, videos)
     for features in pruned.inputs["mm_encoder_outputs"].values():
         features.vidsieve_pruned = True
     return pruned.inputs | {"use_cache": True}

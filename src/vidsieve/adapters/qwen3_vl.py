@@ -22,6 +22,11 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
     model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
 
+    @property
+    def deep_layers(self) -> int:
+        """Layers of the LLM that get features of their own."""
+        return len(self.model.config.vision_config.deepstack_visual_indexes)
+
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
     ) -> BaseModelOutputWithDeepstackFeatures:

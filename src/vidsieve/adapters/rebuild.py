@@ -52,7 +52,7 @@ def rebuild(
             if some:
                 features[modality].append(_in_order(some))
         kept_columns.append(keep.nonzero().flatten())
-    kept = _padded(kept_columns)
+    kept = padded(kept_columns)
     index = torch.as_tensor(list(rows), device=kept.device)[:, None]
     real, columns = kept >= 0, kept.clamp(min=0)
     positions = encoded.positions[:, index, columns].masked_fill(~real, 0)
@@ -87,7 +87,7 @@ def _in_order(pieces: list[_Piece]) -> _Piece:
     return _Piece(columns[order], embeds[order.to(embeds.device)], deep)
 
 
-def _padded(columns: list[Tensor]) -> Tensor:
+def padded(columns: list[Tensor]) -> Tensor:
     """Return lists of columns as one table (rows, longest), -1 on the left where a row is shorter."""
     length = max(len(line) for line in columns)
     table = torch.full((len(columns), length), -1, dtype=torch.int64, device=columns[0].device)

@@ -20,17 +20,19 @@ from vidsieve.adapters.batch import Pruned, Template
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
+    check_dynamic_cache,
     check_generate,
     check_logits_to_keep,
     count_from_prompt,
     padding_mask,
     setting,
 )
+from vidsieve.adapters.layered import begin
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
-from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
-from vidsieve.types import Need, Tokens
+from vidsieve.types import READS_QUESTION, Stage, Tokens
 
 _open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -150,6 +152,8 @@ class Session:
     @torch.no_grad()
     def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         check_generate(self._model, call)
+        if self.compressor.stage is not Stage.PRE_LLM:
+            check_dynamic_cache(self._model, call)
         ids, cache = call["input_ids"], call.get("past_key_values")
         call["attention_mask"] = padding_mask(self._model, call, ids)
         if record is None:
@@ -160,7 +164,8 @@ class Session:
         restore = PromptRestorer(ids, int(new["input_ids"].shape[1]))
         restore.wrap_hooks(new)
         keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
-        output = original(**new)
+        with self._at_work(record):
+            output = original(**new)
         short = output if isinstance(output, Tensor) else output.sequences
         result = restore.output(output)
         beams = (setting(self._model, call, "num_beams") or 1) > 1
@@ -179,7 +184,8 @@ class Session:
             if cache is None and call.get("use_cache") is not False:
                 # Ours, so that the record is on it however the output hands it back.
                 new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
-        output = original(**new)
+        with self._at_work(record):
+            output = original(**new)
         keep_record(cache, record)
         return output
 
@@ -209,12 +215,43 @@ class Session:
 
     def _begin(self, call: dict[str, Any]) -> tuple[dict[str, Any], CacheRecord]:
         """Return the pruned arguments of a first call, and the record of its prompt."""
-        ids = call["input_ids"]
-        pruned = self._prune(call)
+        ids, run = call["input_ids"], None
+        if isinstance(self.compressor, LayerCompressor):
+            self._check_labels(call)
+            pruned, run = begin(self._adapter, self._adapter.encode(call, self.videos), self.compressor)
+            self.kept_positions = pruned.kept_positions
+        else:
+            pruned = self._prune(call)
         mask = call.get("attention_mask")
         whole = torch.ones_like(ids) if mask is None else mask
         positions = self._adapter.unpack_positions(pruned.inputs["position_ids"])
-        return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions)
+        return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions, run)
+
+    def _check_labels(self, call: dict[str, Any]) -> None:
+        """Refuse labels that are predicted from a video token, which a method inside the LLM may drop."""
+        labels = call.get("labels")
+        if labels is None:
+            return
+        video = call["input_ids"] == self._adapter.video_token_id
+        if bool((video[:, :-1] & (labels[:, 1:] != -100)).any()):
+            raise UnsupportedCallError(
+                f"labels reach the token behind a video token, which {self.compressor.name} may have dropped inside "
+                "the LLM: set them to -100 there"
+            )
+
+    @contextmanager
+    def _at_work(self, record: CacheRecord) -> Iterator[None]:
+        """Run a method that acts inside the LLM, if the record of the prompt has one, and trace what it kept."""
+        run = record.layers
+        if run is None:
+            yield
+            return
+        fresh = not run.kept
+        with run.hooked(list(self._adapter.decoder_layers), self._model.config.get_text_config()):
+            yield
+        if fresh:
+            self.trace.videos.extend(run.traces())
+            self.trace.prompt_tokens = (run.real.shape[1], run.real.shape[1])
 
     def _prune(self, call: dict[str, Any]) -> Pruned:
         generator = torch.Generator().manual_seed(self.seed)
@@ -232,7 +269,7 @@ class Session:
         drop = {*self._adapter.video_keys, *self._adapter.image_keys, "mm_token_type_ids", "mm_encoder_outputs"}
         drop |= {"position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
-        if Need.QUESTION in self.compressor.needs:
+        if READS_QUESTION & self.compressor.needs:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"
             if note not in self.trace.notes:
                 self.trace.notes.append(note)

@@ -30,6 +30,8 @@ class VideoTrace:
     indices: tuple[int, ...]
     merged: bool
     select_ms: float
+    held: float | None = None
+    """For methods inside the LLM: mean over layers of the fraction of tokens that a layer sees."""
 
     @classmethod
     def of(
@@ -52,13 +54,18 @@ class VideoTrace:
         """K / N."""
         return self.kept / self.total
 
+    @property
+    def layer_retention(self) -> float:
+        """The fraction of tokens that layers see on average: K / N for methods before the LLM."""
+        return self.real_retention if self.held is None else self.held
+
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
         return {
             "row": self.row, "grid": [self.grid.frames, self.grid.height, self.grid.width], "method": self.method,
             "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
             "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
-            "merged": self.merged, "select_ms": self.select_ms,
+            "merged": self.merged, "select_ms": self.select_ms, "layer_retention": self.layer_retention,
         }  # fmt: skip
 
 
@@ -84,9 +91,10 @@ class Trace:
         lines = []
         for video in self.videos:
             verb = "merged into" if video.merged else "kept"
+            layers = "" if video.held is None else f", {video.held:.1%} on average over layers"
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
-                f"({video.real_retention:.1%}, grid {video.grid}) in {video.select_ms:.1f} ms; "
+                f"({video.real_retention:.1%}{layers}, grid {video.grid}) in {video.select_ms:.1f} ms; "
                 f"per frame {' '.join(map(str, video.per_frame))}; positions {self.positions}"
             )
         if not lines:

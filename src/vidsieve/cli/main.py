@@ -48,7 +48,7 @@ app.add_typer(testbed.app, name="testbed")
 
 def method_rows() -> list[dict[str, Any]]:
     """Return what the method table says of every registered compressor."""
-    from vidsieve.types import Need
+    from vidsieve.types import READS_QUESTION
 
     rows = []
     for name in registry.compressors:
@@ -58,7 +58,7 @@ def method_rows() -> list[dict[str, Any]]:
             err.print(f"note: {escape(str(error))}")
             continue
         rows.append({
-            "name": name, "stage": method.stage.value, "question": Need.QUESTION in method.needs,
+            "name": name, "stage": method.stage.value, "question": bool(READS_QUESTION & method.needs),
             "trained": method.trained, "variants": list(method.variants), "paper": method.paper,
         })  # fmt: skip
     return rows

@@ -10,9 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.errors import NeedError, SelectionError, UnknownNameError
+from vidsieve.errors import NeedError, SelectionError, StageError, UnknownNameError
 from vidsieve.selection import check_retention, kept_tokens, top_indices
-from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
+from vidsieve.types import LayerView, Need, Selection, Stage, Tokens, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -115,3 +115,33 @@ class ScoreCompressor(Compressor):
         if scores.shape != (video.num_tokens,):
             raise SelectionError(f"{self.name}.score must return ({video.num_tokens},), got {tuple(scores.shape)}")
         return Selection(top_indices(scores, budget), scores=scores)
+
+
+@dataclass(frozen=True)
+class LayerCompressor(Compressor):
+    """Base of methods that drop video tokens inside the LLM, before some of its layers.
+
+    A method writes `stages` and `choose`; the adapter runs them in hooks while the model prefills.
+    """
+
+    stage: ClassVar[Stage] = Stage.LAYER
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
+
+    @abstractmethod
+    def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Return (layer, tokens alive from it on) in the order of layers, for a video of `num_tokens`.
+
+        The layers do not depend on `num_tokens`.
+
+        Raises
+        ------
+        BudgetError
+            If the retention cannot be reached.
+        """
+
+    @abstractmethod
+    def choose(self, view: LayerView, keep: int) -> Tensor:
+        """Return which of the tokens in `view` stay: `keep` sorted positions (keep,) int64 among the n alive."""
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        raise StageError(f"{self.name} acts inside the LLM: attach it to a model")

@@ -9,11 +9,11 @@ from typing import Any
 
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import PolicyError, UnknownNameError
+from vidsieve.errors import PolicyError, StageError, UnknownNameError
 from vidsieve.eval.testbed import Row, compressor_row
 from vidsieve.loading import load, policy_folder, shipped_policies
 from vidsieve.policies import CONFIG
-from vidsieve.types import Need
+from vidsieve.types import Need, Stage
 
 
 def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
@@ -27,8 +27,13 @@ def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
     """
     wanted: list[str] = []
     for name in names:
-        wanted += [*registry.compressors.names(), *shipped_policies()] if name == "all" else [name]
+        wanted += [*_before_llm(), *shipped_policies()] if name == "all" else [name]
     return {name: named_method(name) for name in dict.fromkeys(wanted) if name != "full"}
+
+
+def _before_llm() -> list[str]:
+    """Return the registered methods that act before the LLM: the testbed answers from pruned inputs."""
+    return [name for name in registry.compressors if registry.compressors.get(name).stage is Stage.PRE_LLM]
 
 
 def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Compressor:
@@ -85,3 +90,15 @@ def check_known(name: str) -> None:
         if len(Path(name).parts) > 1:
             raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
         raise UnknownNameError("compressor", name, registry.compressors)
+
+
+def check_before_llm(methods: Mapping[str, Compressor]) -> None:
+    """Refuse methods inside the LLM, where answers come from pruned inputs.
+
+    Raises
+    ------
+    StageError
+    """
+    for method in methods.values():
+        if method.stage is not Stage.PRE_LLM:
+            raise StageError(f"{method.name} acts {method.stage.value}; this evaluation takes methods before the LLM")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.compressors.base import Compressor
-from vidsieve.errors import NeedError, RetentionError, UnknownNameError
-from vidsieve.types import Need, Prompt, Selection, Stage, TokenGrid, Tokens, VideoTokens
+from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.errors import BudgetError, NeedError, RetentionError, UnknownNameError
+from vidsieve.types import LayerView, Need, Prompt, Selection, TokenGrid, Tokens, VideoTokens
 
 WIDTH = 32
 GRIDS = (TokenGrid(8, 5, 7), TokenGrid(3, 4, 4), TokenGrid(16, 6, 6))
@@ -207,12 +207,63 @@ def check_blind_unless_declared(method: Method) -> None:
     _expect(torch.equal(first.indices, second.indices), "the question changed what is kept, but is not a declared need")
 
 
+def check_layer_budget(method: Method) -> None:
+    """Layers see, on average, the fraction asked for, to within one token a stage; or the budget is refused."""
+    assert issubclass(method, LayerCompressor)
+    for depth, tokens in ((28, 6272), (32, 576), (12, 196)):
+        for retention in (0.02, 0.25, 0.5, 0.9):
+            try:
+                stages = method(retention=retention).stages(depth, tokens)
+            except BudgetError:
+                continue
+            edges = [*(layer for layer, _ in stages), depth]
+            alive = [tokens, *(keep for _, keep in stages)]
+            seen = sum(count * (b - a) for count, a, b in zip(alive, [0, *edges], edges, strict=False))
+            _expect(edges == sorted(set(edges)) and edges[0] >= 1, f"stages {stages} are not in order")
+            _expect(
+                abs(seen - retention * depth * tokens) <= depth * len(stages),
+                f"{retention} of {tokens} tokens in {depth} layers: {stages} sees {seen}",
+            )
+
+
+def check_layer_choice(method: Method) -> None:
+    """`choose` returns sorted unique positions, exactly as many as asked for, the same every time."""
+    assert issubclass(method, LayerCompressor)
+    compressor = method()
+    draw = torch.Generator().manual_seed(0)
+    for grid in GRIDS:
+        alive = torch.randperm(grid.num_tokens, generator=draw)[: grid.num_tokens // 2].sort().values
+        weights = torch.rand(4, len(alive), generator=draw)
+        for attention in (weights, torch.ones_like(weights)):
+            view = LayerView(3, grid, alive, attention.clone())
+            for keep in (1, len(alive) // 3, len(alive)):
+                chosen = compressor.choose(view, keep)
+                _expect(
+                    chosen.shape == (keep,) and chosen.dtype == torch.int64, f"{keep} asked for, not {chosen.shape}"
+                )
+                _expect(bool((chosen[1:] > chosen[:-1]).all()), "positions are not sorted and unique")
+                _expect(int(chosen[0]) >= 0 and int(chosen[-1]) < len(alive), "positions lie outside the view")
+                _expect(torch.equal(compressor.choose(view, keep), chosen), "two calls differ")
+            _expect(torch.equal(view.attention, attention), "`choose` changed its view")
+
+
 CHECKS: tuple[Check, ...] = (
     check_exact_budget, check_token_count_budget, check_indices_in_range, check_deterministic,
     check_full_retention_is_identity, check_dtype_and_device, check_one_frame_and_one_token,
     check_inputs_not_changed, check_duplicate_tokens, check_picklable, check_default_constructible,
     check_bad_fields_refused, check_documented, check_needs_enforced, check_blind_unless_declared,
 )  # fmt: skip
+
+
+LAYER_CHECKS: tuple[Check, ...] = (
+    check_layer_budget, check_layer_choice, check_picklable, check_default_constructible, check_bad_fields_refused,
+    check_documented,
+)  # fmt: skip
+
+
+def checks_of(method: Method) -> tuple[Check, ...]:
+    """Return the checks of a method, by where it acts."""
+    return LAYER_CHECKS if issubclass(method, LayerCompressor) else CHECKS
 
 
 def check_compressor(method: Method) -> None:
@@ -223,9 +274,7 @@ def check_compressor(method: Method) -> None:
     CheckFailure
         At the first check that fails and is not among the class's `expected_failures`.
     """
-    if method.stage is not Stage.PRE_LLM:
-        raise NeedError(f"{method.name} acts {method.stage.value}: its checks need a model")
-    for check in CHECKS:
+    for check in checks_of(method):
         if check.__name__ not in method.expected_failures:
             check(method)
 
@@ -236,7 +285,7 @@ def parametrize_with_checks(methods: Iterable[Method]) -> Any:
 
     cases = []
     for method in methods:
-        for check in CHECKS:
+        for check in checks_of(method):
             reason = method.expected_failures.get(check.__name__)
             marks = [pytest.mark.xfail(reason=reason, raises=CheckFailure, strict=True)] if reason else []
             cases.append(pytest.param(method, check, id=f"{method.name}-{check.__name__}", marks=marks))

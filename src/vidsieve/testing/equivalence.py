@@ -13,11 +13,12 @@ from torch import Tensor
 import vidsieve
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.selection import indices_to_mask
 from vidsieve.testing.checks import CheckFailure
-from vidsieve.testing.reference import masked_greedy, masked_logits
+from vidsieve.testing.reference import LayeredSelections, attended, masked_greedy, masked_logits
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
-from vidsieve.types import Selection
+from vidsieve.types import LayerView, Selection
 
 STEPS = 8
 TOLERANCE = 1e-4
@@ -55,16 +56,37 @@ def configuration(family: str, name: str) -> dict[str, Tensor]:
 def _selections(
     adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor, gradients: bool = False
 ) -> list[Selection]:
+    if isinstance(compressor, LayerCompressor):
+        return _layered_selections(adapter, inputs, compressor)
     with torch.set_grad_enabled(gradients):
         return adapter.select(adapter.encode(inputs), compressor, torch.Generator().manual_seed(0))[0]
 
 
+def _layered_selections(adapter: Adapter, inputs: dict[str, Tensor], compressor: LayerCompressor) -> LayeredSelections:
+    """Return what a method with one stage inside the LLM keeps, from the model's own eager attention."""
+    depth, chosen = len(adapter.decoder_layers), LayeredSelections()
+    with torch.no_grad():
+        for video, span in enumerate(adapter.encode(inputs).videos):
+            grid = span.features.grid
+            ((layer, keep),) = compressor.stages(depth, grid.num_tokens)
+            weights = attended(adapter, inputs, layer - 1)[video]
+            view = LayerView(layer, grid, torch.arange(grid.num_tokens), weights)
+            chosen.append(Selection(compressor.choose(view, keep)))
+            chosen.from_layer = layer
+    return chosen
+
+
 def _prefill(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor) -> tuple[float, bool | None]:
     with torch.no_grad():
-        wanted = masked_logits(adapter, inputs, _selections(adapter, inputs, compressor))
+        chosen = _selections(adapter, inputs, compressor)
+        wanted = masked_logits(adapter, inputs, chosen)
         with vidsieve.attach(adapter.model, compressor, positions=adapter.convention) as session:
             got = adapter.model(**inputs).logits
         kept = session.kept_positions
+        if isinstance(compressor, LayerCompressor) and kept is not None:
+            for span, selection in zip(adapter.encode(inputs).videos, chosen, strict=True):
+                dropped = span.columns[(indices_to_mask(selection.indices, len(span.columns))).logical_not()]
+                kept[span.row] = kept[span.row].where(~torch.isin(kept[span.row], dropped), -1)
     return _gap(got, wanted, kept), None
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Encoded
 from vidsieve.types import Selection
+
+
+class LayeredSelections(list[Selection]):
+    """Selections that hold from layer `from_layer` on; earlier layers see every token."""
+
+    from_layer: int = 0
 
 
 def masked_logits(
@@ -54,21 +61,66 @@ def masked_logits(
         visible = torch.cat([visible, torch.ones_like(extra_ids, dtype=torch.bool)], 1)
         steps = torch.arange(1, extra_ids.shape[1] + 1, device=extra_ids.device)
         positions = torch.cat([positions, positions[..., -1:] + steps], -1)
+    length, additive = embeds.shape[1], _additive(visible, embeds)
+    if deep:
+        extra = torch.zeros(embeds.shape[0], length - deep["visual_pos_masks"].shape[1], dtype=torch.bool)
+        deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], extra], 1)
+    first = getattr(selections, "from_layer", 0)
+    everything = torch.cat([encoded.attention_mask, visible[:, encoded.attention_mask.shape[1] :]], 1)
+    with _mask_from(adapter, first, additive):
+        hidden = adapter.language_model(
+            inputs_embeds=embeds, position_ids=adapter.pack_positions(positions),
+            attention_mask=_additive(everything, embeds) if first else additive, use_cache=False, **deep,
+        ).last_hidden_state  # fmt: skip
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    return logits
+
+
+def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
+    """Return a causal mask (B, 1, L, L) in which only the tokens of `visible` (B, L) are seen."""
     length = embeds.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
     # A hidden query may look at itself: its row is never read, but must not be empty.
     mask = (causal & visible[:, None, :]) | torch.eye(length, dtype=torch.bool, device=embeds.device)
     additive = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
-    additive = additive.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None]
-    if deep:
-        extra = torch.zeros(embeds.shape[0], length - deep["visual_pos_masks"].shape[1], dtype=torch.bool)
-        deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], extra], 1)
-    hidden = adapter.language_model(
-        inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=additive, use_cache=False,
-        **deep,
-    ).last_hidden_state  # fmt: skip
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    return logits
+    return additive.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None]
+
+
+@contextmanager
+def _mask_from(adapter: Adapter, first: int, additive: Tensor) -> Iterator[None]:
+    """Give layers from `first` on another mask."""
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, kwargs | {"attention_mask": additive}), with_kwargs=True
+        )
+        for layer in list(adapter.decoder_layers)[first:]
+        if first
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int) -> list[Tensor]:
+    """Return, from the model's own eager attention, what each video's tokens get from the last prompt token.
+
+    One tensor (H, N) a video: weights of `layer` over the whole prompt.
+    """
+    model, encoded = adapter.model, adapter.encode(inputs)
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        rows = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
+        whole = adapter.build(
+            encoded, [[rows[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
+        )
+        found = model(**whole.inputs, output_attentions=True).attentions[layer]
+    finally:
+        model.set_attn_implementation(before)
+    kept = whole.kept_positions
+    return [found[v.row, :, -1][:, torch.searchsorted(kept[v.row], v.columns)] for v in encoded.videos]
 
 
 def _deep(encoded: Encoded) -> dict[str, Any]:

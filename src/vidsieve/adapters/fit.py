@@ -1,0 +1,62 @@
+"""Whether a method can act on a model, asked before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vidsieve.adapters.layers import block_shape
+from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.errors import NeedError, PolicyMismatchError, StageError, UnsupportedCallError
+from vidsieve.types import Need, Stage
+
+if TYPE_CHECKING:
+    from vidsieve.adapters.base import Adapter
+
+
+def check_fit(adapter: Adapter, compressor: Compressor) -> None:
+    """Refuse a method that a model cannot serve.
+
+    Raises
+    ------
+    UnsupportedCallError
+        If it is no `Compressor`.
+    StageError, NeedError, BudgetError
+        If it acts, or reads what the model does not give, or keeps less than it can.
+    PolicyMismatchError
+        If its policy was made for another width or family.
+    """
+    if not isinstance(compressor, Compressor):
+        raise UnsupportedCallError(
+            f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
+        )
+    if compressor.stage is Stage.DECODE:
+        raise StageError(f"{compressor.name} acts {compressor.stage.value}, which this version does not run")
+    for need in compressor.needs - adapter.provides:
+        raise NeedError(f"{compressor.name} needs {need.value}, which the {adapter.family} adapter does not give")
+    if isinstance(compressor, LayerCompressor):
+        _check_layers(adapter, compressor)
+    config = getattr(getattr(compressor, "policy", None), "config", None)
+    if config is not None:
+        if config.hidden_size != adapter.hidden_size:
+            raise PolicyMismatchError(
+                f"the {compressor.name} policy was made for width {config.hidden_size}, this model has "
+                f"{adapter.hidden_size}: train one for it, or load the policy that belongs to it"
+            )
+        if config.family != adapter.family:
+            raise PolicyMismatchError(
+                f"the {compressor.name} policy was made for the family {config.family}, this model is {adapter.family}"
+            )
+    if Need.QUESTION in compressor.needs:
+        adapter.template()
+
+
+def _check_layers(adapter: Adapter, compressor: LayerCompressor) -> None:
+    layers = adapter.decoder_layers
+    if compressor.retention != 1.0:
+        first = compressor.stages(len(layers), 10**6)[0][0]
+        if first < adapter.deep_layers:
+            raise StageError(
+                f"{adapter.family} adds visual features after its first {adapter.deep_layers} layers: "
+                f"{compressor.name} cannot drop tokens before layer {adapter.deep_layers}, it wants {first}"
+            )
+    block_shape(adapter.model.config.get_text_config(), layers[0])  # its rotary positions must be known to us

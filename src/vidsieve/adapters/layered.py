@@ -1,0 +1,290 @@
+"""Dropping tokens inside the LLM: hooks on its decoder layers, for the length of one call.
+
+Before a stage's layer the rows of hidden states are cut, together with everything that counts them (rotary angles,
+positions, mask), and after the last layer they are put back at their places, zeros elsewhere: outside the layers
+nothing changes. Each layer's cache holds what that layer saw. Attention is computed for the one query row that a
+method reads, from the layer's own projections.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.batch import Encoded, Pruned
+from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.rebuild import padded
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors._decoder import rotary, rotate
+from vidsieve.compressors.base import LayerCompressor
+from vidsieve.errors import SelectionError
+from vidsieve.types import LayerView, Selection, TokenGrid
+
+if TYPE_CHECKING:
+    from vidsieve.adapters.base import Adapter
+
+
+@dataclass(frozen=True)
+class PlacedVideo:
+    """A video's tokens in a prompt of a batch: its row, columns (N,) and grid."""
+
+    row: int
+    columns: Tensor
+    grid: TokenGrid
+
+
+@dataclass
+class LayerRun:
+    """A method at work inside an LLM, on one prompt batch and whatever follows it on the same cache.
+
+    Parameters
+    ----------
+    depth : int
+        The LLM's number of layers.
+    compressor : LayerCompressor
+    positions : Tensor, (P, B, L), int64
+        Rotary positions of the prompts.
+    real : Tensor, (B, L), bool
+        False on padding.
+    videos : tuple of PlacedVideo
+    """
+
+    depth: int
+    compressor: LayerCompressor
+    positions: Tensor
+    real: Tensor
+    videos: tuple[PlacedVideo, ...]
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Per stage layer the columns of the prompt (B, L') that stay, −1 on padding."""
+    alive: list[Tensor] = field(default_factory=list)
+    """Per video the raster indices that stay after the last stage."""
+    select_ms: float = 0.0
+    """Time spent choosing."""
+
+    def __post_init__(self) -> None:
+        plans = [self.compressor.stages(self.depth, video.grid.num_tokens) for video in self.videos]
+        self.stages = [layer for layer, _ in plans[0]]
+        self._counts = [dict(plan) for plan in plans]
+        self._layers: Sequence[Any] = ()
+        self._text: Any = None
+        self._hidden: Tensor | None = None
+        self._prefilling = True
+
+    @property
+    def held(self) -> list[float]:
+        """Per video the mean over layers of the fraction of its tokens that the layer sees."""
+        depth, means = self.depth, []
+        for video, counts in zip(self.videos, self._counts, strict=True):
+            edges = [*self.stages, depth]
+            seen = [video.grid.num_tokens * edges[0]]
+            seen += [counts[a] * (b - a) for a, b in pairwise(edges)]
+            means.append(sum(seen) / (depth * video.grid.num_tokens))
+        return means
+
+    def traces(self) -> list[VideoTrace]:
+        """Return what was kept of each video after the last stage."""
+        named = {"method": self.compressor.name, "variant": self.compressor.variant}
+        nominal = str(self.compressor.retention)
+        made = []
+        for video, indices, held in zip(self.videos, self.alive, self.held, strict=True):
+            trace = VideoTrace.of(video.row, video.grid, Selection(indices), self.select_ms, **named, nominal=nominal)
+            made.append(replace(trace, held=held))
+        return made
+
+    @contextmanager
+    def hooked(self, layers: Sequence[Any], text: Any) -> Iterator[None]:
+        """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends."""
+        handles = []
+        # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
+        self._layers, self._text = layers, text
+        try:
+            for number in range(self.stages[0] - 1, self.depth):
+                handles.append(self._layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
+            handles.append(self._layers[-1].register_forward_hook(self._after))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._layers, self._text, self._hidden = (), None, None
+
+    # -- hooks ----------------------------------------------------------------------------------------------
+
+    def _before(self, number: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            cache = kwargs.get("past_key_values")
+            self._prefilling = cache is None or cache.get_seq_length(number) == 0
+            if self._prefilling:
+                hidden, changes = self._prefill(number, hidden, kwargs)
+            else:
+                changes = self._later(number, hidden, kwargs)
+            if self._prefilling and number + 1 in self.stages:
+                self._hidden = hidden
+            if args:
+                return (hidden, *args[1:]), kwargs | changes
+            return (), kwargs | changes | {"hidden_states": hidden}
+
+        return hook
+
+    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Put the rows of a prompt back at their places."""
+        if not self._prefilling:
+            return output
+        hidden = output if isinstance(output, Tensor) else output[0]
+        table = self._rows(self.kept[self.stages[-1]], len(hidden)).to(hidden.device)
+        full = hidden.new_zeros(len(hidden), self.real.shape[1], hidden.shape[-1])
+        lines, places = (table >= 0).nonzero(as_tuple=True)
+        full = full.index_put((lines, table[lines, places]), hidden[lines, places])
+        return full if isinstance(output, Tensor) else (full, *output[1:])
+
+    def _prefill(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        if number in self.stages:
+            before = self.kept[self.stages[self.stages.index(number) - 1]] if self.stages[0] < number else None
+            start = time.perf_counter()
+            self.kept[number] = self._choose(number, before)
+            self.select_ms += 1e3 * (time.perf_counter() - start)
+            # Places of the kept columns among those that reach this layer.
+            hidden = _take(hidden, self._rows(self._within(self.kept[number], before), len(hidden)))
+        stage = max((s for s in self.stages if s <= number), default=None)
+        if stage is None:
+            return hidden, {}
+        table = self._rows(self.kept[stage], len(hidden)).to(hidden.device)
+        real, length = table >= 0, table.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        # A row of padding may look at itself: it is never read, but must not be empty.
+        mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
+        return hidden, self._sliced(kwargs, table) | {"attention_mask": _as_mask(mask[:, None], hidden, kwargs, real)}
+
+    def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the mask of tokens after the prompt, which see what this layer kept of it."""
+        stage = max((s for s in self.stages if s <= number), default=None)
+        if stage is None:
+            return {}
+        real = (self._rows(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
+        count, prompt = hidden.shape[1], self.real.shape[1]
+        given = kwargs.get("attention_mask")
+        if given is not None and given.ndim == 2:  # flash attention
+            return {"attention_mask": torch.cat([real.to(given), given[:, prompt:]], 1)}
+        if given is not None:
+            allowed = given[:, 0, :, prompt:] if given.dtype == torch.bool else given[:, 0, :, prompt:] == 0
+            allowed = allowed.expand(len(hidden), -1, -1)
+        else:
+            cache = kwargs["past_key_values"]
+            after = cache.get_seq_length(number) - real.shape[1] + count
+            square = torch.ones(count, after, dtype=torch.bool, device=hidden.device)
+            allowed = square.tril(after - count).expand(len(hidden), -1, -1)
+        mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
+        return {"attention_mask": _as_mask(mask[:, None], hidden, kwargs, None)}
+
+    # -- selection ------------------------------------------------------------------------------------------
+
+    def _choose(self, number: int, before: Tensor | None) -> Tensor:
+        """Return the columns (B, L') that reach layer `number`."""
+        if self._hidden is None:
+            raise SelectionError(f"layer {number - 1} did not run before layer {number}")
+        repeats = len(self._hidden) // len(self.real)
+        hidden, self._hidden = self._hidden[::repeats], None  # beams of a prompt are equal while it is read
+        columns = [line.nonzero().flatten() for line in self.real] if before is None else [t[t >= 0] for t in before]
+        alive = self.alive or [torch.arange(video.grid.num_tokens, device=self.real.device) for video in self.videos]
+        self.alive = []
+        for row, line in enumerate(columns):
+            places = torch.arange(hidden.shape[1] - len(line), hidden.shape[1], device=line.device)
+            if before is None:
+                places = line
+            attention = self._attention(number - 1, hidden[row, places.to(hidden.device)], self.positions[:, row, line])
+            keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
+            found = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
+            found[line] = torch.arange(len(line), device=line.device)
+            for video, indices, counts in zip(self.videos, alive, self._counts, strict=True):
+                if video.row != row:
+                    continue
+                spots = found[video.columns[indices]]
+                view = LayerView(number, video.grid, indices, attention[:, spots.to(attention.device)])
+                chosen = self.compressor.choose(view, counts[number]).to(indices.device)
+                keep[video.columns[indices]] = False
+                keep[video.columns[indices[chosen]]] = True
+                self.alive.append(indices[chosen])
+            columns[row] = line[keep[line]]
+        return padded(columns)
+
+    def _attention(self, number: int, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Return the attention (H, n) float32 of the last of n tokens (n, D) in one layer."""
+        layer = self._layers[number]
+        shape, attend = block_shape(self._text, layer), layer.self_attn
+        x = layer.input_layernorm(hidden)
+        q = attend.q_proj(x[-1:]).unflatten(-1, (shape.num_heads, -1))
+        k = attend.k_proj(x).unflatten(-1, (shape.num_kv_heads, -1))
+        if shape.qk_norm:
+            q, k = attend.q_norm(q), attend.k_norm(k)
+        cosine, sine = rotary(positions.to(hidden.device), shape)
+        q = rotate(q.transpose(0, 1), cosine[-1:], sine[-1:]).float()  # (H, 1, d)
+        k = rotate(k.transpose(0, 1), cosine, sine).float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
+        weights: Tensor = (q @ k.transpose(1, 2) / shape.head_dim**0.5).softmax(-1)[:, 0]
+        return weights.detach()
+
+    # -- bookkeeping ----------------------------------------------------------------------------------------
+
+    def _rows(self, table: Tensor, rows: int) -> Tensor:
+        """Return a table with one line a prompt for the rows of a pass: beams repeat each prompt."""
+        return table.repeat_interleave(rows // len(table), 0)
+
+    def _within(self, table: Tensor, before: Tensor | None) -> Tensor:
+        """Return the places of columns among those of the stage before (all columns of the prompt: themselves)."""
+        if before is None:
+            return table
+        found = torch.full((len(table), self.real.shape[1] + 1), -1, dtype=torch.int64, device=table.device)
+        places = torch.arange(before.shape[1], device=table.device).expand_as(before)
+        found.scatter_(1, before.where(before >= 0, self.real.shape[1]), places)
+        return found.gather(1, table.clamp(min=0)).where(table >= 0, -1)
+
+    def _sliced(self, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
+        """Return rotary angles and position ids of the columns in a table."""
+        cosine, sine = kwargs["position_embeddings"]
+        changes: dict[str, Any] = {"position_embeddings": (_take(cosine, table, -2), _take(sine, table, -2))}
+        ids = kwargs.get("position_ids")
+        if ids is not None:
+            changes["position_ids"] = _take(ids, table, -1)
+        return changes
+
+
+def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
+    """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
+    dim = dim % values.ndim
+    index = table.clamp(min=0).to(values.device)
+    shape = [1] * values.ndim
+    shape[dim - 1], shape[dim] = index.shape
+    target = list(values.shape)
+    target[dim - 1], target[dim] = index.shape
+    wide = values.expand(*[index.shape[0] if i == dim - 1 else s for i, s in enumerate(values.shape)])
+    return wide.gather(dim, index.view(shape).expand(target))
+
+
+def _as_mask(allowed: Tensor, hidden: Tensor, kwargs: dict[str, Any], real: Tensor | None) -> Tensor:
+    """Return a mask (B, 1, q, k) as the attention of this pass takes it: additive, or (B, k) for flash attention."""
+    given = kwargs.get("attention_mask")
+    if given is not None and given.ndim == 2 and real is not None:
+        return real.to(given.dtype)
+    zeros = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
+    return zeros.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+
+
+def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tuple[Pruned, LayerRun]:
+    """Return a whole prompt, padded on the left, and the method that will drop tokens inside the LLM."""
+    whole = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
+    rows = range(encoded.input_ids.shape[0])
+    pruned = adapter.build(encoded, [[whole[i] for i in encoded.of_row(row)] for row in rows])
+    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
+    placed = []
+    for span in encoded.videos:
+        # Padding may have moved from the right to the left.
+        columns = torch.searchsorted(pruned.kept_positions[span.row], span.columns)
+        placed.append(PlacedVideo(span.row, columns, span.features.grid))
+    real = pruned.kept_positions >= 0
+    return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, tuple(placed))

@@ -1,0 +1,71 @@
+"""FastV: after the first layers, keep the video tokens that the last prompt token attends to most."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from torch import Tensor
+
+from vidsieve.compressors.base import LayerCompressor
+from vidsieve.errors import BudgetError
+from vidsieve.selection import top_indices
+from vidsieve.types import LayerView, Tokens
+
+
+@dataclass(frozen=True)
+class FastV(LayerCompressor):
+    """Before layer K, keep the tokens with the highest attention from the last prompt token in layer K − 1.
+
+    Attention is averaged over heads; earlier layers see every token.
+
+    Parameters
+    ----------
+    layer : int
+        K, the first layer that runs on fewer tokens (paper: 2; the release's LLaVA demo: 3).
+
+    Variants: in ``"ours"`` the budget is the mean over all layers, Σ_layers tokens = ⌊R·N·layers⌋ to within one token
+    a layer, so that tables compare equal compute; R cannot go below K / layers. In ``"official"`` R is the fraction
+    kept from layer K on, counted round(N·R) half to even as the release's LLaVA port does; its top-k breaks ties in
+    no stated order, ours to the lower index.
+
+    The release's cached variant runs layer K − 1 twice on one cache, so that its KV entries are doubled
+    (640, 640, 1280, 352, 352 for a prompt of 640) and every later step sees the prompt twice there; that is not
+    repeated here. Kept tokens stay at their positions.
+
+    References
+    ----------
+    FastV, ECCV 2024 (arXiv 2403.06764); pkunlp-icler/FastV @ d1659729.
+    """
+
+    name: ClassVar[str] = "fastv"
+    paper: ClassVar[str] = "FastV, ECCV 2024"
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    layer: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise BudgetError(f"layer must be at least 1, the first that has one before it; got {self.layer}")
+
+    def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Return the one stage (K, tokens kept from there on)."""
+        if self.layer >= num_layers:
+            raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
+        if self.variant == "official":
+            return ((self.layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
+        count = isinstance(self.retention, Tokens)
+        ratio = Fraction(self.retention.count, num_tokens) if count else Fraction(repr(self.retention))  # type: ignore[union-attr]
+        after = (ratio * num_layers - self.layer) / (num_layers - self.layer)
+        if after < 0:
+            raise BudgetError(
+                f"{self.describe()}: {self.layer} of {num_layers} layers see every token, so the retention cannot go "
+                f"below {self.layer / num_layers:.3f}; choose an earlier layer"
+            )
+        return ((self.layer, max(1, math.floor(after * num_tokens))),)
+
+    def choose(self, view: LayerView, keep: int) -> Tensor:
+        """Return the tokens of the highest mean attention."""
+        return top_indices(view.attention.mean(0), keep)

@@ -1,0 +1,86 @@
+"""Cases of fastv.npz: kept positions from one attention row, and a whole Llama with its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from vidsieve.adapters.layered import LayerRun, PlacedVideo
+from vidsieve.compressors.fastv import FastV
+from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
+from vidsieve.types import LayerView, TokenGrid
+
+_START, _TOKENS, _LAYER, _KEPT = 35, 576, 3, 0.5
+"""Image block, layer and fraction kept of the recorded model run."""
+
+
+def cases(archive: Archive) -> Iterator[Case]:
+    """Yield ``sel/*`` and the model's run."""
+    for case in groups(archive, 2):
+        if case.startswith("sel/"):
+            yield _selection(archive, case)
+    if "model/cfg" in archive:
+        yield _model(archive)
+
+
+def _selection(archive: Archive, case: str) -> Case:
+    """Compare what is kept of one prompt; all text stays, positions are the kept indices."""
+    start, count = int(archive[f"{case}/sys_len"]), int(archive[f"{case}/img_len"])
+    row = torch.from_numpy(archive[f"{case}/attn_last_row"])
+    method = FastV(retention=1 - float(archive[f"{case}/r"]), variant="official")
+    ((_, keep),) = method.stages(32, count)
+    grid = TokenGrid(1, 1, count)
+    chosen = method.choose(LayerView(2, grid, torch.arange(count), row[:, start : start + count]), keep)
+    length = int(archive[f"{case}/seq_len"])
+    ours = np.concatenate([np.arange(start), start + chosen.numpy(), np.arange(start + count, length)])
+    wanted = archive[f"{case}/keep_indexs"]
+    compared = {"number kept": abs(keep - float(archive[f"{case}/n_keep_img"]))}
+    if same_indices(ours, wanted) == 0:
+        positions = same_indices(ours, archive[f"{case}/position_ids"])
+        return judged("fastv", case, compared | {"kept": 0.0, "positions": positions})
+    # Equal scores: the release keeps any of them. What it keeps must score as much as what we keep.
+    score = row.mean(0).numpy()
+    theirs = np.sort(score[[i for i in wanted if start <= i < start + count]])
+    worst = gap(np.sort(score[start + chosen.numpy()]), theirs)
+    return judged("fastv", case, compared | {"scores of the kept": worst}, "unstable ties: scores compared", 1e-7)
+
+
+def _model(archive: Archive) -> Case:
+    """Run the recorded Llama with our hooks: attention row, kept positions, hidden states, and our cache lengths."""
+    hidden, inner, depth, heads, kv_heads = (int(v) for v in archive["model/cfg"])
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=8, rms_norm_eps=1e-6, max_position_embeddings=2048,
+        attn_implementation="sdpa", pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaModel(config).eval()
+    prefix = "model/w/"
+    weights = {k[len(prefix) :]: torch.from_numpy(v) for k, v in archive.items() if k.startswith(prefix)}
+    model.load_state_dict(weights, strict=False)
+    embeds = torch.from_numpy(archive["model/inputs_embeds"])[None]
+    length = embeds.shape[1]
+    positions = torch.arange(length)[None]
+    video = PlacedVideo(0, torch.arange(_START, _START + _TOKENS), TokenGrid(1, 1, _TOKENS))
+    method = FastV(retention=_KEPT, layer=_LAYER, variant="official")
+    run = LayerRun(depth, method, positions[None], torch.ones(1, length, dtype=torch.bool), (video,))
+    seen: dict[str, torch.Tensor] = {}
+    hook = model.layers[_LAYER].input_layernorm.register_forward_pre_hook(
+        lambda module, args: seen.update(input=args[0][0])
+    )
+    with torch.no_grad(), run.hooked(list(model.layers), config):
+        out = model(inputs_embeds=embeds, position_ids=positions, use_cache=True)
+    hook.remove()
+    kept = run.kept[_LAYER][0]
+    lengths = [out.past_key_values.get_seq_length(layer) for layer in range(depth)]
+    wanted = [int(n) for n in archive["model/kv_len_per_layer_sdpa_cache"]]
+    wanted[_LAYER - 1] //= 2  # the release fills this layer's cache twice
+    compared = {
+        "kept positions": same_indices(kept, archive["model/keep_positions"]),
+        f"input of layer {_LAYER}": gap(seen["input"], archive["model/layer3_input"]),
+        "hidden states": gap(out.last_hidden_state[0, kept], archive["model/last_hidden_state"]),
+        "cache lengths": same_indices(lengths, wanted),
+    }
+    return judged("fastv", "model", compared, "the release's doubled cache of layer 2 is not repeated")
