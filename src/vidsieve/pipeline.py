@@ -162,7 +162,7 @@ def answer(
         inputs = chat(processor, video, question)
         inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     with clock.part("encode", device):
-        encoded = adapter.encode(inputs)
+        encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
     generator = torch.Generator().manual_seed(seed)
     work: AbstractContextManager[None] = nullcontext()
     run: LayerRun | None = None

@@ -95,6 +95,7 @@ compressors = Registry(
         "divprune": "vidsieve.compressors.divprune:DivPrune",
         "cacovid": "vidsieve.compressors.cacovid:CaCoVID",
         "score": "vidsieve.compressors.score:Score",
+        "visionzip": "vidsieve.compressors.visionzip:VisionZip",
         "fastv": "vidsieve.compressors.fastv:FastV",
     },
 )

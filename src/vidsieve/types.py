@@ -32,6 +32,9 @@ class Need(Enum):
     LAYER_ATTENTION = "attention inside an LLM layer"
 
 
+ENCODER_NEEDS = frozenset({Need.ENCODER_ATTENTION, Need.ENCODER_KEYS})
+"""Signals that are recorded while the vision encoder runs."""
+
 READS_QUESTION = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
 """Needs whose answer depends on the question."""
 

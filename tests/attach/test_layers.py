@@ -9,6 +9,7 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.compressors.fastv import FastV
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.testing.equivalence import CALLS, CONFIGURATIONS, cell, configuration
 from vidsieve.testing.reference import attended
@@ -83,6 +84,31 @@ def test_sampling_and_several_sequences():
             torch.manual_seed(0)
             outs.append(model.generate(**inputs, max_new_tokens=4, do_sample=True, num_return_sequences=3))
     assert outs[0].shape == (6, inputs["input_ids"].shape[1] + 4) and torch.equal(*outs)
+
+
+class _TwoStages(FastV):
+    """FastV with a second cut: the stages of a method may be several, each choosing among what the last one left."""
+
+    def stages(self, num_layers, num_tokens):
+        return ((1, num_tokens // 2), (2, num_tokens // 2 if self.variant == "ours" else num_tokens // 4))
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_several_stages(family, name):
+    """A second stage that keeps everything changes nothing; one that does not keeps a part of the first's."""
+    model, inputs = FAMILIES[family](), configuration(family, name)
+    one = fastv(0.5, layer=1, variant="official")
+    traces, outs = [], []
+    for method in (one, _TwoStages(0.5), _TwoStages(0.5, "official")):
+        with vidsieve.attach(model, method) as session:
+            outs.append(model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True))
+        traces.append([set(trace.indices) for trace in session.trace])
+    assert traces[0] == traces[1] and torch.equal(outs[0].sequences, outs[1].sequences)
+    for first, second in zip(traces[0], traces[2], strict=True):
+        assert second < first and len(second) == len(first) // 2
+    lengths = [outs[2].past_key_values.get_seq_length(layer) for layer in range(3)]
+    assert lengths[0] > lengths[1] > lengths[2]
 
 
 def test_budgets():

@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,6 +20,7 @@ from vidsieve.adapters.batch import Encoded, ImageSpan, Pruned, Template, VideoF
 from vidsieve.adapters.fit import check_fit
 from vidsieve.adapters.layers import layer_state
 from vidsieve.adapters.locate import find_images, find_videos
+from vidsieve.adapters.probe import Probed
 from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import LayerState
@@ -38,7 +40,7 @@ behind its last moment too); counted anew over the kept tokens, as vLLM does for
 Videos = Sequence[tuple[int, int]] | None
 
 
-class Adapter(ABC):
+class Adapter(Probed, ABC):
     """What vidsieve knows of a model family. Subclasses write the five methods below.
 
     `family` names it in policies, `model_class` is the transformers class; `video_keys` and `image_keys` are the
@@ -185,10 +187,11 @@ class Adapter(ABC):
         """Return whether prompts (B, L) hold placeholders of a still image."""
         return bool((ids == self.image_token_id).any())
 
-    def encode(self, inputs: Mapping[str, Any], videos: Videos = None) -> Encoded:
+    def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
         """Return a batch with its videos encoded and located.
 
-        `videos` names the frames of each video as (first, count) for families whose frames are images.
+        `videos` names the frames of each video as (first, count) for families whose frames are images; `needs` says
+        which signals of the vision encoder are wanted.
 
         Raises
         ------
@@ -211,7 +214,7 @@ class Adapter(ABC):
             )
         if not self.holds_video(ids):
             raise PromptError("the prompt has no video placeholder: put the video into the chat message")
-        spans, images = self.locate(ids, inputs, videos)
+        spans, images = self.locate(ids, inputs, videos, needs)
         for span in spans:
             if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
                 raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")
@@ -227,7 +230,7 @@ class Adapter(ABC):
         return self.legacy_positions(positions, ids, mask) if self.convention == "legacy" else positions
 
     def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every video and every prompt's still images, encoded and found by their placeholders."""
         if videos is not None:
@@ -237,7 +240,18 @@ class Adapter(ABC):
         images: tuple[ImageSpan, ...] = ()
         if self.carries_image(inputs, ids):
             images = find_images(ids, self.image_token_id, *self.image_features(inputs))
-        return find_videos(ids, self.video_token_id, self.video_features(inputs)), images
+        return find_videos(ids, self.video_token_id, self.features(inputs, needs)), images
+
+    def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
+        """Return every video of a batch, with the signals of the vision encoder that are needed."""
+        videos, found = self.probed(lambda: self.video_features(inputs), inputs, needs)
+        if found is None:
+            return videos
+        starts = accumulate([0, *(video.grid.num_tokens for video in videos)])
+        return [
+            replace(video, encoder=found.part(start, video.grid.num_tokens))
+            for video, start in zip(videos, starts, strict=False)
+        ]
 
     # -- select ---------------------------------------------------------------------------------------------
 
@@ -257,7 +271,7 @@ class Adapter(ABC):
         span = encoded.videos[video]
         positions = encoded.positions[self.position_rows, span.row][:, span.columns].to(span.features.embeds.device)
         prompt = self.prompt(encoded, video) if Need.QUESTION in needs else None
-        return VideoTokens(span.features.embeds, span.features.grid, positions, prompt)
+        return VideoTokens(span.features.embeds, span.features.grid, positions, prompt, span.features.encoder)
 
     def prompt(self, encoded: Encoded, video: int) -> Prompt:
         """Return the whole prompt around one video, padding removed."""
@@ -326,7 +340,7 @@ class Adapter(ABC):
     ) -> Pruned:
         """Return the pruned inputs of a batch: encode, select, rebuild."""
         self.check(compressor)
-        encoded = self.encode(inputs, videos)
+        encoded = self.encode(inputs, videos, compressor.needs)
         selections, traces = self.select(encoded, compressor, generator)
         per_row = [[selections[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
         return replace(self.build(encoded, per_row), traces=tuple(traces))

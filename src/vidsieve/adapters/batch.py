@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.errors import NeedError
-from vidsieve.types import TokenGrid
+from vidsieve.types import EncoderOutputs, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,15 @@ def template_of(config: Any) -> Template:
 class VideoFeatures:
     """One encoded video: grid tokens (N, D), and tokens outside the grid that are always kept (E, D).
 
-    `deep` are further features of the grid tokens, (N, D) each, which the model adds inside its first layers.
+    `deep` are further features of the grid tokens, (N, D) each, which the model adds inside its first layers;
+    `encoder` holds signals of the vision encoder where a method needs them.
     """
 
     embeds: Tensor
     grid: TokenGrid
     tail: Tensor
     deep: tuple[Tensor, ...] = ()
+    encoder: EncoderOutputs | None = None
 
 
 @dataclass(frozen=True)

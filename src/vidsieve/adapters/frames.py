@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -12,8 +13,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.probe import block_mean
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.types import TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
 class FrameAdapter(Adapter):
@@ -23,6 +25,7 @@ class FrameAdapter(Adapter):
     runs of images (counted over the batch, in order) are videos; the others are then kept whole.
     """
 
+    provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     modality: ClassVar[Literal["video", "image"]] = "image"
     image_keys: ClassVar[tuple[str, ...]] = ()
 
@@ -67,10 +70,10 @@ class FrameAdapter(Adapter):
         return [VideoFeatures(frames.flatten(0, 1), grid, frames[:0, 0])]
 
     def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return the videos and the images outside them, found by their placeholders."""
-        frames = self.frame_features(inputs)  # (F, n, D)
+        frames, found = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
         count, size = len(frames), self.frame_side**2
         rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
         if len(rows) != count * size:
@@ -87,7 +90,8 @@ class FrameAdapter(Adapter):
         for start, length in chosen:
             outside[start : start + length] = False
             tokens = frames[start : start + length].flatten(0, 1)
-            video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0])
+            signals = found.part(start * size, length * size) if found is not None else None
+            video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
             span = where[start : start + length].flatten()
             spans.append(VideoSpan(int(first[start]), span, span[:0], video))
         images = []
@@ -95,6 +99,12 @@ class FrameAdapter(Adapter):
             mine = outside & (first == row)
             images.append(ImageSpan(row, where[mine].flatten(), frames[mine.to(frames.device)].flatten(0, 1)))
         return tuple(spans), tuple(images)
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean of the patches that pixel shuffle puts into each token."""
+        patches = torch.cat(values).float()
+        side = math.isqrt(patches.shape[1])
+        return block_mean(patches, side, side // self.frame_side).flatten(0, 1)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return (1, B, L): the count of real tokens before each."""

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vidsieve.adapters.frames import FrameAdapter
+from vidsieve.adapters.probe import attention_modules
 
 
 class InternVLAdapter(FrameAdapter):
@@ -15,6 +16,7 @@ class InternVLAdapter(FrameAdapter):
 
     family: ClassVar[str] = "internvl"
     model_class: ClassVar[str] = "InternVLForConditionalGeneration"
+    cls_token: ClassVar[bool] = True
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -28,6 +30,10 @@ class InternVLAdapter(FrameAdapter):
             ready = self.model.model.get_image_features(pixels, return_dict=True, **options)
         features: Tensor = ready.pooler_output
         return features.reshape(-1, self.frame_side**2, features.shape[-1])
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block."""
+        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
 
     @property
     def frame_side(self) -> int:

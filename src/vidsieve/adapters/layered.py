@@ -185,6 +185,7 @@ class LayerRun:
 
     # -- selection ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def _choose(self, number: int, before: Tensor | None) -> Tensor:
         """Return the columns (B, L') that reach layer `number`."""
         if self._hidden is None:
@@ -227,7 +228,7 @@ class LayerRun:
         q = rotate(q.transpose(0, 1), cosine[-1:], sine[-1:]).float()  # (H, 1, d)
         k = rotate(k.transpose(0, 1), cosine, sine).float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
         weights: Tensor = (q @ k.transpose(1, 2) / shape.head_dim**0.5).softmax(-1)[:, 0]
-        return weights.detach()
+        return weights
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
@@ -284,7 +285,7 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tu
     placed = []
     for span in encoded.videos:
         # Padding may have moved from the right to the left.
-        columns = torch.searchsorted(pruned.kept_positions[span.row], span.columns)
+        columns = torch.searchsorted(pruned.kept_positions[span.row], span.columns.contiguous())
         placed.append(PlacedVideo(span.row, columns, span.features.grid))
     real = pruned.kept_positions >= 0
     return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, tuple(placed))

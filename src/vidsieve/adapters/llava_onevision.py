@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.locate import needed
-from vidsieve.types import TokenGrid
+from vidsieve.adapters.probe import attention_modules
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
 class LlavaOnevisionAdapter(Adapter):
@@ -25,6 +26,7 @@ class LlavaOnevisionAdapter(Adapter):
     family: ClassVar[str] = "llava_onevision"
     model_class: ClassVar[str] = "LlavaOnevisionForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
+    provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images", "vision_aspect_ratio")
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
@@ -62,6 +64,18 @@ class LlavaOnevisionAdapter(Adapter):
             sizes = needed(inputs, "image_sizes")
             ready = self.model.model.get_image_features(pixels, sizes, return_dict=True, **options)
         return torch.cat(list(ready.pooler_output)), ()
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the block whose output the projector reads, by ``vision_feature_layer`` (several: the last)."""
+        chosen = inputs.get("vision_feature_layer")
+        layer = self.model.config.vision_feature_layer if chosen is None else chosen
+        number = layer if isinstance(layer, int) else layer[-1]
+        blocks = attention_modules(self.model.model.vision_tower)
+        return self.model.config.vision_config, blocks[number if number < 0 else number - 1]
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return patches pooled to tokens as features are."""
+        return torch.cat([self.model.model.apply_pooling(some.float()).flatten(0, 1) for some in values])
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str

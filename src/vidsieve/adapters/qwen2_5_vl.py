@@ -8,12 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.vision_utils import get_vision_window_index
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.locate import needed, runs
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.errors import PromptError
-from vidsieve.types import TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
 class Qwen25VLAdapter(Adapter):
@@ -26,6 +28,7 @@ class Qwen25VLAdapter(Adapter):
     family: ClassVar[str] = "qwen2_5_vl"
     model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+    provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
 
@@ -103,6 +106,27 @@ class Qwen25VLAdapter(Adapter):
             return position_ids
         text = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids[:1])
         return torch.cat([text, position_ids])
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block."""
+        return self.model.config.vision_config, attention_modules(self.model.model.visual)[-1]
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean over each token's patches, which follow each other; windows are undone."""
+        merge = self.model.config.vision_config.spatial_merge_size**2
+        patches = torch.cat([some.flatten(0, 1) for some in values])
+        tokens: Tensor = patches.reshape(-1, merge, patches.shape[-1]).float().mean(1)
+        order = self.window_order(inputs)
+        return tokens if order is None else tokens[order.argsort().to(tokens.device)]
+
+    def window_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Return the order (M,) in which blocks see the tokens; None: their own."""
+        vision = self.model.config.vision_config
+        order: Tensor = get_vision_window_index(
+            inputs["video_grid_thw"], spatial_merge_size=vision.spatial_merge_size, window_size=vision.window_size,
+            patch_size=vision.patch_size,
+        )[0]  # fmt: skip
+        return order
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
@@ -26,6 +26,10 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
     def deep_layers(self) -> int:
         """Layers of the LLM that get features of their own."""
         return len(self.model.config.vision_config.deepstack_visual_indexes)
+
+    def window_order(self, inputs: Mapping[str, Any]) -> None:
+        """Return None: blocks see the tokens in their own order."""
+        return None
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str

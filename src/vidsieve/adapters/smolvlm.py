@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.frames import FrameAdapter
+from vidsieve.adapters.probe import attention_modules
 
 
 class SmolVLMAdapter(FrameAdapter):
@@ -31,6 +32,10 @@ class SmolVLMAdapter(FrameAdapter):
             ready = self.model.model.get_image_features(pixels, inputs.get("pixel_attention_mask"), return_dict=True)
         features = torch.cat([part.reshape(-1, part.shape[-1]) for part in ready.pooler_output])
         return features.reshape(-1, self.frame_side**2, features.shape[-1])
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block."""
+        return self.model.config.vision_config, attention_modules(self.model.model.vision_model)[-1]
 
     @property
     def frame_side(self) -> int:

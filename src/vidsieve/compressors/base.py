@@ -86,6 +86,10 @@ class Compressor(ABC):
     def _check_needs(self, video: VideoTokens) -> None:
         if Need.QUESTION in self.needs and video.prompt is None:
             raise NeedError(f"{self.name} reads the question: hand over VideoTokens with a prompt")
+        signals = video.encoder
+        for need, name in ((Need.ENCODER_ATTENTION, "attention"), (Need.ENCODER_KEYS, "keys")):
+            if need in self.needs and getattr(signals, name, None) is None:
+                raise NeedError(f"{self.name} needs {need.value}: hand over VideoTokens with encoder.{name}")
 
     @abstractmethod
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:

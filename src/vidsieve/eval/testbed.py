@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from vidsieve.eval.stats import clustered_mean, paired_difference
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
-from vidsieve.types import Need, Selection, VideoTokens
+from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Row:
     retention: float
     select: Callable[[Adapter, SceneBatch, int, Generator], Selection] | None
     per_question: bool = True
+    needs: frozenset[Need] = frozenset()
     positions: str = "installed"
     policy: str = ""
     """Folder of a policy that the user named, to tell rows of one method apart."""
@@ -66,7 +67,7 @@ def compressor_row(
 
     return Row(
         label or compressor.name, compressor.variant, float(compressor.budget_ratio(TOKENS)), select,
-        Need.QUESTION in compressor.needs, policy=policy,
+        Need.QUESTION in compressor.needs, compressor.needs, policy=policy,
     )  # fmt: skip
 
 
@@ -77,19 +78,26 @@ def _video(adapter: Adapter, scene: SceneBatch, number: int, compressor: Compres
 FULL = Row("full", "-", 1.0, None, per_question=False)
 
 
-def scenes(adapter: Adapter, processor: Any, world: str, seed: int, questions: int) -> Iterator[SceneBatch]:
-    """Yield encoded scenes until `questions` questions are reached; the last scene is cut to fit."""
+def scenes(
+    adapter: Adapter, processor: Any, world: str, seed: int, questions: int, needs: frozenset[Need] = frozenset()
+) -> Iterator[SceneBatch]:
+    """Yield encoded scenes until `questions` questions are reached; the last scene is cut to fit.
+
+    `needs` says which signals of the vision encoder are wanted.
+    """
     left, index = questions, 0
     while left > 0:
         cast = make_cast(world, seed, index)
         asked = make_questions(cast, seed, index)[:left]
         inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in asked])
         with torch.no_grad():
-            features = adapter.video_features(inputs)
+            features = adapter.features(inputs, needs)
             # One pass through the vision tower serves every question of the scene.
             inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
             del inputs["pixel_values_videos"]
             encoded = adapter.encode(inputs)
+            videos = (replace(v, features=replace(v.features, encoder=features[0].encoder)) for v in encoded.videos)
+            encoded = replace(encoded, videos=tuple(videos))
         yield SceneBatch(
             cast, asked, encoded, torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
             torch.tensor([q.options.index(q.answer) for q in asked]),
@@ -146,7 +154,8 @@ def evaluate(
     clusters: list[int] = []
     kinds: list[str] = []
     count = 0
-    for number, scene in enumerate(scenes(adapter, processor, world, seed, questions)):
+    needs = frozenset().union(*(row.needs for row in everything)) & ENCODER_NEEDS
+    for number, scene in enumerate(scenes(adapter, processor, world, seed, questions, needs)):
         for i, row in enumerate(everything):
             marks, traces = answers(adapter, scene, row, seed + number)
             right[i] += marks

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.errors import BudgetError, NeedError, RetentionError, UnknownNameError
-from vidsieve.types import LayerView, Need, Prompt, Selection, TokenGrid, Tokens, VideoTokens
+from vidsieve.types import EncoderOutputs, LayerView, Need, Prompt, Selection, TokenGrid, Tokens, VideoTokens
 
 WIDTH = 32
 GRIDS = (TokenGrid(8, 5, 7), TokenGrid(3, 4, 4), TokenGrid(16, 6, 6))
@@ -34,7 +34,7 @@ def _expect(condition: bool, message: str) -> None:
 def make_video(
     grid: TokenGrid, width: int = WIDTH, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VideoTokens:
-    """Return a video of smooth drifting random tokens inside a short prompt with a question."""
+    """Return a video of smooth drifting random tokens inside a short prompt with a question, and encoder signals."""
     draw = torch.Generator().manual_seed(seed)
     base = torch.randn(1, grid.per_frame, width, generator=draw)
     steps = torch.randn(grid.frames, grid.per_frame, width, generator=draw).cumsum(0) * 0.3
@@ -48,7 +48,9 @@ def make_video(
     question = torch.zeros(length, dtype=torch.bool)
     question[-after:-1] = True
     positions = torch.arange(length)[None]
-    return VideoTokens(tokens, grid, positions[:, video_mask], Prompt(embeds, positions, video_mask, question))
+    encoder = EncoderOutputs(torch.rand(grid.num_tokens, generator=draw), tokens[:, : width // 2].clone())
+    prompt = Prompt(embeds, positions, video_mask, question)
+    return VideoTokens(tokens, grid, positions[:, video_mask], prompt, encoder)
 
 
 def example(method: Method, **fields: Any) -> Compressor:

@@ -59,7 +59,9 @@ def _selections(
     if isinstance(compressor, LayerCompressor):
         return _layered_selections(adapter, inputs, compressor)
     with torch.set_grad_enabled(gradients):
-        return adapter.select(adapter.encode(inputs), compressor, torch.Generator().manual_seed(0))[0]
+        return adapter.select(
+            adapter.encode(inputs, needs=compressor.needs), compressor, torch.Generator().manual_seed(0)
+        )[0]
 
 
 def _layered_selections(adapter: Adapter, inputs: dict[str, Tensor], compressor: LayerCompressor) -> LayeredSelections:

@@ -110,6 +110,8 @@ def _made(kind: Any, config: Any, seed: int) -> Any:
             if parameter.ndim > 1:
                 # The library's small start makes every answer nearly the same; spread the logits.
                 parameter.data.normal_(0, 0.12)
+        # Words only: a random model would say placeholders too, which no conversation can go on from.
+        model.get_output_embeddings().weight.data[100:] = 0
     model.config.vidsieve_template = TEMPLATE
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None

@@ -1,0 +1,145 @@
+"""Signals of the vision encoder: attention and keys of one block, recorded while it encodes, nothing else kept.
+
+For the length of a call the tower's attention runs through a function that does what it did before and notes queries
+and keys of one module; the tower's output does not change. Attention is then computed frame by frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vidsieve.errors import NeedError
+from vidsieve.types import ENCODER_NEEDS, EncoderOutputs, Need
+
+T = TypeVar("T")
+
+_NAME = "vidsieve_probe"
+_listening: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+"""By id of an attention module: what it was called with, while somebody listens."""
+
+
+def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+    notes = _listening.get(id(module))
+    if notes is not None:
+        scaling = kwargs.get("scaling")
+        notes.append((query.detach(), key.detach(), query.shape[-1] ** -0.5 if scaling is None else float(scaling)))
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(_NAME, _probe)
+AttentionMaskInterface.register(_NAME, sdpa_mask)
+
+
+def attention_modules(tower: Any) -> list[Any]:
+    """Return the attention modules of a vision tower, in the order of its blocks."""
+    named = [module for module in tower.modules() if type(module).__name__.endswith("Attention")]
+    return [module for module in named if hasattr(module, "q_proj") or hasattr(module, "qkv")]
+
+
+@contextmanager
+def listening(config: Any, module: Any) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
+    """Note queries and keys (B, H, n, d) and the scale of every call of one attention module of a tower.
+
+    Parameters
+    ----------
+    config : the tower's configuration, whose attention implementation is swapped until the block ends
+    module : the attention module
+    """
+    before = config._attn_implementation
+    notes: list[tuple[Tensor, Tensor, float]] = []
+    _listening[id(module)] = notes
+    config._attn_implementation = _NAME
+    try:
+        yield notes
+    finally:
+        config._attn_implementation = before
+        del _listening[id(module)]
+
+
+def received(query: Tensor, key: Tensor, scale: float, cls_token: bool) -> tuple[Tensor, Tensor]:
+    """Return the attention each key gets (F, n) float32 and the keys averaged over heads (F, n, d).
+
+    With a class token (the first), its row, averaged over heads, without itself; otherwise the mean over queries and
+    heads. Frame by frame: the matrices of one frame are all that is ever held.
+
+    Parameters
+    ----------
+    query, key : Tensor, (F, H, n, d)
+    """
+    first = int(cls_token)
+    rows = []
+    for q, k in zip(query.float(), key.float(), strict=True):
+        weights = ((q[:, :1] if cls_token else q) @ k.transpose(1, 2) * scale).softmax(-1)
+        rows.append(weights.mean((0, 1))[first:])
+    return torch.stack(rows), key.mean(1)[:, first:]
+
+
+def block_mean(values: Tensor, side: int, size: int) -> Tensor:
+    """Return (F, (side/size)², C): the mean of each size×size block of patches (F, side², C), raster order."""
+    frames, _, channels = values.shape
+    small = side // size
+    return values.reshape(frames, small, size, small, size, channels).mean((2, 4)).reshape(frames, -1, channels)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """Signals of every token that was encoded, in order: attention (M,) float32 and keys (M, d)."""
+
+    attention: Tensor
+    keys: Tensor
+
+    def part(self, start: int, count: int) -> EncoderOutputs:
+        """Return the signals of `count` tokens from `start` on."""
+        return EncoderOutputs(self.attention[start : start + count], self.keys[start : start + count])
+
+
+def signals(
+    notes: list[tuple[Tensor, Tensor, float]], cls_token: bool, pool: Callable[[list[Tensor]], Tensor]
+) -> Signals:
+    """Return what a method reads from the notes of one encoding; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
+
+    Raises
+    ------
+    NeedError
+        If nothing was noted, because ready features were handed over.
+    """
+    if not notes:
+        raise NeedError("signals of the vision encoder need the video's pixels; ready features do not carry them")
+    found = [received(*note, cls_token) for note in notes]
+    attention = pool([weights[..., None] for weights, _ in found])[:, 0]
+    return Signals(attention.float(), pool([keys for _, keys in found]))
+
+
+class Probed:
+    """The part of an adapter that knows the vision tower; families that give signals override it."""
+
+    family: ClassVar[str]
+    cls_token: ClassVar[bool] = False
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the tower's configuration and the attention module of the block whose output is projected."""
+        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return (M, C), one row an LLM token, from values (F, patches, C) of every call of the probed block."""
+        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
+
+    def probed(
+        self, run: Callable[[], T], inputs: Mapping[str, Any], needs: frozenset[Need]
+    ) -> tuple[T, Signals | None]:
+        """Run the vision tower, and return what it gives and the signals that are needed (None: none are)."""
+        if not needs & ENCODER_NEEDS:
+            return run(), None
+        config, module = self.probe_point(inputs)
+        with listening(config, module) as notes:
+            made = run()
+        return made, signals(notes, self.cls_token, lambda values: self.pool_signals(values, inputs))

@@ -1,0 +1,109 @@
+"""VisionZip: in every frame keep what the vision encoder attends to, and merge the rest into a few context tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError
+from vidsieve.selection import even_counts, top_indices
+from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
+
+
+@dataclass(frozen=True)
+class VisionZip(Compressor):
+    """Per frame, keep the tokens with the most attention in the encoder, and merge the others by their keys.
+
+    The kept ones are dominant tokens. Of the others every so-manieth is a contextual token, into which those of
+    nearest keys (cosine) are merged. Blind to the question.
+
+    Parameters
+    ----------
+    contextual : float
+        Share of a frame's budget that goes to contextual tokens (paper: 10 of 64).
+
+    The release is for single images of a CLIP encoder with a class token, and prunes before the projector. Here each
+    frame is an image with its even share of the budget; attention is the class token's where there is one, else the
+    mean over queries; both signals are pooled to the LLM's grid as the features are, and tokens are merged behind the
+    projector, each contextual token in its place. Variant ``"ours"`` merges to the mean of a contextual token and its
+    members; ``"official"`` to the token plus the mean of its members, about twice as long, as the release does.
+
+    References
+    ----------
+    VisionZip, CVPR 2025 (arXiv 2412.04467); dvlab-research/VisionZip @ 3151f6df.
+    """
+
+    name: ClassVar[str] = "visionzip"
+    paper: ClassVar[str] = "VisionZip, CVPR 2025"
+    needs: ClassVar[frozenset[Need]] = ENCODER_NEEDS
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    contextual: float = 10 / 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.contextual < 1:
+            raise BudgetError(f"contextual is a share of the budget in [0, 1), got {self.contextual}")
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        encoder, size = video.encoder, video.grid.per_frame
+        assert encoder is not None and encoder.attention is not None and encoder.keys is not None
+        counts = even_counts(budget, video.grid.frames).tolist()
+        embeds, indices, rows = video.embeds, [], []
+        for frame, count in enumerate(counts):
+            if not count:
+                continue
+            part = slice(frame * size, (frame + 1) * size)
+            contextual = min(count - 1, round(self.contextual * count))
+            kept, targets, owner = zipped(encoder.attention[part], encoder.keys[part], count - contextual, contextual)
+            merged = merge(embeds[part], targets, owner, doubled=self.variant == "official")
+            own = torch.cat([kept, targets]).to(embeds.device)
+            order = own.argsort()
+            indices.append(own[order] + frame * size)
+            rows.append(torch.cat([embeds[part][kept], merged])[order])
+        return Selection(torch.cat(indices), torch.cat(rows), scores=encoder.attention)
+
+
+def zipped(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return one frame's dominant tokens, its contextual tokens, and what the others are merged into.
+
+    Parameters
+    ----------
+    attention : Tensor, (n,), and keys : Tensor, (n, d)
+
+    Returns
+    -------
+    dominant : Tensor, (dominant,), int64, sorted
+    targets : Tensor, (contextual,), int64, sorted
+    owner : Tensor, (n,), int64
+        Number of the contextual token that each other token joins; −1 for dominant and contextual ones.
+    """
+    chosen = top_indices(attention, dominant)
+    owner = torch.full_like(attention, -1, dtype=torch.int64)
+    rest = torch.ones_like(attention, dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+    if not contextual:
+        return chosen, rest[:0], owner
+    step = max(1, len(rest) // contextual)
+    targets = rest[: step * contextual : step]
+    others = rest[~torch.isin(rest, targets)]
+    # The release divides by the norm as it is; a key of zeros has no direction and joins the first.
+    unit = keys.float() / keys.float().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    owner[others] = (unit[others] @ unit[targets].T).argmax(1)
+    return chosen, targets, owner
+
+
+def merge(embeds: Tensor, targets: Tensor, owner: Tensor, doubled: bool) -> Tensor:
+    """Return the contextual tokens (b, D) of one frame's embeds (n, D).
+
+    The mean of a token and its members; or, `doubled`, the token plus the mean of its members.
+    """
+    members = owner >= 0
+    total = torch.zeros(len(targets), embeds.shape[1], dtype=embeds.dtype, device=embeds.device)
+    total = total.index_add(0, owner[members], embeds[members])
+    count = torch.bincount(owner[members], minlength=len(targets))[:, None].to(embeds)
+    if doubled:
+        return embeds[targets] + total / count.clamp(min=1)
+    return (embeds[targets] + total) / (count + 1)
