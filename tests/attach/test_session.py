@@ -541,6 +541,24 @@ def test_generate_keeps_no_graph_of_the_vision_tower(model, inputs):
     assert not saved
 
 
+def test_reselecting_prefills_a_later_turn_anew(model, inputs, family):
+    words = torch.tensor([[122, 124, 41, 42, 43, 123]])  # another user turn
+    with vidsieve.attach(model, random(), reselect=True) as session:
+        first = generate(model, inputs, return_dict_in_generate=True)
+        length = first.past_key_values.get_seq_length()
+        more = torch.cat([first.sequences, words], 1)
+        kinds = {"mm_token_type_ids": torch.zeros_like(more)} if "mm_token_type_ids" in inputs else {}
+        if kinds:
+            kinds["mm_token_type_ids"][:, : inputs["input_ids"].shape[1]] = inputs["mm_token_type_ids"]
+        again = inputs | kinds | {"input_ids": more, "attention_mask": torch.ones_like(more)}
+        second = generate(model, again, past_key_values=first.past_key_values, return_dict_in_generate=True)
+        assert len(session.trace) == 2 and first.past_key_values.get_seq_length() == length
+        with pytest.raises(UnsupportedCallError, match="with its video"):
+            model.generate(input_ids=more, past_key_values=first.past_key_values, max_new_tokens=2)
+    with vidsieve.attach(model, random()):
+        assert torch.equal(second.sequences, generate(model, again))
+
+
 def test_later_turns_bring_words_only(model, inputs, family):
     with vidsieve.attach(model, random()):
         cache = model(**inputs, use_cache=True).past_key_values

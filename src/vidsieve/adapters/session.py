@@ -59,8 +59,11 @@ class Session:
         −1 on padding. Maps the logits of a plain forward back.
     """
 
-    def __init__(self, model: Any, adapter: Adapter, compressor: Compressor, seed: int, videos: Videos = None) -> None:
-        self.compressor, self.seed, self.videos = compressor, seed, videos
+    def __init__(
+        self, model: Any, adapter: Adapter, compressor: Compressor, seed: int, videos: Videos = None,
+        reselect: bool = False,
+    ) -> None:  # fmt: skip
+        self.compressor, self.seed, self.videos, self.reselect = compressor, seed, videos, reselect
         self.trace = Trace(adapter.convention)
         self.kept_positions: Tensor | None = None
         self._model, self._adapter = model, adapter
@@ -154,6 +157,9 @@ class Session:
         check_generate(self._model, call)
         if self.compressor.stage is not Stage.PRE_LLM:
             check_dynamic_cache(self._model, call)
+        if record is not None and self.reselect:
+            self._forget(call)
+            record = None
         ids, cache = call["input_ids"], call.get("past_key_values")
         call["attention_mask"] = padding_mask(self._model, call, ids)
         if record is None:
@@ -227,6 +233,15 @@ class Session:
         positions = self._adapter.unpack_positions(pruned.inputs["position_ids"])
         return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions, run)
 
+    def _forget(self, call: dict[str, Any]) -> None:
+        """Take the cache out of a later turn, so that its whole conversation is pruned for its own question."""
+        if not self._adapter.carries_video(call):
+            raise UnsupportedCallError(
+                "reselect=True prefills a later turn anew: send the whole conversation with its video, as the "
+                "processor returns it"
+            )
+        del call["past_key_values"]
+
     def _check_labels(self, call: dict[str, Any]) -> None:
         """Refuse labels that are predicted from a video token, which a method inside the LLM may drop."""
         labels = call.get("labels")
@@ -297,6 +312,7 @@ def attach(
     template: Template | None = None,
     seed: int = 0,
     videos: Videos = None,
+    reselect: bool = False,
 ) -> Session:
     """Return an open session: from now on `model` reads its videos through `compressor`.
 
@@ -313,6 +329,10 @@ def attach(
         Start of the random draws of every call, for methods that draw.
     videos : list of (first, count), optional
         As in `prune`, for every call of the session; the session's attribute `videos` changes it.
+    reselect : bool
+        Select anew in every later turn of `generate`, for its own question: the conversation is prefilled again, the
+        cache that comes with it is left alone, and the output brings a new one. Without it a question-aware method
+        keeps what it selected for the first question of a cache.
 
     Raises
     ------
@@ -329,6 +349,6 @@ def attach(
     """
     adapter = adapter_for(model, template, positions)
     adapter.check(compressor)
-    session = Session(model, adapter, compressor, seed, videos)
+    session = Session(model, adapter, compressor, seed, videos, reselect)
     session._open()
     return session
