@@ -84,8 +84,10 @@ class _FirstToken(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def load_model(name: str) -> tuple[Any, Any]:
+def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
     """Return model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
+
+    `layout`, as `prune` has it, is noted in the configuration of the loaded model.
 
     Raises
     ------
@@ -93,6 +95,8 @@ def load_model(name: str) -> tuple[Any, Any]:
         If they cannot be loaded; the text says what was tried.
     UnsupportedModelError
         If the model's family has no adapter.
+    UnknownNameError, UnsupportedCallError
+        If there is no such layout, or not in this family.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -109,7 +113,9 @@ def load_model(name: str) -> tuple[Any, Any]:
             f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "
             "'testbed'"
         ) from None
-    adapter_for(model)
+    adapter_for(model, layout=layout)
+    if layout is not None:
+        model.config.vidsieve_layout = layout
     return model.eval(), processor
 
 

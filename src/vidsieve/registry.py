@@ -105,6 +105,7 @@ families = Registry(
     "vidsieve.families",
     {
         "LlavaOnevisionForConditionalGeneration": "vidsieve.adapters.llava_onevision:LlavaOnevisionAdapter",
+        "LlavaOnevisionForConditionalGeneration:grid": "vidsieve.adapters.llava_video:LlavaVideoAdapter",
         "Qwen2_5_VLForConditionalGeneration": "vidsieve.adapters.qwen2_5_vl:Qwen25VLAdapter",
         "Qwen3VLForConditionalGeneration": "vidsieve.adapters.qwen3_vl:Qwen3VLAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.internvl:InternVLAdapter",

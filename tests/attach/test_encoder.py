@@ -79,6 +79,8 @@ def test_signals_are_the_towers_own_pooled_as_the_features_are(family):
         square = values.transpose(1, 2)
         if family == "llava_onevision":
             square = torch.nn.functional.interpolate(square.unflatten(-1, (7, 7)), size=(4, 4), mode="bilinear")
+        elif family == "llava_video":
+            square = torch.nn.functional.avg_pool2d(square.unflatten(-1, (7, 7)), 2)
         else:
             square = torch.nn.functional.avg_pool2d(square.unflatten(-1, (8, 8)), 2)
         flat = square.flatten(2).transpose(1, 2).flatten(0, 1)

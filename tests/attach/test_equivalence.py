@@ -9,7 +9,7 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.testing import equivalence
 from vidsieve.testing.equivalence import CALLS, CONFIGURATIONS, cell, configuration
-from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
+from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
 from vidsieve.types import Selection
 
 
@@ -51,7 +51,7 @@ def test_the_reference_notices_wrong_positions(family, monkeypatch):
 def test_rebuilding_with_every_token_equals_the_installed_model(family, name):
     """Our positions, masks and features are the installed model's own."""
     model, inputs = FAMILIES[family](), configuration(family, name)
-    adapter = adapter_for(model)
+    adapter = adapter_for(model, layout="installed")
     with torch.no_grad():
         encoded = adapter.encode(inputs)
         everything = [
@@ -145,6 +145,50 @@ def test_conventions_that_do_not_exist_are_refused():
         vidsieve.attach(FAMILIES["qwen3_vl"](), method, positions="compact")
     with vidsieve.attach(FAMILIES["qwen2_5_vl"](), method, positions="legacy") as session:
         assert session.trace.positions == "legacy"
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_grid_layout_is_llava_videos_own(name):
+    """By hand: 2×2 patches of each frame averaged to 3×3 tokens, a newline after each row, words counted on behind."""
+    model, inputs = FAMILIES["llava_video"](), configuration("llava_video", name)
+    pixels, inner = inputs["pixel_values_videos"], model.model
+    with torch.no_grad():
+        hidden = inner.vision_tower(pixels.flatten(0, 1), output_hidden_states=True).hidden_states[-1]
+        patches = inner.multi_modal_projector(hidden).unflatten(1, (7, 7))
+        videos = []
+        for video in patches.unflatten(0, pixels.shape[:2]):
+            rows = []
+            for frame in video:
+                for y in range(3):
+                    rows += [frame[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean((0, 1)) for x in range(3)]
+                    rows.append(inner.image_newline)
+            videos.append(torch.stack(rows))
+        with vidsieve.attach(model, vidsieve.load("uniform", retention=1.0)) as session:
+            got = model(**inputs).logits
+        taken = 0
+        for row, (ids, mask) in enumerate(zip(inputs["input_ids"], inputs["attention_mask"], strict=True)):
+            words = ids[mask.bool()].tolist()
+            parts = []
+            while VIDEO in words:
+                start = words.index(VIDEO)
+                parts += [inner.language_model.embed_tokens(torch.tensor(words[:start])), videos[taken]]
+                words, taken = words[start + 49 :], taken + 1
+            parts.append(inner.language_model.embed_tokens(torch.tensor(words)))
+            wanted = model(inputs_embeds=torch.cat(parts)[None]).logits[0]
+            assert torch.allclose(got[row, session.kept_positions[row] >= 0], wanted, atol=1e-5)
+
+
+def test_layouts_that_cannot_be_are_refused():
+    inputs, method = configuration("llava_video", "batch 1"), vidsieve.load("uniform", retention=0.3)
+    with pytest.raises(vidsieve.VidsieveError, match="is for LLaVA-Video; SmolVLMFor"):
+        vidsieve.prune(FAMILIES["smolvlm"](), inputs, method, layout="grid")
+    model = FAMILIES["llava_video"]()
+    positions = torch.arange(inputs["input_ids"].shape[1])[None]
+    with pytest.raises(vidsieve.VidsieveError, match="leave position_ids out"):
+        vidsieve.prune(model, inputs | {"position_ids": positions}, method)
+    model.config.vision_config.image_size = 64
+    with pytest.raises(vidsieve.VidsieveError, match="odd number of patches a side, as LLaVA-Video's 27; this has 8"):
+        vidsieve.prune(model, inputs, method)
 
 
 @pytest.mark.parametrize("family", ["internvl", "smolvlm"])

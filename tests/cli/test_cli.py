@@ -203,6 +203,8 @@ MISTAKES = [
     (["--json", "/proc/nowhere/x.json"], "cannot write /proc/nowhere/x.json"),
     (["--frames", "0"], "frames"),
     (["--fps", "nan"], "fps"),
+    (["--layout", "gird"], "Did you mean 'grid'"),
+    (["--layout", "grid"], "odd number of patches"),
 ]
 
 

@@ -45,8 +45,7 @@ class Adapter(Probed, ABC):
 
     `family` names it in policies, `model_class` is the transformers class; `video_keys` and `image_keys` are the
     arguments that carry videos and still images, pixels first; `modality` is the kind of placeholder that videos
-    have; `position_rows` picks the rotary rows out of the model's position ids; `conventions` are the position
-    conventions that differ for this family.
+    have; `position_rows` picks the rotary rows out of the model's position ids; `layout` names its token layout.
 
     Parameters
     ----------
@@ -62,6 +61,7 @@ class Adapter(Probed, ABC):
     image_keys: ClassVar[tuple[str, ...]]
     modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
+    layout: ClassVar[str] = "installed"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
 
     def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
@@ -218,7 +218,14 @@ class Adapter(Probed, ABC):
         for span in spans:
             if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
                 raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")
+            if span.surplus_columns.numel():
+                mask = mask.clone()
+                mask[span.row, span.surplus_columns] = 0
         given = inputs.get("position_ids")
+        if given is not None and self.layout != "installed":
+            raise UnsupportedCallError(
+                f"leave position_ids out: they count the tokens of another layout than {self.layout!r}"
+            )
         positions = self.unpack_positions(given) if given is not None else self._positions(ids, mask, inputs)
         known = {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs", "mm_token_type_ids"}
         known |= {*self.video_keys, *self.image_keys}
@@ -314,7 +321,9 @@ class Adapter(Probed, ABC):
                 )
             selections.append(selection)
             named = {"method": compressor.name, "variant": compressor.variant, "nominal": str(compressor.retention)}
-            traces.append(VideoTrace.of(span.row, span.features.grid, selection, spent, **named))
+            trace = VideoTrace.of(span.row, span.features.grid, selection, spent, **named)
+            newlines = int(span.features.kept_tail(selection.indices).sum())
+            traces.append(replace(trace, newlines=newlines))
         return selections, traces
 
     # -- rebuild --------------------------------------------------------------------------------------------

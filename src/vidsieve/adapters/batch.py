@@ -80,12 +80,22 @@ def template_of(config: Any) -> Template:
     )
 
 
+def kept_newlines(indices: Tensor, count: int, grid: TokenGrid, per_row: bool) -> Tensor:
+    """Return which of `count` newlines (count,) bool stay beside grid tokens `indices` (K,): all, or their rows'."""
+    keep = torch.full((count,), not per_row, dtype=torch.bool, device=indices.device)
+    if per_row:
+        keep[indices // grid.width] = True
+    return keep
+
+
 @dataclass(frozen=True)
 class VideoFeatures:
-    """One encoded video: grid tokens (N, D), and tokens outside the grid that are always kept (E, D).
+    """One encoded video: grid tokens (N, D), and tokens outside the grid (E, D), the newlines.
 
     `deep` are further features of the grid tokens, (N, D) each, which the model adds inside its first layers;
-    `encoder` holds signals of the vision encoder where a method needs them.
+    `encoder` holds signals of the vision encoder where a method needs them. Where `per_row` is set, one newline closes
+    each row of the grid (E = T·H) and stays where its row keeps a token; otherwise newlines follow the whole video and
+    always stay. `surplus` placeholders of the prompt stand for nothing: they are left out.
     """
 
     embeds: Tensor
@@ -93,16 +103,23 @@ class VideoFeatures:
     tail: Tensor
     deep: tuple[Tensor, ...] = ()
     encoder: EncoderOutputs | None = None
+    per_row: bool = False
+    surplus: int = 0
+
+    def kept_tail(self, indices: Tensor) -> Tensor:
+        """Return which of the tail's tokens (E,) bool stay beside the grid tokens `indices` (K,)."""
+        return kept_newlines(indices, len(self.tail), self.grid, self.per_row)
 
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where one video stands in a batch: its row, the columns of its grid tokens (N,) and of its tail (E,)."""
+    """Where one video stands in a batch: its row, the columns of its grid tokens (N,), tail (E,) and surplus (S,)."""
 
     row: int
     columns: Tensor
     tail_columns: Tensor
     features: VideoFeatures
+    surplus_columns: Tensor
 
 
 @dataclass(frozen=True)

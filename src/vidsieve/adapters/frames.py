@@ -93,7 +93,7 @@ class FrameAdapter(Adapter):
             signals = found.part(start * size, length * size) if found is not None else None
             video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
             span = where[start : start + length].flatten()
-            spans.append(VideoSpan(int(first[start]), span, span[:0], video))
+            spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))
         images = []
         for row in sorted(set(first[outside].tolist())):
             mine = outside & (first == row)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.batch import Encoded, Pruned
+from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
 from vidsieve.adapters.layers import block_shape
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
@@ -33,11 +33,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlacedVideo:
-    """A video's tokens in a prompt of a batch: its row, columns (N,) and grid."""
+    """A video's tokens in a prompt of a batch: its row, columns (N,), grid, columns of its newlines (E,)."""
 
     row: int
     columns: Tensor
     grid: TokenGrid
+    newlines: Tensor
+    per_row: bool
+
+    def kept_newlines(self, indices: Tensor) -> Tensor:
+        """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
+        return kept_newlines(indices, len(self.newlines), self.grid, self.per_row)
 
 
 @dataclass
@@ -95,7 +101,7 @@ class LayerRun:
         made = []
         for video, indices, held in zip(self.videos, self.alive, self.held, strict=True):
             trace = VideoTrace.of(video.row, video.grid, Selection(indices), self.select_ms, **named, nominal=nominal)
-            made.append(replace(trace, held=held))
+            made.append(replace(trace, held=held, newlines=int(video.kept_newlines(indices).sum())))
         return made
 
     @contextmanager
@@ -211,6 +217,7 @@ class LayerRun:
                 chosen = self.compressor.choose(view, counts[number]).to(indices.device)
                 keep[video.columns[indices]] = False
                 keep[video.columns[indices[chosen]]] = True
+                keep[video.newlines] = video.kept_newlines(indices[chosen])
                 self.alive.append(indices[chosen])
             columns[row] = line[keep[line]]
         return padded(columns)
@@ -285,7 +292,10 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tu
     placed = []
     for span in encoded.videos:
         # Padding may have moved from the right to the left.
-        columns = torch.searchsorted(pruned.kept_positions[span.row], span.columns.contiguous())
-        placed.append(PlacedVideo(span.row, columns, span.features.grid))
+        columns, newlines = (
+            torch.searchsorted(pruned.kept_positions[span.row], some.contiguous())
+            for some in (span.columns, span.tail_columns)
+        )
+        placed.append(PlacedVideo(span.row, columns, span.features.grid, newlines, span.features.per_row))
     real = pruned.kept_positions >= 0
     return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, tuple(placed))

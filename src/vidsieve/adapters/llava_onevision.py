@@ -34,7 +34,7 @@ class LlavaOnevisionAdapter(Adapter):
         ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.model.device, self.model.dtype)
-            ready = self.model.model.get_video_features(pixels, return_dict=True, **_options(inputs))
+            ready = self.model.model.get_video_features(pixels, return_dict=True, **layer_options(inputs))
         vision = self.model.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         videos = []
@@ -59,7 +59,7 @@ class LlavaOnevisionAdapter(Adapter):
         """Return the images of ``pixel_values`` (images, tiles, 3, H, W), or of ready features."""
         ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
         if ready is None:
-            options = _options(inputs) | {k: inputs[k] for k in self.image_keys[2:] if inputs.get(k) is not None}
+            options = layer_options(inputs) | {k: inputs[k] for k in self.image_keys[2:] if inputs.get(k) is not None}
             pixels = needed(inputs, "pixel_values").to(self.model.device, self.model.dtype)
             sizes = needed(inputs, "image_sizes")
             ready = self.model.model.get_image_features(pixels, sizes, return_dict=True, **options)
@@ -86,7 +86,7 @@ class LlavaOnevisionAdapter(Adapter):
         return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
 
 
-def _options(inputs: Mapping[str, Any]) -> dict[str, Any]:
+def layer_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call that choose layers of the vision tower."""
     names = ("vision_feature_layer", "vision_feature_select_strategy")
     return {name: inputs[name] for name in names if inputs.get(name) is not None}

@@ -21,7 +21,7 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
         If placeholders and features do not agree in number.
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
-    sizes = [v.grid.num_tokens + v.tail.shape[0] for v in videos]
+    sizes = [v.grid.num_tokens + v.tail.shape[0] + v.surplus for v in videos]
     if len(rows) != sum(sizes):
         raise PromptError(
             f"the prompt has {len(rows)} video placeholders, its {len(videos)} videos give {sum(sizes)} tokens: "
@@ -32,8 +32,13 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
         row, where = rows[start : start + size], columns[start : start + size]
         if int(row[0]) != int(row[-1]):
             raise PromptError("a video's placeholders run from one prompt of the batch into the next")
-        split = video.grid.num_tokens
-        spans.append(VideoSpan(int(row[0]), where[:split], where[split:], video))
+        used = where[: size - video.surplus]
+        split, width = video.grid.num_tokens, video.grid.width
+        tokens, tail = used[:split], used[split:]
+        if video.per_row:
+            lines = used.view(-1, width + 1)
+            tokens, tail = lines[:, :width].flatten(), lines[:, width]
+        spans.append(VideoSpan(int(row[0]), tokens, tail, video, where[len(used) :]))
         start += size
     return tuple(spans)
 

@@ -11,25 +11,41 @@ from vidsieve import registry
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Template
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import StageError, UnsupportedModelError
+from vidsieve.errors import StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Stage
 
+LAYOUTS = ("installed", "grid")
+"""Token layouts: as the installed transformers makes them; as LLaVA-Video's own code does (`llava_video`)."""
 
-def adapter_for(model: Any, template: Template | None = None, positions: str = "installed") -> Adapter:
-    """Return the adapter of a model, found by the names of its classes.
+
+def adapter_for(
+    model: Any, template: Template | None = None, positions: str = "installed", layout: str | None = None
+) -> Adapter:
+    """Return the adapter of a model, found by the names of its classes, and by the layout where it is not installed.
+
+    Without `layout` it is what the model's configuration states as ``vidsieve_layout``, or ``"installed"``.
 
     Raises
     ------
     UnsupportedModelError
         If no family is registered for it.
+    UnsupportedCallError
+        If its family has no such layout.
     """
+    layout = layout or getattr(getattr(model, "config", None), "vidsieve_layout", "installed")
+    if layout not in LAYOUTS:
+        raise UnknownNameError("token layout", layout, LAYOUTS)
     for base in type(model).__mro__:
         if base.__name__ in registry.families:
-            adapter: Adapter = registry.families.get(base.__name__)(model, template, positions)
+            name = base.__name__ if layout == "installed" else f"{base.__name__}:{layout}"
+            if name not in registry.families:
+                raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has just its own")
+            adapter: Adapter = registry.families.get(name)(model, template, positions)
             return adapter
     raise UnsupportedModelError(
-        f"no adapter for {type(model).__name__}; supported: {', '.join(registry.families)}. To add a family, write a "
-        "vidsieve.adapters.Adapter and register it: vidsieve.registry.families.register('ClassName', 'module:Adapter')"
+        f"no adapter for {type(model).__name__}; supported: {', '.join(n for n in registry.families if ':' not in n)}. "
+        "To add a family, write a vidsieve.adapters.Adapter and register it: "
+        "vidsieve.registry.families.register('ClassName', 'module:Adapter')"
     )
 
 
@@ -39,6 +55,7 @@ def prune(
     compressor: Compressor,
     *,
     positions: str = "installed",
+    layout: str | None = None,
     template: Template | None = None,
     generator: Generator | None = None,
     videos: Videos = None,
@@ -60,6 +77,10 @@ def prune(
         The position convention: ``"installed"`` (original ids as the installed transformers computes them),
         ``"legacy"`` (as transformers before 5.3 and vLLM), ``"compact"`` (counted anew over what is kept; families
         with 1-D positions).
+    layout : str
+        ``"grid"`` for LLaVA-Video checkpoints, which load as LLaVA-OneVision: 13×13 tokens a frame and a newline after
+        each row, as they were trained; ``"installed"`` is what transformers makes (14×14, one newline in all).
+        Default: ``vidsieve_layout`` in the model's configuration, or ``"installed"``.
     template : Template, optional
         Ids of the chat template, for tokenizers that vidsieve does not know.
     generator : torch.Generator, optional
@@ -72,7 +93,7 @@ def prune(
     ------
     UnsupportedModelError, StageError, NeedError, PolicyMismatchError, PromptError, UnsupportedCallError
     """
-    adapter = adapter_for(model, template, positions)
+    adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
     if compressor.stage is not Stage.PRE_LLM:
         raise StageError(

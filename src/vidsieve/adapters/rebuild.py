@@ -39,13 +39,16 @@ def rebuild(
             video, columns = span.features, span.columns[selection.indices.to(span.columns.device)]
             keep[span.columns] = False
             keep[columns] = True
+            newlines = video.kept_tail(selection.indices.to(span.columns.device))
+            keep[span.tail_columns] = newlines
             merged = selection.embeds
             # A merged token's deep features are its anchor's: methods merge what the LLM reads first.
             deep = tuple(layer[selection.indices] for layer in video.deep)
             embeds = video.embeds[selection.indices] if merged is None else merged
-            tail = tuple(layer.new_zeros(video.tail.shape) for layer in video.deep)
+            tail = video.tail[newlines.to(video.tail.device)].to(embeds)
+            blank = tuple(layer.new_zeros(tail.shape) for layer in video.deep)
             pieces[adapter.modality] += [
-                _Piece(columns, embeds, deep), _Piece(span.tail_columns, video.tail.to(embeds), tail)
+                _Piece(columns, embeds, deep), _Piece(span.tail_columns[newlines], tail, blank)
             ]  # fmt: skip
         pieces["image"] += [_Piece(i.columns, i.embeds, i.deep) for i in encoded.images if i.row == row]
         for modality, some in pieces.items():

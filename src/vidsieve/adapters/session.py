@@ -200,7 +200,7 @@ class Session:
     def _to_prune(self, call: dict[str, Any]) -> bool:
         """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
         ids, cache = call["input_ids"], call.get("past_key_values")
-        if self.compressor.retention == 1.0 or is_pruned(call):
+        if is_pruned(call) or (self.compressor.retention == 1.0 and self._adapter.layout == "installed"):
             return False
         carries = self._adapter.carries_video(call)
         placeholders = ids is not None and self._adapter.holds_video(ids)
@@ -271,8 +271,9 @@ class Session:
     def _prune(self, call: dict[str, Any]) -> Pruned:
         generator = torch.Generator().manual_seed(self.seed)
         pruned = self._adapter.prune(call, self.compressor, generator, self.videos)
-        counted = isinstance(self.compressor.retention, Tokens)  # a short video may have no more than that
-        if not counted and not any(trace.kept < trace.total for trace in pruned.traces):
+        # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
+        whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
+        if not whole and not any(trace.kept < trace.total for trace in pruned.traces):
             raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
         self.trace.videos.extend(pruned.traces)
         self.trace.prompt_tokens = (int(call["input_ids"].shape[1]), int(pruned.inputs["input_ids"].shape[1]))
@@ -309,6 +310,7 @@ def attach(
     compressor: Compressor,
     *,
     positions: str = "installed",
+    layout: str | None = None,
     template: Template | None = None,
     seed: int = 0,
     videos: Videos = None,
@@ -323,6 +325,8 @@ def attach(
     compressor : Compressor
     positions : str
         The position convention, as in `prune`.
+    layout : str
+        The token layout, as in `prune`.
     template : Template, optional
         Ids of the chat template, for tokenizers that vidsieve does not know.
     seed : int
@@ -347,7 +351,7 @@ def attach(
     ...     out = model.generate(**inputs)
     >>> print(session.trace)
     """
-    adapter = adapter_for(model, template, positions)
+    adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
     session = Session(model, adapter, compressor, seed, videos, reselect)
     session._open()

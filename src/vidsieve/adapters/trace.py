@@ -32,6 +32,8 @@ class VideoTrace:
     select_ms: float
     held: float | None = None
     """For methods inside the LLM: mean over layers of the fraction of tokens that a layer sees."""
+    newlines: int = 0
+    """Tokens outside the grid that stay beside the kept ones; no budget counts them."""
 
     @classmethod
     def of(
@@ -66,6 +68,7 @@ class VideoTrace:
             "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
             "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
             "merged": self.merged, "select_ms": self.select_ms, "layer_retention": self.layer_retention,
+            "newlines": self.newlines,
         }  # fmt: skip
 
 
@@ -92,9 +95,10 @@ class Trace:
         for video in self.videos:
             verb = "merged into" if video.merged else "kept"
             layers = "" if video.held is None else f", {video.held:.1%} on average over layers"
+            ends = f", and {video.newlines} newline{'s' * (video.newlines > 1)}" if video.newlines else ""
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
-                f"({video.real_retention:.1%}{layers}, grid {video.grid}) in {video.select_ms:.1f} ms; "
+                f"({video.real_retention:.1%}{layers}, grid {video.grid}){ends} in {video.select_ms:.1f} ms; "
                 f"per frame {' '.join(map(str, video.per_frame))}; positions {self.positions}"
             )
         if not lines:

@@ -16,7 +16,7 @@ def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
     model: Annotated[
-        str, typer.Option(help="Folder or hub id of a LLaVA-OneVision or Qwen2.5-VL model; 'testbed' for ours.")
+        str, typer.Option(help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
     ] = "testbed",
     method: Annotated[
         str, typer.Option(help="A method (vidsieve list), name:variant, a policy folder, or 'full'.")
@@ -28,6 +28,9 @@ def ask(
     retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
     frames: Annotated[int | None, typer.Option(help="Frames taken evenly from the video.", show_default="16")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second instead.", show_default=False)] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="'grid' for a LLaVA-Video checkpoint, as it was trained.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG of the kept tokens here.", show_default=False)
@@ -59,7 +62,7 @@ def ask(
     clock = pipeline.Clock()
     taken = 16 if frames is None and fps is None else frames
     loaded = pipeline.read(video, clock, frames=taken, fps=fps, max_frames=None)
-    network, processor = pipeline.load_model(model)
+    network, processor = pipeline.load_model(model, layout)
     result = pipeline.answer(
         network, processor, loaded, question, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock
     )

@@ -88,6 +88,8 @@ def _prefill(adapter: Adapter, inputs: dict[str, Tensor], compressor: Compressor
         if isinstance(compressor, LayerCompressor) and kept is not None:
             for span, selection in zip(adapter.encode(inputs).videos, chosen, strict=True):
                 dropped = span.columns[(indices_to_mask(selection.indices, len(span.columns))).logical_not()]
+                newlines = span.tail_columns[span.features.kept_tail(selection.indices).logical_not()]
+                dropped = torch.cat([dropped, newlines])
                 kept[span.row] = kept[span.row].where(~torch.isin(kept[span.row], dropped), -1)
     return _gap(got, wanted, kept), None
 

@@ -48,6 +48,9 @@ def masked_logits(
         embeds[span.row, columns] = torch.cat([tokens, span.features.tail]).to(embeds)
         visible[span.row, span.columns] = False
         visible[span.row, span.columns[selection.indices]] = True
+        if span.features.per_row:
+            for line, column in enumerate(span.tail_columns.tolist()):  # a newline is seen where its row is
+                visible[span.row, column] = bool((selection.indices // span.features.grid.width == line).any())
     deep: dict[str, Any] = {}
     for image in encoded.images:
         embeds[image.row, image.columns] = image.embeds.to(embeds)

@@ -37,6 +37,13 @@ def llava_onevision(seed: int = 0) -> Any:
     return _made(LlavaOnevisionForConditionalGeneration, config, seed)
 
 
+def llava_video(seed: int = 0) -> Any:
+    """Return a random LLaVA-Video: as LLaVA-OneVision, its layout stated, 3×3 tokens a frame and a newline per row."""
+    model = llava_onevision(seed)
+    model.config.vidsieve_layout = "grid"
+    return model
+
+
 def qwen2_5_vl(seed: int = 0) -> Any:
     """Return a random Qwen2.5-VL, 3 layers of width 64 with M-RoPE sections (2, 3, 3)."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -119,8 +126,8 @@ def _made(kind: Any, config: Any, seed: int) -> Any:
 
 
 FAMILIES = {
-    "llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl, "internvl": internvl,
-    "smolvlm": smolvlm,
+    "llava_onevision": llava_onevision, "llava_video": llava_video, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl,
+    "internvl": internvl, "smolvlm": smolvlm,
 }  # fmt: skip
 
 
@@ -134,7 +141,7 @@ def inputs_for(
 
     Parameters
     ----------
-    videos : per prompt, the grids of its videos; LLaVA-OneVision grids are 4×4 and have the same frames
+    videos : per prompt, the grids of its videos; LLaVA grids are 4×4, as the processor counts, and of as many frames
     words : per prompt, words after its last video (different numbers make a ragged batch)
     pad : {"left", "right"}
     image : put a still image behind each prompt's first video
@@ -161,7 +168,8 @@ def inputs_for(
     return inputs if not any(videos) else inputs | _pixels(family, videos, input_ids, draw, image)
 
 
-_IMAGE_TOKENS = {"llava_onevision": 7 * 7 + 7 * 8, "qwen2_5_vl": 8, "qwen3_vl": 8, "internvl": 16, "smolvlm": 16}
+_LLAVA = ("llava_onevision", "llava_video")
+_IMAGE_TOKENS = {**dict.fromkeys(_LLAVA, 7 * 7 + 7 * 8), "qwen2_5_vl": 8, "qwen3_vl": 8, "internvl": 16, "smolvlm": 16}
 
 
 def _pixels(
@@ -169,7 +177,7 @@ def _pixels(
 ) -> dict[str, Tensor]:
     """Return the pixels of a batch and what the family's processor says of them."""
     flat, prompts = [grid for grids in videos for grid in grids], len(videos)
-    if family == "llava_onevision":
+    if family in _LLAVA:
         made = {"pixel_values_videos": torch.randn(len(flat), flat[0].frames, 3, 56, 56, generator=draw)}
         if image:
             made["pixel_values"] = torch.randn(prompts, 2, 3, 56, 56, generator=draw)
@@ -199,7 +207,7 @@ def _pixels(
 
 def _placeholders(family: str, grid: TokenGrid) -> list[int]:
     """Return what stands for one video in a prompt, as the family's processor writes it."""
-    if family == "llava_onevision":
+    if family in _LLAVA:
         return [VIDEO] * (grid.num_tokens + 1)  # and one newline at the end
     if family == "qwen2_5_vl":
         return [118, *[VIDEO] * grid.num_tokens, 119]
@@ -214,5 +222,5 @@ def placeholder(family: str) -> int:
 
 
 def default_grid(family: str, frames: int = 3) -> TokenGrid:
-    """Return the grid of a video of this family's tiny model: a wide 2×4 for Qwen, else 4×4."""
+    """Return the grid of a video as this family's tiny processor counts it: a wide 2×4 for Qwen, else 4×4."""
     return TokenGrid(frames, 2, 4) if family.startswith("qwen") else TokenGrid(frames, 4, 4)

@@ -63,7 +63,8 @@ def _model(archive: Archive) -> Case:
     embeds = torch.from_numpy(archive["model/inputs_embeds"])[None]
     length = embeds.shape[1]
     positions = torch.arange(length)[None]
-    video = PlacedVideo(0, torch.arange(_START, _START + _TOKENS), TokenGrid(1, 1, _TOKENS))
+    columns = torch.arange(_START, _START + _TOKENS)
+    video = PlacedVideo(0, columns, TokenGrid(1, 1, _TOKENS), newlines=columns[:0], per_row=False)
     method = FastV(retention=_KEPT, layer=_LAYER, variant="official")
     run = LayerRun(depth, method, positions[None], torch.ones(1, length, dtype=torch.bool), (video,))
     seen: dict[str, torch.Tensor] = {}
