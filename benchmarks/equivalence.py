@@ -1,46 +1,99 @@
-"""The equivalence table as JSON: every family, call and attention against the masked reference, by method."""
+"""The equivalence table: every family, call and attention against the masked reference; JSON and docs/calls.md."""
 
 from __future__ import annotations
 
 import argparse
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 
 import vidsieve
 from vidsieve.benchmarking import machine, write_result
-from vidsieve.testing.equivalence import STEPS, TOLERANCE, table
+from vidsieve.files import writing
+from vidsieve.testing.equivalence import CONFIGURATIONS, STEPS, TOLERANCE, Cell, refusals, table
+from vidsieve.testing.tiny_models import FAMILIES
 
 METHODS = {"random": 0.3, "visionzip": 0.4, "fastv": 0.8}
 """One method that drops, one that merges, one inside the LLM (of 3 layers, so that little can go)."""
+
+INTRODUCTION = f"""\
+# What every call gives, family by family
+
+Written by `python benchmarks/equivalence.py`; every figure is in `benchmarks/results/equivalence.json`. transformers
+{transformers.__version__}, torch {torch.__version__.split("+")[0]}, tiny random models of the real classes in float32.
+
+"exact" means: what the call gives under a session equals a full forward in which the dropped tokens are masked out at
+unchanged positions. Generated tokens are equal everywhere; the number is the largest difference of logits (of scores
+for beams, of loss and tower gradient for labels) over {len(CONFIGURATIONS)} batches ({", ".join(CONFIGURATIONS)}) and
+two attentions (eager, sdpa). A compiled language model and a device map are tried on the ragged batch with sdpa.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/equivalence.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/calls.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    start, rows, found = time.perf_counter(), [], {}
     for name, retention in METHODS.items():
         cells = list(table(vidsieve.load(name, retention=retention)))
         for cell in cells:
-            tokens = "" if cell.tokens_equal is None else f"  tokens equal: {cell.tokens_equal}"
-            where = (name, cell.family, cell.configuration, cell.call, cell.attention)
-            print(*where, f"{cell.difference:.1e}{tokens}", sep=" | ")
+            print(name, cell.family, cell.configuration, cell.call, cell.attention, outcome([cell]), sep=" | ")
         rows += [{"method": name, "retention": retention, **asdict(cell), "passed": cell.passed} for cell in cells]
-    worst, passed = max(row["difference"] for row in rows), sum(row["passed"] for row in rows)
-    print(f"{passed} of {len(rows)} cells within {TOLERANCE:g}; largest difference {worst:.1e}")
-    write_result(
-        options.json,
-        {
-            "machine": machine(),
-            "steps": STEPS,
-            "tolerance": TOLERANCE,
-            "largest": worst,
-            "cells": rows,
-        },
-    )
+        found[name] = cells
+    refused = {family: refusals(family, vidsieve.load("random", retention=0.3)) for family in FAMILIES}
+    exact = [row for row in rows if row["error"] is None]
+    worst, passed = max(row["difference"] for row in exact), sum(row["passed"] for row in exact)
+    print(f"{passed} of {len(exact)} cells within {TOLERANCE:g}; largest difference {worst:.1e}; "
+          f"{len(rows) - len(exact)} refused as they should be")  # fmt: skip
+    result: dict[str, Any] = {
+        "machine": machine(), "steps": STEPS, "tolerance": TOLERANCE, "largest": worst, "passed": passed,
+        "compared": len(exact), "seconds": round(time.perf_counter() - start), "refused": refused, "cells": rows,
+    }  # fmt: skip
+    write_result(options.json, result)
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    with writing(options.page) as temporary:
+        temporary.write_text(page(found, refused), encoding="utf-8")
+
+
+def outcome(cells: list[Cell]) -> str:
+    """Return what the cells of one call show: exact, refused, or how far off."""
+    if any(cell.error for cell in cells):
+        return f"error: {cells[0].error}"
+    worst = max(cell.difference or 0.0 for cell in cells)
+    return f"exact, {worst:.0e}" if all(cell.passed for cell in cells) else f"WRONG by {worst:.0e}"
+
+
+def page(found: dict[str, list[Cell]], refused: dict[str, dict[str, str]]) -> str:
+    """Return the tables as Markdown."""
+    parts = [INTRODUCTION]
+    for name, cells in found.items():
+        notes: list[str] = []
+        lines = [f"## `{name}`, retention {METHODS[name]}", "", "| call | " + " | ".join(FAMILIES) + " |",
+                 "|---" * (len(FAMILIES) + 1) + "|"]  # fmt: skip
+        for call in dict.fromkeys(cell.call for cell in cells):
+            shown = []
+            for family in FAMILIES:
+                text = outcome([cell for cell in cells if (cell.family, cell.call) == (family, call)])
+                if text.startswith("error: "):
+                    notes += [text[7:]] if text[7:] not in notes else []
+                    text = f"error {notes.index(text[7:]) + 1}"
+                shown.append(text)
+            lines.append(f"| {call} | " + " | ".join(shown) + " |")
+        lines += [f"\nError {number}: {note}" for number, note in enumerate(notes, 1)]
+        parts.append("\n".join(lines) + "\n")
+    parts.append("## What is refused\n\nBefore anything runs, with these words, in every family:\n")
+    families = list(refused)
+    lines = ["| call | error |", "|---|---|"]
+    for call, text in refused[families[0]].items():
+        others = {refused[family][call] for family in families}
+        lines += [f"| {call} | {other} |" for other in sorted(others | {text})]
+    return "\n".join([*parts, "\n".join(lines)]) + "\n"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from vidsieve.adapters.fit import check_fit
 from vidsieve.adapters.layers import layer_state
 from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.probe import Probed
+from vidsieve.adapters.prompts import prompt_around
 from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import LayerState
@@ -282,24 +283,7 @@ class Adapter(Probed, ABC):
 
     def prompt(self, encoded: Encoded, video: int) -> Prompt:
         """Return the whole prompt around one video, padding removed."""
-        row = encoded.videos[video].row
-        table = self.model.get_input_embeddings()
-        device = table.weight.device
-        ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
-        positions = encoded.positions[self.position_rows, row].to(device)
-        embeds = table(ids)
-        for image in encoded.images:
-            if image.row == row:
-                embeds = embeds.index_copy(0, image.columns.to(device), image.embeds.to(embeds))
-        for number in encoded.of_row(row):
-            span = encoded.videos[number]
-            parts = torch.cat([span.features.embeds, span.features.tail]).to(embeds)
-            embeds = embeds.index_copy(0, torch.cat([span.columns, span.tail_columns]).to(device), parts)
-        video_mask = torch.zeros_like(real)
-        video_mask[encoded.videos[video].columns.to(device)] = True
-        question = torch.zeros_like(real)
-        question[real] = self.template().question_mask(ids[real])
-        return Prompt(embeds[real], positions[:, real], video_mask[real], question[real])
+        return prompt_around(self, encoded, video)
 
     def select(
         self, encoded: Encoded, compressor: Compressor, generator: Generator | None = None

@@ -106,12 +106,12 @@ def _mask_from(adapter: Adapter, first: int, additive: Tensor) -> Iterator[None]
             hook.remove()
 
 
-def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int) -> list[Tensor]:
+def attended(adapter: Adapter, inputs: Mapping[str, Any], videos: Videos = None) -> list[list[Tensor]]:
     """Return, from the model's own eager attention, what each video's tokens get from the last prompt token.
 
-    One tensor (H, N) a video: weights of `layer` over the whole prompt.
+    Per layer one tensor (H, N) a video: weights over the whole prompt.
     """
-    model, encoded = adapter.model, adapter.encode(inputs)
+    model, encoded = adapter.model, adapter.encode(inputs, videos)
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
@@ -119,11 +119,12 @@ def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int) -> list[Te
         whole = adapter.build(
             encoded, [[rows[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
         )
-        found = model(**whole.inputs, output_attentions=True).attentions[layer]
+        layers = model(**whole.inputs, output_attentions=True).attentions
     finally:
         model.set_attn_implementation(before)
     kept = whole.kept_positions
-    return [found[v.row, :, -1][:, torch.searchsorted(kept[v.row], v.columns)] for v in encoded.videos]
+    places = [torch.searchsorted(kept[v.row], v.columns.contiguous()) for v in encoded.videos]
+    return [[found[v.row, :, -1][:, p] for v, p in zip(encoded.videos, places, strict=True)] for found in layers]
 
 
 def _deep(encoded: Encoded) -> dict[str, Any]:
@@ -141,9 +142,16 @@ def _deep(encoded: Encoded) -> dict[str, Any]:
     return {"visual_pos_masks": where, "deepstack_visual_embeds": [layer[where] for layer in layers]}
 
 
-def masked_greedy(adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], steps: int) -> Tensor:
-    """Return `steps` greedy tokens (B, steps) of the masked reference, recomputed from scratch at each step."""
-    made = torch.empty(inputs["input_ids"].shape[0], 0, dtype=torch.int64, device=inputs["input_ids"].device)
+def masked_greedy(
+    adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], steps: int, videos: Videos = None,
+    extra_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Return `steps` greedy tokens (B, steps) of the masked reference, recomputed from scratch at each step.
+
+    They follow the prompts, and `extra_ids` (B, E) where given.
+    """
+    made = inputs["input_ids"][:, :0] if extra_ids is None else extra_ids
     for _ in range(steps):
-        made = torch.cat([made, masked_logits(adapter, inputs, selections, made)[:, -1].argmax(-1, keepdim=True)], 1)
-    return made
+        logits = masked_logits(adapter, inputs, selections, made, videos)
+        made = torch.cat([made, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return made[:, made.shape[1] - steps :]

@@ -1,0 +1,307 @@
+"""Every kind of call, run on pruned inputs and on the masked reference: the largest difference, and equal tokens."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import vidsieve
+from vidsieve.adapters.base import Adapter, Videos
+from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.selection import indices_to_mask
+from vidsieve.testing.reference import LayeredSelections, attended, masked_greedy, masked_logits
+from vidsieve.types import LayerView, Selection, Stage
+
+STEPS = 8
+Outcome = tuple[float, bool | None]
+"""Largest difference to the reference, and whether the tokens are equal (None: none were made)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with a method, and the inputs of a batch; `videos` as `prune` takes it."""
+
+    adapter: Adapter
+    inputs: Mapping[str, Any]
+    compressor: Compressor
+    videos: Videos = None
+
+    @property
+    def ids(self) -> Tensor:
+        """The prompts (B, L)."""
+        ids: Tensor = self.inputs["input_ids"]
+        return ids
+
+    def attached(self, **options: Any) -> vidsieve.Session:
+        """Return an open session of the method."""
+        adapter = self.adapter
+        return vidsieve.attach(
+            adapter.model, self.compressor, positions=adapter.convention, layout=adapter.layout, videos=self.videos,
+            **options,
+        )  # fmt: skip
+
+    def chosen(self, gradients: bool = False) -> list[Selection]:
+        """Return what the method keeps of each video."""
+        if isinstance(self.compressor, LayerCompressor):
+            return self._layered(self.compressor)
+        with torch.set_grad_enabled(gradients):
+            encoded = self.adapter.encode(self.inputs, self.videos, self.compressor.needs)
+            return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]
+
+    def _layered(self, compressor: LayerCompressor) -> LayeredSelections:
+        """Return what a method with one stage inside the LLM keeps, from the model's own eager attention."""
+        depth, chosen = len(self.adapter.decoder_layers), LayeredSelections()
+        with torch.no_grad():
+            found = attended(self.adapter, self.inputs, self.videos)
+            for video, span in enumerate(self.adapter.encode(self.inputs, self.videos).videos):
+                grid = span.features.grid
+                ((layer, keep),) = compressor.stages(depth, grid.num_tokens)
+                view = LayerView(layer, grid, torch.arange(grid.num_tokens), found[layer - 1][video])
+                chosen.append(Selection(compressor.choose(view, keep)))
+                chosen.from_layer = layer
+        return chosen
+
+    def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
+        """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens behind the prompts."""
+        return masked_logits(self.adapter, self.inputs, chosen, extra, self.videos)
+
+    def greedy(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
+        """Return the reference's next `STEPS` tokens (B, STEPS) after the prompts and `extra`."""
+        return masked_greedy(self.adapter, self.inputs, chosen, STEPS, self.videos, extra)
+
+    def generate(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
+        """Run `generate` of the model as it is, greedily unless told otherwise, and return its whole output."""
+        defaults = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        return self.adapter.model.generate(**(self.inputs if inputs is None else inputs), **(defaults | options))
+
+
+def prefill(case: Case) -> Outcome:
+    """Compare the logits of a plain forward."""
+    with torch.no_grad():
+        chosen = case.chosen()
+        wanted = case.logits(chosen)
+        with case.attached() as session:
+            got = case.adapter.model(**case.inputs).logits
+        kept = session.kept_positions
+        if kept is None:
+            raise vidsieve.VidsieveError("nothing was pruned")
+        if isinstance(case.compressor, LayerCompressor):
+            # Its dropped tokens went through the first layers: their rows mean nothing.
+            for span, selection in zip(case.adapter.encode(case.inputs, case.videos).videos, chosen, strict=True):
+                gone = span.columns[(~indices_to_mask(selection.indices, len(span.columns))).to(span.columns.device)]
+                newlines = span.tail_columns[~span.features.kept_tail(selection.indices).to(span.columns.device)]
+                dropped = torch.cat([gone, newlines])
+                kept[span.row] = kept[span.row].where(~torch.isin(kept[span.row], dropped), -1)
+    rows, real = torch.arange(len(kept), device=kept.device)[:, None].expand_as(kept), kept >= 0
+    return float((got[real] - wanted[rows[real], kept[real]]).abs().max()), None
+
+
+def greedy(case: Case, **options: Any) -> Outcome:
+    """Compare greedy tokens, and the logits of the last step."""
+    with torch.no_grad():
+        chosen = case.chosen()
+        wanted = case.greedy(chosen)
+        with case.attached():
+            out = case.generate(**options)
+        last = case.logits(chosen, wanted[:, :-1])[:, -1]
+    return float((out.logits[-1] - last).abs().max()), torch.equal(out.sequences, torch.cat([case.ids, wanted], 1))
+
+
+def static_cache(case: Case) -> Outcome:
+    """Compare greedy tokens on a cache of fixed length."""
+    return greedy(case, cache_implementation="static", disable_compile=True)
+
+
+def beams(case: Case) -> Outcome:
+    """Compare the best of two beams and its score."""
+    with torch.no_grad():
+        chosen = case.chosen()
+        wanted, score = _beam_reference(case, chosen, 2)
+        with case.attached():
+            out = case.generate(num_beams=2, output_scores=True)
+    equal = torch.equal(out.sequences, torch.cat([case.ids, wanted], 1))
+    return float((out.sequences_scores - score).abs().max()), equal
+
+
+def _beam_reference(case: Case, chosen: list[Selection], count: int) -> tuple[Tensor, Tensor]:
+    """Return the best of `count` beams (B, STEPS) and its mean log-probability (B,), recomputed at every step."""
+    batch, device = case.ids.shape[0], case.ids.device
+    made = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)
+    totals = torch.zeros(batch, 1, device=device)
+    for _ in range(STEPS):
+        each = [F.log_softmax(case.logits(chosen, made[:, i])[:, -1], -1) for i in range(made.shape[1])]
+        log_p = torch.stack(each, 1)
+        vocabulary = log_p.shape[-1]
+        totals, flat = (totals[..., None] + log_p).flatten(1).topk(count, 1)
+        parent, token = flat // vocabulary, flat % vocabulary
+        made = torch.cat([made[torch.arange(batch, device=device)[:, None], parent], token[..., None]], 2)
+    return made[:, 0], totals[:, 0] / STEPS
+
+
+def sampled(case: Case) -> Outcome:
+    """Compare the logits behind two sampled answers to each prompt, on the tokens that were drawn."""
+    count, prompt = 2, case.ids.shape[1]
+    with torch.no_grad():
+        chosen = case.chosen()
+        torch.manual_seed(0)
+        with case.attached():
+            out = case.generate(do_sample=True, num_return_sequences=count)
+        made, logits, gap = out.sequences[:, prompt:], torch.stack(out.logits, 1), 0.0
+        for i in range(count):
+            wanted = case.logits(chosen, made[i::count, :-1])[:, -STEPS:]
+            gap = max(gap, float((logits[i::count] - wanted).abs().max()))
+    return gap, torch.equal(out.sequences[:, :prompt], case.ids.repeat_interleave(count, 0))
+
+
+def second_turn(case: Case, reselect: bool = False) -> Outcome:
+    """Compare a second turn that sends the whole conversation with the first one's cache."""
+    with torch.no_grad():
+        chosen = case.chosen()
+        first = case.greedy(chosen)
+        words = torch.arange(40, 46, device=first.device).expand(first.shape[0], -1)
+        extra = torch.cat([first, words], 1)
+        with case.attached(reselect=reselect):
+            out = case.generate()
+            conversation = _longer(case.inputs, torch.cat([out.sequences[:, case.ids.shape[1] :], words], 1))
+            if reselect:
+                again = case.generate(conversation, past_key_values=out.past_key_values)
+            else:
+                brief = {k: conversation[k] for k in ("input_ids", "attention_mask")}
+                again = case.generate(brief, past_key_values=out.past_key_values)
+        if reselect:
+            case = Case(case.adapter, conversation, case.compressor, case.videos)
+            chosen, extra = case.chosen(), extra[:, :0]
+        wanted, reference = case.greedy(chosen, extra), case.logits(chosen, extra)[:, -1]
+    equal = torch.equal(again.sequences, torch.cat([conversation["input_ids"], wanted], 1))
+    return float((again.logits[0] - reference).abs().max()), equal
+
+
+def reselected(case: Case) -> Outcome:
+    """Compare a second turn that is prefilled anew with ``reselect=True``."""
+    return second_turn(case, reselect=True)
+
+
+def _longer(inputs: Mapping[str, Any], words: Tensor) -> dict[str, Any]:
+    """Return inputs with `words` (B, E) behind the prompts."""
+    longer = dict(inputs) | {"input_ids": torch.cat([inputs["input_ids"], words], 1)}
+    longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1)
+    if "mm_token_type_ids" in inputs:
+        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(words)], 1)
+    return longer
+
+
+def labels(case: Case) -> Outcome:
+    """Compare the loss on the words after the video, and its gradient in the vision tower."""
+    # Merged tokens pass gradients on, so they must not be constants of the reference.
+    model, chosen, ids = case.adapter.model, case.chosen(gradients=True), case.ids
+    targets = torch.full_like(ids, -100)
+    targets[:, -5:] = ids[:, -5:]
+    tower = [p for n, p in model.named_parameters() if ("patch_embed" in n or "vis" in n) and p.ndim > 1]
+    weight = tower[0]
+    model.zero_grad()
+    logits = case.logits(chosen)
+    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), ignore_index=-100)
+    wanted.backward()  # type: ignore[no-untyped-call]
+    gradient = weight.grad.clone()
+    model.zero_grad()
+    with case.attached():
+        got = model(**case.inputs, labels=targets, use_cache=False).loss
+    got.backward()
+    gap = max(float((got - wanted).detach().abs()), float((weight.grad - gradient).abs().max()))
+    model.zero_grad()
+    return gap, None
+
+
+def compiled(case: Case) -> Outcome:
+    """Compare greedy tokens of a model whose language model went through `torch.compile`, in one graph a pass.
+
+    Methods inside the LLM act in hooks, which break the graph.
+    """
+    inner, whole = case.adapter.language_model, case.compressor.stage is Stage.PRE_LLM
+    torch._dynamo.reset()
+    inner.forward = torch.compile(inner.forward, backend="aot_eager", dynamic=True, fullgraph=whole)
+    try:
+        return greedy(case)
+    finally:
+        del inner.forward
+        torch._dynamo.reset()
+
+
+def spread(case: Case) -> Outcome:
+    """Compare greedy tokens of a model whose parts lie on two devices: its last layers are fetched from disk."""
+    with _spread(case.adapter):
+        return greedy(case)
+
+
+@contextmanager
+def _spread(adapter: Adapter) -> Iterator[None]:
+    from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_module
+
+    model, layers = adapter.model, list(adapter.decoder_layers)
+    names = {id(module): name for name, module in model.named_modules()}
+    ends = {names[id(layer)] for layer in layers[len(layers) // 2 :]}
+    places: dict[str, str] = {}
+
+    def place(module: Any, name: str) -> None:
+        """Give a module one place, or its parts each theirs."""
+        if name in ends:
+            places[name] = "disk"
+        elif any(end.startswith(f"{name}.") for end in ends) or not name:
+            for child, part in module.named_children():
+                place(part, f"{name}.{child}" if name else child)
+            for child, _ in module.named_parameters(recurse=False):
+                places[f"{name}.{child}"] = "cpu"
+        else:
+            places[name] = "cpu"
+
+    place(model, "")
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            # Parameters without a module of their own, as LLaVA's newline, must be placed, and are warned of then.
+            warnings.filterwarnings("ignore", "The following device_map keys do not match")
+            dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+        try:
+            yield
+        finally:
+            remove_hook_from_module(model, recurse=True)
+            model.__dict__.pop("hf_device_map", None)
+            model.load_state_dict(weights, assign=True)
+
+
+CALLS: dict[str, Callable[[Case], Outcome]] = {
+    "prefill logits": prefill,
+    "8 greedy tokens": greedy,
+    "2 beams": beams,
+    "2 sampled sequences": sampled,
+    "static cache": static_cache,
+    "second turn": second_turn,
+    "second turn, reselected": reselected,
+    "forward with labels": labels,
+}
+"""The calls of the equivalence table."""
+
+SLOW_CALLS: dict[str, Callable[[Case], Outcome]] = {"compiled language model": compiled, "device map": spread}
+"""Calls that change the model first: run on one configuration and one attention."""
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "assisted decoding": {"assistant_model": object()},
+    "prompt-lookup decoding": {"prompt_lookup_num_tokens": 2},
+    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
+    "DoLa decoding": {"dola_layers": "low"},
+    "classifier-free guidance": {"guidance_scale": 2.0},
+    "no cache": {"use_cache": False},
+    "paged cache": {"cache_implementation": "paged"},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "custom loop": {"custom_generate": "somebody/loop"},
+}
+"""Options of `generate` that are an error under a session, with the error that one gets."""
