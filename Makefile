@@ -2,14 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The oldest transformers that pyproject.toml allows.
+OLDEST := 5.18.0
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-oldest check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
 
 test: check
 	$(BIN)/python -m pytest
+
+# The same environment with nothing but transformers replaced: attach and contracts once more.
+test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/attach tests/test_checks.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
@@ -32,6 +39,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.installed
+
+$(VENV)/oldest/.installed: $(BIN)/python Makefile
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,6 +20,12 @@ def testbed():
     return load_model("testbed")
 
 
+def pytest_report_header():
+    import transformers
+
+    return f"torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
     gone = [item for item in ("gpu", "network") if item not in terminalreporter.config.option.markexpr]

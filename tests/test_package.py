@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,10 @@ def test_no_file_is_too_long():
 
     long = {p.name: n for p in Path(vidsieve.__path__[0]).rglob("*.py") if (n := len(p.read_text().splitlines())) > 360}
     assert not long
+
+
+def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
+    root = Path(__file__).parents[1]
+    allowed = re.search(r'"transformers>=([\d.]+),', (root / "pyproject.toml").read_text())
+    tested = re.search(r"^OLDEST := ([\d.]+)$", (root / "Makefile").read_text(), re.MULTILINE)
+    assert tested[1] in (allowed[1], f"{allowed[1]}.0")

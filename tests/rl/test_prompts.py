@@ -67,3 +67,18 @@ def test_rows_of_the_other_kind(testbed, folder):
     path.write_text(json.dumps(ROW))
     with pytest.raises(TrainingError, match="no rows with a caption"):
         FilePrompts(adapter_for(model), processor, path).caption(0)
+
+
+def test_a_file_of_video_r1_is_read_as_it_is(testbed, folder):
+    """Its multiple-choice questions on videos; images and other kinds of question are left out."""
+    model, processor = testbed
+    record = {"data_type": "video", "problem_type": "multiple choice", "problem": "what colour ?",
+              "options": ["A. red", "B. blue"], "solution": "<answer>B</answer>",
+              "path": "./scene-0000.mp4"}  # fmt: skip
+    path = folder / "video-r1.json"
+    path.write_text(json.dumps([record | {"data_type": "image"}, record, record | {"problem_type": "OCR"}]))
+    prompts = FilePrompts(adapter_for(model), processor, path)
+    assert len(prompts.choices) == 1 and prompts.choice(0).answer == 1
+    path.write_text(json.dumps([record | {"path": "gone.mp4"}]))
+    with pytest.raises(TrainingError, match=r"are missing, first .*gone\.mp4"):
+        FilePrompts(adapter_for(model), processor, path)

@@ -78,7 +78,10 @@ Out = Annotated[Path, typer.Argument(help="Folder of the run: metrics, checkpoin
 Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 'testbed' for ours.")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="JSON lines as `vidsieve testbed render` writes them; default: the testbed.", show_default=False),
+    typer.Option(
+        help="JSON lines as `vidsieve testbed render` writes them, or Video-R1's .json; default: the testbed.",
+        show_default=False,
+    ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]

@@ -3,7 +3,8 @@
 One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` for CaCoVID, or
 ``{"video": path, "caption": …}`` for SCORE; paths are relative to the file. Options that begin with a letter
 ("A. a dog") are listed in the prompt and answered by letter; other options must each be one token of the
-model's vocabulary. `answer` is an option or its letter.
+model's vocabulary. `answer` is an option or its letter. A file named ``….json`` is read as Video-R1's, of which the
+multiple-choice questions on videos are taken (`video_r1`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.video import read_video
+from vidsieve.data.video_r1 import ASKED, read_video_r1
 from vidsieve.errors import TrainingError
 from vidsieve.pipeline import chat
 from vidsieve.rl.samples import Caption, Choice
@@ -70,7 +72,7 @@ class FilePrompts:
         letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
         if len(letters) == len(options):
             listed = "\n".join(options)
-            question = f"{row['question']}\n{listed}\nAnswer with the option's letter from the given choices directly."
+            question = f"{row['question']}\n{listed}\n{ASKED['multiple choice']}"
             words, right = letters, answer[:1]
         else:
             question, words, right = str(row["question"]), options, answer
@@ -102,6 +104,11 @@ class FilePrompts:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
+    if path.suffix == ".json":
+        return [
+            {"video": str(r.video.resolve()), "question": r.question, "options": list(r.options), "answer": r.answer}
+            for r in read_video_r1(path, kinds="multiple choice")
+        ]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

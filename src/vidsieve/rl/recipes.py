@@ -31,7 +31,7 @@ def train_policy(
     settings : dict
         Fields of the trainer's configuration that differ from the variant's.
     data : Path, optional
-        JSON lines of videos with questions or captions; default: endless scenes of the testbed.
+        JSON lines of videos with questions or captions, or Video-R1's .json; default: endless scenes of the testbed.
 
     Raises
     ------

@@ -1,0 +1,269 @@
+"""Questions on videos from Video-R1-260k, and from the subset on which CaCoVID was trained.
+
+Two layouts of one record are read, each from a JSON list or from JSON lines:
+
+====================  =========================================  ======================================
+what                  Video-R1 (``Video-R1-260k.json``)          the release of CaCoVID
+====================  =========================================  ======================================
+video or image        ``data_type``                              ``modality_type``
+file                  ``path``                                   ``video``
+question              ``problem``                                ``problem``
+options               ``options``, as "A. …"                     in ``problem``, after "Options:", one a line
+answer                ``solution``: ``<answer>…</answer>``       the same
+kind of question      ``problem_type``                           the same
+====================  =========================================  ======================================
+
+References
+----------
+Video-R1 (arXiv 2503.21776), data set Video-R1/Video-R1-data; CaCoVID's `grpo_video.py`, LivingFutureLab/CaCoVID @
+384752da, which names the fields it reads. The file itself was not at hand: that its options stand inside ``problem``
+is inferred from its code, which reads no other field, and from a public conversion of Video-R1 with the same fields.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from vidsieve.errors import TrainingError, UnknownNameError
+
+Kind = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+ASKED: dict[Kind, str] = {
+    "multiple choice": "Answer with the option's letter from the given choices directly.",
+    "numerical": "Answer with a number only.",
+    "regression": "Answer with a number only.",
+    "OCR": "Answer with the text to be read only.",
+    "free-form": "Answer in words.",
+}
+"""What closes a prompt, by kind of question; rows of any file are asked alike."""
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]")
+_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+
+
+@dataclass(frozen=True)
+class VideoR1Record:
+    """One question on one video.
+
+    Parameters
+    ----------
+    question : str
+        Without its options.
+    options : tuple of str
+        Lettered ("A. a dog"); empty unless `kind` is ``"multiple choice"``.
+    answer : str
+        The letter of the right option, or the text of the answer; numbers as they are written ("1,200").
+    kind : str
+        ``"multiple choice"``, ``"numerical"``, ``"OCR"``, ``"free-form"`` or ``"regression"``: how an answer is judged.
+    video : Path
+    source : str
+        The data set it was taken from, where the file says so.
+    """
+
+    question: str
+    options: tuple[str, ...]
+    answer: str
+    kind: Kind
+    video: Path
+    source: str = ""
+
+    def prompt(self) -> str:
+        """Return the text to ask beside the video: the question, its options one a line, the form of the answer."""
+        return "\n".join([self.question, *self.options, ASKED[self.kind]])
+
+
+class VideoR1Records(list[VideoR1Record]):
+    """The records of a file, in its order.
+
+    Attributes
+    ----------
+    skipped : dict
+        How many records were left out, by reason: ``"image"`` or the kind of question.
+    """
+
+    def __init__(self, records: Iterable[VideoR1Record], skipped: dict[str, int]) -> None:
+        super().__init__(records)
+        self.skipped = skipped
+
+
+def read_video_r1(
+    path: str | Path, root: str | Path | None = None, *, kinds: Kind | Collection[Kind] | None = None
+) -> VideoR1Records:
+    """Return the questions on videos in a file of Video-R1's form; `skipped` counts the others.
+
+    Parameters
+    ----------
+    path : str or Path
+        A JSON list, or JSON lines, as ``Video-R1-llava_onevision_filtered.json``.
+    root : str or Path, optional
+        The folder that the records' paths start from; default: the folder of the file. Videos are not opened here.
+    kinds : str or collection of str, optional
+        Kinds of question to keep; default: all. Of a record that is left out nothing but its type is checked.
+
+    Raises
+    ------
+    TrainingError
+        If the file is unreadable, or records are malformed: the text counts them and names the first ones, by their
+        number from 1, with the field.
+    UnknownNameError
+        If `kinds` names an unknown kind.
+    """
+    path = Path(path)
+    folder = path.parent if root is None else Path(root)
+    wanted = {kinds} if isinstance(kinds, str) else set(KINDS if kinds is None else kinds)
+    for kind in sorted(wanted - set(KINDS)):
+        raise UnknownNameError("kind of question", kind, KINDS)
+    raw = _load(path)
+    if not raw:
+        raise TrainingError(f"{path} holds no records; fetch it again")
+    records: list[VideoR1Record] = []
+    skipped: Counter[str] = Counter()
+    wrong: list[str] = []
+    for number, entry in enumerate(raw, 1):
+        try:
+            reason = _left_out(entry, wanted)
+            if reason is None:
+                records.append(_record(entry, folder))
+            else:
+                skipped[reason] += 1
+        except _MalformedError as error:
+            wrong.append(f"record {number}: {error}")
+    if wrong:
+        first = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
+        raise TrainingError(f"{len(wrong)} of {len(raw)} records in {path} are malformed, correct or remove: {first}")
+    return VideoR1Records(records, dict(skipped))
+
+
+class _MalformedError(ValueError):
+    """What is wrong with one record."""
+
+
+def _load(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"cannot read {path}: {error}") from None
+    if text.lstrip().startswith("["):
+        try:
+            whole: list[Any] = json.loads(text)
+        except ValueError as error:
+            raise TrainingError(f"{path} is not JSON: {error}; fetch it again") from None
+        return whole
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise TrainingError(
+                    f"line {number} of {path} is not JSON: {error}; a list or one object a line is needed"
+                ) from None
+    return rows
+
+
+def _left_out(entry: Any, wanted: set[Any]) -> str | None:
+    """Return why a record is not for us, or None if it is."""
+    if not isinstance(entry, dict):
+        raise _MalformedError(f"is {type(entry).__name__}, not an object with fields")
+    medium = _text(entry, "data_type", "modality_type")
+    if medium not in ("video", "image"):
+        raise _MalformedError(f"data_type or modality_type is {_short(medium)}, must be 'video' or 'image'")
+    kind = _text(entry, "problem_type")
+    if kind not in KINDS:
+        raise _MalformedError(f"problem_type is {_short(kind)}, must be one of {', '.join(KINDS)}")
+    if medium == "image":
+        return medium
+    return None if kind in wanted else kind
+
+
+def _record(entry: dict[str, Any], folder: Path) -> VideoR1Record:
+    kind: Kind = entry["problem_type"]
+    question, options = _text(entry, "problem"), _options(entry) if kind == "multiple choice" else ()
+    if kind == "multiple choice" and not options:
+        question, options = _inside(question)
+    source = entry.get("data_source")
+    return VideoR1Record(
+        question.strip(), options, _answer(_text(entry, "solution"), kind, options), kind,
+        folder / _text(entry, "path", "video"), source if isinstance(source, str) else "",
+    )  # fmt: skip
+
+
+def _text(entry: dict[str, Any], *names: str) -> str:
+    """Return the first of the fields `names` that is there."""
+    name = next((name for name in names if name in entry), None)
+    if name is None:
+        raise _MalformedError(f"{' or '.join(names)} is missing")
+    value = entry[name]
+    if not isinstance(value, str) or not value.strip():
+        raise _MalformedError(f"{name} is {_short(value)}, must be a text")
+    return value
+
+
+def _options(entry: dict[str, Any]) -> tuple[str, ...]:
+    options = entry.get("options") or []
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise _MalformedError(f"options is {_short(options)}, must be a list of texts")
+    return _lettered([option.strip() for option in options], "options")
+
+
+def _inside(problem: str) -> tuple[str, tuple[str, ...]]:
+    """Return question and options of a text that holds both."""
+    question, mark, rest = problem.rpartition("Options:")
+    options = [line.strip() for line in rest.splitlines() if line.strip()]
+    if not mark or not question.strip() or not options:
+        raise _MalformedError("options is missing, and problem lists none after a question and 'Options:'")
+    return question, _lettered(options, "problem")
+
+
+def _lettered(options: list[str], field: str) -> tuple[str, ...]:
+    letters = [match.group(1) if (match := _LETTERED.match(option)) else None for option in options]
+    if None in letters:
+        raise _MalformedError(
+            f"{field} has {_short(options[letters.index(None)])}, options begin with a letter, as 'A. …'"
+        )
+    if options and not len(options) == len(set(letters)) > 1:
+        raise _MalformedError(
+            f"{field} has the options {_short(options)}: two or more are needed, each with its own letter"
+        )
+    return tuple(options)
+
+
+def _answer(solution: str, kind: Kind, options: tuple[str, ...]) -> str:
+    """Return the answer in a solution, checked to be one that an answer can equal."""
+    tagged = _TAGGED.findall(solution)
+    if len(tagged) > 1 or (not tagged and "answer>" in solution):
+        raise _MalformedError(f"solution is {_short(solution)}, must hold one <answer>…</answer>")
+    answer = (tagged[0] if tagged else solution).strip()
+    if not answer:
+        raise _MalformedError(f"solution is {_short(solution)}, its answer is empty")
+    if kind == "multiple choice":
+        letter = _LETTER.match(answer)
+        letters = [option.lstrip("( ")[0] for option in options]
+        if letter is None or letter.group(1) not in letters:
+            raise _MalformedError(
+                f"solution is {_short(answer)}, must be one of the options' letters {', '.join(letters)}"
+            )
+        return letter.group(1)
+    if kind in ("numerical", "regression") and not _is_number(answer):
+        raise _MalformedError(f"solution is {_short(answer)}, must be a number for problem_type {kind!r}")
+    return answer
+
+
+def _short(value: object) -> str:
+    said = repr(value)
+    return said if len(said) <= 80 else f"{said[:79]}…"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text.replace(",", "")))
+    except ValueError:
+        return False
