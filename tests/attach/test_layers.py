@@ -34,7 +34,7 @@ def test_what_is_kept_is_what_the_models_own_attention_says(family):
     model, inputs = FAMILIES[family](), configuration(family, "ragged batch 2")
     with torch.no_grad(), vidsieve.attach(model, fastv()) as session:
         model(**inputs)
-    for trace, weights in zip(session.trace, attended(adapter_for(model), inputs)[1], strict=True):
+    for trace, weights in zip(session.trace, attended(adapter_for(model), inputs, 1), strict=True):
         best = weights.mean(0).topk(trace.kept).indices.sort().values
         assert list(trace.indices) == best.tolist()
 

@@ -27,12 +27,16 @@ Outcome = tuple[float, bool | None]
 
 @dataclass(frozen=True)
 class Case:
-    """A model with a method, and the inputs of a batch; `videos` as `prune` takes it."""
+    """A model with a method, and the inputs of a batch; `videos` as `prune` takes it.
+
+    `given` is what the method keeps, where that is known already.
+    """
 
     adapter: Adapter
     inputs: Mapping[str, Any]
     compressor: Compressor
     videos: Videos = None
+    given: list[Selection] | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -50,6 +54,8 @@ class Case:
 
     def chosen(self, gradients: bool = False) -> list[Selection]:
         """Return what the method keeps of each video."""
+        if self.given is not None:
+            return self.given
         if isinstance(self.compressor, LayerCompressor):
             return self._layered(self.compressor)
         with torch.set_grad_enabled(gradients):
@@ -60,11 +66,11 @@ class Case:
         """Return what a method with one stage inside the LLM keeps, from the model's own eager attention."""
         depth, chosen = len(self.adapter.decoder_layers), LayeredSelections()
         with torch.no_grad():
-            found = attended(self.adapter, self.inputs, self.videos)
             for video, span in enumerate(self.adapter.encode(self.inputs, self.videos).videos):
                 grid = span.features.grid
                 ((layer, keep),) = compressor.stages(depth, grid.num_tokens)
-                view = LayerView(layer, grid, torch.arange(grid.num_tokens), found[layer - 1][video])
+                weights = attended(self.adapter, self.inputs, layer - 1, self.videos)[video]
+                view = LayerView(layer, grid, torch.arange(grid.num_tokens, device=weights.device), weights)
                 chosen.append(Selection(compressor.choose(view, keep)))
                 chosen.from_layer = layer
         return chosen
@@ -236,7 +242,10 @@ def compiled(case: Case) -> Outcome:
 
 
 def spread(case: Case) -> Outcome:
-    """Compare greedy tokens of a model whose parts lie on two devices: its last layers are fetched from disk."""
+    """Compare greedy tokens of a model whose parts lie on two devices.
+
+    Its last layers are fetched, from disk on a CPU, from the CPU on a GPU.
+    """
     with _spread(case.adapter):
         return greedy(case)
 
@@ -249,19 +258,21 @@ def _spread(adapter: Adapter) -> Iterator[None]:
     model, layers = adapter.model, list(adapter.decoder_layers)
     names = {id(module): name for name, module in model.named_modules()}
     ends = {names[id(layer)] for layer in layers[len(layers) // 2 :]}
-    places: dict[str, str] = {}
+    gpu = model.device.type == "cuda"
+    near: int | str = (model.device.index or 0) if gpu else "cpu"
+    places: dict[str, int | str] = {}
 
     def place(module: Any, name: str) -> None:
         """Give a module one place, or its parts each theirs."""
         if name in ends:
-            places[name] = "disk"
+            places[name] = "cpu" if gpu else "disk"
         elif any(end.startswith(f"{name}.") for end in ends) or not name:
             for child, part in module.named_children():
                 place(part, f"{name}.{child}" if name else child)
             for child, _ in module.named_parameters(recurse=False):
-                places[f"{name}.{child}"] = "cpu"
+                places[f"{name}.{child}"] = near
         else:
-            places[name] = "cpu"
+            places[name] = near
 
     place(model, "")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -269,7 +280,7 @@ def _spread(adapter: Adapter) -> Iterator[None]:
         with warnings.catch_warnings():
             # Parameters without a module of their own, as LLaVA's newline, must be placed, and are warned of then.
             warnings.filterwarnings("ignore", "The following device_map keys do not match")
-            dispatch_model(model, places, main_device="cpu", offload_dir=folder, force_hooks=True)
+            dispatch_model(model, places, main_device=near, offload_dir=folder, force_hooks=True)
         try:
             yield
         finally:

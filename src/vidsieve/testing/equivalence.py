@@ -83,13 +83,14 @@ def videos_of(family: str, name: str) -> Videos:
 
 def cell(
     family: str, name: str, call: str, attention: str, compressor: Compressor, model: Any = None,
-    positions: str = "installed",
+    positions: str = "installed", device: str = "cpu",
 ) -> Cell:  # fmt: skip
     """Return one cell of the table on this family's tiny model."""
-    model = model if model is not None else FAMILIES[family]()
+    model = model if model is not None else FAMILIES[family]().to(device)
     model.set_attn_implementation(attention)
     adapter = adapter_for(model, positions=positions)
-    case = Case(adapter, configuration(family, name), compressor, videos_of(family, name))
+    inputs = {key: value.to(device) for key, value in configuration(family, name).items()}
+    case = Case(adapter, inputs, compressor, videos_of(family, name))
     return _cell(case, name, call, attention)
 
 

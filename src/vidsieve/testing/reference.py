@@ -64,10 +64,10 @@ def masked_logits(
         visible = torch.cat([visible, torch.ones_like(extra_ids, dtype=torch.bool)], 1)
         steps = torch.arange(1, extra_ids.shape[1] + 1, device=extra_ids.device)
         positions = torch.cat([positions, positions[..., -1:] + steps], -1)
-    length, additive = embeds.shape[1], _additive(visible, embeds)
+    additive = _additive(visible, embeds)
     if deep:
-        extra = torch.zeros(embeds.shape[0], length - deep["visual_pos_masks"].shape[1], dtype=torch.bool)
-        deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], extra], 1)
+        words = torch.zeros_like(visible[:, deep["visual_pos_masks"].shape[1] :])
+        deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], words], 1)
     first = getattr(selections, "from_layer", 0)
     everything = torch.cat([encoded.attention_mask, visible[:, encoded.attention_mask.shape[1] :]], 1)
     with _mask_from(adapter, first, additive):
@@ -106,25 +106,28 @@ def _mask_from(adapter: Adapter, first: int, additive: Tensor) -> Iterator[None]
             hook.remove()
 
 
-def attended(adapter: Adapter, inputs: Mapping[str, Any], videos: Videos = None) -> list[list[Tensor]]:
+def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Videos = None) -> list[Tensor]:
     """Return, from the model's own eager attention, what each video's tokens get from the last prompt token.
 
-    Per layer one tensor (H, N) a video: weights over the whole prompt.
+    One tensor (H, N) a video: weights of `layer` over the whole prompt.
     """
     model, encoded = adapter.model, adapter.encode(inputs, videos)
-    before = model.config._attn_implementation
+    before, found = model.config._attn_implementation, []
+    # Of this layer only: all weights of a long prompt would not fit.
+    attention: Any = adapter.decoder_layers[layer].self_attn
+    hook = attention.register_forward_hook(lambda module, args, output: found.append(output[1]))
     model.set_attn_implementation("eager")
     try:
         rows = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
         whole = adapter.build(
             encoded, [[rows[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
         )
-        layers = model(**whole.inputs, output_attentions=True).attentions
+        model(**whole.inputs, logits_to_keep=1)
     finally:
         model.set_attn_implementation(before)
-    kept = whole.kept_positions
-    places = [torch.searchsorted(kept[v.row], v.columns.contiguous()) for v in encoded.videos]
-    return [[found[v.row, :, -1][:, p] for v, p in zip(encoded.videos, places, strict=True)] for found in layers]
+        hook.remove()
+    weights, kept = found[0], whole.kept_positions
+    return [weights[v.row, :, -1][:, torch.searchsorted(kept[v.row], v.columns.contiguous())] for v in encoded.videos]
 
 
 def _deep(encoded: Encoded) -> dict[str, Any]:
