@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows.
-OLDEST := 5.18.0
+OLDEST := 5.19.0
 
 .PHONY: demo test test-oldest check format clean
 

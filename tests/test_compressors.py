@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from vidsieve import load, registry
 from vidsieve.compressors.divprune import diverse_picks
 from vidsieve.compressors.downsample import tile_frame
-from vidsieve.errors import PolicyError, UnknownNameError
+from vidsieve.errors import BudgetError, PolicyError, UnknownNameError
 from vidsieve.selection import kept_tokens
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH, example
 from vidsieve.types import Stage, TokenGrid, Tokens, VideoTokens
 
-METHODS = [name for name in registry.compressors if registry.compressors.get(name).stage is Stage.PRE_LLM]
+METHODS = [name for name in registry.compressors if registry.compressors.get(name).stage is not Stage.LAYER]
 grids = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
 
 
@@ -27,7 +27,11 @@ def test_every_method_keeps_exactly_its_budget(name, grid, part, seed, half):
     dtype = torch.bfloat16 if half else torch.float32
     video = make_video(grid, seed=seed, dtype=dtype)
     compressor = example(registry.compressors.get(name), retention=part / 100)
-    chosen = compressor.compress(video, generator=torch.Generator().manual_seed(seed))
+    try:
+        chosen = compressor.compress(video, generator=torch.Generator().manual_seed(seed))
+    except BudgetError as error:
+        assert name == "dycoke" and part / 100 * grid.num_tokens < -(-grid.frames // 4) * grid.per_frame, error
+        return
     assert chosen.num_kept == kept_tokens(part / 100, grid.num_tokens)
     assert int(chosen.indices[-1]) < grid.num_tokens
     again = compressor.compress(video, generator=torch.Generator().manual_seed(seed))

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vidsieve.adapters.layered import LayerRun, begin
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.types import Selection
@@ -171,18 +171,19 @@ def answer(
         encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
     generator = torch.Generator().manual_seed(seed)
     work: AbstractContextManager[None] = nullcontext()
-    run: LayerRun | None = None
+    run: InnerRun | None = None
     with clock.part("select", device):
         traces: list[VideoTrace] = []
-        if isinstance(compressor, LayerCompressor):  # selects while the LLM prefills
-            pruned, run = begin(adapter, encoded, compressor)
-            work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config())
+        if compressor is not None and acts_inside(compressor):  # goes on while the LLM runs
+            pruned, run = begin(adapter, encoded, compressor, generator)
         elif compressor is None:
             whole = [Selection(torch.arange(v.features.grid.num_tokens, device=device)) for v in encoded.videos]
             pruned = adapter.build(encoded, [whole])
         else:
             chosen, traces = adapter.select(encoded, compressor, generator)
             pruned = adapter.build(encoded, [chosen])
+    if run is not None:
+        work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config())
     first = _FirstToken(device)
     start = time.perf_counter()
     with work:

@@ -97,6 +97,7 @@ compressors = Registry(
         "score": "vidsieve.compressors.score:Score",
         "visionzip": "vidsieve.compressors.visionzip:VisionZip",
         "fastv": "vidsieve.compressors.fastv:FastV",
+        "dycoke": "vidsieve.compressors.dycoke:DyCoke",
     },
 )
 

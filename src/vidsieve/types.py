@@ -183,6 +183,31 @@ class LayerView:
 
 
 @dataclass(frozen=True)
+class DecodeView:
+    """What a method that acts while decoding sees of one video in one step.
+
+    Parameters
+    ----------
+    layer : int
+        The first layer that is to read fewer tokens.
+    grid : TokenGrid
+        Of the whole video.
+    indices : Tensor, (n,), int64
+        Raster indices of the tokens in the cache.
+    attention : Tensor, (H, n), float32
+        Attention of the newest token to them in the layer before, softmax over the whole cache.
+    read : Tensor or None, (m,), int64
+        Of an earlier step: the positions among the n that were read; None: all.
+    """
+
+    layer: int
+    grid: TokenGrid
+    indices: Tensor
+    attention: Tensor
+    read: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Selection:
     """What a compressor keeps of one video.
 

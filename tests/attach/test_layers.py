@@ -45,7 +45,7 @@ def test_every_layer_holds_what_it_saw(family):
     with vidsieve.attach(model, fastv()) as session:
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     (trace,) = session.trace
-    prompt = session.trace.prompt_tokens[0]
+    prompt = session.trace.prompt_tokens[1]
     lengths = [out.past_key_values.get_seq_length(layer) for layer in range(3)]
     newlines = 9 - trace.newlines if family == "llava_video" else 0
     assert lengths == [prompt + 4, prompt + 4, prompt + 4 - (trace.total - trace.kept) - newlines]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned
+from vidsieve.adapters.decoding import DecodeRun
 from vidsieve.adapters.layered import LayerRun
 from vidsieve.errors import UnsupportedCallError
 
@@ -34,8 +35,8 @@ class CacheRecord:
         Filled by beam search, whose rows are no sequences.
     fingerprint : Tensor or None, (R, short_prompt)
         A trace of each row's content, to notice rows that were moved.
-    layers : LayerRun or None
-        Of a method that acts inside the LLM: what each layer kept.
+    layers : LayerRun, DecodeRun or None
+        Of a method that acts inside the LLM: what each layer kept, or what steps read.
     """
 
     full_ids: Tensor
@@ -45,7 +46,7 @@ class CacheRecord:
     positions: Tensor
     beams: bool = False
     fingerprint: Tensor | None = None
-    layers: LayerRun | None = None
+    layers: LayerRun | DecodeRun | None = None
 
     @property
     def prompt(self) -> int:
@@ -59,7 +60,12 @@ class CacheRecord:
 
     @classmethod
     def start(
-        cls, ids: Tensor, full_mask: Tensor, pruned: Pruned, positions: Tensor, layers: LayerRun | None = None
+        cls,
+        ids: Tensor,
+        full_mask: Tensor,
+        pruned: Pruned,
+        positions: Tensor,
+        layers: LayerRun | DecodeRun | None = None,
     ) -> CacheRecord:
         """Return the record of a first call."""
         inputs = pruned.inputs

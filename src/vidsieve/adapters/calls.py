@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.types import Stage
 
 _REFUSED = {
     "assistant_model": "assisted decoding",
@@ -39,6 +42,19 @@ _COUNT_FROM_PROMPT = {
     "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
 }
 """Classes of transformers that count from the length of the prompt, and the option that builds them rightly."""
+
+
+def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, with **kwargs laid flat and absent ones left out."""
+    flat: dict[str, Any] = {}
+    for name, value in signature.bind(*args, **kwargs).arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            flat |= value
+        elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            raise UnsupportedCallError("pass the arguments of this call by name")
+        else:
+            flat[name] = value
+    return flat
 
 
 def setting(model: Any, call: dict[str, Any], name: str) -> Any:
@@ -69,8 +85,8 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
         )
 
 
-def check_dynamic_cache(model: Any, call: dict[str, Any]) -> None:
-    """Refuse caches of one length for all layers: methods inside the LLM leave every layer its own.
+def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> None:
+    """Refuse what a method inside the LLM cannot serve: caches of one length for all layers, and rows that move.
 
     Raises
     ------
@@ -81,6 +97,11 @@ def check_dynamic_cache(model: Any, call: dict[str, Any]) -> None:
     if fixed:
         raise UnsupportedCallError(
             f"a method inside the LLM needs a DynamicCache, got {kind or type(cache).__name__}: leave it out"
+        )
+    if compressor.acts is Stage.DECODE and (setting(model, call, "num_beams") or 1) > 1:
+        raise UnsupportedCallError(
+            f"beam search moves rows of the cache between steps, and {compressor.name} compares each step with the one "
+            "before: decode greedily or sample, or switch its inner part off (inner=False)"
         )
 
 

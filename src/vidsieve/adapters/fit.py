@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vidsieve.adapters.layers import block_shape
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import NeedError, PolicyMismatchError, StageError, UnsupportedCallError
 from vidsieve.types import Need, Stage
 
@@ -29,12 +29,13 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
         raise UnsupportedCallError(
             f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
         )
-    if compressor.stage is Stage.DECODE:
-        raise StageError(f"{compressor.name} acts {compressor.stage.value}, which this version does not run")
     for need in compressor.needs - adapter.provides:
         raise NeedError(f"{compressor.name} needs {need.value}, which the {adapter.family} adapter does not give")
     if isinstance(compressor, LayerCompressor):
         _check_layers(adapter, compressor)
+    if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
+        compressor.first_layer(len(adapter.decoder_layers))
+        block_shape(adapter.model.config.get_text_config(), adapter.decoder_layers[0])
     config = getattr(getattr(compressor, "policy", None), "config", None)
     if config is not None:
         if config.hidden_size != adapter.hidden_size:

@@ -33,13 +33,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlacedVideo:
-    """A video's tokens in a prompt of a batch: its row, columns (N,), grid, columns of its newlines (E,)."""
+    """A video's tokens in a prompt of a batch: its row, grid, raster indices, their columns, those of its newlines."""
 
     row: int
     columns: Tensor
     grid: TokenGrid
     newlines: Tensor
     per_row: bool
+    indices: Tensor
 
     def kept_newlines(self, indices: Tensor) -> Tensor:
         """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
@@ -73,6 +74,8 @@ class LayerRun:
     """Per video the raster indices that stay after the last stage."""
     select_ms: float = 0.0
     """Time spent choosing."""
+    fresh: bool = True
+    """Whether this run is not in a trace yet."""
 
     def __post_init__(self) -> None:
         plans = [self.compressor.stages(self.depth, video.grid.num_tokens) for video in self.videos]
@@ -166,7 +169,7 @@ class LayerRun:
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         # A row of padding may look at itself: it is never read, but must not be empty.
         mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
-        return hidden, self._sliced(kwargs, table) | {"attention_mask": _as_mask(mask[:, None], hidden, kwargs, real)}
+        return hidden, self._sliced(kwargs, table) | {"attention_mask": as_mask(mask[:, None], hidden, kwargs, real)}
 
     def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the mask of tokens after the prompt, which see what this layer kept of it."""
@@ -187,7 +190,7 @@ class LayerRun:
             square = torch.ones(count, after, dtype=torch.bool, device=hidden.device)
             allowed = square.tril(after - count).expand(len(hidden), -1, -1)
         mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
-        return {"attention_mask": _as_mask(mask[:, None], hidden, kwargs, None)}
+        return {"attention_mask": as_mask(mask[:, None], hidden, kwargs, None)}
 
     # -- selection ------------------------------------------------------------------------------------------
 
@@ -274,7 +277,7 @@ def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
     return wide.gather(dim, index.view(shape).expand(target))
 
 
-def _as_mask(allowed: Tensor, hidden: Tensor, kwargs: dict[str, Any], real: Tensor | None) -> Tensor:
+def as_mask(allowed: Tensor, hidden: Tensor, kwargs: dict[str, Any], real: Tensor | None) -> Tensor:
     """Return a mask (B, 1, q, k) as the attention of this pass takes it: additive, or (B, k) for flash attention."""
     given = kwargs.get("attention_mask")
     if given is not None and given.ndim == 2 and real is not None:
@@ -283,19 +286,23 @@ def _as_mask(allowed: Tensor, hidden: Tensor, kwargs: dict[str, Any], real: Tens
     return zeros.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
 
 
+def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
+    """Return where the selected tokens of each video stand in the pruned prompts."""
+    placed = []
+    for span, selection in zip(encoded.videos, selections, strict=True):
+        # Padding may have moved from the right to the left.
+        kept, indices = pruned.kept_positions[span.row], selection.indices.to(span.columns.device)
+        newlines = span.tail_columns[span.features.kept_tail(indices)]
+        columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))
+        placed.append(PlacedVideo(span.row, columns, span.features.grid, ends, span.features.per_row, indices))
+    return tuple(placed)
+
+
 def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tuple[Pruned, LayerRun]:
     """Return a whole prompt, padded on the left, and the method that will drop tokens inside the LLM."""
     whole = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
     rows = range(encoded.input_ids.shape[0])
     pruned = adapter.build(encoded, [[whole[i] for i in encoded.of_row(row)] for row in rows])
     positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    placed = []
-    for span in encoded.videos:
-        # Padding may have moved from the right to the left.
-        columns, newlines = (
-            torch.searchsorted(pruned.kept_positions[span.row], some.contiguous())
-            for some in (span.columns, span.tail_columns)
-        )
-        placed.append(PlacedVideo(span.row, columns, span.features.grid, newlines, span.features.per_row))
     real = pruned.kept_positions >= 0
-    return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, tuple(placed))
+    return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, place(encoded, pruned, whole))

@@ -95,9 +95,9 @@ def prune(
     """
     adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
-    if compressor.stage is not Stage.PRE_LLM:
+    if compressor.acts is not Stage.PRE_LLM:
         raise StageError(
-            f"{compressor.name} acts {compressor.stage.value}: use vidsieve.attach, inputs cannot hold that"
+            f"{compressor.name} acts {compressor.acts.value}: use vidsieve.attach, inputs cannot hold that"
         )
     pruned = adapter.prune(inputs, compressor, generator, videos)
     for features in pruned.inputs["mm_encoder_outputs"].values():

@@ -20,17 +20,18 @@ from vidsieve.adapters.batch import Pruned, Template
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
-    check_dynamic_cache,
+    arguments,
     check_generate,
+    check_inner,
     check_logits_to_keep,
     count_from_prompt,
     padding_mask,
     setting,
 )
-from vidsieve.adapters.layered import begin
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import READS_QUESTION, Stage, Tokens
 
@@ -121,7 +122,7 @@ class Session:
         """Run a call of the model: inner calls and those without a video go through as they are."""
         if not self._wrappers or getattr(self._here, "running", False):
             return original(*args, **kwargs)
-        call = _arguments(signature, args, kwargs)
+        call = arguments(signature, args, kwargs)
         if call.get("inputs") is not None and call.get("input_ids") is not None:
             raise UnsupportedCallError("pass the prompt once: inputs and input_ids are the same thing")
         ids = call.pop("inputs", None)
@@ -155,8 +156,8 @@ class Session:
     @torch.no_grad()
     def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         check_generate(self._model, call)
-        if self.compressor.stage is not Stage.PRE_LLM:
-            check_dynamic_cache(self._model, call)
+        if acts_inside(self.compressor):
+            check_inner(self._model, call, self.compressor)
         if record is not None and self.reselect:
             self._forget(call)
             record = None
@@ -200,7 +201,7 @@ class Session:
     def _to_prune(self, call: dict[str, Any]) -> bool:
         """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
         ids, cache = call["input_ids"], call.get("past_key_values")
-        if is_pruned(call) or (self.compressor.retention == 1.0 and self._adapter.layout == "installed"):
+        if is_pruned(call) or (self.compressor.idle and self._adapter.layout == "installed"):
             return False
         carries = self._adapter.carries_video(call)
         placeholders = ids is not None and self._adapter.holds_video(ids)
@@ -221,10 +222,12 @@ class Session:
 
     def _begin(self, call: dict[str, Any]) -> tuple[dict[str, Any], CacheRecord]:
         """Return the pruned arguments of a first call, and the record of its prompt."""
-        ids, run = call["input_ids"], None
-        if isinstance(self.compressor, LayerCompressor):
+        ids = call["input_ids"]
+        run: InnerRun | None = None
+        if acts_inside(self.compressor):
             self._check_labels(call)
-            pruned, run = begin(self._adapter, self._adapter.encode(call, self.videos), self.compressor)
+            encoded = self._adapter.encode(call, self.videos, self.compressor.needs)
+            pruned, run = begin(self._adapter, encoded, self.compressor, self._generator())
             self.kept_positions = pruned.kept_positions
         else:
             pruned = self._prune(call)
@@ -245,7 +248,7 @@ class Session:
     def _check_labels(self, call: dict[str, Any]) -> None:
         """Refuse labels that are predicted from a video token, which a method inside the LLM may drop."""
         labels = call.get("labels")
-        if labels is None:
+        if labels is None or self.compressor.acts is not Stage.LAYER:
             return
         video = call["input_ids"] == self._adapter.video_token_id
         if bool((video[:, :-1] & (labels[:, 1:] != -100)).any()):
@@ -261,16 +264,18 @@ class Session:
         if run is None:
             yield
             return
-        fresh = not run.kept
+        fresh, run.fresh = run.fresh, False
         with run.hooked(list(self._adapter.decoder_layers), self._model.config.get_text_config()):
             yield
         if fresh:
             self.trace.videos.extend(run.traces())
-            self.trace.prompt_tokens = (run.real.shape[1], run.real.shape[1])
+            self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
 
     def _prune(self, call: dict[str, Any]) -> Pruned:
-        generator = torch.Generator().manual_seed(self.seed)
-        pruned = self._adapter.prune(call, self.compressor, generator, self.videos)
+        pruned = self._adapter.prune(call, self.compressor, self._generator(), self.videos)
         # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
         whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
         if not whole and not any(trace.kept < trace.total for trace in pruned.traces):
@@ -285,24 +290,11 @@ class Session:
         drop = {*self._adapter.video_keys, *self._adapter.image_keys, "mm_token_type_ids", "mm_encoder_outputs"}
         drop |= {"position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
-        if READS_QUESTION & self.compressor.needs:
+        if READS_QUESTION & self.compressor.needs and self.compressor.acts is not Stage.DECODE:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"
             if note not in self.trace.notes:
                 self.trace.notes.append(note)
         return new
-
-
-def _arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, with **kwargs laid flat and absent ones left out."""
-    flat: dict[str, Any] = {}
-    for name, value in signature.bind(*args, **kwargs).arguments.items():
-        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            flat |= value
-        elif signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
-            raise UnsupportedCallError("pass the arguments of this call by name")
-        else:
-            flat[name] = value
-    return flat
 
 
 def attach(

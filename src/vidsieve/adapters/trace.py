@@ -32,6 +32,8 @@ class VideoTrace:
     select_ms: float
     held: float | None = None
     """For methods inside the LLM: mean over layers of the fraction of tokens that a layer sees."""
+    decoded: float | None = None
+    """For methods that act while decoding: mean over steps of the share of the kept tokens that later layers read."""
     newlines: int = 0
     """Tokens outside the grid that stay beside the kept ones; no budget counts them."""
 
@@ -68,7 +70,7 @@ class VideoTrace:
             "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
             "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
             "merged": self.merged, "select_ms": self.select_ms, "layer_retention": self.layer_retention,
-            "newlines": self.newlines,
+            "newlines": self.newlines, "decode_share": self.decoded,
         }  # fmt: skip
 
 
@@ -95,6 +97,7 @@ class Trace:
         for video in self.videos:
             verb = "merged into" if video.merged else "kept"
             layers = "" if video.held is None else f", {video.held:.1%} on average over layers"
+            layers += "" if video.decoded is None else f", {video.decoded:.1%} of them read while decoding"
             ends = f", and {video.newlines} newline{'s' * (video.newlines > 1)}" if video.newlines else ""
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from vidsieve.errors import NeedError, SelectionError, StageError, UnknownNameError
 from vidsieve.selection import check_retention, kept_tokens, top_indices
-from vidsieve.types import LayerView, Need, Selection, Stage, Tokens, VideoTokens
+from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, Tokens, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class Compressor(ABC):
             if need in self.needs and getattr(signals, name, None) is None:
                 raise NeedError(f"{self.name} needs {need.value}: hand over VideoTokens with encoder.{name}")
 
+    @property
+    def acts(self) -> Stage:
+        """Where this instance acts: its class's stage, unless a part of it is switched off."""
+        return self.stage
+
+    @property
+    def idle(self) -> bool:
+        """Whether this instance changes nothing."""
+        return self.retention == 1.0
+
     @abstractmethod
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         """Return a selection of exactly `budget` < N tokens."""
@@ -149,3 +159,37 @@ class LayerCompressor(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         raise StageError(f"{self.name} acts inside the LLM: attach it to a model")
+
+
+@dataclass(frozen=True)
+class DecodeCompressor(Compressor):
+    """Base of methods that let some layers read fewer video tokens of the cache at every step of decoding.
+
+    What goes into the cache is chosen before the LLM as by any other method (`_select`); a method adds `first_layer`
+    and `read`, which the adapter runs in hooks at every step that adds one token.
+    """
+
+    stage: ClassVar[Stage] = Stage.DECODE
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
+
+    @property
+    def idle(self) -> bool:
+        """Whether this instance changes nothing: all tokens are cached, and all are read."""
+        return self.retention == 1.0 and self.acts is not Stage.DECODE
+
+    @abstractmethod
+    def first_layer(self, num_layers: int) -> int:
+        """Return the first of `num_layers` layers that reads fewer tokens, at least 1.
+
+        Raises
+        ------
+        BudgetError
+            If there is no such layer.
+        """
+
+    @abstractmethod
+    def read(self, view: DecodeView, before: DecodeView | None) -> Tensor | None:
+        """Return which of the n cached tokens are read in this step: sorted positions (m,) int64, or None for all.
+
+        `before` is the step before this one, with what was read then.
+        """

@@ -100,5 +100,5 @@ def check_before_llm(methods: Mapping[str, Compressor]) -> None:
     StageError
     """
     for method in methods.values():
-        if method.stage is not Stage.PRE_LLM:
-            raise StageError(f"{method.name} acts {method.stage.value}; this evaluation takes methods before the LLM")
+        if method.acts is not Stage.PRE_LLM:
+            raise StageError(f"{method.name} acts {method.acts.value}; this evaluation takes methods before the LLM")

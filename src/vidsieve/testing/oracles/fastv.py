@@ -64,7 +64,7 @@ def _model(archive: Archive) -> Case:
     length = embeds.shape[1]
     positions = torch.arange(length)[None]
     columns = torch.arange(_START, _START + _TOKENS)
-    video = PlacedVideo(0, columns, TokenGrid(1, 1, _TOKENS), newlines=columns[:0], per_row=False)
+    video = PlacedVideo(0, columns, TokenGrid(1, 1, _TOKENS), columns[:0], False, torch.arange(_TOKENS))
     method = FastV(retention=_KEPT, layer=_LAYER, variant="official")
     run = LayerRun(depth, method, positions[None], torch.ones(1, length, dtype=torch.bool), (video,))
     seen: dict[str, torch.Tensor] = {}

@@ -1,0 +1,203 @@
+"""Methods at work while decoding: some layers read fewer of the cached video tokens at every step.
+
+Nothing of the model is changed and nothing leaves the cache: hooks on its decoder layers, there for the length of a
+call, hand later layers a view of the cache that holds what this step reads. Attention is recomputed for the newest
+token alone, from the layer's own query projection and its cached keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve.adapters.batch import Encoded, Pruned
+from vidsieve.adapters.layered import PlacedVideo, as_mask, place
+from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.rebuild import padded
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors._decoder import rotary, rotate
+from vidsieve.compressors.base import DecodeCompressor
+from vidsieve.errors import SelectionError
+from vidsieve.types import DecodeView
+
+if TYPE_CHECKING:
+    from vidsieve.adapters.base import Adapter
+
+
+class _View:
+    """A cache through which one layer reads just the columns (R, K) of a table; −1 stands for the first."""
+
+    def __init__(self, cache: Any, table: Tensor) -> None:
+        self._cache, self._table = cache, table.clamp(min=0)[:, None, :, None]
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Add the newest token, and return what is read."""
+        made = self._cache.update(keys, values, *rest, **options)
+        index = self._table.to(keys.device)
+        first, second = (some.gather(2, index.expand(-1, some.shape[1], -1, some.shape[3])) for some in made)
+        return first, second
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+@dataclass
+class DecodeRun:
+    """A method at work on one prompt batch and whatever is decoded after it on the same cache.
+
+    Parameters
+    ----------
+    first : int
+        The first layer that reads fewer tokens.
+    compressor : DecodeCompressor
+    positions : Tensor, (P, B, L), int64
+        Rotary positions of the pruned prompts.
+    text : Tensor, (B, L), int64
+        Positions as the model's layers are told them.
+    real : Tensor, (B, L), bool
+        False on padding.
+    videos : tuple of PlacedVideo
+        Their columns are those of the kept tokens.
+    made : tuple of VideoTrace
+        What was kept of each video.
+    """
+
+    first: int
+    compressor: DecodeCompressor
+    positions: Tensor
+    text: Tensor
+    real: Tensor
+    videos: tuple[PlacedVideo, ...]
+    made: tuple[VideoTrace, ...]
+    before: dict[tuple[int, int], DecodeView] = field(default_factory=dict)
+    """By row of the pass and video: the step before."""
+    fresh: bool = True
+    """Whether this run is not in a trace yet."""
+
+    def __post_init__(self) -> None:
+        self._layers: Sequence[Any] = ()
+        self._text: Any = None
+        self._newest: tuple[Tensor, Tensor] | None = None
+        self._table: Tensor | None = None
+        self._read: list[list[float]] = [[] for _ in self.videos]
+
+    def traces(self) -> list[VideoTrace]:
+        """Return what was kept of each video, and the share of it that was read while decoding."""
+        means = [sum(some) / len(some) if some else None for some in self._read]
+        return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
+
+    @contextmanager
+    def hooked(self, layers: Sequence[Any], text: Any) -> Iterator[None]:
+        """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends."""
+        handles = []
+        # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
+        self._layers, self._text = layers, text
+        try:
+            for number in range(self.first - 1, len(layers)):
+                handles.append(layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._layers, self._text, self._newest, self._table = (), None, None, None
+
+    def _before(self, number: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+            if cache is None or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
+                return None  # a prompt, or words of the user: everything is read
+            if number == self.first - 1:
+                self._newest = hidden, self._position(kwargs, cache, number)
+                return None
+            if number == self.first:
+                self._table = self._choose(cache)
+            if self._table is None:
+                raise SelectionError(f"layer {self.first} did not run before layer {number}")
+            return args, kwargs | {
+                "past_key_values": _View(cache, self._table),
+                "attention_mask": self._mask(kwargs, hidden),
+            }
+
+        return hook
+
+    def _position(self, kwargs: dict[str, Any], cache: Any, number: int) -> Tensor:
+        """Return the newest token's rotary positions (P, R, 1): all of its rows go on as the text's does."""
+        told, repeats = kwargs.get("position_ids"), 1
+        if told is None:
+            steps = torch.full((len(self.real), 1), cache.get_seq_length(number) - self.real.shape[1] + 1)
+        else:
+            repeats = len(told) // len(self.real) or 1
+            steps = told[:, -1:].to(self.text.device) - self.text[:, -1:].repeat_interleave(repeats, 0)
+            steps = steps.expand(len(self.real) * repeats, 1)
+        return self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
+
+    @torch.no_grad()
+    def _choose(self, cache: Any) -> Tensor:
+        """Return the columns of the cache (R, K) that are read in this step, −1 where a row reads fewer."""
+        if self._newest is None:
+            raise SelectionError(f"layer {self.first - 1} did not run before layer {self.first}")
+        hidden, position = self._newest
+        keys = cache.layers[self.first - 1].keys
+        repeats, length, device = len(hidden) // len(self.real), keys.shape[2], keys.device
+        lines = []
+        for row in range(len(hidden)):
+            prompt = row // repeats
+            seen = torch.ones(length, dtype=torch.bool, device=device)
+            seen[: self.real.shape[1]] = self.real[prompt].to(device)
+            place = position[:, row if position.shape[1] == len(hidden) else prompt]
+            attention = self._attention(hidden[row], keys[row], place, seen)
+            for number, video in enumerate(self.videos):
+                if video.row != prompt:
+                    continue
+                columns = video.columns.to(device)
+                view = DecodeView(self.first, video.grid, video.indices.to(device), attention[:, columns])
+                read = self.compressor.read(view, self.before.get((row, number)))
+                self.before[row, number] = replace(view, read=read)
+                if read is not None:
+                    seen[columns] = False
+                    seen[columns[read]] = True
+                self._read[number].append(1.0 if read is None else len(read) / len(columns))
+            lines.append(seen.nonzero().flatten())
+        return padded(lines)
+
+    def _attention(self, hidden: Tensor, keys: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""
+        layer = self._layers[self.first - 1]
+        shape, attend = block_shape(self._text, layer), layer.self_attn
+        q = attend.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (shape.num_heads, -1))
+        if shape.qk_norm:
+            q = attend.q_norm(q)
+        cosine, sine = rotary(position.to(hidden.device), shape)
+        q = rotate(q.transpose(0, 1), cosine, sine).float()  # (H, 1, d)
+        grouped = keys.float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
+        weights: Tensor = (q @ grouped.transpose(1, 2) / shape.head_dim**0.5)[:, 0].masked_fill(~seen, -torch.inf)
+        return weights.softmax(-1)
+
+    def _mask(self, kwargs: dict[str, Any], hidden: Tensor) -> Tensor | None:
+        """Return the mask of this step over the columns that are read."""
+        assert self._table is not None
+        real = self._table >= 0
+        if bool(real.all()):
+            return None
+        return as_mask(real[:, None, None].to(hidden.device), hidden, kwargs, real.to(hidden.device))
+
+
+def begin(
+    adapter: Adapter, encoded: Encoded, compressor: DecodeCompressor, generator: Generator
+) -> tuple[Pruned, DecodeRun]:
+    """Return the prompt as the method prunes it before the LLM, and the method that will choose what steps read."""
+    selections, traces = adapter.select(encoded, compressor, generator)
+    rows = range(encoded.input_ids.shape[0])
+    pruned = adapter.build(encoded, [[selections[i] for i in encoded.of_row(row)] for row in rows])
+    inputs = pruned.inputs
+    whole = adapter.unpack_positions(inputs["position_ids"])
+    run = DecodeRun(
+        compressor.first_layer(len(adapter.decoder_layers)), compressor, whole[adapter.position_rows], whole[0],
+        pruned.kept_positions >= 0, place(encoded, pruned, selections), tuple(traces),
+    )  # fmt: skip
+    return replace(pruned, traces=tuple(traces)), run

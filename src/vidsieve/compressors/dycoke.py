@@ -1,0 +1,184 @@
+"""DyCoke: drop what repeats between neighbouring frames; while decoding, read what the newest token attends to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vidsieve.compressors.base import DecodeCompressor
+from vidsieve.errors import BudgetError
+from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
+from vidsieve.types import DecodeView, Selection, Stage, TokenGrid, Tokens, VideoTokens
+
+
+@dataclass(frozen=True)
+class DyCoke(DecodeCompressor):
+    """Of every four frames keep the first whole and of the others what differs most; decode from what is attended to.
+
+    Before the LLM, a token of frames 4i + 1 and 4i + 3 is compared (cosine) with the same place one frame earlier, of
+    frame 4i + 2 with frame 4i, and the least similar stay. At every step of decoding, layers from `layer` on read only
+    the ``1 − dropped`` of the cached video tokens that the newest token attends to most in the layer before; while that
+    attention stays alike, the choice stays.
+
+    Parameters
+    ----------
+    layer : int
+        The first layer that reads fewer tokens while decoding (release: 3).
+    dropped : float
+        Share of the cached video tokens that are not read (release's evaluation: 0.8; its README says 0.7).
+    similarity : float
+        Cosine to the attention of the step before from which on the choice stays (0.9).
+    inner : bool
+        Whether the part inside the LLM runs. Without it the method acts before the LLM only.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens, the same number of each compared frame to within one, and reuses
+    the choice of the step before as the paper has it. Every fourth frame is whole, so R cannot go below their share,
+    and an error names it. In ``"official"`` R is 1 − k of the release, which keeps ⌊R·H·W⌋ tokens of a compared frame,
+    does not compare frame 4i + 2 of the last group of four, drops the last of an odd number of frames, and needs five
+    frames or more; the very last token is always read; and where attention stays alike all tokens are read. The release
+    hands on tokens of compared frames in the order of their similarity and numbers positions anew; here they stay at
+    theirs.
+
+    The cache itself is never shortened, as in the release: what is not read now may be read at the next step.
+
+    References
+    ----------
+    DyCoke, CVPR 2025 (arXiv 2411.15024); KD-TAO/DyCoke @ dd74634.
+    """
+
+    name: ClassVar[str] = "dycoke"
+    paper: ClassVar[str] = "DyCoke, CVPR 2025"
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    retention: float | Tokens = 0.5
+    layer: int = 3
+    dropped: float = 0.8
+    similarity: float = 0.9
+    inner: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layer < 1:
+            raise BudgetError(f"layer must be at least 1, the first that has one before it; got {self.layer}")
+        if not 0 <= self.dropped < 1:
+            raise BudgetError(f"dropped is a share in [0, 1), got {self.dropped}")
+
+    @property
+    def acts(self) -> Stage:
+        """While decoding; before the LLM where `inner` is off."""
+        return Stage.DECODE if self.inner else Stage.PRE_LLM
+
+    def describe(self) -> str:
+        """Return the method's name, the part that runs, variant and budget."""
+        said = super().describe()
+        return said if self.inner else said.replace("(variant", "(outer part, variant")
+
+    def budget(self, video: VideoTokens) -> int:
+        """Return K.
+
+        Raises
+        ------
+        BudgetError
+            Below the share of the frames that stay whole; under ``"official"`` for fewer than five frames.
+        """
+        frames, size = video.grid.frames, video.grid.per_frame
+        if self.variant == "official":
+            if frames < 5:
+                raise BudgetError(f"the release of dycoke needs five frames or more, got {frames}: use variant 'ours'")
+            return len(official_tokens(video.grid, None, self.budget_ratio(video.num_tokens)))
+        wanted, whole = super().budget(video), -(-frames // 4) * size
+        if wanted < whole:
+            share = math.ceil(1e4 * whole / video.num_tokens) / 1e4
+            raise BudgetError(
+                f"{self.describe()}: every fourth frame stays whole, {whole} of {video.num_tokens} tokens in a grid of "
+                f"{video.grid}; ask for a retention from {share:g} to 1"
+            )
+        return wanted
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        if self.variant == "official":
+            chosen = official_tokens(video.grid, video.embeds, self.budget_ratio(video.num_tokens))
+            return Selection(chosen.sort().values)
+        grid, frames = video.grid, video.grid.frames
+        compared = torch.arange(frames) % 4 != 0
+        counts = torch.full((frames,), grid.per_frame)
+        left = budget - int((~compared).sum()) * grid.per_frame
+        counts[compared] = even_counts(left, int(compared.sum()))
+        scores = -similarities(video.embeds.reshape(frames, grid.per_frame, -1))
+        return Selection(top_indices_per_frame(scores.flatten(), grid, counts), scores=scores.flatten())
+
+    def first_layer(self, num_layers: int) -> int:
+        """Return the first layer that reads fewer tokens."""
+        if self.layer >= num_layers:
+            raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
+        return self.layer
+
+    def read(self, view: DecodeView, before: DecodeView | None) -> Tensor | None:
+        """Return the tokens of the highest mean attention, or those of the step before."""
+        official = self.variant == "official"
+        attention = view.attention.mean(0)
+        last = len(attention) - 1
+        if official:
+            attention = attention[:last]
+        if before is not None:
+            earlier = before.attention.mean(0)[: len(attention)]
+            if float(F.cosine_similarity(attention, earlier, dim=0)) >= self.similarity:
+                return None if official else before.read
+        if not official:
+            count = math.floor(len(attention) * (1 - Fraction(repr(self.dropped))))
+            return top_indices(attention, max(1, count))
+        chosen = top_indices(attention, int(len(attention) * (1 - self.dropped)))
+        return torch.cat([chosen, torch.tensor([last], device=chosen.device)])
+
+
+def similarities(frames: Tensor) -> Tensor:
+    """Return (T, n) float32: the cosine of each token of frames (T, n, D) to the one it is compared with.
+
+    Frames 4i are compared with nothing and get −1, so that they come first where the least similar stay.
+    """
+    found = torch.full(frames.shape[:2], -1.0, device=frames.device)
+    for frame in range(len(frames)):
+        place = frame % 4
+        if place:
+            reference = frames[frame - 2 if place == 2 else frame - 1]
+            found[frame] = F.cosine_similarity(frames[frame].float(), reference.float(), dim=-1)
+    return found
+
+
+def official_tokens(grid: TokenGrid, embeds: Tensor | None, ratio: float) -> Tensor:
+    """Return what the release keeps of a video, raster indices in its own order (K,) int64.
+
+    Parameters
+    ----------
+    grid : TokenGrid
+        Of more than four frames.
+    embeds : Tensor or None, (N, D)
+        Without them, K indices of no meaning: their number depends on the grid alone.
+    ratio : float
+        1 − k.
+    """
+    size = grid.per_frame
+    kept = int((1 - (1 - ratio)) * size)  # the release subtracts k from 1 in floating point
+    frames = None if embeds is None else embeds.reshape(grid.frames, size, -1)
+
+    def least(frame: int, reference: int) -> Tensor:
+        if frames is None:
+            return torch.arange(kept) + frame * size
+        likeness = F.cosine_similarity(frames[frame], frames[reference], dim=-1)
+        return likeness.sort(stable=True).indices[:kept] + frame * size
+
+    device = None if embeds is None else embeds.device
+    parts: list[Tensor] = []
+    for frame in range(grid.frames // 2 * 2):
+        if frame % 2:
+            parts.append(least(frame, frame - 1))
+        elif frame % 4 == 2 and frame - 2 < grid.frames - 4:
+            parts.append(least(frame, frame - 2))
+        else:
+            parts.append(torch.arange(size, device=device) + frame * size)
+    return torch.cat(parts)
