@@ -184,6 +184,17 @@ def test_ask_with_a_method_inside_the_llm(scene):
 
 
 @pytest.mark.slow
+def test_ask_with_a_method_that_acts_while_decoding(scene, tmp_path):
+    out, _ = run("ask", scene, "what colour is the home ?", "--method", "dycoke", "--retention", "0.5", "--threads", 1,
+                 "--json", tmp_path / "a.json")  # fmt: skip
+    assert "dycoke (variant ours, retention 0.5): 288 of 576 video tokens (50.0%)" in out
+    (video,) = json.loads((tmp_path / "a.json").read_text())["videos"]
+    assert 0 < video["decode_share"] < 0.5
+    _, err = run("ask", scene, "what ?", "--method", "dycoke", "--retention", "0.1", code=2)
+    assert "ask for a retention from 0.25 to 1" in err
+
+
+@pytest.mark.slow
 def test_more_frames_than_exist_are_all_used_with_a_note(scene):
     out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 2)
     assert "note:" in out and "all are used" in out
