@@ -13,7 +13,10 @@ from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import OutputError, TrainingError, UnknownNameError, UnsupportedCallError
+from vidsieve.rl import cacovid as rl_cacovid
+from vidsieve.rl.losses import action_log_probs
 from vidsieve.rl.recipes import train_policy
+from vidsieve.rl.replay import next_ratio
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
@@ -65,10 +68,13 @@ def test_runs_are_not_overwritten_and_settings_not_mixed(testbed, tmp_path):
         train(testbed, tmp_path / "x", variant="official")
 
 
-@pytest.mark.parametrize("method", ["cacovid", "score"])
-def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monkeypatch, method):
+REPLAY = {"iterations": 3, "dynamic_ratio": True}
+
+
+@pytest.mark.parametrize(("method", "more"), [("cacovid", {}), ("cacovid", REPLAY), ("score", {})])
+def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monkeypatch, method, more):
     """Stopped after step 3 with a checkpoint at 2: metrics of step 3 are not logged twice, weights are the same."""
-    train(testbed, tmp_path / "straight", method)
+    train(testbed, tmp_path / "straight", method, **more)
     calls = []
     original = Trainer._optimise
 
@@ -80,10 +86,10 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
 
     monkeypatch.setattr(Trainer, "_optimise", breaks)
     with pytest.raises(KeyboardInterrupt):
-        train(testbed, tmp_path / "broken", method)
+        train(testbed, tmp_path / "broken", method, **more)
     monkeypatch.undo()
     assert [line["step"] for line in read_metrics(tmp_path / "broken")] == [1, 2, 3]
-    train(testbed, tmp_path / "broken", method, resume=True)
+    train(testbed, tmp_path / "broken", method, resume=True, **more)
     a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
     clock = {"minutes", "prompts_per_second"}
@@ -144,6 +150,7 @@ def test_a_run_that_cannot_begin_leaves_nothing(testbed, tmp_path, monkeypatch):
     (ScoreConfig, "steps", 0), (ScoreConfig, "prompts_per_step", 0), (ScoreConfig, "log_every", 0),
     (ScoreConfig, "lr", float("nan")), (ScoreConfig, "rollouts", 1), (ScoreConfig, "hidden", 0),
     (ScoreConfig, "rate_high", 2.0), (ScoreConfig, "rate_low", 0.1), (CaCoVIDConfig, "ratio", 3.0),
+    (CaCoVIDConfig, "iterations", 0), (CaCoVIDConfig, "dynamic_ratio", True), (CaCoVIDConfig, "ratio_low", 0.9),
     (CaCoVIDConfig, "width", 0.0), (CaCoVIDConfig, "token_rollouts", -3), (CaCoVIDConfig, "frame_rollouts", 1),
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(config, field, value):
@@ -274,3 +281,43 @@ def test_rollouts_give_policies_the_question(testbed):
     words = sample.inputs["input_ids"][0][video.prompt.question_mask]
     text = processor.tokenizer.decode(words)
     assert text.endswith("?") and "user" not in text and "<|im" not in text
+
+
+def test_later_iterations_learn_from_earlier_rollouts_too(testbed, tmp_path, monkeypatch):
+    """The second iteration's loss by hand: both groups in one advantage, each under the policy that drew it."""
+    seen = []
+
+    def noted(logits, old, masks, advantages, **options):
+        seen.append((logits.detach(), old, masks, advantages, options))
+        return original(logits, old, masks, advantages, **options)
+
+    original = rl_cacovid.cpo_loss
+    monkeypatch.setattr(rl_cacovid, "cpo_loss", noted)
+    train(testbed, tmp_path, "cacovid", variant="paper", steps=1, prompts_per_step=1, iterations=2, head_lr=0.01)
+    (first, *_), _, (second, old, masks, advantages, options) = seen[:3]
+    assert len(seen[0][2]) == 24 and len(masks) == 48 and not torch.equal(first, second)
+    assert torch.equal(masks[:24], seen[0][2]) and torch.equal(old[:24], seen[0][1])
+    assert torch.allclose(old[24:], action_log_probs(second, masks[24:])), "fresh rollouts: the policy as it is now"
+    assert not torch.allclose(old[:24], action_log_probs(second, masks[:24]))
+    assert abs(float(advantages.mean())) < 1e-5, "one group of both iterations"
+    total = 0.0
+    for mask, weight, before in zip(masks, advantages, old, strict=True):
+        for token, kept in enumerate(mask.tolist()):
+            both = second[token].double().log_softmax(0)
+            ratio = float((both[1 if kept else 0] - before[token].double()).exp())
+            total -= min(ratio * float(weight), min(max(ratio, 0.8), 1.28) * float(weight))
+    wanted = total / masks.numel()
+    assert float(original(second, old, masks, advantages, **options)) == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "right", "wanted"), [
+    (0.02, 0.9, 0.01), (0.02, 0.875, 0.02), (0.02, 0.1, 0.04), (0.02, 0.125, 0.02), (0.1, 0.0, 0.12),
+    (0.006, 1.0, 0.005), (0.004, 1.0, 0.004), (0.5, 0.0, 0.5),
+])  # fmt: skip
+def test_the_ratio_follows_how_often_the_model_is_right(ratio, right, wanted):
+    assert next_ratio(ratio, right, least=0.005) == pytest.approx(wanted)
+
+
+def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
+    train(testbed, tmp_path, "cacovid", frame_rollouts=0)
+    assert all(torch.isfinite(v).all() for v in load(tmp_path / "policy").policy.state_dict().values())

@@ -2,8 +2,10 @@
 
 Per prompt: draw `token_rollouts` keep-masks by OCSS over token scores and `frame_rollouts` over frame scores,
 let the frozen LLM answer under each, turn rewards into group advantages, and take a clipped step on the
-log-probability of every keep and drop (Eq. 5-19). Left to issue C: replay over several iterations of a
-sample, dynamic ratio, filtering. With one iteration the importance ratio is 1 and the clip is inactive.
+log-probability of every keep and drop (Eq. 5-19). With `iterations` > 1 the same prompts come again with fresh
+rollouts, earlier ones stay in the group with the log-probabilities that they were drawn with (experience replay), and
+`dynamic_ratio` makes a prompt easier or harder from one iteration to the next. With one iteration the importance
+ratio is 1 and the clip is inactive.
 
 Variant "ours" differs from the paper in the policy's body (an explicit question path), and in a pull of
 `score_decay` towards a fair coin, since scores otherwise grow without limit over prompts.
@@ -12,21 +14,41 @@ Variant "ours" differs from the paper in the policy's body (an explicit question
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.rl import sampling
 from vidsieve.rl.advantages import group_advantage
 from vidsieve.rl.losses import action_log_probs, cpo_loss
+from vidsieve.rl.replay import Memory, next_ratio
 from vidsieve.rl.rewards import choice_reward, margin_reward
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Choice
 from vidsieve.rl.settings import CaCoVIDConfig
 from vidsieve.rl.trainer import StepResult, Trainer
 from vidsieve.types import Need
+
+
+@dataclass
+class Prompted:
+    """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio."""
+
+    sample: Choice
+    rollouts: Rollouts
+    ratio: float
+    memory: dict[str, Memory] = field(default_factory=dict)
+
+    def remember(self, kind: str, masks: Tensor, log_probs: Tensor, rewards: Tensor) -> Memory:
+        """Return the rollouts of one kind with these among them."""
+        before = self.memory.get(kind)
+        now = Memory(masks, log_probs, rewards) if before is None else before.with_more(masks, log_probs, rewards)
+        self.memory[kind] = now
+        return now
 
 
 class CaCoVIDTrainer(Trainer[Choice]):
@@ -52,21 +74,29 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return a cosine from 1 to 0."""
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
-    def train_step(self, sample: Choice) -> StepResult:
-        """Return the CPO loss of one prompt."""
-        c = self.config
-        rollouts = Rollouts(self.adapter, sample.inputs)
+    @property
+    def iterations(self) -> int:
+        """Iterations over a sample."""
+        return self.config.iterations
+
+    def prepare(self, sample: Choice) -> Prompted:
+        """Return a prompt, its video encoded."""
+        return Prompted(sample, Rollouts(self.adapter, sample.inputs), self.config.ratio)
+
+    def train_step(self, prompt: Prompted) -> StepResult:
+        """Return the CPO loss of one prompt in one of its iterations."""
+        c, sample, rollouts = self.config, prompt.sample, prompt.rollouts
         video = rollouts.video(frozenset({Need.QUESTION}))
         token_logits, frame_logits = self.policy(video)  # (N, 2), (T, 2)
         token_scores = (token_logits[:, 1] - token_logits[:, 0]).detach()  # (N,)
         frame_scores = (frame_logits[:, 1] - frame_logits[:, 0]).detach()  # (T,)
 
         token_masks = sampling.token_masks(
-            token_scores, video.grid, c.ratio, c.token_rollouts, self.generator,
+            token_scores, video.grid, prompt.ratio, c.token_rollouts, self.generator,
             sampler=c.sampler, over=c.over, width=c.width,
         )  # (G_t, N)  # fmt: skip
         frame_masks, kept_by_frames = sampling.frame_masks(
-            token_scores, frame_scores, video.grid, c.ratio, c.frame_rollouts, self.generator, width=c.width
+            token_scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
         )  # (G_f, T), (G_f, N)
 
         logits = rollouts.option_logits(torch.cat([token_masks, kept_by_frames]), sample.option_ids)  # (G, options)
@@ -75,19 +105,31 @@ class CaCoVIDTrainer(Trainer[Choice]):
         token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
 
         loss = torch.zeros(())
-        for out, masks, reward, balanced in (
-            (token_logits, token_masks, token_rewards, c.balanced),
-            (frame_logits, frame_masks, frame_rewards, False),
+        for kind, out, masks, reward, balanced in (
+            ("tokens", token_logits, token_masks, token_rewards, c.balanced),
+            ("frames", frame_logits, frame_masks, frame_rewards, False),
         ):
-            advantage = group_advantage(reward)  # (G,)
-            old = action_log_probs(out, masks).detach()  # the policy that drew the masks is the current one
-            loss = loss + cpo_loss(out, old, masks, advantage, balanced=balanced, kl_weight=c.score_decay)
+            if not len(masks):
+                continue
+            # The policy that drew these masks is the current one; those of earlier iterations keep theirs.
+            old = action_log_probs(out, masks).detach()
+            memory = prompt.remember(kind, masks, old, reward)
+            advantage = group_advantage(memory.rewards)  # (i·G,)
+            loss = loss + cpo_loss(
+                out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay
+            )
+        if c.dynamic_ratio:
+            prompt.ratio = next_ratio(
+                prompt.ratio, float(right.mean()), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
+                high=c.ratio_high,
+            )  # fmt: skip
         probability = token_scores.sigmoid()
         return StepResult(
             loss,
             {
                 "reward": float(rewards.mean()), "right": float(right.mean()),
                 "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
+                "ratio": prompt.ratio,
                 "score_spread": float(token_scores.std()), "keep_probability": float(probability.mean()),
             },
         )  # fmt: skip

@@ -67,6 +67,7 @@ class CaCoVIDConfig(TrainConfig):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "ratio": (1e-6, 1), "token_rollouts": (2, math.inf), "frame_rollouts": (0, math.inf), "width": (1, math.inf),
         "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
+        "iterations": (1, math.inf), "ratio_low": (0, 1), "ratio_high": (0, 1), "ratio_most": (0, 1),
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward}
 
@@ -84,6 +85,16 @@ class CaCoVIDConfig(TrainConfig):
     """Draw r of every "frame", or r of the whole "video"."""
     reward: Reward = "choice"
     """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option."""
+    iterations: int = 1
+    """Steps in a row on the same prompts, each with fresh rollouts beside those of the steps before (paper: 5)."""
+    dynamic_ratio: bool = False
+    """Halve a prompt's ratio where it is answered too well, double it where too badly, from iteration to iteration."""
+    ratio_high: float = 0.875
+    """Share of right rollouts above which the ratio is halved."""
+    ratio_low: float = 0.125
+    """Share of right rollouts below which the ratio is doubled."""
+    ratio_most: float = 0.12
+    """Largest ratio that doubling leads to."""
     body_lr: float = 1e-4
     """Learning rate of the attention layer (paper: 1e-7 at 7B)."""
     head_lr: float = 1e-3
@@ -99,6 +110,10 @@ class CaCoVIDConfig(TrainConfig):
         super().__post_init__()
         if self.frame_rollouts == 1:
             raise TrainingError("frame_rollouts is 0 or at least 2: a group of one has no advantage")
+        if self.dynamic_ratio and self.iterations == 1:
+            raise TrainingError("dynamic_ratio acts between the iterations of a prompt: set iterations to 2 or more")
+        if self.ratio_low > self.ratio_high:
+            raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
 
 
 @dataclass(frozen=True)

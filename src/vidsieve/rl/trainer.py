@@ -72,8 +72,17 @@ class Trainer(ABC, Generic[Sample]):
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser over the policy's trainable parameters."""
 
+    @property
+    def iterations(self) -> int:
+        """How often in a row the optimiser goes over the same prompts before the next ones come."""
+        return 1
+
+    def prepare(self, sample: Sample) -> Any:
+        """Return what `train_step` gets in every iteration over a sample; the sample itself unless said otherwise."""
+        return sample
+
     @abstractmethod
-    def train_step(self, sample: Sample) -> StepResult:
+    def train_step(self, sample: Any) -> StepResult:
         """Return loss and figures of one prompt: sample, run, reward, advantage, loss."""
 
     def learning_rate(self, step: int) -> float:
@@ -179,11 +188,20 @@ class Trainer(ABC, Generic[Sample]):
         return f"the last good checkpoint is {self.folder / CHECKPOINT}" if self.step else "nothing was saved"
 
     def _optimise(self) -> dict[str, float]:
+        first = self.step * self.config.prompts_per_step
+        numbers = range(first, first + self.config.prompts_per_step)
+        held: dict[int, Any] = {}
+        return _mean([self._iterate(numbers, held) for _ in range(self.iterations)])
+
+    def _iterate(self, numbers: range, held: dict[int, Any]) -> dict[str, float]:
+        """Take one step over prompts; `held` keeps them for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
         figures = []
-        first = self.step * self.config.prompts_per_step
-        for number in range(first, first + self.config.prompts_per_step):
-            result = self.train_step(self.data(number))
+        for number in numbers:
+            prompt = held[number] if number in held else self.prepare(self.data(number))
+            if self.iterations > 1:
+                held[number] = prompt
+            result = self.train_step(prompt)
             if result.loss is not None:
                 if not bool(torch.isfinite(result.loss)):
                     raise TrainingError(
