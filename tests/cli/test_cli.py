@@ -266,3 +266,17 @@ def test_usage_errors_exit_2():
     _, err = run("ask", code=2)
     assert "Missing argument" in err or "Usage" in err
     run("no-such-command", code=2)
+
+
+@pytest.mark.slow
+def test_data_filter(tmp_path):
+    run("testbed", "render", tmp_path / "scenes", "--scenes", 2)
+    source, target = tmp_path / "scenes" / "questions.jsonl", tmp_path / "left.jsonl"
+    out, _ = run("data", "filter", source, target, "--json", tmp_path / "f.json", "--threads", 1)
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert f"{found['kept']} of {found['questions']} questions are left" in out.replace("\n", " ")
+    assert 0 < found["kept"] < found["questions"] and target.is_file()
+    _, err = run("data", "filter", source, source, code=2)
+    assert "would overwrite" in err
+    _, err = run("data", "filter", source, target, "--rule", "some", code=2)
+    assert "any" in err and "all" in err

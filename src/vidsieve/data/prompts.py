@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.video import read_video
@@ -47,7 +50,7 @@ class FilePrompts:
 
     def __init__(self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16) -> None:
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
-        rows = _read(self.path)
+        rows = read_rows(self.path)
         self.choices = [row for row in rows if "question" in row]
         self.captions = [row for row in rows if "caption" in row]
         missing = sorted({row["video"] for row in rows if not (self.path.parent / row["video"]).is_file()})
@@ -68,21 +71,8 @@ class FilePrompts:
     def choice(self, number: int) -> Choice:
         """Return multiple-choice prompt `number`."""
         row = self._row(self.choices, number, "a question")
-        options, answer = [str(option) for option in row["options"]], str(row["answer"]).strip()
-        letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
-        if len(letters) == len(options):
-            listed = "\n".join(options)
-            question = f"{row['question']}\n{listed}\n{ASKED['multiple choice']}"
-            words, right = letters, answer[:1]
-        else:
-            question, words, right = str(row["question"]), options, answer
-        if right not in words:
-            raise TrainingError(f"the answer {answer!r} of {row['video']} is none of its options {options}")
-        ids = [self.processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-        if any(len(tokens) != 1 for tokens in ids):
-            long = next(word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1)
-            raise TrainingError(f"option {long!r} of {row['video']} is not one token: letter the options (A. …, B. …)")
-        return Choice(self._inputs(row, question), torch.tensor([t[0] for t in ids]), words.index(right))
+        asked = ask(row, self.processor.tokenizer)
+        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer)
 
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`."""
@@ -103,7 +93,48 @@ class FilePrompts:
         return Caption(inputs | extended)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Asked:
+    """A multiple-choice question as the model reads it: text, next token of each option (options,), the right one."""
+
+    text: str
+    option_ids: Tensor
+    answer: int
+
+
+def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
+    """Return the question of a row.
+
+    Raises
+    ------
+    TrainingError
+        If its answer is none of its options, or an option without a letter is not one token.
+    """
+    options, answer = [str(option) for option in row["options"]], str(row["answer"]).strip()
+    letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
+    if len(letters) == len(options):
+        listed = "\n".join(options)
+        question = f"{row['question']}\n{listed}\n{ASKED['multiple choice']}"
+        words, right = letters, answer[:1]
+    else:
+        question, words, right = str(row["question"]), options, answer
+    if right not in words:
+        raise TrainingError(f"the answer {answer!r} of {row['video']} is none of its options {options}")
+    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    if any(len(tokens) != 1 for tokens in ids):
+        long = next(word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1)
+        raise TrainingError(f"option {long!r} of {row['video']} is not one token: letter the options (A. …, B. …)")
+    return Asked(question, torch.tensor([t[0] for t in ids]), words.index(right))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of prompts.
+
+    Raises
+    ------
+    TrainingError
+        If it is unreadable, or a row is malformed.
+    """
     if path.suffix == ".json":
         return [
             {"video": str(r.video.resolve()), "question": r.question, "options": list(r.options), "answer": r.answer}
