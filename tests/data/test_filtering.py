@@ -53,9 +53,8 @@ def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch,
     out = tmp_path / "deep" / "filtered.jsonl"
     out.parent.mkdir()
     found = filter_file(questions, out, [testbed, testbed], rule)
-    wanted = [
-        row["question"] for row, a, b in zip(asked, first, second, strict=True) if not ((a or b) if rule == "any" else (a and b))
-    ]  # fmt: skip
+    gone = [(a or b) if rule == "any" else (a and b) for a, b in zip(first, second, strict=True)]
+    wanted = [row["question"] for row, out_of_it in zip(asked, gone, strict=True) if not out_of_it]
     left = read_rows(out)
     assert [row["question"] for row in left if "question" in row] == wanted
     assert (found.questions, found.kept) == (len(asked), len(wanted)) and found.captions == len(rows) - len(asked)
