@@ -171,7 +171,7 @@ def test_the_first_look_is_layer_0_attention_of_the_question(family):
         encoded = adapter.encode(inputs)
         video = adapter.video_tokens(encoded, 0, frozenset({Need.QUESTION}))
         state = adapter.layer_state(0)
-        policy = CaCoVIDPolicy.start(state.shape, family, layer0=state.weights)
+        policy = CaCoVIDPolicy.start(state.shape, family, layers=[state.weights])
         look = policy.scorer.first_look(video, video.prompt)  # (H, words, N)
         block = DecoderBlock(state.shape)
         block.load_state_dict(state.weights)

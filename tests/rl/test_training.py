@@ -12,7 +12,7 @@ import torch
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import OutputError, TrainingError, UnknownNameError, UnsupportedCallError
+from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownNameError, UnsupportedCallError
 from vidsieve.rl import cacovid as rl_cacovid
 from vidsieve.rl.losses import action_log_probs
 from vidsieve.rl.recipes import train_policy
@@ -321,3 +321,31 @@ def test_the_ratio_follows_how_often_the_model_is_right(ratio, right, wanted):
 def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
     train(testbed, tmp_path, "cacovid", frame_rollouts=0)
     assert all(torch.isfinite(v).all() for v in load(tmp_path / "policy").policy.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("body", "depth"), [("layer", 2), ("layer", 3), ("attention", 1), ("local", 2), ("question", 1)]
+)
+def test_bodies_start_as_the_llms_first_layers_and_train(testbed, tmp_path, body, depth):
+    model, _ = testbed
+    train(testbed, tmp_path, "cacovid", steps=1, prompts_per_step=1, body=body, depth=depth, variant="paper", body_lr=0.0,
+          weight_decay=0.0)  # fmt: skip
+    policy = load(tmp_path / "policy").policy
+    assert policy.body == body
+    if body == "question":
+        return
+    assert len(policy.layers) == depth
+    for ours, theirs in zip(policy.layers, adapter_for(model).decoder_layers, strict=False):
+        weights = theirs.state_dict()
+        assert all(torch.equal(value, weights[name].float()) for name, value in ours.state_dict().items())
+    assert any("mlp" in name for name in dict(policy.layers.named_parameters())) == (body != "attention")
+
+
+def test_depths_that_do_not_exist_are_refused(testbed, tmp_path):
+    with pytest.raises(TrainingError, match="has 6 layers to start from"):
+        train(testbed, tmp_path / "deep", "cacovid", variant="paper", depth=7)
+    with pytest.raises(PolicyError, match="one layer, not 2"):
+        train(testbed, tmp_path / "question", "cacovid", depth=2)
+    with pytest.raises(UnknownNameError, match="body"):
+        train(testbed, tmp_path / "body", "cacovid", body="lager")
+    assert not list(tmp_path.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -32,7 +33,7 @@ Allocation = Literal["frame_avg", "frame_ada", "frame_ada_st", "global"]
 class CaCoVIDPolicy(Policy):
     """Body over the prompt, then a token head and a frame head (Eq. 1-3).
 
-    Bodies: ``"layer"`` is one decoder layer that starts as the LLM's layer 0, bidirectional over the whole
+    Bodies: ``"layer"`` is a decoder layer (or several) that starts as the LLM's first, bidirectional over the whole
     prompt (causal where ``causal`` is set, as the release is in effect); ``"attention"`` leaves out its SwiGLU;
     ``"local"`` attends within frames and to the text; ``"question"`` scores each token against the words of
     the question (`QuestionScorer`).
@@ -52,7 +53,8 @@ class CaCoVIDPolicy(Policy):
         if self.body == "question":
             self.scorer = QuestionScorer(shape, **network.get("scorer", {}))
             return
-        self.layers = nn.ModuleList([DecoderBlock(shape, feed_forward=self.body != "attention")])
+        blocks = (DecoderBlock(shape, feed_forward=self.body != "attention") for _ in range(network.get("depth", 1)))
+        self.layers = nn.ModuleList(blocks)
         self.layernorm = RMSNorm(width, shape.rms_norm_eps)
         sizes = [width, *(width // 2**i for i in range(1, 5)), 2]
         self.token_compress, self.frame_compress = mlp(sizes), mlp(sizes)
@@ -75,29 +77,44 @@ class CaCoVIDPolicy(Policy):
             tokens, frames = self.scorer(replace(video, embeds=video.embeds.to(dtype)), prompt)
             return tokens.float(), frames.float()
         mask = _local_mask(prompt, video.grid) if self.body == "local" else None
-        hidden = self.layers[0](prompt.embeds, prompt.positions, mask, self.causal)[prompt.video_mask]
+        hidden = prompt.embeds
+        for layer in self.layers:
+            hidden = layer(hidden, prompt.positions, mask, self.causal)
+        hidden = hidden[prompt.video_mask]
         frame_features = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).mean(1)
         tokens = self.token_compress(self.layernorm(hidden))
         return tokens.float(), self.frame_compress(self.layernorm(frame_features)).float()
 
     @classmethod
     def start(
-        cls, shape: BlockShape, family: str, *, variant: str = "ours", layer0: dict[str, Tensor] | None = None,
+        cls, shape: BlockShape, family: str, *, variant: str = "ours",
+        layers: Sequence[dict[str, Tensor]] | None = None,
         seed: int = 0, base_model: str = "", body: Body | None = None, **network: Any,
     ) -> CaCoVIDPolicy:  # fmt: skip
-        """Return an untrained policy; `layer0` is the state of the LLM's first decoder layer (paper's start)."""
+        """Return an untrained policy; `layers` are the states of the LLM's first decoder layers (paper's start).
+
+        Their number is the policy's depth, 1 without them.
+
+        Raises
+        ------
+        PolicyError
+            If there are several for the ``"question"`` body, which has one.
+        """
+        depth = len(layers) if layers is not None else 1
+        if depth > 1 and (body or variant) in ("question", "ours"):
+            raise PolicyError(f"the question path has one layer, not {depth}: choose another body")
         body = body or ("question" if variant == "ours" else "layer")
         shape_dict = {key: getattr(shape, key) for key in shape.__dataclass_fields__}
         config = PolicyConfig(
             cls.method, variant, shape.hidden_size, family, base_model=base_model,
-            network={"body": body, "causal": variant == "official", "shape": shape_dict} | network,
+            network={"body": body, "causal": variant == "official", "shape": shape_dict, "depth": depth} | network,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy = cls(config)
-        if layer0 is not None:
-            target: nn.Module = policy.scorer.first_look if body == "question" else policy.layers[0]
-            target.load_state_dict({k: v for k, v in layer0.items() if k in target.state_dict()})
+        for number, weights in enumerate(layers or ()):
+            target: nn.Module = policy.scorer.first_look if body == "question" else policy.layers[number]
+            target.load_state_dict({k: v for k, v in weights.items() if k in target.state_dict()})
         return policy
 
 

@@ -12,7 +12,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import UnknownNameError
+from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
@@ -44,13 +44,17 @@ def train_policy(
     chosen = SETTINGS[method, variant] | settings
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
     prompts = _prompts(adapter, processor, data, config.seed)
-    first = adapter.layer_state(0)
     origin = {"variant": variant, "model": model_name, "data": _digest(data)}
     trainer: CaCoVIDTrainer | ScoreTrainer
     if isinstance(config, CaCoVIDConfig):
+        depth, deepest = config.depth, len(adapter.decoder_layers)
+        if depth > deepest:
+            raise TrainingError(f"depth is {depth}, and this model's LLM has {deepest} layers to start from")
+        states = [adapter.layer_state(number) for number in range(depth)]
         policy = CaCoVIDPolicy.start(
-            first.shape, adapter.family, variant=variant, layer0=first.weights, seed=config.seed, base_model=model_name
-        )
+            states[0].shape, adapter.family, variant=variant, layers=[state.weights for state in states],
+            seed=config.seed, base_model=model_name, body=None if config.body == "variant" else config.body,
+        )  # fmt: skip
         trainer = CaCoVIDTrainer(adapter, policy, config, prompts.choice, folder, report, origin)
     else:
         scorer = ScorePolicy.start(

@@ -13,6 +13,7 @@ Range = Literal["frame", "video"]
 Reward = Literal["choice", "margin"]
 Advantage = Literal["split", "group", "leave_one_out"]
 Schedule = Literal["constant", "cosine"]
+Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class CaCoVIDConfig(TrainConfig):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "ratio": (1e-6, 1), "token_rollouts": (2, math.inf), "frame_rollouts": (0, math.inf), "width": (1, math.inf),
         "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
-        "iterations": (1, math.inf), "ratio_low": (0, 1), "ratio_high": (0, 1), "ratio_most": (0, 1),
+        "depth": (1, math.inf), "iterations": (1, math.inf), "ratio_low": (0, 1), "ratio_high": (0, 1),
+        "ratio_most": (0, 1),
     }  # fmt: skip
-    choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward}
+    choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward, "body": Body}
 
     ratio: float = 0.02
     """r, the fraction of each frame's tokens that a rollout keeps, at least one token a frame."""
@@ -95,6 +97,11 @@ class CaCoVIDConfig(TrainConfig):
     """Share of right rollouts below which the ratio is doubled."""
     ratio_most: float = 0.12
     """Largest ratio that doubling leads to."""
+    body: Body = "variant"
+    """"layer", "attention" (without SwiGLU), "local" (within frames and to the text), "question" (each token against
+    the question's words); "variant": "question" for ours, "layer" for paper."""
+    depth: int = 1
+    """Decoder layers in the policy, started as the LLM's first."""
     body_lr: float = 1e-4
     """Learning rate of the attention layer (paper: 1e-7 at 7B)."""
     head_lr: float = 1e-3
