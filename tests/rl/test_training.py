@@ -328,8 +328,8 @@ def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
 )
 def test_bodies_start_as_the_llms_first_layers_and_train(testbed, tmp_path, body, depth):
     model, _ = testbed
-    train(testbed, tmp_path, "cacovid", steps=1, prompts_per_step=1, body=body, depth=depth, variant="paper", body_lr=0.0,
-          weight_decay=0.0)  # fmt: skip
+    still = {"steps": 1, "prompts_per_step": 1, "body_lr": 0.0, "weight_decay": 0.0}
+    train(testbed, tmp_path, "cacovid", variant="paper", body=body, depth=depth, **still)
     policy = load(tmp_path / "policy").policy
     assert policy.body == body
     if body == "question":
