@@ -12,8 +12,10 @@ import torch
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.prompts import FilePrompts
 from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownNameError, UnsupportedCallError
 from vidsieve.rl import cacovid as rl_cacovid
+from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.replay import next_ratio
@@ -349,3 +351,47 @@ def test_depths_that_do_not_exist_are_refused(testbed, tmp_path):
     with pytest.raises(UnknownNameError, match="body"):
         train(testbed, tmp_path / "body", "cacovid", body="lager")
     assert not list(tmp_path.iterdir())
+
+
+def test_generated_answers_are_those_of_generate_and_agree_with_the_best_option(testbed, tmp_path):
+    """One prompt, many masks: packed greedy answers equal one-by-one ones, and say the option of the highest logit."""
+    model, processor = testbed
+    prompts = ScenePrompts(adapter_for(model), processor, seed=5)
+    same, total = 0, 0
+    for number in range(12):
+        sample = prompts.choice(number)
+        rollouts = Rollouts(prompts.adapter, sample.inputs, max_tokens=900)
+        masks = torch.rand(6, 576, generator=torch.Generator().manual_seed(number)) < 0.3
+        said = processor.tokenizer.batch_decode(rollouts.generate(masks, 4), skip_special_tokens=True)
+        for mask, text in zip(masks, said, strict=True):
+            alone = prompts.adapter.build(rollouts.encoded, [[Selection(mask.nonzero().flatten())]])
+            out = model.generate(**alone.inputs, max_new_tokens=4, do_sample=False)
+            wanted = processor.tokenizer.decode(out[0, alone.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert text.strip() == wanted.strip()
+        picked = rollouts.option_logits(masks, sample.option_ids).argmax(1)
+        right = [judge(sample.kind, text, sample.truth) for text in said]
+        same += sum(int(p == sample.answer) == r for p, r in zip(picked.tolist(), right, strict=True))
+        total += len(masks)
+    assert same / total > 0.95
+
+
+def test_the_generate_reward_trains_on_questions_of_every_kind(testbed, tmp_path):
+    from vidsieve.testbed.files import write_scenes
+
+    write_scenes(tmp_path / "scenes", world="A", seed=1, scenes=1)
+    lines = [
+        {"video": "scene-0000.mp4", "question": "how many ?", "answer": "3", "problem_type": "numerical"},
+        {"video": "scene-0000.mp4", "question": "what colour ?", "options": ["red", "blue"], "answer": "red"},
+    ]
+    path = tmp_path / "scenes" / "mixed.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    model, processor = testbed
+    settings = QUICK | {"reward": "generate", "steps": 2, "token_rollouts": 4, "frame_rollouts": 0, "answer_tokens": 3}
+    record = train_policy("cacovid", model, processor, tmp_path / "run", settings, data=path)
+    assert record["steps"] == 2 and 0 <= record["last_metrics"]["right"] <= 1
+    prompts = FilePrompts(adapter_for(model), processor, path)
+    assert len(prompts.choices) == 1, "the other rewards need options"
+    assert len(FilePrompts(adapter_for(model), processor, path, kinds=None).choices) == 2
+    path.write_text(json.dumps(lines[0] | {"problem_type": "numerics"}))
+    with pytest.raises(TrainingError, match="problem_type is 'numerics', must be one of"):
+        FilePrompts(adapter_for(model), processor, path)

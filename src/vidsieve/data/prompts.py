@@ -3,8 +3,9 @@
 One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` for CaCoVID, or
 ``{"video": path, "caption": …}`` for SCORE; paths are relative to the file. Options that begin with a letter
 ("A. a dog") are listed in the prompt and answered by letter; other options must each be one token of the
-model's vocabulary. `answer` is an option or its letter. A file named ``….json`` is read as Video-R1's, of which the
-multiple-choice questions on videos are taken (`video_r1`).
+model's vocabulary. `answer` is an option or its letter. ``"problem_type"`` names another kind of question (`KINDS` of
+`video_r1`): it has no options, and is rewarded by its generated answer alone. A file named ``….json`` is read as
+Video-R1's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.video import read_video
-from vidsieve.data.video_r1 import ASKED, read_video_r1
+from vidsieve.data.video_r1 import ASKED, KINDS, Kind, read_video_r1
 from vidsieve.errors import TrainingError
 from vidsieve.pipeline import chat
 from vidsieve.rl.samples import Caption, Choice
@@ -41,6 +42,8 @@ class FilePrompts:
         Order of the rows; every pass has its own.
     frames : int
         Frames taken evenly from each video.
+    kinds : str, optional
+        The kind of question that is taken; None: every kind.
 
     Raises
     ------
@@ -48,9 +51,12 @@ class FilePrompts:
         If the file is unreadable, a row is malformed, or a video is missing.
     """
 
-    def __init__(self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16) -> None:
+    def __init__(
+        self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16,
+        kinds: Kind | None = "multiple choice",
+    ) -> None:  # fmt: skip
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
-        rows = read_rows(self.path)
+        rows = read_rows(self.path, kinds)
         self.choices = [row for row in rows if "question" in row]
         self.captions = [row for row in rows if "caption" in row]
         missing = sorted({row["video"] for row in rows if not (self.path.parent / row["video"]).is_file()})
@@ -69,10 +75,10 @@ class FilePrompts:
         return chat(self.processor, video, question)
 
     def choice(self, number: int) -> Choice:
-        """Return multiple-choice prompt `number`."""
+        """Return question `number`."""
         row = self._row(self.choices, number, "a question")
         asked = ask(row, self.processor.tokenizer)
-        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer)
+        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer, asked.truth, asked.kind)
 
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`."""
@@ -95,11 +101,16 @@ class FilePrompts:
 
 @dataclass(frozen=True)
 class Asked:
-    """A multiple-choice question as the model reads it: text, next token of each option (options,), the right one."""
+    """A question as the model reads it: text, next token of each option (options,), the right one, the answer's text.
+
+    Without options `option_ids` is empty and `answer` −1.
+    """
 
     text: str
     option_ids: Tensor
     answer: int
+    truth: str
+    kind: Kind = "multiple choice"
 
 
 def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
@@ -110,6 +121,11 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     TrainingError
         If its answer is none of its options, or an option without a letter is not one token.
     """
+    kind: Kind = row.get("problem_type", "multiple choice")
+    if kind != "multiple choice":
+        return Asked(
+            f"{row['question']}\n{ASKED[kind]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), kind
+        )
     options, answer = [str(option) for option in row["options"]], str(row["answer"]).strip()
     letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
     if len(letters) == len(options):
@@ -124,11 +140,11 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     if any(len(tokens) != 1 for tokens in ids):
         long = next(word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1)
         raise TrainingError(f"option {long!r} of {row['video']} is not one token: letter the options (A. …, B. …)")
-    return Asked(question, torch.tensor([t[0] for t in ids]), words.index(right))
+    return Asked(question, torch.tensor([t[0] for t in ids]), words.index(right), right)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts.
+def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[str, Any]]:
+    """Return the rows of a file of prompts; `kinds` is the kind of question that is taken, None: every kind.
 
     Raises
     ------
@@ -137,8 +153,14 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix == ".json":
         return [
-            {"video": str(r.video.resolve()), "question": r.question, "options": list(r.options), "answer": r.answer}
-            for r in read_video_r1(path, kinds="multiple choice")
+            {
+                "video": str(r.video.resolve()),
+                "question": r.question,
+                "options": list(r.options),
+                "answer": r.answer,
+                "problem_type": r.kind,
+            }
+            for r in read_video_r1(path, kinds=kinds)
         ]
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -153,9 +175,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise TrainingError(f"line {number} of {path} is not JSON: {error}") from None
         whole = isinstance(row, dict) and "video" in row
-        if not whole or not ("caption" in row or {"question", "options", "answer"} <= row.keys()):
+        kind = row.get("problem_type", "multiple choice") if whole else ""
+        if whole and kind not in KINDS:
+            raise TrainingError(f"line {number} of {path}: problem_type is {kind!r}, must be one of {', '.join(KINDS)}")
+        wanted = {"question", "options", "answer"} if kind == "multiple choice" else {"question", "answer"}
+        if not whole or not ("caption" in row or wanted <= row.keys()):
             raise TrainingError(f"line {number} of {path} needs video, and caption or question, options and answer")
-        if "question" in row and not (isinstance(row["options"], list) and len(row["options"]) > 1):
+        if "question" in row and kinds is not None and kind != kinds:
+            continue
+        if (
+            wanted <= row.keys()
+            and "options" in wanted
+            and not (isinstance(row["options"], list) and len(row["options"]) > 1)
+        ):
             raise TrainingError(f"line {number} of {path}: options must be a list of two or more")
         rows.append(row)
     return rows

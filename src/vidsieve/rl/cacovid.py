@@ -24,6 +24,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.rl import sampling
 from vidsieve.rl.advantages import group_advantage
+from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs, cpo_loss
 from vidsieve.rl.replay import Memory, next_ratio
 from vidsieve.rl.rewards import choice_reward, margin_reward
@@ -57,8 +58,8 @@ class CaCoVIDTrainer(Trainer[Choice]):
     policy: CaCoVIDPolicy
     config: CaCoVIDConfig
 
-    def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
-        self.adapter = adapter
+    def __init__(self, adapter: Adapter, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+        self.adapter, self.tokenizer = adapter, tokenizer
         super().__init__(*args, **kwargs)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -74,6 +75,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return a cosine from 1 to 0."""
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
+    def decode(self, ids: Tensor) -> list[str]:
+        """Return generated ids (G, E) as text."""
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
     @property
     def iterations(self) -> int:
         """Iterations over a sample."""
@@ -83,10 +89,21 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return a prompt, its video encoded."""
         return Prompted(sample, Rollouts(self.adapter, sample.inputs), self.config.ratio)
 
+    def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
+        sample = prompt.sample
+        if self.config.reward == "generate":
+            said = self.decode(prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
+            right = torch.tensor([judge(sample.kind, text, sample.truth) for text in said])
+            return right, right
+        logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
+        right = choice_reward(logits, sample.answer)
+        return (right if self.config.reward == "choice" else margin_reward(logits, sample.answer)), right
+
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the CPO loss of one prompt in one of its iterations."""
-        c, sample, rollouts = self.config, prompt.sample, prompt.rollouts
-        video = rollouts.video(frozenset({Need.QUESTION}))
+        c = self.config
+        video = prompt.rollouts.video(frozenset({Need.QUESTION}))
         token_logits, frame_logits = self.policy(video)  # (N, 2), (T, 2)
         token_scores = (token_logits[:, 1] - token_logits[:, 0]).detach()  # (N,)
         frame_scores = (frame_logits[:, 1] - frame_logits[:, 0]).detach()  # (T,)
@@ -99,9 +116,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
             token_scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
         )  # (G_f, T), (G_f, N)
 
-        logits = rollouts.option_logits(torch.cat([token_masks, kept_by_frames]), sample.option_ids)  # (G, options)
-        right = choice_reward(logits, sample.answer)  # (G,)
-        rewards = right if c.reward == "choice" else margin_reward(logits, sample.answer)
+        rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
         token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
 
         loss = torch.zeros(())

@@ -12,6 +12,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
 from vidsieve.rl.score import ScoreTrainer
@@ -43,7 +44,8 @@ def train_policy(
     adapter = adapter_for(model)
     chosen = SETTINGS[method, variant] | settings
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
-    prompts = _prompts(adapter, processor, data, config.seed)
+    generated = isinstance(config, CaCoVIDConfig) and config.reward == "generate"
+    prompts = _prompts(adapter, processor, data, config.seed, None if generated else "multiple choice")
     origin = {"variant": variant, "model": model_name, "data": _digest(data)}
     trainer: CaCoVIDTrainer | ScoreTrainer
     if isinstance(config, CaCoVIDConfig):
@@ -55,7 +57,9 @@ def train_policy(
             states[0].shape, adapter.family, variant=variant, layers=[state.weights for state in states],
             seed=config.seed, base_model=model_name, body=None if config.body == "variant" else config.body,
         )  # fmt: skip
-        trainer = CaCoVIDTrainer(adapter, policy, config, prompts.choice, folder, report, origin)
+        trainer = CaCoVIDTrainer(
+            adapter, policy, config, prompts.choice, folder, report, origin, tokenizer=processor.tokenizer
+        )
     else:
         scorer = ScorePolicy.start(
             adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name,
@@ -70,11 +74,11 @@ def _digest(data: Path | None) -> str:
     return "testbed" if data is None else hashlib.sha256(data.read_bytes()).hexdigest()[:16]
 
 
-def _prompts(adapter: Adapter, processor: Any, data: Path | None, seed: int) -> Any:
+def _prompts(adapter: Adapter, processor: Any, data: Path | None, seed: int, kinds: Kind | None) -> Any:
     if data is None:
         from vidsieve.testbed.data import ScenePrompts
 
         return ScenePrompts(adapter, processor, seed=100_000 + seed)
     from vidsieve.data.prompts import FilePrompts
 
-    return FilePrompts(adapter, processor, data, seed=seed)
+    return FilePrompts(adapter, processor, data, seed=seed, kinds=kinds)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
@@ -57,6 +58,18 @@ class Rollouts:
             batch.pop("labels", None)  # with them the model would compute a loss over every position
             parts.append(self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids])
         return torch.cat(parts)
+
+    @torch.no_grad()
+    def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
+        """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
+        parts, settings = [], self.adapter.model.generation_config
+        pad = settings.pad_token_id if settings.pad_token_id is not None else 0
+        for batch in self._batches(keep_masks):
+            batch.pop("labels", None)
+            out = self.adapter.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
+            parts.append(out[:, batch["input_ids"].shape[1] :])
+        longest = max(part.shape[1] for part in parts)
+        return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 
     @torch.no_grad()
     def caption_ce(self, kept: Tensor | Sequence[Selection]) -> Tensor:

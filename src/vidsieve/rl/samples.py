@@ -8,24 +8,32 @@ from typing import Any
 
 from torch import Tensor
 
+from vidsieve.data.video_r1 import Kind
+
 
 @dataclass(frozen=True)
 class Choice:
-    """A multiple-choice prompt with one video.
+    """A question about one video, with options or without.
 
     Parameters
     ----------
     inputs : mapping
         Processor outputs of one prompt, ending where the answer begins.
     option_ids : Tensor, (options,), int64
-        The next token under each option: its letter, or its word.
+        The next token under each option: its letter, or its word. Empty for a question without options.
     answer : int
-        The number of the right option.
+        The number of the right option; −1 without options.
+    truth : str
+        The right answer as text: letter or word of the right option, a number, …
+    kind : str
+        How a generated answer is judged.
     """
 
     inputs: Mapping[str, Any]
     option_ids: Tensor
     answer: int
+    truth: str = ""
+    kind: Kind = "multiple choice"
 
 
 @dataclass(frozen=True)

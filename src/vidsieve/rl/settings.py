@@ -10,7 +10,7 @@ from vidsieve.errors import TrainingError, UnknownNameError
 
 Sampler = Literal["ocss", "multinomial", "random"]
 Range = Literal["frame", "video"]
-Reward = Literal["choice", "margin"]
+Reward = Literal["choice", "margin", "generate"]
 Advantage = Literal["split", "group", "leave_one_out"]
 Schedule = Literal["constant", "cosine"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
@@ -68,8 +68,8 @@ class CaCoVIDConfig(TrainConfig):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "ratio": (1e-6, 1), "token_rollouts": (2, math.inf), "frame_rollouts": (0, math.inf), "width": (1, math.inf),
         "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
-        "depth": (1, math.inf), "iterations": (1, math.inf), "ratio_low": (0, 1), "ratio_high": (0, 1),
-        "ratio_most": (0, 1),
+        "answer_tokens": (1, math.inf), "depth": (1, math.inf), "iterations": (1, math.inf), "ratio_low": (0, 1),
+        "ratio_high": (0, 1), "ratio_most": (0, 1),
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward, "body": Body}
 
@@ -86,7 +86,10 @@ class CaCoVIDConfig(TrainConfig):
     over: Range = "frame"
     """Draw r of every "frame", or r of the whole "video"."""
     reward: Reward = "choice"
-    """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option."""
+    """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option; "generate": the score
+    of a generated answer by Video-R1's rules, for questions of every kind."""
+    answer_tokens: int = 16
+    """Longest answer under "generate", in tokens."""
     iterations: int = 1
     """Steps in a row on the same prompts, each with fresh rollouts beside those of the steps before (paper: 5)."""
     dynamic_ratio: bool = False

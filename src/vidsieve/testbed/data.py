@@ -54,7 +54,7 @@ class ScenePrompts:
         question = questions[(place // 32) % len(questions)]
         inputs = self._inputs(features, question.text, "")
         options = torch.tensor([WORD_ID[word] for word in question.options])
-        return Choice(inputs, options, question.options.index(question.answer))
+        return Choice(inputs, options, question.options.index(question.answer), question.answer)
 
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`, one a scene."""
