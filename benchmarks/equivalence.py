@@ -29,7 +29,12 @@ Written by `python benchmarks/equivalence.py`; every figure is in `benchmarks/re
 "exact" means: what the call gives under a session equals a full forward in which the dropped tokens are masked out at
 unchanged positions. Generated tokens are equal everywhere; the number is the largest difference of logits (of scores
 for beams, of loss and tower gradient for labels) over {len(CONFIGURATIONS)} batches ({", ".join(CONFIGURATIONS)}) and
-two attentions (eager, sdpa). A compiled language model and a device map are tried on the ragged batch with sdpa.
+two attentions (eager, sdpa). A compiled language model and a device map are tried on the ragged batch with sdpa; while
+a method inside the LLM is at work, a compiled language model runs uncompiled.
+
+Other methods before the LLM, trained ones too, go the way of `random` or, where they merge, of `visionzip`. `dycoke`,
+which acts while decoding, is compared step by step in `tests/attach/test_decoding.py`; beams and static caches are
+errors for it.
 """
 
 

@@ -260,3 +260,6 @@ class Tokens:
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
             raise SelectionError(f"Tokens(...) needs a whole number ≥ 1, got {self.count!r}")
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.count})"

@@ -246,7 +246,29 @@ def test_a_family_of_ones_own_is_checked(monkeypatch):
 
     inputs = configuration("smolvlm", "ragged batch 2")
     assert [cell.call for cell in check_family(FAMILIES["smolvlm"](), inputs)] == list(CALLS)
-    right = SmolVLMAdapter.encoder_outputs
-    monkeypatch.setattr(SmolVLMAdapter, "encoder_outputs", lambda self, rows, *rest: right(self, rows[::-1], *rest))
+    with monkeypatch.context() as broken:
+        right = SmolVLMAdapter.encoder_outputs
+        broken.setattr(SmolVLMAdapter, "encoder_outputs", lambda self, rows, *rest: right(self, rows[::-1], *rest))
+        with pytest.raises(AssertionError, match="smolvlm: with every token kept, logits differ"):
+            check_family(FAMILIES["smolvlm"](), inputs)
+    # What is wrong alike in adapter and reference shows against the model itself.
+    frames, build = SmolVLMAdapter.frame_features, SmolVLMAdapter.build
+    for name, wrong in (
+        ("frame_features", lambda self, inputs: 0 * frames(self, inputs)),
+        ("positions", lambda self, ids, mask, inputs: torch.zeros_like(ids)[None]),
+    ):
+        with monkeypatch.context() as broken:
+            broken.setattr(SmolVLMAdapter, name, wrong)
+            with pytest.raises(AssertionError, match="with every token kept, logits differ"):
+                check_family(FAMILIES["smolvlm"](), inputs)
+
+    def counted_anew(self, encoded, selections, rows=None):
+        pruned = build(self, encoded, selections, rows)
+        if pruned.kept_positions.shape[1] < encoded.input_ids.shape[1]:
+            pruned.inputs["position_ids"] = (pruned.inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return pruned
+
+    # Right where nothing is dropped, wrong where something is.
+    monkeypatch.setattr(SmolVLMAdapter, "build", counted_anew)
     with pytest.raises(AssertionError, match="smolvlm: prefill logits differs"):
         check_family(FAMILIES["smolvlm"](), inputs)

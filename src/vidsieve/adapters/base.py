@@ -204,7 +204,10 @@ class Adapter(Probed, ABC):
         ids = inputs.get("input_ids")
         if ids is None or inputs.get("inputs_embeds") is not None:
             raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
+        self.check_videos(videos)
         if not self.carries_video(inputs):
+            if inputs.get(self.video_keys[0]) is not None:
+                raise PromptError("the prompt holds a single image, which is no video: call the model as it is")
             raise PromptError(f"the inputs carry no video ({self.video_keys[0]} is missing); call the model as it is")
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -241,10 +244,6 @@ class Adapter(Probed, ABC):
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every video and every prompt's still images, encoded and found by their placeholders."""
-        if videos is not None:
-            raise UnsupportedCallError(
-                f"videos= is for families whose frames are images; {self.family} tells them itself"
-            )
         images: tuple[ImageSpan, ...] = ()
         if self.carries_image(inputs, ids):
             images = find_images(ids, self.image_token_id, *self.image_features(inputs))
@@ -273,6 +272,18 @@ class Adapter(Probed, ABC):
             If it is no `Compressor`.
         """
         check_fit(self, compressor)
+
+    def check_videos(self, videos: Videos) -> None:
+        """Refuse ``videos=`` where it makes no sense.
+
+        Raises
+        ------
+        UnsupportedCallError
+        """
+        if videos is not None:
+            raise UnsupportedCallError(
+                f"videos= is for families whose frames are images; {self.family} tells them itself"
+            )
 
     def video_tokens(self, encoded: Encoded, video: int, needs: frozenset[Need] = frozenset()) -> VideoTokens:
         """Return one video of a batch as compressors read it, with just the signals in `needs`."""

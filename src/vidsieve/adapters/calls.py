@@ -85,6 +85,19 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
         )
 
 
+def check_cache(cache: Any) -> None:
+    """Refuse caches of one length for all layers: methods inside the LLM leave every layer its own.
+
+    Raises
+    ------
+    UnsupportedCallError
+    """
+    if cache is not None and not isinstance(cache, DynamicCache):
+        raise UnsupportedCallError(
+            f"a method inside the LLM needs a DynamicCache, got {type(cache).__name__}: leave it out"
+        )
+
+
 def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> None:
     """Refuse what a method inside the LLM cannot serve: caches of one length for all layers, and rows that move.
 
@@ -92,12 +105,10 @@ def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> Non
     ------
     UnsupportedCallError
     """
-    kind, cache = setting(model, call, "cache_implementation"), call.get("past_key_values")
-    fixed = kind not in (None, "dynamic") or (cache is not None and not isinstance(cache, DynamicCache))
-    if fixed:
-        raise UnsupportedCallError(
-            f"a method inside the LLM needs a DynamicCache, got {kind or type(cache).__name__}: leave it out"
-        )
+    kind = setting(model, call, "cache_implementation")
+    if kind not in (None, "dynamic"):
+        raise UnsupportedCallError(f"a method inside the LLM needs a DynamicCache, got {kind}: leave it out")
+    check_cache(call.get("past_key_values"))
     if compressor.acts is Stage.DECODE and (setting(model, call, "num_beams") or 1) > 1:
         raise UnsupportedCallError(
             f"beam search moves rows of the cache between steps, and {compressor.name} compares each step with the one "
@@ -203,6 +214,12 @@ class PromptRestorer:
         name = type(hook).__name__
         if not type(hook).__module__.startswith("transformers.") or isinstance(hook, PrefixConstrainedLogitsProcessor):
             return False
+        if name == "UnbatchedClassifierFreeGuidanceLogitsProcessor":
+            raise UnsupportedCallError(
+                f"classifier-free guidance ({name}) is not supported while a session is attached"
+            )
+        if getattr(hook, "prompt_ignore_length", None) is not None:
+            return False  # it counts the caller's prompt, and gets it
         if name in _COUNT_FROM_PROMPT:
             raise UnsupportedCallError(
                 f"{name} counts the tokens of the pruned prompt; pass {_COUNT_FROM_PROMPT[name]} to generate instead"

@@ -7,7 +7,7 @@ token alone, from the layer's own query projection and its cached keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
-from vidsieve.adapters.layered import PlacedVideo, as_mask, place
+from vidsieve.adapters.layered import PlacedVideo, as_mask, own_passes, place
 from vidsieve.adapters.layers import block_shape
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
@@ -77,7 +77,9 @@ class DecodeRun:
     before: dict[tuple[int, int], DecodeView] = field(default_factory=dict)
     """By row of the pass and video: the step before."""
     fresh: bool = True
-    """Whether this run is not in a trace yet."""
+    """Whether this run has not run yet."""
+    listed: list[VideoTrace] = field(default_factory=list)
+    """What the session's trace holds of it."""
 
     def __post_init__(self) -> None:
         self._layers: Sequence[Any] = ()
@@ -85,6 +87,7 @@ class DecodeRun:
         self._newest: tuple[Tensor, Tensor] | None = None
         self._table: Tensor | None = None
         self._read: list[list[float]] = [[] for _ in self.videos]
+        self._length = 0
 
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video, and the share of it that was read while decoding."""
@@ -92,30 +95,33 @@ class DecodeRun:
         return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any) -> Iterator[None]:
-        """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends."""
-        handles = []
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any = None) -> Iterator[None]:
+        """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends.
+
+        Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
+        """
+        handles, mine = [], own_passes(cache)
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text = layers, text
         try:
             for number in range(self.first - 1, len(layers)):
-                handles.append(layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
+                handles.append(layers[number].register_forward_pre_hook(self._before(number, mine), with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
             self._layers, self._text, self._newest, self._table = (), None, None, None
 
-    def _before(self, number: int) -> Any:
+    def _before(self, number: int, mine: Callable[[Any], bool]) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
-            if cache is None or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
-                return None  # a prompt, or words of the user: everything is read
+            if cache is None or not mine(cache) or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
+                return None  # another call; or a prompt, or words of the user: everything is read
             if number == self.first - 1:
                 self._newest = hidden, self._position(kwargs, cache, number)
                 return None
             if number == self.first:
-                self._table = self._choose(cache)
+                self._table = self._choose(cache, kwargs.get("attention_mask"))
             if self._table is None:
                 raise SelectionError(f"layer {self.first} did not run before layer {number}")
             return args, kwargs | {
@@ -137,18 +143,23 @@ class DecodeRun:
         return self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
 
     @torch.no_grad()
-    def _choose(self, cache: Any) -> Tensor:
-        """Return the columns of the cache (R, K) that are read in this step, −1 where a row reads fewer."""
+    def _choose(self, cache: Any, mask: Tensor | None) -> Tensor:
+        """Return the columns of the cache (R, K) that are read in this step, −1 where a row reads fewer.
+
+        `mask` is the step's attention mask: what the caller hides stays hidden.
+        """
         if self._newest is None:
             raise SelectionError(f"layer {self.first - 1} did not run before layer {self.first}")
         hidden, position = self._newest
         keys = cache.layers[self.first - 1].keys
         repeats, length, device = len(hidden) // len(self.real), keys.shape[2], keys.device
+        if length <= self._length:
+            self.before.clear()  # the cache was cropped: the step before this one is not known any more
+        self._length = length
+        visible = self._visible(mask, repeats, length).to(device)
         lines = []
         for row in range(len(hidden)):
-            prompt = row // repeats
-            seen = torch.ones(length, dtype=torch.bool, device=device)
-            seen[: self.real.shape[1]] = self.real[prompt].to(device)
+            prompt, seen = row // repeats, visible[row].clone()
             place = position[:, row if position.shape[1] == len(hidden) else prompt]
             attention = self._attention(hidden[row], keys[row], place, seen)
             for number, video in enumerate(self.videos):
@@ -164,6 +175,15 @@ class DecodeRun:
                 self._read[number].append(1.0 if read is None else len(read) / len(columns))
             lines.append(seen.nonzero().flatten())
         return padded(lines)
+
+    def _visible(self, mask: Tensor | None, repeats: int, length: int) -> Tensor:
+        """Return which columns of the cache (R, length) bool a step may see."""
+        if mask is None:
+            after = self.real.new_ones(len(self.real), length - self.real.shape[1])
+            return torch.cat([self.real, after], 1).repeat_interleave(repeats, 0)
+        if mask.ndim == 4:
+            mask = mask[:, 0, -1] if mask.dtype == torch.bool else mask[:, 0, -1] == 0
+        return mask[:, :length].bool().expand(len(self.real) * repeats, length)
 
     def _attention(self, hidden: Tensor, keys: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vidsieve.adapters.layers import block_shape
 from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import NeedError, PolicyMismatchError, StageError, UnsupportedCallError
-from vidsieve.types import Need, Stage
+from vidsieve.types import Need, Stage, Tokens
 
 if TYPE_CHECKING:
     from vidsieve.adapters.base import Adapter
@@ -54,7 +54,9 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
 def _check_layers(adapter: Adapter, compressor: LayerCompressor) -> None:
     layers = adapter.decoder_layers
     if compressor.retention != 1.0:
-        first = compressor.stages(len(layers), 10**6)[0][0]
+        # A count of tokens can be judged where a video's own number is known.
+        count = compressor.retention.count if isinstance(compressor.retention, Tokens) else 10**6
+        first = compressor.stages(len(layers), count)[0][0]
         if first < adapter.deep_layers:
             raise StageError(
                 f"{adapter.family} adds visual features after its first {adapter.deep_layers} layers: "

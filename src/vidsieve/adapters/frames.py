@@ -100,6 +100,16 @@ class FrameAdapter(Adapter):
             images.append(ImageSpan(row, where[mine].flatten(), frames[mine.to(frames.device)].flatten(0, 1)))
         return tuple(spans), tuple(images)
 
+    def check_videos(self, videos: Videos) -> None:
+        """Refuse what is no list of (first, count)."""
+        given: Any = videos
+        pairs = given is None or (
+            isinstance(given, list | tuple)
+            and all(isinstance(v, list | tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in given)
+        )
+        if not pairs:
+            raise UnsupportedCallError(f"videos must be a list of (first, count) pairs, as [(0, 8)]; got {videos!r}")
+
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean of the patches that pixel shuffle puts into each token."""
         patches = torch.cat(values).float()

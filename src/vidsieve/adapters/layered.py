@@ -8,8 +8,9 @@ method reads, from the layer's own projections.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -75,7 +76,9 @@ class LayerRun:
     select_ms: float = 0.0
     """Time spent choosing."""
     fresh: bool = True
-    """Whether this run is not in a trace yet."""
+    """Whether this run has not run yet."""
+    listed: list[VideoTrace] = field(default_factory=list)
+    """What the session's trace holds of it."""
 
     def __post_init__(self) -> None:
         plans = [self.compressor.stages(self.depth, video.grid.num_tokens) for video in self.videos]
@@ -85,6 +88,7 @@ class LayerRun:
         self._text: Any = None
         self._hidden: Tensor | None = None
         self._prefilling = True
+        self._mine: Callable[[Any], bool] = _nobodys
 
     @property
     def held(self) -> list[float]:
@@ -108,20 +112,24 @@ class LayerRun:
         return made
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any) -> Iterator[None]:
-        """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends."""
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any = None) -> Iterator[None]:
+        """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends.
+
+        Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
+        """
         handles = []
+        self._mine = own_passes(cache)
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text = layers, text
         try:
             for number in range(self.stages[0] - 1, self.depth):
                 handles.append(self._layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
-            handles.append(self._layers[-1].register_forward_hook(self._after))
+            handles.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            self._layers, self._text, self._hidden = (), None, None
+            self._layers, self._text, self._hidden, self._mine = (), None, None, _nobodys
 
     # -- hooks ----------------------------------------------------------------------------------------------
 
@@ -129,6 +137,8 @@ class LayerRun:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             cache = kwargs.get("past_key_values")
+            if not self._mine(cache):
+                return None
             self._prefilling = cache is None or cache.get_seq_length(number) == 0
             if self._prefilling:
                 hidden, changes = self._prefill(number, hidden, kwargs)
@@ -142,9 +152,9 @@ class LayerRun:
 
         return hook
 
-    def _after(self, module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put the rows of a prompt back at their places."""
-        if not self._prefilling:
+        if not self._prefilling or not self._mine(kwargs.get("past_key_values")):
             return output
         hidden = output if isinstance(output, Tensor) else output[0]
         table = self._rows(self.kept[self.stages[-1]], len(hidden)).to(hidden.device)
@@ -263,6 +273,16 @@ class LayerRun:
         if ids is not None:
             changes["position_ids"] = _take(ids, table, -1)
         return changes
+
+
+def own_passes(cache: Any) -> Callable[[Any], bool]:
+    """Return whether a pass with some cache belongs to the call that begins now: its thread, its cache."""
+    thread = threading.get_ident()
+    return lambda given: threading.get_ident() == thread and given is cache
+
+
+def _nobodys(given: Any) -> bool:
+    return False
 
 
 def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:

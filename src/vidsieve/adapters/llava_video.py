@@ -27,26 +27,29 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
     family: ClassVar[str] = "llava_video"
     layout: ClassVar[str] = "grid"
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        vision = self.model.config.vision_config
+        self._patches = int(vision.image_size // vision.patch_size)
+        if self._patches % 2 == 0:
+            raise UnsupportedCallError(
+                f"layout='grid' is for towers with an odd number of patches a side, as LLaVA-Video's 27; this has "
+                f"{self._patches}, whose grid would not fit the prompt"
+            )
+
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W).
 
         Raises
         ------
         UnsupportedCallError
-            For ready features, which are pooled already, and frames of an even number of patches, whose grid would
-            not fit the prompt.
+            For ready features, which are pooled already.
         """
         pixels = inputs.get("pixel_values_videos")
         if pixels is None or (inputs.get("mm_encoder_outputs") or {}).get("video") is not None:
             raise UnsupportedCallError("layout='grid' needs the video's pixels: ready features are pooled already")
-        vision = self.model.config.vision_config
-        patches = vision.image_size // vision.patch_size
+        patches = self._patches
         side = patches // 2
-        if patches % 2 == 0:
-            raise UnsupportedCallError(
-                f"layout='grid' is for towers with an odd number of patches a side, as LLaVA-Video's 27; this has "
-                f"{patches}"
-            )
         count, frames = pixels.shape[:2]
         projected = self._projected(pixels.flatten(0, 1).to(self.model.device, self.model.dtype), inputs)
         tokens = averaged(projected, patches).reshape(count, frames * side * side, -1)
@@ -68,9 +71,7 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return patches averaged to tokens as features are."""
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return torch.cat([averaged(some.float(), side).flatten(0, 1) for some in values])
+        return torch.cat([averaged(some.float(), self._patches).flatten(0, 1) for some in values])
 
 
 def averaged(patches: Tensor, side: int) -> Tensor:

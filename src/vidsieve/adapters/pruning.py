@@ -11,7 +11,7 @@ from vidsieve import registry
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Template
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
+from vidsieve.errors import PromptError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Stage
 
 LAYOUTS = ("installed", "grid")
@@ -42,6 +42,10 @@ def adapter_for(
                 raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has just its own")
             adapter: Adapter = registry.families.get(name)(model, template, positions)
             return adapter
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "this is a compiled model as a whole: attach to the model itself, and compile its language model"
+        )
     raise UnsupportedModelError(
         f"no adapter for {type(model).__name__}; supported: {', '.join(n for n in registry.families if ':' not in n)}. "
         "To add a family, write a vidsieve.adapters.Adapter and register it: "
@@ -63,7 +67,8 @@ def prune(
     """Return the inputs of `model.generate` or `model.forward` with each video cut to its budget.
 
     A pure function: `model` and `inputs` are not changed. Use the result for one call (`generate` expands
-    the features inside it when it runs beams). It carries ``use_cache=True``, because without a cache
+    the features inside it when it runs beams), and do not go on with the cache that the call leaves: nothing tells
+    later turns what it stands for; `attach` does. It carries ``use_cache=True``, because without a cache
     transformers reads gaps in the positions as packed sequences. Gradients reach the features: wrap the call
     in ``torch.no_grad()`` where none are wanted. Give an ``attention_mask`` where prompts are padded.
 
@@ -93,6 +98,8 @@ def prune(
     ------
     UnsupportedModelError, StageError, NeedError, PolicyMismatchError, PromptError, UnsupportedCallError
     """
+    if is_pruned(inputs):
+        raise PromptError("these inputs were pruned already: prune what the processor returned")
     adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
     if compressor.acts is not Stage.PRE_LLM:

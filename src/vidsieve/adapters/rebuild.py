@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
+from vidsieve.errors import UnsupportedCallError
 from vidsieve.types import Selection
 
 if TYPE_CHECKING:
@@ -77,7 +78,13 @@ def rebuild(
     }
     labels = encoded.rest.get("labels")
     if labels is not None:
-        inputs["labels"] = labels[index, columns].masked_fill(~real, -100)
+        if labels.shape != encoded.input_ids.shape:
+            raise UnsupportedCallError(
+                f"labels must be {tuple(encoded.input_ids.shape)} as input_ids, got {tuple(labels.shape)}"
+            )
+        # A row's first token has nothing before it; padding, which is on the left now, must not predict it.
+        first = real & (real.long().cumsum(1) == 1)
+        inputs["labels"] = labels[index, columns].masked_fill(~real | first, -100)
     return Pruned(inputs, kept)
 
 

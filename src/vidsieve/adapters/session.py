@@ -21,6 +21,7 @@ from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
     arguments,
+    check_cache,
     check_generate,
     check_inner,
     check_logits_to_keep,
@@ -102,6 +103,8 @@ class Session:
                 self._model.__dict__[name] = self._before[name]
         _open.pop(self._model, None)
         self._wrappers, self._before = {}, {}
+        if self._lock.locked():
+            return  # closed from inside a call, which still needs both
         del self._model, self._adapter  # a session is often kept for its trace; the model need not stay for it
 
     def __enter__(self) -> Session:
@@ -170,8 +173,11 @@ class Session:
         count_from_prompt(self._model, call, ids.shape[1], new)
         restore = PromptRestorer(ids, int(new["input_ids"].shape[1]))
         restore.wrap_hooks(new)
+        if record.layers is not None and cache is None:
+            # Ours, so that its hooks know which passes are of this call.
+            new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
         keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
-        with self._at_work(record):
+        with self._at_work(record, cache):
             output = original(**new)
         short = output if isinstance(output, Tensor) else output.sequences
         result = restore.output(output)
@@ -183,6 +189,8 @@ class Session:
 
     def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         cache = call.get("past_key_values")
+        if acts_inside(self.compressor):
+            check_cache(cache)
         if record is not None:
             new, record = record.step(call["input_ids"], call, self._adapter)
         else:
@@ -191,7 +199,7 @@ class Session:
             if cache is None and call.get("use_cache") is not False:
                 # Ours, so that the record is on it however the output hands it back.
                 new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
-        with self._at_work(record):
+        with self._at_work(record, cache):
             output = original(**new)
         keep_record(cache, record)
         return output
@@ -258,18 +266,20 @@ class Session:
             )
 
     @contextmanager
-    def _at_work(self, record: CacheRecord) -> Iterator[None]:
+    def _at_work(self, record: CacheRecord, cache: Any) -> Iterator[None]:
         """Run a method that acts inside the LLM, if the record of the prompt has one, and trace what it kept."""
         run = record.layers
         if run is None:
             yield
             return
-        fresh, run.fresh = run.fresh, False
-        with run.hooked(list(self._adapter.decoder_layers), self._model.config.get_text_config()):
+        # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
+        text = self._model.config.get_text_config()
+        with torch.compiler.set_stance("force_eager"), run.hooked(list(self._adapter.decoder_layers), text, cache):
             yield
-        if fresh:
-            self.trace.videos.extend(run.traces())
+        if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
+        run.fresh, before, run.listed = False, run.listed, run.traces()
+        self.trace.revise(before, run.listed)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
@@ -345,6 +355,7 @@ def attach(
     """
     adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
+    adapter.check_videos(videos)
     session = Session(model, adapter, compressor, seed, videos, reselect)
     session._open()
     return session

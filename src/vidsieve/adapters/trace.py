@@ -63,6 +63,12 @@ class VideoTrace:
         """The fraction of tokens that layers see on average: K / N for methods before the LLM."""
         return self.real_retention if self.held is None else self.held
 
+    @property
+    def inside(self) -> str:
+        """What a part inside the LLM did, in words; empty without one."""
+        held = "" if self.held is None else f", {self.held:.1%} on average over layers"
+        return held + ("" if self.decoded is None else f", {self.decoded:.1%} of them read while decoding")
+
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
         return {
@@ -86,6 +92,13 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     prompt_tokens: tuple[int, int] | None = None
 
+    def revise(self, before: list[VideoTrace], now: list[VideoTrace]) -> None:
+        """Put new records in the places of those of the same videos, at the end where there are none."""
+        known = {id(old): new for old, new in zip(before, now, strict=False)}
+        for place, video in enumerate(self.videos):
+            self.videos[place] = known.pop(id(video), video)
+        self.videos.extend(now if not before else ())
+
     def __iter__(self) -> Iterator[VideoTrace]:
         return iter(self.videos)
 
@@ -96,12 +109,10 @@ class Trace:
         lines = []
         for video in self.videos:
             verb = "merged into" if video.merged else "kept"
-            layers = "" if video.held is None else f", {video.held:.1%} on average over layers"
-            layers += "" if video.decoded is None else f", {video.decoded:.1%} of them read while decoding"
             ends = f", and {video.newlines} newline{'s' * (video.newlines > 1)}" if video.newlines else ""
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
-                f"({video.real_retention:.1%}{layers}, grid {video.grid}){ends} in {video.select_ms:.1f} ms; "
+                f"({video.real_retention:.1%}{video.inside}, grid {video.grid}){ends} in {video.select_ms:.1f} ms; "
                 f"per frame {' '.join(map(str, video.per_frame))}; positions {self.positions}"
             )
         if not lines:

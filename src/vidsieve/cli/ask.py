@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retention, quiet, set_threads, write_json
-from vidsieve.errors import OutputError, PolicyError
+from vidsieve.errors import OutputError, PolicyError, PromptError
 
 
 def ask(
@@ -41,6 +41,8 @@ def ask(
 ) -> None:
     """Ask a question about a video, and see what was kept and where the time went."""
     amount = parse_retention(retention)
+    if not question.strip():
+        raise PromptError("the question is empty: write what you want to know")
     check_output(json)
     check_output(picture)
     if method == "full" and picture is not None:
@@ -70,7 +72,7 @@ def ask(
         out.print(f"note: {escape(note)}")
     out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     before, after = result.prompt_tokens
-    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%})" for t in result.traces)
+    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
     out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
     out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in pipeline.PARTS), highlight=False)
     if picture is not None and result.traces:

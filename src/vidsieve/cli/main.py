@@ -114,8 +114,8 @@ def oracles(
          c.status + (f" ({c.note})" if c.note else ""))
         for c in cases if c.status != missing
     ]  # fmt: skip
-    without = Counter(c.method for c in cases if c.status == missing)
-    lines += [(name, f"{count} cases", "–", missing) for name, count in without.items()]
+    without = Counter((c.method, c.note or missing) for c in cases if c.status == missing)
+    lines += [(name, f"{count} case{'s' * (count > 1)}", "–", note) for (name, note), count in without.items()]
     out.print(table(f"{folder}", ("case", "compared", "largest difference", "verdict"), lines, right=(2,)))
     count = {s: sum(c.status == s for c in cases) for s in ("pass", "fail", "no such method yet")}
     out.print(", ".join(f"{n} {s}" for s, n in count.items()))

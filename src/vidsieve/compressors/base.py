@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.errors import NeedError, SelectionError, StageError, UnknownNameError
+from vidsieve.errors import BudgetError, NeedError, SelectionError, StageError, UnknownNameError
 from vidsieve.selection import check_retention, kept_tokens, top_indices
 from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, Tokens, VideoTokens
 
@@ -193,3 +193,14 @@ class DecodeCompressor(Compressor):
 
         `before` is the step before this one, with what was read then.
         """
+
+
+def check_layer(layer: object) -> None:
+    """Refuse what is no number of a layer with another before it.
+
+    Raises
+    ------
+    BudgetError
+    """
+    if not isinstance(layer, int) or isinstance(layer, bool) or layer < 1:
+        raise BudgetError(f"layer must be a whole number from 1 on, the first that has one before it; got {layer!r}")

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import DecodeCompressor
+from vidsieve.compressors.base import DecodeCompressor, check_layer
 from vidsieve.errors import BudgetError
 from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
 from vidsieve.types import DecodeView, Selection, Stage, TokenGrid, Tokens, VideoTokens
@@ -63,10 +63,13 @@ class DyCoke(DecodeCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise BudgetError(f"layer must be at least 1, the first that has one before it; got {self.layer}")
-        if not 0 <= self.dropped < 1:
-            raise BudgetError(f"dropped is a share in [0, 1), got {self.dropped}")
+        check_layer(self.layer)
+        if not isinstance(self.dropped, int | float) or not 0 <= self.dropped < 1:
+            raise BudgetError(f"dropped is a share in [0, 1), got {self.dropped!r}")
+        if not isinstance(self.similarity, int | float) or not -1 <= self.similarity <= 1:
+            raise BudgetError(f"similarity is a cosine in [-1, 1], got {self.similarity!r}")
+        if not isinstance(self.inner, bool):
+            raise BudgetError(f"inner is True or False, got {self.inner!r}")
 
     @property
     def acts(self) -> Stage:
@@ -94,9 +97,10 @@ class DyCoke(DecodeCompressor):
         wanted, whole = super().budget(video), -(-frames // 4) * size
         if wanted < whole:
             share = math.ceil(1e4 * whole / video.num_tokens) / 1e4
+            asked = f"a retention from {share:g} to 1" if share < 1 else "all of it"
             raise BudgetError(
                 f"{self.describe()}: every fourth frame stays whole, {whole} of {video.num_tokens} tokens in a grid of "
-                f"{video.grid}; ask for a retention from {share:g} to 1"
+                f"{video.grid}; ask for {asked}"
             )
         return wanted
 

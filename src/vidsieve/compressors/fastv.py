@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vidsieve.compressors.base import LayerCompressor
+from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError
 from vidsieve.selection import top_indices
 from vidsieve.types import LayerView, Tokens
@@ -47,8 +47,7 @@ class FastV(LayerCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer < 1:
-            raise BudgetError(f"layer must be at least 1, the first that has one before it; got {self.layer}")
+        check_layer(self.layer)
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (K, tokens kept from there on)."""

@@ -101,4 +101,7 @@ def check_before_llm(methods: Mapping[str, Compressor]) -> None:
     """
     for method in methods.values():
         if method.acts is not Stage.PRE_LLM:
-            raise StageError(f"{method.name} acts {method.acts.value}; this evaluation takes methods before the LLM")
+            raise StageError(
+                f"{method.name} acts {method.acts.value}; this evaluation takes methods before the LLM: attach it to a "
+                "model, or try it with `vidsieve ask`"
+            )

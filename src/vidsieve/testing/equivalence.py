@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import vidsieve
@@ -16,7 +17,7 @@ from vidsieve.errors import UnsupportedCallError
 from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, STEPS, Case
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
-from vidsieve.types import Stage
+from vidsieve.types import Selection, Stage
 
 TOLERANCE = 1e-4
 CONFIGURATIONS = ("batch 1", "ragged batch 2", "two videos", "video and image")
@@ -143,10 +144,29 @@ def refusals(family: str, compressor: Compressor) -> dict[str, str]:
     return found
 
 
+def _check_own_answers(case: Case) -> None:
+    """Compare the inputs that the adapter builds of every token with the model as it is."""
+    adapter, inputs = case.adapter, case.inputs
+    with torch.no_grad():
+        encoded = adapter.encode(inputs, case.videos)
+        whole = [Selection(torch.arange(video.features.grid.num_tokens)) for video in encoded.videos]
+        rows = range(len(case.ids))
+        pruned = adapter.build(encoded, [[whole[i] for i in encoded.of_row(row)] for row in rows])
+        ours, theirs = adapter.model(**pruned.inputs).logits, adapter.model(**inputs).logits
+    for row in rows:
+        kept = pruned.kept_positions[row]
+        gap = float((ours[row, kept >= 0] - theirs[row, kept[kept >= 0]]).abs().max())
+        if gap > TOLERANCE:
+            raise CheckFailure(
+                f"{adapter.family}: with every token kept, logits differ by {gap:.1e} from the model's own: look at "
+                "video_features, positions and encoder_outputs"
+            )
+
+
 def check_family(
     model: Any, inputs: Mapping[str, Any], compressor: Compressor | None = None, videos: Videos = None
 ) -> list[Cell]:
-    """Check a model family of your own: every call on a model of it against the masked reference.
+    """Check a model family of your own: all tokens against the model itself, every call against the masked reference.
 
     Parameters
     ----------
@@ -165,11 +185,14 @@ def check_family(
     Raises
     ------
     CheckFailure
-        If a call differs from the reference by more than `TOLERANCE`, or generates other tokens.
+        If the adapter's inputs with every token kept give other logits than the model's own, or a call differs from the
+        reference by more than `TOLERANCE`, or generates other tokens.
     """
     method = compressor or vidsieve.load("random", retention=0.3)
     case = Case(adapter_for(model), inputs, method, videos)
     family = case.adapter.family
+    if case.adapter.layout == "installed":
+        _check_own_answers(case)
     cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in CALLS]
     wrong = [
         f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}"
