@@ -73,8 +73,6 @@ class Session:
         self._wrappers: dict[str, Call] = {}
         self._before: dict[str, Any] = {}
 
-    # -- open and close -------------------------------------------------------------------------------------
-
     def _open(self) -> None:
         current = _open.get(self._model)
         session = current() if current is not None else None
@@ -272,9 +270,9 @@ class Session:
         if run is None:
             yield
             return
+        text, layers = self._model.config.get_text_config(), list(self._adapter.decoder_layers)
         # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-        text = self._model.config.get_text_config()
-        with torch.compiler.set_stance("force_eager"), run.hooked(list(self._adapter.decoder_layers), text, cache):
+        with torch.compiler.set_stance("force_eager"), run.hooked(layers, text, cache):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])

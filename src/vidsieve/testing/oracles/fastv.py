@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from vidsieve.adapters.layered import LayerRun, PlacedVideo
 from vidsieve.compressors.fastv import FastV
@@ -71,8 +71,9 @@ def _model(archive: Archive) -> Case:
     hook = model.layers[_LAYER].input_layernorm.register_forward_pre_hook(
         lambda module, args: seen.update(input=args[0][0])
     )
-    with torch.no_grad(), run.hooked(list(model.layers), config):
-        out = model(inputs_embeds=embeds, position_ids=positions, use_cache=True)
+    cache = DynamicCache(config=config)
+    with torch.no_grad(), run.hooked(list(model.layers), config, cache):
+        out = model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache)
     hook.remove()
     kept = run.kept[_LAYER][0]
     lengths = [out.past_key_values.get_seq_length(layer) for layer in range(depth)]
