@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from vidsieve.adapters.inside import InnerRun, acts_inside, begin
 from vidsieve.adapters.pruning import adapter_for
@@ -182,16 +182,14 @@ def answer(
         else:
             chosen, traces = adapter.select(encoded, compressor, generator)
             pruned = adapter.build(encoded, [chosen])
-    options: dict[str, Any] = {}
     if run is not None:
-        options["past_key_values"] = cache = DynamicCache(config=model.config.get_text_config())
-        work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config(), cache)
+        work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config(), None)
     first = _FirstToken(device)
     start = time.perf_counter()
     with work:
         out = model.generate(
             **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False,
-            logits_processor=LogitsProcessorList([first]), **options,
+            logits_processor=LogitsProcessorList([first]),
         )  # fmt: skip
     _synchronise(device)
     traces = run.traces() if run is not None else traces

@@ -219,3 +219,71 @@ def test_a_count_of_tokens_is_judged_at_the_video():
     ):
         model.generate(**inputs, **GREEDY)
     assert not any(layer._forward_pre_hooks for layer in adapter_for(model).decoder_layers)
+
+
+@inside
+def test_a_dynamic_cache_may_be_asked_for_by_name(method):
+    model, inputs = FAMILIES["smolvlm"](), configuration("smolvlm", "batch 1")
+    with vidsieve.attach(model, method):
+        plain = model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY, cache_implementation="dynamic"), plain)
+        model.generation_config.cache_implementation = "dynamic"
+        assert torch.equal(model.generate(**inputs, **GREEDY), plain)
+        assert model.generation_config.cache_implementation == "dynamic"
+
+
+@inside
+def test_layers_that_see_a_part_of_the_prompt_are_refused(method):
+    model = FAMILIES["llava_onevision"]()
+    model.config.get_text_config().layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    with pytest.raises(UnsupportedCallError, match="this model has sliding_attention"):
+        vidsieve.attach(model, method)
+
+
+@inside
+def test_a_method_that_keeps_its_selection_says_so_and_others_do_not(method):
+    model, inputs = FAMILIES["smolvlm"](), configuration("smolvlm", "batch 1")
+    for some, noted in ((method, method.name == "fastv"), (vidsieve.load("dycoke", inner=False), False)):
+        with vidsieve.attach(model, some) as session:
+            first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+            talk = torch.cat([first.sequences, torch.tensor([[41, 42]])], 1)
+            model.generate(input_ids=talk, past_key_values=first.past_key_values, **GREEDY)
+        assert bool(session.trace.notes) == noted
+
+
+@inside
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+def test_flash_attention_gets_masks_that_it_takes(method, name):
+    """A stand-in that computes what flash attention does from a mask (B, k) or none, and refuses any other."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    def flash(module, query, key, value, attention_mask=None, **options):
+        assert attention_mask is None or attention_mask.ndim == 2, tuple(attention_mask.shape)
+        lines, length = query.shape[2], key.shape[2]
+        seen = torch.ones(lines, length, dtype=torch.bool).tril(length - lines)[None, None]
+        if attention_mask is not None:
+            seen = (
+                seen & attention_mask[:, None, None, :].bool() | torch.eye(length, dtype=torch.bool)[length - lines :]
+            )
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        out = torch.nn.functional.scaled_dot_product_attention(query, key, value, seen, scale=options.get("scaling"))
+        return out.transpose(1, 2), None
+
+    def mask(batch_size=0, attention_mask=None, **options):
+        return None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+
+    AttentionInterface.register("flash_stand_in", flash)
+    AttentionMaskInterface.register("flash_stand_in", mask)
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", name)
+    outs = []
+    for attention in ("sdpa", "flash_stand_in"):
+        model.set_attn_implementation({"text_config": attention})
+        with torch.no_grad(), vidsieve.attach(model, method):
+            first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+            talk = torch.cat([first.sequences, torch.tensor([[41, 42]] * len(first.sequences))], 1)
+            whole = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, inputs["input_ids"].shape[1] :])], 1)
+            outs.append(model.generate(
+                input_ids=talk, attention_mask=whole, past_key_values=first.past_key_values, **GREEDY
+            ))  # fmt: skip
+    assert torch.equal(*outs)

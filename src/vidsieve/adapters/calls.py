@@ -96,6 +96,8 @@ def check_cache(cache: Any) -> None:
         raise UnsupportedCallError(
             f"a method inside the LLM needs a DynamicCache, got {type(cache).__name__}: leave it out"
         )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedCallError("a method inside the LLM needs a cache that stays where it is: leave offloading out")
 
 
 def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> None:

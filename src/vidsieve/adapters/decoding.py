@@ -7,7 +7,7 @@ token alone, from the layer's own query projection and its cached keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
-from vidsieve.adapters.layered import PlacedVideo, as_mask, own_passes, place
+from vidsieve.adapters.layered import PlacedVideo, place
 from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import rotary, rotate
@@ -87,7 +88,7 @@ class DecodeRun:
         self._newest: tuple[Tensor, Tensor] | None = None
         self._table: Tensor | None = None
         self._read: list[list[float]] = [[] for _ in self.videos]
-        self._length = 0
+        self._end: Tensor | None = None
 
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video, and the share of it that was read while decoding."""
@@ -95,12 +96,14 @@ class DecodeRun:
         return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any, cache: Any = None) -> Iterator[None]:
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any) -> Iterator[None]:
         """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends.
 
         Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
         """
-        handles, mine = [], own_passes(cache)
+        handles, mine = [], OwnPasses(cache)
+        if not _same(self._end, _end_of(cache)):
+            self.before.clear()  # cropped, or its rows moved: the step before is not known any more
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text = layers, text
         try:
@@ -111,8 +114,9 @@ class DecodeRun:
             for handle in handles:
                 handle.remove()
             self._layers, self._text, self._newest, self._table = (), None, None, None
+            self._end = _end_of(mine.cache)
 
-    def _before(self, number: int, mine: Callable[[Any], bool]) -> Any:
+    def _before(self, number: int, mine: OwnPasses) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
             if cache is None or not mine(cache) or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
@@ -126,7 +130,7 @@ class DecodeRun:
                 raise SelectionError(f"layer {self.first} did not run before layer {number}")
             return args, kwargs | {
                 "past_key_values": _View(cache, self._table),
-                "attention_mask": self._mask(kwargs, hidden),
+                "attention_mask": self._mask(hidden),
             }
 
         return hook
@@ -153,9 +157,6 @@ class DecodeRun:
         hidden, position = self._newest
         keys = cache.layers[self.first - 1].keys
         repeats, length, device = len(hidden) // len(self.real), keys.shape[2], keys.device
-        if length <= self._length:
-            self.before.clear()  # the cache was cropped: the step before this one is not known any more
-        self._length = length
         visible = self._visible(mask, repeats, length).to(device)
         lines = []
         for row in range(len(hidden)):
@@ -189,22 +190,36 @@ class DecodeRun:
         """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""
         layer = self._layers[self.first - 1]
         shape, attend = block_shape(self._text, layer), layer.self_attn
-        q = attend.q_proj(layer.input_layernorm(hidden)).unflatten(-1, (shape.num_heads, -1))
+        q = attend.q_proj(layer.input_layernorm(at_home(hidden, layer))).unflatten(-1, (shape.num_heads, -1))
         if shape.qk_norm:
             q = attend.q_norm(q)
-        cosine, sine = rotary(position.to(hidden.device), shape)
-        q = rotate(q.transpose(0, 1), cosine, sine).float()  # (H, 1, d)
-        grouped = keys.float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
-        weights: Tensor = (q @ grouped.transpose(1, 2) / shape.head_dim**0.5)[:, 0].masked_fill(~seen, -torch.inf)
-        return weights.softmax(-1)
+        cosine, sine = rotary(position.to(q.device), shape)
+        q = rotate(q.transpose(0, 1), cosine, sine).float()[:, 0]  # (H, d)
+        grouped = q.reshape(shape.num_kv_heads, -1, q.shape[-1]).to(keys.device)
+        weights: Tensor = (grouped @ keys.float().transpose(1, 2) * attend.scaling).flatten(0, 1)
+        return weights.masked_fill(~seen, -torch.inf).softmax(-1)
 
-    def _mask(self, kwargs: dict[str, Any], hidden: Tensor) -> Tensor | None:
+    def _mask(self, hidden: Tensor) -> Tensor | None:
         """Return the mask of this step over the columns that are read."""
         assert self._table is not None
         real = self._table >= 0
         if bool(real.all()):
             return None
-        return as_mask(real[:, None, None].to(hidden.device), hidden, kwargs, real.to(hidden.device))
+        real = real.to(hidden.device)
+        return flash_mask(real) if is_flash(self._text) else additive(real[:, None, None], hidden)
+
+
+def _end_of(cache: Any) -> Tensor | None:
+    """Return what tells whether a cache was cropped or its rows moved: the newest keys (R, d) and the length."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    if not isinstance(keys, Tensor) or keys.ndim != 4 or not keys.shape[2]:
+        return None
+    return torch.cat([keys[:, 0, -1], keys.new_full((len(keys), 1), keys.shape[2])], 1)
+
+
+def _same(first: Tensor | None, second: Tensor | None) -> bool:
+    return first is not None and second is not None and torch.equal(first, second.to(first))
 
 
 def begin(

@@ -35,6 +35,7 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
         _check_layers(adapter, compressor)
     if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
         compressor.first_layer(len(adapter.decoder_layers))
+        _check_attention(adapter)
         block_shape(adapter.model.config.get_text_config(), adapter.decoder_layers[0])
     config = getattr(getattr(compressor, "policy", None), "config", None)
     if config is not None:
@@ -51,6 +52,16 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
         adapter.template()
 
 
+def _check_attention(adapter: Adapter) -> None:
+    """Refuse LLMs some of whose layers do not see the whole prompt."""
+    text = adapter.model.config.get_text_config()
+    other = sorted(set(getattr(text, "layer_types", None) or ()) - {"full_attention"})
+    if other:
+        raise UnsupportedCallError(
+            f"methods inside the LLM need full attention in every layer, this model has {', '.join(other)}"
+        )
+
+
 def _check_layers(adapter: Adapter, compressor: LayerCompressor) -> None:
     layers = adapter.decoder_layers
     if compressor.retention != 1.0:
@@ -62,4 +73,5 @@ def _check_layers(adapter: Adapter, compressor: LayerCompressor) -> None:
                 f"{adapter.family} adds visual features after its first {adapter.deep_layers} layers: "
                 f"{compressor.name} cannot drop tokens before layer {adapter.deep_layers}, it wants {first}"
             )
+    _check_attention(adapter)
     block_shape(adapter.model.config.get_text_config(), layers[0])  # its rotary positions must be known to us

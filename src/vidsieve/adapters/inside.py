@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Generator
 
 from vidsieve.adapters import decoding, layered
@@ -22,6 +26,31 @@ InnerRun = layered.LayerRun | decoding.DecodeRun
 def acts_inside(compressor: Compressor | None) -> bool:
     """Return whether a method has a part that hooks must run."""
     return compressor is not None and compressor.acts is not Stage.PRE_LLM
+
+
+_eager_lock, _eager_calls = threading.Lock(), 0
+_stance: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what was compiled as it was written, until the last such block ends: compiled code does not see our hooks.
+
+    The stance is the process's, so that blocks in several threads share it.
+    """
+    global _eager_calls, _stance
+    with _eager_lock:
+        if not _eager_calls:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _eager_calls += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_calls -= 1
+            if not _eager_calls:
+                _stance.__exit__(None, None, None)
 
 
 def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator: Generator) -> tuple[Pruned, InnerRun]:

@@ -8,9 +8,8 @@ method reads, from the layer's own projections.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
 from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import rotary, rotate
@@ -88,7 +88,7 @@ class LayerRun:
         self._text: Any = None
         self._hidden: Tensor | None = None
         self._prefilling = True
-        self._mine: Callable[[Any], bool] = _nobodys
+        self._mine = OwnPasses(None)
 
     @property
     def held(self) -> list[float]:
@@ -112,13 +112,13 @@ class LayerRun:
         return made
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any, cache: Any = None) -> Iterator[None]:
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any) -> Iterator[None]:
         """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends.
 
         Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
         """
         handles = []
-        self._mine = own_passes(cache)
+        self._mine = OwnPasses(cache)
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text = layers, text
         try:
@@ -129,7 +129,7 @@ class LayerRun:
         finally:
             for handle in handles:
                 handle.remove()
-            self._layers, self._text, self._hidden, self._mine = (), None, None, _nobodys
+            self._layers, self._text, self._hidden, self._mine = (), None, None, OwnPasses(None)
 
     # -- hooks ----------------------------------------------------------------------------------------------
 
@@ -166,9 +166,11 @@ class LayerRun:
     def _prefill(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         if number in self.stages:
             before = self.kept[self.stages[self.stages.index(number) - 1]] if self.stages[0] < number else None
+            _synchronise(hidden)
             start = time.perf_counter()
             self.kept[number] = self._choose(number, before)
-            self.select_ms += 1e3 * (time.perf_counter() - start)
+            _synchronise(hidden)
+            self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
             # Places of the kept columns among those that reach this layer.
             hidden = _take(hidden, self._rows(self._within(self.kept[number], before), len(hidden)))
         stage = max((s for s in self.stages if s <= number), default=None)
@@ -176,10 +178,15 @@ class LayerRun:
             return hidden, {}
         table = self._rows(self.kept[stage], len(hidden)).to(hidden.device)
         real, length = table >= 0, table.shape[1]
+        changes = self._sliced(kwargs, table)
+        if is_flash(self._text):
+            return hidden, changes | {"attention_mask": flash_mask(real)}
+        if kwargs.get("attention_mask") is None and bool(real.all()):
+            return hidden, changes  # causal without padding, as it came
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         # A row of padding may look at itself: it is never read, but must not be empty.
         mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
-        return hidden, self._sliced(kwargs, table) | {"attention_mask": as_mask(mask[:, None], hidden, kwargs, real)}
+        return hidden, changes | {"attention_mask": additive(mask[:, None], hidden)}
 
     def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the mask of tokens after the prompt, which see what this layer kept of it."""
@@ -189,8 +196,10 @@ class LayerRun:
         real = (self._rows(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
         count, prompt = hidden.shape[1], self.real.shape[1]
         given = kwargs.get("attention_mask")
-        if given is not None and given.ndim == 2:  # flash attention
-            return {"attention_mask": torch.cat([real.to(given), given[:, prompt:]], 1)}
+        if is_flash(self._text):
+            length = kwargs["past_key_values"].get_seq_length(number) - real.shape[1] + count
+            later = real.new_ones(len(real), length) if given is None else given[:, prompt:].bool()
+            return {"attention_mask": flash_mask(torch.cat([real, later], 1))}
         if given is not None:
             allowed = given[:, 0, :, prompt:] if given.dtype == torch.bool else given[:, 0, :, prompt:] == 0
             allowed = allowed.expand(len(hidden), -1, -1)
@@ -200,7 +209,7 @@ class LayerRun:
             square = torch.ones(count, after, dtype=torch.bool, device=hidden.device)
             allowed = square.tril(after - count).expand(len(hidden), -1, -1)
         mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
-        return {"attention_mask": as_mask(mask[:, None], hidden, kwargs, None)}
+        return {"attention_mask": additive(mask[:, None], hidden)}
 
     # -- selection ------------------------------------------------------------------------------------------
 
@@ -239,15 +248,15 @@ class LayerRun:
         """Return the attention (H, n) float32 of the last of n tokens (n, D) in one layer."""
         layer = self._layers[number]
         shape, attend = block_shape(self._text, layer), layer.self_attn
-        x = layer.input_layernorm(hidden)
+        x = layer.input_layernorm(at_home(hidden, layer))
         q = attend.q_proj(x[-1:]).unflatten(-1, (shape.num_heads, -1))
         k = attend.k_proj(x).unflatten(-1, (shape.num_kv_heads, -1))
         if shape.qk_norm:
             q, k = attend.q_norm(q), attend.k_norm(k)
-        cosine, sine = rotary(positions.to(hidden.device), shape)
+        cosine, sine = rotary(positions.to(x.device), shape)
         q = rotate(q.transpose(0, 1), cosine[-1:], sine[-1:]).float()  # (H, 1, d)
         k = rotate(k.transpose(0, 1), cosine, sine).float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
-        weights: Tensor = (q @ k.transpose(1, 2) / shape.head_dim**0.5).softmax(-1)[:, 0]
+        weights: Tensor = (q @ k.transpose(1, 2) * attend.scaling).softmax(-1)[:, 0]
         return weights
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
@@ -275,16 +284,6 @@ class LayerRun:
         return changes
 
 
-def own_passes(cache: Any) -> Callable[[Any], bool]:
-    """Return whether a pass with some cache belongs to the call that begins now: its thread, its cache."""
-    thread = threading.get_ident()
-    return lambda given: threading.get_ident() == thread and given is cache
-
-
-def _nobodys(given: Any) -> bool:
-    return False
-
-
 def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
     """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
     dim = dim % values.ndim
@@ -297,13 +296,9 @@ def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
     return wide.gather(dim, index.view(shape).expand(target))
 
 
-def as_mask(allowed: Tensor, hidden: Tensor, kwargs: dict[str, Any], real: Tensor | None) -> Tensor:
-    """Return a mask (B, 1, q, k) as the attention of this pass takes it: additive, or (B, k) for flash attention."""
-    given = kwargs.get("attention_mask")
-    if given is not None and given.ndim == 2 and real is not None:
-        return real.to(given.dtype)
-    zeros = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-    return zeros.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:

@@ -29,12 +29,12 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin, uncompiled
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
-from vidsieve.types import READS_QUESTION, Stage, Tokens
+from vidsieve.types import Need, Stage, Tokens
 
 _open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
 
@@ -171,9 +171,6 @@ class Session:
         count_from_prompt(self._model, call, ids.shape[1], new)
         restore = PromptRestorer(ids, int(new["input_ids"].shape[1]))
         restore.wrap_hooks(new)
-        if record.layers is not None and cache is None:
-            # Ours, so that its hooks know which passes are of this call.
-            new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
         keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
         with self._at_work(record, cache):
             output = original(**new)
@@ -201,8 +198,6 @@ class Session:
             output = original(**new)
         keep_record(cache, record)
         return output
-
-    # -- steps ----------------------------------------------------------------------------------------------
 
     def _to_prune(self, call: dict[str, Any]) -> bool:
         """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
@@ -272,7 +267,7 @@ class Session:
             return
         text, layers = self._model.config.get_text_config(), list(self._adapter.decoder_layers)
         # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-        with torch.compiler.set_stance("force_eager"), run.hooked(layers, text, cache):
+        with uncompiled(), run.hooked(layers, text, cache):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
@@ -298,7 +293,7 @@ class Session:
         drop = {*self._adapter.video_keys, *self._adapter.image_keys, "mm_token_type_ids", "mm_encoder_outputs"}
         drop |= {"position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
-        if READS_QUESTION & self.compressor.needs and self.compressor.acts is not Stage.DECODE:
+        if Need.QUESTION in self.compressor.needs or self.compressor.acts is Stage.LAYER:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"
             if note not in self.trace.notes:
                 self.trace.notes.append(note)

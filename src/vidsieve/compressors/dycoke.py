@@ -134,7 +134,7 @@ class DyCoke(DecodeCompressor):
             if float(F.cosine_similarity(attention, earlier, dim=0)) >= self.similarity:
                 return None if official else before.read
         if not official:
-            count = math.floor(len(attention) * (1 - Fraction(repr(self.dropped))))
+            count = math.floor(len(attention) * (1 - Fraction(repr(float(self.dropped)))))
             return top_indices(attention, max(1, count))
         chosen = top_indices(attention, int(len(attention) * (1 - self.dropped)))
         return torch.cat([chosen, torch.tensor([last], device=chosen.device)])

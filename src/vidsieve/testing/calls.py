@@ -229,9 +229,9 @@ def labels(case: Case) -> Outcome:
 def compiled(case: Case) -> Outcome:
     """Compare greedy tokens of a model whose language model went through `torch.compile`, in one graph a pass.
 
-    Methods inside the LLM act in hooks, which break the graph.
+    Methods inside the LLM act in hooks, and run it uncompiled.
     """
-    inner, whole = case.adapter.language_model, case.compressor.stage is Stage.PRE_LLM
+    inner, whole = case.adapter.language_model, case.compressor.acts is Stage.PRE_LLM
     torch._dynamo.reset()
     inner.forward = torch.compile(inner.forward, backend="aot_eager", dynamic=True, fullgraph=whole)
     try:
