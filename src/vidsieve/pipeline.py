@@ -18,7 +18,6 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
 from vidsieve.errors import PromptError, VidsieveError
-from vidsieve.types import Selection
 
 PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
 
@@ -177,8 +176,7 @@ def answer(
         if compressor is not None and acts_inside(compressor):  # goes on while the LLM runs
             pruned, run = begin(adapter, encoded, compressor, generator)
         elif compressor is None:
-            whole = [Selection(torch.arange(v.features.grid.num_tokens, device=device)) for v in encoded.videos]
-            pruned = adapter.build(encoded, [whole])
+            pruned = adapter.build(encoded, encoded.per_row(encoded.everything()))
         else:
             chosen, traces = adapter.select(encoded, compressor, generator)
             pruned = adapter.build(encoded, [chosen])

@@ -172,6 +172,11 @@ def read_config(folder: Path) -> PolicyConfig:
     return PolicyConfig.from_json(text, path)
 
 
+def pickles_in(folder: Path) -> list[str]:
+    """Return the names of weight files that will not be loaded, because pickles can run code."""
+    return sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+
+
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
     """Return the tensors of the policy in `folder`; only safetensors is ever loaded.
 
@@ -182,7 +187,7 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
     """
     path = folder / WEIGHTS
     if not path.is_file():
-        others = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+        others = pickles_in(folder)
         advice = f"; {', '.join(others)} will not be loaded, because pickles can run code" if others else ""
         raise PolicyError(f"{WEIGHTS} is missing in {folder}{advice}")
     try:

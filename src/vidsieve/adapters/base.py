@@ -346,8 +346,7 @@ class Adapter(Probed, ABC):
         self.check(compressor)
         encoded = self.encode(inputs, videos, compressor.needs)
         selections, traces = self.select(encoded, compressor, generator)
-        per_row = [[selections[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
-        return replace(self.build(encoded, per_row), traces=tuple(traces))
+        return replace(self.build(encoded, encoded.per_row(selections)), traces=tuple(traces))
 
 
 def _synchronise(tensor: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.errors import NeedError
-from vidsieve.types import EncoderOutputs, TokenGrid
+from vidsieve.types import EncoderOutputs, Selection, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,14 @@ class Encoded:
     def of_row(self, row: int) -> list[int]:
         """Return the numbers of the videos in one prompt of the batch."""
         return [i for i, video in enumerate(self.videos) if video.row == row]
+
+    def per_row(self, selections: Sequence[Selection]) -> list[list[Selection]]:
+        """Return selections, one a video, by the prompts of the batch, as `Adapter.build` takes them."""
+        return [[selections[i] for i in self.of_row(row)] for row in range(self.input_ids.shape[0])]
+
+    def everything(self) -> list[Selection]:
+        """Return for each video the selection that keeps all of its tokens."""
+        return [Selection(torch.arange(v.features.grid.num_tokens, device=v.columns.device)) for v in self.videos]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned
 from vidsieve.adapters.decoding import DecodeRun
 from vidsieve.adapters.layered import LayerRun
+from vidsieve.adapters.passes import first_keys
 from vidsieve.errors import UnsupportedCallError
 
 _MARK = "_vidsieve_record"
@@ -196,11 +197,8 @@ def keep_record(cache: Any, record: CacheRecord) -> None:
 
 def _fingerprint(cache: Any, length: int) -> Tensor | None:
     """Return one component of layer 0's keys (R, length): a function of each row's tokens and positions."""
-    layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    if not isinstance(keys, Tensor) or keys.ndim != 4 or keys.shape[2] < length:
-        return None
-    return keys[:, 0, :length, 0].clone()
+    keys = first_keys(cache, length)
+    return None if keys is None else keys[:, 0, :length, 0].clone()
 
 
 def _same(first: Tensor, second: Tensor | None) -> bool:

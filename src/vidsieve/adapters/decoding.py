@@ -18,10 +18,9 @@ from torch import Generator, Tensor
 from vidsieve.adapters.batch import Encoded, Pruned
 from vidsieve.adapters.layered import PlacedVideo, place
 from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, first_keys, flash_mask, is_flash, rotated, scores
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.compressors._decoder import rotary, rotate
 from vidsieve.compressors.base import DecodeCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import DecodeView
@@ -87,12 +86,12 @@ class DecodeRun:
         self._text: Any = None
         self._newest: tuple[Tensor, Tensor] | None = None
         self._table: Tensor | None = None
-        self._read: list[list[float]] = [[] for _ in self.videos]
+        self._read = [(0.0, 0)] * len(self.videos)  # per video: shares added up, and how many
         self._end: Tensor | None = None
 
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video, and the share of it that was read while decoding."""
-        means = [sum(some) / len(some) if some else None for some in self._read]
+        means = [total / steps if steps else None for total, steps in self._read]
         return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
 
     @contextmanager
@@ -122,7 +121,7 @@ class DecodeRun:
             if cache is None or not mine(cache) or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
                 return None  # another call; or a prompt, or words of the user: everything is read
             if number == self.first - 1:
-                self._newest = hidden, self._position(kwargs, cache, number)
+                self._newest = hidden, self._position(kwargs, len(hidden))
                 return None
             if number == self.first:
                 self._table = self._choose(cache, kwargs.get("attention_mask"))
@@ -130,21 +129,18 @@ class DecodeRun:
                 raise SelectionError(f"layer {self.first} did not run before layer {number}")
             return args, kwargs | {
                 "past_key_values": _View(cache, self._table),
-                "attention_mask": self._mask(hidden),
+                "attention_mask": self._mask(self._table, hidden),
             }
 
         return hook
 
-    def _position(self, kwargs: dict[str, Any], cache: Any, number: int) -> Tensor:
+    def _position(self, kwargs: dict[str, Any], rows: int) -> Tensor:
         """Return the newest token's rotary positions (P, R, 1): all of its rows go on as the text's does."""
-        told, repeats = kwargs.get("position_ids"), 1
-        if told is None:
-            steps = torch.full((len(self.real), 1), cache.get_seq_length(number) - self.real.shape[1] + 1)
-        else:
-            repeats = len(told) // len(self.real) or 1
-            steps = told[:, -1:].to(self.text.device) - self.text[:, -1:].repeat_interleave(repeats, 0)
-            steps = steps.expand(len(self.real) * repeats, 1)
-        return self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
+        repeats = rows // len(self.real)
+        told = kwargs["position_ids"][:, -1:].expand(rows, 1).to(self.text.device)
+        steps = told - self.text[:, -1:].repeat_interleave(repeats, 0)
+        newest: Tensor = self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
+        return newest
 
     @torch.no_grad()
     def _choose(self, cache: Any, mask: Tensor | None) -> Tensor:
@@ -161,8 +157,7 @@ class DecodeRun:
         lines = []
         for row in range(len(hidden)):
             prompt, seen = row // repeats, visible[row].clone()
-            place = position[:, row if position.shape[1] == len(hidden) else prompt]
-            attention = self._attention(hidden[row], keys[row], place, seen)
+            attention = self._attention(hidden[row], keys[row], position[:, row], seen)
             for number, video in enumerate(self.videos):
                 if video.row != prompt:
                     continue
@@ -173,7 +168,8 @@ class DecodeRun:
                 if read is not None:
                     seen[columns] = False
                     seen[columns[read]] = True
-                self._read[number].append(1.0 if read is None else len(read) / len(columns))
+                total, steps = self._read[number]
+                self._read[number] = total + (1.0 if read is None else len(read) / len(columns)), steps + 1
             lines.append(seen.nonzero().flatten())
         return padded(lines)
 
@@ -190,19 +186,13 @@ class DecodeRun:
         """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""
         layer = self._layers[self.first - 1]
         shape, attend = block_shape(self._text, layer), layer.self_attn
-        q = attend.q_proj(layer.input_layernorm(at_home(hidden, layer))).unflatten(-1, (shape.num_heads, -1))
-        if shape.qk_norm:
-            q = attend.q_norm(q)
-        cosine, sine = rotary(position.to(q.device), shape)
-        q = rotate(q.transpose(0, 1), cosine, sine).float()[:, 0]  # (H, d)
-        grouped = q.reshape(shape.num_kv_heads, -1, q.shape[-1]).to(keys.device)
-        weights: Tensor = (grouped @ keys.float().transpose(1, 2) * attend.scaling).flatten(0, 1)
-        return weights.masked_fill(~seen, -torch.inf).softmax(-1)
+        x = layer.input_layernorm(at_home(hidden, layer))
+        query = rotated(attend, "q", shape, x, position)[:, 0].to(keys.device)
+        return scores(query, keys.float(), attend.scaling).masked_fill(~seen, -torch.inf).softmax(-1)
 
-    def _mask(self, hidden: Tensor) -> Tensor | None:
-        """Return the mask of this step over the columns that are read."""
-        assert self._table is not None
-        real = self._table >= 0
+    def _mask(self, table: Tensor, hidden: Tensor) -> Tensor | None:
+        """Return the mask of this step over the columns of a table that are read."""
+        real = table >= 0
         if bool(real.all()):
             return None
         real = real.to(hidden.device)
@@ -211,9 +201,8 @@ class DecodeRun:
 
 def _end_of(cache: Any) -> Tensor | None:
     """Return what tells whether a cache was cropped or its rows moved: the newest keys (R, d) and the length."""
-    layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    if not isinstance(keys, Tensor) or keys.ndim != 4 or not keys.shape[2]:
+    keys = first_keys(cache)
+    if keys is None:
         return None
     return torch.cat([keys[:, 0, -1], keys.new_full((len(keys), 1), keys.shape[2])], 1)
 
@@ -227,10 +216,8 @@ def begin(
 ) -> tuple[Pruned, DecodeRun]:
     """Return the prompt as the method prunes it before the LLM, and the method that will choose what steps read."""
     selections, traces = adapter.select(encoded, compressor, generator)
-    rows = range(encoded.input_ids.shape[0])
-    pruned = adapter.build(encoded, [[selections[i] for i in encoded.of_row(row)] for row in rows])
-    inputs = pruned.inputs
-    whole = adapter.unpack_positions(inputs["position_ids"])
+    pruned = adapter.build(encoded, encoded.per_row(selections))
+    whole = adapter.unpack_positions(pruned.inputs["position_ids"])
     run = DecodeRun(
         compressor.first_layer(len(adapter.decoder_layers)), compressor, whole[adapter.position_rows], whole[0],
         pruned.kept_positions >= 0, place(encoded, pruned, selections), tuple(traces),

@@ -13,12 +13,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.counted import CountedPositions
 from vidsieve.adapters.probe import block_mean
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class FrameAdapter(Adapter):
+class FrameAdapter(CountedPositions, Adapter):
     """Base of families that read a video as images, each a square of tokens; positions are 1-D.
 
     The images of a prompt are one video if there are two or more, unless ``videos=[(first, count), …]`` says which
@@ -115,18 +116,6 @@ class FrameAdapter(Adapter):
         patches = torch.cat(values).float()
         side = math.isqrt(patches.shape[1])
         return block_mean(patches, side, side // self.frame_side).flatten(0, 1)
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (1, B, L): the count of real tokens before each."""
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[None]
-
-    def pack_positions(self, positions: Tensor) -> Tensor:
-        """Return (B, L)."""
-        return positions[0]
-
-    def unpack_positions(self, position_ids: Tensor) -> Tensor:
-        """Return (1, B, L)."""
-        return position_ids[None]
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
 from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash, rotated, scores
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.compressors._decoder import rotary, rotate
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import LayerView, Selection, TokenGrid
@@ -102,7 +101,9 @@ class LayerRun:
         return means
 
     def traces(self) -> list[VideoTrace]:
-        """Return what was kept of each video after the last stage."""
+        """Return what was kept of each video after the last stage; later steps change nothing of it."""
+        if self.listed:
+            return self.listed
         named = {"method": self.compressor.name, "variant": self.compressor.variant}
         nominal = str(self.compressor.retention)
         made = []
@@ -249,15 +250,8 @@ class LayerRun:
         layer = self._layers[number]
         shape, attend = block_shape(self._text, layer), layer.self_attn
         x = layer.input_layernorm(at_home(hidden, layer))
-        q = attend.q_proj(x[-1:]).unflatten(-1, (shape.num_heads, -1))
-        k = attend.k_proj(x).unflatten(-1, (shape.num_kv_heads, -1))
-        if shape.qk_norm:
-            q, k = attend.q_norm(q), attend.k_norm(k)
-        cosine, sine = rotary(positions.to(x.device), shape)
-        q = rotate(q.transpose(0, 1), cosine[-1:], sine[-1:]).float()  # (H, 1, d)
-        k = rotate(k.transpose(0, 1), cosine, sine).float().repeat_interleave(len(q) // shape.num_kv_heads, 0)
-        weights: Tensor = (q @ k.transpose(1, 2) * attend.scaling).softmax(-1)[:, 0]
-        return weights
+        query = rotated(attend, "q", shape, x[-1:], positions[:, -1:])[:, 0]
+        return scores(query, rotated(attend, "k", shape, x, positions), attend.scaling).softmax(-1)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
@@ -315,9 +309,8 @@ def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> 
 
 def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tuple[Pruned, LayerRun]:
     """Return a whole prompt, padded on the left, and the method that will drop tokens inside the LLM."""
-    whole = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
-    rows = range(encoded.input_ids.shape[0])
-    pruned = adapter.build(encoded, [[whole[i] for i in encoded.of_row(row)] for row in rows])
+    whole = encoded.everything()
+    pruned = adapter.build(encoded, encoded.per_row(whole))
     positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
     real = pruned.kept_positions >= 0
     return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, place(encoded, pruned, whole))

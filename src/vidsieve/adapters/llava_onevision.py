@@ -11,12 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.adapters.counted import CountedPositions
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class LlavaOnevisionAdapter(Adapter):
+class LlavaOnevisionAdapter(CountedPositions, Adapter):
     """Adapter of `LlavaOnevisionForConditionalGeneration`.
 
     Each frame is pooled to a square grid by the model; its ``image_newline`` closes the video, lies outside
@@ -42,18 +43,6 @@ class LlavaOnevisionAdapter(Adapter):
             grid = TokenGrid((tokens.shape[0] - 1) // side**2, side, side)
             videos.append(VideoFeatures(tokens[:-1], grid, tokens[-1:]))
         return videos
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (1, B, L): the count of real tokens before each."""
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[None]
-
-    def pack_positions(self, positions: Tensor) -> Tensor:
-        """Return (B, L)."""
-        return positions[0]
-
-    def unpack_positions(self, position_ids: Tensor) -> Tensor:
-        """Return (1, B, L)."""
-        return position_ids[None]
 
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the images of ``pixel_values`` (images, tiles, 3, H, W), or of ready features."""

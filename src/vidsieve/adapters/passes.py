@@ -1,12 +1,14 @@
-"""What hooks on decoder layers share: whose pass it is, which mask its attention takes, where a layer is at home."""
+"""What hooks on decoder layers share: whose pass it is, its mask, a layer's home, its queries and keys."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from vidsieve.compressors._decoder import BlockShape, rotary, rotate
 
 
 class OwnPasses:
@@ -47,3 +49,27 @@ def at_home(hidden: Tensor, layer: Any) -> Tensor:
     """Return a layer's input on the layer's own device, where it is brought only after our hook has run."""
     weight = layer.input_layernorm.weight
     return hidden if weight.device.type == "meta" else hidden.to(weight.device)
+
+
+def first_keys(cache: Any, least: int = 1) -> Tensor | None:
+    """Return the keys (R, H, n, d) of a cache's first layer; None where there are not `least` columns of them."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    return keys if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] >= least else None
+
+
+def rotated(attend: Any, kind: Literal["q", "k"], shape: BlockShape, x: Tensor, positions: Tensor) -> Tensor:
+    """Return queries or keys (H, n, d) float32 of an attention module, at positions (P, n), from its input x (n, D)."""
+    count = shape.num_heads if kind == "q" else shape.num_kv_heads
+    states = getattr(attend, f"{kind}_proj")(x).unflatten(-1, (count, -1))
+    if shape.qk_norm:
+        states = getattr(attend, f"{kind}_norm")(states)
+    cosine, sine = rotary(positions.to(x.device), shape)
+    return rotate(states.transpose(0, 1), cosine, sine).float()
+
+
+def scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Return what one token's query (H, d) makes of keys (H_kv, n, d), before the softmax: (H, n)."""
+    grouped = query.reshape(len(keys), -1, query.shape[-1])
+    weights: Tensor = (grouped @ keys.transpose(1, 2) * scaling).flatten(0, 1)
+    return weights

@@ -94,6 +94,8 @@ class Trace:
 
     def revise(self, before: list[VideoTrace], now: list[VideoTrace]) -> None:
         """Put new records in the places of those of the same videos, at the end where there are none."""
+        if before is now:
+            return
         known = {id(old): new for old, new in zip(before, now, strict=False)}
         for place, video in enumerate(self.videos):
             self.videos[place] = known.pop(id(video), video)

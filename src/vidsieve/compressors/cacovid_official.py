@@ -28,7 +28,7 @@ from torch import Tensor
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import PolicyError
-from vidsieve.policies import CONFIG, WEIGHTS, parameters_without_nan
+from vidsieve.policies import CONFIG, WEIGHTS, parameters_without_nan, pickles_in
 
 QWEN2_7B = BlockShape(3584, 28, 4, 128, 18944, rms_norm_eps=1e-6, rope_theta=1e6)
 """A decoder block of the language model in LLaVA-OneVision-7B."""
@@ -164,7 +164,7 @@ def _places(folder: Path) -> dict[str, Path]:
         return _indexed(folder)
     files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
+        pickles = pickles_in(folder)
         advice = f"; {_few(pickles)} will not be loaded, because pickles can run code" if pickles else ""
         raise PolicyError(f"{folder} holds no .safetensors file{advice}")
     if len(files) > 1:

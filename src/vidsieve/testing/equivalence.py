@@ -17,7 +17,7 @@ from vidsieve.errors import UnsupportedCallError
 from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, STEPS, Case
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
-from vidsieve.types import Selection, Stage
+from vidsieve.types import Stage
 
 TOLERANCE = 1e-4
 CONFIGURATIONS = ("batch 1", "ragged batch 2", "two videos", "video and image")
@@ -149,11 +149,9 @@ def _check_own_answers(case: Case) -> None:
     adapter, inputs = case.adapter, case.inputs
     with torch.no_grad():
         encoded = adapter.encode(inputs, case.videos)
-        whole = [Selection(torch.arange(video.features.grid.num_tokens)) for video in encoded.videos]
-        rows = range(len(case.ids))
-        pruned = adapter.build(encoded, [[whole[i] for i in encoded.of_row(row)] for row in rows])
+        pruned = adapter.build(encoded, encoded.per_row(encoded.everything()))
         ours, theirs = adapter.model(**pruned.inputs).logits, adapter.model(**inputs).logits
-    for row in rows:
+    for row in range(len(case.ids)):
         kept = pruned.kept_positions[row]
         gap = float((ours[row, kept >= 0] - theirs[row, kept[kept >= 0]]).abs().max())
         if gap > TOLERANCE:

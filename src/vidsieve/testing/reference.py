@@ -118,10 +118,7 @@ def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Vi
     hook = attention.register_forward_hook(lambda module, args, output: found.append(output[1]))
     model.set_attn_implementation("eager")
     try:
-        rows = [Selection(torch.arange(v.features.grid.num_tokens)) for v in encoded.videos]
-        whole = adapter.build(
-            encoded, [[rows[i] for i in encoded.of_row(row)] for row in range(encoded.input_ids.shape[0])]
-        )
+        whole = adapter.build(encoded, encoded.per_row(encoded.everything()))
         model(**whole.inputs, logits_to_keep=1)
     finally:
         model.set_attn_implementation(before)
