@@ -1,4 +1,4 @@
-"""A run's state as one safetensors file: networks, optimiser, random state, and a header of plain values."""
+"""A run's state as one safetensors file: networks, optimiser, and a header of plain values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from vidsieve.errors import TrainingError
 from vidsieve.files import writing
@@ -19,9 +19,8 @@ _HEADER = "vidsieve"
 
 
 def save_state(
-    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, header: Mapping[str, Any],
-    generator: Generator | None = None,
-) -> None:  # fmt: skip
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, header: Mapping[str, Any]
+) -> None:
     """Write the state of a run, complete or not at all.
 
     Raises
@@ -41,8 +40,6 @@ def save_state(
     for number, entry in state.items():
         for key, value in entry.items():
             tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).contiguous().clone()
-    if generator is not None:
-        tensors["generator"] = generator.get_state()
     with writing(path) as temporary:
         save_file(tensors, temporary, metadata={_HEADER: json.dumps(dict(header))})
 
@@ -69,10 +66,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def load_state(
-    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None,
-    generator: Generator | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Restore the state of a run into `modules`, `optimizer` and `generator`; return its header.
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Restore the state of a run into `modules` and `optimizer`; return its header.
 
     Raises
     ------
@@ -94,6 +90,4 @@ def load_state(
                 _, number, key = name.split(".", 2)
                 restored["state"].setdefault(int(number), {})[key] = value
         optimizer.load_state_dict(restored)
-    if generator is not None:
-        generator.set_state(tensors["generator"])
     return header

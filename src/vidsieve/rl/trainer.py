@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class Trainer(ABC, Generic[Sample]):
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
         self.report = report or (lambda step, steps, metrics: None)
         self.optimizer = self.make_optimizer()
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = torch.Generator()
         self.step = 0
         self.minutes = 0.0
 
@@ -191,9 +192,9 @@ class Trainer(ABC, Generic[Sample]):
         first = self.step * self.config.prompts_per_step
         numbers = range(first, first + self.config.prompts_per_step)
         held: dict[int, Any] = {}
-        return _mean([self._iterate(numbers, held) for _ in range(self.iterations)])
+        return _mean([self._iterate(numbers, held, iteration) for iteration in range(self.iterations)])
 
-    def _iterate(self, numbers: range, held: dict[int, Any]) -> dict[str, float]:
+    def _iterate(self, numbers: range, held: dict[int, Any], iteration: int) -> dict[str, float]:
         """Take one step over prompts; `held` keeps them for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
         figures = []
@@ -201,6 +202,7 @@ class Trainer(ABC, Generic[Sample]):
             prompt = held[number] if number in held else self.prepare(self.data(number))
             if self.iterations > 1:
                 held[number] = prompt
+            self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
             result = self.train_step(prompt)
             if result.loss is not None:
                 if not bool(torch.isfinite(result.loss)):
@@ -246,7 +248,7 @@ class Trainer(ABC, Generic[Sample]):
             "step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__,
             "origin": self.origin,
         }  # fmt: skip
-        save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header, self.generator)
+        save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header)
 
     def _load(self, path: Path) -> None:
         header = read_header(path)
@@ -257,7 +259,7 @@ class Trainer(ABC, Generic[Sample]):
         ]
         if changed:
             raise TrainingError(f"the run in {self.folder} was begun with other settings: {'; '.join(changed)}")
-        header = load_state(path, {"policy": self.policy}, self.optimizer, self.generator)
+        header = load_state(path, {"policy": self.policy}, self.optimizer)
         self.step, self.minutes = int(header["step"]), float(header["minutes"])
         self._cut_metrics()
 
@@ -268,6 +270,11 @@ class Trainer(ABC, Generic[Sample]):
         kept = [line for line in lines if _step_of(line) <= self.step]
         with writing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def draw_seed(seed: int, number: int, iteration: int) -> int:
+    """Return the seed of one prompt's draws: the same in whichever process, and after whichever pause, it is taken."""
+    return int(np.random.SeedSequence([seed, number, iteration]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _step_of(line: str) -> float:
