@@ -10,6 +10,7 @@ import typer
 from vidsieve.cli.evaluate import print_result, progress_bar
 from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retentions, quiet, set_threads, write_json
 from vidsieve.errors import UnknownNameError
+from vidsieve.files import writing
 
 app = typer.Typer(no_args_is_help=True, help="The synthetic world, its questions, and the tiny model trained on it.")
 
@@ -92,3 +93,41 @@ def separation(
         out.print(line, highlight=False)
     shown = {key: value for key, value in result.items() if key not in ("right", "clusters")}
     write_json(json, shown | {"targets": targets(result)})
+
+
+@app.command()
+def ablate(
+    folder: Annotated[Path, typer.Argument(help="Where runs go; the same folder goes on where it was stopped.")],
+    tables: Annotated[str, typer.Option(help="Names of tables, comma-separated.", show_default="all")] = "",
+    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 5,
+    questions: Annotated[int, typer.Option(help="Questions each policy is measured on.", min=24)] = 480,
+    processes: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    json: Json = None,
+    write: Annotated[
+        Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
+    ] = None,
+) -> None:
+    """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
+    check_output(json)
+    check_output(write)
+    check_output(folder / "x")
+    from vidsieve.eval.testbed import versions
+    from vidsieve.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
+
+    chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
+    runs = runs_of(chosen, seeds, questions)
+
+    def report(done: int, count: int, run: Run, minutes: float) -> None:
+        out.print(
+            f"{done}/{count}  {run.method}, seed {run.seed}, {run.condition.label}: {minutes:.1f} min of training"
+        )
+
+    results = perform_all(runs, folder, processes, report)
+    made = [tabulated(table, seeds, questions, results) for table in chosen]
+    text = markdown(made)
+    out.print(text, markup=False, highlight=False)
+    if write is not None:
+        with writing(write) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    about = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
+    write_json(json, about | {"tables": made})

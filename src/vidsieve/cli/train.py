@@ -83,10 +83,19 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Pseudo = Annotated[
+    Path | None,
+    typer.Option(
+        help="Pseudo-videos of `vidsieve data pseudo` for the first pseudo_steps; default: the testbed's.",
+        show_default=False,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
 ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
-Variant = Annotated[str, typer.Option(help="'ours' or 'paper': which defaults the other settings start from.")]
+Variant = Annotated[
+    str, typer.Option(help="'ours', 'paper', or (cacovid) 'official': which defaults the other settings start from.")
+]
 
 
 def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
@@ -107,7 +116,7 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
     try:
         record = train_policy(
             method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-            resume=options["resume"], report=progress,
+            pseudo=options.get("pseudo"), resume=options["resume"], report=progress,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
@@ -129,8 +138,11 @@ def train_cacovid(
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, pseudo: Pseudo = None, variant: Variant = "ours",
+    resume: Resume = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    _run("score", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    _run(
+        "score", settings or {}, folder, model, data, pseudo=pseudo, variant=variant, resume=resume, threads=threads,
+        json=json,
+    )  # fmt: skip

@@ -29,7 +29,13 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (rewards - rewards.mean()) * count / (count - 1)
 
 
-def split_advantage(delta_ce: Tensor, sparsity: Tensor, epsilon: float = 1e-6) -> Tensor:
+def no_std(rewards: Tensor) -> Tensor:
+    """Return R − mean (G,) float32: easy and hard prompts keep their weight (Dr. GRPO, 2503.20783)."""
+    rewards = rewards.float()
+    return rewards - rewards.mean()
+
+
+def split_advantage(delta_ce: Tensor, sparsity: Tensor, epsilon: float = 1e-6, least_safe: int = 1) -> Tensor:
     """Return SCORE's split advantage (K,) float32 (Eq. 7).
 
     Safe zone (ΔCE > 0): ΔCE · (S − μ⁺)/(σ⁺ + ε), the population mean and std over the safe rollouts; a single
@@ -39,12 +45,18 @@ def split_advantage(delta_ce: Tensor, sparsity: Tensor, epsilon: float = 1e-6) -
     ----------
     delta_ce : Tensor, (K,), τ·CE_base − CE (Eq. 5)
     sparsity : Tensor, (K,), share of tokens dropped, in [0, 1] (Eq. 6)
+    least_safe : int
+        With fewer safe rollouts, theirs is ΔCE · S as in the other zone, above 0 here; Eq. 7 has 1.
     """
     delta_ce, sparsity = delta_ce.float(), sparsity.float()
     safe = delta_ce > 0
     advantage = delta_ce * sparsity
-    if bool(safe.any()):
+    if int(safe.sum()) >= max(1, least_safe):
         inside = sparsity[safe]
         spread = inside.std(correction=0)
         advantage[safe] = delta_ce[safe] * (inside - inside.mean()) / (spread + epsilon)
     return advantage
+
+
+BY_NAME = {"group": group_advantage, "official": official_advantage, "no_std": no_std, "leave_one_out": leave_one_out}
+"""Advantages of a whole group by the names of the settings."""

@@ -22,17 +22,20 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
-from vidsieve.rl import sampling
-from vidsieve.rl.advantages import group_advantage
+from vidsieve.rl import official, sampling
+from vidsieve.rl.advantages import BY_NAME
 from vidsieve.rl.answers import judge
-from vidsieve.rl.losses import action_log_probs, cpo_loss
+from vidsieve.rl.controls import choice_loss, gated
+from vidsieve.rl.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall
 from vidsieve.rl.replay import Memory, next_ratio
 from vidsieve.rl.rewards import choice_reward, margin_reward
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Choice
+from vidsieve.rl.sampling import log_uniform
 from vidsieve.rl.settings import CaCoVIDConfig
+from vidsieve.rl.teachers import teacher_scores
 from vidsieve.rl.trainer import StepResult, Trainer
-from vidsieve.types import Need
+from vidsieve.types import Need, VideoTokens
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Prompted:
     rollouts: Rollouts
     ratio: float
     memory: dict[str, Memory] = field(default_factory=dict)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    """Logits of the first iteration, from which the release draws in all of them."""
 
     def remember(self, kind: str, masks: Tensor, log_probs: Tensor, rewards: Tensor) -> Memory:
         """Return the rollouts of one kind with these among them."""
@@ -101,20 +106,69 @@ class CaCoVIDTrainer(Trainer[Choice]):
         return (right if self.config.reward == "choice" else margin_reward(logits, sample.answer)), right
 
     def train_step(self, prompt: Prompted) -> StepResult:
-        """Return the CPO loss of one prompt in one of its iterations."""
-        c = self.config
+        """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
         video = prompt.rollouts.video(frozenset({Need.QUESTION}))
         token_logits, frame_logits = self.policy(video)  # (N, 2), (T, 2)
-        token_scores = (token_logits[:, 1] - token_logits[:, 0]).detach()  # (N,)
-        frame_scores = (frame_logits[:, 1] - frame_logits[:, 0]).detach()  # (T,)
+        keep = token_logits[:, 1] - token_logits[:, 0]  # (N,)
+        frame_keep = frame_logits[:, 1] - frame_logits[:, 0]  # (T,)
+        if self.config.rate_high:
+            prompt.ratio = log_uniform(self.config.rate_low, self.config.rate_high, self.generator)
+        metrics: dict[str, float] = {}
+        if self.config.objective == "distil" or self.step < self.config.warmup_steps:
+            teacher = teacher_scores(prompt.rollouts, self.config.teacher)
+            frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()
+            loss = distillation_loss(keep, teacher) + distillation_loss(frame_keep, frames)
+        elif self.config.objective == "straight_through":
+            loss, metrics = self._straight_through(prompt, video, keep)
+        else:
+            loss, metrics = self._cpo(prompt, video, token_logits, frame_logits)
+        if self.config.entropy_floor:
+            loss = loss + self.config.entropy_weight * entropy_shortfall(keep, self.config.entropy_floor)
+        metrics |= {
+            "ratio": prompt.ratio, "score_spread": float(keep.detach().std()),
+            "keep_probability": float(keep.detach().sigmoid().mean()),
+        }  # fmt: skip
+        return StepResult(loss, metrics)
 
-        token_masks = sampling.token_masks(
-            token_scores, video.grid, prompt.ratio, c.token_rollouts, self.generator,
-            sampler=c.sampler, over=c.over, width=c.width,
-        )  # (G_t, N)  # fmt: skip
-        frame_masks, kept_by_frames = sampling.frame_masks(
-            token_scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
-        )  # (G_f, T), (G_f, N)
+    def _straight_through(self, prompt: Prompted, video: VideoTokens, keep: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Return the answer's loss under token rollouts, with gradients through what they kept."""
+        masks = self._token_masks(prompt, video, keep.detach())
+        loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))
+        return loss, {"right": float(right.mean()), "answer_loss": float(loss.detach())}
+
+    def _token_masks(self, prompt: Prompted, video: VideoTokens, scores: Tensor) -> Tensor:
+        c = self.config
+        if c.sampler == "official":
+            return official.token_masks(scores, video.grid, prompt.ratio, c.token_rollouts, self.generator)
+        return sampling.token_masks(
+            scores, video.grid, prompt.ratio, c.token_rollouts, self.generator, sampler=c.sampler, over=c.over,
+            width=c.width,
+        )  # fmt: skip
+
+    def _frame_masks(
+        self, prompt: Prompted, video: VideoTokens, scores: Tensor, frame_scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        c = self.config
+        if c.sampler == "official" and c.frame_rollouts:
+            return official.frame_masks(
+                video.embeds, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator
+            )
+        return sampling.frame_masks(
+            scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
+        )
+
+    def _cpo(
+        self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return the CPO loss of fresh rollouts and those remembered."""
+        c = self.config
+        drawn = {"tokens": token_logits.detach(), "frames": frame_logits.detach()}
+        if c.sampler == "official":
+            drawn = prompt.first = prompt.first or drawn
+        token_scores = drawn["tokens"][:, 1] - drawn["tokens"][:, 0]  # (N,)
+        frame_scores = drawn["frames"][:, 1] - drawn["frames"][:, 0]  # (T,)
+        token_masks = self._token_masks(prompt, video, token_scores)  # (G_t, N)
+        frame_masks, kept_by_frames = self._frame_masks(prompt, video, token_scores, frame_scores)  # (G_f, T), (G_f, N)
 
         rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
         token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
@@ -126,25 +180,21 @@ class CaCoVIDTrainer(Trainer[Choice]):
         ):
             if not len(masks):
                 continue
-            # The policy that drew these masks is the current one; those of earlier iterations keep theirs.
-            old = action_log_probs(out, masks).detach()
+            # The policy that drew these masks is the current one (the first, in the release); those of earlier
+            # iterations keep theirs.
+            old = action_log_probs(drawn[kind], masks)
             memory = prompt.remember(kind, masks, old, reward)
-            advantage = group_advantage(memory.rewards)  # (i·G,)
+            advantage = BY_NAME[c.advantage](memory.rewards)  # (i·G,)
             loss = loss + cpo_loss(
                 out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay
             )
         if c.dynamic_ratio:
+            so_far = prompt.memory["tokens"].rewards.mean() if c.sampler == "official" else right.mean()
             prompt.ratio = next_ratio(
-                prompt.ratio, float(right.mean()), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
+                prompt.ratio, float(so_far), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
                 high=c.ratio_high,
             )  # fmt: skip
-        probability = token_scores.sigmoid()
-        return StepResult(
-            loss,
-            {
-                "reward": float(rewards.mean()), "right": float(right.mean()),
-                "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
-                "ratio": prompt.ratio,
-                "score_spread": float(token_scores.std()), "keep_probability": float(probability.mean()),
-            },
-        )  # fmt: skip
+        return loss, {
+            "reward": float(rewards.mean()), "right": float(right.mean()),
+            "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
+        }  # fmt: skip

@@ -65,3 +65,25 @@ def reinforce_loss(logits: Tensor, keep_masks: Tensor, advantages: Tensor) -> Te
     """Return −mean_k A_k · mean_n log π(m_n) (SCORE Eq. 8-9) of Bernoulli logits (N,), a scalar."""
     log_probs = torch.where(keep_masks, F.logsigmoid(logits.float()), F.logsigmoid(-logits.float()))
     return -(advantages[:, None].float() * log_probs).mean()
+
+
+def entropy(keep_logits: Tensor) -> Tensor:
+    """Return the mean entropy, in nats, of keep probabilities with logits (N,), a scalar."""
+    logits = keep_logits.float()
+    return (F.softplus(logits) - logits * logits.sigmoid()).mean()
+
+
+def entropy_shortfall(keep_logits: Tensor, floor: float) -> Tensor:
+    """Return how far the mean entropy of keep logits (N,) is below `floor` nats, 0 above it."""
+    return (floor - entropy(keep_logits)).clamp(min=0)
+
+
+def band_distance(keep_logits: Tensor, low: float, high: float) -> Tensor:
+    """Return how far the mean keep probability of logits (N,) is outside [`low`, `high`], a scalar."""
+    mean = keep_logits.float().sigmoid().mean()
+    return (low - mean).clamp(min=0) + (mean - high).clamp(min=0)
+
+
+def distillation_loss(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of softmax(scores) against softmax(teacher), both (N,), a scalar."""
+    return -(teacher.float().softmax(0) * scores.float().log_softmax(0)).sum()

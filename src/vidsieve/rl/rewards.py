@@ -42,6 +42,14 @@ def caption_ce(logits: Tensor, labels: Tensor) -> Tensor:
     return loss.view_as(wanted).sum(1) / counted.sum(1)
 
 
+def label_span(labels: Tensor) -> int:
+    """Return how many of the last columns of labels (G, L) hold every label and the column that predicts the first.
+
+    Rows are padded on the left, so that what follows a video is at the end of every row.
+    """
+    return labels.shape[1] - int((labels != -100).any(0).nonzero()[0]) + 1
+
+
 def score_rewards(
     ce: Tensor, ce_full: float, keep_masks: Tensor, tolerance: float, slack: float = 0.0
 ) -> tuple[Tensor, Tensor]:

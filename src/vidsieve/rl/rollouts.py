@@ -12,7 +12,7 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.errors import UnsupportedCallError
-from vidsieve.rl.rewards import caption_ce
+from vidsieve.rl.rewards import caption_ce, label_span
 from vidsieve.selection import mask_to_indices
 from vidsieve.types import Need, Selection, VideoTokens
 
@@ -85,8 +85,7 @@ class Rollouts:
         parts = []
         for batch in self._batches(kept):
             labels = batch.pop("labels")
-            # Left padding puts the caption at the end of every row: only those logits are wanted.
-            span = int((labels != -100).sum(1).max()) + 1
+            span = label_span(labels)
             logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
             parts.append(caption_ce(logits, labels[:, -span:]))
         return torch.cat(parts)

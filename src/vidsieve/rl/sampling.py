@@ -136,3 +136,8 @@ def bernoulli_masks(probabilities: Tensor, groups: int, generator: Generator) ->
     empty = ~masks.any(1)
     masks[empty, int(probabilities.argmax())] = True
     return masks
+
+
+def log_uniform(low: float, high: float, generator: Generator) -> float:
+    """Return a number between `low` and `high` whose logarithm is uniform."""
+    return low * math.exp(math.log(high / low) * float(torch.rand((), generator=generator)))

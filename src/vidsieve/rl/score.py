@@ -2,7 +2,7 @@
 
 Per video: draw `rollouts` Bernoulli masks at the policy's own rate, let the frozen LLM predict the caption under
 each, compare its cross-entropy with the one under all tokens, and take a REINFORCE step with the split
-advantage (Eq. 5-9). Left to issue C: the pseudo-video curriculum.
+advantage (Eq. 5-9). The first `pseudo_steps` see pseudo-videos under `pseudo_tolerance` (§4.4).
 
 Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
 later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
@@ -19,14 +19,17 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.rl.advantages import group_advantage, leave_one_out, split_advantage
-from vidsieve.rl.losses import reinforce_loss
+from vidsieve.rl.advantages import BY_NAME, split_advantage
+from vidsieve.rl.controls import caption_loss, gated
+from vidsieve.rl.losses import band_distance, distillation_loss, entropy_shortfall, reinforce_loss
 from vidsieve.rl.rewards import score_rewards
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption
-from vidsieve.rl.sampling import bernoulli_masks
+from vidsieve.rl.sampling import bernoulli_masks, log_uniform
 from vidsieve.rl.settings import ScoreConfig
+from vidsieve.rl.teachers import teacher_scores
 from vidsieve.rl.trainer import StepResult, Trainer
+from vidsieve.types import VideoTokens
 
 
 class ScoreTrainer(Trainer[Caption]):
@@ -50,42 +53,61 @@ class ScoreTrainer(Trainer[Caption]):
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
     def train_step(self, sample: Caption) -> StepResult:
-        """Return the policy-gradient loss of one video."""
+        """Return the loss of one video: a policy gradient, or a control without it."""
         c = self.config
         rollouts = Rollouts(self.adapter, sample.inputs)
         video = rollouts.video()
         logits = self.policy(video)  # (N,)
+        metrics = {"score_spread": float(logits.detach().std())}
+        if c.objective == "distil" or self.step < c.warmup_steps:
+            loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
+        else:
+            loss, more = self._rolled_out(rollouts, video, logits)
+            metrics |= more
+        if c.score_decay:
+            loss = loss + c.score_decay * logits.var(correction=0)
+        if c.entropy_floor:
+            loss = loss + c.entropy_weight * entropy_shortfall(logits, c.entropy_floor)
+        if c.kept_low > 0 or c.kept_high < 1:
+            loss = loss + c.band_weight * band_distance(logits, c.kept_low, c.kept_high)
+        return StepResult(loss, metrics)
+
+    def _rolled_out(self, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Return the loss of K masks drawn from the policy."""
+        c = self.config
         if c.rate_high:
             # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
             logits = logits - logits.mean()
         shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
         masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
+        metrics = {"kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
+        if c.objective == "straight_through":
+            loss = caption_loss(rollouts, gated(video, shifted, masks)).mean()
+            return loss, metrics | {"ce": float(loss.detach())}
         ce = rollouts.caption_ce(masks)  # (K,)
-        metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
-        metrics["score_spread"] = float(logits.detach().std())
+        metrics["ce"] = float(ce.mean())
         if c.advantage == "split":
             everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
             ce_full = float(rollouts.caption_ce(everything)[0])
-            delta_ce, sparsity = score_rewards(ce, ce_full, masks, c.tolerance, c.slack)  # (K,), (K,)
-            advantage = split_advantage(delta_ce, sparsity)
+            tolerance = c.pseudo_tolerance if self.step < c.pseudo_steps else c.tolerance
+            delta_ce, sparsity = score_rewards(ce, ce_full, masks, tolerance, c.slack)  # (K,), (K,)
+            advantage = split_advantage(delta_ce, sparsity, least_safe=c.least_safe)
             metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
         else:
-            advantage = group_advantage(-ce) if c.advantage == "group" else leave_one_out(-ce)
-        loss = reinforce_loss(shifted, masks, advantage) + c.score_decay * logits.var(correction=0)
-        return StepResult(loss, metrics)
+            advantage = BY_NAME[c.advantage](-ce)
+        return reinforce_loss(shifted, masks, advantage), metrics
 
     def _shift(self, logits: Tensor) -> Tensor:
         """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""
         c = self.config
         if not c.rate_high:
             return torch.zeros(())
-        low, high = torch.tensor([c.rate_low, c.rate_high]).log()
-        rate = torch.exp(low + (high - low) * torch.rand((), generator=self.generator))
+        rate = log_uniform(c.rate_low, c.rate_high, self.generator)
         below, above = torch.tensor(-40.0) - logits.max(), torch.tensor(40.0) - logits.min()
         for _ in range(40):  # bisection: the mean of a sigmoid grows with the shift
             middle = (below + above) / 2
-            if float((logits + middle).sigmoid().mean()) < float(rate):
+            if float((logits + middle).sigmoid().mean()) < rate:
                 below = middle
             else:
                 above = middle

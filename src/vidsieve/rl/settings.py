@@ -8,10 +8,13 @@ from typing import Any, ClassVar, Literal, get_args
 
 from vidsieve.errors import TrainingError, UnknownNameError
 
-Sampler = Literal["ocss", "multinomial", "random"]
+Objective = Literal["policy_gradient", "distil", "straight_through"]
+Teacher = Literal["first_look", "attention"]
+Sampler = Literal["ocss", "multinomial", "random", "official"]
 Range = Literal["frame", "video"]
 Reward = Literal["choice", "margin", "generate"]
-Advantage = Literal["split", "group", "leave_one_out"]
+GroupAdvantage = Literal["group", "leave_one_out", "no_std", "official"]
+Advantage = Literal["split", "group", "leave_one_out", "no_std"]
 Schedule = Literal["constant", "cosine"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
@@ -62,16 +65,55 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class CaCoVIDConfig(TrainConfig):
+class PolicyTrainConfig(TrainConfig):
+    """Settings of both trainers: what is learned from, and remedies against what goes wrong."""
+
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {
+        "warmup_steps": (0, math.inf), "entropy_floor": (0, math.log(2)), "entropy_weight": (0, math.inf),
+        "rate_low": (0, 0.99), "rate_high": (0, 0.99),
+    }  # fmt: skip
+    choices: ClassVar[dict[str, Any]] = {"objective": Objective, "teacher": Teacher}
+
+    objective: Objective = "policy_gradient"
+    """"policy_gradient" (both papers), or a control without it: "distil" a teacher's scores, or "straight_through"
+    gradients of the answer's loss with respect to what was kept."""
+    teacher: Teacher = "first_look"
+    """Whose scores are distilled: "first_look", the strongest attention of layer 0 from words asked or captioned, or
+    "attention", the mean attention of all layers from where the answer begins, or from the caption."""
+    warmup_steps: int = 0
+    """First steps that distil the teacher before the objective takes over (supervised warm-up, as in GRIP-VLM)."""
+    entropy_floor: float = 0.0
+    """Mean entropy of a keep probability, in nats (at most 0.693), below which the loss pulls back; 0 = none."""
+    entropy_weight: float = 1.0
+    """How strongly entropy is pulled back to its floor."""
+    rate_low: float = 0.0
+    """Lowest fraction kept by a prompt's rollouts, drawn log-uniformly for each prompt; 0 = the paper's own rate."""
+    rate_high: float = 0.0
+    """Highest fraction kept by a prompt's rollouts."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.rate_high) != bool(self.rate_low) or self.rate_low > self.rate_high:
+            raise TrainingError(
+                f"rate_low and rate_high are both 0, or 0 < rate_low ≤ rate_high; got {self.rate_low}, {self.rate_high}"
+            )
+        if self.warmup_steps and self.objective == "distil":
+            raise TrainingError("warmup_steps distils before another objective: leave it out under objective distil")
+
+
+@dataclass(frozen=True)
+class CaCoVIDConfig(PolicyTrainConfig):
     """Settings of CaCoVID's training; the defaults are the paper's, scaled to the testbed where said."""
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "ratio": (1e-6, 1), "token_rollouts": (2, math.inf), "frame_rollouts": (0, math.inf), "width": (1, math.inf),
         "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
-        "answer_tokens": (1, math.inf), "depth": (1, math.inf), "iterations": (1, math.inf), "ratio_low": (0, 1),
-        "ratio_high": (0, 1), "ratio_most": (0, 1),
+        "answer_tokens": (1, math.inf), "trust": (0, math.inf), "depth": (1, math.inf), "iterations": (1, math.inf),
+        "ratio_low": (0, 1), "ratio_high": (0, 1), "ratio_most": (0, 1),
     }  # fmt: skip
-    choices: ClassVar[dict[str, Any]] = {"sampler": Sampler, "over": Range, "reward": Reward, "body": Body}
+    choices: ClassVar[dict[str, Any]] = {
+        "sampler": Sampler, "over": Range, "reward": Reward, "body": Body, "advantage": GroupAdvantage,
+    }  # fmt: skip
 
     ratio: float = 0.02
     """r, the fraction of each frame's tokens that a rollout keeps, at least one token a frame."""
@@ -82,7 +124,7 @@ class CaCoVIDConfig(TrainConfig):
     width: float = 2.0
     """λ, width of a sub-space in multiples of the tokens drawn."""
     sampler: Sampler = "ocss"
-    """"ocss", "multinomial" or "random"."""
+    """"ocss", "multinomial", "random", or "official": the release's capped sub-spaces, its first rollouts greedy."""
     over: Range = "frame"
     """Draw r of every "frame", or r of the whole "video"."""
     reward: Reward = "choice"
@@ -90,6 +132,9 @@ class CaCoVIDConfig(TrainConfig):
     of a generated answer by Video-R1's rules, for questions of every kind."""
     answer_tokens: int = 16
     """Longest answer under "generate", in tokens."""
+    advantage: GroupAdvantage = "group"
+    """"group": (R − mean) / std (Eq. 15); "official": std + 1e-4, unbiased; "no_std": R − mean (Dr. GRPO, 2503.20783);
+    "leave_one_out": R − mean of the others (RLOO, 2402.14740)."""
     iterations: int = 1
     """Steps in a row on the same prompts, each with fresh rollouts beside those of the steps before (paper: 5)."""
     dynamic_ratio: bool = False
@@ -103,6 +148,12 @@ class CaCoVIDConfig(TrainConfig):
     body: Body = "variant"
     """"layer", "attention" (without SwiGLU), "local" (within frames and to the text), "question" (each token against
     the question's words); "variant": "question" for ours, "layer" for paper."""
+    causal: bool = False
+    """Attend as the release does in effect, earlier columns only: blind to a question after the video."""
+    blind_filter: bool = False
+    """Leave out the testbed's questions that are answered without the video; for files: `vidsieve data filter`."""
+    trust: float = 0.25
+    """How strongly body "question" starts in the order of layer 0's attention from the question; 0 = from nothing."""
     depth: int = 1
     """Decoder layers in the policy, started as the LLM's first."""
     body_lr: float = 1e-4
@@ -124,15 +175,21 @@ class CaCoVIDConfig(TrainConfig):
             raise TrainingError("dynamic_ratio acts between the iterations of a prompt: set iterations to 2 or more")
         if self.ratio_low > self.ratio_high:
             raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
+        if self.rate_high and self.dynamic_ratio:
+            raise TrainingError("rate_low and rate_high draw each prompt's ratio: leave dynamic_ratio out")
+        if self.sampler == "official" and self.over != "frame":
+            raise TrainingError("sampler official draws from every frame: leave over at 'frame'")
 
 
 @dataclass(frozen=True)
-class ScoreConfig(TrainConfig):
+class ScoreConfig(PolicyTrainConfig):
     """Settings of SCORE's training; the defaults are the paper's."""
 
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "rollouts": (2, math.inf), "hidden": (1, math.inf), "tolerance": (1, math.inf), "slack": (0, math.inf),
-        "lr": (0, math.inf), "score_decay": (0, math.inf), "rate_low": (0, 0.99), "rate_high": (0, 0.99),
+        "lr": (0, math.inf), "score_decay": (0, math.inf), "least_safe": (1, math.inf), "kept_low": (0, 1),
+        "kept_high": (0, 1), "band_weight": (0, math.inf), "pseudo_steps": (0, math.inf),
+        "pseudo_tolerance": (1, math.inf),
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {"advantage": Advantage, "schedule": Schedule}
 
@@ -151,25 +208,44 @@ class ScoreConfig(TrainConfig):
     schedule: Schedule = "constant"
     """"constant", or "cosine" to 0."""
     advantage: Advantage = "split"
-    """"split": Eq. 7; "group" and "leave_one_out": −CE against the group's mean, no sparsity reward."""
+    """"split": Eq. 7; "group", "leave_one_out" and "no_std": −CE against the group's, no sparsity reward."""
     score_decay: float = 0.0
     """Weight of the logits' variance in the loss; without it they grow until nothing is explored any more."""
-    rate_low: float = 0.0
-    """Lowest mean keep rate of a group, drawn log-uniformly; 0 = the policy's own rate (paper)."""
-    rate_high: float = 0.0
-    """Highest mean keep rate of a group."""
+    least_safe: int = 1
+    """Fewest safe rollouts of a group whose sparsity is normalised; with fewer, each has advantage ΔCE·S. Eq. 7 as it
+    stands gives a single safe one 0."""
+    kept_low: float = 0.0
+    """Lower edge of the band in which the policy's mean keep probability is left alone."""
+    kept_high: float = 1.0
+    """Upper edge of that band."""
+    band_weight: float = 1.0
+    """How strongly the mean keep probability is pulled back into its band."""
+    pseudo_steps: int = 0
+    """First steps on pseudo-videos: captioned still images, each held for a few frames (§4.4)."""
+    pseudo_tolerance: float = 1.01
+    """τ during those steps."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.rate_high) != bool(self.rate_low) or self.rate_low > self.rate_high:
-            raise TrainingError(
-                f"rate_low and rate_high are both 0, or 0 < rate_low ≤ rate_high; got {self.rate_low}, {self.rate_high}"
-            )
+        if self.least_safe > self.rollouts:
+            raise TrainingError(f"least_safe is {self.least_safe}, more than the {self.rollouts} rollouts of a group")
+        if self.kept_low >= self.kept_high:
+            raise TrainingError(f"kept_low {self.kept_low} is not below kept_high {self.kept_high}")
 
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("cacovid", "paper"): {"steps": 400},
     ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
+    ("cacovid", "official"): {
+        "sampler": "official",
+        "token_rollouts": 23,
+        "advantage": "official",
+        "balanced": True,
+        "causal": True,
+        "iterations": 5,
+        "dynamic_ratio": True,
+        "steps": 100,
+    },
     ("score", "paper"): {"prompts_per_step": 2, "steps": 150},
     ("score", "ours"): {
         "hidden": 256,

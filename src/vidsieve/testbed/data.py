@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.data.filtering import blind_answers
 from vidsieve.rl.samples import Caption, Choice
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
+from vidsieve.testbed.pseudo import make_pseudo
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
+from vidsieve.testbed.vocabulary import COLOURS, PLACES
 from vidsieve.testbed.world import make_cast, render
 
 _KEPT_SCENES = 64
@@ -29,10 +33,16 @@ class ScenePrompts:
         Training seeds and evaluation seeds must differ.
     per_scene : int
         Prompts taken from a scene; neighbours in the order of samples come from different scenes.
+    blind_filter : bool
+        Leave out questions that the model answers without the video (ineffective-sample filtering).
     """
 
-    def __init__(self, adapter: Adapter, processor: Any, world: str = "A", seed: int = 1, per_scene: int = 8) -> None:
+    def __init__(
+        self, adapter: Adapter, processor: Any, world: str = "A", seed: int = 1, per_scene: int = 8,
+        blind_filter: bool = False,
+    ) -> None:  # fmt: skip
         self.adapter, self.processor, self.world, self.seed, self.per_scene = adapter, processor, world, seed, per_scene
+        self.blind_filter = blind_filter
         self._scenes: OrderedDict[int, tuple[VideoFeatures, list[Question], str]] = OrderedDict()
 
     def _scene(self, index: int) -> tuple[VideoFeatures, list[Question], str]:
@@ -41,11 +51,20 @@ class ScenePrompts:
             pixels = chat_inputs(self.processor, render(cast, self.seed, index), [CAPTION_PROMPT])
             with torch.no_grad():
                 (features,) = self.adapter.video_features(pixels)
-            self._scenes[index] = features, make_questions(cast, self.seed, index), make_caption(cast)
+            questions = make_questions(cast, self.seed, index)
+            self._scenes[index] = features, self._seeing(questions), make_caption(cast)
             if len(self._scenes) > _KEPT_SCENES:
                 self._scenes.popitem(last=False)
         self._scenes.move_to_end(index)
         return self._scenes[index]
+
+    def _seeing(self, questions: list[Question]) -> list[Question]:
+        """Return the questions that take part: all, or those whose answer the model does not know beforehand."""
+        if not self.blind_filter:
+            return questions
+        rows = [{"question": q.text, "options": list(q.options), "answer": q.answer} for q in questions]
+        known = blind_answers(self.adapter.model, self.processor, rows, batch=len(rows))
+        return [q for q, right in zip(questions, known, strict=True) if not right] or questions
 
     def choice(self, number: int) -> Choice:
         """Return multiple-choice prompt `number`: question ⌊number / 32⌋ mod `per_scene` of one of 32 scenes."""
@@ -59,11 +78,25 @@ class ScenePrompts:
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`, one a scene."""
         features, _, caption = self._scene(number)
+        return self._captioned(features, caption)
+
+    def pseudo(self, number: int) -> Caption:
+        """Return caption prompt `number` of a pseudo-video."""
+        cast, frames = make_pseudo(self.world, self.seed, number)
+        with torch.no_grad():
+            (features,) = self.adapter.video_features(chat_inputs(self.processor, frames, [CAPTION_PROMPT]))
+        # The model never saw such captions. Colours and places it reads off the video all the same; how sentences
+        # follow each other it cannot know, and no token kept or dropped would help.
+        return self._captioned(features, make_caption(cast), scored=(*COLOURS, *PLACES))
+
+    def _captioned(self, features: VideoFeatures, caption: str, scored: Sequence[str] | None = None) -> Caption:
         inputs = self._inputs(features, CAPTION_PROMPT, caption)
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, -100)
         length = len(caption.split()) + 1
         labels[:, -length:] = ids[:, -length:]
+        if scored is not None:
+            labels[~torch.isin(labels, torch.tensor([WORD_ID[word] for word in scored]))] = -100
         return Caption(inputs | {"labels": labels})
 
     def _inputs(self, features: VideoFeatures, question: str, answer: str) -> dict[str, Any]:

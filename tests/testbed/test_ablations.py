@@ -1,0 +1,91 @@
+"""The ablation tables: runs shared and resumed, differences with their errors, words for differences that are none."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vidsieve.errors import UnknownNameError
+from vidsieve.testbed import ablating
+from vidsieve.testbed.ablating import RESULT, chosen_tables, difference, markdown, perform, runs_of, tabulated
+from vidsieve.testbed.ablations import TABLES, Condition, Table
+
+TINY = {"steps": 1, "prompts_per_step": 1, "token_rollouts": 4, "frame_rollouts": 0, "log_every": 1}
+
+
+def test_every_condition_is_one_that_can_be_trained():
+    from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+
+    for table in TABLES:
+        labels = [condition.label for condition in table.conditions]
+        assert len(set(labels)) == len(labels) > 1
+        for condition in table.conditions:
+            make = CaCoVIDConfig if table.method == "cacovid" else ScoreConfig
+            make(**(SETTINGS[table.method, condition.variant] | condition.settings))
+    assert len({table.name for table in TABLES}) == len(TABLES)
+
+
+def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed():
+    runs = runs_of(TABLES, 3, 24)
+    assert len({run.folder for run in runs}) == len(runs)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    single = sum(len(table.conditions) for table in TABLES)
+    assert len([run for run in runs if run.seed == 0]) < single, "the base is run once"
+    limited = [table for table in TABLES if table.seeds == 2]
+    assert limited and len(runs_of(limited, 3, 24)) == 2 * len(limited[0].conditions)
+
+
+def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    table = Table("t", "cacovid", "", (Condition("a", TINY, probes=True),))
+    (run,) = runs_of([table], 1, 24)
+    result = perform(run, tmp_path)
+    assert len(result["clusters"]) == 24 and {len(marks) for marks in result["marks"].values()} == {24}
+    assert {"cacovid/0.1", "cacovid[other question]/0.05"} <= result["marks"].keys()
+    (tmp_path / run.folder / RESULT).unlink()
+    again = perform(run, tmp_path)
+    assert again["marks"] == result["marks"]
+    monkeypatch.setattr(ablating, "train_policy", lambda *a, **k: pytest.fail("trained again"))
+    assert perform(run, tmp_path) == json.loads((tmp_path / run.folder / RESULT).read_text())
+
+
+def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
+    """Simulated: gaps with a known spread over seeds and over scenes; 95 % of intervals hold the truth."""
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(30), 10)
+    held = 0
+    for _ in range(300):
+        seeds, scenes = draw.normal(0, 0.03, 5), draw.normal(0, 0.05, 30)
+        chance = 0.6 + 0.1 + seeds[:, None] + scenes[clusters][None]
+        ours = draw.random((5, 300)) < chance
+        base = draw.random((5, 300)) < 0.6
+        gap = difference(ours, base, clusters.tolist())
+        held += gap.interval[0] <= 0.1 <= gap.interval[1]
+    assert 0.9 <= held / 300 <= 0.99
+    one = difference(ours[:1], base[:1], clusters.tolist())
+    assert one.mean == pytest.approx(float(ours[0].mean() - base[0].mean()))
+
+
+def test_tables_name_differences_that_are_none():
+    table = Table("t", "cacovid", "why", (Condition("a", {"seed": 1}), Condition("b", {"seed": 2})), curves=True)
+    clusters = [i // 4 for i in range(80)]
+    right = {"cacovid/0.1": [True] * 80, "cacovid/0.05": [i % 2 == 0 for i in range(80)]}
+    wrong = {"cacovid/0.1": [False] * 80, "cacovid/0.05": [i % 2 == 1 for i in range(80)]}
+    results = {}
+    for run in runs_of([table], 2, 80):
+        marks = right if run.condition.label == "a" else wrong
+        curve = [{"step": 1, "right": 0.5 + 0.1 * run.seed}]
+        results[run.folder] = {"marks": marks, "clusters": clusters, "curve": curve, "minutes": 1.0}
+    made = tabulated(table, 2, 80, results)
+    assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
+    assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
+    text = markdown([made])
+    assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
+    assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
+
+
+def test_unknown_tables_are_named():
+    assert chosen_tables([]) == list(TABLES)
+    with pytest.raises(UnknownNameError, match="sampling"):
+        chosen_tables(["samplin"])
