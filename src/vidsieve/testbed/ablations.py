@@ -135,7 +135,7 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
-        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Three times as long as the base.",
+        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Three times the base.",
         (
             _body("question path", "question"), _body("decoder layer", "layer"),
             _body("without SwiGLU", "attention"), _body("within frames and to the text", "local"),
@@ -144,7 +144,7 @@ TABLES: tuple[Table, ...] = (
     ),
     Table(
         "question_path", "cacovid",
-        "Can a body read the question at all? Distilled from the first look, which does; the release is causal in effect.",
+        "Can a body read the question at all? Distilled from the first look; the release is causal in effect.",
         (
             _body("question path", "question", objective="distil"),
             _body("decoder layer, bidirectional", "layer", objective="distil"),
