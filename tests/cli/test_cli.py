@@ -65,7 +65,9 @@ def test_training_options_are_the_settings_with_their_texts():
         docs = field_docs(config)
         assert all(docs[name] for name in (f.name for f in dataclasses.fields(config)))
     shown = {f.name: shown_default(CaCoVIDConfig, f) for f in dataclasses.fields(CaCoVIDConfig)}
-    assert shown["steps"] == "ours: 700, paper: 400" and shown["seed"] == "42", "the values that variants really use"
+    assert shown["steps"] == "official: 100, ours: 700, paper: 400" and shown["seed"] == "42", (
+        "the values that variants really use"
+    )
     out, _ = run("train", "cacovid", "--help")
     assert "--ratio" in out and "--token-rollouts" in out and "--steps" in out
 

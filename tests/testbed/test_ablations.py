@@ -11,6 +11,7 @@ from vidsieve.errors import UnknownNameError
 from vidsieve.testbed import ablating
 from vidsieve.testbed.ablating import RESULT, chosen_tables, difference, markdown, perform, runs_of, tabulated
 from vidsieve.testbed.ablations import TABLES, Condition, Table
+from vidsieve.testbed.search import beam_search, upper_bound
 
 TINY = {"steps": 1, "prompts_per_step": 1, "token_rollouts": 4, "frame_rollouts": 0, "log_every": 1}
 
@@ -89,3 +90,21 @@ def test_unknown_tables_are_named():
     assert chosen_tables([]) == list(TABLES)
     with pytest.raises(UnknownNameError, match="sampling"):
         chosen_tables(["samplin"])
+
+
+def test_a_beam_finds_the_best_pair_that_greed_misses():
+    """Worth by hand: token 5 is best alone, but the pair (1, 2) beats every pair with 5."""
+
+    def worth(masks):
+        single = 0.5 * masks[:, 1] + 0.5 * masks[:, 2] + 1.0 * masks[:, 5]
+        return single + 3.0 * (masks[:, 1] & masks[:, 2])
+
+    assert beam_search(worth, 2, 1) == [(5,), (1, 5)]
+    assert beam_search(worth, 2, 3) == [(5,), (1, 2)]
+
+
+def test_an_upper_bound_is_one(testbed):
+    result = upper_bound(*testbed, seed=9101, questions=2, tokens=1, width=2)
+    by = {row["method"]: row for row in result["rows"]}
+    assert by["greedy"]["margin"] == by["beam of 2"]["margin"] == max(row["margin"] for row in result["rows"])
+    assert {"question_oracle", "cacovid", "score", "first_look"} < by.keys()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from json import dumps, loads
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,6 +103,9 @@ def ablate(
     seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 5,
     questions: Annotated[int, typer.Option(help="Questions each policy is measured on.", min=24)] = 480,
     processes: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    search: Annotated[
+        int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
+    ] = 50,
     json: Json = None,
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
@@ -113,6 +117,7 @@ def ablate(
     check_output(folder / "x")
     from vidsieve.eval.testbed import versions
     from vidsieve.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
+    from vidsieve.testbed.search import markdown as search_table
 
     chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
     runs = runs_of(chosen, seeds, questions)
@@ -125,9 +130,28 @@ def ablate(
     results = perform_all(runs, folder, processes, report)
     made = [tabulated(table, seeds, questions, results) for table in chosen]
     text = markdown(made)
+    about: dict[str, Any] = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
+    if search:
+        bound = _searched(folder / f"search-{search}.json", EVAL_SEED, search)
+        about["search"] = bound
+        text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
     out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    about = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
     write_json(json, about | {"tables": made})
+
+
+def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
+    """Return the search over sets of tokens, from an earlier call if there was one."""
+    if not path.exists():
+        from vidsieve.pipeline import load_model
+        from vidsieve.testbed.search import upper_bound
+
+        quiet()
+        with progress_bar("questions searched", questions) as advance:
+            found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
+        with writing(path) as temporary:
+            temporary.write_text(dumps(found), encoding="utf-8")
+    result: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
+    return result

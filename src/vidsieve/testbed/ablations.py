@@ -14,8 +14,8 @@ COLD = {"trust": 0.0, "reward": "choice", "steps": 40, "log_every": 4}
 """CaCoVID's base: 320 prompts, too few to be done: what helps shows in how far a run has come."""
 REPLAYED = COLD | {"steps": 8, "iterations": 5, "log_every": 1}
 """As many rollouts on a fifth of the prompts."""
-TWO_STAGE = {"steps": 60, "log_every": 6}
-"""SCORE's base: 480 videos."""
+TWO_STAGE = {"steps": 30, "log_every": 3}
+"""SCORE's base: 240 videos."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def _replayed(label: str, **changed: Any) -> Condition:
 
 
 def _body(label: str, body: str, **changed: Any) -> Condition:
-    return Condition(label, COLD | {"body": body, "steps": 120, "log_every": 12} | changed)
+    return Condition(label, COLD | {"body": body, "steps": 80, "log_every": 8} | changed)
 
 
 def _score(label: str, **changed: Any) -> Condition:
@@ -135,7 +135,7 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
-        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Three times the base.",
+        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Twice the base.",
         (
             _body("question path", "question"), _body("decoder layer", "layer"),
             _body("without SwiGLU", "attention"), _body("within frames and to the text", "local"),
@@ -156,8 +156,8 @@ TABLES: tuple[Table, ...] = (
     Table(
         "curriculum", "score", "SCORE Table 4, at 10 %: pseudo 55.7, pseudo then real 57.0.",
         (
-            _score("real", schedule="constant"), _score("pseudo", schedule="constant", pseudo_steps=60),
-            _score("half pseudo, then real", schedule="constant", pseudo_steps=30),
+            _score("real", schedule="constant"), _score("pseudo", schedule="constant", pseudo_steps=15),
+            _score("half pseudo, then real", schedule="constant", pseudo_steps=15),
         ),
     ),
     Table(
@@ -178,7 +178,7 @@ TABLES: tuple[Table, ...] = (
     Table(
         "score_controls", "score", "Learning without RL.",
         (
-            _score("policy gradient"), _score("straight-through", objective="straight_through", steps=40),
+            _score("policy gradient"), _score("straight-through", objective="straight_through", steps=20),
             _score("distilled from the caption's attention", objective="distil", teacher="attention"),
             _score("distilled from the caption's first look", objective="distil"),
         ),
