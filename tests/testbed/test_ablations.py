@@ -108,3 +108,8 @@ def test_an_upper_bound_is_one(testbed):
     by = {row["method"]: row for row in result["rows"]}
     assert by["greedy"]["margin"] == by["beam of 2"]["margin"] == max(row["margin"] for row in result["rows"])
     assert {"question_oracle", "cacovid", "score", "first_look"} < by.keys()
+
+
+def test_no_two_conditions_of_a_table_are_the_same_run():
+    for table in TABLES:
+        assert len(runs_of([table], 1, 24)) == len(table.conditions), table.name
