@@ -236,7 +236,7 @@ def test_mistakes_of_other_commands(tmp_path):
     for command, message in [
         (["eval", "testbed", "--methods", "unifrom"], "Did you mean 'uniform'"),
         (["eval", "testbed", "--world", "C"], "world"),
-        (["eval", "testbed", "--methods", "fastv"], "methods before the LLM"),
+        (["eval", "testbed", "--methods", "dycoke"], "read off the prefill"),
         (["eval", "testbed", "--retention", ","], "retention ratios"),
         (["oracles", tmp_path], "no .npz files"),
         (["testbed", "separation", "--world", "C"], "world"),

@@ -46,7 +46,7 @@ def eval_testbed(
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
     set_threads(threads)
-    from vidsieve.eval.methods import check_before_llm, check_known, named_methods, rows_for
+    from vidsieve.eval.methods import check_prefill, check_known, named_methods, rows_for
     from vidsieve.eval.testbed import evaluate
     from vidsieve.pipeline import load_model
 
@@ -57,7 +57,7 @@ def eval_testbed(
         names = ["random", *names]
     quiet()
     chosen = named_methods(names)
-    check_before_llm(chosen)
+    check_prefill(chosen)
     network, processor = load_model(model)
     with progress_bar("questions", questions) as advance:
         result = evaluate(

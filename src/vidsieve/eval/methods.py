@@ -92,16 +92,16 @@ def check_known(name: str) -> None:
         raise UnknownNameError("compressor", name, registry.compressors)
 
 
-def check_before_llm(methods: Mapping[str, Compressor]) -> None:
-    """Refuse methods inside the LLM, where answers come from pruned inputs.
+def check_prefill(methods: Mapping[str, Compressor]) -> None:
+    """Refuse methods that act while decoding: the testbed's answers are read off the prefill.
 
     Raises
     ------
     StageError
     """
     for method in methods.values():
-        if method.acts is not Stage.PRE_LLM:
+        if method.acts is Stage.DECODE:
             raise StageError(
-                f"{method.name} acts {method.acts.value}; this evaluation takes methods before the LLM: attach it to a "
-                "model, or try it with `vidsieve ask`"
+                f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach it "
+                "to a model, or try it with `vidsieve ask`"
             )

@@ -17,13 +17,14 @@ from vidsieve._version import __version__
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.session import attach
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.eval.stats import clustered_mean, paired_difference
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
-from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
+from vidsieve.types import ENCODER_NEEDS, Need, Selection, Stage, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,18 @@ class Row:
     positions: str = "installed"
     policy: str = ""
     """Folder of a policy that the user named, to tell rows of one method apart."""
+    inside: Compressor | None = None
+    """A method inside the LLM, attached for the call instead of selecting beforehand."""
 
 
 def compressor_row(
     compressor: Compressor, label: str | None = None, *, other_question: bool = False, policy: str = ""
 ) -> Row:
     """Return the condition of a method; `other_question` hands it the next question of the same scene."""
+
+    if compressor.acts is Stage.LAYER:
+        ratio = float(compressor.budget_ratio(TOKENS))
+        return Row(label or compressor.name, compressor.variant, ratio, None, inside=compressor)
 
     def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
         number = (number + 1) % len(scene.questions) if other_question else number
@@ -108,6 +115,8 @@ def scenes(
 @torch.no_grad()
 def answers(adapter: Adapter, scene: SceneBatch, row: Row, seed: int) -> tuple[list[bool], list[VideoTrace]]:
     """Return for each question of a scene whether the model answers it rightly under `row`, and what was kept."""
+    if row.inside is not None:
+        return _answers_inside(adapter, scene, row.inside)
     generator = torch.Generator().manual_seed(seed)
     count = len(scene.questions)
     traces: list[VideoTrace] = []
@@ -128,8 +137,24 @@ def answers(adapter: Adapter, scene: SceneBatch, row: Row, seed: int) -> tuple[l
             chosen.append(chosen[0])
     pruned = adapter.build(scene.encoded, [[selection] for selection in chosen])
     logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-    picked = logits.gather(1, scene.options).argmax(1)
-    return (picked == scene.answers).tolist(), traces
+    return _right(scene, logits), traces
+
+
+def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
+    """Return whether the option of the highest logit is the answer, from next-token logits (questions, V)."""
+    found: list[bool] = (logits.gather(1, scene.options).argmax(1) == scene.answers).tolist()
+    return found
+
+
+def _answers_inside(adapter: Adapter, scene: SceneBatch, method: Compressor) -> tuple[list[bool], list[VideoTrace]]:
+    encoded = scene.encoded
+    whole = {
+        "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask.long(),
+        "mm_encoder_outputs": {"video": repeated_features(encoded.videos[0].features, len(scene.questions))},
+    }  # fmt: skip
+    with attach(adapter.model, method) as session:
+        logits = adapter.model(**whole, logits_to_keep=1, use_cache=False).logits[:, -1]
+    return _right(scene, logits), list(session.trace)
 
 
 def evaluate(
@@ -169,12 +194,13 @@ def evaluate(
     for i, row in enumerate(everything):
         accuracy = clustered_mean([float(m) for m in right[i]], clusters)
         real = float(np.mean([t.real_retention for t in kept[i]])) if kept[i] else 1.0
+        layers = float(np.mean([t.layer_retention for t in kept[i]])) if kept[i] else 1.0
         reference = [j for j, r in enumerate(everything) if r.method == "random" and r.retention == row.retention]
         spent = [t.select_ms for t in kept[i]] or [0.0]
         result.append({
             "method": row.method, "variant": row.variant, "policy": row.policy, "retention": row.retention,
             "real_retention": real,
-            "layer_retention": real, "accuracy": accuracy.mean, "stderr": accuracy.stderr,
+            "layer_retention": layers, "accuracy": accuracy.mean, "stderr": accuracy.stderr,
             "vs_random": _difference(right[i], right[reference[0]], clusters) if reference else None,
             "vs_full": _difference(right[i], right[0], clusters), "positions": row.positions,
             "by_kind": {
