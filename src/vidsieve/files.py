@@ -35,3 +35,8 @@ def writing(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def relative(path: Path, file: Path) -> str:
+    """Return the way to `path` from the folder of `file`, as a file of rows names it."""
+    return Path(os.path.relpath(path.resolve(), file.resolve().parent)).as_posix()

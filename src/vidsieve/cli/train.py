@@ -79,7 +79,8 @@ Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSON lines as `vidsieve testbed render` writes them, or Video-R1's .json; default: the testbed.",
+        help="JSON lines as `vidsieve testbed render` and `vidsieve data pseudo` write them, or Video-R1's .json; "
+        "default: the testbed.",
         show_default=False,
     ),
 ]

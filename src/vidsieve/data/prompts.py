@@ -1,11 +1,12 @@
-"""Training prompts from JSON lines of ordinary video files.
+"""Training prompts from JSON lines of ordinary video files, and of still images.
 
 One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` for CaCoVID, or
 ``{"video": path, "caption": …}`` for SCORE; paths are relative to the file. Options that begin with a letter
 ("A. a dog") are listed in the prompt and answered by letter; other options must each be one token of the
 model's vocabulary. `answer` is an option or its letter. ``"problem_type"`` names another kind of question (`KINDS` of
-`video_r1`): it has no options, and is rewarded by its generated answer alone. A file named ``….json`` is read as
-Video-R1's.
+`video_r1`): it has no options, and is rewarded by its generated answer alone. Instead of a video, a caption may have
+still images, ``"frames": [[path, times], …]``: a pseudo-video of one frame a second that shows each `times` times. A
+file named ``….json`` is read as Video-R1's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.data.video import read_video
+from vidsieve.data.video import Video, read_frames, read_video
 from vidsieve.data.video_r1 import ASKED, KINDS, Kind, read_video_r1
 from vidsieve.errors import TrainingError
 from vidsieve.pipeline import chat
@@ -41,7 +42,7 @@ class FilePrompts:
     seed : int
         Order of the rows; every pass has its own.
     frames : int
-        Frames taken evenly from each video.
+        Frames taken evenly from each video; a pseudo-video that has no more is taken whole.
     kinds : str, optional
         The kind of question that is taken; None: every kind.
 
@@ -59,9 +60,11 @@ class FilePrompts:
         rows = read_rows(self.path, kinds)
         self.choices = [row for row in rows if "question" in row]
         self.captions = [row for row in rows if "caption" in row]
-        missing = sorted({row["video"] for row in rows if not (self.path.parent / row["video"]).is_file()})
-        if missing:
-            raise TrainingError(f"{len(missing)} videos of {self.path} are missing, first {missing[0]}")
+        for what in ("video", "image"):
+            named = {name for row in rows if ("frames" in row) == (what == "image") for name in files_of(row)}
+            missing = sorted(name for name in named if not (self.path.parent / name).is_file())
+            if missing:
+                raise TrainingError(f"{len(missing)} {what}s of {self.path} are missing, first {missing[0]}")
 
     def _row(self, rows: list[dict[str, Any]], number: int, what: str) -> dict[str, Any]:
         if not rows:
@@ -70,9 +73,14 @@ class FilePrompts:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed + turn))
         return rows[int(order[place])]
 
+    def _video(self, row: dict[str, Any]) -> Video:
+        folder = self.path.parent
+        if "frames" in row:
+            return read_frames([(folder / name, times) for name, times in row["frames"]], frames=self.frames)
+        return read_video(folder / row["video"], frames=self.frames)
+
     def _inputs(self, row: dict[str, Any], question: str) -> dict[str, Any]:
-        video = read_video(self.path.parent / row["video"], frames=self.frames)
-        return chat(self.processor, video, question)
+        return chat(self.processor, self._video(row), question)
 
     def choice(self, number: int) -> Choice:
         """Return question `number`."""
@@ -88,7 +96,7 @@ class FilePrompts:
         text = f" {row['caption']} {end}"
         answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         if answer.shape[1] < 2:
-            raise TrainingError(f"the caption of {row['video']} is empty")
+            raise TrainingError(f"the caption of {files_of(row)[0]} is empty")
         ids = torch.cat([inputs["input_ids"], answer], 1)
         labels = torch.full_like(ids, -100)
         labels[:, -answer.shape[1] :] = answer
@@ -143,6 +151,19 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     return Asked(question, torch.tensor([t[0] for t in ids]), words.index(right), right)
 
 
+def files_of(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of the files that a row shows: its video, or its still images."""
+    return [name for name, _ in row["frames"]] if "frames" in row else [row["video"]]
+
+
+def _is_frames(value: Any) -> bool:
+    """Return whether a value is [[path, times], …] with at least one image, each shown at least once."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int and pair[1] > 0
+        for pair in value
+    )  # fmt: skip
+
+
 def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[str, Any]]:
     """Return the rows of a file of prompts; `kinds` is the kind of question that is taken, None: every kind.
 
@@ -163,7 +184,7 @@ def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[s
             for r in read_video_r1(path, kinds=kinds)
         ]
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # a caption may hold other ends of lines, U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"cannot read {path}: {error}") from None
     rows = []
@@ -174,6 +195,13 @@ def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[s
             row = json.loads(line)
         except ValueError as error:
             raise TrainingError(f"line {number} of {path} is not JSON: {error}") from None
+        if isinstance(row, dict) and "frames" in row:
+            if "video" in row or "caption" not in row or not _is_frames(row["frames"]):
+                raise TrainingError(
+                    f"line {number} of {path}: frames must be [[path, times], …], with a caption and without a video"
+                )
+            rows.append(row)
+            continue
         whole = isinstance(row, dict) and "video" in row
         kind = row.get("problem_type", "multiple choice") if whole else ""
         if whole and kind not in KINDS:

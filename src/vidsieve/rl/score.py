@@ -2,7 +2,7 @@
 
 Per video: draw `rollouts` Bernoulli masks at the policy's own rate, let the frozen LLM predict the caption under
 each, compare its cross-entropy with the one under all tokens, and take a REINFORCE step with the split
-advantage (Eq. 5-9). Left to issue C: the pseudo-video curriculum.
+advantage (Eq. 5-9). The curriculum's pseudo-videos (§4.4) are data: `vidsieve.data.pseudo` makes them.
 
 Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
 later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
