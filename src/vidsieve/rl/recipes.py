@@ -12,6 +12,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.prefetch import Prefetch
 from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
@@ -47,7 +48,18 @@ def train_policy(
     generated = isinstance(config, CaCoVIDConfig) and config.reward == "generate"
     prompts = _prompts(adapter, processor, data, config.seed, None if generated else "multiple choice")
     origin = {"variant": variant, "model": model_name, "data": _digest(data)}
-    trainer: CaCoVIDTrainer | ScoreTrainer
+    take: Callable[[int], Any] = prompts.choice if method == "cacovid" else prompts.caption
+    # Scenes of the testbed are encoded by the model itself: no work for other threads.
+    with Prefetch(take, config.workers if data is not None else 0) as ahead:
+        trainer = _trainer(config, adapter, processor, ahead, folder, variant, model_name, report, origin)
+        return dataclasses.replace(trainer.fit(resume).config).training
+
+
+def _trainer(
+    config: CaCoVIDConfig | ScoreConfig, adapter: Adapter, processor: Any, samples: Callable[[int], Any], folder: Path,
+    variant: str, model_name: str, report: Callable[[int, int, dict[str, float]], None] | None, origin: dict[str, str],
+) -> CaCoVIDTrainer | ScoreTrainer:  # fmt: skip
+    """Return the trainer of a fresh policy."""
     if isinstance(config, CaCoVIDConfig):
         depth, deepest = config.depth, len(adapter.decoder_layers)
         if depth > deepest:
@@ -57,16 +69,12 @@ def train_policy(
             states[0].shape, adapter.family, variant=variant, layers=[state.weights for state in states],
             seed=config.seed, base_model=model_name, body=None if config.body == "variant" else config.body,
         )  # fmt: skip
-        trainer = CaCoVIDTrainer(
-            adapter, policy, config, prompts.choice, folder, report, origin, tokenizer=processor.tokenizer
-        )
-    else:
-        scorer = ScorePolicy.start(
-            adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name,
-            hidden=config.hidden, residual=config.residual,
-        )  # fmt: skip
-        trainer = ScoreTrainer(adapter, scorer, config, prompts.caption, folder, report, origin)
-    return dataclasses.replace(trainer.fit(resume).config).training
+        return CaCoVIDTrainer(adapter, policy, config, samples, folder, report, origin, tokenizer=processor.tokenizer)
+    scorer = ScorePolicy.start(
+        adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name,
+        hidden=config.hidden, residual=config.residual,
+    )  # fmt: skip
+    return ScoreTrainer(adapter, scorer, config, samples, folder, report, origin)
 
 
 def _digest(data: Path | None) -> str:
