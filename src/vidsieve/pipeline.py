@@ -118,25 +118,36 @@ def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
     return model.eval(), processor
 
 
-def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
-    """Return the processor's inputs that ask one question about one video.
+def chat_text(processor: Any, question: str) -> str:
+    """Return the prompt that asks one question about one video, the video still a single placeholder.
 
     Raises
     ------
     PromptError
         If the question holds the model's own placeholder of a video or image.
     """
-    from transformers.video_utils import VideoMetadata
-
     for name in ("video_token", "image_token"):
         token = getattr(processor, name, None)
         if isinstance(token, str) and token in question:
             raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
-    count = len(video.pixels)
-    text = processor.apply_chat_template(
+    text: str = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
         add_generation_prompt=True, tokenize=False,
     )  # fmt: skip
+    return text
+
+
+def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about one video.
+
+    Raises
+    ------
+    PromptError
+        As `chat_text`.
+    """
+    from transformers.video_utils import VideoMetadata
+
+    text, count = chat_text(processor, question), len(video.pixels)
     rate = count / video.duration if video.duration > 0 else 1.0
     metadata = VideoMetadata(
         total_num_frames=count, fps=rate, frames_indices=list(range(count)), duration=video.duration

@@ -84,6 +84,14 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps the encoded videos of --data, so that later passes and runs neither decode nor encode "
+        "them.",
+        show_default=False,
+    ),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
 ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
@@ -97,18 +105,22 @@ def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
 
 
 def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
+    from vidsieve.data.encodings import MANIFEST
     from vidsieve.pipeline import load_model
     from vidsieve.rl.recipes import train_policy
 
     check_output(options["json"])
     check_output(folder / "policy" / "config.json")
+    if options["cache"] is not None:
+        check_output(options["cache"] / MANIFEST)
     set_threads(options["threads"])
     quiet()
     network, processor = load_model(model)
     try:
         record = train_policy(
             method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-            resume=options["resume"], report=progress,
+            resume=options["resume"], report=progress, cache=options["cache"],
+            announce=lambda words: out.print(words, highlight=False, soft_wrap=True),
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
@@ -120,18 +132,40 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, cache: Cache = None, variant: Variant = "ours",
+    resume: Resume = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    _run("cacovid", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    _run(
+        "cacovid",
+        settings or {},
+        folder,
+        model,
+        data,
+        cache=cache,
+        variant=variant,
+        resume=resume,
+        threads=threads,
+        json=json,
+    )
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, cache: Cache = None, variant: Variant = "ours",
+    resume: Resume = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    _run("score", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    _run(
+        "score",
+        settings or {},
+        folder,
+        model,
+        data,
+        cache=cache,
+        variant=variant,
+        resume=resume,
+        threads=threads,
+        json=json,
+    )

@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
+from vidsieve.data.encodings import EncodingCache, Plan, Source
 from vidsieve.data.video import Video, read_frames, read_video
 from vidsieve.data.video_r1 import ASKED, KINDS, Kind, read_video_r1
 from vidsieve.errors import TrainingError
@@ -29,6 +31,7 @@ from vidsieve.pipeline import chat
 from vidsieve.rl.samples import Caption, Choice
 
 _LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
+Sample = TypeVar("Sample", Choice, Caption)
 CAPTION_PROMPT = "Describe the video."
 
 
@@ -45,6 +48,8 @@ class FilePrompts:
         Frames taken evenly from each video; a pseudo-video that has no more is taken whole.
     kinds : str, optional
         The kind of question that is taken; None: every kind.
+    cache : EncodingCache, optional
+        Where encoded videos are kept.
 
     Raises
     ------
@@ -54,9 +59,10 @@ class FilePrompts:
 
     def __init__(
         self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16,
-        kinds: Kind | None = "multiple choice",
+        kinds: Kind | None = "multiple choice", cache: EncodingCache | None = None,
     ) -> None:  # fmt: skip
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
+        self.cache = cache
         rows = read_rows(self.path, kinds)
         self.choices = [row for row in rows if "question" in row]
         self.captions = [row for row in rows if "caption" in row]
@@ -73,23 +79,53 @@ class FilePrompts:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed + turn))
         return rows[int(order[place])]
 
+    def _source(self, row: dict[str, Any]) -> Source:
+        pairs = row["frames"] if "frames" in row else [[row["video"], 1]]
+        return tuple((self.path.parent / name, times) for name, times in pairs)
+
     def _video(self, row: dict[str, Any]) -> Video:
-        folder = self.path.parent
+        source = self._source(row)
         if "frames" in row:
-            return read_frames([(folder / name, times) for name, times in row["frames"]], frames=self.frames)
-        return read_video(folder / row["video"], frames=self.frames)
+            return read_frames(source, frames=self.frames)
+        return read_video(source[0][0], frames=self.frames)
 
     def _inputs(self, row: dict[str, Any], question: str) -> dict[str, Any]:
+        if self.cache is not None:
+            return self.cache.inputs(self._source(row), lambda: self._video(row), question)
         return chat(self.processor, self._video(row), question)
+
+    def plan(self, rows: Sequence[dict[str, Any]]) -> Plan | None:
+        """Return what the cache will take for `rows`, the first of them encoded; None without a cache.
+
+        Raises
+        ------
+        OutputError
+            If it does not fit on the disk.
+        """
+        if self.cache is None:
+            return None
+        return self.cache.plan((self._source(row), partial(self._video, row)) for row in rows)
 
     def choice(self, number: int) -> Choice:
         """Return question `number`."""
+        return self.finished(self.read_choice(number))
+
+    def caption(self, number: int) -> Caption:
+        """Return caption prompt `number`."""
+        return self.finished(self.read_caption(number))
+
+    def finished(self, sample: Sample) -> Sample:
+        """Return a sample that was read, ready for use; with a cache, the thread that runs the model calls this."""
+        return sample if self.cache is None else replace(sample, inputs=self.cache.finished(sample.inputs))
+
+    def read_choice(self, number: int) -> Choice:
+        """Return question `number`, for `finished`; any thread may call this."""
         row = self._row(self.choices, number, "a question")
         asked = ask(row, self.processor.tokenizer)
         return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer, asked.truth, asked.kind)
 
-    def caption(self, number: int) -> Caption:
-        """Return caption prompt `number`."""
+    def read_caption(self, number: int) -> Caption:
+        """Return caption prompt `number`, for `finished`; any thread may call this."""
         row = self._row(self.captions, number, "a caption")
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
         end = self.processor.tokenizer.eos_token or ""

@@ -19,11 +19,15 @@ from vidsieve.rl.cacovid import CaCoVIDTrainer
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
+FRAMES = 16
+"""Frames taken from each video of a file."""
+
 
 def train_policy(
     method: str, model: Any, processor: Any, folder: Path, settings: dict[str, Any], *, variant: str = "ours",
     data: Path | None = None, model_name: str = "", resume: bool = False,
-    report: Callable[[int, int, dict[str, float]], None] | None = None,
+    report: Callable[[int, int, dict[str, float]], None] | None = None, cache: Path | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a policy for a frozen model and return its training record; the policy is in ``folder/policy``.
 
@@ -34,6 +38,10 @@ def train_policy(
         Fields of the trainer's configuration that differ from the variant's.
     data : Path, optional
         JSON lines of videos with questions or captions, or Video-R1's .json; default: endless scenes of the testbed.
+    cache : Path, optional
+        Folder of encoded videos of `data` (`EncodingCache`): what is there is neither decoded nor encoded again.
+    announce : callable, optional
+        Called with what the cache will take, in words, before training begins.
 
     Raises
     ------
@@ -41,17 +49,25 @@ def train_policy(
     """
     if (method, variant) not in SETTINGS:
         raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
+    if cache is not None and data is None:
+        raise TrainingError("a cache is for the videos of a file: give --data too; the testbed's scenes never end")
     model.requires_grad_(False)
     adapter = adapter_for(model)
     chosen = SETTINGS[method, variant] | settings
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
     generated = isinstance(config, CaCoVIDConfig) and config.reward == "generate"
-    prompts = _prompts(adapter, processor, data, config.seed, None if generated else "multiple choice")
+    kinds: Kind | None = None if generated else "multiple choice"
+    prompts = _prompts(adapter, processor, data, config.seed, kinds, cache)
     origin = {"variant": variant, "model": model_name, "data": _digest(data)}
-    take: Callable[[int], Any] = prompts.choice if method == "cacovid" else prompts.caption
+    what = "choice" if method == "cacovid" else "caption"
+    if cache is not None:
+        plan = prompts.plan(prompts.choices if what == "choice" else prompts.captions)
+        (announce or (lambda words: None))(str(plan))
     # Scenes of the testbed are encoded by the model itself: no work for other threads.
-    with Prefetch(take, config.workers if data is not None else 0) as ahead:
-        trainer = _trainer(config, adapter, processor, ahead, folder, variant, model_name, report, origin)
+    load = getattr(prompts, what if data is None else f"read_{what}")
+    with Prefetch(load, config.workers if data is not None else 0) as ahead:
+        samples = ahead if data is None else lambda number: prompts.finished(ahead(number))
+        trainer = _trainer(config, adapter, processor, samples, folder, variant, model_name, report, origin)
         return dataclasses.replace(trainer.fit(resume).config).training
 
 
@@ -82,11 +98,15 @@ def _digest(data: Path | None) -> str:
     return "testbed" if data is None else hashlib.sha256(data.read_bytes()).hexdigest()[:16]
 
 
-def _prompts(adapter: Adapter, processor: Any, data: Path | None, seed: int, kinds: Kind | None) -> Any:
+def _prompts(
+    adapter: Adapter, processor: Any, data: Path | None, seed: int, kinds: Kind | None, cache: Path | None
+) -> Any:
     if data is None:
         from vidsieve.testbed.data import ScenePrompts
 
         return ScenePrompts(adapter, processor, seed=100_000 + seed)
+    from vidsieve.data.encodings import EncodingCache
     from vidsieve.data.prompts import FilePrompts
 
-    return FilePrompts(adapter, processor, data, seed=seed, kinds=kinds)
+    encodings = EncodingCache(cache, adapter, processor, FRAMES) if cache is not None else None
+    return FilePrompts(adapter, processor, data, seed=seed, frames=FRAMES, kinds=kinds, cache=encodings)
