@@ -20,9 +20,10 @@ from vidsieve.rl.losses import action_log_probs
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.replay import next_ratio
 from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.runs import CHECKPOINT, METRICS, read_metrics
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
-from vidsieve.rl.trainer import CHECKPOINT, METRICS, StepResult, Trainer, read_metrics
+from vidsieve.rl.trainer import StepResult, Trainer
 from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration

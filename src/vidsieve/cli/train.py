@@ -84,6 +84,7 @@ Data = Annotated[
     ),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings or threads changed.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
 ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
 Variant = Annotated[str, typer.Option(help="'ours' or 'paper': which defaults the other settings start from.")]
@@ -97,8 +98,11 @@ def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
 
 def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
     from vidsieve.pipeline import load_model
+    from vidsieve.rl.processes import is_main
     from vidsieve.rl.recipes import train_policy
 
+    if not is_main():  # what one process of several has to say is said by the main one
+        out.quiet = err.quiet = True
     check_output(options["json"])
     check_output(folder / "policy" / "config.json")
     set_threads(options["threads"])
@@ -107,30 +111,33 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
     try:
         record = train_policy(
             method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-            resume=options["resume"], report=progress,
+            resume=options["resume"], force=options["force"], report=progress,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
     out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
-    write_json(options["json"], record)
+    if is_main():
+        write_json(options["json"], record)
 
 
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
     folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    force: Force = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    _run("cacovid", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    options = {"variant": variant, "resume": resume, "force": force, "threads": threads, "json": json}
+    _run("cacovid", settings or {}, folder, model, data, **options)
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
     folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    force: Force = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    _run("score", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    options = {"variant": variant, "resume": resume, "force": force, "threads": threads, "json": json}
+    _run("score", settings or {}, folder, model, data, **options)

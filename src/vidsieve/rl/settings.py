@@ -37,7 +37,7 @@ class TrainConfig:
     steps: int = 1000
     """Optimiser steps."""
     prompts_per_step: int = 8
-    """Prompts whose gradients are added up before a step."""
+    """Prompts whose gradients are added up, one after another, before a step; several processes share them."""
     seed: int = 42
     """Seed of the policy's start, the data order and every draw."""
     grad_clip: float = 5.0

@@ -1,15 +1,14 @@
-"""The shell around an algorithm's train_step: seeds, steps, metrics, checkpoints, resume."""
+"""The loop around an algorithm's train_step: prompts, gradients, steps, metrics, checkpoints."""
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,16 +17,14 @@ import torch
 from torch import Tensor
 
 from vidsieve._version import __version__
-from vidsieve.checkpoints import load_state, read_header, save_state
-from vidsieve.errors import OutputError, TrainingError
-from vidsieve.files import writing
+from vidsieve.errors import TrainingError, VidsieveError
 from vidsieve.policies import Policy
+from vidsieve.rl.processes import Processes
+from vidsieve.rl.runs import CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.rl.settings import TrainConfig
 
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
-
 Sample = TypeVar("Sample")
+Report = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass
@@ -41,6 +38,10 @@ class StepResult:
 class Trainer(ABC, Generic[Sample]):
     """Base of the training algorithms; a subclass writes `train_step` and its `schedule`.
 
+    Gradients are added up prompt by prompt, and over processes, before a step: memory holds one prompt at a time,
+    whatever `prompts_per_step` is. Several processes share the prompts of a step; each prompt's draws are seeded by
+    its number, so that who takes it changes nothing but the order of sums.
+
     Parameters
     ----------
     policy : Policy
@@ -51,23 +52,29 @@ class Trainer(ABC, Generic[Sample]):
     folder : Path
         Where metrics, checkpoints and the trained policy go.
     report : callable, optional
-        Called with (step, steps, metrics) whenever metrics are logged.
+        Called in the main process with (step, steps, metrics) whenever metrics are logged.
     origin : dict, optional
         What else a resumed run must have in common with the first: model, data, variant.
+    processes : Processes, optional
+        Default: this one alone.
     """
 
     def __init__(
         self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
-        report: Callable[[int, int, dict[str, float]], None] | None = None, origin: dict[str, str] | None = None,
+        report: Report | None = None, origin: dict[str, str] | None = None, processes: Processes | None = None,
     ) -> None:  # fmt: skip
-        self.origin = origin or {}
-        self._stop = False
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
+        self.run = RunFolder(self.folder)
         self.report = report or (lambda step, steps, metrics: None)
+        self.origin, self.processes = origin or {}, processes or Processes()
         self.optimizer = self.make_optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator()
         self.step = 0
         self.minutes = 0.0
+        self.changes: list[dict[str, Any]] = []
+        self._window: list[dict[str, float]] = []
+        self._stop = False
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -90,59 +97,66 @@ class Trainer(ABC, Generic[Sample]):
         """Return the factor on every learning rate at `step`; constant unless a subclass says otherwise."""
         return 1.0
 
-    def fit(self, resume: bool = False) -> Policy:
+    def fit(self, resume: bool = False, force: bool = False) -> Policy:
         """Run the remaining steps and return the policy, saved in ``folder/policy``.
 
-        Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
+        Ctrl-C (or SIGTERM) in any process ends the run in all of them after the current step, with a checkpoint; in a
+        run of one process a second one ends it at once.
+
+        Parameters
+        ----------
+        resume : bool
+            Go on with the run in the folder, bit for bit as if it had not stopped.
+        force : bool
+            Go on even where settings or circumstances have changed; the record says what.
 
         Raises
         ------
         TrainingError
-            If a loss or a parameter stops being finite; the last good checkpoint stays.
+            If a loss or a parameter stops being finite, or settings have changed; the last good checkpoint stays.
         OutputError
             If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
         KeyboardInterrupt
             After Ctrl-C; the text says where the checkpoint is.
         """
-        self._open_folder(resume)
+        self.processes.check_share(self.config.prompts_per_step)
+        if self.processes.together(lambda: self.run.begin(resume)):
+            self._load(force)
+        else:
+            self._save()
         with self._stoppable():
             return self._fit()
 
     def _fit(self) -> Policy:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.policy.train()
-        window: list[dict[str, float]] = []
         started = time.perf_counter() - 60 * self.minutes
-        last_log = time.perf_counter()
+        last_log, since = time.perf_counter(), 0
         while self.step < self.config.steps:
             factor = self.learning_rate(self.step)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            window.append(self._first() if self.step == 0 else self._optimise())
-            self.step += 1
+            self._window.append(self._first() if self.step == 0 else self._optimise())
+            self.step, since = self.step + 1, since + 1
             self.minutes = (time.perf_counter() - started) / 60
-            done = self.step == self.config.steps or 0 < self.config.max_minutes <= self.minutes
+            late = 0 < self.config.max_minutes <= self.minutes
+            late, stop = self.processes.any(late, self._stop)
+            done = late or self.step == self.config.steps
             if self.step % self.config.log_every == 0 or done:
-                metrics = _mean(window)
-                metrics["prompts_per_second"] = (
-                    len(window) * self.config.prompts_per_step / (time.perf_counter() - last_log)
-                )
-                metrics["minutes"] = self.minutes
-                self._log(metrics)
-                window, last_log = [], time.perf_counter()
-            if self.step % self.config.save_every == 0 or done or self._stop:
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+                prompts = since * self.config.prompts_per_step
+                clock = {"prompts_per_second": prompts / (time.perf_counter() - last_log), "minutes": self.minutes}
+                self._log(_mean(self._window) | clock)
+                self._window, last_log, since = [], time.perf_counter(), 0
+            if self.step % self.config.save_every == 0 or done or stop:
                 self._save()
             if done:
                 break
-            if self._stop:
+            if stop:
                 raise KeyboardInterrupt(
                     f"interrupted after step {self.step} of {self.config.steps}; --resume goes on from there"
                 )
         self.policy.eval()
-        self.policy.config = replace(self.policy.config, training=self.record())
-        self.policy.save_pretrained(self.folder / "policy")
+        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
+        self.processes.together(lambda: self.policy.save_pretrained(self.folder / POLICY))
         return self.policy
 
     def record(self) -> dict[str, Any]:
@@ -151,26 +165,37 @@ class Trainer(ABC, Generic[Sample]):
         return {
             "trainer": type(self).__name__, "steps": self.step, "minutes": round(self.minutes, 2),
             "prompts": self.step * self.config.prompts_per_step, "settings": asdict(self.config),
-            "last_metrics": last[0] if last else {}, "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "last_metrics": last[0] if last else {}, "changes": self.changes, **self.circumstances(),
+        }  # fmt: skip
+
+    def circumstances(self) -> dict[str, Any]:
+        """Return what the last bits of a run depend on beside its settings: they decide in which order sums go."""
+        return {
+            "threads": torch.get_num_threads(), "processes": self.processes.count, "torch": str(torch.__version__),
         }  # fmt: skip
 
     @contextmanager
     def _stoppable(self) -> Iterator[None]:
-        before = signal.getsignal(signal.SIGINT)
-        # Signals can be caught in the main thread only; a job in the background ignores this one, and shall.
-        if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        """Turn the first Ctrl-C into a stop after the step, and every one under torchrun, which repeats it."""
+        if threading.current_thread() is not threading.main_thread():  # signals can be caught there only
             yield
             return
+        # A job in the background ignores Ctrl-C, and shall.
+        caught = (s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None))
+        before: dict[int, Any] = {number: signal.getsignal(number) for number in caught}
 
-        def stop(*_: object) -> None:
+        def stop(number: int, frame: object) -> None:
             self._stop = True
-            signal.signal(signal.SIGINT, before)
+            if self.processes.count == 1:
+                signal.signal(number, before[number])
 
-        signal.signal(signal.SIGINT, stop)
+        for number in before:
+            signal.signal(number, stop)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     # -- one step -------------------------------------------------------------------------------------------
 
@@ -179,10 +204,8 @@ class Trainer(ABC, Generic[Sample]):
         try:
             return self._optimise()
         except Exception:
-            for name in (CHECKPOINT, METRICS):
-                (self.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: it was there before
-                self.folder.rmdir()
+            if self.processes.main:
+                self.run.discard()
             raise
 
     def _saved(self) -> str:
@@ -197,79 +220,62 @@ class Trainer(ABC, Generic[Sample]):
     def _iterate(self, numbers: range, held: dict[int, Any], iteration: int) -> dict[str, float]:
         """Take one step over prompts; `held` keeps them for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
-        figures = []
-        for number in numbers:
-            prompt = held[number] if number in held else self.prepare(self.data(number))
-            if self.iterations > 1:
-                held[number] = prompt
-            self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
-            result = self.train_step(prompt)
-            if result.loss is not None:
-                if not bool(torch.isfinite(result.loss)):
-                    raise TrainingError(
-                        f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; {self._saved()}. "
-                        f"Lower the learning rate, or look at sample {number}"
-                    )
-                (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
-                result.metrics["loss"] = float(result.loss.detach())
-            figures.append(result.metrics)
+        figures: list[dict[str, float]] = []
+        error: VidsieveError | None = None
+        try:
+            for number in self.processes.share(numbers):
+                prompt = held[number] if number in held else self.prepare(self.data(number))
+                if self.iterations > 1:
+                    held[number] = prompt
+                figures.append(self._add_gradient(number, prompt, iteration))
+        except VidsieveError as met:
+            error = met
+        self.processes.agree(error)
+        self.processes.sum_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {self.step + 1} is not finite: stopped; {self._saved()}")
         self.optimizer.step()
-        return _mean(figures) | {"gradient_norm": float(norm)}
+        return _mean(self.processes.in_order(figures)) | {"gradient_norm": float(norm)}
+
+    def _add_gradient(self, number: int, prompt: Any, iteration: int) -> dict[str, float]:
+        """Add one prompt's share to the gradients; return its figures."""
+        self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
+        result = self.train_step(prompt)
+        if result.loss is not None:
+            if not bool(torch.isfinite(result.loss)):
+                raise TrainingError(
+                    f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; {self._saved()}. "
+                    f"Lower the learning rate, or look at sample {number}"
+                )
+            (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
+            result.metrics["loss"] = float(result.loss.detach())
+        return result.metrics
 
     def _log(self, metrics: dict[str, float]) -> None:
         line = {"step": self.step} | {key: round(value, 6) for key, value in metrics.items()}
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.report(self.step, self.config.steps, metrics)
+        self.processes.together(lambda: self.run.append(line))
+        if self.processes.main:
+            self.report(self.step, self.config.steps, metrics)
 
     # -- checkpoints ----------------------------------------------------------------------------------------
-
-    def _open_folder(self, resume: bool) -> None:
-        checkpoint = self.folder / CHECKPOINT
-        if checkpoint.exists():
-            if not resume:
-                raise OutputError(f"{self.folder} holds a run already: go on with --resume, or choose another folder")
-            self._load(checkpoint)
-            return
-        if resume:
-            raise OutputError(f"{self.folder} holds no run to go on with: leave --resume out to begin one")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).write_text("", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from None
-        self._save()
 
     def _save(self) -> None:
         header = {
             "step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__,
-            "origin": self.origin,
+            "origin": self.origin | self.circumstances(), "window": self._window, "changes": self.changes,
         }  # fmt: skip
-        save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header)
+        self.processes.together(lambda: self.run.save(self.policy, self.optimizer, header))
 
-    def _load(self, path: Path) -> None:
-        header = read_header(path)
-        ours, theirs = asdict(self.config) | self.origin, header["config"] | header.get("origin", {})
-        free = {"steps", "max_minutes", "log_every", "save_every"}
-        changed = [
-            f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in free and theirs.get(k) != v
-        ]
+    def _load(self, force: bool) -> None:
+        ours = asdict(self.config) | self.origin | self.circumstances()
+        defaults = {f.name: f.default for f in fields(self.config)}
+        header, changed = self.run.load(self.policy, self.optimizer, ours, defaults, force)
+        self.step, self.minutes, self._window = int(header["step"]), float(header["minutes"]), header.get("window", [])
+        self.changes = list(header.get("changes", []))
+        self.processes.together(lambda: self.run.cut(self.step))
         if changed:
-            raise TrainingError(f"the run in {self.folder} was begun with other settings: {'; '.join(changed)}")
-        header = load_state(path, {"policy": self.policy}, self.optimizer)
-        self.step, self.minutes = int(header["step"]), float(header["minutes"])
-        self._cut_metrics()
-
-    def _cut_metrics(self) -> None:
-        """Drop metrics that were logged after the checkpoint, so that no step appears twice."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step]
-        with writing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            self.changes.append({"step": self.step, "changed": changed})
 
 
 def draw_seed(seed: int, number: int, iteration: int) -> int:
@@ -277,19 +283,7 @@ def draw_seed(seed: int, number: int, iteration: int) -> int:
     return int(np.random.SeedSequence([seed, number, iteration]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each figure over the rows that have it."""
     keys: Iterator[str] = iter(dict.fromkeys(key for row in rows for key in row))
     return {key: sum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in keys}
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run, one dict per logged step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]
