@@ -83,10 +83,11 @@ class _FirstToken(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
+def load_model(name: str, layout: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """Return model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
 
-    `layout`, as `prune` has it, is noted in the configuration of the loaded model.
+    `layout`, as `prune` has it, is noted in the configuration of the loaded model. `dtype` is what it computes in;
+    default: what its files say, float32 for the testbed's.
 
     Raises
     ------
@@ -104,8 +105,8 @@ def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
     source = str(shipped_model()) if name == "testbed" else name
     try:
         processor = AutoProcessor.from_pretrained(source)
-        dtype = torch.float32 if name == "testbed" else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        chosen = dtype or (torch.float32 if name == "testbed" else "auto")
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(

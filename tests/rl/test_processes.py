@@ -18,7 +18,22 @@ from vidsieve.rl.processes import Processes, joined
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.runs import CHECKPOINT, read_metrics
 
-SETTINGS = ["--steps", "4", "--prompts-per-step", "4", "--log-every", "1", "--save-every", "50", "--threads", "1"]
+SETTINGS = [
+    "--steps",
+    "4",
+    "--prompts-per-step",
+    "4",
+    "--log-every",
+    "1",
+    "--save-every",
+    "50",
+    "--threads",
+    "1",
+    "--eval-every",
+    "2",
+    "--eval-prompts",
+    "5",
+]
 
 
 def command(method, folder, *options, processes=1):
@@ -68,7 +83,14 @@ def one_process(testbed, folder, method, steps, upto):
         if step == upto:
             raise KeyboardInterrupt
 
-    settings = {"steps": steps, "prompts_per_step": 4, "log_every": 1, "save_every": 50}
+    settings = {
+        "steps": steps,
+        "prompts_per_step": 4,
+        "log_every": 1,
+        "save_every": 50,
+        "eval_every": 2,
+        "eval_prompts": 5,
+    }
     with pytest.raises(KeyboardInterrupt):
         train_policy(method, *testbed, folder, settings, model_name="testbed", report=leave)
     return read_metrics(folder)
@@ -78,6 +100,8 @@ def assert_same(one, two):
     """Losses to 1e-5, line by line."""
     for a, b in zip(one, two, strict=True):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        evals = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in (a, b)]
+        assert evals[0] == pytest.approx(evals[1], abs=1e-4) and bool(evals[0]) == (a["step"] % 2 == 0)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
 
 

@@ -18,7 +18,7 @@ from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.runs import CHECKPOINT, METRICS, RunFolder, read_metrics
 from vidsieve.rl.trainer import Trainer
 
-QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5}
+QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5, "eval_prompts": 0}
 
 
 def train(testbed, folder, resume=False, force=False, method="cacovid", **settings):
@@ -60,8 +60,8 @@ def test_going_on_clears_half_written_files_and_lines(testbed, tmp_path):
 
 def test_a_log_line_over_a_pause_is_that_of_a_straight_run(testbed, tmp_path, monkeypatch):
     """Stopped after the checkpoint of step 2; the line of step 3 is the mean of steps 1 to 3."""
-    settings = {"steps": 6, "log_every": 3, "save_every": 2}
-    train(testbed, tmp_path / "straight", **settings)
+    settings = {"steps": 6, "log_every": 3, "save_every": 2, "eval_prompts": 2, "eval_every": 4}
+    straight = train(testbed, tmp_path / "straight", **settings)
     original = Trainer._optimise
 
     def breaks(self):
@@ -73,7 +73,9 @@ def test_a_log_line_over_a_pause_is_that_of_a_straight_run(testbed, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         train(testbed, tmp_path / "broken", **settings)
     monkeypatch.undo()
-    train(testbed, tmp_path / "broken", resume=True, **settings)
+    broken = train(testbed, tmp_path / "broken", resume=True, **settings)
+    assert [line["step"] for line in read_metrics(tmp_path / "broken")] == [3, 4, 6]
+    assert straight["best"] == broken["best"]
     assert without_clock(tmp_path / "straight") == without_clock(tmp_path / "broken")
     assert same_weights(tmp_path / "straight", tmp_path / "broken")
 

@@ -31,7 +31,7 @@ from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.types import Need, Selection
 
-QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5}
+QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5, "eval_prompts": 0}
 
 
 def train(testbed, folder, method="score", variant="ours", resume=False, **settings):
@@ -95,7 +95,7 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
     train(testbed, tmp_path / "broken", method, resume=True, **more)
     a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    clock = {"minutes", "prompts_per_second"}
+    clock = {"minutes", "prompts_per_second", "rollouts_per_second"}
     first, second = (
         [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(tmp_path / name)]
         for name in ("straight", "broken")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, write_json
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
@@ -83,6 +84,10 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(help="As --data, other videos: what the policy is evaluated on.", show_default=False),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings or threads changed.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
@@ -96,7 +101,14 @@ def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
     out.print(f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}", highlight=False)
 
 
+def warning(text: str) -> None:
+    """Print an early warning."""
+    err.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
 def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
+    import torch
+
     from vidsieve.pipeline import load_model
     from vidsieve.rl.processes import is_main
     from vidsieve.rl.recipes import train_policy
@@ -107,10 +119,11 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
     check_output(folder / "policy" / "config.json")
     set_threads(options["threads"])
     quiet()
-    network, processor = load_model(model)
+    network, processor = load_model(model, dtype=torch.bfloat16 if settings.get("precision") == "bf16" else None)
     try:
         record = train_policy(
             method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
+            eval_data=options["eval_data"], warn=warning,
             resume=options["resume"], force=options["force"], report=progress,
         )  # fmt: skip
     except KeyboardInterrupt as stop:
@@ -124,20 +137,36 @@ def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: 
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    force: Force = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, variant: Variant = "ours",
+    resume: Resume = False, force: Force = False,
+    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    options = {"variant": variant, "resume": resume, "force": force, "threads": threads, "json": json}
+    options = {
+        "eval_data": eval_data,
+        "variant": variant,
+        "resume": resume,
+        "force": force,
+        "threads": threads,
+        "json": json,
+    }
     _run("cacovid", settings or {}, folder, model, data, **options)
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    force: Force = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, variant: Variant = "ours",
+    resume: Resume = False, force: Force = False,
+    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    options = {"variant": variant, "resume": resume, "force": force, "threads": threads, "json": json}
+    options = {
+        "eval_data": eval_data,
+        "variant": variant,
+        "resume": resume,
+        "force": force,
+        "threads": threads,
+        "json": json,
+    }
     _run("score", settings or {}, folder, model, data, **options)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ class FilePrompts:
         Frames taken evenly from each video.
     kinds : str, optional
         The kind of question that is taken; None: every kind.
+    only : callable, optional
+        Says of a video, by its resolved path, whether its rows are taken; default: all are.
 
     Raises
     ------
@@ -53,12 +55,13 @@ class FilePrompts:
 
     def __init__(
         self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16,
-        kinds: Kind | None = "multiple choice",
+        kinds: Kind | None = "multiple choice", only: Callable[[Path], bool] | None = None,
     ) -> None:  # fmt: skip
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
-        rows = read_rows(self.path, kinds)
+        rows = [r for r in read_rows(self.path, kinds) if only is None or only(video_of(self.path, r))]
         self.choices = [row for row in rows if "question" in row]
         self.captions = [row for row in rows if "caption" in row]
+        self.videos = frozenset(video_of(self.path, row) for row in rows)
         missing = sorted({row["video"] for row in rows if not (self.path.parent / row["video"]).is_file()})
         if missing:
             raise TrainingError(f"{len(missing)} videos of {self.path} are missing, first {missing[0]}")
@@ -97,6 +100,26 @@ class FilePrompts:
         if kinds is not None:
             extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
         return Caption(inputs | extended)
+
+
+def video_of(path: Path, row: Mapping[str, Any]) -> Path:
+    """Return the resolved path of a row's video; `path` is the file of the row."""
+    return (path.parent / str(row["video"])).resolve()
+
+
+def held_out_videos(path: Path, share: float, kinds: Kind | None = "multiple choice") -> frozenset[Path]:
+    """Return `share` of a file's videos, at least one, drawn by a fixed seed: whole videos, so that nothing leaks.
+
+    Raises
+    ------
+    TrainingError
+        If the file is unreadable or has a single video.
+    """
+    videos = sorted({video_of(path, row) for row in read_rows(path, kinds)})
+    if len(videos) < 2:
+        raise TrainingError(f"{path} has {len(videos)} videos, too few to hold one out: leave --hold-out out")
+    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(0))
+    return frozenset(videos[i] for i in order[: max(1, round(share * len(videos)))].tolist())
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Choice
 from vidsieve.rl.settings import CaCoVIDConfig
 from vidsieve.rl.trainer import StepResult, Trainer
+from vidsieve.rl.watch import keep_entropy
 from vidsieve.types import Need
 
 
@@ -85,6 +86,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Iterations over a sample."""
         return self.config.iterations
 
+    @property
+    def rollouts(self) -> int:
+        """Masks over tokens and over frames."""
+        return self.config.token_rollouts + self.config.frame_rollouts
+
     def prepare(self, sample: Choice) -> Prompted:
         """Return a prompt, its video encoded."""
         return Prompted(sample, Rollouts(self.adapter, sample.inputs), self.config.ratio)
@@ -104,7 +110,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return the CPO loss of one prompt in one of its iterations."""
         c = self.config
         video = prompt.rollouts.video(frozenset({Need.QUESTION}))
-        token_logits, frame_logits = self.policy(video)  # (N, 2), (T, 2)
+        token_logits, frame_logits = self.run_policy(video)  # (N, 2), (T, 2)
         token_scores = (token_logits[:, 1] - token_logits[:, 0]).detach()  # (N,)
         frame_scores = (frame_logits[:, 1] - frame_logits[:, 0]).detach()  # (T,)
 
@@ -145,6 +151,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
                 "reward": float(rewards.mean()), "right": float(right.mean()),
                 "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
                 "ratio": prompt.ratio,
+                "kept": float(token_masks.float().mean()), "entropy": keep_entropy(token_scores),
                 "score_spread": float(token_scores.std()), "keep_probability": float(probability.mean()),
             },
         )  # fmt: skip

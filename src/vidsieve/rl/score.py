@@ -27,6 +27,7 @@ from vidsieve.rl.samples import Caption
 from vidsieve.rl.sampling import bernoulli_masks
 from vidsieve.rl.settings import ScoreConfig
 from vidsieve.rl.trainer import StepResult, Trainer
+from vidsieve.rl.watch import keep_entropy
 
 
 class ScoreTrainer(Trainer[Caption]):
@@ -49,12 +50,22 @@ class ScoreTrainer(Trainer[Caption]):
             return 1.0
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
+    @property
+    def rollouts(self) -> int:
+        """Masks, and with the split advantage the answer under all tokens."""
+        return self.config.rollouts + (self.config.advantage == "split")
+
+    @property
+    def own_rate(self) -> bool:
+        """Whether the rate is not drawn from a given range."""
+        return not self.config.rate_high
+
     def train_step(self, sample: Caption) -> StepResult:
         """Return the policy-gradient loss of one video."""
         c = self.config
         rollouts = Rollouts(self.adapter, sample.inputs)
         video = rollouts.video()
-        logits = self.policy(video)  # (N,)
+        logits = self.run_policy(video)  # (N,)
         if c.rate_high:
             # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
@@ -63,6 +74,7 @@ class ScoreTrainer(Trainer[Caption]):
         masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
         ce = rollouts.caption_ce(masks)  # (K,)
         metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
+        metrics["entropy"] = keep_entropy(shifted)
         metrics["score_spread"] = float(logits.detach().std())
         if c.advantage == "split":
             everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
@@ -72,6 +84,7 @@ class ScoreTrainer(Trainer[Caption]):
             metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
         else:
             advantage = group_advantage(-ce) if c.advantage == "group" else leave_one_out(-ce)
+        metrics["dead_groups"] = float(not bool(advantage.any()))
         loss = reinforce_loss(shifted, masks, advantage) + c.score_decay * logits.var(correction=0)
         return StepResult(loss, metrics)
 

@@ -13,6 +13,7 @@ Range = Literal["frame", "video"]
 Reward = Literal["choice", "margin", "generate"]
 Advantage = Literal["split", "group", "leave_one_out"]
 Schedule = Literal["constant", "cosine"]
+Precision = Literal["fp32", "bf16"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
@@ -31,8 +32,10 @@ class TrainConfig:
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "steps": (1, math.inf), "prompts_per_step": (1, math.inf), "grad_clip": (1e-12, math.inf),
         "log_every": (1, math.inf), "save_every": (1, math.inf), "max_minutes": (0, math.inf), "seed": (0, 2**63 - 1),
+        "eval_every": (0, math.inf), "eval_prompts": (0, math.inf), "eval_retention": (1e-6, 0.99),
+        "hold_out": (0, 0.5),
     }  # fmt: skip
-    choices: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, Any]] = {"precision": Precision}
 
     steps: int = 1000
     """Optimiser steps."""
@@ -48,6 +51,17 @@ class TrainConfig:
     """Steps between two checkpoints."""
     max_minutes: float = 0.0
     """Stop after so many minutes; 0 = no limit."""
+    precision: Precision = "fp32"
+    """"bf16": the policy computes in bfloat16, and the frozen model is loaded in it; the policy's weights, their
+    gradients and the optimiser stay float32. "fp32": the policy in float32, the model as its files have it."""
+    eval_every: int = 0
+    """Steps between two evaluations on held-out prompts; 0 = at the end only."""
+    eval_prompts: int = 64
+    """Held-out prompts of an evaluation, at most; 0 = none is made."""
+    eval_retention: float = 0.1
+    """Share of the tokens that is kept in an evaluation."""
+    hold_out: float = 0.0
+    """Share of the videos of --data that is kept from training for the evaluation."""
 
     def __post_init__(self) -> None:
         for kind in reversed(type(self).__mro__):

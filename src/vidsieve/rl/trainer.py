@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,12 +16,18 @@ from torch import Tensor
 from vidsieve._version import __version__
 from vidsieve.errors import TrainingError, VidsieveError
 from vidsieve.policies import Policy
+from vidsieve.rl import watch
+from vidsieve.rl.heldout import Best, HeldOut
 from vidsieve.rl.processes import Processes
-from vidsieve.rl.runs import CHECKPOINT, POLICY, RunFolder, read_metrics
+from vidsieve.rl.runs import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.rl.settings import TrainConfig
+from vidsieve.rl.stopping import Stopper, stoppable
+from vidsieve.types import VideoTokens
 
 Sample = TypeVar("Sample")
 Report = Callable[[int, int, dict[str, float]], None]
+PROBES = 4
+"""Held-out videos on which the order of tokens is compared from checkpoint to checkpoint."""
 
 
 @dataclass
@@ -57,24 +60,33 @@ class Trainer(ABC, Generic[Sample]):
         What else a resumed run must have in common with the first: model, data, variant.
     processes : Processes, optional
         Default: this one alone.
+    held_out : HeldOut, optional
+        What the policy is evaluated on; the best one is kept in ``folder/best``.
+    warn : callable, optional
+        Called in the main process with the text of an early warning, once for each kind.
     """
 
     def __init__(
         self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
         report: Report | None = None, origin: dict[str, str] | None = None, processes: Processes | None = None,
+        held_out: HeldOut | None = None, warn: Callable[[str], None] | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
         self.run = RunFolder(self.folder)
         self.report = report or (lambda step, steps, metrics: None)
-        self.origin, self.processes = origin or {}, processes or Processes()
+        self.warn = warn or (lambda text: None)
+        self.origin, self.processes, self.held_out = origin or {}, processes or Processes(), held_out
         self.optimizer = self.make_optimizer()
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator()
         self.step = 0
         self.minutes = 0.0
+        self.best = Best()
         self.changes: list[dict[str, Any]] = []
+        self.warnings: dict[str, dict[str, Any]] = {}
+        self._lines: list[dict[str, float]] = []
+        self._maps: list[Tensor] = []
         self._window: list[dict[str, float]] = []
-        self._stop = False
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -84,6 +96,23 @@ class Trainer(ABC, Generic[Sample]):
     def iterations(self) -> int:
         """How often in a row the optimiser goes over the same prompts before the next ones come."""
         return 1
+
+    @property
+    def rollouts(self) -> int:
+        """Answers of the frozen LLM that a prompt costs in one iteration."""
+        return 1
+
+    @property
+    def own_rate(self) -> bool:
+        """Whether the policy itself chooses how many tokens are kept in training."""
+        return False
+
+    def run_policy(self, video: VideoTokens) -> Any:
+        """Return what the policy makes of a video, in the run's precision."""
+        if self.config.precision == "fp32":
+            return self.policy(video)
+        with torch.autocast(video.embeds.device.type, torch.bfloat16):
+            return self.policy(video)
 
     def prepare(self, sample: Sample) -> Any:
         """Return what `train_step` gets in every iteration over a sample; the sample itself unless said otherwise."""
@@ -124,11 +153,13 @@ class Trainer(ABC, Generic[Sample]):
             self._load(force)
         else:
             self._save()
-        with self._stoppable():
-            return self._fit()
+        # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
+        with stoppable(patient=self.processes.count > 1) as stopper:
+            return self._fit(stopper)
 
-    def _fit(self) -> Policy:
+    def _fit(self, stopper: Stopper) -> Policy:
         self.policy.train()
+        self._maps = self._score_maps()
         started = time.perf_counter() - 60 * self.minutes
         last_log, since = time.perf_counter(), 0
         while self.step < self.config.steps:
@@ -139,14 +170,24 @@ class Trainer(ABC, Generic[Sample]):
             self.step, since = self.step + 1, since + 1
             self.minutes = (time.perf_counter() - started) / 60
             late = 0 < self.config.max_minutes <= self.minutes
-            late, stop = self.processes.any(late, self._stop)
+            late, stop = self.processes.any(late, stopper.stop)
             done = late or self.step == self.config.steps
-            if self.step % self.config.log_every == 0 or done:
-                prompts = since * self.config.prompts_per_step
-                clock = {"prompts_per_second": prompts / (time.perf_counter() - last_log), "minutes": self.minutes}
-                self._log(_mean(self._window) | clock)
+            save = self.step % self.config.save_every == 0 or done or stop
+            if save:
+                self._window[-1] |= self._stability()
+            evaluate = self.held_out is not None and (done or self._every(self.config.eval_every))
+            if self._every(self.config.log_every) or done or evaluate:
+                pace = since * self.config.prompts_per_step / (time.perf_counter() - last_log)
+                clock = {
+                    "prompts_per_second": pace, "rollouts_per_second": pace * self.rollouts * self.iterations,
+                    "minutes": self.minutes,
+                }  # fmt: skip
+                figures = self.held_out.measure(self.policy, self.processes) if self.held_out and evaluate else {}
+                self._log(_mean(self._window) | clock | figures)
+                if figures and self.best.improved_by(figures, self.step):
+                    self._save_policy(BEST)
                 self._window, last_log, since = [], time.perf_counter(), 0
-            if self.step % self.config.save_every == 0 or done or stop:
+            if save:
                 self._save()
             if done:
                 break
@@ -155,9 +196,15 @@ class Trainer(ABC, Generic[Sample]):
                     f"interrupted after step {self.step} of {self.config.steps}; --resume goes on from there"
                 )
         self.policy.eval()
-        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
-        self.processes.together(lambda: self.policy.save_pretrained(self.folder / POLICY))
+        self._save_policy(POLICY)
         return self.policy
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.step % steps == 0
+
+    def _save_policy(self, name: str) -> None:
+        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
+        self.processes.together(lambda: self.policy.save_pretrained(self.folder / name))
 
     def record(self) -> dict[str, Any]:
         """Return what a reader of the policy needs to know of its training."""
@@ -165,7 +212,8 @@ class Trainer(ABC, Generic[Sample]):
         return {
             "trainer": type(self).__name__, "steps": self.step, "minutes": round(self.minutes, 2),
             "prompts": self.step * self.config.prompts_per_step, "settings": asdict(self.config),
-            "last_metrics": last[0] if last else {}, "changes": self.changes, **self.circumstances(),
+            "last_metrics": last[0] if last else {}, "best": self.best.as_dict(), "warnings": self.warnings,
+            "changes": self.changes, **self.circumstances(),
         }  # fmt: skip
 
     def circumstances(self) -> dict[str, Any]:
@@ -173,29 +221,6 @@ class Trainer(ABC, Generic[Sample]):
         return {
             "threads": torch.get_num_threads(), "processes": self.processes.count, "torch": str(torch.__version__),
         }  # fmt: skip
-
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        """Turn the first Ctrl-C into a stop after the step, and every one under torchrun, which repeats it."""
-        if threading.current_thread() is not threading.main_thread():  # signals can be caught there only
-            yield
-            return
-        # A job in the background ignores Ctrl-C, and shall.
-        caught = (s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) not in (signal.SIG_IGN, None))
-        before: dict[int, Any] = {number: signal.getsignal(number) for number in caught}
-
-        def stop(number: int, frame: object) -> None:
-            self._stop = True
-            if self.processes.count == 1:
-                signal.signal(number, before[number])
-
-        for number in before:
-            signal.signal(number, stop)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     # -- one step -------------------------------------------------------------------------------------------
 
@@ -257,6 +282,23 @@ class Trainer(ABC, Generic[Sample]):
         self.processes.together(lambda: self.run.append(line))
         if self.processes.main:
             self.report(self.step, self.config.steps, metrics)
+            self._lines.append(line)
+            for name, text in watch.findings(self._lines, self.config.steps, self.own_rate).items():
+                if name not in self.warnings:
+                    self.warnings[name] = {"step": self.step, "text": text}
+                    self.warn(f"{name}: {text}")
+
+    def _score_maps(self) -> list[Tensor]:
+        """Return the scores of a few held-out videos' tokens under the policy as it is; the main process needs them."""
+        if self.held_out is None or not self.processes.main:
+            return []
+        return [self.held_out.scores(self.policy, number) for number in range(min(PROBES, self.held_out.count))]
+
+    def _stability(self) -> dict[str, float]:
+        """Return how much of the order of tokens is left since the last checkpoint, as a mean rank correlation."""
+        before, self._maps = self._maps, self._score_maps()
+        pairs = [watch.rank_correlation(a, b) for a, b in zip(before, self._maps, strict=True)]
+        return {"map_stability": sum(pairs) / len(pairs)} if pairs else {}
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -264,6 +306,7 @@ class Trainer(ABC, Generic[Sample]):
         header = {
             "step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__,
             "origin": self.origin | self.circumstances(), "window": self._window, "changes": self.changes,
+            "best": self.best.as_dict(), "warnings": self.warnings,
         }  # fmt: skip
         self.processes.together(lambda: self.run.save(self.policy, self.optimizer, header))
 
@@ -273,7 +316,9 @@ class Trainer(ABC, Generic[Sample]):
         header, changed = self.run.load(self.policy, self.optimizer, ours, defaults, force)
         self.step, self.minutes, self._window = int(header["step"]), float(header["minutes"]), header.get("window", [])
         self.changes = list(header.get("changes", []))
+        self.best, self.warnings = Best(**header.get("best", {})), dict(header.get("warnings", {}))
         self.processes.together(lambda: self.run.cut(self.step))
+        self._lines = read_metrics(self.folder)
         if changed:
             self.changes.append({"step": self.step, "changed": changed})
 
