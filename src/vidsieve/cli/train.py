@@ -13,7 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, write_json
+from vidsieve.cli.progress import Progress
+from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, words, write_json
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
@@ -90,15 +91,13 @@ EvalData = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings or threads changed.")]
+LogTo = Annotated[
+    str,
+    typer.Option(help="Also log to 'tensorboard' or 'wandb', or both, separated by a comma.", show_default=False),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
 ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
 Variant = Annotated[str, typer.Option(help="'ours' or 'paper': which defaults the other settings start from.")]
-
-
-def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
-    """Print one line of figures."""
-    shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name != "minutes")
-    out.print(f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}", highlight=False)
 
 
 def warning(text: str) -> None:
@@ -106,67 +105,72 @@ def warning(text: str) -> None:
     err.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
+def _run(
+    method: str,
+    settings: dict[str, Any] | None,
+    folder: Path,
+    threads: int,
+    json: Path | None,
+    model: str,
+    log_to: str,
+    **options: Any,
+) -> None:
     import torch
 
     from vidsieve.pipeline import load_model
+    from vidsieve.rl.loggers import check_trackers
     from vidsieve.rl.processes import is_main
     from vidsieve.rl.recipes import train_policy
 
+    settings = settings or {}
     if not is_main():  # what one process of several has to say is said by the main one
         out.quiet = err.quiet = True
-    check_output(options["json"])
+    check_output(json)
     check_output(folder / "policy" / "config.json")
-    set_threads(options["threads"])
+    check_trackers(words(log_to))
+    set_threads(threads)
     quiet()
     network, processor = load_model(model, dtype=torch.bfloat16 if settings.get("precision") == "bf16" else None)
     try:
-        record = train_policy(
-            method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-            eval_data=options["eval_data"], warn=warning,
-            resume=options["resume"], force=options["force"], report=progress,
-        )  # fmt: skip
+        with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
+            record = train_policy(
+                method, network, processor, folder, settings, model_name=model, log_to=words(log_to),
+                report=progress.report, tick=progress.tick, warn=warning, **options,
+            )  # fmt: skip
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
     out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
+    if record["best"]:
+        best = record["best"]
+        out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
     if is_main():
-        write_json(options["json"], record)
+        write_json(json, record)
 
 
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, variant: Variant = "ours",
-    resume: Resume = False, force: Force = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    resume: Resume = False, force: Force = False, log_to: LogTo = "", threads: ThreadCount = 0, json: JsonFile = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    options = {
-        "eval_data": eval_data,
-        "variant": variant,
-        "resume": resume,
-        "force": force,
-        "threads": threads,
-        "json": json,
-    }
-    _run("cacovid", settings or {}, folder, model, data, **options)
+    _run(
+        "cacovid", settings, folder, threads, json, model, log_to, data=data, eval_data=eval_data, variant=variant,
+        resume=resume, force=force,
+    )  # fmt: skip
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, variant: Variant = "ours",
-    resume: Resume = False, force: Force = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    resume: Resume = False, force: Force = False, log_to: LogTo = "", threads: ThreadCount = 0, json: JsonFile = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    options = {
-        "eval_data": eval_data,
-        "variant": variant,
-        "resume": resume,
-        "force": force,
-        "threads": threads,
-        "json": json,
-    }
-    _run("score", settings or {}, folder, model, data, **options)
+    _run(
+        "score", settings, folder, threads, json, model, log_to, data=data, eval_data=eval_data, variant=variant,
+        resume=resume, force=force,
+    )  # fmt: skip

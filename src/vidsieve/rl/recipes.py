@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
+from vidsieve.rl.loggers import tracking
 from vidsieve.rl.processes import joined
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
@@ -22,7 +24,8 @@ from vidsieve.rl.trainer import Report
 def train_policy(
     method: str, model: Any, processor: Any, folder: Path, settings: dict[str, Any], *, variant: str = "ours",
     data: Path | None = None, eval_data: Path | None = None, model_name: str = "", resume: bool = False,
-    force: bool = False, report: Report | None = None, warn: Callable[[str], None] | None = None,
+    force: bool = False, log_to: Sequence[str] = (), report: Report | None = None, tick: Report | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a policy for a frozen model and return its training record; the policy is in ``folder/policy``.
 
@@ -40,7 +43,9 @@ def train_policy(
         the setting `hold_out` takes out of `data`.
     resume, force : bool
         As `Trainer.fit` has them.
-    report, warn : callable, optional
+    log_to : sequence of {"tensorboard", "wandb"}
+        Where metrics go beside ``folder/metrics.jsonl``.
+    report, tick, warn : callable, optional
         As `Trainer` has them.
 
     Raises
@@ -55,11 +60,17 @@ def train_policy(
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
     found = source(adapter, processor, config, data, eval_data)
     shared: dict[str, Any] = {
-        "report": report, "warn": warn, "held_out": held_out(found, adapter, processor, config),
+        "tick": tick, "warn": warn, "held_out": held_out(found, adapter, processor, config),
         "origin": {"variant": variant, "model": model_name} | found.origin,
     }  # fmt: skip
-    with joined(model.device.type) as processes:
-        shared["processes"] = processes
+    with tracking(log_to, folder, asdict(config)) as write, joined(model.device.type) as processes:
+
+        def log(step: int, steps: int, metrics: dict[str, float]) -> None:
+            write(step, metrics)
+            if report:
+                report(step, steps, metrics)
+
+        shared |= {"processes": processes, "report": log}
         trainer: CaCoVIDTrainer | ScoreTrainer
         if isinstance(config, CaCoVIDConfig):
             trainer = CaCoVIDTrainer(

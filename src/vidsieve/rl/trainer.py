@@ -64,16 +64,18 @@ class Trainer(ABC, Generic[Sample]):
         What the policy is evaluated on; the best one is kept in ``folder/best``.
     warn : callable, optional
         Called in the main process with the text of an early warning, once for each kind.
+    tick : callable, optional
+        Called in the main process with (step, steps, figures) after every step.
     """
 
     def __init__(
         self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
         report: Report | None = None, origin: dict[str, str] | None = None, processes: Processes | None = None,
-        held_out: HeldOut | None = None, warn: Callable[[str], None] | None = None,
+        held_out: HeldOut | None = None, warn: Callable[[str], None] | None = None, tick: Report | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
         self.run = RunFolder(self.folder)
-        self.report = report or (lambda step, steps, metrics: None)
+        self.report, self.tick = report or _silent, tick or _silent
         self.warn = warn or (lambda text: None)
         self.origin, self.processes, self.held_out = origin or {}, processes or Processes(), held_out
         self.optimizer = self.make_optimizer()
@@ -172,6 +174,8 @@ class Trainer(ABC, Generic[Sample]):
             late = 0 < self.config.max_minutes <= self.minutes
             late, stop = self.processes.any(late, stopper.stop)
             done = late or self.step == self.config.steps
+            if self.processes.main:
+                self.tick(self.step, self.config.steps, self._window[-1])
             save = self.step % self.config.save_every == 0 or done or stop
             if save:
                 self._window[-1] |= self._stability()
@@ -321,6 +325,10 @@ class Trainer(ABC, Generic[Sample]):
         self._lines = read_metrics(self.folder)
         if changed:
             self.changes.append({"step": self.step, "changed": changed})
+
+
+def _silent(step: int, steps: int, metrics: dict[str, float]) -> None:
+    """Report nothing."""
 
 
 def draw_seed(seed: int, number: int, iteration: int) -> int:
