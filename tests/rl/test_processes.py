@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 
+from vidsieve.adapters.layers import whole
 from vidsieve.checkpoints import read_header
+from vidsieve.cli.train import refuse_sharding
 from vidsieve.errors import OutputError, TrainingError
 from vidsieve.policies import read_config
 from vidsieve.rl.processes import Processes, joined
@@ -103,6 +105,25 @@ def assert_same(one, two):
         evals = [{k: v for k, v in line.items() if k.startswith("eval_")} for line in (a, b)]
         assert evals[0] == pytest.approx(evals[1], abs=1e-4) and bool(evals[0]) == (a["step"] % 2 == 0)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_sharding_that_would_not_happen_is_refused(monkeypatch, kind):
+    refuse_sharding()
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(TrainingError, match=f"asks for {kind}, which `vidsieve train` does not do"):
+        refuse_sharding()
+
+
+def test_a_layer_that_is_shared_out_is_handed_over_whole():
+    class Shared(torch.Tensor):
+        def full_tensor(self):
+            return torch.ones(4)
+
+    assert whole(torch.zeros(2).as_subclass(Shared)).tolist() == [1, 1, 1, 1] and whole(torch.zeros(2)).tolist() == [
+        0,
+        0,
+    ]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Progress
 from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, words, write_json
+from vidsieve.errors import TrainingError
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
@@ -105,6 +107,21 @@ def warning(text: str) -> None:
     err.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
+def refuse_sharding() -> None:
+    """Refuse accelerate's FSDP or DeepSpeed, which would be asked for and not happen.
+
+    Raises
+    ------
+    TrainingError
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise TrainingError(
+                f"accelerate's configuration asks for {name}, which `vidsieve train` does not do: launch it with "
+                "torchrun, or share the model out in a script of your own (docs/training.md says how)"
+            )
+
+
 def _run(
     method: str,
     settings: dict[str, Any] | None,
@@ -123,6 +140,7 @@ def _run(
     from vidsieve.rl.recipes import train_policy
 
     settings = settings or {}
+    refuse_sharding()
     if not is_main():  # what one process of several has to say is said by the main one
         out.quiet = err.quiet = True
     check_output(json)

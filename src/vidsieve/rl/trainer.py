@@ -293,8 +293,11 @@ class Trainer(ABC, Generic[Sample]):
                     self.warn(f"{name}: {text}")
 
     def _score_maps(self) -> list[Tensor]:
-        """Return the scores of a few held-out videos' tokens under the policy as it is; the main process needs them."""
-        if self.held_out is None or not self.processes.main:
+        """Return the scores of a few held-out videos' tokens under the policy as it is, in every process.
+
+        A model shared out over the processes could not encode in one of them alone.
+        """
+        if self.held_out is None:
             return []
         return [self.held_out.scores(self.policy, number) for number in range(min(PROBES, self.held_out.count))]
 
