@@ -17,6 +17,7 @@ from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownName
 from vidsieve.rl import cacovid as rl_cacovid
 from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.replay import next_ratio
 from vidsieve.rl.rollouts import Rollouts
@@ -262,7 +263,7 @@ def test_packed_rollouts_equal_the_masked_reference(family):
     masks[0, 3] = True
     options = torch.tensor([5, 6, 7])
     for max_tokens in (10_000, 120):
-        rollouts = Rollouts(adapter, inputs | {"labels": labels}, max_tokens=max_tokens)
+        rollouts = Rollouts(adapter, inputs | {"labels": labels}, Packing(model, max_tokens))
         logits, ce = rollouts.option_logits(masks, options), rollouts.caption_ce(masks)
         for g, mask in enumerate(masks):
             with torch.no_grad():
@@ -360,7 +361,7 @@ def test_generated_answers_are_those_of_generate_and_agree_with_the_best_option(
     same, total = 0, 0
     for number in range(12):
         sample = prompts.choice(number)
-        rollouts = Rollouts(prompts.adapter, sample.inputs, max_tokens=900)
+        rollouts = Rollouts(prompts.adapter, sample.inputs, Packing(model, 900))
         masks = torch.rand(6, 576, generator=torch.Generator().manual_seed(number)) < 0.3
         said = processor.tokenizer.batch_decode(rollouts.generate(masks, 4), skip_special_tokens=True)
         for mask, text in zip(masks, said, strict=True):

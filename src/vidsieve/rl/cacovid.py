@@ -26,6 +26,7 @@ from vidsieve.rl import sampling
 from vidsieve.rl.advantages import group_advantage
 from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs, cpo_loss
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.replay import Memory, next_ratio
 from vidsieve.rl.rewards import choice_reward, margin_reward
 from vidsieve.rl.rollouts import Rollouts
@@ -61,6 +62,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
     def __init__(self, adapter: Adapter, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         self.adapter, self.tokenizer = adapter, tokenizer
         super().__init__(*args, **kwargs)
+        self.packing = Packing(adapter.model, self.config.rollout_tokens)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with the body at its own rate."""
@@ -85,9 +87,13 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Iterations over a sample."""
         return self.config.iterations
 
+    def record(self) -> dict[str, Any]:
+        """Return the training record, with what went into one prefill."""
+        return super().record() | {"packing": self.packing.record()}
+
     def prepare(self, sample: Choice) -> Prompted:
         """Return a prompt, its video encoded."""
-        return Prompted(sample, Rollouts(self.adapter, sample.inputs), self.config.ratio)
+        return Prompted(sample, Rollouts(self.adapter, sample.inputs, self.packing), self.config.ratio)
 
     def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import caption_ce
 from vidsieve.selection import mask_to_indices
 from vidsieve.types import Need, Selection, VideoTokens
@@ -21,19 +22,19 @@ class Rollouts:
     """A prompt with one video, and the frozen LLM's reaction to any subset of its tokens.
 
     The video is encoded when the object is made; every rollout after that costs a prefill of the kept tokens
-    only, packed `max_tokens` tokens at a time.
+    only, as many at a time as `packing` allows. How they are packed changes results by float noise alone.
 
     Parameters
     ----------
     adapter : Adapter
     inputs : mapping
         Processor outputs of one prompt with one video; ``labels`` where a caption is scored.
-    max_tokens : int
-        Most tokens, padding included, in one prefill.
+    packing : Packing, optional
+        One for all prompts of a run keeps what did not fit from being tried again; default: a new one.
     """
 
-    def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], max_tokens: int = 16384) -> None:
-        self.adapter, self.max_tokens = adapter, max_tokens
+    def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], packing: Packing | None = None) -> None:
+        self.adapter, self.packing = adapter, packing or Packing(adapter.model)
         with torch.no_grad():
             self.encoded: Encoded = adapter.encode(inputs)
         if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
@@ -53,21 +54,27 @@ class Rollouts:
         keep_masks : Tensor, (G, N), bool
         option_ids : Tensor, (options,), int64
         """
-        parts = []
-        for batch in self._batches(keep_masks):
+
+        def work(batch: dict[str, Any]) -> Tensor:
             batch.pop("labels", None)  # with them the model would compute a loss over every position
-            parts.append(self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids])
-        return torch.cat(parts)
+            logits: Tensor = self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits
+            return logits[:, -1, option_ids]
+
+        return torch.cat(self._packed(keep_masks, work))
 
     @torch.no_grad()
     def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
         """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
-        parts, settings = [], self.adapter.model.generation_config
+        settings = self.adapter.model.generation_config
         pad = settings.pad_token_id if settings.pad_token_id is not None else 0
-        for batch in self._batches(keep_masks):
+
+        def work(batch: dict[str, Any]) -> Tensor:
             batch.pop("labels", None)
             out = self.adapter.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-            parts.append(out[:, batch["input_ids"].shape[1] :])
+            answers: Tensor = out[:, batch["input_ids"].shape[1] :]
+            return answers
+
+        parts = self._packed(keep_masks, work, cache=True)
         longest = max(part.shape[1] for part in parts)
         return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 
@@ -78,23 +85,36 @@ class Rollouts:
         Raises
         ------
         UnsupportedCallError
-            If the prompt carries no labels.
+            If the prompt carries no labels, or none on any token.
         """
         if "labels" not in self.encoded.rest:
             raise UnsupportedCallError("caption_ce needs labels in the inputs")
-        parts = []
-        for batch in self._batches(kept):
-            labels = batch.pop("labels")
-            # Left padding puts the caption at the end of every row: only those logits are wanted.
-            span = int((labels != -100).sum(1).max()) + 1
-            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
-            parts.append(caption_ce(logits, labels[:, -span:]))
-        return torch.cat(parts)
+        real = self.encoded.attention_mask[0]
+        labelled = self.encoded.rest["labels"][0][real] != -100
+        if not bool(labelled[1:].any()):
+            raise UnsupportedCallError("the caption is empty: labels are -100 on every token that could be predicted")
+        # Left padding puts the caption at the end of every row: only those logits are wanted.
+        span = len(labelled) - int(labelled.nonzero()[0]) + 1
 
-    def _batches(self, kept: Tensor | Sequence[Selection]) -> Iterator[dict[str, Any]]:
+        def work(batch: dict[str, Any]) -> Tensor:
+            labels = batch.pop("labels")
+            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
+            return caption_ce(logits, labels[:, -span:])
+
+        return torch.cat(self._packed(kept, work, positions=span))
+
+    def _packed(
+        self, kept: Tensor | Sequence[Selection], work: Callable[[dict[str, Any]], Tensor], positions: int = 1,
+        cache: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
+        """Return what `work` makes of the inputs under each keep-mask, one tensor a prefill."""
         chosen = [Selection(mask_to_indices(mask)) for mask in kept] if isinstance(kept, Tensor) else list(kept)
         text = int(self.encoded.attention_mask.sum()) - self.encoded.videos[0].features.grid.num_tokens
-        size = max(1, self.max_tokens // (text + max(selection.num_kept for selection in chosen)))
-        for start in range(0, len(chosen), size):
-            some = [[selection] for selection in chosen[start : start + size]]
-            yield self.adapter.build(self.encoded, some, rows=[0] * len(some)).inputs
+        length = text + max(selection.num_kept for selection in chosen)
+
+        def prefill(some: Sequence[Selection]) -> Tensor:
+            return work(
+                self.adapter.build(self.encoded, [[selection] for selection in some], rows=[0] * len(some)).inputs
+            )
+
+        return self.packing.run(chosen, prefill, length, positions, cache)

@@ -21,6 +21,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.rl.advantages import group_advantage, leave_one_out, split_advantage
 from vidsieve.rl.losses import reinforce_loss
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import score_rewards
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption
@@ -38,6 +39,7 @@ class ScoreTrainer(Trainer[Caption]):
     def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
         self.adapter = adapter
         super().__init__(*args, **kwargs)
+        self.packing = Packing(adapter.model, self.config.rollout_tokens)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
@@ -49,10 +51,14 @@ class ScoreTrainer(Trainer[Caption]):
             return 1.0
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
+    def record(self) -> dict[str, Any]:
+        """Return the training record, with what went into one prefill."""
+        return super().record() | {"packing": self.packing.record()}
+
     def train_step(self, sample: Caption) -> StepResult:
         """Return the policy-gradient loss of one video."""
         c = self.config
-        rollouts = Rollouts(self.adapter, sample.inputs)
+        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
         video = rollouts.video()
         logits = self.policy(video)  # (N,)
         if c.rate_high:

@@ -31,6 +31,7 @@ class TrainConfig:
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "steps": (1, math.inf), "prompts_per_step": (1, math.inf), "grad_clip": (1e-12, math.inf),
         "log_every": (1, math.inf), "save_every": (1, math.inf), "max_minutes": (0, math.inf), "seed": (0, 2**63 - 1),
+        "rollout_tokens": (0, math.inf),
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {}
 
@@ -48,6 +49,8 @@ class TrainConfig:
     """Steps between two checkpoints."""
     max_minutes: float = 0.0
     """Stop after so many minutes; 0 = no limit."""
+    rollout_tokens: int = 0
+    """Most tokens, padding included, in one prefill of rollouts; 0 = found from the memory at hand."""
 
     def __post_init__(self) -> None:
         for kind in reversed(type(self).__mro__):

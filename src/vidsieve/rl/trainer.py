@@ -253,7 +253,7 @@ class Trainer(ABC, Generic[Sample]):
     def _load(self, path: Path) -> None:
         header = read_header(path)
         ours, theirs = asdict(self.config) | self.origin, header["config"] | header.get("origin", {})
-        free = {"steps", "max_minutes", "log_every", "save_every"}
+        free = {"steps", "max_minutes", "log_every", "save_every", "rollout_tokens"}
         changed = [
             f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in free and theirs.get(k) != v
         ]
