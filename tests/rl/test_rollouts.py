@@ -73,6 +73,12 @@ def test_packed_is_one_by_one_on_the_testbed(testbed):
     assert torch.equal(alone.generate(masks, 16), packed.generate(masks, 16))
 
 
+def _sizes(adapter, inputs, masks):
+    """Tokens of the longest rollout, and positions whose logits a caption of four words needs."""
+    text = inputs["input_ids"].shape[1] - masks.shape[1]
+    return text + int(masks.sum(1).max()), 5
+
+
 @pytest.fixture
 def scarce(monkeypatch):
     """A model whose memory ends at `limit` tokens a prefill, and the sizes of prefills that were tried."""
@@ -104,6 +110,10 @@ def test_running_out_of_memory_halves_and_is_remembered(scarce):
     tried.clear()
     assert len(again.caption_ce(masks)) == 20
     assert max(tried) <= 5, "a caption's logits take more, never less"
+    scarcity["rows"], packing.bytes = 20, 5 * packing.footprint.rollout(*_sizes(adapter, inputs, masks)) + 1
+    tried.clear()
+    again.caption_ce(masks)
+    assert tried == [5, 5, 5, 5], "a caption's logits over the vocabulary are part of what must fit"
     scarcity["rows"] = 0
     with pytest.raises(TrainingError, match=r"single rollout of \d+ tokens .* does not fit .* fewer frames"):
         again.option_logits(masks, options)

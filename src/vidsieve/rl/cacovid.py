@@ -9,6 +9,8 @@ ratio is 1 and the clip is inactive.
 
 Variant "ours" differs from the paper in the policy's body (an explicit question path), and in a pull of
 `score_decay` towards a fair coin, since scores otherwise grow without limit over prompts.
+
+A rollout whose reward is not finite has no weight in its group; `skipped` counts groups where that is so of all.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.rl import sampling
-from vidsieve.rl.advantages import group_advantage
+from vidsieve.rl.advantages import finite_mean, group_advantage, over_finite
 from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs, cpo_loss
 from vidsieve.rl.packing import Packing
@@ -125,31 +127,41 @@ class CaCoVIDTrainer(Trainer[Choice]):
         rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
         token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
 
-        loss = torch.zeros(())
+        losses, groups = [], 0
         for kind, out, masks, reward, balanced in (
             ("tokens", token_logits, token_masks, token_rewards, c.balanced),
             ("frames", frame_logits, frame_masks, frame_rewards, False),
         ):
             if not len(masks):
                 continue
+            groups += 1
             # The policy that drew these masks is the current one; those of earlier iterations keep theirs.
             old = action_log_probs(out, masks).detach()
             memory = prompt.remember(kind, masks, old, reward)
-            advantage = group_advantage(memory.rewards)  # (i·G,)
-            loss = loss + cpo_loss(
-                out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay
+            if not bool(memory.rewards.isfinite().any()):
+                continue
+            advantage = over_finite(group_advantage, memory.rewards)  # (i·G,)
+            losses.append(
+                cpo_loss(out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay)
             )
-        if c.dynamic_ratio:
+        skipped = {"skipped": float(groups - len(losses))}
+        if not losses:
+            return StepResult(None, skipped, broken=f"reward {c.reward!r} is {float(rewards[0])}")
+        if c.dynamic_ratio and bool(right.isfinite().any()):
             prompt.ratio = next_ratio(
-                prompt.ratio, float(right.mean()), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
+                prompt.ratio, finite_mean(right), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
                 high=c.ratio_high,
             )  # fmt: skip
+        # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
+        means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
         probability = token_scores.sigmoid()
+        finite = token_rewards[token_rewards.isfinite()]
         return StepResult(
-            loss,
-            {
-                "reward": float(rewards.mean()), "right": float(right.mean()),
-                "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
+            torch.stack(losses).sum(),
+            {name: value for name, value in means.items() if math.isfinite(value)}
+            | skipped
+            | {
+                "dead_groups": float(bool((finite == finite[:1]).all())),
                 "ratio": prompt.ratio,
                 "score_spread": float(token_scores.std()), "keep_probability": float(probability.mean()),
             },

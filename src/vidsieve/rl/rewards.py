@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
-    """Return 1 where the right option has the highest logit, else 0, (G,) float32.
+    """Return 1 where the right option has the highest logit, else 0, (G,) float32; NaN where a logit is not finite.
 
     The dense form of "does the model answer correctly": argmax over the options in one prefill.
 
@@ -17,7 +17,9 @@ def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
     option_logits : Tensor, (G, options), next-token logits of the options
     answer : int
     """
-    return (option_logits.argmax(1) == answer).float()
+    right = (option_logits.argmax(1) == answer).float()
+    # argmax takes NaN for the largest: a broken rollout would pass for an answer.
+    return right.masked_fill(~option_logits.isfinite().all(1), torch.nan)
 
 
 def margin_reward(option_logits: Tensor, answer: int) -> Tensor:

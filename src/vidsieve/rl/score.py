@@ -7,6 +7,8 @@ advantage (Eq. 5-9). Left to issue C: the pseudo-video curriculum.
 Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
 later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
 sparsity needs no reward. A penalty on the logits' variance and a cosine keep it exploring.
+
+A rollout whose reward is not finite has no weight; `skipped` counts videos where that is so of all.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.rl.advantages import group_advantage, leave_one_out, split_advantage
+from vidsieve.rl.advantages import finite_mean, group_advantage, leave_one_out, over_finite, split_advantage
 from vidsieve.rl.losses import reinforce_loss
 from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import score_rewards
@@ -68,16 +70,20 @@ class ScoreTrainer(Trainer[Caption]):
         shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
         masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
         ce = rollouts.caption_ce(masks)  # (K,)
-        metrics = {"ce": float(ce.mean()), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
+        metrics = {"ce": finite_mean(ce), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
         metrics["score_spread"] = float(logits.detach().std())
         if c.advantage == "split":
             everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
             ce_full = float(rollouts.caption_ce(everything)[0])
-            delta_ce, sparsity = score_rewards(ce, ce_full, masks, c.tolerance, c.slack)  # (K,), (K,)
-            advantage = split_advantage(delta_ce, sparsity)
-            metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
+            rewards, sparsity = score_rewards(ce, ce_full, masks, c.tolerance, c.slack)  # ΔCE (K,), S (K,)
+            advantage = over_finite(split_advantage, rewards, sparsity)
+            metrics |= {"ce_full": ce_full, "safe": float((rewards > 0).float().mean())}
         else:
-            advantage = group_advantage(-ce) if c.advantage == "group" else leave_one_out(-ce)
+            rewards = -ce
+            advantage = over_finite(group_advantage if c.advantage == "group" else leave_one_out, rewards)
+        if not bool(rewards.isfinite().any()):
+            return StepResult(None, {"skipped": 1.0}, broken=f"reward of the caption is {float(rewards[0])}")
+        metrics["skipped"] = 0.0
         loss = reinforce_loss(shifted, masks, advantage) + c.score_decay * logits.var(correction=0)
         return StepResult(loss, metrics)
 

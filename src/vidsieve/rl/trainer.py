@@ -32,10 +32,14 @@ Sample = TypeVar("Sample")
 
 @dataclass
 class StepResult:
-    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log."""
+    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log.
+
+    `broken` says which reward is not finite in every rollout, where that is why there is no loss.
+    """
 
     loss: Tensor | None
     metrics: dict[str, float] = field(default_factory=dict)
+    broken: str = ""
 
 
 class Trainer(ABC, Generic[Sample]):
@@ -98,7 +102,7 @@ class Trainer(ABC, Generic[Sample]):
         Raises
         ------
         TrainingError
-            If a loss or a parameter stops being finite; the last good checkpoint stays.
+            If a loss or a parameter stops being finite, or no reward of a step is; the last good checkpoint stays.
         OutputError
             If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
         KeyboardInterrupt
@@ -197,7 +201,7 @@ class Trainer(ABC, Generic[Sample]):
     def _iterate(self, numbers: range, held: dict[int, Any], iteration: int) -> dict[str, float]:
         """Take one step over prompts; `held` keeps them for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
-        figures = []
+        figures, broken = [], []
         for number in numbers:
             prompt = held[number] if number in held else self.prepare(self.data(number))
             if self.iterations > 1:
@@ -213,6 +217,12 @@ class Trainer(ABC, Generic[Sample]):
                 (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
                 result.metrics["loss"] = float(result.loss.detach())
             figures.append(result.metrics)
+            broken += [f"{result.broken} in every rollout of sample {number}"] if result.broken else []
+        if len(broken) == len(numbers):
+            raise TrainingError(
+                f"no reward of step {self.step + 1} is finite: stopped; {self._saved()}. {'; '.join(broken[:3])}: look "
+                "at the sample, and at the frozen model's dtype (float16 overflows where bfloat16 does not)"
+            )
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {self.step + 1} is not finite: stopped; {self._saved()}")
