@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.prompts import FilePrompts
 from vidsieve.errors import TrainingError, UnsupportedCallError
 from vidsieve.rl import packing as rl_packing
 from vidsieve.rl.packing import CPU_SHARE, CPU_TOKENS, Footprint, Packing, total_memory
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.rewards import margin_reward
 from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.score import ScoreTrainer
+from vidsieve.rl.settings import ScoreConfig
 from vidsieve.testbed.data import ScenePrompts
+from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
@@ -110,6 +117,7 @@ def test_running_out_of_memory_halves_and_is_remembered(scarce):
     tried.clear()
     assert len(again.caption_ce(masks)) == 20
     assert max(tried) <= 5, "a caption's logits take more, never less"
+    packing.footprint = replace(packing.footprint, logits=1_000_000)
     scarcity["rows"], packing.bytes = 20, 5 * packing.footprint.rollout(*_sizes(adapter, inputs, masks)) + 1
     tried.clear()
     again.caption_ce(masks)
@@ -204,3 +212,63 @@ def test_labels_with_a_gap_all_count():
     with torch.no_grad():
         whole = adapter.model(**batch).loss
     assert float(rollouts.caption_ce(mask)) == pytest.approx(float(whole), abs=1e-5)
+
+
+@pytest.fixture
+def full_prefills(monkeypatch):
+    """Every selection list of all tokens that a caption's cross-entropy was asked for."""
+    original, seen = Rollouts.caption_ce, []
+
+    def noted(self, kept):
+        if not isinstance(kept, torch.Tensor):
+            seen.append([len(selection.indices) for selection in kept])
+        return original(self, kept)
+
+    monkeypatch.setattr(Rollouts, "caption_ce", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("key", "wanted"), [("row 7", 1), ("", 2)])
+def test_the_full_video_is_read_once_a_row(testbed, tmp_path, full_prefills, key, wanted):
+    """The second visit of a row costs no prefill of all tokens, and gives the same loss."""
+    model, processor = testbed
+    adapter = adapter_for(model)
+    sample = replace(ScenePrompts(adapter, processor, seed=3).caption(0), key=key)
+    policy = ScorePolicy.start(128, "llava_onevision", hidden=16, seed=5)
+    trainer = ScoreTrainer(adapter, policy, ScoreConfig(), lambda number: sample, tmp_path)
+    results = []
+    for _ in range(2):
+        trainer.generator.manual_seed(0)
+        results.append(trainer.train_step(sample))
+    assert full_prefills == [[576]] * wanted
+    first, second = (result.loss.item() for result in results)
+    assert first == second != 0 and results[0].metrics == results[1].metrics
+    whole = Rollouts(adapter, sample.inputs).caption_ce(torch.ones(1, 576, dtype=torch.bool))
+    assert results[1].metrics["ce_full"] == pytest.approx(float(whole))
+
+
+def test_passes_over_a_file_and_resumed_runs(testbed, tmp_path, full_prefills):
+    """Three rows, three passes: three full prefills; a run that goes on after the first pass ends the same."""
+    model, processor = testbed
+    write_scenes(tmp_path / "scenes", world="A", seed=1, scenes=3)
+    data = tmp_path / "scenes" / "questions.jsonl"
+    settings = QUICK | {"steps": 3, "prompts_per_step": 3, "save_every": 1, "rollouts": 4}
+    options = {"variant": "paper", "data": data}
+    train_policy("score", model, processor, tmp_path / "straight", settings, **options)
+    assert len(full_prefills) == 3
+    train_policy("score", model, processor, tmp_path / "broken", settings | {"steps": 1}, **options)
+    train_policy("score", model, processor, tmp_path / "broken", settings, resume=True, **options)
+    a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_rows_of_a_file_and_scenes_have_keys(testbed, tmp_path):
+    model, processor = testbed
+    write_scenes(tmp_path, world="A", seed=1, scenes=3)
+    prompts = FilePrompts(adapter_for(model), processor, tmp_path / "questions.jsonl", seed=2)
+    first, second = ([prompts.caption(turn + i) for i in range(3)] for turn in (0, 3))
+    assert {sample.key for sample in first} == {sample.key for sample in second} and "" not in {s.key for s in first}
+    words = {sample.key: sample.inputs["input_ids"].tolist() for sample in first}
+    assert len(words) == 3 and all(words[sample.key] == sample.inputs["input_ids"].tolist() for sample in second)
+    scenes = ScenePrompts(adapter_for(model), processor, seed=3)
+    assert scenes.caption(0).key != scenes.caption(1).key

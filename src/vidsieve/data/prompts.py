@@ -83,12 +83,12 @@ class FilePrompts:
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`."""
         row = self._row(self.captions, number, "a caption")
+        if not str(row["caption"]).strip():
+            raise TrainingError(f"the caption of {row['video']} is empty")
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
         end = self.processor.tokenizer.eos_token or ""
         text = f" {row['caption']} {end}"
         answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        if answer.shape[1] < 2:
-            raise TrainingError(f"the caption of {row['video']} is empty")
         ids = torch.cat([inputs["input_ids"], answer], 1)
         labels = torch.full_like(ids, -100)
         labels[:, -answer.shape[1] :] = answer
@@ -96,7 +96,8 @@ class FilePrompts:
         kinds = inputs.get("mm_token_type_ids")
         if kinds is not None:
             extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
-        return Caption(inputs | extended)
+        # Rows that are equal in every field are one row.
+        return Caption(inputs | extended, key=str(self.captions.index(row)))
 
 
 @dataclass(frozen=True)

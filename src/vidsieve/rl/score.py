@@ -41,6 +41,7 @@ class ScoreTrainer(Trainer[Caption]):
     def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
         self.adapter = adapter
         super().__init__(*args, **kwargs)
+        self.ce_full: dict[str, float] = {}
         self.packing = Packing(adapter.model, self.config.rollout_tokens)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -73,8 +74,7 @@ class ScoreTrainer(Trainer[Caption]):
         metrics = {"ce": finite_mean(ce), "kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
         metrics["score_spread"] = float(logits.detach().std())
         if c.advantage == "split":
-            everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
-            ce_full = float(rollouts.caption_ce(everything)[0])
+            ce_full = self.full_ce(sample, rollouts)
             rewards, sparsity = score_rewards(ce, ce_full, masks, c.tolerance, c.slack)  # ΔCE (K,), S (K,)
             advantage = over_finite(split_advantage, rewards, sparsity)
             metrics |= {"ce_full": ce_full, "safe": float((rewards > 0).float().mean())}
@@ -86,6 +86,18 @@ class ScoreTrainer(Trainer[Caption]):
         metrics["skipped"] = 0.0
         loss = reinforce_loss(shifted, masks, advantage) + c.score_decay * logits.var(correction=0)
         return StepResult(loss, metrics)
+
+    def full_ce(self, sample: Caption, rollouts: Rollouts) -> float:
+        """Return CE_base: one prefill of all tokens at a row's first visit, remembered for the passes to come.
+
+        Not part of a checkpoint: the frozen LLM gives a resumed run the same number again.
+        """
+        if sample.key in self.ce_full:
+            return self.ce_full[sample.key]
+        found = float(rollouts.caption_ce(rollouts.encoded.everything())[0])
+        if sample.key:
+            self.ce_full[sample.key] = found
+        return found
 
     def _shift(self, logits: Tensor) -> Tensor:
         """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""

@@ -64,7 +64,7 @@ class ScenePrompts:
         labels = torch.full_like(ids, -100)
         length = len(caption.split()) + 1
         labels[:, -length:] = ids[:, -length:]
-        return Caption(inputs | {"labels": labels})
+        return Caption(inputs | {"labels": labels}, key=str(number))
 
     def _inputs(self, features: VideoFeatures, question: str, answer: str) -> dict[str, Any]:
         """Return one prompt's inputs with ready features; an answer is followed by the end of its turn."""
