@@ -40,11 +40,15 @@ from vidsieve.types import Need
 
 @dataclass
 class Prompted:
-    """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio."""
+    """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio.
+
+    `blind` are the options' logits (options,) without the video, where the reward is told apart from them.
+    """
 
     sample: Choice
     rollouts: Rollouts
     ratio: float
+    blind: Tensor | None = None
     memory: dict[str, Memory] = field(default_factory=dict)
 
     def remember(self, kind: str, masks: Tensor, log_probs: Tensor, rewards: Tensor) -> Memory:
@@ -94,8 +98,10 @@ class CaCoVIDTrainer(Trainer[Choice]):
         return super().record() | {"packing": self.packing.record()}
 
     def prepare(self, sample: Choice) -> Prompted:
-        """Return a prompt, its video encoded."""
-        return Prompted(sample, Rollouts(self.adapter, sample.inputs, self.packing), self.config.ratio)
+        """Return a prompt, its video encoded, and answered without it where the reward asks for that."""
+        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
+        blind = rollouts.blind_logits(sample.option_ids) if self.config.blind_margin else None
+        return Prompted(sample, rollouts, self.config.ratio, blind)
 
     def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
@@ -106,7 +112,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
             return right, right
         logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
         right = choice_reward(logits, sample.answer)
-        return (right if self.config.reward == "choice" else margin_reward(logits, sample.answer)), right
+        if self.config.reward == "choice":
+            return right, right
+        return margin_reward(logits, sample.answer, prompt.blind), right
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the CPO loss of one prompt in one of its iterations."""
@@ -154,6 +162,8 @@ class CaCoVIDTrainer(Trainer[Choice]):
             )  # fmt: skip
         # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
         means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
+        if prompt.blind is not None:
+            means["blind"] = finite_mean(choice_reward(prompt.blind[None], prompt.sample.answer))
         probability = token_scores.sigmoid()
         finite = token_rewards[token_rewards.isfinite()]
         return StepResult(

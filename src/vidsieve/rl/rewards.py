@@ -22,9 +22,24 @@ def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
     return right.masked_fill(~option_logits.isfinite().all(1), torch.nan)
 
 
-def margin_reward(option_logits: Tensor, answer: int) -> Tensor:
-    """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly."""
+def margin_reward(option_logits: Tensor, answer: int, blind_logits: Tensor | None = None) -> Tensor:
+    """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly.
+
+    With `blind_logits` each option counts by log p(option | video) − log p(option | no video): what the video
+    adds, not what the words make likely. That is taken off before the best wrong option is sought. Taken off the
+    margin it would be one number for all rollouts of a prompt, which a group's advantage cancels; so it does for a
+    question of two options, where there is only one wrong one.
+
+    Parameters
+    ----------
+    option_logits : Tensor, (G, options)
+    answer : int
+    blind_logits : Tensor, (options,), optional
+        Next-token logits of the options without the video.
+    """
     log_p = option_logits.float().log_softmax(1)
+    if blind_logits is not None:
+        log_p = log_p - blind_logits.float().log_softmax(0)
     wrong = torch.cat([log_p[:, :answer], log_p[:, answer + 1 :]], 1)
     return log_p[:, answer] - wrong.amax(1)
 

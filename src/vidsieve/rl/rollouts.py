@@ -63,6 +63,36 @@ class Rollouts:
         return torch.cat(self._packed(keep_masks, work))
 
     @torch.no_grad()
+    def blind_logits(self, option_ids: Tensor) -> Tensor:
+        """Return the next-token logits (options,) of the option words after the prompt without its video.
+
+        The prompt loses everything from the video's first token to its last, time stamps of frames included, and
+        the markers of its ends where the model's configuration names them.
+
+        Parameters
+        ----------
+        option_ids : Tensor, (options,), int64
+        """
+        encoded, span, config = self.encoded, self.encoded.videos[0], self.adapter.model.config
+        ids = encoded.input_ids[0]
+        columns = torch.cat([span.columns, span.tail_columns, span.surplus_columns])
+        first, last = int(columns.min()), int(columns.max())
+        if first > 0 and int(ids[first - 1]) == getattr(config, "vision_start_token_id", None):
+            first -= 1
+        if last + 1 < len(ids) and int(ids[last + 1]) == getattr(config, "vision_end_token_id", None):
+            last += 1
+        keep = encoded.attention_mask[0].clone()
+        keep[first : last + 1] = False
+        words = ids[keep][None]
+        positions = torch.arange(words.shape[1], device=words.device).expand(len(encoded.positions), 1, -1)
+        logits = self.adapter.model(
+            input_ids=words, attention_mask=torch.ones_like(words),
+            position_ids=self.adapter.pack_positions(positions), logits_to_keep=1, use_cache=False,
+        ).logits  # fmt: skip
+        found: Tensor = logits[0, -1, option_ids]
+        return found
+
+    @torch.no_grad()
     def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
         """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
         settings = self.adapter.model.generation_config

@@ -91,6 +91,9 @@ class CaCoVIDConfig(TrainConfig):
     reward: Reward = "choice"
     """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option; "generate": the score
     of a generated answer by Video-R1's rules, for questions of every kind."""
+    blind_margin: bool = False
+    """Under "margin", take off each option the log-probability that the model gives it without the video; the share of
+    prompts answered so is logged as `blind`."""
     answer_tokens: int = 16
     """Longest answer under "generate", in tokens."""
     iterations: int = 1
@@ -125,6 +128,8 @@ class CaCoVIDConfig(TrainConfig):
             raise TrainingError("frame_rollouts is 0 or at least 2: a group of one has no advantage")
         if self.dynamic_ratio and self.iterations == 1:
             raise TrainingError("dynamic_ratio acts between the iterations of a prompt: set iterations to 2 or more")
+        if self.blind_margin and self.reward != "margin":
+            raise TrainingError(f"blind_margin changes the reward 'margin', got reward {self.reward!r}")
         if self.ratio_low > self.ratio_high:
             raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
 
