@@ -18,18 +18,24 @@ from typing import Any
 import torch
 
 import vidsieve
+from vidsieve import registry
 from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
-from vidsieve.eval.methods import named_methods, rows_for
+from vidsieve.errors import BudgetError
+from vidsieve.eval.methods import named_method, named_methods, rows_for
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.testbed import Row, evaluate
+from vidsieve.eval.testbed import Row, compressor_row, evaluate
 from vidsieve.pipeline import load_model
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.study import first_look_row, question_oracle
 from vidsieve.testbed.world import TOKENS
 
-WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.25, 0.1, 0.05)
-TRAINING_FREE = ("random", "uniform", "downsample", "frame_difference", "divprune")
+WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
+PROBED = (0.1, 0.05)
+"""Where question-aware policies are also given another question, and spend their budget in other ways."""
+INSIDE: dict[str, dict[str, Any]] = {"fastv": {}, "dycoke": {"inner": False}}
+"""Training-free methods that cannot keep as little as one likes: rows end at their floor."""
+TRAINED = ("cacovid", "score")
 
 
 def fingerprint() -> str:
@@ -52,12 +58,21 @@ def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
     torch.set_num_threads(1)
     quiet()
     model, processor = load_model("testbed")
-    rows = rows_for(named_methods(["all"]), RETENTIONS, probes=True)
+    methods = named_methods(["all"])
+    rows, floors = [], {}
     for retention in RETENTIONS:
+        rows += rows_for(methods, [retention], probes=retention in PROBED)
+        for name, fields in INSIDE.items():
+            try:
+                row = compressor_row(named_method(name, **fields).with_retention(retention))
+                evaluate(model, processor, [row], world=world, seed=seed, questions=2)
+                rows.append(row)
+            except BudgetError as error:
+                floors[f"{name}/{retention:g}"] = str(error)
         rows.append(Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))))
         rows.append(first_look_row(model, retention))
     result = evaluate(model, processor, rows, world=world, seed=seed, questions=questions)
-    kept = {"marks": result["right"], "clusters": result["clusters"]}
+    kept = {"marks": result["right"], "clusters": result["clusters"], "floors": floors}
     write_result(path, kept)
     at = {r["method"] + ":" + r["variant"]: round(r["accuracy"], 3) for r in result["rows"] if r["retention"] == 0.1}
     print(world, seed, at, flush=True)
@@ -73,7 +88,7 @@ def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
         clusters += [offset + number for number in part["clusters"]]
         for key, values in part["marks"].items():
             marks.setdefault(key, []).extend(values)
-    return {"marks": marks, "clusters": clusters}
+    return {"marks": marks, "clusters": clusters, "floors": parts[0]["floors"]}
 
 
 def interval(estimate: Estimate) -> dict[str, Any]:
@@ -92,8 +107,9 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
             "question_oracle": f"question_oracle/-/{retention}",
         }
         if retention != "1":
-            best = max(TRAINING_FREE, key=lambda name: sum(marks[f"{name}/ours/{retention}"]))
-            others["best_training_free"] = f"{best}/ours/{retention}"
+            free = [name for name in registry.compressors if name not in TRAINED]
+            there = [key for key in (f"{name}/ours/{retention}" for name in free) if key in marks]
+            others["best_training_free"] = max(there, key=lambda name: sum(marks[name]))
         row = {
             "method": method,
             "variant": variant,
@@ -107,7 +123,7 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
                     **interval(paired_difference(values, marks[other], clusters)),
                 }
         rows.append(row)
-    return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows}
+    return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows, "floors": data["floors"]}
 
 
 MAIN = (
@@ -115,8 +131,12 @@ MAIN = (
     ("cacovid", "ours"),
     ("score", "ours"),
     ("cacovid", "paper"),
+    ("cacovid", "official"),
     ("score", "paper"),
     ("divprune", "ours"),
+    ("visionzip", "ours"),
+    ("fastv", "ours"),
+    ("dycoke", "ours"),
     ("frame_difference", "ours"),
     ("uniform", "ours"),
     ("downsample", "ours"),
@@ -143,12 +163,17 @@ def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
     lines = [f"| kept | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
     largest = 0.0
     for method, variant in methods:
-        rows = [by[world, method, variant, 1.0 if method == "full" else retention] for world, retention in columns]
-        largest = max(largest, *(row["stderr"] for row in rows))
+        rows = [by.get((world, method, variant, 1.0 if method == "full" else at)) for world, at in columns]
+        if not any(rows):
+            continue
+        largest = max(largest, *(row["stderr"] for row in rows if row))
         label = NAMES.get(method, f"`{method}`" + ("" if variant in ("ours", "-") else f", variant {variant}"))
-        cells = [f"{row['mean']:.3f}" for row in rows]
+        cells = [f"{row['mean']:.3f}" if row else "–" for row in rows]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Standard errors, clustered by scene: at most {largest:.3f}."])
+    about = (
+        f"Standard errors, clustered by scene: at most {largest:.3f}. –: below what the method can keep, or not probed."
+    )
+    return "\n".join([*lines, "", about])
 
 
 def main() -> None:

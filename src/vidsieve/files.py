@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vidsieve.errors import OutputError
 
 
@@ -33,5 +35,12 @@ def writing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except SafetensorError as error:  # a full disk, too, comes as this from tensors
+        raise OutputError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def relative(path: Path, file: Path) -> str:
+    """Return the way to `path` from the folder of `file`, as a file of rows names it."""
+    return Path(os.path.relpath(path.resolve(), file.resolve().parent)).as_posix()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -83,10 +84,21 @@ class _FirstToken(LogitsProcessor):  # type: ignore[misc]
         return scores
 
 
-def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
+def own_device() -> str:
+    """Return the GPU of this process, by its local rank under torchrun, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def load_model(
+    name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Any, Any]:
     """Return model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
 
-    `layout`, as `prune` has it, is noted in the configuration of the loaded model.
+    `layout`, as `prune` has it, is noted in the configuration of the loaded model. `dtype` is what it computes in;
+    default: what its files say, float32 for the testbed's. `device` is a device of torch, or "auto": this process's GPU
+    where there is one.
 
     Raises
     ------
@@ -104,8 +116,8 @@ def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
     source = str(shipped_model()) if name == "testbed" else name
     try:
         processor = AutoProcessor.from_pretrained(source)
-        dtype = torch.float32 if name == "testbed" else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        chosen = dtype or (torch.float32 if name == "testbed" else "auto")
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -115,7 +127,27 @@ def load_model(name: str, layout: str | None = None) -> tuple[Any, Any]:
     adapter_for(model, layout=layout)
     if layout is not None:
         model.config.vidsieve_layout = layout
+    model.to(own_device() if device == "auto" else device)
     return model.eval(), processor
+
+
+def chat_text(processor: Any, question: str) -> str:
+    """Return the prompt that asks one question about one video, the video still a single placeholder.
+
+    Raises
+    ------
+    PromptError
+        If the question holds the model's own placeholder of a video or image.
+    """
+    for name in ("video_token", "image_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in question:
+            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    return text
 
 
 def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
@@ -124,19 +156,11 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
     Raises
     ------
     PromptError
-        If the question holds the model's own placeholder of a video or image.
+        As `chat_text`.
     """
     from transformers.video_utils import VideoMetadata
 
-    for name in ("video_token", "image_token"):
-        token = getattr(processor, name, None)
-        if isinstance(token, str) and token in question:
-            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
-    count = len(video.pixels)
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
-        add_generation_prompt=True, tokenize=False,
-    )  # fmt: skip
+    text, count = chat_text(processor, question), len(video.pixels)
     rate = count / video.duration if video.duration > 0 else 1.0
     metadata = VideoMetadata(
         total_num_frames=count, fps=rate, frames_indices=list(range(count)), duration=video.duration

@@ -33,7 +33,7 @@ def prompts(testbed):
 
 def run(testbed, folder, method, variant="ours", **settings):
     model, processor = testbed
-    settings = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5} | settings
+    settings = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5, "eval_prompts": 0} | settings
     record = train_policy(method, model, processor, folder, settings, variant=variant, model_name="testbed")
     return record, read_metrics(folder)
 
@@ -348,7 +348,8 @@ def test_what_a_recipe_refuses(testbed, tmp_path):
     for method, settings, options, said in (
         ("cacovid", {"blind_filter": True}, {"data": path}, "vidsieve data filter"),
         ("score", {"pseudo_steps": 1}, {"data": path}, "vidsieve data pseudo"),
-        ("score", {}, {"pseudo": path}, "set pseudo_steps"),
+        ("score", {}, {"pseudo": path}, "leave it out"),
+        ("score", {}, {"pseudo": path, "data": path}, "set pseudo_steps"),
     ):
         with pytest.raises(TrainingError, match=said):
             train_policy(method, model, processor, tmp_path / "b", settings, **options)

@@ -51,6 +51,7 @@ ROW = {"video": "scene-0000.mp4", "question": "what ?", "options": ["red", "blue
     (ROW | {"answer": "green"}, "none of its options"),
     (ROW | {"options": ["red", "dark blue"]}, "is not one token"),
     ({"video": "scene-0000.mp4", "caption": ""}, "is empty"),
+    ({"video": "scene-0000.mp4", "caption": " \n "}, "is empty"),
 ])  # fmt: skip
 def test_bad_rows_are_named(testbed, folder, row, message):
     model, processor = testbed

@@ -17,12 +17,14 @@ from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownName
 from vidsieve.rl import cacovid as rl_cacovid
 from vidsieve.rl.answers import judge
 from vidsieve.rl.losses import action_log_probs
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.replay import next_ratio
 from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.runs import CHECKPOINT, METRICS, read_metrics
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
-from vidsieve.rl.trainer import CHECKPOINT, METRICS, StepResult, Trainer, read_metrics
+from vidsieve.rl.trainer import StepResult, Trainer
 from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration
@@ -30,7 +32,7 @@ from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.types import Need, Selection
 
-QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5}
+QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5, "eval_prompts": 0}
 
 
 def train(testbed, folder, method="score", variant="ours", resume=False, **settings):
@@ -94,7 +96,7 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
     train(testbed, tmp_path / "broken", method, resume=True, **more)
     a, b = (load(tmp_path / name / "policy").policy.state_dict() for name in ("straight", "broken"))
     assert all(torch.equal(a[k], b[k]) for k in a)
-    clock = {"minutes", "prompts_per_second"}
+    clock = {"minutes", "prompts_per_second", "rollouts_per_second"}
     first, second = (
         [{k: v for k, v in line.items() if k not in clock} for line in read_metrics(tmp_path / name)]
         for name in ("straight", "broken")
@@ -262,7 +264,7 @@ def test_packed_rollouts_equal_the_masked_reference(family):
     masks[0, 3] = True
     options = torch.tensor([5, 6, 7])
     for max_tokens in (10_000, 120):
-        rollouts = Rollouts(adapter, inputs | {"labels": labels}, max_tokens=max_tokens)
+        rollouts = Rollouts(adapter, inputs | {"labels": labels}, Packing(model, max_tokens))
         logits, ce = rollouts.option_logits(masks, options), rollouts.caption_ce(masks)
         for g, mask in enumerate(masks):
             with torch.no_grad():
@@ -360,7 +362,7 @@ def test_generated_answers_are_those_of_generate_and_agree_with_the_best_option(
     same, total = 0, 0
     for number in range(12):
         sample = prompts.choice(number)
-        rollouts = Rollouts(prompts.adapter, sample.inputs, max_tokens=900)
+        rollouts = Rollouts(prompts.adapter, sample.inputs, Packing(model, 900))
         masks = torch.rand(6, 576, generator=torch.Generator().manual_seed(number)) < 0.3
         said = processor.tokenizer.batch_decode(rollouts.generate(masks, 4), skip_special_tokens=True)
         for mask, text in zip(masks, said, strict=True):

@@ -26,12 +26,7 @@ from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import (
-    PromptError,
-    SelectionError,
-    UnknownNameError,
-    UnsupportedCallError,
-)
+from vidsieve.errors import PromptError, SelectionError, UnknownNameError, UnsupportedCallError
 from vidsieve.types import Need, Prompt, Selection, VideoTokens
 
 CONVENTIONS = ("installed", "legacy", "compact")
@@ -97,6 +92,11 @@ class Adapter(Probed, ABC):
 
         `deep` has the same per layer, for families with `VideoFeatures.deep`; `modality` is "video" or "image".
         """
+
+    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
+        """Return ``mm_encoder_outputs`` of a prompt with one video that was encoded before; it gives `video` again."""
+        outputs = self.encoder_outputs([video.embeds], [[layer] for layer in video.deep], self.modality)
+        return {self.modality: outputs}
 
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the features (M, D) of every still image of a batch in placeholder order, and their deep features.

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from vidsieve.compressors._decoder import BlockShape, LayerState
 from vidsieve.errors import NeedError
 
 
 def layer_state(text: Any, layer: Any) -> LayerState:
     """Return shape and weights (float32 copies on the CPU) of a decoder layer of an LLM with configuration `text`."""
-    weights = {k: v.detach().float().clone().cpu() for k, v in layer.state_dict().items()}
+    weights = {k: whole(v.detach()).float().clone().cpu() for k, v in layer.state_dict().items()}
     return LayerState(block_shape(text, layer), weights)
+
+
+def whole(value: Tensor) -> Tensor:
+    """Return a tensor that FSDP has shared out over processes in one piece, and any other as it is.
+
+    Every process has to ask for it.
+    """
+    gather = getattr(value, "full_tensor", None)
+    gathered: Tensor = value if gather is None else gather()
+    return gathered
 
 
 def block_shape(text: Any, layer: Any) -> BlockShape:

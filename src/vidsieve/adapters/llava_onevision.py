@@ -44,6 +44,10 @@ class LlavaOnevisionAdapter(CountedPositions, Adapter):
             videos.append(VideoFeatures(tokens[:-1], grid, tokens[-1:]))
         return videos
 
+    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
+        """Return the video (1, N + 1, D) with its newline."""
+        return {"video": BaseModelOutputWithPooling(pooler_output=torch.cat([video.embeds, video.tail])[None])}
+
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the images of ``pixel_values`` (images, tiles, 3, H, W), or of ready features."""
         ready = (inputs.get("mm_encoder_outputs") or {}).get("image")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.llava_onevision import LlavaOnevisionAdapter, layer_options
@@ -38,25 +39,42 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
             )
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
-        """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W).
+        """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of `ready_features`.
 
         Raises
         ------
         UnsupportedCallError
-            For ready features, which are pooled already.
+            For other ready features, which are pooled already.
         """
+        side = self._patches // 2
+        ready: Any = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        if getattr(ready, "vidsieve_layout", None) == self.layout:
+            videos = [video.reshape(-1, side + 1, video.shape[-1]) for video in ready.pooler_output]
+            return [self._video(lines[:, :side], lines[:, side]) for lines in videos]
         pixels = inputs.get("pixel_values_videos")
-        if pixels is None or (inputs.get("mm_encoder_outputs") or {}).get("video") is not None:
+        if pixels is None or ready is not None:
             raise UnsupportedCallError("layout='grid' needs the video's pixels: ready features are pooled already")
-        patches = self._patches
-        side = patches // 2
         count, frames = pixels.shape[:2]
         projected = self._projected(pixels.flatten(0, 1).to(self.model.device, self.model.dtype), inputs)
-        tokens = averaged(projected, patches).reshape(count, frames * side * side, -1)
+        tokens = averaged(projected, self._patches).reshape(count, frames * side, side, -1)
         newlines = self.model.model.image_newline.to(tokens).expand(frames * side, -1)
+        return [self._video(lines, newlines) for lines in tokens]
+
+    def _video(self, lines: Tensor, newlines: Tensor) -> VideoFeatures:
+        """Return a video of rows of tokens (T·side, side, D), each with its newline (T·side, D)."""
+        side = lines.shape[1]
+        frames = len(lines) // side
         surplus = frames * (side + 1) ** 2 + 1 - frames * side * (side + 1)
-        grid = TokenGrid(frames, side, side)
-        return [VideoFeatures(video, grid, newlines, per_row=True, surplus=surplus) for video in tokens]
+        return VideoFeatures(
+            lines.flatten(0, 1), TokenGrid(frames, side, side), newlines, per_row=True, surplus=surplus
+        )
+
+    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
+        """Return the video (1, N + T·side, D), a newline after each row, marked as of this layout."""
+        lines = torch.cat([video.embeds.reshape(len(video.tail), video.grid.width, -1), video.tail[:, None]], 1)
+        outputs = BaseModelOutputWithPooling(pooler_output=lines.flatten(0, 1)[None])
+        outputs.vidsieve_layout = self.layout
+        return {"video": outputs}
 
     def _projected(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return every patch of frames (F, 3, H, W) through tower and projector, (F, n, D)."""

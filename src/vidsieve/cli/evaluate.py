@@ -46,7 +46,7 @@ def eval_testbed(
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
     set_threads(threads)
-    from vidsieve.eval.methods import check_prefill, check_known, named_methods, rows_for
+    from vidsieve.eval.methods import check_known, check_prefill, named_methods, rows_for
     from vidsieve.eval.testbed import evaluate
     from vidsieve.pipeline import load_model
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, write_json
+from vidsieve.cli.progress import Progress
+from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, words, write_json
+from vidsieve.errors import TrainingError
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
@@ -79,7 +83,8 @@ Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSON lines as `vidsieve testbed render` writes them, or Video-R1's .json; default: the testbed.",
+        help="JSON lines as `vidsieve testbed render` and `vidsieve data pseudo` write them, or Video-R1's .json; "
+        "default: the testbed.",
         show_default=False,
     ),
 ]
@@ -90,7 +95,25 @@ Pseudo = Annotated[
         show_default=False,
     ),
 ]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps the encoded videos of --data, so that later passes and runs neither decode nor encode "
+        "them.",
+        show_default=False,
+    ),
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(help="As --data, other videos: what the policy is evaluated on.", show_default=False),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Device = Annotated[str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings or threads changed.")]
+LogTo = Annotated[
+    str,
+    typer.Option(help="Also log to 'tensorboard' or 'wandb', or both, separated by a comma.", show_default=False),
+]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
 ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
 Variant = Annotated[
@@ -98,51 +121,101 @@ Variant = Annotated[
 ]
 
 
-def progress(step: int, steps: int, metrics: dict[str, float]) -> None:
-    """Print one line of figures."""
-    shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name != "minutes")
-    out.print(f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}", highlight=False)
+def warning(text: str) -> None:
+    """Print an early warning."""
+    err.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
 
 
-def _run(method: str, settings: dict[str, Any], folder: Path, model: str, data: Path | None, **options: Any) -> None:
+def refuse_sharding() -> None:
+    """Refuse accelerate's FSDP or DeepSpeed, which would be asked for and not happen.
+
+    Raises
+    ------
+    TrainingError
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise TrainingError(
+                f"accelerate's configuration asks for {name}, which `vidsieve train` does not do: launch it with "
+                "torchrun, or share the model out in a script of your own (docs/training.md says how)"
+            )
+
+
+def _run(
+    method: str,
+    settings: dict[str, Any] | None,
+    folder: Path,
+    threads: int,
+    json: Path | None,
+    model: str,
+    log_to: str,
+    cache: Path | None,
+    device: str,
+    **options: Any,
+) -> None:
+    import torch
+
+    from vidsieve.data.encodings import MANIFEST
     from vidsieve.pipeline import load_model
+    from vidsieve.rl.loggers import check_trackers
+    from vidsieve.rl.processes import is_main
     from vidsieve.rl.recipes import train_policy
 
-    check_output(options["json"])
+    settings = settings or {}
+    refuse_sharding()
+    if not is_main():  # what one process of several has to say is said by the main one
+        out.quiet = err.quiet = True
+    check_output(json)
     check_output(folder / "policy" / "config.json")
-    set_threads(options["threads"])
+    if cache is not None:
+        check_output(cache / MANIFEST)
+    check_trackers(words(log_to))
+    set_threads(threads)
     quiet()
-    network, processor = load_model(model)
+    network, processor = load_model(
+        model, dtype=torch.bfloat16 if settings.get("precision") == "bf16" else None, device=device
+    )
     try:
-        record = train_policy(
-            method, network, processor, folder, settings, variant=options["variant"], data=data, model_name=model,
-            pseudo=options.get("pseudo"), resume=options["resume"], report=progress,
-        )  # fmt: skip
+        with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
+            record = train_policy(
+                method, network, processor, folder, settings, model_name=model, log_to=words(log_to),
+                report=progress.report, tick=progress.tick, warn=warning, cache=cache,
+                announce=lambda text: out.print(text, highlight=False, soft_wrap=True), **options,
+            )  # fmt: skip
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
     out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
-    write_json(options["json"], record)
+    if record["best"]:
+        best = record["best"]
+        out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
+    if is_main():
+        write_json(json, record)
 
 
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
-    folder: Out, model: Model = "testbed", data: Data = None, variant: Variant = "ours", resume: Resume = False,
-    threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, cache: Cache = None,
+    variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
+    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    _run("cacovid", settings or {}, folder, model, data, variant=variant, resume=resume, threads=threads, json=json)
+    _run(
+        "cacovid", settings, folder, threads, json, model, log_to, cache, device, data=data, eval_data=eval_data,
+        variant=variant, resume=resume, force=force,
+    )  # fmt: skip
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, pseudo: Pseudo = None, variant: Variant = "ours",
-    resume: Resume = False, threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, pseudo: Pseudo = None,
+    cache: Cache = None, variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
+    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
     _run(
-        "score", settings or {}, folder, model, data, pseudo=pseudo, variant=variant, resume=resume, threads=threads,
-        json=json,
+        "score", settings, folder, threads, json, model, log_to, cache, device, data=data, eval_data=eval_data,
+        pseudo=pseudo, variant=variant, resume=resume, force=force,
     )  # fmt: skip

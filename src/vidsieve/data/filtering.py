@@ -7,7 +7,6 @@ A rollout's reward tells which tokens an answer depends on only where the answer
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from vidsieve.data.prompts import ask, read_rows
 from vidsieve.errors import TrainingError
-from vidsieve.files import writing
+from vidsieve.files import relative, writing
 
 Rule = Literal["any", "all"]
 
@@ -115,6 +114,11 @@ def filter_file(
     left = [row for row in rows if id(row) not in gone]
     with writing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in left:
-            video = os.path.relpath((path.parent / row["video"]).resolve(), out.resolve().parent)
-            file.write(json.dumps(row | {"video": video}, ensure_ascii=False) + "\n")
+            if "frames" in row:
+                moved: dict[str, Any] = {
+                    "frames": [[relative(path.parent / name, out), times] for name, times in row["frames"]]
+                }
+            else:
+                moved = {"video": relative(path.parent / row["video"], out)}
+            file.write(json.dumps(row | moved, ensure_ascii=False) + "\n")
     return Filtered(len(asked), len(asked) - len(gone), len(rows) - len(asked), tuple(sum(m) / len(m) for m in right))

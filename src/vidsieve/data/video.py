@@ -1,6 +1,7 @@
 """Frames of video files, read with PyAV: an index of timestamps first, then only the frames that are wanted.
 
-The index comes from the packets, so nothing is decoded for it; `decoding` then decodes what is needed.
+The index comes from the packets, so nothing is decoded for it; `decoding` then decodes what is needed. Videos made of
+still images are read here too.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import av
 import numpy as np
 from av import VideoFrame
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from vidsieve.data.decoding import File, Index, Ints, Notes, Pixels, count_frames, decode_all, decode_groups
 from vidsieve.errors import VideoError
@@ -92,6 +94,51 @@ def read_video(
         raise VideoError(f"{path} changed while it was being read: read it again")
     size, rate = (reel.pixels.shape[1], reel.pixels.shape[2]), len(index.pts) / index.duration
     return Video(reel.pixels, index.seconds[chosen], (*notes, *remarks), index.duration, rate, len(index.pts), size)
+
+
+def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames: int | None = None) -> Video:
+    """Return the video of one frame a second that shows still images one after another, each for some frames.
+
+    Images are turned upright, made RGB, and scaled to the size of the first.
+
+    Parameters
+    ----------
+    images : (path, how many frames it stays), at least one
+    frames : at most so many frames, uniformly over the video; None: all
+
+    Raises
+    ------
+    VideoError
+        If there is no image, or one cannot be read.
+    """
+    shown = np.repeat(np.arange(len(images)), [times for _, times in images])
+    if not len(shown):
+        raise VideoError("a video of still images needs at least one image, shown for at least one frame")
+    chosen = np.arange(len(shown)) if frames is None else _uniform(len(shown), frames)
+    first = read_image(images[shown[0]][0])
+    size = first.shape[1], first.shape[0]
+    # An image that subsampling passes over is not opened.
+    pictures = {0: first} | {n: read_image(images[n][0], size) for n in set(shown[chosen].tolist()) - {0}}
+    pixels = np.stack([pictures[n] for n in shown[chosen].tolist()])
+    return Video(pixels, chosen.astype(np.float64), (), float(len(shown)), 1.0, len(shown), (size[1], size[0]))
+
+
+def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Pixels:
+    """Return a still image (H, W, 3) uint8 RGB, upright, scaled to `size` (width, height) where one is given.
+
+    Raises
+    ------
+    VideoError
+        If it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path} cannot be read as an image ({error}): fetch it again, or leave it out") from None
+    if size is not None and upright.size != size:
+        upright = upright.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(upright)
 
 
 def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf: int = 12) -> None:

@@ -102,6 +102,6 @@ def check_prefill(methods: Mapping[str, Compressor]) -> None:
     for method in methods.values():
         if method.acts is Stage.DECODE:
             raise StageError(
-                f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach it "
-                "to a model, or try it with `vidsieve ask`"
+                f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach "
+                "it to a model, or try it with `vidsieve ask`"
             )

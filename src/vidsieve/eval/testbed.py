@@ -63,7 +63,6 @@ def compressor_row(
     compressor: Compressor, label: str | None = None, *, other_question: bool = False, policy: str = ""
 ) -> Row:
     """Return the condition of a method; `other_question` hands it the next question of the same scene."""
-
     if compressor.acts is Stage.LAYER:
         ratio = float(compressor.budget_ratio(TOKENS))
         return Row(label or compressor.name, compressor.variant, ratio, None, inside=compressor)

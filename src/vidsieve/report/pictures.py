@@ -1,7 +1,8 @@
-"""Pictures of kept tokens."""
+"""Pictures of kept tokens, and of training videos."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,5 +75,45 @@ def kept_picture(
         axis.set_title(f"frame {frame}", fontsize=7)
     if title:
         figure.suptitle(title, fontsize=9)
+    with writing(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
+def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], str]]) -> None:
+    """Write a PNG: each video's frames in a row, its caption below, cut after four lines.
+
+    Parameters
+    ----------
+    videos : (frames (T, H, W, 3) uint8, caption), at least one
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    width, margin, gap, line = 13.0, 0.25, 0.04, 0.17  # inches
+    cell = min(1.6, (width - 2 * margin) / max(len(frames) for frames, _ in videos))
+    texts = [textwrap.wrap(caption, 190, max_lines=4, placeholder=" …") for _, caption in videos]
+    tall = [cell * min(1.5, frames.shape[1] / frames.shape[2]) for frames, _ in videos]
+    heights = [high + 0.1 + line * len(text) + 0.3 for high, text in zip(tall, texts, strict=True)]
+    total = sum(heights) + margin
+    figure = Figure(figsize=(width, total))
+    top = total - margin
+    for (frames, _), text, high, height in zip(videos, texts, tall, heights, strict=True):
+        for place, frame in enumerate(frames):
+            box = (margin + place * cell) / width, (top - high) / total, (cell - gap) / width, high / total
+            axis: Any = figure.add_axes(box)
+            axis.imshow(frame[:: max(1, frame.shape[0] // 300), :: max(1, frame.shape[1] // 300)], aspect="auto")
+            axis.set_axis_off()
+        figure.text(
+            margin / width, (top - high - 0.1) / total, "\n".join(text), va="top", fontsize=8.5, linespacing=1.25,
+            parse_math=False,
+        )  # fmt: skip
+        top -= height
     with writing(Path(path)) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+
+def over_finite(advantage: Callable[..., Tensor], rewards: Tensor, *others: Tensor) -> Tensor:
+    """Return a group's advantages (G,) float32 among its finite rewards, 0 where a reward is NaN or infinite.
+
+    Parameters
+    ----------
+    advantage : callable
+        One of the functions below.
+    rewards : Tensor, (G,)
+    others : Tensor, (G,)
+        What else `advantage` takes for each rollout.
+    """
+    finite = rewards.isfinite()
+    weights = torch.zeros(rewards.shape, dtype=torch.float32, device=rewards.device)
+    if bool(finite.any()):
+        weights[finite] = advantage(rewards[finite], *(other[finite] for other in others))
+    return weights
+
+
+def finite_mean(values: Tensor) -> float:
+    """Return the mean of the finite ones of values (G,); NaN where there is none."""
+    return float(values[values.isfinite()].float().mean())
 
 
 def group_advantage(rewards: Tensor) -> Tensor:

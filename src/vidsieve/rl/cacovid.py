@@ -9,6 +9,8 @@ ratio is 1 and the clip is inactive.
 
 Variant "ours" differs from the paper in the policy's body (an explicit question path), and in a pull of
 `score_decay` towards a fair coin, since scores otherwise grow without limit over prompts.
+
+A rollout whose reward is not finite has no weight in its group; `skipped` counts groups where that is so of all.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.rl import official, sampling
-from vidsieve.rl.advantages import BY_NAME
+from vidsieve.rl.advantages import BY_NAME, finite_mean, over_finite
 from vidsieve.rl.answers import judge
 from vidsieve.rl.controls import choice_loss, gated
 from vidsieve.rl.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.replay import Memory, next_ratio
 from vidsieve.rl.rewards import choice_reward, margin_reward
 from vidsieve.rl.rollouts import Rollouts
@@ -35,16 +38,21 @@ from vidsieve.rl.sampling import log_uniform
 from vidsieve.rl.settings import CaCoVIDConfig
 from vidsieve.rl.teachers import teacher_scores
 from vidsieve.rl.trainer import StepResult, Trainer
+from vidsieve.rl.watch import keep_entropy
 from vidsieve.types import Need, VideoTokens
 
 
 @dataclass
 class Prompted:
-    """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio."""
+    """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio.
+
+    `blind` are the options' logits (options,) without the video, where the reward is told apart from them.
+    """
 
     sample: Choice
     rollouts: Rollouts
     ratio: float
+    blind: Tensor | None = None
     memory: dict[str, Memory] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the first iteration, from which the release draws in all of them."""
@@ -66,6 +74,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
     def __init__(self, adapter: Adapter, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         self.adapter, self.tokenizer = adapter, tokenizer
         super().__init__(*args, **kwargs)
+        self.packing = Packing(adapter.model, self.config.rollout_tokens)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with the body at its own rate."""
@@ -90,25 +99,38 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Iterations over a sample."""
         return self.config.iterations
 
+    @property
+    def rollouts(self) -> int:
+        """Masks over tokens and over frames."""
+        return self.config.token_rollouts + self.config.frame_rollouts
+
+    def record(self) -> dict[str, Any]:
+        """Return the training record, with what went into one prefill."""
+        return super().record() | {"packing": self.packing.record()}
+
     def prepare(self, sample: Choice) -> Prompted:
-        """Return a prompt, its video encoded."""
-        return Prompted(sample, Rollouts(self.adapter, sample.inputs), self.config.ratio)
+        """Return a prompt, its video encoded, and answered without it where the reward asks for that."""
+        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
+        blind = rollouts.blind_logits(sample.option_ids) if self.config.blind_margin else None
+        return Prompted(sample, rollouts, self.config.ratio, blind)
 
     def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
         """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
         sample = prompt.sample
         if self.config.reward == "generate":
             said = self.decode(prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
-            right = torch.tensor([judge(sample.kind, text, sample.truth) for text in said])
+            right = torch.tensor([judge(sample.kind, text, sample.truth) for text in said], device=keep_masks.device)
             return right, right
         logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
         right = choice_reward(logits, sample.answer)
-        return (right if self.config.reward == "choice" else margin_reward(logits, sample.answer)), right
+        if self.config.reward == "choice":
+            return right, right
+        return margin_reward(logits, sample.answer, prompt.blind), right
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
         video = prompt.rollouts.video(frozenset({Need.QUESTION}))
-        token_logits, frame_logits = self.policy(video)  # (N, 2), (T, 2)
+        token_logits, frame_logits = self.run_policy(video)  # (N, 2), (T, 2)
         keep = token_logits[:, 1] - token_logits[:, 0]  # (N,)
         frame_keep = frame_logits[:, 1] - frame_logits[:, 0]  # (T,)
         if self.config.rate_high:
@@ -121,25 +143,29 @@ class CaCoVIDTrainer(Trainer[Choice]):
         elif self.config.objective == "straight_through":
             loss, metrics = self._straight_through(prompt, video, keep)
         else:
-            loss, metrics = self._cpo(prompt, video, token_logits, frame_logits)
+            result = self._cpo(prompt, video, token_logits, frame_logits)
+            if result.loss is None:
+                return result
+            loss, metrics = result.loss, result.metrics
         if self.config.entropy_floor:
             loss = loss + self.config.entropy_weight * entropy_shortfall(keep, self.config.entropy_floor)
         metrics |= {
-            "ratio": prompt.ratio, "score_spread": float(keep.detach().std()),
+            "ratio": prompt.ratio, "score_spread": float(keep.detach().std()), "entropy": keep_entropy(keep),
             "keep_probability": float(keep.detach().sigmoid().mean()),
         }  # fmt: skip
         return StepResult(loss, metrics)
 
     def _straight_through(self, prompt: Prompted, video: VideoTokens, keep: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Return the answer's loss under token rollouts, with gradients through what they kept."""
-        masks = self._token_masks(prompt, video, keep.detach())
+        masks = self._token_masks(prompt, video, keep.detach()).to(keep.device)
         loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))
-        return loss, {"right": float(right.mean()), "answer_loss": float(loss.detach())}
+        figures = {"right": float(right.mean()), "answer_loss": float(loss.detach())}
+        return loss, figures | {"kept": float(masks.float().mean())}
 
     def _token_masks(self, prompt: Prompted, video: VideoTokens, scores: Tensor) -> Tensor:
         c = self.config
         if c.sampler == "official":
-            return official.token_masks(scores, video.grid, prompt.ratio, c.token_rollouts, self.generator)
+            return official.token_masks(scores.cpu(), video.grid, prompt.ratio, c.token_rollouts, self.generator)
         return sampling.token_masks(
             scores, video.grid, prompt.ratio, c.token_rollouts, self.generator, sampler=c.sampler, over=c.over,
             width=c.width,
@@ -151,50 +177,63 @@ class CaCoVIDTrainer(Trainer[Choice]):
         c = self.config
         if c.sampler == "official" and c.frame_rollouts:
             return official.frame_masks(
-                video.embeds, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator
+                video.embeds.cpu(), frame_scores.cpu(), video.grid, prompt.ratio, c.frame_rollouts, self.generator
             )
         return sampling.frame_masks(
             scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
         )
 
-    def _cpo(
-        self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Return the CPO loss of fresh rollouts and those remembered."""
+    def _cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
+        """Return the CPO loss of fresh rollouts and those remembered; None where no reward is finite."""
         c = self.config
         drawn = {"tokens": token_logits.detach(), "frames": frame_logits.detach()}
         if c.sampler == "official":
             drawn = prompt.first = prompt.first or drawn
         token_scores = drawn["tokens"][:, 1] - drawn["tokens"][:, 0]  # (N,)
         frame_scores = drawn["frames"][:, 1] - drawn["frames"][:, 0]  # (T,)
-        token_masks = self._token_masks(prompt, video, token_scores)  # (G_t, N)
-        frame_masks, kept_by_frames = self._frame_masks(prompt, video, token_scores, frame_scores)  # (G_f, T), (G_f, N)
+        # Draws are made on the CPU, so that a seed means the same everywhere.
+        device = token_logits.device
+        token_masks = self._token_masks(prompt, video, token_scores).to(device)  # (G_t, N)
+        frame_masks, kept_by_frames = (
+            masks.to(device) for masks in self._frame_masks(prompt, video, token_scores, frame_scores)
+        )  # (G_f, T), (G_f, N)
 
         rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
         token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
 
-        loss = torch.zeros(())
+        losses, groups = [], 0
         for kind, out, masks, reward, balanced in (
             ("tokens", token_logits, token_masks, token_rewards, c.balanced),
             ("frames", frame_logits, frame_masks, frame_rewards, False),
         ):
             if not len(masks):
                 continue
+            groups += 1
             # The policy that drew these masks is the current one (the first, in the release); those of earlier
             # iterations keep theirs.
             old = action_log_probs(drawn[kind], masks)
             memory = prompt.remember(kind, masks, old, reward)
-            advantage = BY_NAME[c.advantage](memory.rewards)  # (i·G,)
-            loss = loss + cpo_loss(
-                out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay
+            if not bool(memory.rewards.isfinite().any()):
+                continue
+            advantage = over_finite(BY_NAME[c.advantage], memory.rewards)  # (i·G,)
+            losses.append(
+                cpo_loss(out, memory.log_probs, memory.masks, advantage, balanced=balanced, kl_weight=c.score_decay)
             )
-        if c.dynamic_ratio:
-            so_far = prompt.memory["tokens"].rewards.mean() if c.sampler == "official" else right.mean()
+        skipped = {"skipped": float(groups - len(losses))}
+        if not losses:
+            return StepResult(None, skipped, broken=f"reward {c.reward!r} is {float(rewards[0])}")
+        # The release goes by all rollouts over tokens so far, the paper by those of the last iteration.
+        so_far = finite_mean(prompt.memory["tokens"].rewards if c.sampler == "official" else right)
+        if c.dynamic_ratio and math.isfinite(so_far):
             prompt.ratio = next_ratio(
-                prompt.ratio, float(so_far), least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
+                prompt.ratio, so_far, least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
                 high=c.ratio_high,
             )  # fmt: skip
-        return loss, {
-            "reward": float(rewards.mean()), "right": float(right.mean()),
-            "dead_groups": float(bool((token_rewards == token_rewards[0]).all())),
-        }  # fmt: skip
+        # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
+        means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
+        if prompt.blind is not None:
+            means["blind"] = finite_mean(choice_reward(prompt.blind[None], prompt.sample.answer))
+        finite = token_rewards[token_rewards.isfinite()]
+        figures = {name: value for name, value in means.items() if math.isfinite(value)} | skipped
+        figures |= {"dead_groups": float(bool((finite == finite[:1]).all())), "kept": float(token_masks.float().mean())}
+        return StepResult(torch.stack(losses).sum(), figures)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
-    """Return 1 where the right option has the highest logit, else 0, (G,) float32.
+    """Return 1 where the right option has the highest logit, else 0, (G,) float32; NaN where a logit is not finite.
 
     The dense form of "does the model answer correctly": argmax over the options in one prefill.
 
@@ -17,12 +17,29 @@ def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
     option_logits : Tensor, (G, options), next-token logits of the options
     answer : int
     """
-    return (option_logits.argmax(1) == answer).float()
+    right = (option_logits.argmax(1) == answer).float()
+    # argmax takes NaN for the largest: a broken rollout would pass for an answer.
+    return right.masked_fill(~option_logits.isfinite().all(1), torch.nan)
 
 
-def margin_reward(option_logits: Tensor, answer: int) -> Tensor:
-    """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly."""
+def margin_reward(option_logits: Tensor, answer: int, blind_logits: Tensor | None = None) -> Tensor:
+    """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly.
+
+    With `blind_logits` each option counts by log p(option | video) − log p(option | no video): what the video
+    adds, not what the words make likely. That is taken off before the best wrong option is sought. Taken off the
+    margin it would be one number for all rollouts of a prompt, which a group's advantage cancels; so it does for a
+    question of two options, where there is only one wrong one.
+
+    Parameters
+    ----------
+    option_logits : Tensor, (G, options)
+    answer : int
+    blind_logits : Tensor, (options,), optional
+        Next-token logits of the options without the video.
+    """
     log_p = option_logits.float().log_softmax(1)
+    if blind_logits is not None:
+        log_p = log_p - blind_logits.float().log_softmax(0)
     wrong = torch.cat([log_p[:, :answer], log_p[:, answer + 1 :]], 1)
     return log_p[:, answer] - wrong.amax(1)
 

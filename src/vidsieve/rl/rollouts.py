@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import caption_ce, label_span
 from vidsieve.selection import mask_to_indices
 from vidsieve.types import Need, Selection, VideoTokens
@@ -21,21 +22,23 @@ class Rollouts:
     """A prompt with one video, and the frozen LLM's reaction to any subset of its tokens.
 
     The video is encoded when the object is made; every rollout after that costs a prefill of the kept tokens
-    only, packed `max_tokens` tokens at a time.
+    only, as many at a time as `packing` allows. How they are packed changes results by float noise alone.
 
     Parameters
     ----------
     adapter : Adapter
     inputs : mapping
         Processor outputs of one prompt with one video; ``labels`` where a caption is scored.
-    max_tokens : int
-        Most tokens, padding included, in one prefill.
+    packing : Packing, optional
+        One for all prompts of a run keeps what did not fit from being tried again; default: a new one.
     """
 
-    def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], max_tokens: int = 16384) -> None:
-        self.adapter, self.max_tokens = adapter, max_tokens
+    def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], packing: Packing | None = None) -> None:
+        self.adapter, self.packing = adapter, packing or Packing(adapter.model)
+        device = adapter.model.device
+        there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with torch.no_grad():
-            self.encoded: Encoded = adapter.encode(inputs)
+            self.encoded: Encoded = adapter.encode(there)
         if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
             raise UnsupportedCallError("rollouts need one prompt with one video at a time")
 
@@ -53,21 +56,57 @@ class Rollouts:
         keep_masks : Tensor, (G, N), bool
         option_ids : Tensor, (options,), int64
         """
-        parts = []
-        for batch in self._batches(keep_masks):
+
+        def work(batch: dict[str, Any]) -> Tensor:
             batch.pop("labels", None)  # with them the model would compute a loss over every position
-            parts.append(self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits[:, -1, option_ids])
-        return torch.cat(parts)
+            logits: Tensor = self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits
+            return logits[:, -1, option_ids]
+
+        return torch.cat(self._packed(keep_masks, work))
+
+    @torch.no_grad()
+    def blind_logits(self, option_ids: Tensor) -> Tensor:
+        """Return the next-token logits (options,) of the option words after the prompt without its video.
+
+        The prompt loses everything from the video's first token to its last, time stamps of frames included, and
+        the markers of its ends where the model's configuration names them.
+
+        Parameters
+        ----------
+        option_ids : Tensor, (options,), int64
+        """
+        encoded, span, config = self.encoded, self.encoded.videos[0], self.adapter.model.config
+        ids = encoded.input_ids[0]
+        columns = torch.cat([span.columns, span.tail_columns, span.surplus_columns])
+        first, last = int(columns.min()), int(columns.max())
+        if first > 0 and int(ids[first - 1]) == getattr(config, "vision_start_token_id", None):
+            first -= 1
+        if last + 1 < len(ids) and int(ids[last + 1]) == getattr(config, "vision_end_token_id", None):
+            last += 1
+        keep = encoded.attention_mask[0].clone()
+        keep[first : last + 1] = False
+        words = ids[keep][None]
+        positions = torch.arange(words.shape[1], device=words.device).expand(len(encoded.positions), 1, -1)
+        logits = self.adapter.model(
+            input_ids=words, attention_mask=torch.ones_like(words),
+            position_ids=self.adapter.pack_positions(positions), logits_to_keep=1, use_cache=False,
+        ).logits  # fmt: skip
+        found: Tensor = logits[0, -1, option_ids]
+        return found
 
     @torch.no_grad()
     def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
         """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
-        parts, settings = [], self.adapter.model.generation_config
+        settings = self.adapter.model.generation_config
         pad = settings.pad_token_id if settings.pad_token_id is not None else 0
-        for batch in self._batches(keep_masks):
+
+        def work(batch: dict[str, Any]) -> Tensor:
             batch.pop("labels", None)
             out = self.adapter.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-            parts.append(out[:, batch["input_ids"].shape[1] :])
+            answers: Tensor = out[:, batch["input_ids"].shape[1] :]
+            return answers
+
+        parts = self._packed(keep_masks, work, cache=True)
         longest = max(part.shape[1] for part in parts)
         return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 
@@ -78,22 +117,34 @@ class Rollouts:
         Raises
         ------
         UnsupportedCallError
-            If the prompt carries no labels.
+            If the prompt carries no labels, or none on any token.
         """
         if "labels" not in self.encoded.rest:
             raise UnsupportedCallError("caption_ce needs labels in the inputs")
-        parts = []
-        for batch in self._batches(kept):
-            labels = batch.pop("labels")
-            span = label_span(labels)
-            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
-            parts.append(caption_ce(logits, labels[:, -span:]))
-        return torch.cat(parts)
+        labels = self.encoded.rest["labels"][:, self.encoded.attention_mask[0]]
+        if not bool((labels[:, 1:] != -100).any()):
+            raise UnsupportedCallError("the caption is empty: labels are -100 on every token that could be predicted")
+        span = label_span(labels)
 
-    def _batches(self, kept: Tensor | Sequence[Selection]) -> Iterator[dict[str, Any]]:
+        def work(batch: dict[str, Any]) -> Tensor:
+            labels = batch.pop("labels")
+            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
+            return caption_ce(logits, labels[:, -span:])
+
+        return torch.cat(self._packed(kept, work, positions=span))
+
+    def _packed(
+        self, kept: Tensor | Sequence[Selection], work: Callable[[dict[str, Any]], Tensor], positions: int = 1,
+        cache: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
+        """Return what `work` makes of the inputs under each keep-mask, one tensor a prefill."""
         chosen = [Selection(mask_to_indices(mask)) for mask in kept] if isinstance(kept, Tensor) else list(kept)
         text = int(self.encoded.attention_mask.sum()) - self.encoded.videos[0].features.grid.num_tokens
-        size = max(1, self.max_tokens // (text + max(selection.num_kept for selection in chosen)))
-        for start in range(0, len(chosen), size):
-            some = [[selection] for selection in chosen[start : start + size]]
-            yield self.adapter.build(self.encoded, some, rows=[0] * len(some)).inputs
+        length = text + max(selection.num_kept for selection in chosen)
+
+        def prefill(some: Sequence[Selection]) -> Tensor:
+            return work(
+                self.adapter.build(self.encoded, [[selection] for selection in some], rows=[0] * len(some)).inputs
+            )
+
+        return self.packing.run(chosen, prefill, length, positions, cache)

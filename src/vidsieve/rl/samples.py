@@ -38,6 +38,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class Caption:
-    """A video with its caption: processor outputs of prompt and caption, ``labels`` on the caption only."""
+    """A video with its caption.
+
+    Parameters
+    ----------
+    inputs : mapping
+        Processor outputs of prompt and caption, ``labels`` on the caption only.
+    key : str
+        What tells this row from all others of the data, pass after pass; empty where nothing does.
+    """
 
     inputs: Mapping[str, Any]
+    key: str = ""

@@ -7,11 +7,14 @@ advantage (Eq. 5-9). The first `pseudo_steps` see pseudo-videos under `pseudo_to
 Variant "ours" draws each group's rate from the deployment range (so that training meets the budgets used
 later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
 sparsity needs no reward. A penalty on the logits' variance and a cosine keep it exploring.
+
+A rollout whose reward is not finite has no weight; `skipped` counts videos where that is so of all.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +22,10 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.rl.advantages import BY_NAME, split_advantage
+from vidsieve.rl.advantages import BY_NAME, finite_mean, over_finite, split_advantage
 from vidsieve.rl.controls import caption_loss, gated
 from vidsieve.rl.losses import band_distance, distillation_loss, entropy_shortfall, reinforce_loss
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import score_rewards
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption
@@ -29,6 +33,7 @@ from vidsieve.rl.sampling import bernoulli_masks, log_uniform
 from vidsieve.rl.settings import ScoreConfig
 from vidsieve.rl.teachers import teacher_scores
 from vidsieve.rl.trainer import StepResult, Trainer
+from vidsieve.rl.watch import keep_entropy
 from vidsieve.types import VideoTokens
 
 
@@ -41,6 +46,8 @@ class ScoreTrainer(Trainer[Caption]):
     def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
         self.adapter = adapter
         super().__init__(*args, **kwargs)
+        self.ce_full: dict[str, float] = {}
+        self.packing = Packing(adapter.model, self.config.rollout_tokens)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
@@ -52,18 +59,34 @@ class ScoreTrainer(Trainer[Caption]):
             return 1.0
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
+    @property
+    def rollouts(self) -> int:
+        """Masks, and with the split advantage the answer under all tokens."""
+        return self.config.rollouts + (self.config.advantage == "split")
+
+    @property
+    def own_rate(self) -> bool:
+        """Whether the rate is not drawn from a given range."""
+        return not self.config.rate_high
+
+    def record(self) -> dict[str, Any]:
+        """Return the training record, with what went into one prefill."""
+        return super().record() | {"packing": self.packing.record()}
+
     def train_step(self, sample: Caption) -> StepResult:
         """Return the loss of one video: a policy gradient, or a control without it."""
         c = self.config
-        rollouts = Rollouts(self.adapter, sample.inputs)
+        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
         video = rollouts.video()
-        logits = self.policy(video)  # (N,)
+        logits = self.run_policy(video)  # (N,)
         metrics = {"score_spread": float(logits.detach().std())}
         if c.objective == "distil" or self.step < c.warmup_steps:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
         else:
-            loss, more = self._rolled_out(rollouts, video, logits)
-            metrics |= more
+            result = self._rolled_out(sample, rollouts, video, logits)
+            if result.loss is None:
+                return result
+            loss, metrics = result.loss, metrics | result.metrics
         if c.score_decay:
             loss = loss + c.score_decay * logits.var(correction=0)
         if c.entropy_floor:
@@ -72,31 +95,48 @@ class ScoreTrainer(Trainer[Caption]):
             loss = loss + c.band_weight * band_distance(logits, c.kept_low, c.kept_high)
         return StepResult(loss, metrics)
 
-    def _rolled_out(self, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Return the loss of K masks drawn from the policy."""
+    def _rolled_out(self, sample: Caption, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> StepResult:
+        """Return the loss of K masks drawn from the policy; None where no reward is finite."""
         c = self.config
         if c.rate_high:
             # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
             logits = logits - logits.mean()
         shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
-        masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator)  # (K, N)
-        metrics = {"kept": float(masks.float().mean()), "saturated": _saturated(shifted)}
+        masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator).to(logits.device)  # (K, N)
+        metrics = {
+            "kept": float(masks.float().mean()), "saturated": _saturated(shifted), "entropy": keep_entropy(shifted),
+        }  # fmt: skip
         if c.objective == "straight_through":
             loss = caption_loss(rollouts, gated(video, shifted, masks)).mean()
-            return loss, metrics | {"ce": float(loss.detach())}
+            return StepResult(loss, metrics | {"ce": float(loss.detach())})
         ce = rollouts.caption_ce(masks)  # (K,)
-        metrics["ce"] = float(ce.mean())
+        metrics["ce"] = finite_mean(ce)
         if c.advantage == "split":
-            everything = torch.ones(1, video.num_tokens, dtype=torch.bool)
-            ce_full = float(rollouts.caption_ce(everything)[0])
+            ce_full = self.full_ce(sample, rollouts)
             tolerance = c.pseudo_tolerance if self.step < c.pseudo_steps else c.tolerance
-            delta_ce, sparsity = score_rewards(ce, ce_full, masks, tolerance, c.slack)  # (K,), (K,)
-            advantage = split_advantage(delta_ce, sparsity, least_safe=c.least_safe)
-            metrics |= {"ce_full": ce_full, "safe": float((delta_ce > 0).float().mean())}
+            rewards, sparsity = score_rewards(ce, ce_full, masks, tolerance, c.slack)  # ΔCE (K,), S (K,)
+            advantage = over_finite(partial(split_advantage, least_safe=c.least_safe), rewards, sparsity)
+            metrics |= {"ce_full": ce_full, "safe": float((rewards > 0).float().mean())}
         else:
-            advantage = BY_NAME[c.advantage](-ce)
-        return reinforce_loss(shifted, masks, advantage), metrics
+            rewards = -ce
+            advantage = over_finite(BY_NAME[c.advantage], rewards)
+        if not bool(rewards.isfinite().any()):
+            return StepResult(None, {"skipped": 1.0}, broken=f"reward of the caption is {float(rewards[0])}")
+        metrics |= {"skipped": 0.0, "dead_groups": float(not bool(advantage.any()))}
+        return StepResult(reinforce_loss(shifted, masks, advantage), metrics)
+
+    def full_ce(self, sample: Caption, rollouts: Rollouts) -> float:
+        """Return CE_base: one prefill of all tokens at a row's first visit, remembered for the passes to come.
+
+        Not part of a checkpoint: the frozen LLM gives a resumed run the same number again.
+        """
+        if sample.key in self.ce_full:
+            return self.ce_full[sample.key]
+        found = float(rollouts.caption_ce(rollouts.encoded.everything())[0])
+        if sample.key:
+            self.ce_full[sample.key] = found
+        return found
 
     def _shift(self, logits: Tensor) -> Tensor:
         """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""

@@ -16,6 +16,7 @@ Reward = Literal["choice", "margin", "generate"]
 GroupAdvantage = Literal["group", "leave_one_out", "no_std", "official"]
 Advantage = Literal["split", "group", "leave_one_out", "no_std"]
 Schedule = Literal["constant", "cosine"]
+Precision = Literal["fp32", "bf16"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
@@ -34,13 +35,16 @@ class TrainConfig:
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "steps": (1, math.inf), "prompts_per_step": (1, math.inf), "grad_clip": (1e-12, math.inf),
         "log_every": (1, math.inf), "save_every": (1, math.inf), "max_minutes": (0, math.inf), "seed": (0, 2**63 - 1),
+        "workers": (0, 64), "rollout_tokens": (0, math.inf), "frames": (1, math.inf),
+        "eval_every": (0, math.inf), "eval_prompts": (0, math.inf), "eval_retention": (1e-6, 0.99),
+        "hold_out": (0, 0.5),
     }  # fmt: skip
-    choices: ClassVar[dict[str, Any]] = {}
+    choices: ClassVar[dict[str, Any]] = {"precision": Precision}
 
     steps: int = 1000
     """Optimiser steps."""
     prompts_per_step: int = 8
-    """Prompts whose gradients are added up before a step."""
+    """Prompts whose gradients are added up, one after another, before a step; several processes share them."""
     seed: int = 42
     """Seed of the policy's start, the data order and every draw."""
     grad_clip: float = 5.0
@@ -51,6 +55,23 @@ class TrainConfig:
     """Steps between two checkpoints."""
     max_minutes: float = 0.0
     """Stop after so many minutes; 0 = no limit."""
+    workers: int = 2
+    """Threads that read the next videos of a file while the model works; 0 = read each when it is needed."""
+    frames: int = 16
+    """Frames taken evenly from each video of a file, at most; a pseudo-video has its own."""
+    rollout_tokens: int = 0
+    """Most tokens, padding included, in one prefill of rollouts; 0 = found from the memory at hand."""
+    precision: Precision = "fp32"
+    """"bf16": the policy computes in bfloat16, and the frozen model is loaded in it; the policy's weights, their
+    gradients and the optimiser stay float32. "fp32": the policy in float32, the model as its files have it."""
+    eval_every: int = 0
+    """Steps between two evaluations on held-out prompts; 0 = at the end only."""
+    eval_prompts: int = 64
+    """Held-out prompts of an evaluation, at most; 0 = none is made."""
+    eval_retention: float = 0.1
+    """Share of the tokens that is kept in an evaluation."""
+    hold_out: float = 0.0
+    """Share of the videos of --data that is kept from training for the evaluation."""
 
     def __post_init__(self) -> None:
         for kind in reversed(type(self).__mro__):
@@ -130,6 +151,9 @@ class CaCoVIDConfig(PolicyTrainConfig):
     reward: Reward = "choice"
     """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option; "generate": the score
     of a generated answer by Video-R1's rules, for questions of every kind."""
+    blind_margin: bool = False
+    """Under "margin", take off each option the log-probability that the model gives it without the video; the share of
+    prompts answered so is logged as `blind`."""
     answer_tokens: int = 16
     """Longest answer under "generate", in tokens."""
     advantage: GroupAdvantage = "group"
@@ -173,6 +197,8 @@ class CaCoVIDConfig(PolicyTrainConfig):
             raise TrainingError("frame_rollouts is 0 or at least 2: a group of one has no advantage")
         if self.dynamic_ratio and self.iterations == 1:
             raise TrainingError("dynamic_ratio acts between the iterations of a prompt: set iterations to 2 or more")
+        if self.blind_margin and self.reward != "margin":
+            raise TrainingError(f"blind_margin changes the reward 'margin', got reward {self.reward!r}")
         if self.ratio_low > self.ratio_high:
             raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
         if self.rate_high and self.dynamic_ratio:
@@ -234,7 +260,7 @@ class ScoreConfig(PolicyTrainConfig):
 
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cacovid", "paper"): {"steps": 400},
+    ("cacovid", "paper"): {"steps": 400, "frames": 32},
     ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
     ("cacovid", "official"): {
         "sampler": "official",
@@ -245,8 +271,9 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "iterations": 5,
         "dynamic_ratio": True,
         "steps": 100,
+        "frames": 32,
     },
-    ("score", "paper"): {"prompts_per_step": 2, "steps": 150},
+    ("score", "paper"): {"prompts_per_step": 2, "steps": 150, "frames": 128},
     ("score", "ours"): {
         "hidden": 256,
         "advantage": "group",

@@ -1,15 +1,11 @@
-"""The shell around an algorithm's train_step: seeds, steps, metrics, checkpoints, resume."""
+"""The loop around an algorithm's train_step: prompts, gradients, steps, metrics, checkpoints."""
 
 from __future__ import annotations
 
-import json
-import signal
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,28 +14,40 @@ import torch
 from torch import Tensor
 
 from vidsieve._version import __version__
-from vidsieve.checkpoints import load_state, read_header, save_state
-from vidsieve.errors import OutputError, TrainingError
-from vidsieve.files import writing
+from vidsieve.errors import TrainingError, VidsieveError
 from vidsieve.policies import Policy
+from vidsieve.rl import watch
+from vidsieve.rl.heldout import Best, HeldOut
+from vidsieve.rl.processes import Processes
+from vidsieve.rl.runs import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.rl.settings import TrainConfig
-
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
+from vidsieve.rl.stopping import Stopper, stoppable
+from vidsieve.types import VideoTokens
 
 Sample = TypeVar("Sample")
+Report = Callable[[int, int, dict[str, float]], None]
+PROBES = 4
+"""Held-out videos on which the order of tokens is compared from checkpoint to checkpoint."""
 
 
 @dataclass
 class StepResult:
-    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log."""
+    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log.
+
+    `broken` says which reward is not finite in every rollout, where that is why there is no loss.
+    """
 
     loss: Tensor | None
     metrics: dict[str, float] = field(default_factory=dict)
+    broken: str = ""
 
 
 class Trainer(ABC, Generic[Sample]):
     """Base of the training algorithms; a subclass writes `train_step` and its `schedule`.
+
+    Gradients are added up prompt by prompt, and over processes, before a step: memory holds one prompt at a time,
+    whatever `prompts_per_step` is. Several processes share the prompts of a step; each prompt's draws are seeded by
+    its number, so that who takes it changes nothing but the order of sums.
 
     Parameters
     ----------
@@ -51,23 +59,40 @@ class Trainer(ABC, Generic[Sample]):
     folder : Path
         Where metrics, checkpoints and the trained policy go.
     report : callable, optional
-        Called with (step, steps, metrics) whenever metrics are logged.
+        Called in the main process with (step, steps, metrics) whenever metrics are logged.
     origin : dict, optional
         What else a resumed run must have in common with the first: model, data, variant.
+    processes : Processes, optional
+        Default: this one alone.
+    held_out : HeldOut, optional
+        What the policy is evaluated on; the best one is kept in ``folder/best``.
+    warn : callable, optional
+        Called in the main process with the text of an early warning, once for each kind.
+    tick : callable, optional
+        Called in the main process with (step, steps, figures) after every step.
     """
 
     def __init__(
         self, policy: Policy, config: TrainConfig, data: Callable[[int], Sample], folder: Path,
-        report: Callable[[int, int, dict[str, float]], None] | None = None, origin: dict[str, str] | None = None,
+        report: Report | None = None, origin: dict[str, str] | None = None, processes: Processes | None = None,
+        held_out: HeldOut | None = None, warn: Callable[[str], None] | None = None, tick: Report | None = None,
     ) -> None:  # fmt: skip
-        self.origin = origin or {}
-        self._stop = False
         self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
-        self.report = report or (lambda step, steps, metrics: None)
+        self.run = RunFolder(self.folder)
+        self.report, self.tick = report or _silent, tick or _silent
+        self.warn = warn or (lambda text: None)
+        self.origin, self.processes, self.held_out = origin or {}, processes or Processes(), held_out
         self.optimizer = self.make_optimizer()
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator()
         self.step = 0
         self.minutes = 0.0
+        self.best = Best()
+        self.changes: list[dict[str, Any]] = []
+        self.warnings: dict[str, dict[str, Any]] = {}
+        self._lines: list[dict[str, float]] = []
+        self._maps: list[Tensor] = []
+        self._window: list[dict[str, float]] = []
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -77,6 +102,23 @@ class Trainer(ABC, Generic[Sample]):
     def iterations(self) -> int:
         """How often in a row the optimiser goes over the same prompts before the next ones come."""
         return 1
+
+    @property
+    def rollouts(self) -> int:
+        """Answers of the frozen LLM that a prompt costs in one iteration."""
+        return 1
+
+    @property
+    def own_rate(self) -> bool:
+        """Whether the policy itself chooses how many tokens are kept in training."""
+        return False
+
+    def run_policy(self, video: VideoTokens) -> Any:
+        """Return what the policy makes of a video, in the run's precision."""
+        if self.config.precision == "fp32":
+            return self.policy(video)
+        with torch.autocast(video.embeds.device.type, torch.bfloat16):
+            return self.policy(video)
 
     def prepare(self, sample: Sample) -> Any:
         """Return what `train_step` gets in every iteration over a sample; the sample itself unless said otherwise."""
@@ -90,60 +132,88 @@ class Trainer(ABC, Generic[Sample]):
         """Return the factor on every learning rate at `step`; constant unless a subclass says otherwise."""
         return 1.0
 
-    def fit(self, resume: bool = False) -> Policy:
+    def fit(self, resume: bool = False, force: bool = False) -> Policy:
         """Run the remaining steps and return the policy, saved in ``folder/policy``.
 
-        Ctrl-C ends the run after the current step, with a checkpoint; a second one ends it at once.
+        Ctrl-C (or SIGTERM) in any process ends the run in all of them after the current step, with a checkpoint; in a
+        run of one process a second one ends it at once.
+
+        Parameters
+        ----------
+        resume : bool
+            Go on with the run in the folder, bit for bit as if it had not stopped.
+        force : bool
+            Go on even where settings or circumstances have changed; the record says what.
 
         Raises
         ------
         TrainingError
-            If a loss or a parameter stops being finite; the last good checkpoint stays.
+            If a loss or a parameter stops being finite, no reward of a step is, or settings have changed; the last good
+            checkpoint stays.
         OutputError
             If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
         KeyboardInterrupt
             After Ctrl-C; the text says where the checkpoint is.
         """
-        self._open_folder(resume)
-        with self._stoppable():
-            return self._fit()
+        self.processes.check_share(self.config.prompts_per_step)
+        if self.processes.together(lambda: self.run.begin(resume)):
+            self._load(force)
+        else:
+            self._save()
+        # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
+        with stoppable(patient=self.processes.count > 1) as stopper:
+            return self._fit(stopper)
 
-    def _fit(self) -> Policy:
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+    def _fit(self, stopper: Stopper) -> Policy:
         self.policy.train()
-        window: list[dict[str, float]] = []
+        self._maps = self._score_maps()
         started = time.perf_counter() - 60 * self.minutes
-        last_log = time.perf_counter()
+        last_log, since = time.perf_counter(), 0
         while self.step < self.config.steps:
             factor = self.learning_rate(self.step)
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * factor
-            window.append(self._first() if self.step == 0 else self._optimise())
-            self.step += 1
+            self._window.append(self._first() if self.step == 0 else self._optimise())
+            self.step, since = self.step + 1, since + 1
             self.minutes = (time.perf_counter() - started) / 60
-            done = self.step == self.config.steps or 0 < self.config.max_minutes <= self.minutes
-            if self.step % self.config.log_every == 0 or done:
-                metrics = _mean(window)
-                metrics["prompts_per_second"] = (
-                    len(window) * self.config.prompts_per_step / (time.perf_counter() - last_log)
-                )
-                metrics["minutes"] = self.minutes
-                self._log(metrics)
-                window, last_log = [], time.perf_counter()
-            if self.step % self.config.save_every == 0 or done or self._stop:
-                for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate
+            late = 0 < self.config.max_minutes <= self.minutes
+            late, stop = self.processes.any(late, stopper.stop)
+            done = late or self.step == self.config.steps
+            if self.processes.main:
+                self.tick(self.step, self.config.steps, self._window[-1])
+            save = self.step % self.config.save_every == 0 or done or stop
+            if save:
+                self._window[-1] |= self._stability()
+            evaluate = self.held_out is not None and (done or self._every(self.config.eval_every))
+            if self._every(self.config.log_every) or done or evaluate:
+                pace = since * self.config.prompts_per_step / (time.perf_counter() - last_log)
+                clock = {
+                    "prompts_per_second": pace, "rollouts_per_second": pace * self.rollouts * self.iterations,
+                    "minutes": self.minutes,
+                }  # fmt: skip
+                figures = self.held_out.measure(self.policy, self.processes) if self.held_out and evaluate else {}
+                self._log(_mean(self._window) | clock | figures)
+                if figures and self.best.improved_by(figures, self.step):
+                    self._save_policy(BEST)
+                self._window, last_log, since = [], time.perf_counter(), 0
+            if save:
                 self._save()
             if done:
                 break
-            if self._stop:
+            if stop:
                 raise KeyboardInterrupt(
                     f"interrupted after step {self.step} of {self.config.steps}; --resume goes on from there"
                 )
         self.policy.eval()
-        self.policy.config = replace(self.policy.config, training=self.record())
-        self.policy.save_pretrained(self.folder / "policy")
+        self._save_policy(POLICY)
         return self.policy
+
+    def _every(self, steps: int) -> bool:
+        return steps > 0 and self.step % steps == 0
+
+    def _save_policy(self, name: str) -> None:
+        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
+        self.processes.together(lambda: self.policy.save_pretrained(self.folder / name))
 
     def record(self) -> dict[str, Any]:
         """Return what a reader of the policy needs to know of its training."""
@@ -151,26 +221,15 @@ class Trainer(ABC, Generic[Sample]):
         return {
             "trainer": type(self).__name__, "steps": self.step, "minutes": round(self.minutes, 2),
             "prompts": self.step * self.config.prompts_per_step, "settings": asdict(self.config),
-            "last_metrics": last[0] if last else {}, "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "last_metrics": last[0] if last else {}, "best": self.best.as_dict(), "warnings": self.warnings,
+            "changes": self.changes, **self.circumstances(),
         }  # fmt: skip
 
-    @contextmanager
-    def _stoppable(self) -> Iterator[None]:
-        before = signal.getsignal(signal.SIGINT)
-        # Signals can be caught in the main thread only; a job in the background ignores this one, and shall.
-        if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
-            yield
-            return
-
-        def stop(*_: object) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, before)
-
-        signal.signal(signal.SIGINT, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def circumstances(self) -> dict[str, Any]:
+        """Return what the last bits of a run depend on beside its settings: they decide in which order sums go."""
+        return {
+            "threads": torch.get_num_threads(), "processes": self.processes.count, "torch": str(torch.__version__),
+        }  # fmt: skip
 
     # -- one step -------------------------------------------------------------------------------------------
 
@@ -179,10 +238,8 @@ class Trainer(ABC, Generic[Sample]):
         try:
             return self._optimise()
         except Exception:
-            for name in (CHECKPOINT, METRICS):
-                (self.folder / name).unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: it was there before
-                self.folder.rmdir()
+            if self.processes.main:
+                self.run.discard()
             raise
 
     def _saved(self) -> str:
@@ -197,79 +254,97 @@ class Trainer(ABC, Generic[Sample]):
     def _iterate(self, numbers: range, held: dict[int, Any], iteration: int) -> dict[str, float]:
         """Take one step over prompts; `held` keeps them for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
-        figures = []
-        for number in numbers:
-            prompt = held[number] if number in held else self.prepare(self.data(number))
-            if self.iterations > 1:
-                held[number] = prompt
-            self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
-            result = self.train_step(prompt)
-            if result.loss is not None:
-                if not bool(torch.isfinite(result.loss)):
-                    raise TrainingError(
-                        f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; {self._saved()}. "
-                        f"Lower the learning rate, or look at sample {number}"
-                    )
-                (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
-                result.metrics["loss"] = float(result.loss.detach())
-            figures.append(result.metrics)
+        figures: list[dict[str, float]] = []
+        broken: list[str] = []
+        error: VidsieveError | None = None
+        try:
+            for number in self.processes.share(numbers):
+                prompt = held[number] if number in held else self.prepare(self.data(number))
+                if self.iterations > 1:
+                    held[number] = prompt
+                figures.append(self._add_gradient(number, prompt, iteration, broken))
+        except VidsieveError as met:
+            error = met
+        if not any(self.processes.any(error is not None or len(broken) < len(figures))):
+            error = TrainingError(
+                f"no reward of step {self.step + 1} is finite: stopped; {self._saved()}. {'; '.join(broken[:3])}: look "
+                "at the sample, and at the frozen model's dtype (float16 overflows where bfloat16 does not)"
+            )
+        self.processes.agree(error)
+        self.processes.sum_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {self.step + 1} is not finite: stopped; {self._saved()}")
         self.optimizer.step()
-        return _mean(figures) | {"gradient_norm": float(norm)}
+        return _mean(self.processes.in_order(figures)) | {"gradient_norm": float(norm)}
+
+    def _add_gradient(self, number: int, prompt: Any, iteration: int, broken: list[str]) -> dict[str, float]:
+        """Add one prompt's share to the gradients; return its figures, and note in `broken` why there is none."""
+        self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
+        result = self.train_step(prompt)
+        if result.loss is not None:
+            if not bool(torch.isfinite(result.loss)):
+                raise TrainingError(
+                    f"the loss of step {self.step + 1} is {float(result.loss.detach())}: stopped; {self._saved()}. "
+                    f"Lower the learning rate, or look at sample {number}"
+                )
+            (result.loss / self.config.prompts_per_step).backward()  # type: ignore[no-untyped-call]
+            result.metrics["loss"] = float(result.loss.detach())
+        if result.broken:
+            broken.append(f"{result.broken} in every rollout of sample {number}")
+        return result.metrics
 
     def _log(self, metrics: dict[str, float]) -> None:
         line = {"step": self.step} | {key: round(value, 6) for key, value in metrics.items()}
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self.report(self.step, self.config.steps, metrics)
+        self.processes.together(lambda: self.run.append(line))
+        if self.processes.main:
+            self.report(self.step, self.config.steps, metrics)
+            self._lines.append(line)
+            for name, text in watch.findings(self._lines, self.config.steps, self.own_rate).items():
+                if name not in self.warnings:
+                    self.warnings[name] = {"step": self.step, "text": text}
+                    self.warn(f"{name}: {text}")
+
+    def _score_maps(self) -> list[Tensor]:
+        """Return the scores of a few held-out videos' tokens under the policy as it is, in every process.
+
+        A model shared out over the processes could not encode in one of them alone.
+        """
+        if self.held_out is None:
+            return []
+        return [self.held_out.scores(self.policy, number) for number in range(min(PROBES, self.held_out.count))]
+
+    def _stability(self) -> dict[str, float]:
+        """Return how much of the order of tokens is left since the last checkpoint, as a mean rank correlation."""
+        before, self._maps = self._maps, self._score_maps()
+        pairs = [watch.rank_correlation(a, b) for a, b in zip(before, self._maps, strict=True)]
+        return {"map_stability": sum(pairs) / len(pairs)} if pairs else {}
 
     # -- checkpoints ----------------------------------------------------------------------------------------
-
-    def _open_folder(self, resume: bool) -> None:
-        checkpoint = self.folder / CHECKPOINT
-        if checkpoint.exists():
-            if not resume:
-                raise OutputError(f"{self.folder} holds a run already: go on with --resume, or choose another folder")
-            self._load(checkpoint)
-            return
-        if resume:
-            raise OutputError(f"{self.folder} holds no run to go on with: leave --resume out to begin one")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).write_text("", encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"cannot write into {self.folder}: {error.strerror or error}") from None
-        self._save()
 
     def _save(self) -> None:
         header = {
             "step": self.step, "minutes": self.minutes, "config": asdict(self.config), "version": __version__,
-            "origin": self.origin,
+            "origin": self.origin | self.circumstances(), "window": self._window, "changes": self.changes,
+            "best": self.best.as_dict(), "warnings": self.warnings,
         }  # fmt: skip
-        save_state(self.folder / CHECKPOINT, {"policy": self.policy}, self.optimizer, header)
+        self.processes.together(lambda: self.run.save(self.policy, self.optimizer, header))
 
-    def _load(self, path: Path) -> None:
-        header = read_header(path)
-        ours, theirs = asdict(self.config) | self.origin, header["config"] | header.get("origin", {})
-        free = {"steps", "max_minutes", "log_every", "save_every"}
-        changed = [
-            f"{k} was {theirs.get(k)!r}, is {v!r}" for k, v in ours.items() if k not in free and theirs.get(k) != v
-        ]
+    def _load(self, force: bool) -> None:
+        ours = asdict(self.config) | self.origin | self.circumstances()
+        defaults = {f.name: f.default for f in fields(self.config)}
+        header, changed = self.run.load(self.policy, self.optimizer, ours, defaults, force)
+        self.step, self.minutes, self._window = int(header["step"]), float(header["minutes"]), header.get("window", [])
+        self.changes = list(header.get("changes", []))
+        self.best, self.warnings = Best(**header.get("best", {})), dict(header.get("warnings", {}))
+        self.processes.together(lambda: self.run.cut(self.step))
+        self._lines = read_metrics(self.folder)
         if changed:
-            raise TrainingError(f"the run in {self.folder} was begun with other settings: {'; '.join(changed)}")
-        header = load_state(path, {"policy": self.policy}, self.optimizer)
-        self.step, self.minutes = int(header["step"]), float(header["minutes"])
-        self._cut_metrics()
+            self.changes.append({"step": self.step, "changed": changed})
 
-    def _cut_metrics(self) -> None:
-        """Drop metrics that were logged after the checkpoint, so that no step appears twice."""
-        path = self.folder / METRICS
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step]
-        with writing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+def _silent(step: int, steps: int, metrics: dict[str, float]) -> None:
+    """Report nothing."""
 
 
 def draw_seed(seed: int, number: int, iteration: int) -> int:
@@ -277,19 +352,7 @@ def draw_seed(seed: int, number: int, iteration: int) -> int:
     return int(np.random.SeedSequence([seed, number, iteration]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each figure over the rows that have it."""
     keys: Iterator[str] = iter(dict.fromkeys(key for row in rows for key in row))
     return {key: sum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in keys}
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run, one dict per logged step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]

@@ -24,7 +24,7 @@ from vidsieve.eval.stats import Estimate, clustered_mean
 from vidsieve.eval.testbed import answers, scenes
 from vidsieve.files import writing
 from vidsieve.rl.recipes import train_policy
-from vidsieve.rl.trainer import CHECKPOINT, read_metrics
+from vidsieve.rl.runs import CHECKPOINT, read_metrics
 from vidsieve.testbed.ablations import TABLES, Condition, Table
 
 RETENTIONS = (0.1, 0.05)
@@ -73,7 +73,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     model, processor = load_model("testbed")
-    settings = run.condition.settings | {"seed": run.seed}
+    settings = run.condition.settings | {"seed": run.seed, "eval_prompts": 0}
     record = train_policy(
         run.method, model, processor, home, settings, variant=run.condition.variant, model_name="testbed",
         resume=(home / CHECKPOINT).exists(),

@@ -6,7 +6,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
@@ -48,15 +50,20 @@ class ScenePrompts:
     def _scene(self, index: int) -> tuple[VideoFeatures, list[Question], str]:
         if index not in self._scenes:
             cast = make_cast(self.world, self.seed, index)
-            pixels = chat_inputs(self.processor, render(cast, self.seed, index), [CAPTION_PROMPT])
-            with torch.no_grad():
-                (features,) = self.adapter.video_features(pixels)
+            features = self._features(render(cast, self.seed, index))
             questions = make_questions(cast, self.seed, index)
             self._scenes[index] = features, self._seeing(questions), make_caption(cast)
             if len(self._scenes) > _KEPT_SCENES:
                 self._scenes.popitem(last=False)
         self._scenes.move_to_end(index)
         return self._scenes[index]
+
+    @torch.no_grad()
+    def _features(self, frames: NDArray[np.uint8]) -> VideoFeatures:
+        inputs, device = chat_inputs(self.processor, frames, [CAPTION_PROMPT]), self.adapter.model.device
+        there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        (features,) = self.adapter.video_features(there)
+        return features
 
     def _seeing(self, questions: list[Question]) -> list[Question]:
         """Return the questions that take part: all, or those whose answer the model does not know beforehand."""
@@ -78,18 +85,19 @@ class ScenePrompts:
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`, one a scene."""
         features, _, caption = self._scene(number)
-        return self._captioned(features, caption)
+        return self._captioned(features, caption, str(number))
 
     def pseudo(self, number: int) -> Caption:
         """Return caption prompt `number` of a pseudo-video."""
         cast, frames = make_pseudo(self.world, self.seed, number)
-        with torch.no_grad():
-            (features,) = self.adapter.video_features(chat_inputs(self.processor, frames, [CAPTION_PROMPT]))
+        features = self._features(frames)
         # The model never saw such captions. Colours and places it reads off the video all the same; how sentences
         # follow each other it cannot know, and no token kept or dropped would help.
-        return self._captioned(features, make_caption(cast), scored=(*COLOURS, *PLACES))
+        return self._captioned(features, make_caption(cast), f"pseudo {number}", scored=(*COLOURS, *PLACES))
 
-    def _captioned(self, features: VideoFeatures, caption: str, scored: Sequence[str] | None = None) -> Caption:
+    def _captioned(
+        self, features: VideoFeatures, caption: str, key: str, scored: Sequence[str] | None = None
+    ) -> Caption:
         inputs = self._inputs(features, CAPTION_PROMPT, caption)
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, -100)
@@ -97,7 +105,7 @@ class ScenePrompts:
         labels[:, -length:] = ids[:, -length:]
         if scored is not None:
             labels[~torch.isin(labels, torch.tensor([WORD_ID[word] for word in scored]))] = -100
-        return Caption(inputs | {"labels": labels})
+        return Caption(inputs | {"labels": labels}, key=key)
 
     def _inputs(self, features: VideoFeatures, question: str, answer: str) -> dict[str, Any]:
         """Return one prompt's inputs with ready features; an answer is followed by the end of its turn."""

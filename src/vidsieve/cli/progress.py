@@ -1,0 +1,91 @@
+"""A training run as it goes: a live table in a terminal, a line for every line of metrics elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+SHOWN = (
+    ("reward", "reward"), ("right", "right"), ("ce", "cross-entropy"), ("dead_groups", "dead groups"),
+    ("kept", "kept"), ("entropy", "entropy, bits"), ("loss", "loss"), ("rollouts_per_second", "rollouts a second"),
+    ("eval_accuracy", "held-out accuracy"), ("eval_ce_excess", "held-out cross-entropy above all tokens'"),
+)  # fmt: skip
+"""Figures in the table, by their names in the metrics."""
+
+
+def seconds_left(spent: float, done: int, left: int, limit: float = float("inf")) -> float:
+    """Return how long `left` more steps take at the pace of `done` steps in `spent` seconds; at most `limit`."""
+    return min(limit, spent / done * left)
+
+
+def clock(seconds: float) -> str:
+    """Return seconds as h:mm:ss."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
+    """Return one line of figures."""
+    shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name != "minutes")
+    return f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}"
+
+
+class Progress:
+    """Shows a run on a console while it is entered.
+
+    Parameters
+    ----------
+    console : Console
+    max_minutes : float
+        Where the run stops at the latest; 0 = no limit.
+    """
+
+    def __init__(self, console: Console, max_minutes: float = 0.0) -> None:
+        self.console, self.max_minutes = console, max_minutes
+        self.figures: dict[str, float] = {}
+        self.step = self.steps = self.first = 0
+        self.started = time.perf_counter()
+        self._live: Live | None = None
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal and not self.console.quiet:
+            self._live = Live(console=self.console, get_renderable=self.table, refresh_per_second=2)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def tick(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
+        """Note one step."""
+        if not self.first:  # the first step's time is that of loading and compiling, too
+            self.first, self.started = step, time.perf_counter()
+        self.step, self.steps = step, steps
+        self.figures |= figures
+
+    def report(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
+        """Show a line of metrics."""
+        self.step, self.steps = step, steps
+        self.figures |= metrics
+        if self._live is None:
+            self.console.print(line(step, steps, metrics), highlight=False)
+
+    def table(self) -> Table:
+        """Return the table as it is now."""
+        made = Table.grid(padding=(0, 2))
+        made.add_row("step", f"{self.step}/{self.steps}" if self.steps else "the first one is being taken")
+        for name, label in SHOWN:
+            if name in self.figures:
+                made.add_row(label, f"{self.figures[name]:.3g}")
+        done = self.step - self.first
+        if done > 0:
+            spent = time.perf_counter() - self.started
+            limit = 60 * (self.max_minutes - self.figures.get("minutes", 0.0)) if self.max_minutes else float("inf")
+            made.add_row("time left", clock(max(0.0, seconds_left(spent, done, self.steps - self.step, limit))))
+        return made

@@ -1,0 +1,341 @@
+"""A folder of encoded videos: the same to the bit, made once, never another model's, never half a file."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+import torch
+from PIL import Image
+
+from vidsieve import load
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.data import encodings, prompts
+from vidsieve.data.encodings import MANIFEST, EncodingCache
+from vidsieve.data.prompts import FilePrompts
+from vidsieve.data.video import read_video
+from vidsieve.errors import OutputError, TrainingError, UnsupportedCallError
+from vidsieve.pipeline import chat
+from vidsieve.rl.recipes import train_policy
+from vidsieve.rl.rollouts import Rollouts
+from vidsieve.testbed.files import write_scenes
+from vidsieve.testing.tiny_models import END, FAMILIES, IMAGE, START, USER, VIDEO, default_grid, inputs_for
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% for p in m['content'] %}{% if p['type'] == 'video' %}VIDEO "
+    "{% else %}{{ p['text'] }} {% endif %}{% endfor %}<|im_end|> {% endfor %}<|im_start|> assistant"
+)
+
+
+def processor_for(family):
+    """Return a processor of the family's own class that writes the ids of the tiny models."""
+    import transformers as t
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    words = {
+        "<pad>": 0, "<unk>": 1, "<|vision_start|>": 118, "<|vision_end|>": 119, "<|video_pad|>": VIDEO,
+        "<|image_pad|>": IMAGE, "<|im_start|>": START, "<|im_end|>": END, "user": USER, "assistant": 110,
+    }  # fmt: skip
+    said = ["what", "colour", "is", "the", "home", "?", "red", "blue", "green", "seconds>", "Frame1:", "Frame2:"]
+    words |= {word: 10 + number for number, word in enumerate(said)}
+    words |= {f"w{i}": i for i in range(128) if i not in words.values()}
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    special = [word for word in words if word.startswith("<|")]
+    named = {
+        "start_image_token": "<|vision_start|>", "end_image_token": "<|vision_end|>",
+        "context_image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+    }  # fmt: skip
+    tokenizer = t.PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>",
+        **{"extra_special_tokens": named} if family == "internvl" else {"additional_special_tokens": special},
+    )  # fmt: skip
+    fixed = {"size": {"height": 56, "width": 56}}
+    if family.startswith("llava"):
+        return t.LlavaOnevisionProcessor(
+            image_processor=t.LlavaOnevisionImageProcessor(**fixed), tokenizer=tokenizer,
+            video_processor=t.LlavaOnevisionVideoProcessor(**fixed), num_image_tokens=49,
+            vision_feature_select_strategy="full", video_token="<|video_pad|>", image_token="<|image_pad|>",
+            chat_template=TEMPLATE.replace("VIDEO", "<|video_pad|>"),
+        )  # fmt: skip
+    if family == "internvl":
+        small = {"size": {"height": 32, "width": 32}}
+        return t.InternVLProcessor(
+            image_processor=t.GotOcr2ImageProcessor(**small), tokenizer=tokenizer,
+            video_processor=t.InternVLVideoProcessor(**small), image_seq_length=16,
+            chat_template=TEMPLATE.replace("VIDEO", "<|video_pad|>"),
+        )  # fmt: skip
+    look = {
+        "patch_size": 4, "merge_size": 2, "temporal_patch_size": 2,
+        "size": {"shortest_edge": 64, "longest_edge": 16 * 32 * 32}, "cap_pixels_per_frame": False,
+    }  # fmt: skip
+    kind, video = {
+        "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
+        "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
+    }[family]
+    images = t.Qwen2VLImageProcessor(**{k: v for k, v in look.items() if k != "cap_pixels_per_frame"})
+    return kind(
+        image_processor=images, tokenizer=tokenizer, video_processor=video(**look),
+        chat_template=TEMPLATE.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two scenes and a pseudo-video, with questions and captions in words that every tokenizer here knows."""
+    folder = tmp_path_factory.mktemp("files")
+    write_scenes(folder, world="A", seed=1, scenes=2)
+    for number, colour in enumerate(["red", "blue"]):
+        Image.new("RGB", (48, 40), colour).save(folder / f"{number}.png")
+    rows = []
+    for number in (0, 1):
+        video = {"video": f"scene-{number:04d}.mp4"}
+        for question in ("what colour is the home ?", "is the home red ?"):
+            rows.append(video | {"question": question, "options": ["red", "blue", "green"], "answer": "blue"})
+        rows.append(video | {"caption": "the home is red"})
+    rows.append({"frames": [["0.png", 3], ["1.png", 4]], "caption": "red is blue"})
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def opened(folder, family, data, seed=0, **settings):
+    adapter = adapter_for(FAMILIES[family](seed))
+    processor = processor_for(family)
+    cache = EncodingCache(folder, adapter, processor, 6) if folder is not None else None
+    return adapter, FilePrompts(adapter, processor, data, frames=6, cache=cache, **settings)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The videos that were decoded."""
+    seen = []
+    monkeypatch.setattr(prompts, "read_video", lambda path, **how: seen.append(path) or read_video(path, **how))
+    return seen
+
+
+CACHED = ["llava_onevision", "llava_video", "qwen2_5_vl", "qwen3_vl", "internvl"]
+
+
+@pytest.mark.parametrize("family", CACHED)
+def test_what_is_read_back_is_what_was_encoded(family, data, tmp_path, reads):
+    """Prompt, positions, features and rewards of every row: without a cache, while it is made, and from it."""
+    adapter, plain = opened(None, family, data)
+    wanted = [("choice", number) for number in range(4)] + [("caption", number) for number in range(3)]
+    without = [getattr(plain, what)(number) for what, number in wanted]
+    found = []
+    for turn in range(2):
+        _, cached = opened(tmp_path / "cache", family, data)
+        reads.clear()
+        for (what, number), expected in zip(wanted, without, strict=True):
+            sample = getattr(cached, what)(number)
+            assert not any(name.startswith(("pixel", "vidsieve")) for name in sample.inputs)
+            one, other = Rollouts(adapter, expected.inputs), Rollouts(adapter, sample.inputs)
+            assert torch.equal(one.encoded.input_ids, other.encoded.input_ids)
+            assert torch.equal(one.encoded.positions, other.encoded.positions)
+            assert torch.equal(one.encoded.attention_mask, other.encoded.attention_mask)
+            assert one.encoded.rest.keys() == other.encoded.rest.keys()
+            first, second = one.encoded.videos[0].features, other.encoded.videos[0].features
+            assert first.grid == second.grid and torch.equal(first.embeds, second.embeds)
+            assert torch.equal(first.tail, second.tail) and len(first.deep) == len(second.deep)
+            assert all(map(torch.equal, first.deep, second.deep))
+            assert (first.per_row, first.surplus) == (second.per_row, second.surplus)
+            masks = torch.rand(4, first.grid.num_tokens, generator=torch.Generator().manual_seed(number)) < 0.4
+            masks[:, 0] = True
+            if what == "choice":
+                logits = [rollouts.option_logits(masks, sample.option_ids) for rollouts in (one, other)]
+            else:
+                logits = [rollouts.caption_ce(masks) for rollouts in (one, other)]
+            assert torch.equal(*logits)
+            found.append(logits[0])
+        assert len(reads) == (2 if turn == 0 else 0), "each video once, then never again"
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 3
+    assert torch.stack(found[:4]).std() > 0, "rewards that could differ"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_its_own_encoded_video_back(family):
+    adapter = adapter_for(FAMILIES[family]())
+    inputs = inputs_for(family, [[default_grid(family)]])
+    with torch.no_grad():
+        whole = adapter.encode(inputs)
+    first = whole.videos[0].features
+    rest = {name: value for name, value in inputs.items() if not name.startswith("pixel_")}
+    again = adapter.encode(rest | {"mm_encoder_outputs": adapter.ready_features(first)})
+    second = again.videos[0].features
+    assert first.grid == second.grid and (first.per_row, first.surplus) == (second.per_row, second.surplus)
+    assert torch.equal(first.embeds, second.embeds) and torch.equal(first.tail, second.tail)
+    assert len(first.deep) == adapter.deep_layers and all(map(torch.equal, first.deep, second.deep))
+    assert torch.equal(whole.positions, again.positions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl"])
+def test_a_policy_trained_from_the_cache_is_the_same(family, method, data, tmp_path, reads):
+    few = {"rollouts": 4} if method == "score" else {"token_rollouts": 4, "frame_rollouts": 0, "ratio": 0.2}
+    said, weights = [], []
+    for name, cache in (("plain", None), ("first", tmp_path / "cache"), ("second", tmp_path / "cache")):
+        reads.clear()
+        train_policy(
+            method, FAMILIES[family](), processor_for(family), tmp_path / name,
+            few | {"steps": 3, "prompts_per_step": 2}, data=data, model_name="tiny", cache=cache, announce=said.append,
+        )  # fmt: skip
+        weights.append(load(tmp_path / name).policy.state_dict())
+    assert not reads, "the second run decodes nothing"
+    assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
+    videos = 2 if method == "cacovid" else 3
+    assert f"has 0 of {videos} videos encoded; the others take about" in said[0]
+    assert said[1].endswith(f"has all {videos} videos encoded")
+
+
+def test_another_model_other_frames_and_another_dtype_are_refused(data, tmp_path):
+    folder = tmp_path / "cache"
+    adapter, first = opened(folder, "llava_onevision", data)
+    first.caption(0)
+    processor = processor_for("llava_onevision")
+    EncodingCache(folder, adapter, processor, 6)
+    with pytest.raises(TrainingError, match=r"another number of frames \(6, here 8\): give another folder"):
+        EncodingCache(folder, adapter, processor, 8)
+    with pytest.raises(TrainingError, match=r"with another model's vision weights: .*or remove this one"):
+        EncodingCache(folder, adapter_for(FAMILIES["llava_onevision"](1)), processor, 6)
+    half = FAMILIES["llava_onevision"]().to(torch.bfloat16)
+    with pytest.raises(TrainingError, match=r"with another dtype \(torch.float32, here torch.bfloat16\): "):
+        EncodingCache(folder, adapter_for(half), processor, 6)
+    with pytest.raises(TrainingError, match=r"another model family \(llava_onevision, here qwen2_5_vl\) and another"):
+        opened(folder, "qwen2_5_vl", data)
+    # What the LLM says of a video is no part of its encoding.
+    changed = FAMILIES["llava_onevision"]()
+    changed.get_output_embeddings().weight.data.zero_()
+    EncodingCache(folder, adapter_for(changed), processor, 6)
+    (folder / MANIFEST).write_text("[]")
+    with pytest.raises(TrainingError, match="is no readable manifest"):
+        EncodingCache(folder, adapter, processor, 6)
+
+
+def test_files_of_another_model_are_made_again_where_the_manifest_is_gone(data, tmp_path, reads):
+    _, first = opened(tmp_path, "llava_onevision", data)
+    first.choice(0)
+    (tmp_path / MANIFEST).unlink()
+    adapter, second = opened(tmp_path, "llava_onevision", data, seed=1)
+    _, plain = opened(None, "llava_onevision", data, seed=1)
+    one, other = (Rollouts(adapter, p.choice(0).inputs).encoded.videos[0].features for p in (second, plain))
+    assert torch.equal(one.embeds, other.embeds)
+
+
+def test_a_changed_video_and_another_processor_are_encoded_anew(data, tmp_path, reads):
+    copied = tmp_path / "data"
+    shutil.copytree(data.parent, copied)
+    path = copied / "rows.jsonl"
+    adapter, made = opened(tmp_path / "cache", "llava_onevision", path)
+    row = made.captions[0]
+    made._inputs(row, "what ?")
+    files = lambda: len(list((tmp_path / "cache").glob("*.safetensors")))  # noqa: E731
+    made.cache.finished(made._inputs(row, "what ?"))
+    assert files() == 1
+    shutil.copy(copied / "scene-0001.mp4", copied / row["video"])
+    made.cache.finished(made._inputs(row, "what ?"))
+    assert files() == 2
+    other = processor_for("llava_onevision")
+    other.video_processor.image_mean = [0.1, 0.1, 0.1]
+    cache = EncodingCache(tmp_path / "cache", adapter, other, 6)
+    again = FilePrompts(adapter, other, path, frames=6, cache=cache)
+    cache.finished(again._inputs(row, "what ?"))
+    assert files() == 3
+
+
+@pytest.mark.parametrize("harm", [
+    lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: b"\xff" * 300,
+    lambda whole: whole.replace(b'"grid', b'"grad'),
+])  # fmt: skip
+def test_a_broken_file_is_made_again(data, tmp_path, reads, harm):
+    _, made = opened(tmp_path, "qwen2_5_vl", data)
+    number = next(n for n in range(4) if made._row(made.choices, n, "")["video"] == "scene-0000.mp4")
+    first = made.choice(number)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    path.write_bytes(harm(whole))
+    second = made.choice(number)
+    assert len(reads) == 2 and path.read_bytes() == whole
+    assert torch.equal(first.inputs["input_ids"], second.inputs["input_ids"])
+
+
+# -- space ----------------------------------------------------------------------------------------------------
+
+
+def test_the_size_is_known_before_and_must_fit(data, tmp_path, monkeypatch):
+    _, made = opened(tmp_path / "cache", "llava_onevision", data)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(encodings.shutil, "disk_usage", lambda path: usage(0, 0, 15_000))
+    with pytest.raises(OutputError, match=r"do not fit: .* has 0 of 2 videos.* kB each\), 15.0 kB are free. Free some"):
+        made.plan(made.choices)
+    assert not list((tmp_path / "cache").glob("*.safetensors"))
+    monkeypatch.setattr(encodings.shutil, "disk_usage", lambda path: usage(0, 0, 10**9))
+    plan = made.plan(made.choices)
+    size = max(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    assert (plan.videos, plan.missing) == (2, 2) and 0.9 * size < plan.bytes_each <= size
+    assert made.plan(made.choices).missing == 1, "the first one is there"
+
+
+def test_a_full_disk_leaves_no_half_file(data, tmp_path):
+    """A limit on the size of files is what a full disk is to the writer."""
+    _, made = opened(tmp_path, "llava_onevision", data)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*\.safetensors"):
+            made.choice(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
+    made.choice(0)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# -- refusals -------------------------------------------------------------------------------------------------
+
+
+def test_endless_scenes_have_no_cache(testbed, tmp_path):
+    with pytest.raises(TrainingError, match="give --data too"):
+        train_policy("score", *testbed, tmp_path / "run", {}, cache=tmp_path / "cache")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_a_prompt_that_cannot_be_made_again_is_refused(data, tmp_path):
+    """A processor that writes of the video behind the question, too."""
+    processor = processor_for("llava_onevision")
+    processor.get_text_with_replacements = lambda text, *args: (
+        [some.replace("<|video_pad|>", "<|video_pad|>" * 97) + " w50" for some in text], None
+    )  # fmt: skip
+    video = read_video(data.parent / "scene-0000.mp4", frames=6)
+    assert chat(processor, video, "what ?")["input_ids"][0, -1] == 50
+    adapter = adapter_for(FAMILIES["llava_onevision"]())
+    made = FilePrompts(
+        adapter, processor, data, frames=6, cache=EncodingCache(tmp_path, adapter, processor, 6)
+    )  # fmt: skip
+    with pytest.raises(UnsupportedCallError, match="cannot be made again without the video's pixels"):
+        made.choice(0)
+
+
+@pytest.mark.slow
+def test_the_command(data, tmp_path):
+    def run(name, *more, code=0):
+        command = [sys.executable, "-c", "from vidsieve.cli import main; main()", "train", "score", tmp_path / name]
+        settings = ["--steps", 1, "--prompts-per-step", 2, "--rollouts", 2, "--threads", 1]
+        done = subprocess.run([*map(str, [*command, *settings, *more])], capture_output=True, text=True, check=False)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+        return " ".join((done.stdout + done.stderr).split())
+
+    said = run("a", "--data", data, "--cache", tmp_path / "cache")
+    assert "has 0 of 3 videos encoded; the others take about" in said and "are free" in said
+    assert "give --data too" in run("c", "--cache", tmp_path / "cache", code=2)
+    assert "is a file" in run("d", "--data", data, "--cache", data / "x", code=2)

@@ -1,0 +1,199 @@
+"""Samples computed ahead: the same values in any order, errors in their place, nothing left running."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from vidsieve import load
+from vidsieve.data.prefetch import Prefetch
+from vidsieve.errors import TrainingError, VideoError
+from vidsieve.rl.recipes import train_policy
+from vidsieve.testbed.files import write_scenes
+
+
+def alive():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("vidsieve-prefetch")]
+
+
+def settled(check):
+    """Return whether `check` becomes true within two seconds."""
+    end = time.monotonic() + 2
+    while not check() and time.monotonic() < end:
+        time.sleep(0.005)
+    return check()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert not alive()
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("numbers", [
+    range(20), range(7, 30, 3), range(30, 0, -4), [5, 5, 6, 7, 3, 4, 100, 102, 104, 104, 2],
+])  # fmt: skip
+def test_values_are_those_of_load(workers, numbers):
+    def load(number):
+        time.sleep(random.random() / 500)
+        return number**2
+
+    with Prefetch(load, workers) as data:
+        assert [data(number) for number in numbers] == [number**2 for number in numbers]
+
+
+@pytest.mark.parametrize(("stride", "numbers"), [(None, [0, 1, 2]), (None, [4, 9, 14]), (5, [4]), (-2, [7])])
+def test_the_next_ones_are_ready_before_they_are_asked_for(stride, numbers):
+    """One after the other where nothing else is known, at the distance of the last two, or as told."""
+    done = []
+    with Prefetch(lambda number: done.append(number) or number, workers=2, ahead=3, stride=stride) as data:
+        for number in numbers:
+            data(number)
+        step = stride or numbers[-1] - numbers[-2]
+        following = {numbers[-1] + step * count for count in (1, 2, 3)}
+        assert settled(lambda: following <= set(done))
+        assert all(number >= 0 for number in done)
+        count = len(done)
+        assert data(numbers[-1] + step) in following
+        assert settled(lambda: len(done) >= count + (numbers[-1] + 4 * step >= 0))
+        assert len(set(done)) == len(done), "nothing twice"
+
+
+def test_the_caller_works_while_samples_are_made():
+    """Two threads make samples beside the caller: the whole takes clearly less than one after the other."""
+
+    def load(number):
+        time.sleep(0.05)
+        return number
+
+    start = time.perf_counter()
+    with Prefetch(load, workers=2) as data:
+        for number in range(12):
+            data(number)
+            time.sleep(0.05)
+    assert time.perf_counter() - start < 0.85 * 12 * 0.1
+
+
+def test_a_sample_that_no_thread_has_begun_is_made_by_the_caller():
+    where, go = {}, threading.Event()
+
+    def load(number):
+        where[number] = threading.current_thread()
+        if number == 1:
+            go.wait(2)
+
+    with Prefetch(load, workers=1, stride=1) as data:
+        data(0)
+        data(2)  # the only thread is at 1 still
+        go.set()
+    assert where[2] is threading.main_thread() is not where[1]
+
+
+def test_an_error_is_raised_where_its_sample_is_asked_for():
+    def load(number):
+        if number == 2:
+            raise VideoError("number 2 is broken")
+        return number
+
+    with Prefetch(load, workers=2, ahead=4) as data:
+        assert [data(0), data(1)] == [0, 1]
+        for _ in range(2):
+            with pytest.raises(VideoError, match="number 2 is broken"):
+                data(2)
+        assert data(3) == 3
+    with Prefetch(load, workers=2, ahead=4) as data:
+        data(1)  # the next is broken, and nobody asks for it
+
+
+def test_no_more_than_asked_are_held():
+    begun, done = set(), 0
+    with Prefetch(lambda number: begun.add(number), workers=3, ahead=4) as data:
+        for number in (0, 1, 2, 3):
+            data(number)
+            done = number
+            time.sleep(0.02)
+            assert max(begun) <= done + 4
+        assert settled(lambda: max(begun) == done + 4)
+        assert len(data._coming) == 4
+        data(50)  # elsewhere: what waits for the old sequence goes
+        assert len(data._coming) <= 4 and min(data._coming) > 50
+
+
+def test_what_waits_is_not_begun_once_it_is_closed():
+    begun, go = [], threading.Event()
+
+    def load(number):
+        begun.append(number)
+        if number:
+            go.wait(2)
+        return number
+
+    data = Prefetch(load, workers=1, ahead=5)
+    data(0)
+    assert settled(lambda: begun == [0, 1])
+    threading.Timer(0.05, go.set).start()
+    data.close()
+    assert begun == [0, 1] and not alive()
+    assert data(3) == 3, "a closed one computes when asked"
+    data.close()
+
+
+def test_ctrl_c_while_waiting_ends_the_threads():
+    def load(number):
+        if number == 1:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            time.sleep(0.5)
+        return number
+
+    with pytest.raises(KeyboardInterrupt), Prefetch(load, workers=1) as data:
+        data(0)
+        assert settled(lambda: not data._coming[1].cancel() and data._coming[1].running())
+        data(1)
+    assert not alive()
+
+
+@pytest.mark.parametrize("wrong", [{"workers": -1}, {"ahead": 0}, {"stride": 0}])
+def test_what_cannot_be_is_refused(wrong):
+    with pytest.raises(TrainingError, match="workers must be at least 0"):
+        Prefetch(abs, **wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, method, monkeypatch):
+    """Trained weights are equal to the bit with and without threads, and over a resumption with other threads."""
+    write_scenes(tmp_path, world="A", seed=2, scenes=3)
+    model, processor = testbed
+    used = []
+    monkeypatch.setattr(
+        "vidsieve.rl.recipes.Prefetch", lambda take, workers: used.append(workers) or Prefetch(take, workers)
+    )
+
+    few = {"rollouts": 4} if method == "score" else {"token_rollouts": 4, "frame_rollouts": 0}
+
+    def train(name, workers, *, stop=0, data=tmp_path / "questions.jsonl"):
+        settings = few | {"steps": 4, "prompts_per_step": 2, "workers": workers, "log_every": 1}
+        train_policy(
+            method, model, processor, tmp_path / name, settings, data=data, model_name="testbed", resume=name == "cut",
+            report=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == stop else None,
+        )  # fmt: skip
+        return load(tmp_path / name).policy.state_dict()
+
+    inline, ahead = train("inline", 0), train("ahead", 2)
+    with pytest.raises(KeyboardInterrupt, match="after step 2 of 4"):
+        train("begun", 2, stop=2)
+    assert not alive()
+    (tmp_path / "begun").rename(tmp_path / "cut")
+    resumed = train("cut", 1)
+    assert all(torch.equal(inline[key], ahead[key]) and torch.equal(inline[key], resumed[key]) for key in inline)
+    train("scenes", 2, data=None)
+    assert used == [0, 2, 2, 1, 0], "scenes of the testbed are made where they are used"
+    with pytest.raises(TrainingError, match="workers must be from 0 to 64"):
+        train("wrong", 65)
