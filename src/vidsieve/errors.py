@@ -5,6 +5,7 @@ VidsieveError
 ├── BudgetError(ValueError)               a budget that the method cannot reach
 ├── UnknownNameError(KeyError)            a method, family or variant that is not registered
 ├── PluginError(ImportError)              a registered module that cannot be imported
+├── ModelError(ValueError)                a model that cannot be loaded, or not onto a device
 ├── UnsupportedModelError(TypeError)      a model class without an adapter
 ├── UnsupportedCallError(ValueError)      a call whose result could not be right while attached
 ├── StageError(RuntimeError)              a method asked to act where it cannot
@@ -52,6 +53,10 @@ class UnknownNameError(VidsieveError, KeyError):
 
 class PluginError(VidsieveError, ImportError):
     """A method or model family is registered, and its module cannot be imported."""
+
+
+class ModelError(VidsieveError, ValueError):
+    """A model or its processor cannot be loaded, or not onto the device asked for."""
 
 
 class UnsupportedModelError(VidsieveError, TypeError):

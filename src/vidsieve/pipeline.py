@@ -18,13 +18,9 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
-from vidsieve.errors import PromptError, VidsieveError
+from vidsieve.errors import ModelError, PromptError
 
 PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
-
-
-class ModelError(VidsieveError, ValueError):
-    """A model or its processor cannot be loaded."""
 
 
 @dataclass
@@ -91,6 +87,14 @@ def own_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
+def _move(model: Any, device: str) -> None:
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"cannot put the model on device {device!r}: {first}. Choose 'auto', or 'cpu'") from None
+
+
 def load_model(
     name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
@@ -127,7 +131,8 @@ def load_model(
     adapter_for(model, layout=layout)
     if layout is not None:
         model.config.vidsieve_layout = layout
-    model.to(own_device() if device == "auto" else device)
+    if device != "cpu":
+        _move(model, own_device() if device == "auto" else device)
     return model.eval(), processor
 
 

@@ -10,7 +10,7 @@ import torch
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.data.prompts import FilePrompts, held_out_videos, videos_of
-from vidsieve.errors import TrainingError
+from vidsieve.errors import ModelError, TrainingError
 from vidsieve.pipeline import load_model
 from vidsieve.policies import read_config
 from vidsieve.rl.heldout import Best
@@ -145,3 +145,10 @@ def test_bf16_computes_in_it_and_keeps_float32_weights(testbed, tmp_path, monkey
     assert half["loss"] == pytest.approx(whole["loss"], abs=0.02)
     assert half["score_spread"] == pytest.approx(whole["score_spread"], rel=0.1)
     assert half["score_spread"] != whole["score_spread"]
+
+
+def test_a_model_goes_to_a_device_that_is_there():
+    model, _ = load_model("testbed", device="auto")
+    assert model.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+    with pytest.raises(ModelError, match="cannot put the model on device 'nowhere'"):
+        load_model("testbed", device="nowhere")
