@@ -258,7 +258,7 @@ def test_a_changed_video_and_another_processor_are_encoded_anew(data, tmp_path, 
 ])  # fmt: skip
 def test_a_broken_file_is_made_again(data, tmp_path, reads, harm):
     _, made = opened(tmp_path, "qwen2_5_vl", data)
-    number = next(n for n in range(4) if made._row(made.choices, n, "")["video"] == "scene-0000.mp4")
+    number = next(n for n in range(4) if made._row(made.choices, n, "")[1]["video"] == "scene-0000.mp4")
     first = made.choice(number)
     (path,) = tmp_path.glob("*.safetensors")
     whole = path.read_bytes()
@@ -276,13 +276,13 @@ def test_the_size_is_known_before_and_must_fit(data, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(encodings.shutil, "disk_usage", lambda path: usage(0, 0, 15_000))
     with pytest.raises(OutputError, match=r"do not fit: .* has 0 of 2 videos.* kB each\), 15.0 kB are free. Free some"):
-        made.plan(made.choices)
+        made.cache.plan(made.videos_to_encode(captions=False))
     assert not list((tmp_path / "cache").glob("*.safetensors"))
     monkeypatch.setattr(encodings.shutil, "disk_usage", lambda path: usage(0, 0, 10**9))
-    plan = made.plan(made.choices)
+    plan = made.cache.plan(made.videos_to_encode(captions=False))
     size = max(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
     assert (plan.videos, plan.missing) == (2, 2) and 0.9 * size < plan.bytes_each <= size
-    assert made.plan(made.choices).missing == 1, "the first one is there"
+    assert made.cache.plan(made.videos_to_encode(captions=False)).missing == 1, "the first one is there"
 
 
 def test_a_full_disk_leaves_no_half_file(data, tmp_path):
@@ -305,7 +305,7 @@ def test_a_full_disk_leaves_no_half_file(data, tmp_path):
 
 
 def test_endless_scenes_have_no_cache(testbed, tmp_path):
-    with pytest.raises(TrainingError, match="give --data too"):
+    with pytest.raises(TrainingError, match="none was given"):
         train_policy("score", *testbed, tmp_path / "run", {}, cache=tmp_path / "cache")
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
@@ -337,5 +337,5 @@ def test_the_command(data, tmp_path):
 
     said = run("a", "--data", data, "--cache", tmp_path / "cache")
     assert "has 0 of 3 videos encoded; the others take about" in said and "are free" in said
-    assert "give --data too" in run("c", "--cache", tmp_path / "cache", code=2)
+    assert "none was given" in run("c", "--cache", tmp_path / "cache", code=2)
     assert "is a file" in run("d", "--data", data, "--cache", data / "x", code=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vidsieve.data.filtering import blind_answers, filter_file
-from vidsieve.data.prompts import ask, read_rows
+from vidsieve.data.rows import ask, read_rows
 from vidsieve.errors import TrainingError
 from vidsieve.testbed.files import write_scenes
 

@@ -15,8 +15,9 @@ from PIL import Image
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.data.filtering import filter_file
-from vidsieve.data.prompts import FilePrompts, read_rows
+from vidsieve.data.prompts import FilePrompts
 from vidsieve.data.pseudo import pseudo_file
+from vidsieve.data.rows import read_rows
 from vidsieve.data.video import read_frames
 from vidsieve.errors import TrainingError, VideoError
 from vidsieve.rl.recipes import train_policy

@@ -220,9 +220,12 @@ def test_rates_of_deployment_are_drawn_for_every_prompt(testbed, tmp_path):
 def test_entropy_floor_and_band_reach_the_loss(testbed, tmp_path):
     plain, _ = run(testbed, tmp_path / "a", "score", steps=1)
     floor, _ = run(testbed, tmp_path / "b", "score", steps=1, entropy_floor=0.69, entropy_weight=100.0)
-    band, _ = run(testbed, tmp_path / "c", "score", steps=1, kept_low=0.7, kept_high=0.8, band_weight=10.0)
+    own = {"rate_low": 0.0, "rate_high": 0.0}
+    banded = own | {"kept_low": 0.7, "kept_high": 0.8}
+    free, _ = run(testbed, tmp_path / "d", "score", steps=1, **own)
+    band, _ = run(testbed, tmp_path / "c", "score", steps=1, band_weight=10.0, **banded)
     assert floor["last_metrics"]["loss"] != plain["last_metrics"]["loss"]
-    assert band["last_metrics"]["loss"] - plain["last_metrics"]["loss"] == pytest.approx(10 * 0.2, abs=0.3)
+    assert band["last_metrics"]["loss"] - free["last_metrics"]["loss"] == pytest.approx(10 * 0.2, abs=0.3)
 
 
 def test_the_release_draws_all_iterations_from_the_first_policy(testbed, tmp_path, monkeypatch):
@@ -353,3 +356,73 @@ def test_what_a_recipe_refuses(testbed, tmp_path):
     ):
         with pytest.raises(TrainingError, match=said):
             train_policy(method, model, processor, tmp_path / "b", settings, **options)
+
+
+@pytest.mark.parametrize("frames", [12, 15, 16, 20, 32])
+@pytest.mark.parametrize(
+    ("per_frame", "ratio"), [(16, 0.02), (25, 0.02), (36, 0.01), (36, 0.12), (196, 0.02), (196, 0.12)]
+)
+def test_the_release_draws_from_frames_of_every_size(frames, per_frame, ratio):
+    from vidsieve.rl import official
+    from vidsieve.types import TokenGrid
+
+    grid = TokenGrid(frames, 1, per_frame)
+    draw = torch.Generator().manual_seed(0)
+    tokens = max(1, round(ratio * per_frame))
+    masks = official.token_masks(torch.randn(grid.num_tokens, generator=draw), grid, ratio, 5, draw)
+    assert (masks.reshape(5, frames, per_frame).sum(2) == tokens).all()
+    embeds = torch.randn(grid.num_tokens, 4, generator=draw)
+    shown, kept = official.frame_masks(embeds, torch.randn(frames, generator=draw), grid, ratio, 5, draw)
+    assert (kept.sum(1) == tokens * frames).all()
+    wanted = max(math.ceil(frames / 8), math.ceil(tokens * frames / per_frame))
+    assert (shown.sum(1) == wanted).all()
+    assert not (kept.reshape(5, frames, per_frame).any(2) & ~shown).any()
+
+
+def test_a_rate_is_drawn_once_a_prompt_and_shared_by_its_iterations(testbed, tmp_path, monkeypatch):
+    from vidsieve.rl import cacovid as rl_cacovid
+
+    seen = []
+    original = rl_cacovid.cpo_loss
+
+    def noted(logits, old, masks, advantages, **options):
+        seen.append(masks.sum(1))
+        return original(logits, old, masks, advantages, **options)
+
+    monkeypatch.setattr(rl_cacovid, "cpo_loss", noted)
+    settings = {"iterations": 3, "rate_low": 0.03, "rate_high": 0.25, "frame_rollouts": 0, "prompts_per_step": 1}
+    run(testbed, tmp_path, "cacovid", steps=4, **settings)
+    assert [len(counts) for counts in seen] == [24, 48, 72] * 4
+    assert all(len(set(counts.tolist())) == 1 for counts in seen)
+    assert len({int(counts[0]) for counts in seen}) > 1, "another prompt, another rate"
+
+
+def test_without_replay_a_group_is_the_iterations_own(testbed, tmp_path, monkeypatch):
+    from vidsieve.rl import cacovid as rl_cacovid
+
+    seen = []
+    original = rl_cacovid.cpo_loss
+    monkeypatch.setattr(rl_cacovid, "cpo_loss", lambda *a, **k: seen.append(len(a[2])) or original(*a, **k))
+    run(testbed, tmp_path, "cacovid", steps=1, prompts_per_step=1, iterations=3, replay=False, frame_rollouts=0)
+    assert seen == [24, 24, 24]
+
+
+def test_the_entropy_floor_looks_at_what_is_drawn_from(testbed, tmp_path):
+    """At a mean rate of 5 % no policy has .6 nats of entropy: the floor must bite from the first step on."""
+    _, lines = run(testbed, tmp_path, "score", steps=1, rate_low=0.05, rate_high=0.05, entropy_floor=0.6)
+    assert lines[0]["loss"] == pytest.approx(0.6 - lines[0]["entropy"] * math.log(2), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (CaCoVIDConfig, {"objective": "distil", "reward": "margin", "blind_margin": True}, "blind_margin is about"),
+        (CaCoVIDConfig, {"objective": "straight_through", "reward": "generate"}, "needs options"),
+        (CaCoVIDConfig, {"objective": "distil", "iterations": 2}, "set them to 1"),
+        (ScoreConfig, {"advantage": "group", "slack": 0.1}, "belong to advantage 'split'"),
+        (ScoreConfig, {"kept_low": 0.1, "rate_low": 0.1, "rate_high": 0.2}, "the policy's own rate"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(make, settings, said):
+    with pytest.raises(TrainingError, match=said):
+        make(**settings)

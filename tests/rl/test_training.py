@@ -322,6 +322,11 @@ def test_the_ratio_follows_how_often_the_model_is_right(ratio, right, wanted):
     assert next_ratio(ratio, right, least=0.005) == pytest.approx(wanted)
 
 
+def test_the_release_counts_the_thresholds_themselves():
+    assert next_ratio(0.02, 0.875, least=0.01, inclusive=True) == pytest.approx(0.01)
+    assert next_ratio(0.02, 0.125, least=0.01, inclusive=True) == pytest.approx(0.04)
+
+
 def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
     train(testbed, tmp_path, "cacovid", frame_rollouts=0)
     assert all(torch.isfinite(v).all() for v in load(tmp_path / "policy").policy.state_dict().values())

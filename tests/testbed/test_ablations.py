@@ -34,8 +34,9 @@ def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed(
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     single = sum(len(table.conditions) for table in TABLES)
     assert len([run for run in runs if run.seed == 0]) < single, "the base is run once"
-    limited = [table for table in TABLES if table.seeds == 2]
-    assert limited and len(runs_of(limited, 3, 24)) == 2 * len(limited[0].conditions)
+    limited = [table for table in TABLES if table.seeds == 3]
+    assert limited and len(runs_of(limited, 5, 24)) == 3 * len(limited[0].conditions)
+    assert len(runs_of(limited, 1, 24)) == len(limited[0].conditions) == limited[0].count(1) * 3
 
 
 def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch):
@@ -65,7 +66,7 @@ def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
         held += gap.interval[0] <= 0.1 <= gap.interval[1]
     assert 0.9 <= held / 300 <= 0.99
     one = difference(ours[:1], base[:1], clusters.tolist())
-    assert one.mean == pytest.approx(float(ours[0].mean() - base[0].mean()))
+    assert one.mean == pytest.approx(float(ours[0].mean() - base[0].mean())) and np.isnan(one.stderr)
 
 
 def test_tables_name_differences_that_are_none():
@@ -84,6 +85,21 @@ def test_tables_name_differences_that_are_none():
     text = markdown([made])
     assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
     assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
+
+
+def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
+    table = Table("t", "cacovid", "why", (Condition("a", {"seed": 1}), Condition("b", {"seed": 2})))
+    results = {}
+    for run in runs_of([table], 1, 80):
+        marks = [run.condition.label == "a"] * 80
+        results[run.folder] = {
+            "marks": {"cacovid/0.1": marks, "cacovid/0.05": marks}, "clusters": [i // 4 for i in range(80)],
+            "curve": [], "minutes": 1.0,
+        }  # fmt: skip
+    assert "| b | 0.000 | -1.000 (one seed) |" in markdown([tabulated(table, 1, 80, results)])
+    before = runs_of([table], 1, 80)[0].folder
+    monkeypatch.setitem(ablating.SETTINGS, ("cacovid", "ours"), ablating.SETTINGS["cacovid", "ours"] | {"head_lr": 0.5})
+    assert runs_of([table], 1, 80)[0].folder != before
 
 
 def test_unknown_tables_are_named():

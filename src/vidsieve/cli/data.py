@@ -55,6 +55,8 @@ def filter_prompts(
     out.print(f"{found.kept} of {found.questions} questions are left in {target}")
     if found.captions:
         out.print(f"{found.captions} rows without a question were kept as they are")
+    if found.others:
+        out.print(f"{found.others} questions of other kinds were kept as they are: they have no options to guess from")
     write_json(json, vars(found) | {"models": names, "rule": rule})
 
 

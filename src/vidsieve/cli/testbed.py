@@ -110,12 +110,17 @@ def ablate(
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
     ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw learning curves here, .png or .svg.", show_default=False)
+    ] = None,
 ) -> None:
     """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
     check_output(json)
     check_output(write)
+    check_output(figure)
     check_output(folder / "x")
     from vidsieve.eval.testbed import versions
+    from vidsieve.report.curves import curves_picture
     from vidsieve.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
     from vidsieve.testbed.search import markdown as search_table
 
@@ -139,6 +144,8 @@ def ablate(
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
+    if figure is not None:
+        curves_picture(figure, made)
     write_json(json, about | {"tables": made})
 
 

@@ -45,22 +45,26 @@ class QuestionScorer(nn.Module):
        dimensions.
 
     Which words count is learned too. Token scores start in the order of the strongest first look, times `trust`.
+    Without `looks` the first one is left out, and the policy starts from nothing.
     """
 
     def __init__(
-        self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64, trust: float = 0.25
-    ) -> None:
+        self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64, trust: float = 0.25,
+        looks: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.head_width = heads, head_width
         size = shape.hidden_size
-        self.first_look = FirstLook(shape)
+        self.first_look = FirstLook(shape) if looks else None
         self.norm_token, self.norm_word = RMSNorm(size, shape.rms_norm_eps), RMSNorm(size, shape.rms_norm_eps)
         self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
         self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
         self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
-        looks = 2 * shape.num_heads + 1
-        self.trust = nn.Parameter(torch.cat([torch.zeros(looks - 1), torch.full((1,), trust)]))
-        self.token_head = mlp([looks + 2 * heads + 3 * width, width, width // 2, 2])
+        count = 2 * shape.num_heads + 1 if looks else 0
+        start = torch.zeros(count)
+        start[count - 1 :] = trust
+        self.trust = nn.Parameter(start)
+        self.token_head = mlp([count + 2 * heads + 3 * width, width, width // 2, 2])
         for parameter in self.token_head[-1].parameters():
             nn.init.zeros_(parameter)
         self.frame_head = mlp([width // 2, width // 2, 2])
@@ -70,10 +74,7 @@ class QuestionScorer(nn.Module):
         tokens = self.norm_token(video.embeds)
         words = self.norm_word(prompt.embeds[prompt.question_mask])
         weight = self.weigh_words(words).softmax(0)  # (words, 1)
-        attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
-        strongest = attention.amax(1)  # (H, N)
-        looks = torch.cat([strongest, (attention * weight).sum(1), strongest.amax(0, keepdim=True)])
-        look = looks.T.to(tokens.dtype)  # (N, 2H + 1)
+        look = self._look(video, prompt, weight).to(tokens.dtype)  # (N, 2H + 1)
         keys = self.key(tokens).unflatten(1, (self.heads, -1))  # (N, h, e)
         queries = self.query(words).unflatten(1, (self.heads, -1))  # (words, h, e)
         similar = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)
@@ -87,3 +88,11 @@ class QuestionScorer(nn.Module):
         logits = self.token_head[-1](hidden) + torch.stack([-first, first], 1) / 2
         pooled = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).amax(1)
         return logits, self.frame_head(pooled)
+
+    def _look(self, video: VideoTokens, prompt: Prompt, weight: Tensor) -> Tensor:
+        """Return the features of the first look (N, 2H + 1), or (N, 0) without it; `weight` (words, 1) sums to 1."""
+        if self.first_look is None:
+            return video.embeds.new_zeros(video.num_tokens, 0)
+        attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
+        strongest = attention.amax(1)  # (H, N)
+        return torch.cat([strongest, (attention * weight).sum(1), strongest.amax(0, keepdim=True)]).T

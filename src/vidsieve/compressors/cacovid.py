@@ -113,7 +113,9 @@ class CaCoVIDPolicy(Policy):
             torch.manual_seed(seed)
             policy = cls(config)
         for number, weights in enumerate(layers or ()):
-            target: nn.Module = policy.scorer.first_look if body == "question" else policy.layers[number]
+            target: nn.Module | None = policy.scorer.first_look if body == "question" else policy.layers[number]
+            if target is None:
+                continue
             target.load_state_dict({k: v for k, v in weights.items() if k in target.state_dict()})
         return policy
 

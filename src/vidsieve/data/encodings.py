@@ -191,7 +191,9 @@ class EncodingCache:
 
     @torch.no_grad()
     def _encode(self, inputs: Mapping[str, Any]) -> VideoFeatures:
-        (video,) = self.adapter.video_features(inputs)
+        device = self.adapter.model.device
+        there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        (video,) = self.adapter.video_features(there)
         return video
 
     def _ready(self, video: VideoFeatures) -> dict[str, Any]:

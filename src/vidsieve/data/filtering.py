@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 import torch
 
-from vidsieve.data.prompts import ask, read_rows
+from vidsieve.data.rows import ask, read_rows
 from vidsieve.errors import TrainingError
 from vidsieve.files import relative, writing
 
 Rule = Literal["any", "all"]
+_CHOICE = "multiple choice"
 
 
 @torch.no_grad()
@@ -67,11 +68,15 @@ def blind_answers(
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter left: questions before and after, rows without a question, and how often each model was right."""
+    """What a filter left: questions before and after, rows that it leaves alone, and how often each model was right.
+
+    `captions` are rows without a question, `others` those with a question of another kind than multiple choice.
+    """
 
     questions: int
     kept: int
     captions: int
+    others: int
     blind_accuracy: tuple[float, ...]
 
 
@@ -96,8 +101,8 @@ def filter_file(
     TrainingError
         If the file has no question, or none of them needs its video.
     """
-    rows = read_rows(path)
-    asked = [row for row in rows if "question" in row]
+    rows = read_rows(path, None)
+    asked = [row for row in rows if "question" in row and row.get("problem_type", _CHOICE) == _CHOICE]
     if not asked:
         raise TrainingError(f"{path} has no multiple-choice questions to filter")
     right, total = [], len(asked) * len(models)
@@ -121,4 +126,7 @@ def filter_file(
             else:
                 moved = {"video": relative(path.parent / row["video"], out)}
             file.write(json.dumps(row | moved, ensure_ascii=False) + "\n")
-    return Filtered(len(asked), len(asked) - len(gone), len(rows) - len(asked), tuple(sum(m) / len(m) for m in right))
+    captions = sum("question" not in row for row in rows)
+    others = len(rows) - len(asked) - captions
+    accuracy = tuple(sum(marks) / len(marks) for marks in right)
+    return Filtered(len(asked), len(asked) - len(gone), captions, others, accuracy)

@@ -11,28 +11,38 @@ file named ``….json`` is read as Video-R1's.
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.data.encodings import EncodingCache, Plan, Source
+from vidsieve.data.encodings import EncodingCache, Source
+from vidsieve.data.rows import ask, files_of, read_rows, videos_of
 from vidsieve.data.video import Video, read_frames, read_video
-from vidsieve.data.video_r1 import ASKED, KINDS, Kind, read_video_r1
+from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import TrainingError
 from vidsieve.pipeline import chat
 from vidsieve.rl.samples import Caption, Choice
 
-_LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
 Sample = TypeVar("Sample", Choice, Caption)
 CAPTION_PROMPT = "Describe the video."
+
+
+class _Remembered:
+    """A tokenizer that splits each text once: options are the same few letters all through a file."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.known: dict[str, Any] = {}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        if text not in self.known:
+            self.known[text] = self.tokenizer(text, **options)
+        return self.known[text]
 
 
 class FilePrompts:
@@ -75,6 +85,9 @@ class FilePrompts:
             missing = sorted(name for name in named if not (self.path.parent / name).is_file())
             if missing:
                 raise TrainingError(f"{len(missing)} {what}s of {self.path} are missing, first {missing[0]}")
+        words = _Remembered(processor.tokenizer)
+        for row in self.choices:  # a wrong row is told now, not when its turn comes
+            ask(row, words)
 
     def _row(self, rows: list[dict[str, Any]], number: int, what: str) -> tuple[int, dict[str, Any]]:
         """Return a row and its place in the file's order."""
@@ -100,17 +113,10 @@ class FilePrompts:
             return self.cache.inputs(self._source(row), lambda: self._video(row), question)
         return chat(self.processor, self._video(row), question)
 
-    def plan(self, rows: Sequence[dict[str, Any]]) -> Plan | None:
-        """Return what the cache will take for `rows`, the first of them encoded; None without a cache.
-
-        Raises
-        ------
-        OutputError
-            If it does not fit on the disk.
-        """
-        if self.cache is None:
-            return None
-        return self.cache.plan((self._source(row), partial(self._video, row)) for row in rows)
+    def videos_to_encode(self, captions: bool) -> Iterator[tuple[Source, Callable[[], Video]]]:
+        """Yield what a cache encodes for the rows with captions, or with questions: its name, and how it is read."""
+        for row in self.captions if captions else self.choices:
+            yield self._source(row), partial(self._video, row)
 
     def choice(self, number: int) -> Choice:
         """Return question `number`."""
@@ -133,8 +139,6 @@ class FilePrompts:
     def read_caption(self, number: int) -> Caption:
         """Return caption prompt `number`, for `finished`; any thread may call this."""
         index, row = self._row(self.captions, number, "a caption")
-        if not str(row["caption"]).strip():
-            raise TrainingError(f"the caption of {files_of(row)[0]} is empty")
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
         end = self.processor.tokenizer.eos_token or ""
         text = f" {row['caption']} {end}"
@@ -147,137 +151,3 @@ class FilePrompts:
         if kinds is not None:
             extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
         return Caption(inputs | extended, key=f"{self.path}:{index}")
-
-
-def videos_of(path: Path, row: Mapping[str, Any]) -> frozenset[Path]:
-    """Return the resolved paths of the files that a row shows; `path` is the file of the row."""
-    return frozenset((path.parent / name).resolve() for name in files_of(row))
-
-
-def held_out_videos(path: Path, share: float, kinds: Kind | None = "multiple choice") -> frozenset[Path]:
-    """Return `share` of a file's videos, at least one, drawn by a fixed seed: whole videos, so that nothing leaks.
-
-    Raises
-    ------
-    TrainingError
-        If the file is unreadable or has a single video.
-    """
-    videos = sorted({video for row in read_rows(path, kinds) for video in videos_of(path, row)})
-    if len(videos) < 2:
-        raise TrainingError(f"{path} has {len(videos)} videos, too few to hold one out: leave --hold-out out")
-    order = torch.randperm(len(videos), generator=torch.Generator().manual_seed(0))
-    return frozenset(videos[i] for i in order[: max(1, round(share * len(videos)))].tolist())
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A question as the model reads it: text, next token of each option (options,), the right one, the answer's text.
-
-    Without options `option_ids` is empty and `answer` −1.
-    """
-
-    text: str
-    option_ids: Tensor
-    answer: int
-    truth: str
-    kind: Kind = "multiple choice"
-
-
-def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
-    """Return the question of a row.
-
-    Raises
-    ------
-    TrainingError
-        If its answer is none of its options, or an option without a letter is not one token.
-    """
-    kind: Kind = row.get("problem_type", "multiple choice")
-    if kind != "multiple choice":
-        return Asked(
-            f"{row['question']}\n{ASKED[kind]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), kind
-        )
-    options, answer = [str(option) for option in row["options"]], str(row["answer"]).strip()
-    letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
-    if len(letters) == len(options):
-        listed = "\n".join(options)
-        question = f"{row['question']}\n{listed}\n{ASKED['multiple choice']}"
-        words, right = letters, answer[:1]
-    else:
-        question, words, right = str(row["question"]), options, answer
-    if right not in words:
-        raise TrainingError(f"the answer {answer!r} of {row['video']} is none of its options {options}")
-    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    if any(len(tokens) != 1 for tokens in ids):
-        long = next(word for word, tokens in zip(words, ids, strict=True) if len(tokens) != 1)
-        raise TrainingError(f"option {long!r} of {row['video']} is not one token: letter the options (A. …, B. …)")
-    return Asked(question, torch.tensor([t[0] for t in ids]), words.index(right), right)
-
-
-def files_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that a row shows: its video, or its still images."""
-    return [name for name, _ in row["frames"]] if "frames" in row else [row["video"]]
-
-
-def _is_frames(value: Any) -> bool:
-    """Return whether a value is [[path, times], …] with at least one image, each shown at least once."""
-    return isinstance(value, list) and bool(value) and all(
-        isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int and pair[1] > 0
-        for pair in value
-    )  # fmt: skip
-
-
-def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts; `kinds` is the kind of question that is taken, None: every kind.
-
-    Raises
-    ------
-    TrainingError
-        If it is unreadable, or a row is malformed.
-    """
-    if path.suffix == ".json":
-        return [
-            {
-                "video": str(r.video.resolve()),
-                "question": r.question,
-                "options": list(r.options),
-                "answer": r.answer,
-                "problem_type": r.kind,
-            }
-            for r in read_video_r1(path, kinds=kinds)
-        ]
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a caption may hold other ends of lines, U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TrainingError(f"line {number} of {path} is not JSON: {error}") from None
-        if isinstance(row, dict) and "frames" in row:
-            if "video" in row or "caption" not in row or not _is_frames(row["frames"]):
-                raise TrainingError(
-                    f"line {number} of {path}: frames must be [[path, times], …], with a caption and without a video"
-                )
-            rows.append(row)
-            continue
-        whole = isinstance(row, dict) and "video" in row
-        kind = row.get("problem_type", "multiple choice") if whole else ""
-        if whole and kind not in KINDS:
-            raise TrainingError(f"line {number} of {path}: problem_type is {kind!r}, must be one of {', '.join(KINDS)}")
-        wanted = {"question", "options", "answer"} if kind == "multiple choice" else {"question", "answer"}
-        if not whole or not ("caption" in row or wanted <= row.keys()):
-            raise TrainingError(f"line {number} of {path} needs video, and caption or question, options and answer")
-        if "question" in row and kinds is not None and kind != kinds:
-            continue
-        if (
-            wanted <= row.keys()
-            and "options" in wanted
-            and not (isinstance(row["options"], list) and len(row["options"]) > 1)
-        ):
-            raise TrainingError(f"line {number} of {path}: options must be a list of two or more")
-        rows.append(row)
-    return rows

@@ -41,8 +41,10 @@ def group_advantage(rewards: Tensor) -> Tensor:
 
 
 def official_advantage(rewards: Tensor) -> Tensor:
-    """Return (R − mean) / (std + 1e-4) (G,) float32 with the unbiased std, as CaCoVID's release has it."""
+    """Return (R − mean) / (std + 1e-4) (G,) float32 with the unbiased std, as CaCoVID's release has it; 0 for one."""
     rewards = rewards.float()
+    if len(rewards) < 2:
+        return torch.zeros_like(rewards)
     return (rewards - rewards.mean()) / (rewards.std() + 1e-4)
 
 

@@ -57,12 +57,11 @@ class Prompted:
     first: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the first iteration, from which the release draws in all of them."""
 
-    def remember(self, kind: str, masks: Tensor, log_probs: Tensor, rewards: Tensor) -> Memory:
-        """Return the rollouts of one kind with these among them."""
+    def remember(self, kind: str, fresh: Memory) -> Memory:
+        """Return the rollouts of one kind with fresh ones among them."""
         before = self.memory.get(kind)
-        now = Memory(masks, log_probs, rewards) if before is None else before.with_more(masks, log_probs, rewards)
-        self.memory[kind] = now
-        return now
+        self.memory[kind] = fresh if before is None else before.with_more(fresh)
+        return self.memory[kind]
 
 
 class CaCoVIDTrainer(Trainer[Choice]):
@@ -75,6 +74,8 @@ class CaCoVIDTrainer(Trainer[Choice]):
         self.adapter, self.tokenizer = adapter, tokenizer
         super().__init__(*args, **kwargs)
         self.packing = Packing(adapter.model, self.config.rollout_tokens)
+        if self.held_out is not None:
+            self.held_out.packing = self.packing
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with the body at its own rate."""
@@ -101,8 +102,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
 
     @property
     def rollouts(self) -> int:
-        """Masks over tokens and over frames."""
-        return self.config.token_rollouts + self.config.frame_rollouts
+        """Masks that the frozen model is asked about: over tokens, and over frames where rewards are compared."""
+        c = self.config
+        if c.objective == "distil":
+            return 0
+        return c.token_rollouts + (c.frame_rollouts if c.objective == "policy_gradient" else 0)
 
     def record(self) -> dict[str, Any]:
         """Return the training record, with what went into one prefill."""
@@ -133,7 +137,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         token_logits, frame_logits = self.run_policy(video)  # (N, 2), (T, 2)
         keep = token_logits[:, 1] - token_logits[:, 0]  # (N,)
         frame_keep = frame_logits[:, 1] - frame_logits[:, 0]  # (T,)
-        if self.config.rate_high:
+        if self.config.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
             prompt.ratio = log_uniform(self.config.rate_low, self.config.rate_high, self.generator)
         metrics: dict[str, float] = {}
         if self.config.objective == "distil" or self.step < self.config.warmup_steps:
@@ -199,12 +203,12 @@ class CaCoVIDTrainer(Trainer[Choice]):
         )  # (G_f, T), (G_f, N)
 
         rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
-        token_rewards, frame_rewards = rewards[: c.token_rollouts], rewards[c.token_rollouts :]
+        over_tokens, over_frames = slice(0, c.token_rollouts), slice(c.token_rollouts, None)
 
         losses, groups = [], 0
-        for kind, out, masks, reward, balanced in (
-            ("tokens", token_logits, token_masks, token_rewards, c.balanced),
-            ("frames", frame_logits, frame_masks, frame_rewards, False),
+        for kind, out, masks, which, balanced in (
+            ("tokens", token_logits, token_masks, over_tokens, c.balanced),
+            ("frames", frame_logits, frame_masks, over_frames, False),
         ):
             if not len(masks):
                 continue
@@ -212,7 +216,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
             # The policy that drew these masks is the current one (the first, in the release); those of earlier
             # iterations keep theirs.
             old = action_log_probs(drawn[kind], masks)
-            memory = prompt.remember(kind, masks, old, reward)
+            if not c.replay:
+                prompt.memory.pop(kind, None)
+            memory = prompt.remember(kind, Memory(masks, old, rewards[which], right[which]))
             if not bool(memory.rewards.isfinite().any()):
                 continue
             advantage = over_finite(BY_NAME[c.advantage], memory.rewards)  # (i·G,)
@@ -223,17 +229,22 @@ class CaCoVIDTrainer(Trainer[Choice]):
         if not losses:
             return StepResult(None, skipped, broken=f"reward {c.reward!r} is {float(rewards[0])}")
         # The release goes by all rollouts over tokens so far, the paper by those of the last iteration.
-        so_far = finite_mean(prompt.memory["tokens"].rewards if c.sampler == "official" else right)
+        so_far = finite_mean(prompt.memory["tokens"].right if c.sampler == "official" else right)
         if c.dynamic_ratio and math.isfinite(so_far):
+            # Below one token a frame the ratio changes nothing: steps count from there, or from the release's bound.
+            least = c.ratio_least or 1 / video.grid.per_frame
             prompt.ratio = next_ratio(
-                prompt.ratio, so_far, least=1 / video.grid.per_frame, most=c.ratio_most, low=c.ratio_low,
-                high=c.ratio_high,
+                max(prompt.ratio, least), so_far, least=least, most=c.ratio_most, low=c.ratio_low, high=c.ratio_high,
+                inclusive=c.sampler == "official",
             )  # fmt: skip
         # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
         means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
         if prompt.blind is not None:
             means["blind"] = finite_mean(choice_reward(prompt.blind[None], prompt.sample.answer))
-        finite = token_rewards[token_rewards.isfinite()]
         figures = {name: value for name, value in means.items() if math.isfinite(value)} | skipped
-        figures |= {"dead_groups": float(bool((finite == finite[:1]).all())), "kept": float(token_masks.float().mean())}
+        figures["kept"] = float(token_masks.float().mean())
+        known = prompt.memory["tokens"].rewards
+        known = known[known.isfinite()]
+        if len(known):
+            figures["dead_groups"] = float(bool((known == known[0]).all()))
         return StepResult(torch.stack(losses).sum(), figures)

@@ -27,9 +27,7 @@ def gated(video: VideoTokens, keep_logits: Tensor, keep_masks: Tensor) -> list[S
 
 def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection]) -> tuple[Tensor, Tensor]:
     """Return −log p(right option), a scalar, and whether each selection is answered rightly (G,) float32."""
-    inputs = rollouts.adapter.build(rollouts.encoded, [[s] for s in selections], rows=[0] * len(selections)).inputs
-    inputs.pop("labels", None)
-    logits = rollouts.adapter.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+    logits = _prefilled(rollouts, selections, 1)[0][:, -1]
     options = logits[:, sample.option_ids.to(logits.device)].float()
     target = torch.full((len(selections),), sample.answer, device=options.device)
     return F.cross_entropy(options, target), (options.detach().argmax(1) == sample.answer).float()
@@ -37,8 +35,14 @@ def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection])
 
 def caption_loss(rollouts: Rollouts, selections: list[Selection]) -> Tensor:
     """Return the caption's mean cross-entropy (G,) under each selection, with its gradient."""
-    inputs = rollouts.adapter.build(rollouts.encoded, [[s] for s in selections], rows=[0] * len(selections)).inputs
-    labels = inputs.pop("labels")
-    span = label_span(labels)
-    logits = rollouts.adapter.model(**inputs, logits_to_keep=span, use_cache=False).logits
+    span = label_span(rollouts.encoded.rest["labels"][:, rollouts.encoded.attention_mask[0]])
+    logits, labels = _prefilled(rollouts, selections, span)
     return caption_ce(logits, labels[:, -span:])
+
+
+def _prefilled(rollouts: Rollouts, selections: list[Selection], span: int) -> tuple[Tensor, Tensor]:
+    """Return logits (G, span, V) of the last columns under each selection, with gradients, and labels (G, L)."""
+    adapter = rollouts.adapter
+    inputs = adapter.build(rollouts.encoded, [[s] for s in selections], rows=[0] * len(selections)).inputs
+    labels = inputs.pop("labels", torch.empty(0))
+    return adapter.model(**inputs, logits_to_keep=span, use_cache=False).logits, labels

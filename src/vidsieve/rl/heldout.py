@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,9 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import VidsieveError
 from vidsieve.policies import Policy
 from vidsieve.rl.answers import judge
+from vidsieve.rl.packing import Packing
 from vidsieve.rl.processes import Processes
+from vidsieve.rl.rewards import choice_reward
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption, Choice
 from vidsieve.selection import indices_to_mask
@@ -59,6 +62,8 @@ class HeldOut:
     retention: float
     decode: Callable[[Tensor], list[str]] | None = None
     answer_tokens: int = 16
+    packing: Packing | None = None
+    """How rollouts are packed; default: anew for each prompt."""
     _full: dict[int, float] = field(default_factory=dict, init=False)
 
     def measure(self, policy: Policy, processes: Processes) -> dict[str, float]:
@@ -80,7 +85,7 @@ class HeldOut:
 
     def _row(self, compressor: Compressor, number: int) -> dict[str, float]:
         sample = self.data(number)
-        rollouts = Rollouts(self.adapter, sample.inputs)
+        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
         chosen = compressor.compress(rollouts.video(compressor.needs))
         wanted = [chosen]
         if number not in self._full:  # the frozen model's own figure never changes
@@ -96,8 +101,8 @@ class HeldOut:
             return [float(value) for value in rollouts.caption_ce(chosen)]
         masks = torch.stack([indices_to_mask(s.indices.cpu(), tokens_of(rollouts)) for s in chosen])
         if len(sample.option_ids):
-            picked = rollouts.option_logits(masks, sample.option_ids).argmax(1)
-            return [float(option == sample.answer) for option in picked.tolist()]
+            right = choice_reward(rollouts.option_logits(masks, sample.option_ids), sample.answer)
+            return [float(mark) for mark in right]
         texts = self.decode(rollouts.generate(masks, self.answer_tokens)) if self.decode else []
         return [float(judge(sample.kind, text, sample.truth)) for text in texts]
 
@@ -132,6 +137,8 @@ class Best:
     def improved_by(self, figures: dict[str, float], step: int) -> bool:
         """Note the figures of a step; return whether they are better than any before."""
         metric, sign = ("eval_accuracy", 1) if "eval_accuracy" in figures else ("eval_ce_excess", -1)
+        if not math.isfinite(figures[metric]):
+            return False
         if self.metric and sign * figures[metric] <= sign * self.value:
             return False
         self.metric, self.value, self.step = metric, figures[metric], step

@@ -95,10 +95,11 @@ def token_masks(scores: Tensor, grid: TokenGrid, ratio: float, groups: int, gene
     groups : int, G
     """
     probability = scores.detach().float().reshape(grid.frames, grid.per_frame).softmax(1)
-    parts = group_count(ratio)
+    count = drawn_tokens(grid, ratio)
+    # The release has frames of 196 tokens; in smaller ones a sub-space must still hold what is drawn from it.
+    parts = min(group_count(ratio), grid.per_frame // count)
     members = group_of_tokens(probability, parts)
     mass = group_probability(probability, members, parts)
-    count = round(ratio * grid.per_frame)
     masks = torch.zeros(groups, grid.frames, grid.per_frame, dtype=torch.bool)
     for frame in range(grid.frames):
         drawn = torch.multinomial(mass[frame], groups, replacement=True, generator=generator)
@@ -116,8 +117,13 @@ def frame_probability(frame_scores: Tensor, groups: int) -> Tensor:
 
 
 def drawn_frames(grid: TokenGrid, share: float) -> int:
-    """Return how many frames a "frame" rollout keeps."""
-    return max(int(grid.frames * share), 1)
+    """Return how many frames a "frame" rollout keeps, ⌈T·share⌉."""
+    return max(math.ceil(grid.frames * share), 1)
+
+
+def drawn_tokens(grid: TokenGrid, ratio: float) -> int:
+    """Return how many tokens of each frame a rollout keeps, r·H·W rounded half to even; at least 1, unlike there."""
+    return max(round(ratio * grid.per_frame), 1)
 
 
 def density_peaks(embeds: Tensor, noise: Tensor) -> Tensor:
@@ -139,7 +145,7 @@ def density_peaks(embeds: Tensor, noise: Tensor) -> Tensor:
 
 def content_mask(embeds: Tensor, grid: TokenGrid, ratio: float, noise: Tensor) -> Tensor:
     """Return the mask (N,) bool of the release's "content" mode: density peaks inside every frame."""
-    count = round(ratio * grid.per_frame)
+    count = drawn_tokens(grid, ratio)
     frames = embeds.reshape(grid.frames, grid.per_frame, -1)
     chosen = density_peaks(frames, noise.reshape(grid.frames, grid.per_frame)).topk(count, dim=1).indices
     return torch.zeros(grid.frames, grid.per_frame, dtype=torch.bool).scatter_(1, chosen, True).flatten()
@@ -153,7 +159,7 @@ def frame_rollout_mask(embeds: Tensor, grid: TokenGrid, ratio: float, drawn: Ten
     drawn : Tensor, (T,), bool
     noise : Tensor, (drawn tokens,), in [0, 1)
     """
-    budget = grid.frames * round(ratio * grid.per_frame)
+    budget = grid.frames * drawn_tokens(grid, ratio)
     tokens = drawn[:, None].expand(-1, grid.per_frame).flatten().nonzero().flatten()
     chosen = density_peaks(embeds[tokens], noise).topk(budget).indices
     mask = torch.zeros(grid.num_tokens, dtype=torch.bool)
@@ -166,7 +172,8 @@ def frame_masks(
     share: float = 0.125,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return frame masks (G, T) bool and keep-masks (G, N) bool of the "frame" mode; the first one is greedy."""
-    count = drawn_frames(grid, share)
+    # As many frames as hold the budget: the release's 32 frames at a ratio of at most 0.12 always do.
+    count = max(drawn_frames(grid, share), -(-grid.frames * drawn_tokens(grid, ratio) // grid.per_frame))
     chosen = torch.multinomial(frame_probability(frame_scores, groups), count, generator=generator)
     chosen[0] = frame_scores.sort(descending=True, stable=True).indices[:count]
     frames = torch.zeros(groups, grid.frames, dtype=torch.bool).scatter_(1, chosen, True)

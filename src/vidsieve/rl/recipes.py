@@ -107,7 +107,9 @@ def _cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: 
     question = config.body == "question" or (config.body == "variant" and variant == "ours")
     if config.causal and question:
         raise TrainingError("causal is for bodies that attend over the prompt: choose body layer, attention or local")
-    network: dict[str, Any] = {"scorer": {"trust": config.trust}} if question else {"causal": config.causal}
+    network: dict[str, Any] = (
+        {"scorer": {"trust": config.trust, "looks": config.first_look}} if question else {"causal": config.causal}
+    )
     states = [adapter.layer_state(number) for number in range(depth)]
     return CaCoVIDPolicy.start(
         states[0].shape, adapter.family, variant=variant, layers=[state.weights for state in states],

@@ -25,7 +25,7 @@ METRICS = "metrics.jsonl"
 POLICY, BEST = "policy", "best"
 
 FREE = frozenset({"steps", "max_minutes", "log_every", "save_every", "eval_every", "workers", "rollout_tokens"})
-"""Settings that may change from one sitting to the next."""
+"""Settings that may change from one sitting to the next; the record says when they did."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class RunFolder:
         self, policy: Policy, optimizer: torch.optim.Optimizer, ours: Mapping[str, Any], defaults: Mapping[str, Any],
         force: bool = False,
     ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
-        """Restore a run; return its header, and what has changed since it was written.
+        """Restore a run; return its header, and what has changed since it was written, allowed or forced.
 
         Parameters
         ----------
@@ -113,18 +113,19 @@ class RunFolder:
         """
         header = read_header(self.checkpoint)
         theirs = {**defaults, **header["config"], **header.get("origin", {})}
-        changed = [
-            f"{k} was {theirs[k]!r}, is {v!r}"
-            for k, v in ours.items()
-            if k not in FREE and k in theirs and theirs[k] != v
-        ]
-        if changed and not force:
+        changed = {
+            name: f"{name} was {theirs[name]!r}, is {value!r}"
+            for name, value in ours.items()
+            if name in theirs and theirs[name] != value
+        }
+        refused = [text for name, text in changed.items() if name not in FREE]
+        if refused and not force:
             raise TrainingError(
                 f"the run in {self.path} was begun with other settings, and would not go on as it began: "
-                f"{'; '.join(changed)}. Go back to those, or go on regardless with --force"
+                f"{'; '.join(refused)}. Go back to those, or go on regardless with --force"
             )
         load_state(self.checkpoint, {"policy": policy}, optimizer)
-        return header, changed
+        return header, list(changed.values())
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line of metrics.

@@ -48,6 +48,8 @@ class ScoreTrainer(Trainer[Caption]):
         super().__init__(*args, **kwargs)
         self.ce_full: dict[str, float] = {}
         self.packing = Packing(adapter.model, self.config.rollout_tokens)
+        if self.held_out is not None:
+            self.held_out.packing = self.packing
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
@@ -61,8 +63,8 @@ class ScoreTrainer(Trainer[Caption]):
 
     @property
     def rollouts(self) -> int:
-        """Masks, and with the split advantage the answer under all tokens."""
-        return self.config.rollouts + (self.config.advantage == "split")
+        """Masks that the frozen model is asked about; none where a teacher is distilled."""
+        return 0 if self.config.objective == "distil" else self.config.rollouts
 
     @property
     def own_rate(self) -> bool:
@@ -80,35 +82,35 @@ class ScoreTrainer(Trainer[Caption]):
         video = rollouts.video()
         logits = self.run_policy(video)  # (N,)
         metrics = {"score_spread": float(logits.detach().std())}
+        if c.rate_high:
+            # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
+            # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
+            logits = logits - logits.mean()
+        drawn = logits + self._shift(logits.detach())  # (N,), at the group's rate
         if c.objective == "distil" or self.step < c.warmup_steps:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
         else:
-            result = self._rolled_out(sample, rollouts, video, logits)
+            result = self._rolled_out(sample, rollouts, video, drawn)
             if result.loss is None:
                 return result
             loss, metrics = result.loss, metrics | result.metrics
         if c.score_decay:
             loss = loss + c.score_decay * logits.var(correction=0)
         if c.entropy_floor:
-            loss = loss + c.entropy_weight * entropy_shortfall(logits, c.entropy_floor)
+            loss = loss + c.entropy_weight * entropy_shortfall(drawn, c.entropy_floor)
         if c.kept_low > 0 or c.kept_high < 1:
             loss = loss + c.band_weight * band_distance(logits, c.kept_low, c.kept_high)
         return StepResult(loss, metrics)
 
     def _rolled_out(self, sample: Caption, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> StepResult:
-        """Return the loss of K masks drawn from the policy; None where no reward is finite."""
+        """Return the loss of K masks drawn at keep logits (N,); None where no reward is finite."""
         c = self.config
-        if c.rate_high:
-            # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
-            # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
-            logits = logits - logits.mean()
-        shifted = logits + self._shift(logits.detach())  # (N,), at the group's rate
-        masks = bernoulli_masks(shifted.sigmoid(), c.rollouts, self.generator).to(logits.device)  # (K, N)
+        masks = bernoulli_masks(logits.sigmoid(), c.rollouts, self.generator).to(logits.device)  # (K, N)
         metrics = {
-            "kept": float(masks.float().mean()), "saturated": _saturated(shifted), "entropy": keep_entropy(shifted),
+            "kept": float(masks.float().mean()), "saturated": _saturated(logits), "entropy": keep_entropy(logits),
         }  # fmt: skip
         if c.objective == "straight_through":
-            loss = caption_loss(rollouts, gated(video, shifted, masks)).mean()
+            loss = caption_loss(rollouts, gated(video, logits, masks)).mean()
             return StepResult(loss, metrics | {"ce": float(loss.detach())})
         ce = rollouts.caption_ce(masks)  # (K,)
         metrics["ce"] = finite_mean(ce)
@@ -124,7 +126,7 @@ class ScoreTrainer(Trainer[Caption]):
         if not bool(rewards.isfinite().any()):
             return StepResult(None, {"skipped": 1.0}, broken=f"reward of the caption is {float(rewards[0])}")
         metrics |= {"skipped": 0.0, "dead_groups": float(not bool(advantage.any()))}
-        return StepResult(reinforce_loss(shifted, masks, advantage), metrics)
+        return StepResult(reinforce_loss(logits, masks, advantage), metrics)
 
     def full_ce(self, sample: Caption, rollouts: Rollouts) -> float:
         """Return CE_base: one prefill of all tokens at a row's first visit, remembered for the passes to come.

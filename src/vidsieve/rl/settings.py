@@ -131,6 +131,7 @@ class CaCoVIDConfig(PolicyTrainConfig):
         "body_lr": (0, math.inf), "head_lr": (0, math.inf), "score_decay": (0, math.inf), "weight_decay": (0, math.inf),
         "answer_tokens": (1, math.inf), "trust": (0, math.inf), "depth": (1, math.inf), "iterations": (1, math.inf),
         "ratio_low": (0, 1), "ratio_high": (0, 1), "ratio_most": (0, 1),
+        "ratio_least": (0, 1),
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {
         "sampler": Sampler, "over": Range, "reward": Reward, "body": Body, "advantage": GroupAdvantage,
@@ -161,12 +162,16 @@ class CaCoVIDConfig(PolicyTrainConfig):
     "leave_one_out": R − mean of the others (RLOO, 2402.14740)."""
     iterations: int = 1
     """Steps in a row on the same prompts, each with fresh rollouts beside those of the steps before (paper: 5)."""
+    replay: bool = True
+    """Keep the rollouts of a prompt's earlier iterations in its group."""
     dynamic_ratio: bool = False
     """Halve a prompt's ratio where it is answered too well, double it where too badly, from iteration to iteration."""
     ratio_high: float = 0.875
     """Share of right rollouts above which the ratio is halved."""
     ratio_low: float = 0.125
     """Share of right rollouts below which the ratio is doubled."""
+    ratio_least: float = 0.0
+    """Smallest ratio that halving leads to; 0 = one token a frame (release: 0.01)."""
     ratio_most: float = 0.12
     """Largest ratio that doubling leads to."""
     body: Body = "variant"
@@ -176,6 +181,8 @@ class CaCoVIDConfig(PolicyTrainConfig):
     """Attend as the release does in effect, earlier columns only: blind to a question after the video."""
     blind_filter: bool = False
     """Leave out the testbed's questions that are answered without the video; for files: `vidsieve data filter`."""
+    first_look: bool = True
+    """Give body "question" the LLM's own first look, layer 0's attention from the words asked."""
     trust: float = 0.25
     """How strongly body "question" starts in the order of layer 0's attention from the question; 0 = from nothing."""
     depth: int = 1
@@ -203,6 +210,18 @@ class CaCoVIDConfig(PolicyTrainConfig):
             raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
         if self.rate_high and self.dynamic_ratio:
             raise TrainingError("rate_low and rate_high draw each prompt's ratio: leave dynamic_ratio out")
+        if self.objective != "policy_gradient":
+            for name, given in (("blind_margin", self.blind_margin), ("dynamic_ratio", self.dynamic_ratio)):
+                if given:
+                    raise TrainingError(
+                        f"{name} is about rewards, and objective {self.objective!r} has none: leave it out"
+                    )
+        if self.objective == "straight_through" and self.reward == "generate":
+            raise TrainingError(
+                "objective 'straight_through' needs options to differentiate: leave reward generate out"
+            )
+        if self.objective == "distil" and self.iterations > 1:
+            raise TrainingError("objective 'distil' draws nothing that further iterations would add to: set them to 1")
         if self.sampler == "official" and self.over != "frame":
             raise TrainingError("sampler official draws from every frame: leave over at 'frame'")
 
@@ -253,6 +272,12 @@ class ScoreConfig(PolicyTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.advantage != "split" and (self.least_safe > 1 or self.slack):
+            raise TrainingError(f"least_safe and slack belong to advantage 'split', got advantage {self.advantage!r}")
+        if self.rate_high and (self.kept_low > 0 or self.kept_high < 1):
+            raise TrainingError(
+                "kept_low and kept_high bound the policy's own rate: leave them out, or rate_low and _high"
+            )
         if self.least_safe > self.rollouts:
             raise TrainingError(f"least_safe is {self.least_safe}, more than the {self.rollouts} rollouts of a group")
         if self.kept_low >= self.kept_high:
@@ -270,6 +295,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "causal": True,
         "iterations": 5,
         "dynamic_ratio": True,
+        "ratio_least": 0.01,
         "steps": 100,
         "frames": 32,
     },

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,18 @@ class Source:
     workers: int
 
     def plan(self) -> str:
-        """Return in words what the cache of encodings will take; empty without one."""
-        rows = getattr(self.prompts, "captions" if self.captions else "choices", None)
-        plan = self.prompts.plan(rows) if rows is not None else None
-        return "" if plan is None else str(plan)
+        """Return in words what the cache of encodings will take, one video of it encoded; empty without one.
+
+        Raises
+        ------
+        OutputError
+            If it does not fit on the disk.
+        """
+        cache = getattr(self.prompts, "cache", None)
+        if cache is None:
+            return ""
+        read = [prompts for prompts in (self.prompts, self.pseudo, self.held_out) if prompts is not None]
+        return str(cache.plan(chain.from_iterable(prompts.videos_to_encode(self.captions) for prompts in read)))
 
     @contextmanager
     def samples(self) -> Iterator[Callable[[int], Any]]:
@@ -80,7 +89,8 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
         that nothing would read.
     """
     from vidsieve.data.encodings import EncodingCache
-    from vidsieve.data.prompts import FilePrompts, held_out_videos
+    from vidsieve.data.prompts import FilePrompts
+    from vidsieve.data.rows import held_out_videos
     from vidsieve.testbed.data import ScenePrompts
 
     data, eval_data = files.data, files.eval_data
@@ -91,9 +101,13 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
     def read(path: Path, seed: int = 0, only: Callable[[frozenset[Path]], bool] | None = None) -> FilePrompts:
-        return FilePrompts(
+        found = FilePrompts(
             adapter, processor, path, seed=seed, frames=config.frames, kinds=kinds, cache=cache, only=only
         )
+        if not (found.captions if captions else found.choices):
+            part = "" if only is None else " (in a part of it: hold_out)"
+            raise TrainingError(f"{path} has no rows with {'a caption' if captions else 'a question'}{part}")
+        return found
 
     prompts: Any
     held: Any = None
@@ -106,21 +120,19 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
         prompts = read(data, config.seed, lambda shown: not shown & apart)
         if apart:
             held = read(data, only=lambda shown: bool(shown & apart))
+    pseudo = read(files.pseudo, config.seed) if files.pseudo is not None else None
     if eval_data is not None:
         held = read(eval_data)
-        both = sorted(prompts.videos & held.videos) if data is not None else []
-        if both:
-            raise TrainingError(
-                f"{len(both)} videos of {eval_data} are in {data} too, first {both[0].name}: take them out of one"
-            )
+        for trained in (part for part in (prompts, pseudo) if isinstance(part, FilePrompts)):
+            both = sorted(trained.videos & held.videos)
+            if both:
+                raise TrainingError(
+                    f"{len(both)} videos of {eval_data} are in {trained.path} too, first {both[0].name}: take them out "
+                    "of one"
+                )
     count = 0 if held is None else config.eval_prompts
-    if count and isinstance(held, FilePrompts):
-        there = len(held.captions if captions else held.choices)
-        if not there:
-            what = "caption" if captions else "question"
-            raise TrainingError(f"none of the held-out rows of {held.path} has a {what}: hold out others")
-        count = min(count, there)
-    pseudo = read(files.pseudo, config.seed) if files.pseudo is not None else None
+    if isinstance(held, FilePrompts):
+        count = min(count, len(held.captions if captions else held.choices))
     origin = {"data": digest(data), "eval_data": digest(eval_data)}
     origin |= {"pseudo": digest(files.pseudo)} if first else {}
     # Scenes of the testbed are encoded by the model itself: no work for other threads.

@@ -43,11 +43,11 @@ class StepResult:
 
 
 class Trainer(ABC, Generic[Sample]):
-    """Base of the training algorithms; a subclass writes `train_step` and its `schedule`.
+    """Base of the training algorithms; a subclass writes `train_step`, `make_optimizer` and its `learning_rate`.
 
-    Gradients are added up prompt by prompt, and over processes, before a step: memory holds one prompt at a time,
-    whatever `prompts_per_step` is. Several processes share the prompts of a step; each prompt's draws are seeded by
-    its number, so that who takes it changes nothing but the order of sums.
+    Gradients are added up prompt by prompt, and over processes, before a step: memory holds one prompt at a time
+    (with `iterations`, the prompts of a step), whatever `prompts_per_step` is. Several processes share the prompts of a
+    step; each prompt's draws are seeded by its number, so that who takes it changes nothing but the order of sums.
 
     Parameters
     ----------
@@ -229,6 +229,7 @@ class Trainer(ABC, Generic[Sample]):
         """Return what the last bits of a run depend on beside its settings: they decide in which order sums go."""
         return {
             "threads": torch.get_num_threads(), "processes": self.processes.count, "torch": str(torch.__version__),
+            "device": next(self.policy.parameters()).device.type,
         }  # fmt: skip
 
     # -- one step -------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from vidsieve.eval.testbed import answers, scenes
 from vidsieve.files import writing
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.runs import CHECKPOINT, read_metrics
+from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from vidsieve.testbed.ablations import TABLES, Condition, Table
+from vidsieve.testbed.model import shipped_model
+from vidsieve.testbed.world import WORLD_VERSION
 
 RETENTIONS = (0.1, 0.05)
 EVAL_SEED = 9101
@@ -44,9 +48,12 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """A name made of everything that the result depends on."""
+        """A name made of everything that the result depends on, but the code itself."""
         c = self.condition
-        parts = [self.method, c.variant, c.settings, c.probes, self.seed, self.questions]
+        settings = SETTINGS[self.method, c.variant] | c.settings
+        config = asdict((CaCoVIDConfig if self.method == "cacovid" else ScoreConfig)(**settings))
+        parts = [self.method, c.variant, config, c.probes, self.seed, self.questions, EVAL_SEED, RETENTIONS]
+        parts += [WORLD_VERSION, hashlib.sha256((shipped_model() / "model.safetensors").read_bytes()).hexdigest()]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.method}-{digest}-{self.seed}"
 
@@ -58,7 +65,7 @@ def runs_of(tables: Sequence[Table], seeds: int, questions: int) -> list[Run]:
         for table in tables:
             for condition in table.conditions:
                 run = Run(table.method, condition, seed, questions)
-                if seed < (table.seeds or seeds):
+                if seed < table.count(seeds):
                     found.setdefault(run.folder, run)
     return list(found.values())
 
@@ -119,18 +126,19 @@ def perform_all(
 def difference(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]], clusters: Sequence[int]) -> Estimate:
     """Return the mean difference of two conditions, marks (S, Q) each, seeds and questions paired.
 
-    The squared error is the sum of two: over training seeds (S > 1), and over scenes, of the mean over seeds.
+    The squared error is the sum of two: over training seeds, and over scenes, of the mean over seeds. One seed says
+    nothing of what training's chance does: NaN.
     """
     gaps = np.asarray(ours, float) - np.asarray(base, float)  # (S, Q)
     over_scenes = clustered_mean(gaps.mean(0).tolist(), clusters)
     per_seed = gaps.mean(1)
-    over_seeds = float(per_seed.var(ddof=1)) / len(per_seed) if len(per_seed) > 1 else 0.0
+    over_seeds = float(per_seed.var(ddof=1)) / len(per_seed) if len(per_seed) > 1 else math.nan
     return Estimate(over_scenes.mean, float(np.hypot(over_scenes.stderr, np.sqrt(over_seeds))))
 
 
 def tabulated(table: Table, seeds: int, questions: int, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return a table's rows: accuracy at every retention and difference to the first row, from results by folder."""
-    count = table.seeds or seeds
+    count = table.count(seeds)
     rows: list[dict[str, Any]] = []
     first: dict[str, list[list[bool]]] = {}
     for condition in table.conditions:
@@ -192,6 +200,8 @@ def markdown(tables: Sequence[dict[str, Any]]) -> str:
 def _difference(cell: dict[str, Any]) -> str:
     if cell["difference"] is None:
         return "–"
+    if math.isnan(cell["stderr"]):
+        return f"{cell['difference']:+.3f} (one seed)"
     if abs(cell["difference"]) <= 2 * cell["stderr"]:
         return f"no difference ({cell['difference']:+.3f} ± {cell['stderr']:.3f})"
     return f"{cell['difference']:+.3f} ± {cell['stderr']:.3f}"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-COLD = {"trust": 0.0, "reward": "choice", "steps": 40, "log_every": 4}
-"""CaCoVID's base: 320 prompts, too few to be done: what helps shows in how far a run has come."""
-REPLAYED = COLD | {"steps": 8, "iterations": 5, "log_every": 1}
+COLD = {"trust": 0.0, "reward": "choice", "steps": 15, "log_every": 1}
+"""CaCoVID's base: 120 prompts, too few to be done: what helps shows in how far a run has come."""
+REPLAYED = COLD | {"steps": 3, "iterations": 5, "log_every": 1}
 """As many rollouts on a fifth of the prompts."""
 TWO_STAGE = {"steps": 30, "log_every": 3}
 """SCORE's base: 240 videos."""
@@ -55,6 +55,10 @@ class Table:
     seeds: int = 0
     curves: bool = False
 
+    def count(self, seeds: int) -> int:
+        """Return how many seeds are trained where the command is told `seeds`."""
+        return min(self.seeds or seeds, seeds)
+
 
 def _cold(label: str, probes: bool = False, **changed: Any) -> Condition:
     return Condition(label, COLD | changed, probes=probes)
@@ -65,7 +69,7 @@ def _replayed(label: str, **changed: Any) -> Condition:
 
 
 def _body(label: str, body: str, **changed: Any) -> Condition:
-    return Condition(label, COLD | {"body": body, "steps": 80, "log_every": 8} | changed)
+    return Condition(label, COLD | {"body": body, "steps": 60, "log_every": 4} | changed)
 
 
 def _score(label: str, **changed: Any) -> Condition:
@@ -97,8 +101,12 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
-        "prompts", "cacovid", "What replay is worth where prompts, not rollouts, are scarce.",
-        (_cold("8 steps of 8 prompts, no replay", steps=8, log_every=1), REPLAY),
+        "prompts", "cacovid", "What replay is worth where prompts are scarce: 24 of them.",
+        (
+            _cold("one iteration: 3 optimiser steps", steps=3, log_every=1),
+            _replayed("five iterations, each with its own rollouts only: 15 optimiser steps", replay=False),
+            _replayed("five iterations with replay: 15 optimiser steps"),
+        ),
     ),
     Table(
         "dynamic_ratio", "cacovid", "DSR's thresholds (the release has .125 / .875).",
@@ -123,19 +131,19 @@ TABLES: tuple[Table, ...] = (
         "start", "cacovid", "Where the policy starts: from nothing, from the LLM's first look, from a teacher.",
         (
             BASE, _cold("first look, trust .25", trust=0.25, probes=True),
-            _cold("warm-up: 20 of 40 steps distil the first look", warmup_steps=20),
+            _cold("warm-up: 7 of 15 steps distil the first look, no rollouts in them", warmup_steps=7),
         ),
     ),
     Table(
         "controls", "cacovid", "CaCoVID Figure 1, attention against contribution; and learning without RL.",
         (
-            BASE, _cold("straight-through", objective="straight_through"),
-            _cold("distilled from mean attention", objective="distil", teacher="attention"),
-            _cold("distilled from the first look", objective="distil"),
+            BASE, _cold("straight-through, as many rollouts", objective="straight_through", token_rollouts=32),
+            _cold("distilled from mean attention, no rollouts", objective="distil", teacher="attention"),
+            _cold("distilled from the first look, no rollouts", objective="distil"),
         ),
     ),
     Table(
-        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Twice the base.",
+        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Four times the base.",
         (
             _body("question path", "question"), _body("decoder layer", "layer"),
             _body("without SwiGLU", "attention"), _body("within frames and to the text", "local"),
@@ -178,17 +186,17 @@ TABLES: tuple[Table, ...] = (
     Table(
         "score_controls", "score", "Learning without RL.",
         (
-            _score("policy gradient"), _score("straight-through", objective="straight_through", steps=20),
-            _score("distilled from the caption's attention", objective="distil", teacher="attention"),
-            _score("distilled from the caption's first look", objective="distil"),
+            _score("policy gradient"), _score("straight-through, as many rollouts", objective="straight_through"),
+            _score("distilled from the caption's attention, no rollouts", objective="distil", teacher="attention"),
+            _score("distilled from the caption's first look, no rollouts", objective="distil"),
         ),
     ),
     Table(
         "full_length", "cacovid", "The order of samplers again, six times as long.",
         (
-            _cold("OCSS", steps=240, log_every=20),
-            _cold("multinomial", steps=240, log_every=20, sampler="multinomial"),
-            _cold("random", steps=240, log_every=20, sampler="random"),
-        ), seeds=2,
+            _cold("OCSS", steps=90, log_every=6),
+            _cold("multinomial", steps=90, log_every=6, sampler="multinomial"),
+            _cold("random", steps=90, log_every=6, sampler="random"),
+        ), seeds=3,
     ),
 )  # fmt: skip

@@ -75,7 +75,7 @@ def upper_bound(
     rows: dict[tuple[str, int], Row] = {}
     for count in range(1, tokens + 1):
         rows["question_oracle", count] = Row("question_oracle", "-", count / TOKENS, question_oracle(count))
-        rows["first_look", count] = first_look_row(model, count / TOKENS)
+        rows["first_look", count] = first_look_row(model, Tokens(count))
         rows |= {(name, count): compressor_row(m.with_retention(Tokens(count))) for name, m in methods.items()}
     found = {name: Found() for name in ("greedy", f"beam of {width}", *dict.fromkeys(name for name, _ in rows))}
     clusters: list[int] = []
@@ -91,6 +91,7 @@ def upper_bound(
             for (name, count), row in rows.items():
                 if row.select is not None:
                     selection = row.select(adapter, scene, number, generator)
+                    assert selection.num_kept == count, (name, count)
                     found[name].add(count, ask(indices_to_mask(selection.indices, TOKENS)[None])[0], answer)
             clusters.append(scene_number)
             if progress is not None:

@@ -22,7 +22,7 @@ from vidsieve.selection import kept_tokens, top_indices
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import best_order
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
-from vidsieve.types import Need, Selection, VideoTokens
+from vidsieve.types import Need, Selection, Tokens, VideoTokens
 
 Select = Any
 
@@ -220,7 +220,7 @@ def _line(condition: str, figure: float, met: bool) -> str:
     return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"
 
 
-def first_look_row(model: Any, retention: float) -> Row:
+def first_look_row(model: Any, retention: float | Tokens) -> Row:
     """Return the row of the LLM's own first look: layer 0's attention from question words, nothing trained.
 
     What CaCoVID's variant "ours" starts from, so what its training adds is the difference to this row.
@@ -236,7 +236,8 @@ def first_look_row(model: Any, retention: float) -> Row:
         return attention.amax((0, 1))
 
     build = _scored(score, frozenset({Need.QUESTION}))
-    return Row("first_look", "-", retention, build(kept_tokens(retention, TOKENS)))
+    count = retention.count if isinstance(retention, Tokens) else kept_tokens(retention, TOKENS)
+    return Row("first_look", "-", count / TOKENS if isinstance(retention, Tokens) else retention, build(count))
 
 
 def wrong_video_row(processor: Any, world: str, seed: int) -> Row:

@@ -1,0 +1,88 @@
+"""Rows of training prompts: which option an answer means, what a row may hold, which videos can be held out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vidsieve.data.filtering import filter_file
+from vidsieve.data.prompts import FilePrompts
+from vidsieve.data.rows import held_out_videos, read_rows, right_option, videos_of
+from vidsieve.errors import TrainingError
+
+ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "number"),
+    [
+        (ANIMALS, "D", 3), (ANIMALS, "Dog", 0), (ANIMALS, "d", 3), (ANIMALS, "B.", 1), (ANIMALS, "(C)", 2),
+        (ANIMALS, "C. Bird", 2), (ANIMALS, " c. bird ", 2), (ANIMALS, "Fox", -1), (ANIMALS, "E", -1), (ANIMALS, "", -1),
+        (["A. Red", "B. Apple"], "Apple", 1), (["(A) Dog", "(B) Cat"], "(A) Dog", 0), (["A. B", "B. A"], "B", 0),
+        (["red", "blue"], "Blue", 1), (["red", "blue"], "b", -1),
+    ],
+)  # fmt: skip
+def test_an_answer_is_an_option_its_text_or_its_letter(options, answer, number):
+    assert right_option(options, answer) == number
+
+
+def rows_file(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+ASKED = {"video": "a.mp4", "question": "?", "options": ["red", "blue"], "answer": "red"}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"video": "a.mp4", "caption": "c", "question": "?"}, "question, options and answer"),
+        ({"video": 5, "caption": "c"}, "video must be a path, got 5"),
+        ({"video": "a.mp4", "caption": None}, "caption must be a text that is not empty, got None"),
+        ({"video": "a.mp4", "caption": "  "}, "caption must be a text"),
+        ({"video": "a.mp4"}, "a row needs"), (["a"], "a row needs"), ({"caption": "c"}, "a row needs"),
+        (ASKED | {"options": ["red"]}, "two or more"),
+        ({"frames": [["a.png", 0]], "caption": "c"}, "frames must be"),
+    ],
+)  # fmt: skip
+def test_malformed_rows_are_named_by_line(tmp_path, row, said):
+    with pytest.raises(TrainingError, match=f"line 2 of .*{said}"):
+        read_rows(rows_file(tmp_path, ASKED, row))
+
+
+def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
+    from vidsieve.adapters.pruning import adapter_for
+
+    (tmp_path / "a.mp4").touch()
+    model, processor = testbed
+    path = rows_file(tmp_path, ASKED, ASKED | {"answer": "green"})
+    with pytest.raises(TrainingError, match=r"the answer .green. of a\.mp4 is none of its options"):
+        FilePrompts(adapter_for(model), processor, path)
+
+
+def test_images_that_rows_share_are_held_out_together(tmp_path):
+    rows = [{"frames": [[f"{group}{i}.png", 3], [f"{group}{i + 1}.png", 3]], "caption": "c"}
+            for group in "abcdefgh" for i in range(3)]  # fmt: skip
+    path = rows_file(tmp_path, *rows)
+    for share in (0.05, 0.25, 0.5):
+        held = held_out_videos(path, share)
+        sides = [bool(videos_of(path, row) & held) for row in rows]
+        assert all(videos_of(path, row) <= held for row, side in zip(rows, sides, strict=True) if side)
+        assert 0 < sum(sides) / len(rows) <= share + 0.13 and not all(sides)
+    with pytest.raises(TrainingError, match="hang together"):
+        held_out_videos(rows_file(tmp_path, *rows[:3]), 0.5)
+
+
+def test_a_filter_keeps_other_kinds_of_question(testbed, tmp_path):
+    counted = {"video": "a.mp4", "question": "how many ?", "answer": "3", "problem_type": "numerical"}
+    lines = [ASKED | {"question": f"what colour is the {name} ?", "answer": right} for name in ("home", "disc", "wedge")
+             for right in ("red", "blue")]  # fmt: skip
+    path = rows_file(tmp_path, *lines, counted, {"video": "a.mp4", "caption": "c"})
+    found = filter_file(path, tmp_path / "out.jsonl", [testbed])
+    assert (found.questions, found.captions, found.others) == (6, 1, 1)
+    left = read_rows(tmp_path / "out.jsonl", None)
+    assert [row["question"] for row in left if "problem_type" in row] == ["how many ?"]
+    assert len(left) == found.kept + 2
