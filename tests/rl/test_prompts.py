@@ -50,8 +50,8 @@ ROW = {"video": "scene-0000.mp4", "question": "what ?", "options": ["red", "blue
     (ROW | {"video": "gone.mp4"}, "videos .* are missing, first gone.mp4"),
     (ROW | {"answer": "green"}, "none of its options"),
     (ROW | {"options": ["red", "dark blue"]}, "is not one token"),
-    ({"video": "scene-0000.mp4", "caption": ""}, "is empty"),
-    ({"video": "scene-0000.mp4", "caption": " \n "}, "is empty"),
+    ({"video": "scene-0000.mp4", "caption": ""}, "that is not empty"),
+    ({"video": "scene-0000.mp4", "caption": " \n "}, "that is not empty"),
 ])  # fmt: skip
 def test_bad_rows_are_named(testbed, folder, row, message):
     model, processor = testbed
