@@ -14,6 +14,7 @@ from vidsieve.rl.advantages import group_advantage
 from vidsieve.rl.recipes import train_policy
 from vidsieve.rl.rewards import margin_reward
 from vidsieve.rl.rollouts import Rollouts
+from vidsieve.rl.runs import read_metrics
 from vidsieve.rl.settings import CaCoVIDConfig
 from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.questions import make_questions
@@ -93,9 +94,9 @@ def test_training_with_it(testbed, tmp_path, monkeypatch):
         name: train_policy("cacovid", model, processor, tmp_path / name, QUICK | {"iterations": 2} | more)
         for name, more in (("plain", {}), ("debiased", {"blind_margin": True}))
     }
-    assert len(calls) == 4, "two steps of two prompts"
+    assert len(calls) == 8, "two runs of two steps of two prompts"
     plain, debiased = (runs[name]["last_metrics"] for name in ("plain", "debiased"))
-    assert "blind" not in plain and debiased["blind"] in (0, 0.5, 1)
+    assert plain["blind"] == debiased["blind"] in (0, 0.5, 1)
     assert plain["reward"] != debiased["reward"] and math.isfinite(debiased["loss"])
 
 
@@ -103,3 +104,10 @@ def test_training_with_it(testbed, tmp_path, monkeypatch):
 def test_only_a_margin_can_be_debiased(reward):
     with pytest.raises(TrainingError, match=f"blind_margin changes the reward 'margin', got reward '{reward}'"):
         CaCoVIDConfig(blind_margin=True, reward=reward)
+
+
+def test_blind_answers_are_counted_until_a_warning_could_be_read(testbed, tmp_path):
+    model, processor = testbed
+    settings = QUICK | {"steps": 5, "prompts_per_step": 1, "reward": "choice"}
+    train_policy("cacovid", model, processor, tmp_path, settings)
+    assert ["blind" in line for line in read_metrics(tmp_path)] == [True, True, True, False, False]

@@ -38,7 +38,7 @@ from vidsieve.rl.sampling import log_uniform
 from vidsieve.rl.settings import CaCoVIDConfig
 from vidsieve.rl.teachers import teacher_scores
 from vidsieve.rl.trainer import StepResult, Trainer
-from vidsieve.rl.watch import keep_entropy
+from vidsieve.rl.watch import WINDOW, keep_entropy
 from vidsieve.types import Need, VideoTokens
 
 
@@ -46,7 +46,7 @@ from vidsieve.types import Need, VideoTokens
 class Prompted:
     """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio.
 
-    `blind` are the options' logits (options,) without the video, where the reward is told apart from them.
+    `blind` are the options' logits (options,) without the video, where they were asked for.
     """
 
     sample: Choice
@@ -113,9 +113,13 @@ class CaCoVIDTrainer(Trainer[Choice]):
         return super().record() | {"packing": self.packing.record()}
 
     def prepare(self, sample: Choice) -> Prompted:
-        """Return a prompt, its video encoded, and answered without it where the reward asks for that."""
-        rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
-        blind = rollouts.blind_logits(sample.option_ids) if self.config.blind_margin else None
+        """Return a prompt, its video encoded, and answered without it where the reward asks for that.
+
+        So are the prompts of the first lines of metrics, from which an early warning reads how many need no video.
+        """
+        c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
+        early = self.step < WINDOW * c.log_every and c.objective == "policy_gradient" and len(sample.option_ids) > 0
+        blind = rollouts.blind_logits(sample.option_ids) if c.blind_margin or early else None
         return Prompted(sample, rollouts, self.config.ratio, blind)
 
     def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +133,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         right = choice_reward(logits, sample.answer)
         if self.config.reward == "choice":
             return right, right
-        return margin_reward(logits, sample.answer, prompt.blind), right
+        return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
