@@ -426,3 +426,23 @@ def test_the_entropy_floor_looks_at_what_is_drawn_from(testbed, tmp_path):
 def test_settings_that_would_do_nothing_are_refused(make, settings, said):
     with pytest.raises(TrainingError, match=said):
         make(**settings)
+
+
+@pytest.mark.parametrize(("looks", "features"), [("all", 9), ("mean", 4), ("none", 0)])
+def test_what_a_policy_sees_of_the_first_look(testbed, tmp_path, prompts, looks, features):
+    """Four heads: their strongest and their mean over words, and the strongest of all; or the means; or nothing."""
+    from vidsieve import load
+    from vidsieve.types import Need
+
+    run(testbed, tmp_path, "cacovid", steps=1, looks=looks)
+    policy = load(tmp_path / "policy").policy
+    scorer = policy.scorer
+    assert scorer.trust.shape == (features,) and (scorer.first_look is None) == (looks == "none")
+    video = Rollouts(prompts.adapter, prompts.choice(0).inputs).video(frozenset({Need.QUESTION}))
+    if looks == "mean":
+        attention = scorer.first_look(video, video.prompt).clamp(-8, 8)
+        words = attention.shape[1]
+        even = torch.full((words, 1), 1 / words)
+        assert torch.allclose(scorer._look(video, video.prompt, even), attention.mean(1).T, atol=1e-5)
+    tokens, frames = policy(video)
+    assert tokens.shape == (TOKENS, 2) and frames.shape == (FRAMES, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from vidsieve.compressors._decoder import Attention, BlockShape, RMSNorm, rotary
 from vidsieve.policies import mlp
 from vidsieve.types import Prompt, VideoTokens
+
+Looks = Literal["all", "mean", "none"]
 
 
 class FirstLook(nn.Module):
@@ -45,24 +48,27 @@ class QuestionScorer(nn.Module):
        dimensions.
 
     Which words count is learned too. Token scores start in the order of the strongest first look, times `trust`.
-    Without `looks` the first one is left out, and the policy starts from nothing.
+    With `looks` "mean" the first look is the weighted mean alone, so that which words and heads count must be learned;
+    with "none" it is left out. Either way the policy starts from nothing.
     """
 
     def __init__(
         self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64, trust: float = 0.25,
-        looks: bool = True,
+        looks: Looks = "all",
     ) -> None:  # fmt: skip
         super().__init__()
         self.heads, self.head_width = heads, head_width
         size = shape.hidden_size
-        self.first_look = FirstLook(shape) if looks else None
+        self.looks = looks
+        self.first_look = FirstLook(shape) if looks != "none" else None
         self.norm_token, self.norm_word = RMSNorm(size, shape.rms_norm_eps), RMSNorm(size, shape.rms_norm_eps)
         self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
         self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
         self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
-        count = 2 * shape.num_heads + 1 if looks else 0
+        count = {"all": 2 * shape.num_heads + 1, "mean": shape.num_heads, "none": 0}[looks]
         start = torch.zeros(count)
-        start[count - 1 :] = trust
+        if looks == "all":
+            start[-1] = trust
         self.trust = nn.Parameter(start)
         self.token_head = mlp([count + 2 * heads + 3 * width, width, width // 2, 2])
         for parameter in self.token_head[-1].parameters():
@@ -90,9 +96,12 @@ class QuestionScorer(nn.Module):
         return logits, self.frame_head(pooled)
 
     def _look(self, video: VideoTokens, prompt: Prompt, weight: Tensor) -> Tensor:
-        """Return the features of the first look (N, 2H + 1), or (N, 0) without it; `weight` (words, 1) sums to 1."""
+        """Return the features of the first look (N, 2H + 1), (N, H) or (N, 0); `weight` (words, 1) sums to 1."""
         if self.first_look is None:
             return video.embeds.new_zeros(video.num_tokens, 0)
         attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
+        mean: Tensor = (attention * weight).sum(1)  # (H, N)
+        if self.looks == "mean":
+            return mean.T
         strongest = attention.amax(1)  # (H, N)
-        return torch.cat([strongest, (attention * weight).sum(1), strongest.amax(0, keepdim=True)]).T
+        return torch.cat([strongest, mean, strongest.amax(0, keepdim=True)]).T

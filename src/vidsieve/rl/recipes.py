@@ -108,7 +108,7 @@ def _cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: 
     if config.causal and question:
         raise TrainingError("causal is for bodies that attend over the prompt: choose body layer, attention or local")
     network: dict[str, Any] = (
-        {"scorer": {"trust": config.trust, "looks": config.first_look}} if question else {"causal": config.causal}
+        {"scorer": {"trust": config.trust, "looks": config.looks}} if question else {"causal": config.causal}
     )
     states = [adapter.layer_state(number) for number in range(depth)]
     return CaCoVIDPolicy.start(

@@ -17,6 +17,7 @@ GroupAdvantage = Literal["group", "leave_one_out", "no_std", "official"]
 Advantage = Literal["split", "group", "leave_one_out", "no_std"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["fp32", "bf16"]
+Looks = Literal["all", "mean", "none"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
@@ -135,6 +136,7 @@ class CaCoVIDConfig(PolicyTrainConfig):
     }  # fmt: skip
     choices: ClassVar[dict[str, Any]] = {
         "sampler": Sampler, "over": Range, "reward": Reward, "body": Body, "advantage": GroupAdvantage,
+        "looks": Looks,
     }  # fmt: skip
 
     ratio: float = 0.02
@@ -181,10 +183,11 @@ class CaCoVIDConfig(PolicyTrainConfig):
     """Attend as the release does in effect, earlier columns only: blind to a question after the video."""
     blind_filter: bool = False
     """Leave out the testbed's questions that are answered without the video; for files: `vidsieve data filter`."""
-    first_look: bool = True
-    """Give body "question" the LLM's own first look, layer 0's attention from the words asked."""
+    looks: Looks = "all"
+    """What body "question" sees of the LLM's own first look, layer 0's attention from the words asked: "all", the
+    "mean" over words alone (which of them count is then learned), or "none"."""
     trust: float = 0.25
-    """How strongly body "question" starts in the order of layer 0's attention from the question; 0 = from nothing."""
+    """How strongly body "question" starts in the order of that attention's strongest, with looks "all"; 0 = not."""
     depth: int = 1
     """Decoder layers in the policy, started as the LLM's first."""
     body_lr: float = 1e-4

@@ -1,8 +1,9 @@
 """What each ingredient of both papers' training brings on the testbed: conditions and tables.
 
-CaCoVID's tables start cold: body "question" without the LLM's first look to begin with (`trust` 0). With it a policy is
-near the oracle before any training, and no ingredient could show. Rollouts, not prompts, are what training costs, so
-conditions have equal rollouts unless their label says otherwise.
+CaCoVID's tables start cold: body "question" sees the mean of the LLM's first look over the words asked, and must learn
+which of them count. With the strongest one in sight a single step of training is nearly enough (table "start"), and no
+ingredient could show; without any first look nothing is learned in the time there is. Rollouts, not prompts, are what
+training costs, so conditions have equal rollouts unless their label says otherwise.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-COLD = {"trust": 0.0, "reward": "choice", "steps": 15, "log_every": 1}
-"""CaCoVID's base: 120 prompts, too few to be done: what helps shows in how far a run has come."""
-REPLAYED = COLD | {"steps": 3, "iterations": 5, "log_every": 1}
+COLD = {"looks": "mean", "reward": "choice", "steps": 40, "log_every": 4}
+"""CaCoVID's base: 320 prompts, too few to be done: what helps shows in how far a run has come."""
+REPLAYED = COLD | {"steps": 8, "iterations": 5, "log_every": 1}
 """As many rollouts on a fifth of the prompts."""
 TWO_STAGE = {"steps": 30, "log_every": 3}
 """SCORE's base: 240 videos."""
@@ -69,7 +70,7 @@ def _replayed(label: str, **changed: Any) -> Condition:
 
 
 def _body(label: str, body: str, **changed: Any) -> Condition:
-    return Condition(label, COLD | {"body": body, "steps": 60, "log_every": 4} | changed)
+    return Condition(label, COLD | {"body": body, "steps": 80, "log_every": 8} | changed)
 
 
 def _score(label: str, **changed: Any) -> Condition:
@@ -101,11 +102,11 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
-        "prompts", "cacovid", "What replay is worth where prompts are scarce: 24 of them.",
+        "prompts", "cacovid", "What replay is worth where prompts are scarce: 64 of them.",
         (
-            _cold("one iteration: 3 optimiser steps", steps=3, log_every=1),
-            _replayed("five iterations, each with its own rollouts only: 15 optimiser steps", replay=False),
-            _replayed("five iterations with replay: 15 optimiser steps"),
+            _cold("one iteration: 8 optimiser steps", steps=8, log_every=1),
+            _replayed("five iterations, each with its own rollouts only: 40 optimiser steps", replay=False),
+            _replayed("five iterations with replay: 40 optimiser steps"),
         ),
     ),
     Table(
@@ -130,8 +131,11 @@ TABLES: tuple[Table, ...] = (
     Table(
         "start", "cacovid", "Where the policy starts: from nothing, from the LLM's first look, from a teacher.",
         (
-            BASE, _cold("first look, trust .25", trust=0.25, probes=True),
-            _cold("warm-up: 7 of 15 steps distil the first look, no rollouts in them", warmup_steps=7),
+            BASE, _cold("the strongest first look in sight", looks="all", trust=0.0),
+            _cold("the same, one step", looks="all", trust=0.0, steps=1, log_every=1),
+            _cold("first look, trust .25 (ours)", looks="all", probes=True),
+            _cold("no first look", looks="none"),
+            _cold("warm-up: 20 of 40 steps distil the first look, no rollouts in them", warmup_steps=20),
         ),
     ),
     Table(
@@ -143,7 +147,7 @@ TABLES: tuple[Table, ...] = (
         ),
     ),
     Table(
-        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Four times the base.",
+        "bodies", "cacovid", "The paper's policy is one decoder layer over the prompt. Twice the base.",
         (
             _body("question path", "question"), _body("decoder layer", "layer"),
             _body("without SwiGLU", "attention"), _body("within frames and to the text", "local"),
@@ -194,9 +198,9 @@ TABLES: tuple[Table, ...] = (
     Table(
         "full_length", "cacovid", "The order of samplers again, six times as long.",
         (
-            _cold("OCSS", steps=90, log_every=6),
-            _cold("multinomial", steps=90, log_every=6, sampler="multinomial"),
-            _cold("random", steps=90, log_every=6, sampler="random"),
+            _cold("OCSS", steps=240, log_every=20),
+            _cold("multinomial", steps=240, log_every=20, sampler="multinomial"),
+            _cold("random", steps=240, log_every=20, sampler="random"),
         ), seeds=3,
     ),
 )  # fmt: skip
