@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -18,6 +19,14 @@ def testbed():
     from vidsieve.pipeline import load_model
 
     return load_model("testbed")
+
+
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C as in a terminal; jobs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def pytest_report_header():

@@ -145,7 +145,7 @@ def test_what_waits_is_not_begun_once_it_is_closed():
     data.close()
 
 
-def test_ctrl_c_while_waiting_ends_the_threads():
+def test_ctrl_c_while_waiting_ends_the_threads(ctrl_c):
     def load(number):
         if number == 1:
             threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
@@ -167,7 +167,7 @@ def test_what_cannot_be_is_refused(wrong):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["cacovid", "score"])
-def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, method, monkeypatch):
+def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, method, monkeypatch, ctrl_c):
     """Trained weights are equal to the bit with and without threads, and over a resumption with other threads."""
     write_scenes(tmp_path, world="A", seed=2, scenes=3)
     model, processor = testbed

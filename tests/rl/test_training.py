@@ -104,14 +104,6 @@ def test_a_run_that_breaks_off_ends_like_a_straight_one(testbed, tmp_path, monke
     assert first == second
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C as in a terminal; jobs in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_ends_after_the_step_with_a_checkpoint(testbed, tmp_path, monkeypatch, ctrl_c):
     train(testbed, tmp_path / "straight", save_every=100)
     original = Trainer._optimise
