@@ -181,3 +181,12 @@ def test_released_frame_mode_greedy_and_budget():
     assert (drawn.sum(1) == 2).all() and (masks.sum(1) == 8).all()
     assert set(drawn[0].nonzero().flatten().tolist()) == set(frames.topk(2).indices.tolist())
     assert not bool((masks & ~drawn.repeat_interleave(9, 1)).any())
+
+
+def test_of_one_token_a_frame_ocss_is_the_multinomial():
+    """A sub-space by its mass, a token by its share inside: the product is the token's own probability."""
+    scores = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0, -2.0]])
+    draws = 40_000
+    drawn = sampling.ocss(scores, 1, draws, 2.0, torch.Generator().manual_seed(0))[:, 0].float().mean(0)
+    wanted = scores.softmax(1)[0]
+    assert torch.allclose(drawn, wanted, atol=4 * float((wanted * (1 - wanted) / draws).sqrt().max()))
