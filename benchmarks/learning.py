@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import json
 import multiprocessing
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
@@ -26,7 +28,8 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.methods import named_method, named_methods, rows_for
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.testbed import Row, compressor_row, evaluate
+from vidsieve.eval.testbed import FULL, Row, compressor_row, evaluate
+from vidsieve.loading import shipped_policy
 from vidsieve.pipeline import load_model
 from vidsieve.policies import Policy
 from vidsieve.selection import kept_tokens
@@ -48,17 +51,17 @@ class Remembering(torch.nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy, self.config = policy, policy.config
-        self.known: dict[int, tuple[VideoTokens, Any]] = {}
+        self.known: dict[int, tuple[Tensor, Any]] = {}
 
     def forward(self, video: VideoTokens) -> Any:
         """Return what the policy makes of a video."""
-        if id(video) not in self.known:
-            if (
-                len(self.known) > 100
-            ):  # of scenes gone by; a video is kept with its scores, so that its id stays its own
+        # Every question of a scene has its own features, however often they are read.
+        key = id(video.embeds)
+        if key not in self.known:
+            if len(self.known) > 100:  # of scenes gone by; features are kept with their scores: the id stays their own
                 self.known.clear()
-            self.known[id(video)] = video, self.policy(video)
-        return self.known[id(video)][1]
+            self.known[key] = video.embeds, self.policy(video)
+        return self.known[key][1]
 
 
 def remembering(method: Compressor) -> Compressor:
@@ -67,45 +70,77 @@ def remembering(method: Compressor) -> Compressor:
     return method if policy is None else dataclasses.replace(method, policy=Remembering(policy))  # type: ignore[call-arg]
 
 
-def fingerprint() -> str:
-    """Return a hash of the shipped weights and of the code that selects and measures: what made a part."""
-    digest = hashlib.sha256()
+COMMON = ("eval", "testbed", "adapters", "selection.py", "types.py", "compressors/base.py")
+"""Code under the package that every mark depends on."""
+AT_ONCE = 16
+"""Rows that are measured before they are put away: what a stop can lose."""
+
+
+def fingerprint(row: Row, method: Compressor | None) -> str:
+    """Return a hash of all that made a row's marks: the measuring code, the model, the method's code and policy."""
     package = Path(vidsieve.__file__).parent
-    code = [path for folder in ("compressors", "eval", "testbed") for path in (package / folder).rglob("*.py")]
-    for path in sorted([*code, *package.rglob("*.safetensors")]):
+    found = [path for name in COMMON for path in _files(package / name)]
+    found = [path for path in found if path.name not in ("ablations.py", "ablating.py")]
+    found.append(package / "testbed/assets/model/model.safetensors")
+    if method is not None:
+        found += [Path(inspect.getfile(k)) for k in type(method).__mro__ if k.__module__.startswith("vidsieve")]
+        if method.trained:
+            found += [package / "compressors" / name for name in ("_decoder.py", "_question.py")]
+            found += shipped_policy(f"{method.name}:{method.variant}").iterdir()
+    digest = hashlib.sha256(repr((row.method, row.variant, row.retention)).encode())
+    for path in sorted(set(found)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def _files(path: Path) -> list[Path]:
+    return sorted(path.rglob("*.py")) if path.is_dir() else [path]
+
+
+def wanted_rows(model: Any, processor: Any) -> tuple[dict[str, tuple[Row, str]], dict[str, str]]:
+    """Return (row, fingerprint) by key, and what methods say of retentions that they cannot keep."""
+    methods = named_methods(["all"])
+    found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
+    floors: dict[str, str] = {}
+    for retention in RETENTIONS:
+        for name, method in methods.items():
+            rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
+            found += [(row, method) for row in rows]
+        for name, fields in INSIDE.items():
+            method = named_method(name, **fields).with_retention(retention)
+            row = compressor_row(method)
+            try:
+                evaluate(model, processor, [row], world=WORLDS[0], seed=SEEDS[0], questions=2)
+            except BudgetError as error:
+                floors[f"{name}/{retention:g}"] = str(error)
+            else:
+                found.append((row, method))
+        found.append((Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None))
+        found.append((first_look_row(model, retention), None))
+    return {
+        f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found
+    }, floors
+
+
 def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
-    """Return the marks of every row for one world and seed, from an earlier run that was stopped if there is one."""
+    """Return the marks of every row for one world and seed; what an earlier run measured with the same code stays."""
     world, seed, questions, folder = task
-    path = folder / f"{world}-{seed}-{questions}-{fingerprint()}.json"
-    if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
+    path = folder / f"{world}-{seed}-{questions}.json"
+    part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}}
     torch.set_num_threads(1)
     quiet()
     model, processor = load_model("testbed")
-    methods = {name: remembering(method) for name, method in named_methods(["all"]).items()}
-    rows, floors = [], {}
-    for retention in RETENTIONS:
-        rows += rows_for(methods, [retention], probes=retention in PROBED)
-        for name, fields in INSIDE.items():
-            try:
-                row = compressor_row(named_method(name, **fields).with_retention(retention))
-                evaluate(model, processor, [row], world=world, seed=seed, questions=2)
-                rows.append(row)
-            except BudgetError as error:
-                floors[f"{name}/{retention:g}"] = str(error)
-        rows.append(Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))))
-        rows.append(first_look_row(model, retention))
-    result = evaluate(model, processor, rows, world=world, seed=seed, questions=questions)
-    kept = {"marks": result["right"], "clusters": result["clusters"], "floors": floors}
-    write_result(path, kept)
-    at = {r["method"] + ":" + r["variant"]: round(r["accuracy"], 3) for r in result["rows"] if r["retention"] == 0.1}
-    print(world, seed, at, flush=True)
-    return kept
+    rows, floors = wanted_rows(model, processor)
+    missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
+    for start in range(0, len(missing), AT_ONCE):
+        keys = missing[start : start + AT_ONCE]
+        result = evaluate(model, processor, [rows[key][0] for key in keys], world=world, seed=seed, questions=questions)
+        part["marks"] |= {key: result["right"][key] for key in keys}
+        part["made_by"] |= {key: rows[key][1] for key in keys}
+        part["clusters"] = result["clusters"]
+        write_result(path, part)
+        print(f"{world} {seed}: {min(start + AT_ONCE, len(missing))} of {len(missing)} rows measured", flush=True)
+    return {"marks": {key: part["marks"][key] for key in rows}, "clusters": part["clusters"], "floors": floors}
 
 
 def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--questions", default="2000,2000,2000", help="of each seed")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
-    parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="finished parts, to go on from")
+    parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing result")
     options = parser.parse_args()

@@ -30,8 +30,8 @@ def folder(tmp_path):
 
 
 def test_variant_and_policy_go_together(tmp_path):
-    assert load("cacovid", "testbed", variant="paper").policy.config.variant == "paper"
-    assert load("cacovid", "testbed", variant="official").policy.config.variant == "paper"
+    for variant in ("ours", "paper", "official"):
+        assert load("cacovid", "testbed", variant=variant).policy.config.variant == variant
     assert load("score", "testbed").policy.config.variant == "ours"
     for trained, asked in (("ours", "paper"), ("paper", "ours"), ("ours", "official")):
         CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "none", variant=trained).save_pretrained(tmp_path)

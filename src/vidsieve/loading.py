@@ -55,7 +55,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
             f"{name} needs a trained policy: load({name!r}, FOLDER), or load({name!r}, 'testbed') for the testbed"
         )
     if policy == "testbed":
-        policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}".replace("official", "paper"))
+        policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}")
     loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
     return loaded
 
