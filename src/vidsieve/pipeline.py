@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from vidsieve.adapters.batch import on_device
 from vidsieve.adapters.inside import InnerRun, acts_inside, begin
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
@@ -193,8 +194,7 @@ def answer(
         adapter.check(compressor)
     device = model.device
     with clock.part("preprocess", device):
-        inputs = chat(processor, video, question)
-        inputs = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        inputs = on_device(chat(processor, video, question), device)
     with clock.part("encode", device):
         encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
     generator = torch.Generator().manual_seed(seed)

@@ -129,3 +129,22 @@ def test_an_upper_bound_is_one(testbed):
 def test_no_two_conditions_of_a_table_are_the_same_run():
     for table in TABLES:
         assert len(runs_of([table], 1, 24)) == len(table.conditions), table.name
+
+
+def test_curves_are_drawn_where_conditions_log_them(tmp_path):
+    from PIL import Image
+
+    from vidsieve.report.curves import curves_picture
+
+    curve = [{"step": step, "right": 0.3 + step / 50, "dead_groups": 0.1, "ratio": 0.03} for step in range(1, 11)]
+    bare = [{"step": 1, "right": 0.4}, {"step": 2, "right": 0.5}]
+    rows = [{"label": "OCSS", "curve": curve}, {"label": "without rewards", "curve": bare}, {"label": "no curve"}]
+    tables = [{"name": "sampling", "rows": rows}, {"name": "bodies", "rows": [{"label": "no curve"}]}]
+    for name in ("curves.png", "curves.svg"):
+        curves_picture(tmp_path / name, tables)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > 1000
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 50
+    text = (tmp_path / "curves.svg").read_text()
+    assert "OCSS" in text and "without rewards" in text and "bodies" not in text and "no curve" not in text

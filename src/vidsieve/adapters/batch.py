@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -168,6 +168,11 @@ class Encoded:
     def everything(self) -> list[Selection]:
         """Return for each video the selection that keeps all of its tokens."""
         return [Selection(torch.arange(v.features.grid.num_tokens, device=v.columns.device)) for v in self.videos]
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a processor's outputs with their tensors on `device`; ready features are where their model made them."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def ablate(
     check_output(json)
     check_output(write)
     check_output(figure)
-    check_output(folder / "x")
+    searched = folder / f"search-{search}.json"
+    check_output(searched)
     from vidsieve.eval.testbed import versions
     from vidsieve.report.curves import curves_picture
     from vidsieve.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
@@ -137,7 +138,7 @@ def ablate(
     text = markdown(made)
     about: dict[str, Any] = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
     if search:
-        bound = _searched(folder / f"search-{search}.json", EVAL_SEED, search)
+        bound = _searched(searched, EVAL_SEED, search)
         about["search"] = bound
         text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
     out.print(text, markup=False, highlight=False)

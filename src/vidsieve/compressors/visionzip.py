@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError
+from vidsieve.errors import BudgetError, NeedError
 from vidsieve.selection import even_counts, top_indices
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
 
@@ -50,7 +50,10 @@ class VisionZip(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         encoder, size = video.encoder, video.grid.per_frame
-        assert encoder is not None and encoder.attention is not None and encoder.keys is not None
+        if encoder is None or encoder.attention is None or encoder.keys is None:
+            raise NeedError(
+                "visionzip reads the vision encoder's attention and keys: hand over VideoTokens that have them"
+            )
         counts = even_counts(budget, video.grid.frames).tolist()
         embeds, indices, rows = video.embeds, [], []
         for frame, count in enumerate(counts):

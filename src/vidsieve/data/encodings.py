@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.adapters.batch import VideoFeatures, on_device
 from vidsieve.data.video import Video
 from vidsieve.data.wording import Wording, is_pixels, worded
 from vidsieve.errors import OutputError, TrainingError, VideoError
@@ -191,9 +191,7 @@ class EncodingCache:
 
     @torch.no_grad()
     def _encode(self, inputs: Mapping[str, Any]) -> VideoFeatures:
-        device = self.adapter.model.device
-        there = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        (video,) = self.adapter.video_features(there)
+        (video,) = self.adapter.video_features(on_device(inputs, self.adapter.model.device))
         return video
 
     def _ready(self, video: VideoFeatures) -> dict[str, Any]:
@@ -237,10 +235,7 @@ class EncodingCache:
 
     def _save(self, path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
         with writing(path) as temporary:
-            try:
-                save_file(tensors, temporary, metadata=header)
-            except SafetensorError as error:  # how it reports a full disk
-                raise OutputError(f"cannot write {path}: {error}") from None
+            save_file(tensors, temporary, metadata=header)
 
     def _load(self, path: Path) -> tuple[VideoFeatures, Wording] | None:
         """Return a stored video, its tensors mapped from the file; None where it must be made again."""

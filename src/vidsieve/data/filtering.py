@@ -14,12 +14,11 @@ from typing import Any, Literal
 
 import torch
 
-from vidsieve.data.rows import ask, read_rows
+from vidsieve.data.rows import ask, kind_of, read_rows
 from vidsieve.errors import TrainingError
 from vidsieve.files import relative, writing
 
 Rule = Literal["any", "all"]
-_CHOICE = "multiple choice"
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def filter_file(
         If the file has no question, or none of them needs its video.
     """
     rows = read_rows(path, None)
-    asked = [row for row in rows if "question" in row and row.get("problem_type", _CHOICE) == _CHOICE]
+    asked = [row for row in rows if "question" in row and kind_of(row) == "multiple choice"]
     if not asked:
         raise TrainingError(f"{path} has no multiple-choice questions to filter")
     right, total = [], len(asked) * len(models)

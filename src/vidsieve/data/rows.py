@@ -53,6 +53,12 @@ def _letter(answer: str) -> str:
     return found.group(1) if found else ""
 
 
+def kind_of(row: Mapping[str, Any]) -> Kind:
+    """Return the kind of a row's question: multiple choice unless it says otherwise."""
+    kind: Kind = row.get("problem_type", "multiple choice")
+    return kind
+
+
 def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     """Return the question of a row.
 
@@ -61,7 +67,7 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     TrainingError
         If its answer is none of its options, or an option without a letter is not one token.
     """
-    kind: Kind = row.get("problem_type", "multiple choice")
+    kind = kind_of(row)
     if kind != "multiple choice":
         return Asked(
             f"{row['question']}\n{ASKED[kind]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), kind
@@ -152,8 +158,7 @@ def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[s
         wrong = wrong_in(row)
         if wrong:
             raise TrainingError(f"line {number} of {path}: {wrong}")
-        kind = row.get("problem_type", "multiple choice")
-        if "question" not in row or kinds is None or kind == kinds:
+        if "question" not in row or kinds is None or kind_of(row) == kinds:
             rows.append(row)
     return rows
 
@@ -170,7 +175,7 @@ def wrong_in(row: Any) -> str:
         return f"caption must be a text that is not empty, got {row['caption']!r}"
     if "question" not in row:
         return "" if "caption" in row else "a row needs video, and caption or question, options and answer"
-    kind = row.get("problem_type", "multiple choice")
+    kind = kind_of(row)
     if kind not in KINDS:
         return f"problem_type is {kind!r}, must be one of {', '.join(KINDS)}"
     if "answer" not in row or (kind == "multiple choice" and "options" not in row):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,6 @@ class SceneBatch:
     encoded: Encoded
     options: Tensor
     answers: Tensor
-    read: dict[tuple[int, frozenset[Need]], VideoTokens] = field(default_factory=dict, compare=False)
-    """Videos as methods have read them so far, by question and needs."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +78,7 @@ def compressor_row(
 
 
 def _video(adapter: Adapter, scene: SceneBatch, number: int, compressor: Compressor) -> VideoTokens:
-    key = number, compressor.needs
-    if key not in scene.read:
-        scene.read[key] = adapter.video_tokens(scene.encoded, number, compressor.needs)
-    return scene.read[key]
+    return adapter.video_tokens(scene.encoded, number, compressor.needs)
 
 
 FULL = Row("full", "-", 1.0, None, per_question=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.files import writing
+from vidsieve.report.pictures import new_figure
 
 SHOWN = (("right", "rollouts answered rightly"), ("dead_groups", "groups with equal rewards"), ("ratio", "rate kept"))
 """Figures that are drawn, each where a condition logs it, and what they say."""
@@ -25,18 +26,15 @@ def curves_picture(path: str | Path, tables: Sequence[dict[str, Any]]) -> None:
     OutputError
         If the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
     tables = [table for table in tables if any("curve" in row for row in table["rows"])]
-    figure = Figure(figsize=(4.6 * len(SHOWN), 3.6 * max(1, len(tables))), layout="constrained")
+    figure = new_figure(figsize=(4.6 * len(SHOWN), 3.6 * max(1, len(tables))), layout="constrained")
     panels = figure.subplots(max(1, len(tables)), len(SHOWN), squeeze=False)
     for line, table in zip(panels, tables, strict=False):
         rows = [row for row in table["rows"] if "curve" in row]
         for panel, (name, text) in zip(line, SHOWN, strict=True):
             for row in rows:
+                if name not in row["curve"][0]:
+                    continue
                 points = [(point["step"] / row["curve"][-1]["step"], point[name]) for point in row["curve"]]
                 panel.plot(*zip(*points, strict=True), label=row["label"], linewidth=1.4)
             panel.set_title(f"{table['name']}: {text}", fontsize=9, loc="left")

@@ -16,6 +16,16 @@ from vidsieve.types import TokenGrid
 _DIM = 0.22
 
 
+def new_figure(**options: Any) -> Any:
+    """Return a matplotlib figure that needs no display; matplotlib is loaded here, where a picture is wanted."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
 def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) -> NDArray[np.uint8]:
     """Return frames (T', H, W, 3) uint8 on which dropped tokens are dark.
 
@@ -53,14 +63,9 @@ def kept_picture(
     OutputError
         If the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
     shown = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
     aspect = frames.shape[1] / frames.shape[2]
-    figure = Figure(figsize=(1.35 * len(shown) + 1.2, 1.35 * aspect * (len(kept) + 1) + 0.9), layout="constrained")
+    figure = new_figure(figsize=(1.35 * len(shown) + 1.2, 1.35 * aspect * (len(kept) + 1) + 0.9), layout="constrained")
     axes: Any = figure.subplots(len(kept) + 1, len(shown), squeeze=False)
     lines = {"all tokens": range(grid.num_tokens), **kept}
     for line, (name, indices) in zip(axes, lines.items(), strict=True):
@@ -91,18 +96,13 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], st
     OutputError
         If the file cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
     width, margin, gap, line = 13.0, 0.25, 0.04, 0.17  # inches
     cell = min(1.6, (width - 2 * margin) / max(len(frames) for frames, _ in videos))
     texts = [textwrap.wrap(caption, 190, max_lines=4, placeholder=" …") for _, caption in videos]
     tall = [cell * min(1.5, frames.shape[1] / frames.shape[2]) for frames, _ in videos]
     heights = [high + 0.1 + line * len(text) + 0.3 for high, text in zip(tall, texts, strict=True)]
     total = sum(heights) + margin
-    figure = Figure(figsize=(width, total))
+    figure = new_figure(figsize=(width, total))
     top = total - margin
     for (frames, _), text, high, height in zip(videos, texts, tall, heights, strict=True):
         for place, frame in enumerate(frames):

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
+
+from torch import Tensor
 
 from vidsieve.data.video_r1 import Kind
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = re.compile(r"\w+")
+
+
+def decoded(tokenizer: Any, ids: Tensor) -> list[str]:
+    """Return generated ids (G, E) as texts."""
+    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return texts
 
 
 def judge(kind: Kind, said: str, truth: str) -> float:

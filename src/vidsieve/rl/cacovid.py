@@ -26,7 +26,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.rl import official, sampling
 from vidsieve.rl.advantages import BY_NAME, finite_mean, over_finite
-from vidsieve.rl.answers import judge
+from vidsieve.rl.answers import decoded, judge
 from vidsieve.rl.controls import choice_loss, gated
 from vidsieve.rl.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall
 from vidsieve.rl.packing import Packing
@@ -90,11 +90,6 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return a cosine from 1 to 0."""
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
-    def decode(self, ids: Tensor) -> list[str]:
-        """Return generated ids (G, E) as text."""
-        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
-
     @property
     def iterations(self) -> int:
         """Iterations over a sample."""
@@ -126,7 +121,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
         sample = prompt.sample
         if self.config.reward == "generate":
-            said = self.decode(prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
+            said = decoded(self.tokenizer, prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
             right = torch.tensor([judge(sample.kind, text, sample.truth) for text in said], device=keep_masks.device)
             return right, right
         logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)

@@ -21,8 +21,12 @@ from vidsieve.rl.processes import Processes
 from vidsieve.rl.rewards import choice_reward
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.rl.samples import Caption, Choice
+from vidsieve.rl.watch import rank_correlation
 from vidsieve.selection import indices_to_mask
 from vidsieve.types import Selection
+
+PROBES = 4
+"""Held-out videos on which the order of tokens is compared from checkpoint to checkpoint."""
 
 
 def compressor_of(policy: Policy, retention: float) -> Compressor:
@@ -119,6 +123,26 @@ class HeldOut:
         if scores is None:  # a budget of all tokens: nothing was scored
             return torch.zeros(video.num_tokens)
         return scores
+
+
+class Maps:
+    """How a policy orders the tokens of a few held-out videos, from one look to the next.
+
+    Every process of a run has its own: a model shared out over them could not encode in one of them alone.
+    """
+
+    def __init__(self, held_out: HeldOut, policy: Policy) -> None:
+        self.held_out, self.policy = held_out, policy
+        self._scores = self._look()
+
+    def _look(self) -> list[Tensor]:
+        return [self.held_out.scores(self.policy, number) for number in range(min(PROBES, self.held_out.count))]
+
+    def stability(self) -> float:
+        """Return how much of the order of tokens is left since the last look, as a mean rank correlation."""
+        before, self._scores = self._scores, self._look()
+        pairs = [rank_correlation(a, b) for a, b in zip(before, self._scores, strict=True)]
+        return sum(pairs) / len(pairs)
 
 
 def tokens_of(rollouts: Rollouts) -> int:

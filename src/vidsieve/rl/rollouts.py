@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.batch import Encoded, on_device
 from vidsieve.errors import UnsupportedCallError
 from vidsieve.rl.packing import Packing
 from vidsieve.rl.rewards import caption_ce, label_span
@@ -35,10 +35,8 @@ class Rollouts:
 
     def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], packing: Packing | None = None) -> None:
         self.adapter, self.packing = adapter, packing or Packing(adapter.model)
-        device = adapter.model.device
-        there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         with torch.no_grad():
-            self.encoded: Encoded = adapter.encode(there)
+            self.encoded: Encoded = adapter.encode(on_device(inputs, adapter.model.device))
         if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
             raise UnsupportedCallError("rollouts need one prompt with one video at a time")
 

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.prefetch import Prefetch
 from vidsieve.errors import TrainingError
+from vidsieve.rl.answers import decoded
 from vidsieve.rl.heldout import HeldOut
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig, TrainConfig
 
@@ -170,11 +172,5 @@ def held_out(found: Source, adapter: Adapter, processor: Any, config: TrainConfi
         return None
     if not isinstance(config, CaCoVIDConfig):
         return HeldOut(adapter, found.held_out.caption, found.count, config.eval_retention)
-
-    def decode(ids: Any) -> list[str]:
-        texts: list[str] = processor.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return texts
-
-    return HeldOut(
-        adapter, found.held_out.choice, found.count, config.eval_retention, decode, config.answer_tokens
-    )  # fmt: skip
+    decode = partial(decoded, processor.tokenizer)
+    return HeldOut(adapter, found.held_out.choice, found.count, config.eval_retention, decode, config.answer_tokens)

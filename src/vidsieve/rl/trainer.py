@@ -17,7 +17,7 @@ from vidsieve._version import __version__
 from vidsieve.errors import TrainingError, VidsieveError
 from vidsieve.policies import Policy
 from vidsieve.rl import watch
-from vidsieve.rl.heldout import Best, HeldOut
+from vidsieve.rl.heldout import Best, HeldOut, Maps
 from vidsieve.rl.processes import Processes
 from vidsieve.rl.runs import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.rl.settings import TrainConfig
@@ -26,8 +26,6 @@ from vidsieve.types import VideoTokens
 
 Sample = TypeVar("Sample")
 Report = Callable[[int, int, dict[str, float]], None]
-PROBES = 4
-"""Held-out videos on which the order of tokens is compared from checkpoint to checkpoint."""
 
 
 @dataclass
@@ -91,7 +89,6 @@ class Trainer(ABC, Generic[Sample]):
         self.changes: list[dict[str, Any]] = []
         self.warnings: dict[str, dict[str, Any]] = {}
         self._lines: list[dict[str, float]] = []
-        self._maps: list[Tensor] = []
         self._window: list[dict[str, float]] = []
 
     @abstractmethod
@@ -166,7 +163,7 @@ class Trainer(ABC, Generic[Sample]):
 
     def _fit(self, stopper: Stopper) -> Policy:
         self.policy.train()
-        self._maps = self._score_maps()
+        maps = Maps(self.held_out, self.policy) if self.held_out is not None else None
         started = time.perf_counter() - 60 * self.minutes
         last_log, since = time.perf_counter(), 0
         while self.step < self.config.steps:
@@ -182,8 +179,8 @@ class Trainer(ABC, Generic[Sample]):
             if self.processes.main:
                 self.tick(self.step, self.config.steps, self._window[-1])
             save = self.step % self.config.save_every == 0 or done or stop
-            if save:
-                self._window[-1] |= self._stability()
+            if save and maps is not None:
+                self._window[-1]["map_stability"] = maps.stability()
             evaluate = self.held_out is not None and (done or self._every(self.config.eval_every))
             if self._every(self.config.log_every) or done or evaluate:
                 pace = since * self.config.prompts_per_step / (time.perf_counter() - last_log)
@@ -305,21 +302,6 @@ class Trainer(ABC, Generic[Sample]):
                 if name not in self.warnings:
                     self.warnings[name] = {"step": self.step, "text": text}
                     self.warn(f"{name}: {text}")
-
-    def _score_maps(self) -> list[Tensor]:
-        """Return the scores of a few held-out videos' tokens under the policy as it is, in every process.
-
-        A model shared out over the processes could not encode in one of them alone.
-        """
-        if self.held_out is None:
-            return []
-        return [self.held_out.scores(self.policy, number) for number in range(min(PROBES, self.held_out.count))]
-
-    def _stability(self) -> dict[str, float]:
-        """Return how much of the order of tokens is left since the last checkpoint, as a mean rank correlation."""
-        before, self._maps = self._maps, self._score_maps()
-        pairs = [watch.rank_correlation(a, b) for a, b in zip(before, self._maps, strict=True)]
-        return {"map_stability": sum(pairs) / len(pairs)} if pairs else {}
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,14 @@ class Run:
         settings = SETTINGS[self.method, c.variant] | c.settings
         config = asdict((CaCoVIDConfig if self.method == "cacovid" else ScoreConfig)(**settings))
         parts = [self.method, c.variant, config, c.probes, self.seed, self.questions, EVAL_SEED, RETENTIONS]
-        parts += [WORLD_VERSION, hashlib.sha256((shipped_model() / "model.safetensors").read_bytes()).hexdigest()]
+        parts += [WORLD_VERSION, _model_digest()]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.method}-{digest}-{self.seed}"
+
+
+@cache
+def _model_digest() -> str:
+    return hashlib.sha256((shipped_model() / "model.safetensors").read_bytes()).hexdigest()
 
 
 def runs_of(tables: Sequence[Table], seeds: int, questions: int) -> list[Run]:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import VideoFeatures
+from vidsieve.adapters.batch import VideoFeatures, on_device
 from vidsieve.data.filtering import blind_answers
 from vidsieve.rl.samples import Caption, Choice
-from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
+from vidsieve.testbed.model import WORD_ID, chat_inputs
 from vidsieve.testbed.pseudo import make_pseudo
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.vocabulary import COLOURS, PLACES
@@ -60,9 +60,8 @@ class ScenePrompts:
 
     @torch.no_grad()
     def _features(self, frames: NDArray[np.uint8]) -> VideoFeatures:
-        inputs, device = chat_inputs(self.processor, frames, [CAPTION_PROMPT]), self.adapter.model.device
-        there = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
-        (features,) = self.adapter.video_features(there)
+        inputs = chat_inputs(self.processor, frames, [CAPTION_PROMPT])
+        (features,) = self.adapter.video_features(on_device(inputs, self.adapter.model.device))
         return features
 
     def _seeing(self, questions: list[Question]) -> list[Question]:
@@ -119,5 +118,5 @@ class ScenePrompts:
         ids: Tensor = self.processor.tokenizer(text, return_tensors="pt")["input_ids"]
         return {
             "input_ids": ids, "attention_mask": torch.ones_like(ids),
-            "mm_encoder_outputs": {"video": repeated_features(features, 1)},
+            "mm_encoder_outputs": self.adapter.ready_features(features),
         }  # fmt: skip

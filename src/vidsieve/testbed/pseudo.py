@@ -33,7 +33,8 @@ def make_pseudo(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uin
     with those; nothing moves, and all else stays in its cell for as long as its image is held.
     """
     rng = scene_rng(world, seed, index, salt=3)
-    cast, frames = make_cast(world, seed, index), render(make_cast(world, seed, index), seed, index)
+    cast = make_cast(world, seed, index)
+    frames = render(cast, seed, index)
     lengths = held_for(rng)
     moments = np.sort(rng.choice(FRAMES, len(lengths), replace=False))
     shown = np.repeat(moments, lengths)

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.errors import SelectionError
 from vidsieve.eval.methods import named_method
 from vidsieve.eval.stats import clustered_mean
 from vidsieve.eval.testbed import Row, SceneBatch, compressor_row, scenes
 from vidsieve.rl.rewards import margin_reward
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.selection import indices_to_mask
-from vidsieve.testbed.model import repeated_features
 from vidsieve.testbed.study import first_look_row, question_oracle
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Tokens
@@ -91,7 +91,8 @@ def upper_bound(
             for (name, count), row in rows.items():
                 if row.select is not None:
                     selection = row.select(adapter, scene, number, generator)
-                    assert selection.num_kept == count, (name, count)
+                    if selection.num_kept != count:
+                        raise SelectionError(f"{name} kept {selection.num_kept} tokens where {count} are compared")
                     found[name].add(count, ask(indices_to_mask(selection.indices, TOKENS)[None])[0], answer)
             clusters.append(scene_number)
             if progress is not None:
@@ -116,8 +117,8 @@ def upper_bound(
 def _asked(adapter: Adapter, scene: SceneBatch, number: int) -> Callable[[Tensor], Tensor]:
     """Return a function from keep-masks (G, N) to the option logits (G, 4) of one question of a scene."""
     row = scene.encoded.input_ids[number][scene.encoded.attention_mask[number]][None]
-    features = repeated_features(scene.encoded.videos[number].features, 1)
-    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "mm_encoder_outputs": {"video": features}}
+    features = adapter.ready_features(scene.encoded.videos[number].features)
+    inputs = {"input_ids": row, "attention_mask": torch.ones_like(row), "mm_encoder_outputs": features}
     rollouts = Rollouts(adapter, inputs)
     return lambda masks: rollouts.option_logits(masks, scene.options[number])
 
