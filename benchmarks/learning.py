@@ -25,10 +25,9 @@ from vidsieve import registry
 from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError
-from vidsieve.eval.methods import named_method, named_methods, rows_for
+from vidsieve.eval.methods import named_methods, rows_for
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.testbed import FULL, Row, compressor_row, evaluate
+from vidsieve.eval.testbed import FULL, Row, evaluate
 from vidsieve.loading import shipped_policy
 from vidsieve.pipeline import load_model
 from vidsieve.policies import Policy
@@ -40,8 +39,6 @@ from vidsieve.types import VideoTokens
 WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
 PROBED = (0.1, 0.05)
 """Where question-aware policies are also given another question, and spend their budget in other ways."""
-INSIDE: dict[str, dict[str, Any]] = {"fastv": {}, "dycoke": {"inner": False}}
-"""Training-free methods that cannot keep as little as one likes: rows end at their floor."""
 TRAINED = ("cacovid", "score")
 
 
@@ -97,50 +94,46 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(model: Any, processor: Any) -> tuple[dict[str, tuple[Row, str]], dict[str, str]]:
-    """Return (row, fingerprint) by key, and what methods say of retentions that they cannot keep."""
+def wanted_rows(model: Any) -> dict[str, tuple[Row, str]]:
+    """Return (row, fingerprint) by key."""
     methods = named_methods(["all"])
     found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
-    floors: dict[str, str] = {}
     for retention in RETENTIONS:
         for name, method in methods.items():
             rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
             found += [(row, method) for row in rows]
-        for name, fields in INSIDE.items():
-            method = named_method(name, **fields).with_retention(retention)
-            row = compressor_row(method)
-            try:
-                evaluate(model, processor, [row], world=WORLDS[0], seed=SEEDS[0], questions=2)
-            except BudgetError as error:
-                floors[f"{name}/{retention:g}"] = str(error)
-            else:
-                found.append((row, method))
         found.append((Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None))
         found.append((first_look_row(model, retention), None))
-    return {
-        f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found
-    }, floors
+    return {f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found}
 
 
 def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
     """Return the marks of every row for one world and seed; what an earlier run measured with the same code stays."""
     world, seed, questions, folder = task
     path = folder / f"{world}-{seed}-{questions}.json"
-    part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}}
+    part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}, "floors": {}}
     torch.set_num_threads(1)
     quiet()
     model, processor = load_model("testbed")
-    rows, floors = wanted_rows(model, processor)
+    rows = wanted_rows(model)
     missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
     for start in range(0, len(missing), AT_ONCE):
         keys = missing[start : start + AT_ONCE]
         result = evaluate(model, processor, [rows[key][0] for key in keys], world=world, seed=seed, questions=questions)
-        part["marks"] |= {key: result["right"][key] for key in keys}
+        for key in keys:
+            part["marks"].pop(key, None)
+            part["floors"].pop(key, None)
+        part["marks"] |= result["right"]
+        part["floors"] |= {f"{r['method']}/{r['variant']}/{r['retention']:g}": r["reason"] for r in result["refused"]}
         part["made_by"] |= {key: rows[key][1] for key in keys}
         part["clusters"] = result["clusters"]
         write_result(path, part)
         print(f"{world} {seed}: {min(start + AT_ONCE, len(missing))} of {len(missing)} rows measured", flush=True)
-    return {"marks": {key: part["marks"][key] for key in rows}, "clusters": part["clusters"], "floors": floors}
+    return {
+        "marks": {key: part["marks"][key] for key in rows if key in part["marks"]},
+        "clusters": part["clusters"],
+        "floors": part["floors"],
+    }
 
 
 def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:

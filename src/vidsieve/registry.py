@@ -98,6 +98,8 @@ compressors = Registry(
         "visionzip": "vidsieve.compressors.visionzip:VisionZip",
         "fastv": "vidsieve.compressors.fastv:FastV",
         "dycoke": "vidsieve.compressors.dycoke:DyCoke",
+        "evs": "vidsieve.compressors.evs:EVS",
+        "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
     },
 )
 

@@ -108,6 +108,15 @@ def test_eval_testbed_writes_the_agreed_json(tmp_path):
     assert first == second, "the same command twice gives the same numbers"
 
 
+def test_a_retention_out_of_reach_is_a_dash_with_its_reason(tmp_path):
+    out, _ = run("eval", "testbed", "--methods", "evs,fastv", "--retention", "0.4,0.05", "--questions", 24, "--json",
+                 tmp_path / "e.json", "--threads", 1)  # fmt: skip
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert [(row["method"], row["retention"]) for row in result["refused"]] == [("evs", 0.05), ("fastv", 0.05)]
+    assert [row["method"] for row in result["rows"]] == ["full", "random", "evs", "fastv", "random"]
+    assert re.search(r"evs +│ +0.05 │ +– │ +– │", out) and "the first frame stays whole, 36 of 576 tokens" in out
+
+
 def test_policies_of_one_method_are_rows_of_their_own(tmp_path):
     from vidsieve.loading import shipped_policy
 
@@ -138,7 +147,8 @@ def test_oracles(tmp_path):
     out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
-    assert passed == {"cacovid", "divprune", "dycoke", "fastv", "visionzip"} and result["count"]["fail"] == 0
+    done = {"cacovid", "divprune", "dycoke", "evs", "fastv", "vidcom2", "visionzip"}
+    assert passed == done and result["count"]["fail"] == 0
     assert "no such method yet" in out
     assert "unstable ties" in out and "scores compared" in out
 

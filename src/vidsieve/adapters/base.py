@@ -308,7 +308,7 @@ class Adapter(Probed, ABC):
             selection = compressor.compress(video, generator=generator)
             _synchronise(video.embeds)
             spent = 1e3 * (time.perf_counter() - start)
-            budget = compressor.budget(video)
+            budget = selection.num_kept if compressor.outcome else compressor.budget(video)
             if selection.num_kept != budget or int(selection.indices[-1]) >= video.num_tokens:
                 raise SelectionError(
                     f"{compressor.name} kept {selection.num_kept} tokens up to index {int(selection.indices[-1])}; its "

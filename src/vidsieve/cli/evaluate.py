@@ -77,15 +77,21 @@ def print_result(result: dict[str, Any]) -> None:
         against = row["vs_random"]
         versus = with_error(f"{against['diff']:+.3f}", 1.96 * against["stderr"]) if against else "–"
         name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
+        name += f" ({row['part']})" if row.get("part") else ""
         name += f" ({row['policy']})" if row.get("policy") else ""
         lines.append((
             name, f"{row['retention']:g}", f"{row['real_retention']:.4f}",
             with_error(f"{row['accuracy']:.3f}", row["stderr"]), versus, f"{row['select_ms']['median']:.1f}",
         ))  # fmt: skip
+    for row in result["refused"]:
+        name = row["method"] if row["variant"] == "ours" else f"{row['method']}:{row['variant']}"
+        lines.append((name, f"{row['retention']:g}", "–", "–", "–", "–"))
     columns = ("method", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"
     out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5)))
+    for row in result["refused"]:
+        out.print(f"–: {row['reason']}", markup=False, highlight=False)
 
 
 def with_error(value: str, error: float) -> str:

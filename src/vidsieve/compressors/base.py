@@ -54,9 +54,14 @@ class Compressor(ABC):
         if self.variant not in self.variants:
             raise UnknownNameError(f"variant of {self.name}", self.variant, self.variants)
 
+    @property
+    def outcome(self) -> bool:
+        """Whether K follows from what a video shows, as in some releases, and not from the retention alone."""
+        return False
+
     def budget(self, video: VideoTokens) -> int:
         """Return K, the number of tokens kept of `video`."""
-        return kept_tokens(self.retention, video.num_tokens)
+        return self.compress(video).num_kept if self.outcome else kept_tokens(self.retention, video.num_tokens)
 
     def budget_ratio(self, num_tokens: int) -> float:
         """Return the nominal retention: the fraction asked for, or a token count over `num_tokens`."""
@@ -78,7 +83,8 @@ class Compressor(ABC):
             If the method needs a signal that `video` does not carry.
         """
         self._check_needs(video)
-        budget = self.budget(video)
+        whole = self.outcome and self.retention == 1.0
+        budget = video.num_tokens if whole else 0 if self.outcome else self.budget(video)
         if budget >= video.num_tokens:
             return Selection(torch.arange(video.num_tokens, device=video.embeds.device))
         return self._select(video, budget, generator or torch.Generator().manual_seed(0))
@@ -101,18 +107,25 @@ class Compressor(ABC):
         """Whether this instance changes nothing."""
         return self.retention == 1.0
 
+    @property
+    def part(self) -> str:
+        """Which parts run of a method that has one before the LLM and one inside it (a field `inner`); else empty."""
+        inner = getattr(self, "inner", None)
+        return "" if inner is None else "both parts" if inner else "outer part"
+
     @abstractmethod
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        """Return a selection of exactly `budget` < N tokens."""
+        """Return a selection of exactly `budget` < N tokens; of as many as follow where K is an `outcome`."""
 
     def with_retention(self, retention: float | Tokens) -> Compressor:
         """Return the same method at another budget."""
         return dataclasses.replace(self, retention=retention)
 
     def describe(self) -> str:
-        """Return the method's name, variant and budget, as traces and tables print them."""
+        """Return the method's name, variant and budget, as traces and tables print them; a part that runs alone."""
         rate = str(self.retention) if isinstance(self.retention, Tokens) else f"{self.retention:g}"
-        return f"{self.name} (variant {self.variant}, retention {rate})"
+        part = "outer part, " if self.part == "outer part" else ""
+        return f"{self.name} ({part}variant {self.variant}, retention {rate})"
 
 
 @dataclass(frozen=True)

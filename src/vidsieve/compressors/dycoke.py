@@ -76,11 +76,6 @@ class DyCoke(DecodeCompressor):
         """While decoding; before the LLM where `inner` is off."""
         return Stage.DECODE if self.inner else Stage.PRE_LLM
 
-    def describe(self) -> str:
-        """Return the method's name, the part that runs, variant and budget."""
-        said = super().describe()
-        return said if self.inner else said.replace("(variant", "(outer part, variant")
-
     def budget(self, video: VideoTokens) -> int:
         """Return K.
 

@@ -19,21 +19,26 @@ from vidsieve.types import Need, Stage
 def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
     """Return methods by name, ``name:variant``, or policy folder; ``all`` is everything that comes with the package.
 
-    ``full`` is left out: tables have it anyway.
+    Of methods that act while decoding, ``all`` has the part before the LLM: answers are read off the prefill. ``full``
+    is left out: tables have it anyway.
 
     Raises
     ------
     UnknownNameError, PolicyError
     """
-    wanted: list[str] = []
+    found: dict[str, Compressor] = {}
     for name in names:
-        wanted += [*_before_llm(), *shipped_policies()] if name == "all" else [name]
-    return {name: named_method(name) for name in dict.fromkeys(wanted) if name != "full"}
+        if name == "all":
+            found |= {known: _in_prefill(known) for known in registry.compressors}
+            found |= {shipped: named_method(shipped) for shipped in shipped_policies()}
+        else:
+            found[name] = named_method(name)
+    return {name: method for name, method in found.items() if name != "full"}
 
 
-def _before_llm() -> list[str]:
-    """Return the registered methods that act before the LLM: the testbed answers from pruned inputs."""
-    return [name for name in registry.compressors if registry.compressors.get(name).stage is Stage.PRE_LLM]
+def _in_prefill(name: str) -> Compressor:
+    decodes = registry.compressors.get(name).stage is Stage.DECODE
+    return named_method(name, inner=False) if decodes else named_method(name)
 
 
 def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Compressor:

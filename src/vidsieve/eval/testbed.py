@@ -20,6 +20,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError
 from vidsieve.eval.stats import clustered_mean, paired_difference
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
@@ -55,6 +56,8 @@ class Row:
     positions: str = "installed"
     policy: str = ""
     """Folder of a policy that the user named, to tell rows of one method apart."""
+    part: str = ""
+    """Which parts of the method run, where it has several."""
     inside: Compressor | None = None
     """A method inside the LLM, attached for the call instead of selecting beforehand."""
 
@@ -65,7 +68,7 @@ def compressor_row(
     """Return the condition of a method; `other_question` hands it the next question of the same scene."""
     if compressor.acts is Stage.LAYER:
         ratio = float(compressor.budget_ratio(TOKENS))
-        return Row(label or compressor.name, compressor.variant, ratio, None, inside=compressor)
+        return Row(label or compressor.name, compressor.variant, ratio, None, part=compressor.part, inside=compressor)
 
     def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
         number = (number + 1) % len(scene.questions) if other_question else number
@@ -73,7 +76,7 @@ def compressor_row(
 
     return Row(
         label or compressor.name, compressor.variant, float(compressor.budget_ratio(TOKENS)), select,
-        Need.QUESTION in compressor.needs, compressor.needs, policy=policy,
+        Need.QUESTION in compressor.needs, compressor.needs, policy=policy, part=compressor.part,
     )  # fmt: skip
 
 
@@ -163,13 +166,14 @@ def evaluate(
     """Return the accuracy of every row on the same questions, errors clustered by scene.
 
     ``full`` is always the first row. Each other row has its paired difference to ``random`` at the same
-    retention (None where random was not asked for) and to ``full``.
+    retention (None where random was not asked for) and to ``full``. Rows of a retention that their method cannot keep
+    are left out and listed as ``refused``.
 
     Returns
     -------
     dict
-        ``world, seed, n_questions, n_scenes, versions, rows``; per row ``method, variant, policy, retention,
-        real_retention, layer_retention, accuracy, stderr, vs_random, vs_full, by_kind, select_ms``.
+        ``world, seed, n_questions, n_scenes, versions, rows, refused``; per row ``method, variant, part, policy,
+        retention, real_retention, layer_retention, accuracy, stderr, vs_random, vs_full, by_kind, select_ms``.
     """
     adapter = adapter_for(model)
     everything = [FULL, *rows]
@@ -178,10 +182,19 @@ def evaluate(
     clusters: list[int] = []
     kinds: list[str] = []
     count = 0
+    refused: dict[int, str] = {}
     needs = frozenset().union(*(row.needs for row in everything)) & ENCODER_NEEDS
     for number, scene in enumerate(scenes(adapter, processor, world, seed, questions, needs)):
         for i, row in enumerate(everything):
-            marks, traces = answers(adapter, scene, row, seed + number)
+            if i in refused:
+                continue
+            try:
+                marks, traces = answers(adapter, scene, row, seed + number)
+            except BudgetError as error:
+                if number:
+                    raise  # grids are alike: the first scene would have said so
+                refused[i] = str(error)
+                continue
             right[i] += marks
             kept[i] += traces
         clusters += [number] * len(scene.questions)
@@ -190,16 +203,20 @@ def evaluate(
         if progress:
             progress(len(clusters), questions)
     result = []
-    for i, row in enumerate(everything):
+    measured = [i for i in range(len(everything)) if i not in refused]
+    for i in measured:
+        row = everything[i]
         accuracy = clustered_mean([float(m) for m in right[i]], clusters)
         real = float(np.mean([t.real_retention for t in kept[i]])) if kept[i] else 1.0
         layers = float(np.mean([t.layer_retention for t in kept[i]])) if kept[i] else 1.0
-        reference = [j for j, r in enumerate(everything) if r.method == "random" and r.retention == row.retention]
+        reference = [
+            j for j in measured if everything[j].method == "random" and everything[j].retention == row.retention
+        ]
         spent = [t.select_ms for t in kept[i]] or [0.0]
         result.append({
-            "method": row.method, "variant": row.variant, "policy": row.policy, "retention": row.retention,
-            "real_retention": real,
-            "layer_retention": layers, "accuracy": accuracy.mean, "stderr": accuracy.stderr,
+            "method": row.method, "variant": row.variant, "part": row.part, "policy": row.policy,
+            "retention": row.retention, "real_retention": real, "layer_retention": layers,
+            "accuracy": accuracy.mean, "stderr": accuracy.stderr,
             "vs_random": _difference(right[i], right[reference[0]], clusters) if reference else None,
             "vs_full": _difference(right[i], right[0], clusters), "positions": row.positions,
             "by_kind": {
@@ -210,8 +227,11 @@ def evaluate(
         })  # fmt: skip
     return {
         "world": world, "seed": seed, "n_questions": len(clusters), "n_scenes": count, "versions": versions(),
-        "rows": result, "right": {_key(row): marks for row, marks in zip(everything, right, strict=True)},
-        "clusters": clusters,
+        "rows": result, "right": {_key(everything[i]): right[i] for i in measured}, "clusters": clusters,
+        "refused": [
+            {"method": row.method, "variant": row.variant, "retention": row.retention, "reason": reason}
+            for row, reason in ((everything[i], reason) for i, reason in refused.items())
+        ],
     }  # fmt: skip
 
 

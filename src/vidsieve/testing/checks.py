@@ -122,6 +122,8 @@ def check_token_count_budget(method: Method) -> None:
 def check_indices_in_range(method: Method) -> None:
     """Indices are sorted and unique (the type sees to that) and lie on the grid."""
     for grid in GRIDS:
+        if not _reachable(example(method), make_video(grid)):
+            continue
         chosen = _compress(example(method), make_video(grid)).indices
         _expect(int(chosen[-1]) < grid.num_tokens, f"index {int(chosen[-1])} on a grid of {grid.num_tokens} tokens")
 

@@ -1,0 +1,115 @@
+"""VidCom²: more tokens for frames that are unlike the video, and in every frame the tokens unlike it and the frame."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.selection import frame_ranks, top_indices
+from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
+
+_WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
+_TEMPERATURE = 0.01
+
+
+@dataclass(frozen=True)
+class VidCom2(Compressor):
+    """Keep the tokens that are least like the mean of their frame and of the video.
+
+    Likeness is a sum of Gaussians of the distance between unit vectors over the half of the channels that varies least.
+    A frame's share of the budget grows with how unlike the video its tokens are; as shares are a softmax at a low
+    temperature, one frame gets up to twice its part and the others a little less. Blind to the question.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens as vLLM's port does: where rounding the frames' shares gives too
+    many, the ones most like the video and their frame go, where it gives too few, the least alike of the others come
+    back (vLLM keeps one token a frame at least; here the budget goes before). Scores are float32. ``"official"``
+    rounds the share of every frame half to even, at least one token, so that K is near R·N, and scores in the tokens'
+    own dtype. The release keeps every newline of LLaVA-Video on top (`with_newlines`) and numbers positions anew on
+    LLaVA models; here tokens stay at theirs, and newlines are the adapter's.
+
+    References
+    ----------
+    VidCom², EMNLP 2025 (arXiv 2505.14454); xuyang-liu16/VidCom2 @ 944a17d, token_compressor/vidcom2/vidcom2.py;
+    vllm-project/vllm vllm/multimodal/video_prune/vidcom2.py @ 0f17ee0.
+    """
+
+    name: ClassVar[str] = "vidcom2"
+    paper: ClassVar[str] = "VidCom², EMNLP 2025"
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+
+    @property
+    def outcome(self) -> bool:
+        """Under ``"official"`` with a retention ratio, frames are rounded one by one."""
+        return self.variant == "official" and not isinstance(self.retention, Tokens)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        grid = video.grid
+        frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+        with torch.no_grad():
+            to_video, to_frame = likeness(frames if self.variant == "official" else frames.float())
+            shares = frame_shares(to_video, float(self.budget_ratio(grid.num_tokens)))
+        alike = to_video + to_frame  # (T, n)
+        chosen = kept_by_shares(alike, shares, grid)
+        if not self.outcome:
+            chosen = corrected(alike, chosen, budget)
+        return Selection(chosen, scores=-alike.flatten().float(), frame_scores=shares.float())
+
+
+def low_variance_channels(tokens: Tensor) -> Tensor:
+    """Return the ⌊D/2⌋ channels of tokens (…, D) whose variance over all tokens is least, sorted, int64."""
+    variance = tokens.flatten(0, -2).var(0, unbiased=False)
+    return top_indices(-variance, tokens.shape[-1] // 2)
+
+
+def likeness(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how like the mean of the video, and of its frame, every token of frames (T, n, D) is, (T, n) each."""
+    unit = F.normalize(frames[..., low_variance_channels(frames)], dim=-1)
+    return _gaussians(unit, unit.mean((0, 1), keepdim=True)), _gaussians(unit, unit.mean(1, keepdim=True))
+
+
+def _gaussians(unit: Tensor, centre: Tensor) -> Tensor:
+    pairs = zip(unit, centre.expand(len(unit), -1, -1), strict=True)  # frame by frame: no second copy of the video
+    squared = torch.stack([(frame - middle).square().sum(-1) for frame, middle in pairs])
+    return torch.stack([torch.exp(-squared / (2 * width)) for width in _WIDTHS]).sum(0)
+
+
+def frame_shares(to_video: Tensor, ratio: float) -> Tensor:
+    """Return (T,): the fraction of every frame that is kept, at most 1, from likeness to the video (T, n)."""
+    unlike = -to_video.mean(1)
+    weights = torch.softmax((unlike - unlike.max()) / _TEMPERATURE, 0)
+    return (ratio * (1 + weights - weights.mean())).clamp(max=1)
+
+
+def kept_by_shares(alike: Tensor, shares: Tensor, grid: TokenGrid) -> Tensor:
+    """Return what the release keeps: of every frame its share, rounded half to even, of the least alike (K,) int64."""
+    counts = (shares * grid.per_frame).round().long().clamp(min=1)
+    return (frame_ranks(-alike.flatten(), grid) < counts[:, None]).flatten().nonzero().flatten()
+
+
+def corrected(alike: Tensor, chosen: Tensor, count: int) -> Tensor:
+    """Return `count` tokens (count,) int64: `chosen` without the most alike, or with the least alike of the others."""
+    scores = -alike.flatten()
+    if count <= len(chosen):
+        return chosen[top_indices(scores[chosen], count)]
+    others = torch.ones_like(scores, dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+    back = others[top_indices(scores[others], count - len(chosen))]
+    return torch.cat([chosen, back]).sort().values
+
+
+def with_newlines(chosen: Tensor, grid: TokenGrid) -> Tensor:
+    """Return what the release hands on of a LLaVA-Video grid, in its order: of each frame what is kept, then newlines.
+
+    Indices (K + T·H,) int64 count tokens of the grid with a newline behind every row, T × H × (W + 1).
+    """
+    frame, place = chosen // grid.per_frame, chosen % grid.per_frame
+    row, column = place // grid.width, place % grid.width
+    width = grid.width + 1
+    tokens = (frame * grid.height + row) * width + column
+    newlines = torch.arange(grid.frames * grid.height, device=chosen.device) * width + grid.width
+    owner = torch.cat([frame, torch.arange(len(newlines), device=chosen.device) // grid.height])
+    return torch.cat([tokens, newlines])[owner.argsort(stable=True)]

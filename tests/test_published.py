@@ -1,0 +1,128 @@
+"""What published methods keep, against brute force and against their releases' recorded outputs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vidsieve import load
+from vidsieve.errors import BudgetError, SelectionError
+from vidsieve.testing import make_video
+from vidsieve.testing.oracles import run_file
+from vidsieve.types import TokenGrid
+
+GRID = TokenGrid(8, 5, 7)
+ORACLES = Path(__file__).parent / "oracles"
+
+
+@pytest.mark.parametrize("path", sorted(ORACLES.glob("*.npz")), ids=lambda path: path.stem)
+def test_recorded_cases_of_the_release(path):
+    cases = list(run_file(path))
+    assert cases and not [case for case in cases if case.status == "fail"]
+
+
+# -- EVS ----------------------------------------------------------------------------------------------------
+
+
+def test_evs_keeps_the_first_frame_and_what_changed_most():
+    video = make_video(GRID)
+    rows = video.embeds.double().reshape(8, 35, -1)
+    changed = {
+        t * 35 + n: 1 - float(rows[t, n] @ rows[t - 1, n] / rows[t, n].norm() / rows[t - 1, n].norm())
+        for t in range(1, 8) for n in range(35)
+    }  # fmt: skip
+    wanted = [*range(35), *sorted(changed, key=lambda token: -changed[token])[: 70 - 35]]
+    assert load("evs", retention=0.25).compress(video).indices.tolist() == sorted(wanted)
+
+
+def test_evs_drops_a_frame_in_which_nothing_changes():
+    video = make_video(GRID)
+    rows = video.embeds.reshape(8, 35, -1).clone()
+    rows[4] = rows[3]
+    frames = load("evs", retention=0.5).compress(replace(video, embeds=rows.flatten(0, 1))).indices // 35
+    assert 4 not in frames.tolist() and {3, 5} < set(frames.tolist())
+
+
+def test_evs_says_what_it_can_keep():
+    video = make_video(GRID)
+    with pytest.raises(BudgetError, match=r"first frame stays whole, 35 of 280 .* from 0\.125 to 1"):
+        load("evs", retention=0.1).compress(video)
+    assert load("evs", retention=0.125).compress(video).num_kept == 35
+    official = load("evs", retention=0.1, variant="official").compress(video)
+    assert official.indices.tolist() == list(range(35)), "vLLM keeps the first frame where less was asked for"
+
+
+def test_evs_official_takes_the_floor_in_floating_point():
+    video = make_video(TokenGrid(10, 10, 10))
+    assert load("evs", retention=0.1, variant="official").compress(video).num_kept == 100
+    assert load("evs", retention=0.2, variant="official").compress(video).num_kept == math.floor(1000 * (1 - (1 - 0.2)))
+    assert load("evs", retention=0.2).compress(video).num_kept == 200
+
+
+def test_positions_of_two_media_follow_each_other():
+    from vidsieve.compressors.evs import media_positions, recomputed_positions
+
+    first, second = media_positions(TokenGrid(2, 1, 3), 2, 1)[[0, 1, 5]], media_positions(TokenGrid(1, 2, 2), 2, 1)
+    ids = torch.tensor([1, 2, 9, 9, 9, 3, 4, 9, 9, 9, 9, 5])
+    positions, delta = recomputed_positions(ids, [first, second], [9])
+    assert positions[0].tolist() == [0, 1, 2, 2, 4, 5, 6, 7, 7, 7, 7, 9], "one grid width behind each medium"
+    assert positions[2].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 9] and delta == 10 - 12
+    with pytest.raises(SelectionError, match="7 placeholders in the prompt, but 3 kept"):
+        recomputed_positions(ids, [first], [9])
+
+
+# -- VidCom² ------------------------------------------------------------------------------------------------
+
+
+def brute_vidcom2(rows: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return likeness (T, n) and shares (T,) of tokens (T, n, D), from the definition in double precision."""
+    quiet = np.argsort(rows.reshape(-1, rows.shape[2]).var(0), kind="stable")[: rows.shape[2] // 2]
+    unit = rows[:, :, quiet] / np.linalg.norm(rows[:, :, quiet], axis=2, keepdims=True)
+    video, frame = unit.mean((0, 1)), unit.mean(1)
+
+    def gaussians(token: np.ndarray, centre: np.ndarray) -> float:
+        return sum(math.exp(-float(((token - centre) ** 2).sum()) / (2 * a)) for a in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+
+    to_video = np.array([[gaussians(token, video) for token in row] for row in unit])
+    to_frame = np.array([[gaussians(token, frame[t]) for token in row] for t, row in enumerate(unit)])
+    weights = np.exp((to_video.mean(1).min() - to_video.mean(1)) / 0.01)
+    weights /= weights.sum()
+    return to_video + to_frame, np.minimum(ratio * (1 + weights - weights.mean()), 1)
+
+
+def test_vidcom2_official_equals_its_definition():
+    video = make_video(GRID, seed=3)
+    alike, shares = brute_vidcom2(video.embeds.double().reshape(8, 35, -1).numpy(), 0.25)
+    wanted = [
+        t * 35 + int(n) for t in range(8) for n in np.argsort(alike[t], kind="stable")[: max(1, round(shares[t] * 35))]
+    ]
+    chosen = load("vidcom2", retention=0.25, variant="official").compress(video)
+    assert chosen.indices.tolist() == sorted(wanted)
+
+
+@pytest.mark.parametrize("change", [-9, 0, 9])
+def test_vidcom2_mends_the_count_by_likeness(change):
+    from vidsieve.compressors.vidcom2 import corrected
+
+    alike = torch.rand(8, 35, generator=torch.Generator().manual_seed(2))
+    released = torch.randperm(280, generator=torch.Generator().manual_seed(3))[:70].sort().values
+    order = sorted(range(280), key=lambda token: float(alike.flatten()[token]))
+    inside = [token for token in order if token in set(released.tolist())]
+    outside = [token for token in order if token not in set(inside)]
+    wanted = inside[: 70 + change] + outside[: max(0, change)]
+    assert corrected(alike, released, 70 + change).tolist() == sorted(wanted)
+
+
+def test_vidcom2_gives_an_odd_frame_more():
+    video = make_video(GRID)
+    rows = video.embeds.reshape(8, 35, -1).clone()
+    rows[:] = rows[0]
+    rows[5] = torch.randn(35, rows.shape[2], generator=torch.Generator().manual_seed(1))
+    chosen = load("vidcom2", retention=0.2).compress(replace(video, embeds=rows.flatten(0, 1)))
+    counts = torch.bincount(chosen.indices // 35, minlength=8)
+    assert int(counts.argmax()) == 5 and int(counts[5]) >= 10 and int(counts.sum()) == 56
