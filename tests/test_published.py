@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vidsieve import load
 from vidsieve.errors import BudgetError, SelectionError
 from vidsieve.testing import make_video
 from vidsieve.testing.oracles import run_file
-from vidsieve.types import TokenGrid
+from vidsieve.types import TokenGrid, Tokens
 
 GRID = TokenGrid(8, 5, 7)
 ORACLES = Path(__file__).parent / "oracles"
@@ -126,3 +129,69 @@ def test_vidcom2_gives_an_odd_frame_more():
     chosen = load("vidcom2", retention=0.2).compress(replace(video, embeds=rows.flatten(0, 1)))
     counts = torch.bincount(chosen.indices // 35, minlength=8)
     assert int(counts.argmax()) == 5 and int(counts[5]) >= 10 and int(counts.sum()) == 56
+
+
+# -- FastVID ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), size=st.integers(1, 12), part=st.integers(1, 100),
+    context=st.sampled_from([0.0, 0.4, 0.9]), stride=st.integers(1, 5),
+)  # fmt: skip
+def test_fastvid_shares_add_up_to_the_budget(lengths, size, part, context, stride):
+    from vidsieve.compressors.fastvid import anchor_frames, exact_plan
+
+    edges = np.cumsum([0, *lengths]).tolist()
+    spans, total = list(pairwise(edges)), edges[-1] * size
+    budget = max(1, total * part // 100)
+    plan = exact_plan(spans, budget, size, context, stride)
+    assert [len(shares) for shares in plan] == lengths
+    assert sum(salient + anchors for shares in plan for salient, anchors in shares) == budget
+    for length, shares in zip(lengths, plan, strict=True):
+        assert all(salient >= 0 <= anchors and salient + anchors <= size for salient, anchors in shares)
+        assert {t for t, (_, anchors) in enumerate(shares) if anchors} <= set(anchor_frames(length, stride))
+        assert length - 1 in anchor_frames(length, stride)
+
+
+def test_fastvid_ours_spends_as_the_second_release_where_nothing_is_lost():
+    from vidsieve.compressors.fastvid import FastVID, exact_plan, official_plan
+
+    spans = [(0, 3), (3, 4), (4, 16)]
+    released = official_plan(FastVID(0.25, "official", form="llava_video"), spans, torch.ones(15), 36, 9)
+    assert exact_plan(spans, 16 * 9, 36, 0.4, 4) == released
+
+
+def test_fastvid_cuts_where_frames_differ():
+    from vidsieve.compressors.fastvid import cut
+
+    alike = torch.tensor([0.99, 0.2, 0.98, 0.97, 0.5, 0.95])
+    assert cut(alike, 1, 0.9) == [(0, 2), (2, 5), (5, 7)]
+    assert cut(alike, 4, 0.9) == [(0, 2), (2, 5), (5, 6), (6, 7)], "the least alike of the others as well"
+    assert cut(torch.ones(0), 8, 0.9) == [(0, 1)]
+
+
+def test_fastvid_keeps_salient_tokens_and_merges_what_repeats_into_anchors():
+    grid = TokenGrid(4, 2, 4)
+    draw = torch.Generator().manual_seed(0)
+    kinds = torch.nn.functional.normalize(torch.randn(3, 32, generator=draw), dim=-1) * 5
+    which = torch.randint(0, 2, (4, 8), generator=draw)
+    tokens = kinds[which] + 0.01 * torch.randn(4, 8, 32, generator=draw)
+    tokens[1, 5] = kinds[2]
+    saliency = torch.zeros(4, 8)
+    saliency[1, 5] = saliency[0, 0] = saliency[2, 0] = saliency[3, 0] = 1.0
+    video = make_video(grid)
+    video = replace(video, embeds=tokens.flatten(0, 1), encoder=replace(video.encoder, attention=saliency.flatten()))
+    chosen = load("fastvid", retention=Tokens(6), segments=1, threshold=-1.0).compress(video)
+    assert chosen.indices.tolist()[:3] == [0, 13, 16] and {int(i) // 8 for i in chosen.indices[3:]} == {3}
+    assert torch.equal(chosen.embeds[1], tokens[1, 5]), "salient tokens stay as they are"
+    anchors = [int(i) for i in chosen.indices[3:] if int(i) != 24]
+    assert {int(which[3, i - 24]) for i in anchors} == {0, 1}, "one anchor of each kind"
+    for place in anchors:
+        kind = int(which[3, place - 24])
+        own = chosen.embeds[chosen.indices.tolist().index(place)]
+        others = torch.stack([
+            tokens[t, n] for t in range(4) for n in range(8)
+            if which[t, n] == kind and not saliency[t, n] and (t, n) != (3, place - 24)
+        ])  # fmt: skip
+        assert torch.allclose(own, 0.6 * tokens[3, place - 24] + 0.4 * others.mean(0), atol=1e-5)

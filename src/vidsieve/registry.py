@@ -100,6 +100,7 @@ compressors = Registry(
         "dycoke": "vidsieve.compressors.dycoke:DyCoke",
         "evs": "vidsieve.compressors.evs:EVS",
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
+        "fastvid": "vidsieve.compressors.fastvid:FastVID",
     },
 )
 

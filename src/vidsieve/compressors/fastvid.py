@@ -1,0 +1,266 @@
+"""FastVID: cut the video into segments; keep salient tokens, and merge the rest into a few anchors of each segment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vidsieve.compressors._clustering import centres, distances, peak_scores
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError, NeedError, UnknownNameError
+from vidsieve.selection import even_counts, top_indices
+from vidsieve.types import Need, Selection, Tokens, VideoTokens
+
+Form = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
+FORMS: tuple[Form, ...] = ("llava_onevision", "llava_video", "qwen2_5_vl")
+Shares = list[tuple[int, int]]
+"""Of each frame of a segment: how many salient tokens it keeps, and how many anchors."""
+
+
+@dataclass(frozen=True)
+class FastVID(Compressor):
+    """Of every segment keep the tokens the encoder attends to, and merge the others into anchors of some of its frames.
+
+    The video is cut where neighbouring frames are least alike. A part of a segment's budget goes to the most salient
+    tokens of every frame; the rest to anchors, found by density peaks among the other tokens of every so-manieth frame,
+    counted from the segment's end. Every token that is not salient joins its nearest anchor in each of these frames.
+    Blind to the question.
+
+    Parameters
+    ----------
+    form : {"llava_onevision", "llava_video", "qwen2_5_vl"}
+        Which of the three releases ``"official"`` is. In the first every frame has the same share, remainders are lost
+        and anchors are among what is merged into them; the second spreads a segment's share and remainders over its
+        frames; the third cuts segments again at `again` and keeps only the last frame of each run.
+    segments : int
+        Segments there are at least.
+    threshold : float
+        Cosine of neighbouring frames below which there is always a cut (0.9; Qwen2.5-VL 0.84).
+    again : float
+        Cosine below which the third form cuts a segment again.
+    context : float
+        Share of the budget that goes to anchors.
+    stride : int
+        Frames from one anchor frame to the next.
+    anchor_weight : float
+        Least weight of an anchor in its mean.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens: the second form, every segment's share the sum of its frames', and
+    what finds no room among anchors goes to salient tokens. ``"official"`` keeps what its form's rounding leaves; the
+    density noise of a millionth that releases draw is left out. Releases read saliency from SigLIP's attention pooling
+    and frames from its pooled output, which transformers' checkpoints of these models leave out: here saliency is the
+    attention that a token receives in the encoder's last block, and a frame the mean of its tokens, as in the third
+    release. Tokens stay at their positions, as in the releases.
+
+    References
+    ----------
+    FastVID, NeurIPS 2025 (arXiv 2503.11187); LunarShen/FastVID @ a40a109.
+    """
+
+    name: ClassVar[str] = "fastvid"
+    paper: ClassVar[str] = "FastVID, NeurIPS 2025"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ENCODER_ATTENTION})
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    form: Form = "llava_onevision"
+    segments: int = 8
+    threshold: float = 0.9
+    again: float = 0.95
+    context: float = 0.4
+    stride: int = 4
+    anchor_weight: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.form not in FORMS:
+            raise UnknownNameError("form of fastvid", str(self.form), FORMS)
+        if not 0 <= self.context < 1 or not 0 <= self.anchor_weight <= 1:
+            raise BudgetError(
+                f"context is a share in [0, 1) and anchor_weight in [0, 1], got {self.context} and {self.anchor_weight}"
+            )
+        if self.segments < 1 or self.stride < 1:
+            raise BudgetError(f"segments and stride are counts from 1 on, got {self.segments} and {self.stride}")
+
+    @property
+    def outcome(self) -> bool:
+        """Under ``"official"`` the count is what rounding leaves."""
+        return self.variant == "official" and not isinstance(self.retention, Tokens)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        if video.encoder is None or video.encoder.attention is None:
+            raise NeedError("fastvid reads the vision encoder's attention: hand over VideoTokens that have it")
+        grid = video.grid
+        frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+        saliency = video.encoder.attention.to(frames.device).reshape(grid.frames, grid.per_frame)
+        with torch.no_grad():
+            alike = neighbours_alike(frames.float().mean(1))
+            spans = cut(alike, self.segments, self.threshold)
+            if self.outcome:
+                share = int(grid.per_frame * self.budget_ratio(grid.num_tokens))
+                if not share:
+                    raise BudgetError(
+                        f"the release rounds {self.retention:g} of a frame's {grid.per_frame} tokens to none; use "
+                        f"variant 'ours' or a retention from {1 / grid.per_frame:.2g} on"
+                    )
+                plan = official_plan(self, spans, alike, grid.per_frame, share)
+            else:
+                plan = exact_plan(spans, budget, grid.per_frame, self.context, self.stride)
+            included = self.outcome and self.form == "llava_onevision"
+            kept, merged = merged_segments(frames, saliency, spans, plan, self.anchor_weight, included)
+        return Selection(kept, merged, scores=saliency.flatten().float())
+
+
+# -- segments and shares ------------------------------------------------------------------------------------
+
+
+def neighbours_alike(frames: Tensor) -> Tensor:
+    """Return (T − 1,): the cosine of every frame vector of (T, D) to the next."""
+    unit = F.normalize(frames, dim=-1)
+    return (unit[1:] * unit[:-1]).sum(-1)
+
+
+def cut(alike: Tensor, least: int, threshold: float) -> list[tuple[int, int]]:
+    """Return segments (start, stop): cuts at the `least` − 1 smallest of `alike` (T − 1,), and below `threshold`."""
+    lowest = alike.sort(stable=True).indices[: least - 1]
+    cuts = sorted({*lowest.tolist(), *(alike < threshold).nonzero().flatten().tolist()})
+    edges = [0, *(place + 1 for place in cuts), len(alike) + 1]
+    return list(pairwise(edges))
+
+
+def anchor_frames(length: int, stride: int) -> list[int]:
+    """Return which frames of a segment have anchors: every `stride`-th, counted from the last, in order."""
+    return list(range((length - 1) % stride, length, stride))
+
+
+def _spread(length: int, salient: int, context: int, stride: int) -> Shares:
+    """Return shares as the second release spreads them: remainders to the first frames, and to the last anchors."""
+    anchors = anchor_frames(length, stride)
+    least, over = divmod(context, len(anchors))
+    own = {frame: least + (place >= len(anchors) - over) for place, frame in enumerate(anchors)}
+    even, first = divmod(salient, length)
+    return [(even + (frame < first), own.get(frame, 0)) for frame in range(length)]
+
+
+def official_plan(
+    method: FastVID, spans: Sequence[tuple[int, int]], alike: Tensor, size: int, share: int
+) -> list[Shares]:
+    """Return the shares of every segment in a release's form, from the `share` of a frame of `size` tokens."""
+    plan = []
+    for start, stop in spans:
+        length = stop - start
+        if method.form == "llava_onevision":
+            context = int(share * method.context)
+            anchors = anchor_frames(length, method.stride)
+            each = context * length // len(anchors)
+            plan.append([(share - context, each if frame in anchors else 0) for frame in range(length)])
+        elif method.form == "llava_video":
+            context = int(share * length * method.context)
+            plan.append(_spread(length, share * length - context, context, method.stride))
+        else:
+            context = max(1, int(share * length * method.context))
+            inner = alike[start : stop - 1] < method.again
+            ends = [*inner.nonzero().flatten().tolist(), length - 1]  # the last frame of every run
+            runs = _spread(len(ends), share * length - context, context, method.stride)
+            capped = [(salient, min(anchors, size // 2)) for salient, anchors in runs]
+            found = dict(zip(ends, ((min(s, size - c), c) for s, c in capped), strict=True))
+            plan.append([found.get(frame, (0, 0)) for frame in range(length)])
+    return plan
+
+
+def exact_plan(spans: Sequence[tuple[int, int]], budget: int, size: int, context: float, stride: int) -> list[Shares]:
+    """Return shares of every segment that add up to `budget` tokens, at most `size` a frame."""
+    frames = even_counts(budget, spans[-1][1])
+    plan = []
+    for start, stop in spans:
+        length, total = stop - start, int(frames[start:stop].sum())
+        anchored = math.floor(total * context)
+        shares = _spread(length, total - anchored, anchored, stride)
+        shares = [(salient, min(anchors, size - salient)) for salient, anchors in shares]
+        left = total - sum(map(sum, shares))
+        while left:  # anchors that found no room become salient tokens of frames that have some
+            room = [frame for frame, share in enumerate(shares) if sum(share) < size]
+            for frame, more in zip(room, even_counts(left, len(room)).tolist(), strict=True):
+                salient, anchors = shares[frame]
+                more = min(more, size - salient - anchors)
+                shares[frame], left = (salient + more, anchors), left - more
+        plan.append(shares)
+    return plan
+
+
+# -- merging ------------------------------------------------------------------------------------------------
+
+
+def merged_segments(
+    frames: Tensor, saliency: Tensor, spans: Sequence[tuple[int, int]], plan: Sequence[Shares], weight: float,
+    included: bool, noise: Iterator[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what is kept of frames (T, n, D): raster indices (K,) int64, sorted, and tokens (K, D).
+
+    Parameters
+    ----------
+    saliency : Tensor, (T, n)
+    included : bool
+        Whether anchors are among the tokens that are merged into anchors of their own frame, as in the first release.
+    noise : iterator of Tensor, optional
+        What releases add to densities, one piece for each frame with anchors.
+    """
+    size = frames.shape[1]
+    indices: list[Tensor] = []
+    rows: list[Tensor] = []
+    for (start, stop), shares in zip(spans, plan, strict=True):
+        free = torch.ones(stop - start, size, dtype=torch.bool, device=frames.device)
+        for frame, (salient, _) in enumerate(shares):
+            chosen = top_indices(saliency[start + frame], salient)
+            free[frame, chosen] = False
+            indices.append(chosen + (start + frame) * size)
+            rows.append(frames[start + frame, chosen])
+        places = free.flatten().nonzero().flatten()
+        unit = F.normalize(frames[start:stop].flatten(0, 1)[places].float(), dim=-1)
+        for frame, (_, count) in enumerate(shares):
+            if not count:
+                continue
+            there = free[frame].nonzero().flatten()
+            piece = next(noise) if noise is not None else None
+            anchors = (
+                there[centres(peak_scores(distances(frames[start + frame, there]), 4, piece), count)].sort().values
+            )
+            own = torch.searchsorted(places, anchors + frame * size)
+            sources = torch.ones(len(places), dtype=torch.bool, device=frames.device)
+            sources[own] = included
+            owner = (unit[sources] @ unit[own].T).argmax(1)
+            tokens = frames[start:stop].flatten(0, 1)[places]
+            indices.append(anchors + (start + frame) * size)
+            rows.append(_joined(tokens[own], tokens[sources], owner, weight))
+    kept, order = torch.cat(indices).sort()
+    return kept, torch.cat(rows)[order]
+
+
+def _joined(anchors: Tensor, sources: Tensor, owner: Tensor, weight: float) -> Tensor:
+    """Return anchors (a, D) as means with the sources (m, D) they own; an anchor weighs one, and at least `weight`."""
+    total = torch.zeros_like(anchors, dtype=torch.float32).index_add(0, owner, sources.float())
+    count = torch.bincount(owner, minlength=len(anchors))[:, None]
+    own = (1 / (count + 1)).clamp(min=weight)
+    joined = own * anchors.float() + (1 - own) * total / count.clamp(min=1)
+    return torch.where(count > 0, joined, anchors.float()).to(anchors.dtype)
+
+
+def saliency_of_queries(query: Tensor, key: Tensor, merge: int) -> Tensor:
+    """Return (T, n): the saliency that the release for Qwen2.5-VL reads in the encoder's last block.
+
+    A frame's mean query attends to the mean keys of the merge cells; softmax over the frame, mean over heads.
+
+    Parameters
+    ----------
+    query, key : Tensor, (T, patches, H, d), after rotation, the patches of a cell behind each other
+    merge : int
+        Patches of a cell.
+    """
+    frames, patches, heads, width = key.shape
+    cells = key.reshape(frames, patches // merge, merge, heads, width).mean(2)
+    return torch.einsum("thd,tnhd->thn", query.mean(1), cells).mul(width**-0.5).softmax(-1).mean(1)
