@@ -101,6 +101,7 @@ compressors = Registry(
         "evs": "vidsieve.compressors.evs:EVS",
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
+        "holitom": "vidsieve.compressors.holitom:HoliTom",
     },
 )
 

@@ -173,13 +173,17 @@ class LayerView:
     indices : Tensor, (n,), int64
         Raster indices of the tokens still alive.
     attention : Tensor, (H, n), float32
-        Attention of the last prompt token to them in the layer before, softmax over the whole prompt.
+        Attention of the last prompt token to them in the layer before, or in this layer for a method with `own_layer`,
+        softmax over the whole prompt.
+    hidden : Tensor or None, (n, D)
+        What enters the layer; given to `merge` alone.
     """
 
     layer: int
     grid: TokenGrid
     indices: Tensor
     attention: Tensor
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
         If it has no part there.
     """
     if isinstance(compressor, LayerCompressor):
-        return layered.begin(adapter, encoded, compressor)
+        return layered.begin(adapter, encoded, compressor, generator)
     if isinstance(compressor, DecodeCompressor):
         return decoding.begin(adapter, encoded, compressor, generator)
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")

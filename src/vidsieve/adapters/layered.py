@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
 from vidsieve.adapters.layers import block_shape
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlacedVideo:
-    """A video's tokens in a prompt of a batch: its row, grid, raster indices, their columns, those of its newlines."""
+    """A video's tokens in a prompt of a batch: its row, grid, those placed, their columns, those of its newlines."""
 
     row: int
     columns: Tensor
@@ -41,6 +41,10 @@ class PlacedVideo:
     newlines: Tensor
     per_row: bool
     indices: Tensor
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the columns of grid tokens, raster indices among those placed."""
+        return self.columns[torch.searchsorted(self.indices, indices.to(self.indices.device))]
 
     def kept_newlines(self, indices: Tensor) -> Tensor:
         """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
@@ -61,6 +65,9 @@ class LayerRun:
     real : Tensor, (B, L), bool
         False on padding.
     videos : tuple of PlacedVideo
+        With the tokens that a part before the LLM has left, if there is one.
+    outer_ms : tuple of float
+        Time that part took for each video.
     """
 
     depth: int
@@ -68,6 +75,7 @@ class LayerRun:
     positions: Tensor
     real: Tensor
     videos: tuple[PlacedVideo, ...]
+    outer_ms: tuple[float, ...] = ()
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Per stage layer the columns of the prompt (B, L') that stay, −1 on padding."""
     alive: list[Tensor] = field(default_factory=list)
@@ -80,7 +88,7 @@ class LayerRun:
     """What the session's trace holds of it."""
 
     def __post_init__(self) -> None:
-        plans = [self.compressor.stages(self.depth, video.grid.num_tokens) for video in self.videos]
+        plans = [self.compressor.stages(self.depth, len(video.indices)) for video in self.videos]
         self.stages = [layer for layer, _ in plans[0]]
         self._counts = [dict(plan) for plan in plans]
         self._layers: Sequence[Any] = ()
@@ -95,7 +103,7 @@ class LayerRun:
         depth, means = self.depth, []
         for video, counts in zip(self.videos, self._counts, strict=True):
             edges = [*self.stages, depth]
-            seen = [video.grid.num_tokens * edges[0]]
+            seen = [len(video.indices) * edges[0]]
             seen += [counts[a] * (b - a) for a, b in pairwise(edges)]
             means.append(sum(seen) / (depth * video.grid.num_tokens))
         return means
@@ -107,8 +115,9 @@ class LayerRun:
         named = {"method": self.compressor.name, "variant": self.compressor.variant}
         nominal = str(self.compressor.retention)
         made = []
-        for video, indices, held in zip(self.videos, self.alive, self.held, strict=True):
-            trace = VideoTrace.of(video.row, video.grid, Selection(indices), self.select_ms, **named, nominal=nominal)
+        spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
+        for video, indices, held, ms in zip(self.videos, self.alive, self.held, spent, strict=True):
+            trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
             made.append(replace(trace, held=held, newlines=int(video.kept_newlines(indices).sum())))
         return made
 
@@ -169,7 +178,9 @@ class LayerRun:
             before = self.kept[self.stages[self.stages.index(number) - 1]] if self.stages[0] < number else None
             _synchronise(hidden)
             start = time.perf_counter()
-            self.kept[number] = self._choose(number, before)
+            self.kept[number], found = self._choose(number, before, hidden)
+            if self.compressor.merges:
+                hidden = self._merged(hidden, found)
             _synchronise(hidden)
             self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
             # Places of the kept columns among those that reach this layer.
@@ -215,35 +226,54 @@ class LayerRun:
     # -- selection ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _choose(self, number: int, before: Tensor | None) -> Tensor:
-        """Return the columns (B, L') that reach layer `number`."""
+    def _choose(
+        self, number: int, before: Tensor | None, entering: Tensor
+    ) -> tuple[Tensor, list[tuple[int, Tensor, LayerView, Tensor]]]:
+        """Return the columns (B, L') that reach layer `number`, and what was chosen among what.
+
+        For each video its row, the places of its tokens in `entering`, what the method saw, and what it chose.
+        """
         if self._hidden is None:
             raise SelectionError(f"layer {number - 1} did not run before layer {number}")
-        repeats = len(self._hidden) // len(self.real)
-        hidden, self._hidden = self._hidden[::repeats], None  # beams of a prompt are equal while it is read
+        seen, self._hidden = self._hidden, None
+        layer = number - 1
+        if self.compressor.own_layer:
+            seen, layer = entering, number
+        hidden = seen[:: len(seen) // len(self.real)]  # beams of a prompt are equal while it is read
         columns = [line.nonzero().flatten() for line in self.real] if before is None else [t[t >= 0] for t in before]
-        alive = self.alive or [torch.arange(video.grid.num_tokens, device=self.real.device) for video in self.videos]
-        self.alive = []
+        alive = self.alive or [video.indices.to(self.real.device) for video in self.videos]
+        self.alive, found = [], []
         for row, line in enumerate(columns):
             places = torch.arange(hidden.shape[1] - len(line), hidden.shape[1], device=line.device)
             if before is None:
                 places = line
-            attention = self._attention(number - 1, hidden[row, places.to(hidden.device)], self.positions[:, row, line])
+            attention = self._attention(layer, hidden[row, places.to(hidden.device)], self.positions[:, row, line])
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
-            found = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
-            found[line] = torch.arange(len(line), device=line.device)
+            among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
+            among[line] = torch.arange(len(line), device=line.device)
             for video, indices, counts in zip(self.videos, alive, self._counts, strict=True):
                 if video.row != row:
                     continue
-                spots = found[video.columns[indices]]
+                spots = among[video.at(indices)]
                 view = LayerView(number, video.grid, indices, attention[:, spots.to(attention.device)])
                 chosen = self.compressor.choose(view, counts[number]).to(indices.device)
-                keep[video.columns[indices]] = False
-                keep[video.columns[indices[chosen]]] = True
+                found.append((row, places[spots], view, chosen))
+                keep[video.at(indices)] = False
+                keep[video.at(indices[chosen])] = True
                 keep[video.newlines] = video.kept_newlines(indices[chosen])
                 self.alive.append(indices[chosen])
             columns[row] = line[keep[line]]
-        return padded(columns)
+        return padded(columns), found
+
+    def _merged(self, hidden: Tensor, found: list[tuple[int, Tensor, LayerView, Tensor]]) -> Tensor:
+        """Return hidden states (R, L, D) in which chosen tokens have taken in what is dropped."""
+        repeats, changed = len(hidden) // len(self.real), hidden.clone()
+        for row, places, view, chosen in found:
+            places, first = places.to(hidden.device), row * repeats
+            tokens = self.compressor.merge(replace(view, hidden=hidden[first, places]), chosen)
+            for line in range(first, first + repeats):
+                changed[line, places[chosen.to(places.device)]] = tokens.to(hidden.dtype)
+        return changed
 
     def _attention(self, number: int, hidden: Tensor, positions: Tensor) -> Tensor:
         """Return the attention (H, n) float32 of the last of n tokens (n, D) in one layer."""
@@ -307,10 +337,21 @@ def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> 
     return tuple(placed)
 
 
-def begin(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor) -> tuple[Pruned, LayerRun]:
-    """Return a whole prompt, padded on the left, and the method that will drop tokens inside the LLM."""
-    whole = encoded.everything()
-    pruned = adapter.build(encoded, encoded.per_row(whole))
+def begin(
+    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
+) -> tuple[Pruned, LayerRun]:
+    """Return a prompt, padded on the left, and the method that will drop tokens inside the LLM.
+
+    The prompt is whole, or what a part before the LLM leaves of it.
+    """
+    depth = len(adapter.decoder_layers)
+    outer, spent = compressor.outer(depth), []
+    if outer is None:
+        selections = encoded.everything()
+    else:
+        selections, traces = adapter.select(encoded, outer, generator)
+        spent = [trace.select_ms for trace in traces]
+    pruned = adapter.build(encoded, encoded.per_row(selections))
     positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    real = pruned.kept_positions >= 0
-    return pruned, LayerRun(len(adapter.decoder_layers), compressor, positions, real, place(encoded, pruned, whole))
+    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
+    return pruned, LayerRun(depth, compressor, positions, real, videos, tuple(spent))

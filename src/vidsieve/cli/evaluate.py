@@ -71,7 +71,7 @@ def eval_testbed(
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """Print the table of a testbed result."""
+    """Print the table of a testbed result: what layers see on average, and what the last of them is left with."""
     lines = []
     for row in result["rows"]:
         against = row["vs_random"]
@@ -80,16 +80,16 @@ def print_result(result: dict[str, Any]) -> None:
         name += f" ({row['part']})" if row.get("part") else ""
         name += f" ({row['policy']})" if row.get("policy") else ""
         lines.append((
-            name, f"{row['retention']:g}", f"{row['real_retention']:.4f}",
+            name, f"{row['retention']:g}", f"{row['layer_retention']:.4f}", f"{row['real_retention']:.4f}",
             with_error(f"{row['accuracy']:.3f}", row["stderr"]), versus, f"{row['select_ms']['median']:.1f}",
         ))  # fmt: skip
     for row in result["refused"]:
         name = row["method"] if row["variant"] == "ours" else f"{row['method']}:{row['variant']}"
-        lines.append((name, f"{row['retention']:g}", "–", "–", "–", "–"))
-    columns = ("method", "retention", "real", "accuracy ± s.e.", "− random, 95 %", "select ms")
+        lines.append((name, f"{row['retention']:g}", *"–––––"))
+    columns = ("method", "retention", "of layers", "left", "accuracy ± s.e.", "− random, 95 %", "select ms")
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"
-    out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5)))
+    out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5, 6)))
     for row in result["refused"]:
         out.print(f"–: {row['reason']}", markup=False, highlight=False)
 

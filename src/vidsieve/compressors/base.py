@@ -148,15 +148,24 @@ class ScoreCompressor(Compressor):
 class LayerCompressor(Compressor):
     """Base of methods that drop video tokens inside the LLM, before some of its layers.
 
-    A method writes `stages` and `choose`; the adapter runs them in hooks while the model prefills.
+    A method writes `stages` and `choose`; the adapter runs them in hooks while the model prefills. One with a part
+    before the LLM gives it as `outer`; one that merges what it drops sets `merges` and writes `merge`.
     """
 
     stage: ClassVar[Stage] = Stage.LAYER
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
+    own_layer: ClassVar[bool] = False
+    """Whether attention is what a stage's own layer would compute, and not that of the layer before."""
+    merges: ClassVar[bool] = False
+    """Whether dropped tokens go into kept ones."""
+
+    def outer(self, num_layers: int) -> Compressor | None:
+        """Return the part that acts before an LLM of `num_layers` layers, at its own budget; None: there is none."""
+        return None
 
     @abstractmethod
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Return (layer, tokens alive from it on) in the order of layers, for a video of `num_tokens`.
+        """Return (layer, tokens alive from it on) in the order of layers, for a video that enters with `num_tokens`.
 
         The layers do not depend on `num_tokens`.
 
@@ -169,6 +178,10 @@ class LayerCompressor(Compressor):
     @abstractmethod
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return which of the tokens in `view` stay: `keep` sorted positions (keep,) int64 among the n alive."""
+
+    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
+        """Return the hidden states (keep, D) of the tokens that stay, from those of all that were alive in `view`."""
+        raise NotImplementedError(f"{self.name} merges nothing")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         raise StageError(f"{self.name} acts inside the LLM: attach it to a model")

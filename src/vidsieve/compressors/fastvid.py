@@ -20,6 +20,7 @@ from vidsieve.types import Need, Selection, Tokens, VideoTokens
 
 Form = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
 FORMS: tuple[Form, ...] = ("llava_onevision", "llava_video", "qwen2_5_vl")
+_NEIGHBOURS = 4
 Shares = list[tuple[int, int]]
 """Of each frame of a segment: how many salient tokens it keeps, and how many anchors."""
 
@@ -111,8 +112,8 @@ class FastVID(Compressor):
                 plan = official_plan(self, spans, alike, grid.per_frame, share)
             else:
                 plan = exact_plan(spans, budget, grid.per_frame, self.context, self.stride)
-            included = self.outcome and self.form == "llava_onevision"
-            kept, merged = merged_segments(frames, saliency, spans, plan, self.anchor_weight, included)
+        included = self.outcome and self.form == "llava_onevision"
+        kept, merged = merged_segments(frames, saliency, spans, plan, self.anchor_weight, included)
         return Selection(kept, merged, scores=saliency.flatten().float())
 
 
@@ -221,20 +222,19 @@ def merged_segments(
             indices.append(chosen + (start + frame) * size)
             rows.append(frames[start + frame, chosen])
         places = free.flatten().nonzero().flatten()
-        unit = F.normalize(frames[start:stop].flatten(0, 1)[places].float(), dim=-1)
+        tokens = frames[start:stop].flatten(0, 1)[places]
+        unit = F.normalize(tokens.detach().float(), dim=-1)
         for frame, (_, count) in enumerate(shares):
             if not count:
                 continue
             there = free[frame].nonzero().flatten()
-            piece = next(noise) if noise is not None else None
-            anchors = (
-                there[centres(peak_scores(distances(frames[start + frame, there]), 4, piece), count)].sort().values
-            )
+            distance = distances(frames[start + frame, there].detach())
+            scores = peak_scores(distance, _NEIGHBOURS, next(noise) if noise is not None else None)
+            anchors = there[centres(scores, count)].sort().values
             own = torch.searchsorted(places, anchors + frame * size)
             sources = torch.ones(len(places), dtype=torch.bool, device=frames.device)
             sources[own] = included
             owner = (unit[sources] @ unit[own].T).argmax(1)
-            tokens = frames[start:stop].flatten(0, 1)[places]
             indices.append(anchors + (start + frame) * size)
             rows.append(_joined(tokens[own], tokens[sources], owner, weight))
     kept, order = torch.cat(indices).sort()

@@ -19,8 +19,8 @@ from vidsieve.types import Need, Stage
 def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
     """Return methods by name, ``name:variant``, or policy folder; ``all`` is everything that comes with the package.
 
-    Of methods that act while decoding, ``all`` has the part before the LLM: answers are read off the prefill. ``full``
-    is left out: tables have it anyway.
+    Of methods with a part before the LLM and one inside, ``all`` has the first, as SCORE's tables do. ``full`` is left
+    out: tables have it anyway.
 
     Raises
     ------
@@ -37,8 +37,8 @@ def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
 
 
 def _in_prefill(name: str) -> Compressor:
-    decodes = registry.compressors.get(name).stage is Stage.DECODE
-    return named_method(name, inner=False) if decodes else named_method(name)
+    parts = "inner" in {field.name for field in dataclasses.fields(registry.compressors.get(name))}
+    return named_method(name, inner=False) if parts else named_method(name)
 
 
 def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Compressor:

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 from vidsieve._version import __version__
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.inside import begin, uncompiled
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.adapters.session import attach
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
@@ -68,7 +68,10 @@ def compressor_row(
     """Return the condition of a method; `other_question` hands it the next question of the same scene."""
     if compressor.acts is Stage.LAYER:
         ratio = float(compressor.budget_ratio(TOKENS))
-        return Row(label or compressor.name, compressor.variant, ratio, None, part=compressor.part, inside=compressor)
+        return Row(
+            label or compressor.name, compressor.variant, ratio, None, needs=compressor.needs, part=compressor.part,
+            inside=compressor,
+        )  # fmt: skip
 
     def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
         number = (number + 1) % len(scene.questions) if other_question else number
@@ -117,9 +120,9 @@ def scenes(
 @torch.no_grad()
 def answers(adapter: Adapter, scene: SceneBatch, row: Row, seed: int) -> tuple[list[bool], list[VideoTrace]]:
     """Return for each question of a scene whether the model answers it rightly under `row`, and what was kept."""
-    if row.inside is not None:
-        return _answers_inside(adapter, scene, row.inside)
     generator = torch.Generator().manual_seed(seed)
+    if row.inside is not None:
+        return _answers_inside(adapter, scene, row.inside, generator)
     count = len(scene.questions)
     traces: list[VideoTrace] = []
     whole = Selection(torch.arange(TOKENS))
@@ -148,15 +151,14 @@ def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
     return found
 
 
-def _answers_inside(adapter: Adapter, scene: SceneBatch, method: Compressor) -> tuple[list[bool], list[VideoTrace]]:
-    encoded = scene.encoded
-    whole = {
-        "input_ids": encoded.input_ids, "attention_mask": encoded.attention_mask.long(),
-        "mm_encoder_outputs": {"video": repeated_features(encoded.videos[0].features, len(scene.questions))},
-    }  # fmt: skip
-    with attach(adapter.model, method) as session:
-        logits = adapter.model(**whole, logits_to_keep=1, use_cache=False).logits[:, -1]
-    return _right(scene, logits), list(session.trace)
+def _answers_inside(
+    adapter: Adapter, scene: SceneBatch, method: Compressor, generator: Generator
+) -> tuple[list[bool], list[VideoTrace]]:
+    pruned, run = begin(adapter, scene.encoded, method, generator)
+    layers, text = list(adapter.decoder_layers), adapter.model.config.get_text_config()
+    with uncompiled(), run.hooked(layers, text, None):
+        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+    return _right(scene, logits), run.traces()
 
 
 def evaluate(

@@ -17,8 +17,8 @@ import vidsieve
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.selection import indices_to_mask
-from vidsieve.testing.reference import LayeredSelections, attended, masked_greedy, masked_logits
-from vidsieve.types import LayerView, Selection, Stage
+from vidsieve.testing.reference import chosen_inside, masked_greedy, masked_logits
+from vidsieve.types import Selection, Stage
 
 STEPS = 8
 Outcome = tuple[float, bool | None]
@@ -57,23 +57,11 @@ class Case:
         if self.given is not None:
             return self.given
         if isinstance(self.compressor, LayerCompressor):
-            return self._layered(self.compressor)
+            with torch.set_grad_enabled(gradients):
+                return chosen_inside(self.adapter, self.inputs, self.compressor, self.videos)
         with torch.set_grad_enabled(gradients):
             encoded = self.adapter.encode(self.inputs, self.videos, self.compressor.needs)
             return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]
-
-    def _layered(self, compressor: LayerCompressor) -> LayeredSelections:
-        """Return what a method with one stage inside the LLM keeps, from the model's own eager attention."""
-        depth, chosen = len(self.adapter.decoder_layers), LayeredSelections()
-        with torch.no_grad():
-            for video, span in enumerate(self.adapter.encode(self.inputs, self.videos).videos):
-                grid = span.features.grid
-                ((layer, keep),) = compressor.stages(depth, grid.num_tokens)
-                weights = attended(self.adapter, self.inputs, layer - 1, self.videos)[video]
-                view = LayerView(layer, grid, torch.arange(grid.num_tokens, device=weights.device), weights)
-                chosen.append(Selection(compressor.choose(view, keep)))
-                chosen.from_layer = layer
-        return chosen
 
     def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
         """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens behind the prompts."""

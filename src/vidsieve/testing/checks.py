@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import BudgetError, NeedError, RetentionError, UnknownNameError
+from vidsieve.selection import kept_tokens
 from vidsieve.types import (
     DecodeView,
     EncoderOutputs,
@@ -64,10 +65,16 @@ def make_video(
 
 
 def example(method: Method, **fields: Any) -> Compressor:
-    """Return an instance for checks: random weights where the method is trained."""
+    """Return an instance for checks: random weights where it is trained, of two parts the one before the LLM."""
     untrained = getattr(method, "untrained", None)
+    if issubclass(method, LayerCompressor) and _has_parts(method):
+        fields = {"inner": False} | fields
     made: Compressor = untrained(WIDTH, **fields) if untrained else method(**fields)
     return made
+
+
+def _has_parts(method: Method) -> bool:
+    return "inner" in {field.name for field in dataclasses.fields(method)}
 
 
 def _variants(method: Method) -> Iterable[str]:
@@ -249,16 +256,19 @@ def check_layer_budget(method: Method) -> None:
     assert issubclass(method, LayerCompressor)
     for depth, tokens in ((28, 6272), (32, 576), (12, 196)):
         for retention in (0.02, 0.25, 0.5, 0.9):
+            compressor = method(retention=retention)
             try:
-                stages = method(retention=retention).stages(depth, tokens)
+                outer = compressor.outer(depth)
+                entering = tokens if outer is None else kept_tokens(outer.retention, tokens)
+                stages = compressor.stages(depth, entering)
             except BudgetError:
                 continue
             edges = [*(layer for layer, _ in stages), depth]
-            alive = [tokens, *(keep for _, keep in stages)]
+            alive = [entering, *(keep for _, keep in stages)]
             seen = sum(count * (b - a) for count, a, b in zip(alive, [0, *edges], edges, strict=False))
             _expect(edges == sorted(set(edges)) and edges[0] >= 1, f"stages {stages} are not in order")
             _expect(
-                abs(seen - retention * depth * tokens) <= depth * len(stages),
+                abs(seen - retention * depth * tokens) <= depth * (len(stages) + (outer is not None)),
                 f"{retention} of {tokens} tokens in {depth} layers: {stages} sees {seen}",
             )
 
@@ -324,7 +334,7 @@ LAYER_CHECKS: tuple[Check, ...] = (
 def checks_of(method: Method) -> tuple[Check, ...]:
     """Return the checks of a method, by where it acts."""
     if issubclass(method, LayerCompressor):
-        return LAYER_CHECKS
+        return tuple(dict.fromkeys((*CHECKS, *LAYER_CHECKS))) if _has_parts(method) else LAYER_CHECKS
     return (*CHECKS, check_read) if issubclass(method, DecodeCompressor) else CHECKS
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +10,17 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Encoded
+from vidsieve.compressors.base import LayerCompressor
+from vidsieve.testing.staged import (
+    Act,
+    LayeredSelections,
+    hidden_mask,
+    layered_choice,
+    masked_from,
+    merging,
+    visible_tokens,
+)
 from vidsieve.types import Selection
-
-
-class LayeredSelections(list[Selection]):
-    """Selections that hold from layer `from_layer` on; earlier layers see every token."""
-
-    from_layer: int = 0
 
 
 def masked_logits(
@@ -36,21 +39,46 @@ def masked_logits(
         Tokens after the prompt.
     videos : as `prune` takes it
     """
-    model = adapter.model
     encoded = adapter.encode(inputs, videos)
+    if not isinstance(selections, LayeredSelections):
+        return _through(adapter, encoded, selections, extra_ids, {}, {})
+    length = encoded.input_ids.shape[1] + (0 if extra_ids is None else extra_ids.shape[1])
+    embeds = encoded.videos[0].features.embeds
+    masks, acts = {}, {}
+    for layer, kept in selections.stages.items():
+        masks[layer] = hidden_mask(visible_tokens(encoded, kept, length), embeds)
+        if selections.compressor.merges:
+            acts[layer] = merging(encoded, selections, layer)
+    return _through(adapter, encoded, selections.entering, extra_ids, masks, acts)
+
+
+def chosen_inside(
+    adapter: Adapter, inputs: Mapping[str, Any], compressor: LayerCompressor, videos: Videos = None
+) -> LayeredSelections:
+    """Return what a method inside the LLM keeps of each video, from the model's own eager attention."""
+    encoded = adapter.encode(inputs, videos, compressor.needs)
+
+    def run(entering: Sequence[Selection], masks: dict[int, Tensor], acts: Mapping[int, Act]) -> None:
+        with torch.no_grad():
+            _through(adapter, encoded, entering, None, masks, acts)
+
+    return layered_choice(adapter, encoded, compressor, run)
+
+
+def _through(
+    adapter: Adapter, encoded: Encoded, selections: Sequence[Selection], extra_ids: Tensor | None,
+    masks: dict[int, Tensor], acts: Mapping[int, Act],
+) -> Tensor:  # fmt: skip
+    """Return the logits of whole prompts, of which `selections` are seen from the first layer on."""
+    model = adapter.model
     embeds = model.get_input_embeddings()(encoded.input_ids)
-    visible = encoded.attention_mask.clone()
     for span, selection in zip(encoded.videos, selections, strict=True):
         tokens = span.features.embeds.clone()
         if selection.embeds is not None:
             tokens[selection.indices] = selection.embeds
         columns = torch.cat([span.columns, span.tail_columns])
         embeds[span.row, columns] = torch.cat([tokens, span.features.tail]).to(embeds)
-        visible[span.row, span.columns] = False
-        visible[span.row, span.columns[selection.indices]] = True
-        if span.features.per_row:
-            for line, column in enumerate(span.tail_columns.tolist()):  # a newline is seen where its row is
-                visible[span.row, column] = bool((selection.indices // span.features.grid.width == line).any())
+    visible = visible_tokens(encoded, selections)
     deep: dict[str, Any] = {}
     for image in encoded.images:
         embeds[image.row, image.columns] = image.embeds.to(embeds)
@@ -64,46 +92,17 @@ def masked_logits(
         visible = torch.cat([visible, torch.ones_like(extra_ids, dtype=torch.bool)], 1)
         steps = torch.arange(1, extra_ids.shape[1] + 1, device=extra_ids.device)
         positions = torch.cat([positions, positions[..., -1:] + steps], -1)
-    additive = _additive(visible, embeds)
+    masks[0] = hidden_mask(visible, embeds)
     if deep:
         words = torch.zeros_like(visible[:, deep["visual_pos_masks"].shape[1] :])
         deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], words], 1)
-    first = getattr(selections, "from_layer", 0)
-    everything = torch.cat([encoded.attention_mask, visible[:, encoded.attention_mask.shape[1] :]], 1)
-    with _mask_from(adapter, first, additive):
+    with masked_from(adapter, masks, acts):
         hidden = adapter.language_model(
-            inputs_embeds=embeds, position_ids=adapter.pack_positions(positions),
-            attention_mask=_additive(everything, embeds) if first else additive, use_cache=False, **deep,
+            inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=masks[0],
+            use_cache=False, **deep,
         ).last_hidden_state  # fmt: skip
     logits: Tensor = model.get_output_embeddings()(hidden)
     return logits
-
-
-def _additive(visible: Tensor, embeds: Tensor) -> Tensor:
-    """Return a causal mask (B, 1, L, L) in which only the tokens of `visible` (B, L) are seen."""
-    length = embeds.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=embeds.device).tril()
-    # A hidden query may look at itself: its row is never read, but must not be empty.
-    mask = (causal & visible[:, None, :]) | torch.eye(length, dtype=torch.bool, device=embeds.device)
-    additive = torch.zeros(mask.shape, dtype=embeds.dtype, device=embeds.device)
-    return additive.masked_fill(~mask, torch.finfo(embeds.dtype).min)[:, None]
-
-
-@contextmanager
-def _mask_from(adapter: Adapter, first: int, additive: Tensor) -> Iterator[None]:
-    """Give layers from `first` on another mask."""
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, kwargs | {"attention_mask": additive}), with_kwargs=True
-        )
-        for layer in list(adapter.decoder_layers)[first:]
-        if first
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Videos = None) -> list[Tensor]:

@@ -1,0 +1,326 @@
+"""HoliTom: merge what stays the same over windows of frames, keep what the encoder attends to; merge again inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors.base import Compressor, LayerCompressor, check_layer
+from vidsieve.errors import BudgetError, NeedError, StageError
+from vidsieve.selection import indices_to_mask, top_indices
+from vidsieve.types import LayerView, Need, Selection, Stage, Tokens, VideoTokens
+
+_LAYER, _LAYERS = 18, 28
+"""Where the release merges inside its LLM of 28 layers."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that share a part of the budget: the static ones of a window of frames, or the others of one frame.
+
+    Parameters
+    ----------
+    places : Tensor, (n,), int64
+        Raster indices; of static ones in the window's first frame.
+    tokens : Tensor, (n, D)
+        Static ones are means over the window.
+    length : int
+        Frames of the window where they are static, else 0.
+    """
+
+    places: Tensor
+    tokens: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class HoliTom(LayerCompressor):
+    """Merge tokens that stay alike over a window of frames into one, then keep a part of every frame and window.
+
+    Windows are chosen by dynamic programming so that as many tokens as possible vanish: within a window, a place where
+    neighbouring frames are alike throughout (cosine above `threshold`) holds one static token, the mean of its frames.
+    Of the others every frame keeps what the vision encoder attends to most; static tokens are merged into density
+    peaks among them. Inside the LLM, the tokens that the last prompt token attends to most stay, and each of the others
+    goes into the one it is most like.
+
+    Parameters
+    ----------
+    threshold : float
+        Cosine above which a place does not change (release: 0.65 at 10 %, else 0.8).
+    longest : int
+        Frames of a window at most.
+    neighbours : int
+        Neighbours that make a token's density.
+    centre_weight : float
+        Weight of a density peak in its mean.
+    layer : int or None
+        The first layer that sees fewer tokens; None: the release's 18 of 28, scaled to the model's depth.
+    inner_kept : float
+        Share of the tokens that stay there.
+    inner : bool
+        Whether the part inside the LLM runs. Without it the method acts before the LLM only, blind to the question.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder in proportion to how
+    many a window or frame has; where merging over time leaves fewer than that, the places of highest attention among
+    the merged ones are kept in later frames too. With both parts R is the mean over layers, for which the part before
+    the LLM keeps more; where that would be more than all, the part inside keeps more. ``"official"`` divides R by the
+    share that merging over time leaves, and rounds up in every frame and half to even in every window: of a video that
+    hardly changes it keeps much less than R; what the part inside drops comes on top. The release's density noise of a
+    millionth is left out, and newlines are not merged. Static tokens stand in the window's first frame; the release
+    numbers positions anew, here they stay.
+
+    References
+    ----------
+    HoliTom, NeurIPS 2025 (arXiv 2505.21334); cokeshao/HoliTom @ e9b2972, holitom/llava_arch.py, modeling_qwen2.py.
+    """
+
+    name: ClassVar[str] = "holitom"
+    paper: ClassVar[str] = "HoliTom, NeurIPS 2025"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.ENCODER_ATTENTION, Need.LAYER_ATTENTION})
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    merges: ClassVar[bool] = True
+    threshold: float = 0.8
+    longest: int = 1024
+    neighbours: int = 7
+    centre_weight: float = 0.6
+    layer: int | None = None
+    inner_kept: float = 0.5
+    inner: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.threshold <= 1:
+            raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
+        if self.longest < 1 or self.neighbours < 1:
+            raise BudgetError(f"longest and neighbours are counts from 1 on, got {self.longest} and {self.neighbours}")
+        if not 0 <= self.centre_weight <= 1 or not 0 < self.inner_kept <= 1:
+            raise BudgetError(
+                f"centre_weight is in [0, 1] and inner_kept in (0, 1], got {self.centre_weight} and {self.inner_kept}"
+            )
+        if self.layer is not None:
+            check_layer(self.layer)
+        if not isinstance(self.inner, bool):
+            raise BudgetError(f"inner is True or False, got {self.inner!r}")
+
+    @property
+    def acts(self) -> Stage:
+        """Inside the LLM; before it where `inner` is off."""
+        return Stage.LAYER if self.inner else Stage.PRE_LLM
+
+    @property
+    def outcome(self) -> bool:
+        """Under ``"official"`` the count before the LLM is what rounding leaves."""
+        return self.variant == "official" and not isinstance(self.retention, Tokens)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        if self.inner:
+            raise StageError("holitom has a part inside the LLM: attach it to a model, or take inner=False")
+        if video.encoder is None or video.encoder.attention is None:
+            raise NeedError("holitom reads the vision encoder's attention: hand over VideoTokens that have it")
+        grid = video.grid
+        frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+        attention = video.encoder.attention.to(frames.device)
+        with torch.no_grad():
+            same = F.cosine_similarity(frames[:-1].float(), frames[1:].float(), dim=-1) > self.threshold
+            found, reduced = windows(same, self.longest)
+        groups = grouped(frames, same, found)
+        if self.outcome:
+            ratio = adjusted(float(self.budget_ratio(grid.num_tokens)), reduced, grid.num_tokens)
+            counts = official_counts(groups, ratio)
+        else:
+            counts = exact_counts(groups, min(budget, sum(len(g.places) for g in groups)))
+        indices, rows = kept_of_groups(groups, counts, attention, self.neighbours, self.centre_weight)
+        if not self.outcome and len(indices) < budget:
+            rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
+            more = rest[top_indices(attention[rest], budget - len(indices))]
+            indices, rows = torch.cat([indices, more]), torch.cat([rows, video.embeds[more]])
+        kept, order = indices.sort()
+        return Selection(kept, rows[order], scores=attention.float())
+
+    # -- inside the LLM -------------------------------------------------------------------------------------
+
+    def _first(self, num_layers: int) -> int:
+        """Return the first layer that sees fewer tokens."""
+        layer = self.layer if self.layer is not None else max(1, round(_LAYER * num_layers / _LAYERS))
+        if layer >= num_layers:
+            raise BudgetError(f"layer {layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
+        return layer
+
+    def outer(self, num_layers: int) -> Compressor:
+        """Return the part before the LLM, which keeps more than R where the part inside keeps less."""
+        retention = self.retention
+        if self.variant == "ours":
+            layer = self._first(num_layers)
+            mean = (layer + Fraction(repr(float(self.inner_kept))) * (num_layers - layer)) / num_layers
+            if isinstance(retention, Tokens):
+                retention = Tokens(max(1, math.floor(retention.count / mean)))
+            else:
+                retention = float(min(Fraction(1), Fraction(repr(retention)) / mean))
+        return replace(self, inner=False, retention=retention)
+
+    def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Return the one stage (layer, tokens kept from there on)."""
+        layer, kept = self._first(num_layers), Fraction(repr(float(self.inner_kept)))
+        if self.variant == "official":
+            return ((layer, max(1, round(num_tokens * kept))),)
+        if not isinstance(self.retention, Tokens):  # all tokens enter: the rest of the budget is spent inside
+            spent = (Fraction(repr(self.retention)) * num_layers - layer) / (num_layers - layer)
+            kept = max(kept, min(spent, Fraction(1)))
+        return ((layer, max(1, math.floor(num_tokens * kept))),)
+
+    def choose(self, view: LayerView, keep: int) -> Tensor:
+        """Return the tokens of the highest mean attention."""
+        return top_indices(view.attention.mean(0), keep)
+
+    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
+        """Return the hidden states of the tokens that stay, each half and half with what joins it, one by one."""
+        if view.hidden is None:
+            raise StageError("holitom merges hidden states: hand over a view that has them")
+        return absorbed(view.hidden, chosen.to(view.hidden.device))
+
+
+# -- windows ------------------------------------------------------------------------------------------------
+
+
+def windows(same: Tensor, longest: int) -> tuple[list[tuple[int, int]], int]:
+    """Return the windows (first, last frame) in which most tokens vanish, and how many do.
+
+    Parameters
+    ----------
+    same : Tensor, (T − 1, n), bool
+        Whether a place is alike in a frame and the next.
+    longest : int
+
+    Of equal windows the shorter wins, and a frame alone before any.
+    """
+    frames = len(same) + 1
+    run = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
+    best, length = [0], [1]
+    for last in range(1, frames):
+        run = torch.where(same[last - 1], run + 1, 0)
+        # at[k]: places that have been alike for k steps or more.
+        at = torch.bincount(run, minlength=last + 1).flip(0).cumsum(0).flip(0).tolist()
+        top, chosen = best[-1], 1
+        for size in range(2, min(last + 1, longest) + 1):
+            gain = (size - 1) * at[size - 1] + (best[last - size] if last >= size else 0)
+            if gain > top:
+                top, chosen = gain, size
+        best.append(top)
+        length.append(chosen)
+    found, last = [], frames - 1
+    while last >= 0:
+        found.append((last - length[last] + 1, last))
+        last -= length[last]
+    return found[::-1], best[-1]
+
+
+def adjusted(ratio: float, reduced: int, total: int) -> float:
+    """Return the share of what merging over time leaves that makes up `ratio` of all, at most 1."""
+    return min(ratio / ((total - reduced) / total), 1.0)
+
+
+def grouped(frames: Tensor, same: Tensor, found: list[tuple[int, int]]) -> list[Group]:
+    """Return, window by window, its static tokens and each frame's others; empty groups are left out."""
+    size = frames.shape[1]
+    groups = []
+    for first, last in found:
+        static = same[first:last].all(0) if last > first else torch.zeros_like(frames[0, :, 0], dtype=torch.bool)
+        still, moving = static.nonzero().flatten(), (~static).nonzero().flatten()
+        if len(still):
+            means = frames[first : last + 1, still].mean(0)
+            groups.append(Group(still + first * size, means, last - first + 1))
+        if len(moving):
+            groups += [Group(moving + t * size, frames[t, moving], 0) for t in range(first, last + 1)]
+    return groups
+
+
+# -- budgets and merging ------------------------------------------------------------------------------------
+
+
+def official_counts(groups: list[Group], ratio: float) -> list[int]:
+    """Return what the release keeps of each group: rounded half to even where static, else rounded up."""
+    sizes = [len(group.places) for group in groups]
+    return [round(n * ratio) if g.length else math.ceil(n * ratio) for g, n in zip(groups, sizes, strict=True)]
+
+
+def exact_counts(groups: list[Group], budget: int) -> list[int]:
+    """Return counts in proportion to the groups' sizes that add up to `budget`, by largest remainder."""
+    sizes = [len(group.places) for group in groups]
+    total = sum(sizes)
+    counts = [budget * size // total for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
+    for i in order[: budget - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def kept_of_groups(
+    groups: list[Group], counts: list[int], attention: Tensor, neighbours: int, weight: float,
+    noise: Iterator[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return raster indices (K,) and tokens (K, D) of what is kept, group by group, in the release's order.
+
+    Parameters
+    ----------
+    attention : Tensor, (N,)
+    neighbours, weight : as in `clustered`
+    noise : iterator of Tensor, optional
+        What the release adds to densities, one piece for each static group.
+    """
+    indices, rows = [], []
+    for group, count in zip(groups, counts, strict=True):
+        if group.length:
+            piece = next(noise) if noise is not None else None
+            chosen, tokens = group.places[:0], group.tokens[:0]
+            if count:
+                chosen, tokens = clustered(group.tokens, count, neighbours, weight, piece)
+        else:
+            chosen = top_indices(attention[group.places], count)
+            tokens = group.tokens[chosen]
+        indices.append(group.places[chosen])
+        rows.append(tokens)
+    return torch.cat(indices), torch.cat(rows)
+
+
+def clustered(
+    tokens: Tensor, count: int, neighbours: int, weight: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `count` density peaks of tokens (n, D), sorted, and each merged with the tokens nearest to it, (count, D).
+
+    `neighbours`, at most `count`, make a density; a peak has `weight` in its mean, those that join it the rest.
+    """
+    with torch.no_grad():
+        distance = distances(tokens)
+        chosen = centres(peak_scores(distance, min(neighbours, count), noise), count).sort().values
+    owner, peaks = nearest_centre(distance, chosen), tokens[chosen].float()
+    joined = torch.bincount(owner, minlength=count)[:, None] - 1
+    total = torch.zeros_like(peaks).index_add(0, owner, tokens.float()) - peaks
+    merged = weight * peaks + (1 - weight) * total / joined.clamp(min=1)
+    return chosen, torch.where(joined > 0, merged, peaks).to(tokens.dtype)
+
+
+def absorbed(hidden: Tensor, chosen: Tensor) -> Tensor:
+    """Return hidden states (K, D) of `chosen` among hidden (n, D) with the others in them, each in the most alike one.
+
+    A token that takes in others becomes the mean of itself and the first, then of that and the second, and so on: the
+    last of m weighs one half, the one before a quarter, the token itself 2⁻ᵐ.
+    """
+    others = (~indices_to_mask(chosen, len(hidden))).nonzero().flatten()
+    unit = F.normalize(hidden.detach().float(), dim=-1)
+    owner = (unit[others] @ unit[chosen].T).argmax(1)
+    count = torch.bincount(owner, minlength=len(chosen))
+    # Which one of its owner's tokens each is, counted from the last: 1 for the last.
+    order = owner.argsort(stable=True)
+    place = torch.empty_like(owner)
+    place[order] = count.cumsum(0)[owner[order]] - torch.arange(len(owner), device=owner.device)
+    weighted = hidden[others].float() * torch.exp2(-place.float())[:, None]
+    made = hidden[chosen].float() * torch.exp2(-count.float())[:, None]
+    return made.index_add(0, owner, weighted).to(hidden.dtype)
