@@ -50,6 +50,11 @@ def kept_tokens(retention: float | Tokens, num_tokens: int) -> int:
     return max(1, math.floor(Fraction(repr(budget)) * num_tokens))
 
 
+def exact_ratio(retention: float | Tokens, num_tokens: int) -> Fraction:
+    """Return a budget as an exact fraction of `num_tokens`, of the shortest decimal that names the float or a count."""
+    return Fraction(retention.count, num_tokens) if isinstance(retention, Tokens) else Fraction(repr(retention))
+
+
 def top_indices(scores: Tensor, count: int) -> Tensor:
     """Return the sorted indices (count,) int64 of the largest of `scores` (N,); equal scores: lower index first."""
     order = torch.sort(scores, descending=True, stable=True).indices

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.fastv import FastV
-from vidsieve.errors import NeedError
+from vidsieve.errors import BudgetError, NeedError
 from vidsieve.testing.equivalence import CALLS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
@@ -46,6 +48,66 @@ def test_several_stages_equal_the_masks(family, name, kind):
     for call in ("prefill logits", "8 greedy tokens"):
         result = cell(family, name, call, "sdpa", kind(0.5))
         assert result.passed, result
+
+
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])
+def test_pyramiddrop_equals_the_masks(family, name):
+    method = vidsieve.load("pyramiddrop", retention=0.6, layers=(1, 2), fractions=(0.5, 0.25))
+    for call in CALLS:
+        result = cell(family, name, call, "sdpa", method)
+        assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
+
+
+@pytest.mark.parametrize("layers", [6, 12, 28, 32, 36])
+@pytest.mark.parametrize("retention", [0.34, 0.36, 0.46875, 0.5, 0.7, 0.9, 0.99])
+def test_pyramiddrop_spends_its_budget_in_the_papers_proportions(layers, retention):
+    stages = vidsieve.load("pyramiddrop", retention=retention).stages(layers, 6272)
+    edges, kept = [*(at for at, _ in stages), layers], [count for _, count in stages]
+    seen = edges[0] * 6272 + sum(count * (b - a) for count, a, b in zip(kept, edges, edges[1:], strict=False))
+    assert 0 <= retention * 6272 * layers - seen <= layers
+    free = [count for count in kept if count < 6272]
+    assert kept == sorted(kept)[::-1] and all(abs(a - 2 * b) <= 2 for a, b in pairwise(free))
+    if layers == 32:
+        assert [at for at, _ in stages] == [8, 16, 24]
+        if retention == 0.46875:
+            assert kept == [3136, 1568, 784]
+
+
+def test_below_its_floor_a_method_may_start_earlier_and_says_where():
+    for name, floor in (("pyramiddrop", "0.250"), ("fastv", "0.071")):
+        with pytest.raises(BudgetError, match=rf"below {floor}; choose .*earliest=True"):
+            vidsieve.load(name, retention=0.05).stages(28, 6272)
+    stages = vidsieve.load("pyramiddrop", retention=0.1, earliest=True).stages(28, 6272)
+    assert [at for at, _ in stages] == [1, 3, 4]
+    assert vidsieve.load("fastv", retention=0.05, earliest=True).stages(28, 6272) == ((1, int(0.4 / 27 * 6272)),)
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "batch 1")
+    method = vidsieve.load("fastv", retention=0.5, earliest=True)
+    with torch.no_grad(), vidsieve.attach(model, method) as session:
+        model(**inputs)
+    assert session.trace.videos[0].layers == (1,) and "(fewer from 1 on)" in str(session.trace)
+
+
+def test_pyramiddrops_release_counts_positions_anew():
+    """The answer differs where positions are counted anew; that they are the release's, the recorded cases prove."""
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "batch 1")
+    kept, fields = [], {"layers": (1, 2), "fractions": (0.5, 0.25)}
+    for variant in ("ours", "official"):
+        method = vidsieve.load("pyramiddrop", retention=0.75, variant=variant, **fields)
+        with torch.no_grad(), vidsieve.attach(model, method) as session:
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True,
+                                 return_dict_in_generate=True)  # fmt: skip
+        kept.append((session.trace.videos[0].indices, out.logits[0]))
+    assert len(kept[1][0]) == int(0.25 * session.trace.videos[0].total)
+    assert not torch.equal(kept[0][1], kept[1][1])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"layers": (3, 2, 4)}, {"layers": (0, 1, 2)}, {"fractions": (0.5, 0.6, 0.1)}, {"fractions": (0.5,)}]
+)
+def test_steps_that_make_no_pyramid_are_refused(fields):
+    with pytest.raises(BudgetError):
+        vidsieve.load("pyramiddrop", **fields)
 
 
 def test_both_parts_keep_the_mean_over_layers():

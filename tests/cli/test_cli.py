@@ -147,7 +147,18 @@ def test_oracles(tmp_path):
     out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
-    done = {"cacovid", "divprune", "dycoke", "evs", "fastv", "fastvid", "holitom", "vidcom2", "visionzip"}
+    done = {
+        "cacovid",
+        "divprune",
+        "dycoke",
+        "evs",
+        "fastv",
+        "fastvid",
+        "holitom",
+        "pyramiddrop",
+        "vidcom2",
+        "visionzip",
+    }
     assert passed == done and result["count"]["fail"] == 0
     assert "no such method yet" in out
     assert "unstable ties" in out and "scores compared" in out

@@ -76,6 +76,8 @@ class LayerRun:
     real: Tensor
     videos: tuple[PlacedVideo, ...]
     outer_ms: tuple[float, ...] = ()
+    rotary: Any = None
+    """The LLM's rotary embedding, for methods that number positions anew after every stage."""
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Per stage layer the columns of the prompt (B, L') that stay, −1 on padding."""
     alive: list[Tensor] = field(default_factory=list)
@@ -118,7 +120,8 @@ class LayerRun:
         spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
         for video, indices, held, ms in zip(self.videos, self.alive, self.held, spent, strict=True):
             trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
-            made.append(replace(trace, held=held, newlines=int(video.kept_newlines(indices).sum())))
+            newlines = int(video.kept_newlines(indices).sum())
+            made.append(replace(trace, held=held, layers=tuple(self.stages), newlines=newlines))
         return made
 
     @contextmanager
@@ -190,7 +193,7 @@ class LayerRun:
             return hidden, {}
         table = self._rows(self.kept[stage], len(hidden)).to(hidden.device)
         real, length = table >= 0, table.shape[1]
-        changes = self._sliced(kwargs, table)
+        changes = self._sliced(kwargs, table) if self.rotary is None else self._numbered(hidden, kwargs, real)
         if is_flash(self._text):
             return hidden, changes | {"attention_mask": flash_mask(real)}
         if kwargs.get("attention_mask") is None and bool(real.all()):
@@ -201,11 +204,15 @@ class LayerRun:
         return hidden, changes | {"attention_mask": additive(mask[:, None], hidden)}
 
     def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the mask of tokens after the prompt, which see what this layer kept of it."""
+        """Return what changes for tokens after the prompt, which see what this layer kept of it."""
         stage = max((s for s in self.stages if s <= number), default=None)
         if stage is None:
             return {}
         real = (self._rows(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
+        changes = self._moved_back(hidden, kwargs, real) if self.rotary is not None else {}
+        return changes | self._later_mask(number, hidden, kwargs, real)
+
+    def _later_mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
         count, prompt = hidden.shape[1], self.real.shape[1]
         given = kwargs.get("attention_mask")
         if is_flash(self._text):
@@ -247,7 +254,10 @@ class LayerRun:
             places = torch.arange(hidden.shape[1] - len(line), hidden.shape[1], device=line.device)
             if before is None:
                 places = line
-            attention = self._attention(layer, hidden[row, places.to(hidden.device)], self.positions[:, row, line])
+            positions = self.positions[:, row, line]
+            if self.rotary is not None and before is not None:
+                positions = torch.arange(len(line), device=line.device).expand_as(positions)
+            attention = self._attention(layer, hidden[row, places.to(hidden.device)], positions)
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
@@ -307,6 +317,18 @@ class LayerRun:
             changes["position_ids"] = _take(ids, table, -1)
         return changes
 
+    def _numbered(self, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
+        """Return rotary angles and ids of positions that count the kept columns, `real` (R, L') where there is one."""
+        ids = (real.long().cumsum(1) - 1).clamp(min=0)
+        changes: dict[str, Any] = {"position_embeddings": self.rotary(hidden, ids)}
+        return changes | ({"position_ids": ids} if kwargs.get("position_ids") is not None else {})
+
+    def _moved_back(self, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
+        """Return rotary angles and ids of later tokens, less what was dropped before this layer."""
+        dropped = self._rows(self.real, len(hidden)).to(real.device).sum(1) - real.sum(1)
+        ids = kwargs["position_ids"] - dropped[:, None]
+        return {"position_embeddings": self.rotary(hidden, ids), "position_ids": ids}
+
 
 def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
     """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
@@ -354,4 +376,6 @@ def begin(
     pruned = adapter.build(encoded, encoded.per_row(selections))
     positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
     real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    return pruned, LayerRun(depth, compressor, positions, real, videos, tuple(spent))
+    # With several rows of positions there is no order to count along.
+    rotary = adapter.language_model.rotary_emb if compressor.renumbers and len(positions) == 1 else None
+    return pruned, LayerRun(depth, compressor, positions, real, videos, tuple(spent), rotary)

@@ -32,6 +32,8 @@ class VideoTrace:
     select_ms: float
     held: float | None = None
     """For methods inside the LLM: mean over layers of the fraction of tokens that a layer sees."""
+    layers: tuple[int, ...] = ()
+    """For methods inside the LLM: the layers from which on there are fewer tokens."""
     decoded: float | None = None
     """For methods that act while decoding: mean over steps of the share of the kept tokens that later layers read."""
     newlines: int = 0
@@ -67,6 +69,7 @@ class VideoTrace:
     def inside(self) -> str:
         """What a part inside the LLM did, in words; empty without one."""
         held = "" if self.held is None else f", {self.held:.1%} on average over layers"
+        held += f" (fewer from {' and '.join(map(str, self.layers))} on)" if self.layers else ""
         return held + ("" if self.decoded is None else f", {self.decoded:.1%} of them read while decoding")
 
     def as_dict(self) -> dict[str, Any]:
@@ -76,7 +79,7 @@ class VideoTrace:
             "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
             "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
             "merged": self.merged, "select_ms": self.select_ms, "layer_retention": self.layer_retention,
-            "newlines": self.newlines, "decode_share": self.decoded,
+            "newlines": self.newlines, "stage_layers": list(self.layers), "decode_share": self.decoded,
         }  # fmt: skip
 
 

@@ -159,6 +159,11 @@ class LayerCompressor(Compressor):
     merges: ClassVar[bool] = False
     """Whether dropped tokens go into kept ones."""
 
+    @property
+    def renumbers(self) -> bool:
+        """Whether positions are counted anew after every stage, as some releases do; of models with one row of them."""
+        return False
+
     def outer(self, num_layers: int) -> Compressor | None:
         """Return the part that acts before an LLM of `num_layers` layers, at its own budget; None: there is none."""
         return None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor
 
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError
-from vidsieve.selection import top_indices
-from vidsieve.types import LayerView, Tokens
+from vidsieve.selection import exact_ratio, top_indices
+from vidsieve.types import LayerView
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,9 @@ class FastV(LayerCompressor):
     ----------
     layer : int
         K, the first layer that runs on fewer tokens (paper: 2; the release's LLaVA demo: 3).
+    earliest : bool
+        Where R is less than the first K layers alone see, drop at an earlier layer instead of refusing, which the trace
+        names.
 
     Variants: in ``"ours"`` the budget is the mean over all layers, Σ_layers tokens = ⌊R·N·layers⌋ to within one token
     a layer, so that tables compare equal compute; R cannot go below K / layers. In ``"official"`` R is the fraction
@@ -44,6 +46,7 @@ class FastV(LayerCompressor):
     paper: ClassVar[str] = "FastV, ECCV 2024"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
     layer: int = 2
+    earliest: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,15 +58,15 @@ class FastV(LayerCompressor):
             raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
         if self.variant == "official":
             return ((self.layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
-        count = isinstance(self.retention, Tokens)
-        ratio = Fraction(self.retention.count, num_tokens) if count else Fraction(repr(self.retention))  # type: ignore[union-attr]
-        after = (ratio * num_layers - self.layer) / (num_layers - self.layer)
-        if after < 0:
+        budget, layer = exact_ratio(self.retention, num_tokens) * num_layers, self.layer
+        if self.earliest and budget < layer:
+            layer = max(1, math.floor(budget / 2))  # half of the budget for layers that see every token
+        if budget < layer:
             raise BudgetError(
-                f"{self.describe()}: {self.layer} of {num_layers} layers see every token, so the retention cannot go "
-                f"below {self.layer / num_layers:.3f}; choose an earlier layer"
+                f"{self.describe()}: {layer} of {num_layers} layers see every token, so the retention cannot go "
+                f"below {layer / num_layers:.3f}; choose an earlier layer" + (", or earliest=True" if layer > 1 else "")
             )
-        return ((self.layer, max(1, math.floor(after * num_tokens))),)
+        return ((layer, max(1, math.floor((budget - layer) / (num_layers - layer) * num_tokens))),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens of the highest mean attention."""

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from vidsieve.adapters.layered import LayerRun, PlacedVideo
 from vidsieve.compressors.fastv import FastV
 from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
+from vidsieve.testing.oracles.decoder import passed, recorded_llama
 from vidsieve.types import LayerView, TokenGrid
 
 _START, _TOKENS, _LAYER, _KEPT = 35, 576, 3, 0.5
@@ -51,38 +50,17 @@ def _selection(archive: Archive, case: str) -> Case:
 def _model(archive: Archive) -> Case:
     """Run the recorded Llama with our hooks: attention row, kept positions, hidden states, and our cache lengths."""
     hidden, inner, depth, heads, kv_heads = (int(v) for v in archive["model/cfg"])
-    config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, vocab_size=8, rms_norm_eps=1e-6, max_position_embeddings=2048,
-        attn_implementation="sdpa", pad_token_id=0,
-    )  # fmt: skip
-    model = LlamaModel(config).eval()
-    prefix = "model/w/"
-    weights = {k[len(prefix) :]: torch.from_numpy(v) for k, v in archive.items() if k.startswith(prefix)}
-    model.load_state_dict(weights, strict=False)
-    embeds = torch.from_numpy(archive["model/inputs_embeds"])[None]
-    length = embeds.shape[1]
-    positions = torch.arange(length)[None]
-    columns = torch.arange(_START, _START + _TOKENS)
-    video = PlacedVideo(0, columns, TokenGrid(1, 1, _TOKENS), columns[:0], False, torch.arange(_TOKENS))
+    model = recorded_llama(archive, "model/w/", hidden, inner, depth, heads, kv_heads)
+    embeds = torch.from_numpy(archive["model/inputs_embeds"])
     method = FastV(retention=_KEPT, layer=_LAYER, variant="official")
-    run = LayerRun(depth, method, positions[None], torch.ones(1, length, dtype=torch.bool), (video,))
-    seen: dict[str, torch.Tensor] = {}
-    hook = model.layers[_LAYER].input_layernorm.register_forward_pre_hook(
-        lambda module, args: seen.update(input=args[0][0])
-    )
-    cache = DynamicCache(config=config)
-    with torch.no_grad(), run.hooked(list(model.layers), config, cache):
-        out = model(inputs_embeds=embeds, position_ids=positions, past_key_values=cache)
-    hook.remove()
-    kept = run.kept[_LAYER][0]
-    lengths = [out.past_key_values.get_seq_length(layer) for layer in range(depth)]
+    done = passed(model, embeds, _START, _TOKENS, method)
+    kept = done.kept[_LAYER]
     wanted = [int(n) for n in archive["model/kv_len_per_layer_sdpa_cache"]]
     wanted[_LAYER - 1] //= 2  # the release fills this layer's cache twice
     compared = {
         "kept positions": same_indices(kept, archive["model/keep_positions"]),
-        f"input of layer {_LAYER}": gap(seen["input"], archive["model/layer3_input"]),
-        "hidden states": gap(out.last_hidden_state[0, kept], archive["model/last_hidden_state"]),
-        "cache lengths": same_indices(lengths, wanted),
+        f"input of layer {_LAYER}": gap(done.entered[_LAYER][kept], archive["model/layer3_input"]),
+        "hidden states": gap(done.last, archive["model/last_hidden_state"]),
+        "cache lengths": same_indices(done.lengths(), wanted),
     }
     return judged("fastv", "model", compared, "the release's doubled cache of layer 2 is not repeated")
