@@ -195,3 +195,73 @@ def test_fastvid_keeps_salient_tokens_and_merges_what_repeats_into_anchors():
             if which[t, n] == kind and not saliency[t, n] and (t, n) != (3, place - 24)
         ])  # fmt: skip
         assert torch.allclose(own, 0.6 * tokens[3, place - 24] + 0.4 * others.mean(0), atol=1e-5)
+
+
+# -- HoliTom and PruneVID -----------------------------------------------------------------------------------
+
+
+def brute_windows(same: np.ndarray) -> int:
+    """Return how many tokens vanish under the best cut into windows, by trying every one."""
+    frames = len(same) + 1
+
+    def best(start: int) -> int:
+        if start == frames:
+            return 0
+        found = best(start + 1)
+        for stop in range(start + 2, frames + 1):
+            found = max(found, (stop - start - 1) * int(same[start : stop - 1].all(0).sum()) + best(stop))
+        return found
+
+    return best(0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), frames=st.integers(1, 8), likely=st.floats(0.1, 0.95))
+def test_holitoms_windows_are_the_best_there_are(seed, frames, likely):
+    from vidsieve.compressors.holitom import windows
+
+    same = np.random.default_rng(seed).random((frames - 1, 5)) < likely
+    found, reduced = windows(torch.from_numpy(same), 1024)
+    assert reduced == brute_windows(same)
+    assert [frame for first, last in found for frame in range(first, last + 1)] == list(range(frames))
+    gained = sum((b - a) * int(same[a:b].all(0).sum()) for a, b in found if b > a)
+    assert gained == reduced
+    assert all(b - a < 3 for a, b in windows(torch.from_numpy(same), 3)[0])
+
+
+def test_holitom_merges_a_place_that_does_not_change_into_its_first_frame():
+    video = make_video(TokenGrid(4, 2, 4))
+    rows = video.embeds.reshape(4, 8, -1).clone()
+    rows[:, 3] = rows[0, 3] * torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None]  # one direction: cosine 1
+    video = replace(video, embeds=rows.flatten(0, 1))
+    chosen = load("holitom", retention=1 - 3 / 32, threshold=0.9999, inner=False).compress(video)
+    assert sorted(set(range(32)) - set(chosen.indices.tolist())) == [11, 19, 27]
+    assert torch.allclose(chosen.embeds[3], rows[0, 3] * 2.5)
+    assert torch.equal(chosen.embeds[4], rows[0, 4])
+
+
+def test_prunevid_calls_still_what_is_alike_in_all_pairs_of_frames():
+    from vidsieve.compressors.prunevid import split
+
+    frames = make_video(TokenGrid(6, 3, 3), seed=2).embeds.reshape(6, 9, -1).double()
+    spans = [(0, 4), (4, 5), (5, 6)]
+    unit = frames / frames.norm(dim=-1, keepdim=True)
+    pairs = [unit[a] @ unit[b].T for a in range(4) for b in range(4) if a != b]
+    alike = torch.stack([pair.diagonal() for pair in pairs]).mean(0)
+    threshold = float(alike.sort().values[4:6].mean())
+    still = (alike > threshold).nonzero().flatten().tolist()
+    parts, _ = split(frames.float(), spans, threshold)
+    assert parts[0].places.tolist() == still and parts[0].length == 4
+    assert torch.allclose(parts[0].tokens.double(), frames[:4, still].mean(0), atol=1e-6)
+    assert [len(part.places) for part in parts[1:]] == [9 - len(still)] * 4 + [9, 9], (
+        "a frame alone does not stand still"
+    )
+
+
+def test_prunevids_release_rounds_down_in_every_set():
+    from vidsieve.compressors.prunevid import official_choice, official_count
+
+    assert [official_count(size, 0.5) for size in (14, 15, 16, 40)] == [14, 7, 8, 20]
+    scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.7])
+    groups = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    assert official_choice(scores, groups, 0.6).tolist() == [1, 4, 6], "⌊1.8⌋ and ⌊2.4⌋, best first"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -126,6 +127,24 @@ def allocate_frames(weights: Tensor, total: int, cap: int, floor: int = 0) -> Te
         order = sorted(range(frames), key=lambda t: (-float(remainder[t]), -float(share[t]), t))
         whole[order[: rest - int(whole.sum())]] += 1
         return counts + whole
+    return counts
+
+
+def proportional_counts(sizes: Sequence[int], total: int) -> list[int]:
+    """Return counts in proportion to `sizes` that add up to `total`, none above its size, by largest remainder.
+
+    Raises
+    ------
+    BudgetError
+        If `total` is more than there is.
+    """
+    whole = sum(sizes)
+    if total > whole:
+        raise BudgetError(f"{total} tokens cannot be taken from {whole}")
+    counts = [total * size // whole for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % whole), i))
+    for i in order[: total - sum(counts)]:
+        counts[i] += 1
     return counts
 
 

@@ -177,6 +177,10 @@ class LayerView:
         softmax over the whole prompt.
     hidden : Tensor or None, (n, D)
         What enters the layer; given to `merge` alone.
+    text_attention : Tensor or None, (H, Q, n), float32
+        Attention of every text token behind the video to them, in the same layer; given to methods that read it.
+    groups : Tensor or None, (n,), int64
+        What a part before the LLM said of them (`Selection.groups`).
     """
 
     layer: int
@@ -184,6 +188,8 @@ class LayerView:
     indices: Tensor
     attention: Tensor
     hidden: Tensor | None = None
+    text_attention: Tensor | None = None
+    groups: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +231,8 @@ class Selection:
         Higher = keep.
     frame_scores : Tensor or None, (T,), float32
         Higher = more of the budget.
+    groups : Tensor or None, (K,), int64
+        Which of a method's own groups each kept token belongs to, for its part inside the LLM.
 
     Raises
     ------
@@ -236,6 +244,7 @@ class Selection:
     embeds: Tensor | None = None
     scores: Tensor | None = None
     frame_scores: Tensor | None = None
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.indices.ndim != 1 or self.indices.dtype != torch.int64:

@@ -41,6 +41,32 @@ def test_holitom_equals_the_same_merge_without_a_cache(family, name, call):
     assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
 
 
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prunevid_equals_the_masks(family, name):
+    method = vidsieve.load("prunevid", retention=0.6, layer=2, threshold=0.0)
+    for call in CALLS:
+        result = cell(family, name, call, "sdpa", method)
+        assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
+
+
+def test_prunevid_reads_every_word_behind_the_video_and_every_head():
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "batch 1")
+    method = vidsieve.load("prunevid", retention=1.0 - 1e-9, layer=2, inner_kept=0.3)
+    adapter, seen = adapter_for(model), []
+    hook = adapter.decoder_layers[1].self_attn.register_forward_hook(lambda *a: seen.append(a[2][1]))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    video = adapter.encode(inputs).videos[0]
+    weights = seen[0][0, :, int(video.tail_columns.max()) + 1 :][:, :, video.columns].amax((0, 1))
+    with torch.no_grad(), vidsieve.attach(model, method) as session:
+        model(**inputs)
+    (trace,) = session.trace
+    assert set(trace.indices) == set(weights.topk(trace.kept).indices.tolist()) and trace.kept < trace.total
+
+
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])

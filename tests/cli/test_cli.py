@@ -155,6 +155,7 @@ def test_oracles(tmp_path):
         "fastv",
         "fastvid",
         "holitom",
+        "prunevid",
         "pyramiddrop",
         "vidcom2",
         "visionzip",

@@ -16,9 +16,9 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
-from vidsieve.adapters.layered import PlacedVideo, place
 from vidsieve.adapters.layers import block_shape
 from vidsieve.adapters.passes import OwnPasses, additive, at_home, first_keys, flash_mask, is_flash, rotated, scores
+from vidsieve.adapters.placed import PlacedVideo, place
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import DecodeCompressor

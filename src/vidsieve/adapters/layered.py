@@ -18,37 +18,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
+from vidsieve.adapters.batch import Encoded, Pruned
 from vidsieve.adapters.layers import block_shape
 from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash, rotated, scores
+from vidsieve.adapters.placed import PlacedVideo, place
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import SelectionError
-from vidsieve.types import LayerView, Selection, TokenGrid
+from vidsieve.types import LayerView, Selection
 
 if TYPE_CHECKING:
     from vidsieve.adapters.base import Adapter
-
-
-@dataclass(frozen=True)
-class PlacedVideo:
-    """A video's tokens in a prompt of a batch: its row, grid, those placed, their columns, those of its newlines."""
-
-    row: int
-    columns: Tensor
-    grid: TokenGrid
-    newlines: Tensor
-    per_row: bool
-    indices: Tensor
-
-    def at(self, indices: Tensor) -> Tensor:
-        """Return the columns of grid tokens, raster indices among those placed."""
-        return self.columns[torch.searchsorted(self.indices, indices.to(self.indices.device))]
-
-    def kept_newlines(self, indices: Tensor) -> Tensor:
-        """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
-        return kept_newlines(indices, len(self.newlines), self.grid, self.per_row)
 
 
 @dataclass
@@ -94,7 +75,7 @@ class LayerRun:
         self.stages = [layer for layer, _ in plans[0]]
         self._counts = [dict(plan) for plan in plans]
         self._layers: Sequence[Any] = ()
-        self._text: Any = None
+        self._text_config: Any = None
         self._hidden: Tensor | None = None
         self._prefilling = True
         self._mine = OwnPasses(None)
@@ -133,7 +114,7 @@ class LayerRun:
         handles = []
         self._mine = OwnPasses(cache)
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
-        self._layers, self._text = layers, text
+        self._layers, self._text_config = layers, text
         try:
             for number in range(self.stages[0] - 1, self.depth):
                 handles.append(self._layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
@@ -142,7 +123,7 @@ class LayerRun:
         finally:
             for handle in handles:
                 handle.remove()
-            self._layers, self._text, self._hidden, self._mine = (), None, None, OwnPasses(None)
+            self._layers, self._text_config, self._hidden, self._mine = (), None, None, OwnPasses(None)
 
     # -- hooks ----------------------------------------------------------------------------------------------
 
@@ -194,7 +175,7 @@ class LayerRun:
         table = self._rows(self.kept[stage], len(hidden)).to(hidden.device)
         real, length = table >= 0, table.shape[1]
         changes = self._sliced(kwargs, table) if self.rotary is None else self._numbered(hidden, kwargs, real)
-        if is_flash(self._text):
+        if is_flash(self._text_config):
             return hidden, changes | {"attention_mask": flash_mask(real)}
         if kwargs.get("attention_mask") is None and bool(real.all()):
             return hidden, changes  # causal without padding, as it came
@@ -215,7 +196,7 @@ class LayerRun:
     def _later_mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
         count, prompt = hidden.shape[1], self.real.shape[1]
         given = kwargs.get("attention_mask")
-        if is_flash(self._text):
+        if is_flash(self._text_config):
             length = kwargs["past_key_values"].get_seq_length(number) - real.shape[1] + count
             later = real.new_ones(len(real), length) if given is None else given[:, prompt:].bool()
             return {"attention_mask": flash_mask(torch.cat([real, later], 1))}
@@ -257,7 +238,8 @@ class LayerRun:
             positions = self.positions[:, row, line]
             if self.rotary is not None and before is not None:
                 positions = torch.arange(len(line), device=line.device).expand_as(positions)
-            attention = self._attention(layer, hidden[row, places.to(hidden.device)], positions)
+            among_rows = hidden[row, places.to(hidden.device)]
+            attention = self._attention(layer, among_rows, positions, self._text(row, line))  # (H, Q, n)
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
@@ -265,8 +247,15 @@ class LayerRun:
                 if video.row != row:
                     continue
                 spots = among[video.at(indices)]
-                view = LayerView(number, video.grid, indices, attention[:, spots.to(attention.device)])
+                seen_by = attention[..., spots.to(attention.device)]
+                view = LayerView(number, video.grid, indices, seen_by[:, -1])
+                if self.compressor.reads_text:
+                    behind = self._text(row, line) > spots.max()
+                    view = replace(view, text_attention=seen_by[:, behind.to(seen_by.device)])
+                if video.groups is not None:
+                    view = replace(view, groups=video.groups[torch.searchsorted(video.indices, indices)])
                 chosen = self.compressor.choose(view, counts[number]).to(indices.device)
+                counts[number] = len(chosen)
                 found.append((row, places[spots], view, chosen))
                 keep[video.at(indices)] = False
                 keep[video.at(indices[chosen])] = True
@@ -285,13 +274,26 @@ class LayerRun:
                 changed[line, places[chosen.to(places.device)]] = tokens.to(hidden.dtype)
         return changed
 
-    def _attention(self, number: int, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Return the attention (H, n) float32 of the last of n tokens (n, D) in one layer."""
+    def _text(self, row: int, line: Tensor) -> Tensor:
+        """Return the places (Q,) among the columns `line` of a row whose attention is read, the last token last."""
+        if not self.compressor.reads_text:
+            return torch.tensor([len(line) - 1], device=line.device)
+        videos = [video for video in self.videos if video.row == row]
+        tokens = torch.cat([part for video in videos for part in (video.columns, video.newlines)])
+        first = min(int(video.columns.max()) for video in videos)
+        return ((line > first) & ~torch.isin(line, tokens)).nonzero().flatten()
+
+    def _attention(self, number: int, hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Return the attention (H, Q, n) float32 of some of n tokens (n, D), rows (Q,), in one layer."""
         layer = self._layers[number]
-        shape, attend = block_shape(self._text, layer), layer.self_attn
+        shape, attend = block_shape(self._text_config, layer), layer.self_attn
         x = layer.input_layernorm(at_home(hidden, layer))
-        query = rotated(attend, "q", shape, x[-1:], positions[:, -1:])[:, 0]
-        return scores(query, rotated(attend, "k", shape, x, positions), attend.scaling).softmax(-1)
+        rows = rows.to(x.device)
+        query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
+        keys = rotated(attend, "k", shape, x, positions)
+        later = torch.arange(len(x), device=x.device) > rows[:, None]  # (Q, n)
+        found = [scores(query[:, i], keys, attend.scaling).masked_fill(later[i], -torch.inf) for i in range(len(rows))]
+        return torch.stack(found, 1).softmax(-1)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
@@ -345,18 +347,6 @@ def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
 def _synchronise(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
-    """Return where the selected tokens of each video stand in the pruned prompts."""
-    placed = []
-    for span, selection in zip(encoded.videos, selections, strict=True):
-        # Padding may have moved from the right to the left.
-        kept, indices = pruned.kept_positions[span.row], selection.indices.to(span.columns.device)
-        newlines = span.tail_columns[span.features.kept_tail(indices)]
-        columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))
-        placed.append(PlacedVideo(span.row, columns, span.features.grid, ends, span.features.per_row, indices))
-    return tuple(placed)
 
 
 def begin(

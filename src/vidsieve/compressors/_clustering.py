@@ -2,8 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tokens that share a part of the budget: the static ones of a window of frames, or the others of one frame.
+
+    Parameters
+    ----------
+    places : Tensor, (n,), int64
+        Raster indices; of static ones in the window's first frame.
+    tokens : Tensor, (n, D)
+        Static ones are means over the window.
+    length : int
+        Frames of the window where they are static, else 0.
+    """
+
+    places: Tensor
+    tokens: Tensor
+    length: int
 
 
 def distances(tokens: Tensor) -> Tensor:

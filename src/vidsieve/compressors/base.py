@@ -158,6 +158,8 @@ class LayerCompressor(Compressor):
     """Whether attention is what a stage's own layer would compute, and not that of the layer before."""
     merges: ClassVar[bool] = False
     """Whether dropped tokens go into kept ones."""
+    reads_text: ClassVar[bool] = False
+    """Whether it reads the attention of every text token behind the video, and not of the last one alone."""
 
     @property
     def renumbers(self) -> bool:
@@ -182,7 +184,10 @@ class LayerCompressor(Compressor):
 
     @abstractmethod
     def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return which of the tokens in `view` stay: `keep` sorted positions (keep,) int64 among the n alive."""
+        """Return which of the tokens in `view` stay: `keep` sorted positions (keep,) int64 among the n alive.
+
+        As many as follow from the view in variants of which `outcome` holds.
+        """
 
     def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
         """Return the hidden states (keep, D) of the tokens that stay, from those of all that were alive in `view`."""

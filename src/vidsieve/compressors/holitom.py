@@ -4,45 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores
-from vidsieve.compressors.base import Compressor, LayerCompressor, check_layer
+from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._parts import TwoPartCompressor
 from vidsieve.errors import BudgetError, NeedError, StageError
-from vidsieve.selection import indices_to_mask, top_indices
-from vidsieve.types import LayerView, Need, Selection, Stage, Tokens, VideoTokens
-
-_LAYER, _LAYERS = 18, 28
-"""Where the release merges inside its LLM of 28 layers."""
+from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
+from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tokens that share a part of the budget: the static ones of a window of frames, or the others of one frame.
-
-    Parameters
-    ----------
-    places : Tensor, (n,), int64
-        Raster indices; of static ones in the window's first frame.
-    tokens : Tensor, (n, D)
-        Static ones are means over the window.
-    length : int
-        Frames of the window where they are static, else 0.
-    """
-
-    places: Tensor
-    tokens: Tensor
-    length: int
-
-
-@dataclass(frozen=True)
-class HoliTom(LayerCompressor):
+class HoliTom(TwoPartCompressor):
     """Merge tokens that stay alike over a window of frames into one, then keep a part of every frame and window.
 
     Windows are chosen by dynamic programming so that as many tokens as possible vanish: within a window, a place where
@@ -61,12 +38,8 @@ class HoliTom(LayerCompressor):
         Neighbours that make a token's density.
     centre_weight : float
         Weight of a density peak in its mean.
-    layer : int or None
-        The first layer that sees fewer tokens; None: the release's 18 of 28, scaled to the model's depth.
-    inner_kept : float
-        Share of the tokens that stay there.
-    inner : bool
-        Whether the part inside the LLM runs. Without it the method acts before the LLM only, blind to the question.
+    layer, inner_kept, inner
+        As in `TwoPartCompressor`: layer 18 of 28, where 0.5 stay. Without the inner part it is blind to the question.
 
     Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder in proportion to how
     many a window or frame has; where merging over time leaves fewer than that, the places of highest attention among
@@ -87,13 +60,11 @@ class HoliTom(LayerCompressor):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ENCODER_ATTENTION, Need.LAYER_ATTENTION})
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
     merges: ClassVar[bool] = True
+    default_layer: ClassVar[tuple[int, int]] = (18, 28)
     threshold: float = 0.8
     longest: int = 1024
     neighbours: int = 7
     centre_weight: float = 0.6
-    layer: int | None = None
-    inner_kept: float = 0.5
-    inner: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,19 +72,8 @@ class HoliTom(LayerCompressor):
             raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
         if self.longest < 1 or self.neighbours < 1:
             raise BudgetError(f"longest and neighbours are counts from 1 on, got {self.longest} and {self.neighbours}")
-        if not 0 <= self.centre_weight <= 1 or not 0 < self.inner_kept <= 1:
-            raise BudgetError(
-                f"centre_weight is in [0, 1] and inner_kept in (0, 1], got {self.centre_weight} and {self.inner_kept}"
-            )
-        if self.layer is not None:
-            check_layer(self.layer)
-        if not isinstance(self.inner, bool):
-            raise BudgetError(f"inner is True or False, got {self.inner!r}")
-
-    @property
-    def acts(self) -> Stage:
-        """Inside the LLM; before it where `inner` is off."""
-        return Stage.LAYER if self.inner else Stage.PRE_LLM
+        if not 0 <= self.centre_weight <= 1:
+            raise BudgetError(f"centre_weight is a share in [0, 1], got {self.centre_weight}")
 
     @property
     def outcome(self) -> bool:
@@ -121,8 +81,7 @@ class HoliTom(LayerCompressor):
         return self.variant == "official" and not isinstance(self.retention, Tokens)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        if self.inner:
-            raise StageError("holitom has a part inside the LLM: attach it to a model, or take inner=False")
+        self.check_outer()
         if video.encoder is None or video.encoder.attention is None:
             raise NeedError("holitom reads the vision encoder's attention: hand over VideoTokens that have it")
         grid = video.grid
@@ -136,7 +95,8 @@ class HoliTom(LayerCompressor):
             ratio = adjusted(float(self.budget_ratio(grid.num_tokens)), reduced, grid.num_tokens)
             counts = official_counts(groups, ratio)
         else:
-            counts = exact_counts(groups, min(budget, sum(len(g.places) for g in groups)))
+            sizes = [len(group.places) for group in groups]
+            counts = proportional_counts(sizes, min(budget, sum(sizes)))
         indices, rows = kept_of_groups(groups, counts, attention, self.neighbours, self.centre_weight)
         if not self.outcome and len(indices) < budget:
             rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
@@ -146,35 +106,6 @@ class HoliTom(LayerCompressor):
         return Selection(kept, rows[order], scores=attention.float())
 
     # -- inside the LLM -------------------------------------------------------------------------------------
-
-    def _first(self, num_layers: int) -> int:
-        """Return the first layer that sees fewer tokens."""
-        layer = self.layer if self.layer is not None else max(1, round(_LAYER * num_layers / _LAYERS))
-        if layer >= num_layers:
-            raise BudgetError(f"layer {layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
-        return layer
-
-    def outer(self, num_layers: int) -> Compressor:
-        """Return the part before the LLM, which keeps more than R where the part inside keeps less."""
-        retention = self.retention
-        if self.variant == "ours":
-            layer = self._first(num_layers)
-            mean = (layer + Fraction(repr(float(self.inner_kept))) * (num_layers - layer)) / num_layers
-            if isinstance(retention, Tokens):
-                retention = Tokens(max(1, math.floor(retention.count / mean)))
-            else:
-                retention = float(min(Fraction(1), Fraction(repr(retention)) / mean))
-        return replace(self, inner=False, retention=retention)
-
-    def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Return the one stage (layer, tokens kept from there on)."""
-        layer, kept = self._first(num_layers), Fraction(repr(float(self.inner_kept)))
-        if self.variant == "official":
-            return ((layer, max(1, round(num_tokens * kept))),)
-        if not isinstance(self.retention, Tokens):  # all tokens enter: the rest of the budget is spent inside
-            spent = (Fraction(repr(self.retention)) * num_layers - layer) / (num_layers - layer)
-            kept = max(kept, min(spent, Fraction(1)))
-        return ((layer, max(1, math.floor(num_tokens * kept))),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens of the highest mean attention."""
@@ -249,17 +180,6 @@ def official_counts(groups: list[Group], ratio: float) -> list[int]:
     """Return what the release keeps of each group: rounded half to even where static, else rounded up."""
     sizes = [len(group.places) for group in groups]
     return [round(n * ratio) if g.length else math.ceil(n * ratio) for g, n in zip(groups, sizes, strict=True)]
-
-
-def exact_counts(groups: list[Group], budget: int) -> list[int]:
-    """Return counts in proportion to the groups' sizes that add up to `budget`, by largest remainder."""
-    sizes = [len(group.places) for group in groups]
-    total = sum(sizes)
-    counts = [budget * size // total for size in sizes]
-    order = sorted(range(len(sizes)), key=lambda i: (-(budget * sizes[i] % total), i))
-    for i in order[: budget - sum(counts)]:
-        counts[i] += 1
-    return counts
 
 
 def kept_of_groups(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -140,6 +141,16 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 indices = found[number].indices
                 row = weights[span.row, :, last, span.columns[indices.to(span.columns.device)]].float()
                 view = LayerView(layer, span.features.grid, indices, row)
+                if compressor.reads_text:
+                    columns = span.columns[indices.to(span.columns.device)]
+                    visual = torch.cat([part for v in encoded.videos for part in (v.columns, v.tail_columns)
+                                        if v.row == span.row])  # fmt: skip
+                    text = torch.arange(int(columns.max()) + 1, last + 1, device=columns.device)
+                    text = text[~torch.isin(text, visual) & encoded.attention_mask[span.row, text]]
+                    view = replace(view, text_attention=weights[span.row][:, text][:, :, columns].float())
+                groups = entering[number].groups
+                if groups is not None:
+                    view = replace(view, groups=groups[torch.searchsorted(entering[number].indices, indices)])
                 kept.append(Selection(indices[compressor.choose(view, plans[number][layer]).to(indices.device)]))
             found.take(layer, kept)
             masks[layer] = hidden_mask(visible_tokens(encoded, kept, hidden.shape[1]), hidden)

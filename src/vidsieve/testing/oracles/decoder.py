@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from vidsieve.adapters.layered import LayerRun, PlacedVideo
+from vidsieve.adapters.layered import LayerRun
+from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.testing.oracles import Archive
 from vidsieve.types import TokenGrid

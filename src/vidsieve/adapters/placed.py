@@ -1,0 +1,46 @@
+"""Where a video's tokens stand in the prompts of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
+from vidsieve.types import Selection, TokenGrid
+
+
+@dataclass(frozen=True)
+class PlacedVideo:
+    """A video's tokens in a prompt of a batch: its row, grid, those placed, their columns, those of its newlines."""
+
+    row: int
+    columns: Tensor
+    grid: TokenGrid
+    newlines: Tensor
+    per_row: bool
+    indices: Tensor
+    groups: Tensor | None = None
+
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the columns of grid tokens, raster indices among those placed."""
+        return self.columns[torch.searchsorted(self.indices, indices.to(self.indices.device))]
+
+    def kept_newlines(self, indices: Tensor) -> Tensor:
+        """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
+        return kept_newlines(indices, len(self.newlines), self.grid, self.per_row)
+
+
+def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
+    """Return where the selected tokens of each video stand in the pruned prompts."""
+    placed = []
+    for span, selection in zip(encoded.videos, selections, strict=True):
+        # Padding may have moved from the right to the left.
+        kept, indices = pruned.kept_positions[span.row], selection.indices.to(span.columns.device)
+        newlines = span.tail_columns[span.features.kept_tail(indices)]
+        columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))
+        grid, per_row = span.features.grid, span.features.per_row
+        placed.append(PlacedVideo(span.row, columns, grid, ends, per_row, indices, selection.groups))
+    return tuple(placed)

@@ -1,0 +1,219 @@
+"""PruneVID: merge what stands still over segments and what is alike in a frame; keep what the text attends to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._parts import TwoPartCompressor
+from vidsieve.errors import BudgetError, NeedError
+from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
+from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
+
+_NEIGHBOURS, _FEW = 7, 14
+"""Neighbours that make a density; as many tokens as this are not clustered."""
+
+
+@dataclass(frozen=True)
+class PruneVID(TwoPartCompressor):
+    """Merge places that stand still over a segment into one token each, then cluster what is left of every frame.
+
+    Frames are clustered by density peaks into segments of neighbours. In a segment a place stands still if its tokens
+    are alike in all pairs of frames (mean cosine above `threshold`). What stands still is clustered once a segment, the
+    rest frame by frame, each cluster becoming its mean. Inside the LLM, of every cluster set the tokens stay to which
+    any text behind the video attends most, in any head.
+
+    Parameters
+    ----------
+    threshold : float
+        Mean cosine above which a place stands still.
+    segments : float
+        Clusters of frames as a share of the frames.
+    cluster : float
+        Share of a set's tokens that clustering leaves, in ``"official"``.
+    layer, inner_kept, inner
+        As in `TwoPartCompressor`: after layer 10, so from layer 11 of 32 on, where 0.4 stay.
+
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder in proportion to
+    the sizes of all sets; where merging over time leaves fewer, later frames' places that are least like their mean are
+    kept too; inside, the highest of the whole video stay. In ``"official"`` what is kept is an outcome: R only scales
+    `cluster` (R = 0.25 leaves it as it is), sets of 14 tokens or fewer are not clustered, and inside every set is
+    rounded down. The density noise of a millionth is left out. A cluster stands at its densest token; the release lists
+    clusters by density and numbers positions anew before the LLM, here they are in order of their places, which stay.
+    The release also takes what is dropped inside out of the caches of earlier layers; here these keep it. It is for
+    PLLaVA, which no installed model is: there is no official port to any of ours.
+
+    References
+    ----------
+    PruneVID, ACL 2025 (arXiv 2412.16117); Visual-AI/PruneVid @ b12600c, models/pllava.
+    """
+
+    name: ClassVar[str] = "prunevid"
+    paper: ClassVar[str] = "PruneVID, ACL 2025"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
+    variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    reads_text: ClassVar[bool] = True
+    default_layer: ClassVar[tuple[int, int]] = (11, 32)
+    inner_kept: float = 0.4
+    threshold: float = 0.8
+    segments: float = 0.25
+    cluster: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.threshold <= 1:
+            raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
+        if not 0 < self.segments <= 1 or not 0 < self.cluster <= 1:
+            raise BudgetError(f"segments and cluster are shares in (0, 1], got {self.segments} and {self.cluster}")
+
+    @property
+    def outcome(self) -> bool:
+        """Under ``"official"`` the count follows from the video."""
+        return self.variant == "official" and not isinstance(self.retention, Tokens)
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        self.check_outer()
+        grid = video.grid
+        frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+        with torch.no_grad():
+            labels = frame_labels(frames.mean(1), max(1, int(grid.frames * self.segments)))
+            spans = runs_of(refined(labels))
+        parts, still = split(frames, spans, self.threshold)
+        sizes = [len(part.places) for part in parts]
+        if self.outcome:
+            share = min(1.0, self.cluster * self.budget_ratio(grid.num_tokens) / 0.25)
+            counts = [official_count(size, share) for size in sizes]
+            if not any(counts):
+                raise BudgetError(f"the release rounds every cluster of {grid} tokens at {self.retention:g} to none")
+        else:
+            counts = proportional_counts(sizes, min(budget, sum(sizes)))
+        found = [clustered(part, count) for part, count in zip(parts, counts, strict=True)]
+        indices, rows = torch.cat([places for places, _ in found]), torch.cat([tokens for _, tokens in found])
+        groups = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts)).to(indices.device)
+        if not self.outcome and len(indices) < budget:
+            rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
+            more = rest[top_indices(-still.flatten()[rest], budget - len(indices))]
+            indices, rows = torch.cat([indices, more]), torch.cat([rows, video.embeds[more]])
+            groups = torch.cat([groups, torch.full_like(more, len(parts))])
+        kept, order = indices.sort()
+        return Selection(kept, rows[order], groups=groups[order])
+
+    def choose(self, view: LayerView, keep: int) -> Tensor:
+        """Return the tokens that some text token attends to most in some head; of every group, in ``"official"``."""
+        if view.text_attention is None:
+            if self.variant == "official" and view.groups is None:
+                raise NeedError("prunevid reads the attention of the text behind the video")
+            scores = view.attention.amax(0)
+        else:
+            scores = view.text_attention.amax((0, 1))
+        if self.variant != "official" or view.groups is None:
+            return top_indices(scores, keep)
+        return official_choice(scores, view.groups, self.inner_kept).sort().values
+
+
+# -- segments -----------------------------------------------------------------------------------------------
+
+
+def frame_labels(frames: Tensor, count: int, noise: Tensor | None = None) -> list[int]:
+    """Return every frame's cluster, numbered from the densest, of frame vectors (T, D)."""
+    distance = distances(frames)
+    chosen = centres(peak_scores(distance, _NEIGHBOURS, noise), count)
+    labels: list[int] = nearest_centre(distance, chosen).tolist()
+    return labels
+
+
+def runs_of(labels: list[int]) -> list[tuple[int, int]]:
+    """Return the runs (start, stop) of equal labels."""
+    lengths = [len(list(run)) for _, run in groupby(labels)]
+    edges = [0]
+    for length in lengths:
+        edges.append(edges[-1] + length)
+    return list(pairwise(edges))
+
+
+def refined(labels: list[int]) -> list[int]:
+    """Return labels whose runs are the longest of each cluster; what is left joins the longer of its neighbours.
+
+    A cluster of single frames is given up. From left to right, a run without a label takes that of the longer run
+    beside it, as that is by then; the left of equals; 0 where there is none.
+    """
+    runs = [(labels[start], start, stop) for start, stop in runs_of(labels)]
+    longest = {label: max(stop - start for other, start, stop in runs if other == label) for label, _, _ in runs}
+    made = list(labels)
+    for label, start, stop in runs:
+        if longest[label] == 1 or stop - start < longest[label]:
+            made[start:stop] = [-1] * (stop - start)
+    while -1 in made:
+        spans = runs_of(made)
+        place = next(i for i, (start, _) in enumerate(spans) if made[start] == -1)
+        start, stop = spans[place]
+        before, after = spans[place - 1 : place] if place else [], spans[place + 1 : place + 2]
+        beside = [(-(b - a), side, made[a]) for side, (a, b) in enumerate([*before, *after])]
+        made[start:stop] = [min(beside)[2] if beside else 0] * (stop - start)
+    return made
+
+
+def split(frames: Tensor, spans: list[tuple[int, int]], threshold: float) -> tuple[list[Group], Tensor]:
+    """Return, segment by segment, what stands still and the rest of every frame; and how like its place's mean each is.
+
+    Empty parts are left out of the first; the second is (T, n).
+    """
+    size, parts = frames.shape[1], []
+    unit = F.normalize(frames.detach().float(), dim=-1)
+    alike = torch.zeros(frames.shape[:2], device=frames.device)
+    for start, stop in spans:
+        width = stop - start
+        total = unit[start:stop].sum(0)  # (n, D)
+        alike[start:stop] = (unit[start:stop] * F.normalize(total, dim=-1)).sum(-1)
+        still = torch.zeros(size, dtype=torch.bool, device=frames.device)
+        if width > 1:
+            still = (total.square().sum(-1) - width) / (width * (width - 1)) > threshold
+        places, moving = still.nonzero().flatten(), (~still).nonzero().flatten()
+        if len(places):
+            parts.append(Group(places + start * size, frames[start:stop, places].mean(0), width))
+        if len(moving):
+            parts += [Group(moving + frame * size, frames[frame, moving], 0) for frame in range(start, stop)]
+    return parts, alike
+
+
+# -- clusters -----------------------------------------------------------------------------------------------
+
+
+def official_count(size: int, share: float) -> int:
+    """Return how many clusters the release makes of a set."""
+    return int(size * share) if size > _FEW else size
+
+
+def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Return `count` clusters of a set, densest first: the raster indices of their centres, and their means.
+
+    A set of as many tokens stays as it is; `noise` is what the release adds to densities.
+    """
+    if count == len(part.places):
+        return part.places, part.tokens
+    with torch.no_grad():
+        distance = distances(part.tokens)
+        piece = next(noise) if noise is not None else None
+        chosen = centres(peak_scores(distance, _NEIGHBOURS, piece), count)
+    if not count:
+        return part.places[:0], part.tokens[:0]
+    owner = nearest_centre(distance, chosen)
+    total = torch.zeros(count, part.tokens.shape[1], device=owner.device).index_add(0, owner, part.tokens.float())
+    means = total / torch.bincount(owner, minlength=count)[:, None]
+    return part.places[chosen], means.to(part.tokens.dtype)
+
+
+def official_choice(scores: Tensor, groups: Tensor, share: float) -> Tensor:
+    """Return what stays of every group, the highest ⌊n·share⌋ of `scores` (n,), group by group, best first."""
+    kept = []
+    for group in sorted(set(groups.tolist())):
+        members = (groups == group).nonzero().flatten()
+        kept.append(members[centres(scores[members], int(len(members) * share))])
+    return torch.cat(kept)
