@@ -265,3 +265,32 @@ def test_prunevids_release_rounds_down_in_every_set():
     scores = torch.tensor([0.1, 0.9, 0.5, 0.2, 0.8, 0.3, 0.7])
     groups = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     assert official_choice(scores, groups, 0.6).tolist() == [1, 4, 6], "⌊1.8⌋ and ⌊2.4⌋, best first"
+
+
+# -- FrameFusion --------------------------------------------------------------------------------------------
+
+
+def test_framefusion_makes_chains_the_mean_of_their_members():
+    video = make_video(TokenGrid(4, 1, 3))
+    rows = torch.randn(4, 3, 32, generator=torch.Generator().manual_seed(0))
+    rows[1, 0], rows[2, 0] = 2 * rows[0, 0], 3 * rows[0, 0]  # a chain of three at place 0
+    rows[3, 2] = 5 * rows[2, 2]  # one of two at place 2
+    chosen = load("framefusion", retention=0.75, inner=False).compress(replace(video, embeds=rows.flatten(0, 1)))
+    assert chosen.indices.tolist() == [0, 1, 2, 4, 5, 7, 8, 9, 10]
+    assert torch.allclose(chosen.embeds[0], 2 * rows[0, 0]) and torch.allclose(chosen.embeds[6], 3 * rows[2, 2])
+    assert torch.equal(chosen.embeds[1], rows[0, 1])
+
+
+@pytest.mark.parametrize("seen", [[], [0.8], [0.8, 0.7, 0.5]])
+def test_framefusion_asks_for_what_makes_the_mean(seen):
+    from fractions import Fraction
+
+    from vidsieve.compressors.framefusion import excess
+
+    shares = [Fraction(str(share)) for share in seen]
+    over = excess(shares, Fraction(3, 10), 12)
+    alive = (shares[-1] if shares else 1) * (1 - over)
+    assert sum(shares) + (12 - len(shares)) * alive == Fraction(36, 10)
+    with pytest.raises(BudgetError, match="first 4 of 12 layers have seen more"):
+        excess([Fraction(1)] * 4, Fraction(3, 10), 12)
+    assert excess([Fraction(1, 10)], Fraction(3, 10), 12) == 0

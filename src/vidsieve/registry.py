@@ -102,6 +102,7 @@ compressors = Registry(
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
         "holitom": "vidsieve.compressors.holitom:HoliTom",
+        "framefusion": "vidsieve.compressors.framefusion:FrameFusion",
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",
     },

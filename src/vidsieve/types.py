@@ -176,11 +176,15 @@ class LayerView:
         Attention of the last prompt token to them in the layer before, or in this layer for a method with `own_layer`,
         softmax over the whole prompt.
     hidden : Tensor or None, (n, D)
-        What enters the layer; given to `merge` alone.
+        What enters the layer; given to methods that merge.
     text_attention : Tensor or None, (H, Q, n), float32
         Attention of every text token behind the video to them, in the same layer; given to methods that read it.
     groups : Tensor or None, (n,), int64
         What a part before the LLM said of them (`Selection.groups`).
+    history : tuple of int
+        How many of the video's tokens each layer so far has seen.
+    depth : int
+        The LLM's number of layers.
     """
 
     layer: int
@@ -190,6 +194,8 @@ class LayerView:
     hidden: Tensor | None = None
     text_attention: Tensor | None = None
     groups: Tensor | None = None
+    history: tuple[int, ...] = ()
+    depth: int = 0
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,30 @@ def test_prunevid_reads_every_word_behind_the_video_and_every_head():
     assert set(trace.indices) == set(weights.topk(trace.kept).indices.tolist()) and trace.kept < trace.total
 
 
+@pytest.mark.parametrize("threshold", [0.1, 0.9])
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])
+def test_framefusion_equals_the_same_steps_without_a_cache(family, name, threshold):
+    """At the low threshold tokens are merged before the LLM and inside; at the high one most are dropped inside."""
+    method = vidsieve.load("framefusion", retention=0.7, threshold=threshold)
+    for call in CALLS:
+        result = cell(family, name, call, "sdpa", method)
+        assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("retention", [0.45, 0.7, 0.9])
+def test_framefusion_meets_its_budget_whatever_it_merges(threshold, retention):
+    model, inputs = FAMILIES["qwen2_5_vl"](), configuration("qwen2_5_vl", "ragged batch 2")
+    with (
+        torch.no_grad(),
+        vidsieve.attach(model, vidsieve.load("framefusion", retention=retention, threshold=threshold)) as session,
+    ):
+        model(**inputs)
+    for trace in session.trace:
+        assert retention - 3 / trace.total <= trace.layer_retention <= retention + 1e-9
+
+
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])

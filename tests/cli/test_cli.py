@@ -154,6 +154,7 @@ def test_oracles(tmp_path):
         "evs",
         "fastv",
         "fastvid",
+        "framefusion",
         "holitom",
         "prunevid",
         "pyramiddrop",

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +70,7 @@ class LayerRun:
     """What the session's trace holds of it."""
 
     def __post_init__(self) -> None:
+        # Counts are what a method plans until its stage has run.
         plans = [self.compressor.stages(self.depth, len(video.indices)) for video in self.videos]
         self.stages = [layer for layer, _ in plans[0]]
         self._counts = [dict(plan) for plan in plans]
@@ -83,13 +83,16 @@ class LayerRun:
     @property
     def held(self) -> list[float]:
         """Per video the mean over layers of the fraction of its tokens that the layer sees."""
-        depth, means = self.depth, []
-        for video, counts in zip(self.videos, self._counts, strict=True):
-            edges = [*self.stages, depth]
-            seen = [len(video.indices) * edges[0]]
-            seen += [counts[a] * (b - a) for a, b in pairwise(edges)]
-            means.append(sum(seen) / (depth * video.grid.num_tokens))
-        return means
+        seen = [sum(self._history(number, self.depth)) for number in range(len(self.videos))]
+        return [sum_ / (self.depth * v.grid.num_tokens) for sum_, v in zip(seen, self.videos, strict=True)]
+
+    def _history(self, video: int, layer: int) -> tuple[int, ...]:
+        """Return how many of a video's tokens each layer before `layer` sees."""
+        now, found = len(self.videos[video].indices), []
+        for number in range(layer):
+            now = self._counts[video].get(number, now)
+            found.append(now)
+        return tuple(found)
 
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video after the last stage; later steps change nothing of it."""
@@ -158,8 +161,10 @@ class LayerRun:
         return full if isinstance(output, Tensor) else (full, *output[1:])
 
     def _prefill(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        if number in self.stages:
-            before = self.kept[self.stages[self.stages.index(number) - 1]] if self.stages[0] < number else None
+        if number in self.stages and self._settled(number):
+            self.kept[number] = self._last(number) if self.stages[0] < number else padded(self._all_columns())
+        elif number in self.stages:
+            before = self._last(number) if self.stages[0] < number else None
             _synchronise(hidden)
             start = time.perf_counter()
             self.kept[number], found = self._choose(number, before, hidden)
@@ -183,6 +188,23 @@ class LayerRun:
         # A row of padding may look at itself: it is never read, but must not be empty.
         mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
         return hidden, changes | {"attention_mask": additive(mask[:, None], hidden)}
+
+    def _last(self, number: int) -> Tensor:
+        """Return the columns that the stage before layer `number` has left."""
+        return self.kept[self.stages[self.stages.index(number) - 1]]
+
+    def _all_columns(self) -> list[Tensor]:
+        return [line.nonzero().flatten() for line in self.real]
+
+    def _settled(self, number: int) -> bool:
+        """Return whether a stage drops nothing from any video; if so, note it."""
+        for video, placed in enumerate(self.videos):
+            if not self.compressor.settled(self._history(video, number), self.depth, placed.grid):
+                return False
+        for video, counts in enumerate(self._counts):
+            counts[number] = self._history(video, number)[-1]
+        self.alive = self.alive or [video.indices.to(self.real.device) for video in self.videos]
+        return True
 
     def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return what changes for tokens after the prompt, which see what this layer kept of it."""
@@ -228,7 +250,7 @@ class LayerRun:
         if self.compressor.own_layer:
             seen, layer = entering, number
         hidden = seen[:: len(seen) // len(self.real)]  # beams of a prompt are equal while it is read
-        columns = [line.nonzero().flatten() for line in self.real] if before is None else [t[t >= 0] for t in before]
+        columns = self._all_columns() if before is None else [table[table >= 0] for table in before]
         alive = self.alive or [video.indices.to(self.real.device) for video in self.videos]
         self.alive, found = [], []
         for row, line in enumerate(columns):
@@ -243,12 +265,18 @@ class LayerRun:
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
-            for video, indices, counts in zip(self.videos, alive, self._counts, strict=True):
+            for which, (video, indices) in enumerate(zip(self.videos, alive, strict=True)):
                 if video.row != row:
                     continue
+                counts = self._counts[which]
                 spots = among[video.at(indices)]
                 seen_by = attention[..., spots.to(attention.device)]
-                view = LayerView(number, video.grid, indices, seen_by[:, -1])
+                view = LayerView(
+                    number, video.grid, indices, seen_by[:, -1], history=self._history(which, number), depth=self.depth
+                )
+                if self.compressor.merges:
+                    first = row * (len(entering) // len(self.real))
+                    view = replace(view, hidden=entering[first, places[spots].to(entering.device)])
                 if self.compressor.reads_text:
                     behind = self._text(row, line) > spots.max()
                     view = replace(view, text_attention=seen_by[:, behind.to(seen_by.device)])

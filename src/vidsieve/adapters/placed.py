@@ -23,6 +23,8 @@ class PlacedVideo:
     per_row: bool
     indices: Tensor
     groups: Tensor | None = None
+    placed_newlines: Tensor | None = None
+    """Which of all the video's newlines (E',) bool are placed; None: all."""
 
     def at(self, indices: Tensor) -> Tensor:
         """Return the columns of grid tokens, raster indices among those placed."""
@@ -30,7 +32,10 @@ class PlacedVideo:
 
     def kept_newlines(self, indices: Tensor) -> Tensor:
         """Return which newlines (E,) bool stay beside the grid tokens `indices` (K,)."""
-        return kept_newlines(indices, len(self.newlines), self.grid, self.per_row)
+        if self.placed_newlines is None:
+            return kept_newlines(indices, len(self.newlines), self.grid, self.per_row)
+        everything = kept_newlines(indices, len(self.placed_newlines), self.grid, self.per_row)
+        return everything[self.placed_newlines.to(everything.device)]
 
 
 def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
@@ -39,8 +44,9 @@ def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> 
     for span, selection in zip(encoded.videos, selections, strict=True):
         # Padding may have moved from the right to the left.
         kept, indices = pruned.kept_positions[span.row], selection.indices.to(span.columns.device)
-        newlines = span.tail_columns[span.features.kept_tail(indices)]
+        tail = span.features.kept_tail(indices)
+        newlines = span.tail_columns[tail]
         columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))
         grid, per_row = span.features.grid, span.features.per_row
-        placed.append(PlacedVideo(span.row, columns, grid, ends, per_row, indices, selection.groups))
+        placed.append(PlacedVideo(span.row, columns, grid, ends, per_row, indices, selection.groups, tail))
     return tuple(placed)

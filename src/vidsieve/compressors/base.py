@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +13,7 @@ from torch import Generator, Tensor
 
 from vidsieve.errors import BudgetError, NeedError, SelectionError, StageError, UnknownNameError
 from vidsieve.selection import check_retention, kept_tokens, top_indices
-from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, Tokens, VideoTokens
+from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class LayerCompressor(Compressor):
     """Whether attention is what a stage's own layer would compute, and not that of the layer before."""
     merges: ClassVar[bool] = False
     """Whether dropped tokens go into kept ones."""
+    adaptive: ClassVar[bool] = False
+    """Whether how many tokens a stage leaves follows from what it sees, within the same budget."""
     reads_text: ClassVar[bool] = False
     """Whether it reads the attention of every text token behind the video, and not of the last one alone."""
 
@@ -188,6 +191,10 @@ class LayerCompressor(Compressor):
 
         As many as follow from the view in variants of which `outcome` holds.
         """
+
+    def settled(self, history: Sequence[int], num_layers: int, grid: TokenGrid) -> bool:
+        """Return whether no later stage drops anything, from what each layer so far has seen of a video."""
+        return False
 
     def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
         """Return the hidden states (keep, D) of the tokens that stay, from those of all that were alive in `view`."""

@@ -34,6 +34,15 @@ class LayeredSelections(list[Selection]):
         self.compressor, self.entering = compressor, list(entering)
         self.stages: dict[int, list[Selection]] = {}
 
+    def history(self, video: int, layer: int) -> tuple[int, ...]:
+        """Return how many of a video's tokens each layer before `layer` sees."""
+        left = {at: kept[video].num_kept for at, kept in self.stages.items()}
+        return tuple(
+            left[max(at for at in left if at <= number)] if any(at <= number for at in left)
+            else self.entering[video].num_kept
+            for number in range(layer)
+        )  # fmt: skip
+
     def take(self, layer: int, kept: list[Selection]) -> None:
         """Note what is left from `layer` on."""
         self.stages[layer] = kept
@@ -85,7 +94,8 @@ def masked_from(adapter: Adapter, masks: dict[int, Tensor], acts: Mapping[int, A
 
         return hook
 
-    layers = list(adapter.decoder_layers)
+    # One mask for all layers is the model's own to hand on.
+    layers = list(adapter.decoder_layers) if acts or len(masks) > 1 else []
     hooks = [layer.register_forward_pre_hook(before(n), with_kwargs=True) for n, layer in enumerate(layers)]
     try:
         yield
@@ -94,17 +104,19 @@ def masked_from(adapter: Adapter, masks: dict[int, Tensor], acts: Mapping[int, A
             hook.remove()
 
 
-def merging(encoded: Encoded, selections: LayeredSelections, layer: int) -> Act:
+def merging(encoded: Encoded, selections: LayeredSelections, layer: int, depth: int) -> Act:
     """Return the act of a stage that merges: what stays at `layer` takes in what is dropped there."""
     earlier = [selections.entering, *(kept for at, kept in sorted(selections.stages.items()) if at < layer)][-1]
 
     def act(hidden: Tensor, mask: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         changed = hidden.clone()
-        for span, among, kept in zip(encoded.videos, earlier, selections.stages[layer], strict=True):
+        triples = zip(encoded.videos, earlier, selections.stages[layer], strict=True)
+        for number, (span, among, kept) in enumerate(triples):
             chosen = torch.searchsorted(among.indices, kept.indices)
             tokens = hidden[span.row, span.columns[among.indices.to(span.columns.device)]]
             empty = torch.zeros(1, len(among.indices), device=hidden.device)
-            view = LayerView(layer, span.features.grid, among.indices, empty, tokens)
+            seen = selections.history(number, layer)
+            view = LayerView(layer, span.features.grid, among.indices, empty, tokens, history=seen, depth=depth)
             made = selections.compressor.merge(view, chosen)
             changed[span.row, span.columns[kept.indices.to(span.columns.device)]] = made.to(hidden.dtype)
         return changed
@@ -140,7 +152,10 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 last = int(encoded.attention_mask[span.row].nonzero().max())
                 indices = found[number].indices
                 row = weights[span.row, :, last, span.columns[indices.to(span.columns.device)]].float()
-                view = LayerView(layer, span.features.grid, indices, row)
+                tokens = hidden[span.row, span.columns[indices.to(span.columns.device)]]
+                view = LayerView(
+                    layer, span.features.grid, indices, row, tokens, history=found.history(number, layer), depth=depth
+                )
                 if compressor.reads_text:
                     columns = span.columns[indices.to(span.columns.device)]
                     visual = torch.cat([part for v in encoded.videos for part in (v.columns, v.tail_columns)
@@ -154,7 +169,7 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 kept.append(Selection(indices[compressor.choose(view, plans[number][layer]).to(indices.device)]))
             found.take(layer, kept)
             masks[layer] = hidden_mask(visible_tokens(encoded, kept, hidden.shape[1]), hidden)
-            return merging(encoded, found, layer)(hidden, mask, kwargs) if compressor.merges else hidden
+            return merging(encoded, found, layer, depth)(hidden, mask, kwargs) if compressor.merges else hidden
 
         return act
 
