@@ -16,6 +16,7 @@ from vidsieve._version import __version__
 if TYPE_CHECKING:
     from vidsieve.adapters import Adapter, Session, Template, attach, prune
     from vidsieve.compressors.base import Compressor, ScoreCompressor
+    from vidsieve.compressors.pipeline import Pipeline
     from vidsieve.data.video import read_video
     from vidsieve.errors import VidsieveError
     from vidsieve.loading import load
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from vidsieve.types import Need, Prompt, Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 _HOME = {
-    "Adapter": "adapters", "Compressor": "compressors.base", "Need": "types", "Prompt": "types",
-    "ScoreCompressor": "compressors.base", "Selection": "types", "Session": "adapters", "Stage": "types",
-    "Template": "adapters", "TokenGrid": "types", "Tokens": "types", "VideoTokens": "types",
+    "Adapter": "adapters", "Compressor": "compressors.base", "Need": "types", "Pipeline": "compressors.pipeline",
+    "Prompt": "types", "ScoreCompressor": "compressors.base", "Selection": "types", "Session": "adapters",
+    "Stage": "types", "Template": "adapters", "TokenGrid": "types", "Tokens": "types", "VideoTokens": "types",
     "VidsieveError": "errors", "attach": "adapters", "compressors": "registry", "families": "registry",
     "load": "loading", "prune": "adapters", "read_video": "data.video",
 }  # fmt: skip
@@ -34,6 +35,7 @@ __all__ = [
     "Adapter",
     "Compressor",
     "Need",
+    "Pipeline",
     "Prompt",
     "ScoreCompressor",
     "Selection",

@@ -31,7 +31,7 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
         )
     for need in compressor.needs - adapter.provides:
         raise NeedError(f"{compressor.name} needs {need.value}, which the {adapter.family} adapter does not give")
-    if isinstance(compressor, LayerCompressor):
+    if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:
         _check_layers(adapter, compressor)
     if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
         compressor.first_layer(len(adapter.decoder_layers))

@@ -12,6 +12,7 @@ from torch import Generator
 
 from vidsieve.adapters import decoding, layered
 from vidsieve.adapters.batch import Encoded, Pruned
+from vidsieve.adapters.placed import place
 from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import StageError
 from vidsieve.types import Stage
@@ -62,7 +63,29 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
         If it has no part there.
     """
     if isinstance(compressor, LayerCompressor):
-        return layered.begin(adapter, encoded, compressor, generator)
+        return _layered(adapter, encoded, compressor, generator)
     if isinstance(compressor, DecodeCompressor):
         return decoding.begin(adapter, encoded, compressor, generator)
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")
+
+
+def _layered(
+    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
+) -> tuple[Pruned, layered.LayerRun]:
+    """Return a prompt, padded on the left, and the method that will drop tokens inside the LLM.
+
+    The prompt is whole, or what a part before the LLM leaves of it.
+    """
+    depth = len(adapter.decoder_layers)
+    outer, spent = compressor.outer(depth), []
+    if outer is None:
+        selections = encoded.everything()
+    else:
+        selections, traces = adapter.select(encoded, outer, generator)
+        spent = [trace.select_ms for trace in traces]
+    pruned = adapter.build(encoded, encoded.per_row(selections))
+    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
+    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
+    # With several rows of positions there is no order to count along.
+    rotary = adapter.language_model.rotary_emb if compressor.renumbers and len(positions) == 1 else None
+    return pruned, layered.LayerRun(depth, compressor, positions, real, videos, tuple(spent), rotary)

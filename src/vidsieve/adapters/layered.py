@@ -15,12 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from vidsieve.adapters.batch import Encoded, Pruned
-from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, is_flash, rotated, scores
-from vidsieve.adapters.placed import PlacedVideo, place
+from vidsieve.adapters.passes import OwnPasses, additive, attention_rows, flash_mask, is_flash, take
+from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import LayerCompressor
@@ -28,7 +26,7 @@ from vidsieve.errors import SelectionError
 from vidsieve.types import LayerView, Selection
 
 if TYPE_CHECKING:
-    from vidsieve.adapters.base import Adapter
+    pass
 
 
 @dataclass
@@ -173,7 +171,7 @@ class LayerRun:
             _synchronise(hidden)
             self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
             # Places of the kept columns among those that reach this layer.
-            hidden = _take(hidden, self._rows(self._within(self.kept[number], before), len(hidden)))
+            hidden = take(hidden, self._rows(self._within(self.kept[number], before), len(hidden)))
         stage = max((s for s in self.stages if s <= number), default=None)
         if stage is None:
             return hidden, {}
@@ -261,7 +259,9 @@ class LayerRun:
             if self.rotary is not None and before is not None:
                 positions = torch.arange(len(line), device=line.device).expand_as(positions)
             among_rows = hidden[row, places.to(hidden.device)]
-            attention = self._attention(layer, among_rows, positions, self._text(row, line))  # (H, Q, n)
+            attention = attention_rows(
+                self._layers[layer], self._text_config, among_rows, positions, self._text(row, line)
+            )  # (H, Q, n)
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
@@ -311,18 +311,6 @@ class LayerRun:
         first = min(int(video.columns.max()) for video in videos)
         return ((line > first) & ~torch.isin(line, tokens)).nonzero().flatten()
 
-    def _attention(self, number: int, hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
-        """Return the attention (H, Q, n) float32 of some of n tokens (n, D), rows (Q,), in one layer."""
-        layer = self._layers[number]
-        shape, attend = block_shape(self._text_config, layer), layer.self_attn
-        x = layer.input_layernorm(at_home(hidden, layer))
-        rows = rows.to(x.device)
-        query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
-        keys = rotated(attend, "k", shape, x, positions)
-        later = torch.arange(len(x), device=x.device) > rows[:, None]  # (Q, n)
-        found = [scores(query[:, i], keys, attend.scaling).masked_fill(later[i], -torch.inf) for i in range(len(rows))]
-        return torch.stack(found, 1).softmax(-1)
-
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
     def _rows(self, table: Tensor, rows: int) -> Tensor:
@@ -341,10 +329,10 @@ class LayerRun:
     def _sliced(self, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
         """Return rotary angles and position ids of the columns in a table."""
         cosine, sine = kwargs["position_embeddings"]
-        changes: dict[str, Any] = {"position_embeddings": (_take(cosine, table, -2), _take(sine, table, -2))}
+        changes: dict[str, Any] = {"position_embeddings": (take(cosine, table, -2), take(sine, table, -2))}
         ids = kwargs.get("position_ids")
         if ids is not None:
-            changes["position_ids"] = _take(ids, table, -1)
+            changes["position_ids"] = take(ids, table, -1)
         return changes
 
     def _numbered(self, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
@@ -360,40 +348,6 @@ class LayerRun:
         return {"position_embeddings": self.rotary(hidden, ids), "position_ids": ids}
 
 
-def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
-    """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
-    dim = dim % values.ndim
-    index = table.clamp(min=0).to(values.device)
-    shape = [1] * values.ndim
-    shape[dim - 1], shape[dim] = index.shape
-    target = list(values.shape)
-    target[dim - 1], target[dim] = index.shape
-    wide = values.expand(*[index.shape[0] if i == dim - 1 else s for i, s in enumerate(values.shape)])
-    return wide.gather(dim, index.view(shape).expand(target))
-
-
 def _synchronise(tensor: Tensor) -> None:
     if tensor.is_cuda:
         torch.cuda.synchronize(tensor.device)
-
-
-def begin(
-    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
-) -> tuple[Pruned, LayerRun]:
-    """Return a prompt, padded on the left, and the method that will drop tokens inside the LLM.
-
-    The prompt is whole, or what a part before the LLM leaves of it.
-    """
-    depth = len(adapter.decoder_layers)
-    outer, spent = compressor.outer(depth), []
-    if outer is None:
-        selections = encoded.everything()
-    else:
-        selections, traces = adapter.select(encoded, outer, generator)
-        spent = [trace.select_ms for trace in traces]
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    # With several rows of positions there is no order to count along.
-    rotary = adapter.language_model.rotary_emb if compressor.renumbers and len(positions) == 1 else None
-    return pruned, LayerRun(depth, compressor, positions, real, videos, tuple(spent), rotary)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vidsieve.adapters.layers import block_shape
 from vidsieve.compressors._decoder import BlockShape, rotary, rotate
 
 
@@ -73,3 +74,35 @@ def scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     grouped = query.reshape(len(keys), -1, query.shape[-1])
     weights: Tensor = (grouped @ keys.transpose(1, 2) * scaling).flatten(0, 1)
     return weights
+
+
+def attention_rows(layer: Any, text: Any, hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+    """Return the attention (H, Q, n) float32 of some of n tokens (n, D), `rows` (Q,), in a layer of an LLM.
+
+    Parameters
+    ----------
+    text : the LLM's configuration
+    hidden : Tensor, (n, D)
+        What enters the layer.
+    positions : Tensor, (P, n), int64
+    """
+    shape, attend = block_shape(text, layer), layer.self_attn
+    x = layer.input_layernorm(at_home(hidden, layer))
+    rows = rows.to(x.device)
+    query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
+    keys = rotated(attend, "k", shape, x, positions)
+    later = torch.arange(len(x), device=x.device) > rows[:, None]  # (Q, n)
+    found = [scores(query[:, i], keys, attend.scaling).masked_fill(later[i], -torch.inf) for i in range(len(rows))]
+    return torch.stack(found, 1).softmax(-1)
+
+
+def take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
+    """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
+    dim = dim % values.ndim
+    index = table.clamp(min=0).to(values.device)
+    shape = [1] * values.ndim
+    shape[dim - 1], shape[dim] = index.shape
+    target = list(values.shape)
+    target[dim - 1], target[dim] = index.shape
+    wide = values.expand(*[index.shape[0] if i == dim - 1 else s for i, s in enumerate(values.shape)])
+    return wide.gather(dim, index.view(shape).expand(target))

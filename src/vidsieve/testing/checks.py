@@ -77,10 +77,6 @@ def _has_parts(method: Method) -> bool:
     return "inner" in {field.name for field in dataclasses.fields(method)}
 
 
-def _variants(method: Method) -> Iterable[str]:
-    return method.variants
-
-
 def _compress(compressor: Compressor, video: VideoTokens, seed: int = 0) -> Selection:
     return compressor.compress(video, generator=torch.Generator().manual_seed(seed))
 
@@ -102,7 +98,7 @@ def _reachable(compressor: Compressor, video: VideoTokens) -> bool:
 
 def check_exact_budget(method: Method) -> None:
     """Every selection has exactly the budgeted size, at every retention, grid and variant, or is refused."""
-    for variant in _variants(method):
+    for variant in method.variants:
         reached = 0
         for grid in GRIDS:
             video = make_video(grid)
@@ -137,7 +133,7 @@ def check_indices_in_range(method: Method) -> None:
 
 def check_deterministic(method: Method) -> None:
     """The same video and seed give the same selection."""
-    for variant in _variants(method):
+    for variant in method.variants:
         compressor, video = example(method, variant=variant), make_video(GRIDS[0])
         first, second = _compress(compressor, video, 7), _compress(compressor, video, 7)
         _expect(torch.equal(first.indices, second.indices), f"{variant}: two runs keep different tokens")
@@ -174,8 +170,8 @@ def check_inputs_not_changed(method: Method) -> None:
     """`compress` changes nothing in the video handed to it."""
     video = make_video(GRIDS[0])
     tensors = {"embeds": video.embeds, "positions": video.positions}
-    if video.prompt is not None:
-        tensors |= {f"prompt.{f.name}": getattr(video.prompt, f.name) for f in dataclasses.fields(video.prompt)}
+    assert video.prompt is not None
+    tensors |= {f"prompt.{f.name}": getattr(video.prompt, f.name) for f in dataclasses.fields(video.prompt)}
     before: dict[str, Tensor] = {name: tensor.clone() for name, tensor in tensors.items()}
     _compress(example(method), video)
     for name, tensor in tensors.items():
@@ -243,19 +239,15 @@ def check_blind_unless_declared(method: Method) -> None:
         return
     video = make_video(GRIDS[0])
     prompt = video.prompt
-    if prompt is None:
-        raise CheckFailure("the example video has no prompt")
+    assert prompt is not None
     other = dataclasses.replace(prompt, embeds=prompt.embeds.flip(0))
-    first = _compress(example(method), video)
-    second = _compress(example(method), dataclasses.replace(video, prompt=other))
+    first, second = (_compress(example(method), some) for some in (video, dataclasses.replace(video, prompt=other)))
     _expect(torch.equal(first.indices, second.indices), "the question changed what is kept, but is not a declared need")
 
 
 def check_layer_budget(method: Method) -> None:
     """Layers see, on average, the fraction asked for, to within one token a stage; or the budget is refused."""
     assert issubclass(method, LayerCompressor)
-    if method.adaptive:
-        return
     for depth, tokens in ((28, 6272), (32, 576), (12, 196)):
         for retention in (0.02, 0.25, 0.5, 0.9):
             compressor = method(retention=retention)
@@ -278,8 +270,6 @@ def check_layer_budget(method: Method) -> None:
 def check_layer_choice(method: Method) -> None:
     """`choose` returns sorted unique positions, exactly as many as asked for, the same every time."""
     assert issubclass(method, LayerCompressor)
-    if method.adaptive:
-        return
     compressor = method()
     draw = torch.Generator().manual_seed(0)
     for grid in GRIDS:
@@ -302,7 +292,7 @@ def check_read(method: Method) -> None:
     """`read` returns sorted unique positions of the cached tokens, the same every time, or None for all."""
     assert issubclass(method, DecodeCompressor)
     draw = torch.Generator().manual_seed(0)
-    for variant in _variants(method):
+    for variant in method.variants:
         compressor = method(variant=variant)
         _expect(1 <= compressor.first_layer(28) < 28, "the first layer that reads less has none before it")
         for grid in (*GRIDS, TokenGrid(1, 1, 1)):
@@ -338,7 +328,8 @@ LAYER_CHECKS: tuple[Check, ...] = (
 def checks_of(method: Method) -> tuple[Check, ...]:
     """Return the checks of a method, by where it acts."""
     if issubclass(method, LayerCompressor):
-        return tuple(dict.fromkeys((*CHECKS, *LAYER_CHECKS))) if _has_parts(method) else LAYER_CHECKS
+        inside = LAYER_CHECKS[2:] if method.adaptive else LAYER_CHECKS  # stages and choices that follow from a video
+        return tuple(dict.fromkeys((*CHECKS, *inside))) if _has_parts(method) else inside
     return (*CHECKS, check_read) if issubclass(method, DecodeCompressor) else CHECKS
 
 
