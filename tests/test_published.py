@@ -294,3 +294,53 @@ def test_framefusion_asks_for_what_makes_the_mean(seen):
     with pytest.raises(BudgetError, match="first 4 of 12 layers have seen more"):
         excess([Fraction(1)] * 4, Fraction(3, 10), 12)
     assert excess([Fraction(1, 10)], Fraction(3, 10), 12) == 0
+
+
+# -- SparseVLM ----------------------------------------------------------------------------------------------
+
+
+def test_sparsevlm_keeps_the_releases_proportions():
+    ours = load("sparsevlm", retention=(3 * 576 + 4 * 300 + 9 * 200 + 16 * 110) / 32 / 576).stages(32, 576)
+    assert [at for at, _ in ours] == [3, 7, 16]
+    assert all(abs(got - wanted) <= 1 for (_, got), wanted in zip(ours, (300, 200, 110), strict=True))
+    released = load("sparsevlm", retention=1 / 3, variant="official")
+    assert released.stages(32, 576) == ((3, 300), (7, 200), (16, 110))
+    assert released.stages(32, 6272)[0] == (3, 300 * 6272 // 576)
+    with pytest.raises(BudgetError, match=r"tables for retentions of 0\.333, 0\.222"):
+        load("sparsevlm", retention=0.25, variant="official").stages(32, 576)
+    with pytest.raises(BudgetError, match=r"below 0\.094"):
+        load("sparsevlm", retention=0.05).stages(32, 576)
+    assert load("sparsevlm", retention=0.05, earliest=True).stages(32, 576)[0][0] == 1
+    with pytest.raises(BudgetError, match="versions 1 and 2"):
+        load("sparsevlm", version=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(count=st.integers(2, 400), part=st.integers(1, 99))
+def test_sparsevlm_counts_its_clusters(count, part):
+    from vidsieve.compressors.sparsevlm import SparseVLM, cluster_count, recycled_count
+
+    keep = max(1, count * part // 100)
+    best = SparseVLM()._best(count, keep)
+    clusters = keep - best
+    assert 0 <= best <= keep and clusters <= recycled_count(count - best)
+    assert clusters == cluster_count(count - best) or best + 1 + cluster_count(count - best - 1) > keep
+
+
+def test_sparsevlms_relevant_words_and_score():
+    from vidsieve.types import LayerView
+
+    draw = torch.Generator().manual_seed(0)
+    video, text = torch.randn(12, 6, generator=draw), torch.randn(5, 6, generator=draw)
+    method = load("sparsevlm", version=2)
+    words = method.prepare(video, text)
+    shares = np.exp((video.double() @ text.double().T).numpy())
+    shares = (shares / shares.sum(1, keepdims=True)).mean(0)
+    assert words.tolist() == (shares > shares.mean()).tolist()
+    attention, bias = torch.rand(20, 5, 12, generator=draw), 1 + torch.rand(5, 12, generator=draw)
+    view = LayerView(3, TokenGrid(1, 3, 4), torch.arange(12), attention[:, -1], text_attention=attention, told=words,
+                     rope_bias=bias)  # fmt: skip
+    divided = (attention / bias)[:, words]
+    heads = divided.sum((1, 2)).argsort(descending=True)[:14]
+    assert torch.allclose(method.scores(view), divided[heads].mean((0, 1)), atol=1e-6)
+    assert torch.allclose(load("sparsevlm").scores(view), attention[:, words].mean((0, 1)), atol=1e-6)

@@ -105,6 +105,7 @@ compressors = Registry(
         "framefusion": "vidsieve.compressors.framefusion:FrameFusion",
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",
+        "sparsevlm": "vidsieve.compressors.sparsevlm:SparseVLM",
     },
 )
 

@@ -185,6 +185,10 @@ class LayerView:
         How many of the video's tokens each layer so far has seen.
     depth : int
         The LLM's number of layers.
+    told : Tensor or None
+        What the method's `prepare` made of the video and the text behind it.
+    rope_bias : Tensor or None, (Q, n), float32
+        What a query of ones makes of a key of ones by their rotary positions alone; given to methods that divide by it.
     """
 
     layer: int
@@ -196,6 +200,8 @@ class LayerView:
     groups: Tensor | None = None
     history: tuple[int, ...] = ()
     depth: int = 0
+    told: Tensor | None = None
+    rope_bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.fastv import FastV
+from vidsieve.compressors.sparsevlm import SparseVLM
 from vidsieve.errors import BudgetError, NeedError
 from vidsieve.testing.equivalence import CALLS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
@@ -24,6 +26,19 @@ class _TwoStages(FastV):
 
     def stages(self, num_layers, num_tokens):
         return ((1, max(1, num_tokens // 2)), (2, max(1, num_tokens // 5)))
+
+
+class _TwoSteps(SparseVLM):
+    """SparseVLM in a model of three layers; without version 2's division, which the recorded cases prove."""
+
+    reads_bias = False
+
+    def stages(self, num_layers, num_tokens):
+        return ((1, max(1, int(0.7 * num_tokens))), (2, max(1, int(0.4 * num_tokens))))
+
+    def scores(self, view):
+        ones = None if view.text_attention is None else torch.ones(view.text_attention.shape[1:])
+        return super().scores(replace(view, rope_bias=ones))
 
 
 class _OwnLayer(_TwoStages):
@@ -89,6 +104,16 @@ def test_framefusion_meets_its_budget_whatever_it_merges(threshold, retention):
         model(**inputs)
     for trace in session.trace:
         assert retention - 3 / trace.total <= trace.layer_retention <= retention + 1e-9
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])
+def test_sparsevlm_equals_the_same_steps_without_a_cache(family, name, version):
+    method = _TwoSteps(0.6, version=version)
+    for call in CALLS:
+        result = cell(family, name, call, "sdpa", method)
+        assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
 
 
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])

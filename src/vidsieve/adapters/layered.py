@@ -12,25 +12,22 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.passes import OwnPasses, additive, attention_rows, flash_mask, is_flash, take
+from vidsieve.adapters.choosing import Choosing
+from vidsieve.adapters.passes import OwnPasses, additive, flash_mask, is_flash, take
 from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import LayerCompressor
-from vidsieve.errors import SelectionError
-from vidsieve.types import LayerView, Selection
-
-if TYPE_CHECKING:
-    pass
+from vidsieve.types import Selection
 
 
 @dataclass
-class LayerRun:
+class LayerRun(Choosing):
     """A method at work inside an LLM, on one prompt batch and whatever follows it on the same cache.
 
     Parameters
@@ -75,6 +72,7 @@ class LayerRun:
         self._layers: Sequence[Any] = ()
         self._text_config: Any = None
         self._hidden: Tensor | None = None
+        self._told: list[Tensor] = []
         self._prefilling = True
         self._mine = OwnPasses(None)
 
@@ -84,14 +82,6 @@ class LayerRun:
         seen = [sum(self._history(number, self.depth)) for number in range(len(self.videos))]
         return [sum_ / (self.depth * v.grid.num_tokens) for sum_, v in zip(seen, self.videos, strict=True)]
 
-    def _history(self, video: int, layer: int) -> tuple[int, ...]:
-        """Return how many of a video's tokens each layer before `layer` sees."""
-        now, found = len(self.videos[video].indices), []
-        for number in range(layer):
-            now = self._counts[video].get(number, now)
-            found.append(now)
-        return tuple(found)
-
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video after the last stage; later steps change nothing of it."""
         if self.listed:
@@ -100,7 +90,8 @@ class LayerRun:
         nominal = str(self.compressor.retention)
         made = []
         spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
-        for video, indices, held, ms in zip(self.videos, self.alive, self.held, spent, strict=True):
+        alive = [indices.sort().values for indices in self.alive]
+        for video, indices, held, ms in zip(self.videos, alive, self.held, spent, strict=True):
             trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
             newlines = int(video.kept_newlines(indices).sum())
             made.append(replace(trace, held=held, layers=tuple(self.stages), newlines=newlines))
@@ -117,6 +108,8 @@ class LayerRun:
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text_config = layers, text
         try:
+            if self.compressor.prepares:
+                handles.append(self._layers[0].register_forward_pre_hook(self._start, with_kwargs=True))
             for number in range(self.stages[0] - 1, self.depth):
                 handles.append(self._layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
             handles.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
@@ -191,9 +184,6 @@ class LayerRun:
         """Return the columns that the stage before layer `number` has left."""
         return self.kept[self.stages[self.stages.index(number) - 1]]
 
-    def _all_columns(self) -> list[Tensor]:
-        return [line.nonzero().flatten() for line in self.real]
-
     def _settled(self, number: int) -> bool:
         """Return whether a stage drops nothing from any video; if so, note it."""
         for video, placed in enumerate(self.videos):
@@ -230,86 +220,6 @@ class LayerRun:
             allowed = square.tril(after - count).expand(len(hidden), -1, -1)
         mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
         return {"attention_mask": additive(mask[:, None], hidden)}
-
-    # -- selection ------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _choose(
-        self, number: int, before: Tensor | None, entering: Tensor
-    ) -> tuple[Tensor, list[tuple[int, Tensor, LayerView, Tensor]]]:
-        """Return the columns (B, L') that reach layer `number`, and what was chosen among what.
-
-        For each video its row, the places of its tokens in `entering`, what the method saw, and what it chose.
-        """
-        if self._hidden is None:
-            raise SelectionError(f"layer {number - 1} did not run before layer {number}")
-        seen, self._hidden = self._hidden, None
-        layer = number - 1
-        if self.compressor.own_layer:
-            seen, layer = entering, number
-        hidden = seen[:: len(seen) // len(self.real)]  # beams of a prompt are equal while it is read
-        columns = self._all_columns() if before is None else [table[table >= 0] for table in before]
-        alive = self.alive or [video.indices.to(self.real.device) for video in self.videos]
-        self.alive, found = [], []
-        for row, line in enumerate(columns):
-            places = torch.arange(hidden.shape[1] - len(line), hidden.shape[1], device=line.device)
-            if before is None:
-                places = line
-            positions = self.positions[:, row, line]
-            if self.rotary is not None and before is not None:
-                positions = torch.arange(len(line), device=line.device).expand_as(positions)
-            among_rows = hidden[row, places.to(hidden.device)]
-            attention = attention_rows(
-                self._layers[layer], self._text_config, among_rows, positions, self._text(row, line)
-            )  # (H, Q, n)
-            keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
-            among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
-            among[line] = torch.arange(len(line), device=line.device)
-            for which, (video, indices) in enumerate(zip(self.videos, alive, strict=True)):
-                if video.row != row:
-                    continue
-                counts = self._counts[which]
-                spots = among[video.at(indices)]
-                seen_by = attention[..., spots.to(attention.device)]
-                view = LayerView(
-                    number, video.grid, indices, seen_by[:, -1], history=self._history(which, number), depth=self.depth
-                )
-                if self.compressor.merges:
-                    first = row * (len(entering) // len(self.real))
-                    view = replace(view, hidden=entering[first, places[spots].to(entering.device)])
-                if self.compressor.reads_text:
-                    behind = self._text(row, line) > spots.max()
-                    view = replace(view, text_attention=seen_by[:, behind.to(seen_by.device)])
-                if video.groups is not None:
-                    view = replace(view, groups=video.groups[torch.searchsorted(video.indices, indices)])
-                chosen = self.compressor.choose(view, counts[number]).to(indices.device)
-                counts[number] = len(chosen)
-                found.append((row, places[spots], view, chosen))
-                keep[video.at(indices)] = False
-                keep[video.at(indices[chosen])] = True
-                keep[video.newlines] = video.kept_newlines(indices[chosen])
-                self.alive.append(indices[chosen])
-            columns[row] = line[keep[line]]
-        return padded(columns), found
-
-    def _merged(self, hidden: Tensor, found: list[tuple[int, Tensor, LayerView, Tensor]]) -> Tensor:
-        """Return hidden states (R, L, D) in which chosen tokens have taken in what is dropped."""
-        repeats, changed = len(hidden) // len(self.real), hidden.clone()
-        for row, places, view, chosen in found:
-            places, first = places.to(hidden.device), row * repeats
-            tokens = self.compressor.merge(replace(view, hidden=hidden[first, places]), chosen)
-            for line in range(first, first + repeats):
-                changed[line, places[chosen.to(places.device)]] = tokens.to(hidden.dtype)
-        return changed
-
-    def _text(self, row: int, line: Tensor) -> Tensor:
-        """Return the places (Q,) among the columns `line` of a row whose attention is read, the last token last."""
-        if not self.compressor.reads_text:
-            return torch.tensor([len(line) - 1], device=line.device)
-        videos = [video for video in self.videos if video.row == row]
-        tokens = torch.cat([part for video in videos for part in (video.columns, video.newlines)])
-        first = min(int(video.columns.max()) for video in videos)
-        return ((line > first) & ~torch.isin(line, tokens)).nonzero().flatten()
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 

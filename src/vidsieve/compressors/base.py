@@ -163,6 +163,22 @@ class LayerCompressor(Compressor):
     """Whether how many tokens a stage leaves follows from what it sees, within the same budget."""
     reads_text: ClassVar[bool] = False
     """Whether it reads the attention of every text token behind the video, and not of the last one alone."""
+    prepares: ClassVar[bool] = False
+    """Whether it looks at the input embeddings of video and text once, in `prepare`."""
+
+    @property
+    def reads_bias(self) -> bool:
+        """Whether it reads `LayerView.rope_bias`."""
+        return False
+
+    @property
+    def reorders(self) -> bool:
+        """Whether what stays goes on in the order in which `choose` lists it."""
+        return False
+
+    def prepare(self, video: Tensor, text: Tensor) -> Tensor:
+        """Return what views are told, from input embeddings of a video (n, D) and of the text behind it (Q, D)."""
+        raise NotImplementedError(f"{self.name} prepares nothing")
 
     @property
     def renumbers(self) -> bool:

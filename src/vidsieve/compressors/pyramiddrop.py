@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor
 
+from vidsieve.compressors._stages import scaled_layers, scaled_shares
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError
 from vidsieve.selection import exact_ratio, top_indices
@@ -92,18 +92,8 @@ class PyramidDrop(LayerCompressor):
                 kept = [int(num_tokens * share) for share in self.fractions]
             return tuple((at, max(1, count)) for at, count in zip(layers, kept, strict=True))
         shares = _FRACTIONS if self.fractions is None else tuple(Fraction(repr(float(f))) for f in self.fractions)
-        edges = [*layers, num_layers]
-        spans = [b - a for a, b in pairwise(edges)]
-        if ratio * num_layers < layers[0]:
-            raise BudgetError(
-                f"{self.describe()}: {layers[0]} of {num_layers} layers see every token, so the retention cannot go "
-                f"below {layers[0] / num_layers:.3f}; choose earlier layers, or earliest=True"
-            )
-        factor = _factor(ratio * num_layers - layers[0], shares, spans)
-        return tuple(
-            (at, max(1, math.floor(min(Fraction(1), factor * share) * num_tokens)))
-            for at, share in zip(layers, shares, strict=True)
-        )
+        found = scaled_shares(shares, layers, num_layers, ratio, self.describe())
+        return tuple((at, max(1, math.floor(share * num_tokens))) for at, share in zip(layers, found, strict=True))
 
     def _layers(self, num_layers: int, ratio: Fraction) -> list[int]:
         """Return the layers of all steps, rising."""
@@ -111,28 +101,8 @@ class PyramidDrop(LayerCompressor):
         wanted = self.layers or _LAYERS
         if self.earliest and ratio < _MEAN:
             scale *= ratio / _MEAN
-        found: list[int] = []
-        for layer in wanted:
-            found.append(max(round(layer * scale), 1, found[-1] + 1 if found else 1))
-        if found[-1] >= num_layers:
-            raise BudgetError(
-                f"layers {', '.join(map(str, found))} are not all among the model's {num_layers}: choose 1 to "
-                f"{num_layers - 1}"
-            )
-        return found
+        return scaled_layers(wanted, scale, num_layers)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens of the highest mean attention."""
         return top_indices(view.attention.mean(0), keep)
-
-
-def _factor(budget: Fraction, shares: tuple[Fraction, ...], spans: list[int]) -> Fraction:
-    """Return s so that the sum of min(1, s · share) · span is `budget`, at most the sum of spans."""
-    full = Fraction(0)
-    for number, (share, span) in enumerate(zip(shares, spans, strict=True)):
-        rest = sum((s * n for s, n in zip(shares[number:], spans[number:], strict=True)), Fraction(0))
-        factor = (budget - full) / rest
-        if factor * share <= 1:
-            return factor
-        full += span  # the largest share is full: the others take the rest
-    return 1 / shares[-1]

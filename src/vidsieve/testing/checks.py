@@ -276,12 +276,13 @@ def check_layer_choice(method: Method) -> None:
         alive = torch.randperm(grid.num_tokens, generator=draw)[: grid.num_tokens // 2].sort().values
         weights = torch.rand(4, len(alive), generator=draw)
         for attention in (weights, torch.ones_like(weights)):
-            view = LayerView(3, grid, alive, attention.clone())
+            view = LayerView(
+                3, grid, alive, attention.clone(), torch.rand(len(alive), 8), attention[:, None].repeat(1, 2, 1),
+                told=torch.tensor([True, False]), rope_bias=torch.ones(2, len(alive)),
+            )  # fmt: skip
             for keep in (1, len(alive) // 3, len(alive)):
                 chosen = compressor.choose(view, keep)
-                _expect(
-                    chosen.shape == (keep,) and chosen.dtype == torch.int64, f"{keep} asked for, not {chosen.shape}"
-                )
+                _expect(len(chosen) == keep and chosen.dtype == torch.int64, f"{keep} asked for, not {chosen.shape}")
                 _expect(bool((chosen[1:] > chosen[:-1]).all()), "positions are not sorted and unique")
                 _expect(int(chosen[0]) >= 0 and int(chosen[-1]) < len(alive), "positions lie outside the view")
                 _expect(torch.equal(compressor.choose(view, keep), chosen), "two calls differ")

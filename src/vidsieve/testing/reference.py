@@ -48,7 +48,7 @@ def masked_logits(
     for layer, kept in selections.stages.items():
         masks[layer] = hidden_mask(visible_tokens(encoded, kept, length), embeds)
         if selections.compressor.merges:
-            acts[layer] = merging(encoded, selections, layer, len(adapter.decoder_layers))
+            acts[layer] = merging(encoded, selections, layer)
     return _through(adapter, encoded, selections.entering, extra_ids, masks, acts)
 
 

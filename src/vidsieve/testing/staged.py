@@ -33,6 +33,7 @@ class LayeredSelections(list[Selection]):
         super().__init__(entering)
         self.compressor, self.entering = compressor, list(entering)
         self.stages: dict[int, list[Selection]] = {}
+        self.views: dict[int, list[LayerView]] = {}
 
     def history(self, video: int, layer: int) -> tuple[int, ...]:
         """Return how many of a video's tokens each layer before `layer` sees."""
@@ -104,7 +105,7 @@ def masked_from(adapter: Adapter, masks: dict[int, Tensor], acts: Mapping[int, A
             hook.remove()
 
 
-def merging(encoded: Encoded, selections: LayeredSelections, layer: int, depth: int) -> Act:
+def merging(encoded: Encoded, selections: LayeredSelections, layer: int) -> Act:
     """Return the act of a stage that merges: what stays at `layer` takes in what is dropped there."""
     earlier = [selections.entering, *(kept for at, kept in sorted(selections.stages.items()) if at < layer)][-1]
 
@@ -114,14 +115,22 @@ def merging(encoded: Encoded, selections: LayeredSelections, layer: int, depth: 
         for number, (span, among, kept) in enumerate(triples):
             chosen = torch.searchsorted(among.indices, kept.indices)
             tokens = hidden[span.row, span.columns[among.indices.to(span.columns.device)]]
-            empty = torch.zeros(1, len(among.indices), device=hidden.device)
-            seen = selections.history(number, layer)
-            view = LayerView(layer, span.features.grid, among.indices, empty, tokens, history=seen, depth=depth)
+            view = replace(selections.views[layer][number], hidden=tokens)
             made = selections.compressor.merge(view, chosen)
             changed[span.row, span.columns[kept.indices.to(span.columns.device)]] = made.to(hidden.dtype)
         return changed
 
     return act
+
+
+def _behind(encoded: Encoded, span: Any, columns: Tensor) -> Tensor:
+    """Return the columns (Q,) of the text behind a video's `columns` in its prompt."""
+    real = encoded.attention_mask[span.row].clone()
+    for video in encoded.videos:
+        if video.row == span.row:
+            real[video.columns] = real[video.tail_columns] = False
+    real[: int(columns.max()) + 1] = False
+    return real.nonzero().flatten()
 
 
 def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, run: Any) -> LayeredSelections:
@@ -137,6 +146,7 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
     found = LayeredSelections(compressor, entering)
     plans = [dict(compressor.stages(depth, chosen.num_kept)) for chosen in entering]
     masks: dict[int, Tensor] = {}
+    told: list[Tensor] = []
     noted: dict[int, Tensor] = {}
 
     def act_at(layer: int) -> Act:
@@ -144,8 +154,8 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
             weights = noted.get(layer - 1)
             if compressor.own_layer:
                 module: Any = adapter.decoder_layers[layer]
-                told = {key: kwargs[key] for key in ("position_embeddings", "position_ids") if key in kwargs}
-                weights = module.self_attn(module.input_layernorm(hidden), attention_mask=mask, **told)[1]
+                given = {key: kwargs[key] for key in ("position_embeddings", "position_ids") if key in kwargs}
+                weights = module.self_attn(module.input_layernorm(hidden), attention_mask=mask, **given)[1]
             assert weights is not None
             kept = []
             for number, span in enumerate(encoded.videos):
@@ -158,20 +168,28 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 )
                 if compressor.reads_text:
                     columns = span.columns[indices.to(span.columns.device)]
-                    visual = torch.cat([part for v in encoded.videos for part in (v.columns, v.tail_columns)
-                                        if v.row == span.row])  # fmt: skip
-                    text = torch.arange(int(columns.max()) + 1, last + 1, device=columns.device)
-                    text = text[~torch.isin(text, visual) & encoded.attention_mask[span.row, text]]
+                    text = _behind(encoded, span, columns)
                     view = replace(view, text_attention=weights[span.row][:, text][:, :, columns].float())
                 groups = entering[number].groups
                 if groups is not None:
                     view = replace(view, groups=groups[torch.searchsorted(entering[number].indices, indices)])
+                if told:
+                    view = replace(view, told=told[number])
+                found.views.setdefault(layer, []).append(view)
                 kept.append(Selection(indices[compressor.choose(view, plans[number][layer]).to(indices.device)]))
             found.take(layer, kept)
             masks[layer] = hidden_mask(visible_tokens(encoded, kept, hidden.shape[1]), hidden)
-            return merging(encoded, found, layer, depth)(hidden, mask, kwargs) if compressor.merges else hidden
+            return merging(encoded, found, layer)(hidden, mask, kwargs) if compressor.merges else hidden
 
         return act
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        embeds = args[0] if args else kwargs["hidden_states"]
+        for span, kept in zip(encoded.videos, entering, strict=True):
+            columns = span.columns[kept.indices.to(span.columns.device)]
+            told.append(
+                compressor.prepare(embeds[span.row, columns], embeds[span.row, _behind(encoded, span, columns)])
+            )
 
     listeners = []
     for layer in plans[0]:
@@ -179,6 +197,8 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
         listeners.append(
             attention.register_forward_hook(lambda module, args, output, at=layer - 1: noted.update({at: output[1]}))
         )
+    if compressor.prepares:
+        listeners.append(adapter.decoder_layers[0].register_forward_pre_hook(look, with_kwargs=True))
     before = adapter.model.config._attn_implementation
     adapter.model.set_attn_implementation("eager")
     try:
