@@ -344,3 +344,40 @@ def test_sparsevlms_relevant_words_and_score():
     heads = divided.sum((1, 2)).argsort(descending=True)[:14]
     assert torch.allclose(method.scores(view), divided[heads].mean((0, 1)), atol=1e-6)
     assert torch.allclose(load("sparsevlm").scores(view), attention[:, words].mean((0, 1)), atol=1e-6)
+
+
+# -- TopV ---------------------------------------------------------------------------------------------------
+
+
+def test_topvs_plan_ends_on_the_targets_side():
+    from vidsieve.compressors.topv import sinkhorn
+
+    draw = torch.Generator().manual_seed(0)
+    cost = torch.rand(6, 5, generator=draw, dtype=torch.float64)
+    mass, wanted = torch.rand(6, generator=draw).double().softmax(0), torch.rand(5, generator=draw).double().softmax(0)
+    scaling = np.exp(-cost.numpy() / 0.1)
+    u, v = np.ones(6), np.ones(5)
+    for _ in range(3):
+        u = mass.numpy() / (scaling @ v)
+        v = wanted.numpy() / (scaling.T @ u)
+    plan = sinkhorn(cost, mass, wanted, 0.1, 3)
+    assert np.allclose(plan.numpy(), u[:, None] * scaling * v)
+    assert torch.allclose(plan.sum(0), wanted) and not torch.allclose(plan.sum(1), mass, atol=1e-6)
+    assert torch.allclose(sinkhorn(cost, mass, wanted, 0.1, 500).sum(1), mass)
+
+
+def test_topv_keeps_what_carries_and_recovers_evenly():
+    from vidsieve.types import LayerView
+
+    grid, draw = TokenGrid(2, 4, 6), torch.Generator().manual_seed(0)
+    before, after = torch.randn(48, 16, generator=draw), torch.randn(48, 16, generator=draw)
+    method = load("topv", recovered=0.5)
+    importance = method.importance(before, after, torch.arange(48), grid)
+    assert torch.allclose(importance.reshape(2, 24).sum(1), torch.tensor([24.0, 24.0]), atol=1e-4)
+    view = LayerView(3, grid, torch.arange(48), torch.zeros(1, 48), after, before=before)
+    chosen = set(method.choose(view, 12).tolist())
+    best = set(importance.topk(6).indices.tolist())
+    rest = [token for token in range(48) if token not in best]
+    assert best < chosen and sorted(chosen - best) == [rest[7 * (i + 1) - 1] for i in range(6)]
+    other = load("topv", recovered=0.5, feature=0.0, place=0.0).importance(before, after, torch.arange(48), grid)
+    assert not torch.allclose(other, importance), "importance follows from the costs"

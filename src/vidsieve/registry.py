@@ -106,6 +106,7 @@ compressors = Registry(
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",
         "sparsevlm": "vidsieve.compressors.sparsevlm:SparseVLM",
+        "topv": "vidsieve.compressors.topv:TopV",
     },
 )
 

@@ -176,7 +176,7 @@ class LayerView:
         Attention of the last prompt token to them in the layer before, or in this layer for a method with `own_layer`,
         softmax over the whole prompt.
     hidden : Tensor or None, (n, D)
-        What enters the layer; given to methods that merge.
+        What enters the layer; given to methods that merge, or read `before`.
     text_attention : Tensor or None, (H, Q, n), float32
         Attention of every text token behind the video to them, in the same layer; given to methods that read it.
     groups : Tensor or None, (n,), int64
@@ -187,6 +187,8 @@ class LayerView:
         The LLM's number of layers.
     told : Tensor or None
         What the method's `prepare` made of the video and the text behind it.
+    before : Tensor or None, (n, D)
+        What entered the layer before; given to methods that read it, with `hidden`.
     rope_bias : Tensor or None, (Q, n), float32
         What a query of ones makes of a key of ones by their rotary positions alone; given to methods that divide by it.
     """
@@ -202,6 +204,7 @@ class LayerView:
     depth: int = 0
     told: Tensor | None = None
     rope_bias: Tensor | None = None
+    before: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,15 @@ def test_sparsevlm_equals_the_same_steps_without_a_cache(family, name, version):
         assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
 
 
+@pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_topv_equals_the_masks(family, name):
+    method = vidsieve.load("topv", retention=0.8, layer=2)
+    for call in CALLS:
+        result = cell(family, name, call, "sdpa", method)
+        assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
+
+
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])

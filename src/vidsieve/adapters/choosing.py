@@ -86,7 +86,9 @@ class Choosing:
                 view = LayerView(
                     number, video.grid, indices, seen_by[:, -1], history=self._history(which, number), depth=self.depth
                 )
-                if self.compressor.merges:
+                if self.compressor.reads_before:
+                    view = replace(view, before=hidden[row, places[spots].to(hidden.device)])
+                if self.compressor.merges or self.compressor.reads_before:
                     first = row * (len(entering) // len(self.real))
                     view = replace(view, hidden=entering[first, places[spots].to(entering.device)])
                 if self.compressor.reads_text:

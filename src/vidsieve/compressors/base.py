@@ -163,6 +163,8 @@ class LayerCompressor(Compressor):
     """Whether how many tokens a stage leaves follows from what it sees, within the same budget."""
     reads_text: ClassVar[bool] = False
     """Whether it reads the attention of every text token behind the video, and not of the last one alone."""
+    reads_before: ClassVar[bool] = False
+    """Whether it reads what entered the layer before a stage, and what enters the stage's layer."""
     prepares: ClassVar[bool] = False
     """Whether it looks at the input embeddings of video and text once, in `prepare`."""
 

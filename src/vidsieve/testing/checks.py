@@ -278,7 +278,7 @@ def check_layer_choice(method: Method) -> None:
         for attention in (weights, torch.ones_like(weights)):
             view = LayerView(
                 3, grid, alive, attention.clone(), torch.rand(len(alive), 8), attention[:, None].repeat(1, 2, 1),
-                told=torch.tensor([True, False]), rope_bias=torch.ones(2, len(alive)),
+                told=torch.tensor([True, False]), rope_bias=torch.ones(2, len(alive)), before=torch.rand(len(alive), 8),
             )  # fmt: skip
             for keep in (1, len(alive) // 3, len(alive)):
                 chosen = compressor.choose(view, keep)

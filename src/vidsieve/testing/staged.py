@@ -148,6 +148,7 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
     masks: dict[int, Tensor] = {}
     told: list[Tensor] = []
     noted: dict[int, Tensor] = {}
+    entered: dict[int, Tensor] = {}
 
     def act_at(layer: int) -> Act:
         def act(hidden: Tensor, mask: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -173,6 +174,8 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 groups = entering[number].groups
                 if groups is not None:
                     view = replace(view, groups=groups[torch.searchsorted(entering[number].indices, indices)])
+                if compressor.reads_before:
+                    view = replace(view, before=entered[layer - 1][span.row, span.columns[indices]])
                 if told:
                     view = replace(view, told=told[number])
                 found.views.setdefault(layer, []).append(view)
@@ -191,7 +194,16 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
                 compressor.prepare(embeds[span.row, columns], embeds[span.row, _behind(encoded, span, columns)])
             )
 
+    def enter(number: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entered[number] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
     listeners = []
+    for layer in plans[0] if compressor.reads_before else ():
+        before_it = adapter.decoder_layers[layer - 1]
+        listeners.append(before_it.register_forward_pre_hook(enter(layer - 1), with_kwargs=True))
     for layer in plans[0]:
         attention: Any = adapter.decoder_layers[layer - 1].self_attn
         listeners.append(
