@@ -10,26 +10,21 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from vidsieve.adapters.probe import attention_modules, listening, received
-from vidsieve.compressors.visionzip import merge, zipped
+from vidsieve.compressors.visionzip import merge, stitched, zipped
 from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
 
 
 def cases(archive: Archive) -> Iterator[Case]:
-    """Yield ``sel/*`` and the tower; the stitching of image crops has no counterpart for videos."""
+    """Yield ``sel/*``, the tower, and the stitching of a still image's crops."""
     for case in groups(archive, 2):
         if case.startswith("sel/"):
             yield _selection(archive, case)
     if "tower/images" in archive:
         yield _tower(archive)
     if "anyres/output" in archive:
-        yield Case(
-            "visionzip",
-            "anyres",
-            "-",
-            float("nan"),
-            "no such method yet",
-            "crops of still images: nothing to compare for videos",
-        )
+        features, kept = (torch.from_numpy(archive[f"anyres/{name}"]) for name in ("image_feature", "keep_idx"))
+        made = stitched(features, kept.long(), int(archive["anyres/wh"][0]))
+        yield judged("visionzip", "anyres", {"output": gap(made, archive["anyres/output"])})
 
 
 def _selection(archive: Archive, case: str) -> Case:
