@@ -34,7 +34,8 @@ a method inside the LLM is at work, a compiled language model runs uncompiled.
 
 Other methods before the LLM, trained ones too, go the way of `random` or, where they merge, of `visionzip`. `dycoke`,
 which acts while decoding, is compared step by step in `tests/attach/test_decoding.py`; beams and static caches are
-errors for it.
+errors for it. Methods with several stages, with a part before the LLM too, or that merge inside it are in
+`tests/attach/test_staged.py`, against a forward without a cache that merges the same.
 """
 
 
