@@ -108,6 +108,7 @@ def test_framefusion_meets_its_budget_whatever_it_merges(threshold, retention):
         model(**inputs)
     for trace in session.trace:
         assert retention - 3 / trace.total <= trace.layer_retention <= retention + 1e-9
+        assert set(trace.layers) <= {1, 2} and (trace.layers or trace.kept == int(retention * trace.total))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -173,7 +174,7 @@ def test_below_its_floor_a_method_may_start_earlier_and_says_where():
     method = vidsieve.load("fastv", retention=0.5, earliest=True)
     with torch.no_grad(), vidsieve.attach(model, method) as session:
         model(**inputs)
-    assert session.trace.videos[0].layers == (1,) and "(fewer from 1 on)" in str(session.trace)
+    assert session.trace.videos[0].layers == (1,) and "(fewer from layer 1 on)" in str(session.trace)
 
 
 def test_pyramiddrops_release_counts_positions_anew():

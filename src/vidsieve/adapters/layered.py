@@ -91,10 +91,12 @@ class LayerRun(Choosing):
         made = []
         spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
         alive = [indices.sort().values for indices in self.alive]
-        for video, indices, held, ms in zip(self.videos, alive, self.held, spent, strict=True):
+        for which, (video, indices, held, ms) in enumerate(zip(self.videos, alive, self.held, spent, strict=True)):
             trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
             newlines = int(video.kept_newlines(indices).sum())
-            made.append(replace(trace, held=held, layers=tuple(self.stages), newlines=newlines))
+            seen = self._history(which, self.depth)
+            fewer = tuple(layer for layer in self.stages if seen[layer] < seen[layer - 1])
+            made.append(replace(trace, held=held, layers=fewer, newlines=newlines))
         return made
 
     @contextmanager

@@ -69,7 +69,7 @@ class VideoTrace:
     def inside(self) -> str:
         """What a part inside the LLM did, in words; empty without one."""
         held = "" if self.held is None else f", {self.held:.1%} on average over layers"
-        held += f" (fewer from {' and '.join(map(str, self.layers))} on)" if self.layers else ""
+        held += f" (fewer from layer {', '.join(map(str, self.layers))} on)" if self.layers else ""
         return held + ("" if self.decoded is None else f", {self.decoded:.1%} of them read while decoding")
 
     def as_dict(self) -> dict[str, Any]:
