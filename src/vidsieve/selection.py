@@ -56,6 +56,11 @@ def exact_ratio(retention: float | Tokens, num_tokens: int) -> Fraction:
     return Fraction(retention.count, num_tokens) if isinstance(retention, Tokens) else Fraction(repr(retention))
 
 
+def least_retention(count: int, num_tokens: int) -> float:
+    """Return the least retention ratio of four decimals that keeps `count` of `num_tokens`, for messages."""
+    return -(-10_000 * count // num_tokens) / 10_000
+
+
 def top_indices(scores: Tensor, count: int) -> Tensor:
     """Return the sorted indices (count,) int64 of the largest of `scores` (N,); equal scores: lower index first."""
     order = torch.sort(scores, descending=True, stable=True).indices

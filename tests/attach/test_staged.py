@@ -121,6 +121,13 @@ def test_sparsevlm_equals_the_same_steps_without_a_cache(family, name, version):
         assert result.passed, result
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_sparsevlm_behind_another_method_is_told_all_it_reads(version):
+    method = vidsieve.Pipeline(vidsieve.load("uniform", retention=0.5), _TwoSteps(version=version), 0.4)
+    result = cell("llava_onevision", "ragged batch 2", "8 greedy tokens", "sdpa", method)
+    assert result.passed, result
+
+
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_topv_equals_the_masks(family, name):

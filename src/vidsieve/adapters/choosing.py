@@ -71,8 +71,9 @@ class Choosing:
             if self.rotary is not None and before is not None:
                 positions = torch.arange(len(line), device=line.device).expand_as(positions)
             among_rows = hidden[row, places.to(hidden.device)]
+            asked = self._text(row, line)
             attention = attention_rows(
-                self._layers[layer], self._text_config, among_rows, positions, self._text(row, line)
+                self._layers[layer], self._text_config, among_rows, positions, asked
             )  # (H, Q, n)
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
@@ -92,7 +93,6 @@ class Choosing:
                     first = row * (len(entering) // len(self.real))
                     view = replace(view, hidden=entering[first, places[spots].to(entering.device)])
                 if self.compressor.reads_text:
-                    asked = self._text(row, line)
                     behind = line[asked] > video.columns.max()
                     view = replace(view, text_attention=seen_by[:, behind.to(seen_by.device)])
                     if self._told:

@@ -64,3 +64,9 @@ def nearest_centre(distance: Tensor, chosen: Tensor) -> Tensor:
     owner = distance[:, chosen].argmin(1)
     owner[chosen] = torch.arange(len(chosen), device=owner.device)
     return owner
+
+
+def totals(tokens: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the sum (c, D) float32 of the tokens (n, D) that each of `count` owners has, and their number (c, 1)."""
+    total = torch.zeros(count, tokens.shape[1], device=tokens.device).index_add(0, owner, tokens.float())
+    return total, torch.bincount(owner, minlength=count)[:, None]

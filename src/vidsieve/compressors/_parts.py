@@ -7,13 +7,45 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import ClassVar
 
-from vidsieve.compressors.base import Compressor, LayerCompressor, check_layer
+from vidsieve.compressors.base import Compressor, LayerCompressor, check_layer, check_switch, layer_of
 from vidsieve.errors import BudgetError, StageError
 from vidsieve.types import Stage, Tokens
 
 
 @dataclass(frozen=True)
-class TwoPartCompressor(LayerCompressor):
+class PartedCompressor(LayerCompressor):
+    """Base of methods whose part inside the LLM can be left out.
+
+    Parameters
+    ----------
+    inner : bool
+        Whether the part inside the LLM runs. Without it the method acts before the LLM only.
+    """
+
+    inner: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_switch("inner", self.inner)
+
+    @property
+    def acts(self) -> Stage:
+        """Inside the LLM; before it where `inner` is off."""
+        return Stage.LAYER if self.inner else Stage.PRE_LLM
+
+    def check_outer(self) -> None:
+        """Refuse to select before the LLM what a part inside it completes.
+
+        Raises
+        ------
+        StageError
+        """
+        if self.inner:
+            raise StageError(f"{self.name} has a part inside the LLM: attach it to a model, or take inner=False")
+
+
+@dataclass(frozen=True)
+class TwoPartCompressor(PartedCompressor):
     """Base of methods that keep some tokens before the LLM, and of these a fixed share from one of its layers on.
 
     A method writes `_select` for the part before the LLM and `choose`, and `merge` if it merges, for the part inside;
@@ -25,8 +57,6 @@ class TwoPartCompressor(LayerCompressor):
         The first layer that sees fewer tokens; None: the release's, scaled to the model's depth.
     inner_kept : float
         Share of the tokens that stay there.
-    inner : bool
-        Whether the part inside the LLM runs. Without it the method acts before the LLM only.
 
     With both parts R is, in variant ``"ours"``, the mean over layers: the part before the LLM keeps more than R, and
     where that would be more than all, the part inside does. In ``"official"`` R is the part's before the LLM, and what
@@ -36,7 +66,6 @@ class TwoPartCompressor(LayerCompressor):
     default_layer: ClassVar[tuple[int, int]]
     layer: int | None = None
     inner_kept: float = 0.5
-    inner: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,13 +73,6 @@ class TwoPartCompressor(LayerCompressor):
             check_layer(self.layer)
         if not 0 < self.inner_kept <= 1:
             raise BudgetError(f"inner_kept is a share in (0, 1], got {self.inner_kept}")
-        if not isinstance(self.inner, bool):
-            raise BudgetError(f"inner is True or False, got {self.inner!r}")
-
-    @property
-    def acts(self) -> Stage:
-        """Inside the LLM; before it where `inner` is off."""
-        return Stage.LAYER if self.inner else Stage.PRE_LLM
 
     def first_layer(self, num_layers: int) -> int:
         """Return the first of `num_layers` layers that sees fewer tokens.
@@ -62,9 +84,7 @@ class TwoPartCompressor(LayerCompressor):
         """
         at, of = self.default_layer
         layer = self.layer if self.layer is not None else max(1, round(Fraction(at * num_layers, of)))
-        if layer >= num_layers:
-            raise BudgetError(f"layer {layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
-        return layer
+        return layer_of(layer, num_layers)
 
     def outer(self, num_layers: int) -> Compressor:
         """Return the part before the LLM, at its own budget."""
@@ -91,13 +111,3 @@ class TwoPartCompressor(LayerCompressor):
     @property
     def _share(self) -> Fraction:
         return Fraction(repr(float(self.inner_kept)))
-
-    def check_outer(self) -> None:
-        """Refuse to select before the LLM what a part inside it completes.
-
-        Raises
-        ------
-        StageError
-        """
-        if self.inner:
-            raise StageError(f"{self.name} has a part inside the LLM: attach it to a model, or take inner=False")

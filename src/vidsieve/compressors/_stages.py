@@ -8,6 +8,22 @@ from fractions import Fraction
 from vidsieve.errors import BudgetError
 
 
+def left_for_later(budget: Fraction, layer: int, num_layers: int, name: str, advice: str) -> Fraction:
+    """Return what a budget, summed over layers in shares of a video, leaves from `layer` on, all before it see all.
+
+    Raises
+    ------
+    BudgetError
+        If it leaves nothing: `name` the method, the floor, and the `advice`.
+    """
+    if budget < layer:
+        raise BudgetError(
+            f"{name}: {layer} of {num_layers} layers see every token, so the retention cannot go below "
+            f"{layer / num_layers:.3f}; {advice}"
+        )
+    return budget - layer
+
+
 def scaled_layers(layers: Sequence[int], scale: Fraction, num_layers: int) -> list[int]:
     """Return layers times `scale`, rounded, each at least 1 and one more than the one before.
 
@@ -44,12 +60,8 @@ def scaled_shares(
     BudgetError
         If the layers before the first stage alone see more.
     """
-    left = budget * num_layers - layers[0]
-    if left < 0:
-        raise BudgetError(
-            f"{name}: {layers[0]} of {num_layers} layers see every token, so the retention cannot go below "
-            f"{layers[0] / num_layers:.3f}; choose earlier layers, or earliest=True"
-        )
+    advice = "choose earlier layers, or earliest=True"
+    left = left_for_later(budget * num_layers, layers[0], num_layers, name, advice)
     edges = [*layers[1:], num_layers]
     spans = [stop - start for start, stop in zip(layers, edges, strict=True)]
     factor = Fraction(0)

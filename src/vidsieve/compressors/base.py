@@ -256,6 +256,54 @@ class DecodeCompressor(Compressor):
         """
 
 
+def layer_of(layer: int, num_layers: int) -> int:
+    """Return a layer that a model of `num_layers` has, with another before it.
+
+    Raises
+    ------
+    BudgetError
+        If it has not.
+    """
+    if layer >= num_layers:
+        raise BudgetError(f"layer {layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
+    return layer
+
+
+def check_cosine(name: str, value: object) -> None:
+    """Refuse what is no cosine.
+
+    Raises
+    ------
+    BudgetError
+    """
+    if not isinstance(value, int | float) or not -1 <= value <= 1:
+        raise BudgetError(f"{name} is a cosine in [-1, 1], got {value!r}")
+
+
+def check_switch(name: str, value: object) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises
+    ------
+    BudgetError
+    """
+    if not isinstance(value, bool):
+        raise BudgetError(f"{name} is True or False, got {value!r}")
+
+
+def received_attention(video: VideoTokens, name: str) -> Tensor:
+    """Return the attention (N,) that a video's tokens receive in the vision encoder, on their device.
+
+    Raises
+    ------
+    NeedError
+        If `video` does not carry it.
+    """
+    if video.encoder is None or video.encoder.attention is None:
+        raise NeedError(f"{name} reads the vision encoder's attention: hand over VideoTokens that have it")
+    return video.encoder.attention.to(video.embeds.device)
+
+
 def check_layer(layer: object) -> None:
     """Refuse what is no number of a layer with another before it.
 

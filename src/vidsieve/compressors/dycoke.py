@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import DecodeCompressor, check_layer
+from vidsieve.compressors.base import DecodeCompressor, check_cosine, check_layer, check_switch, layer_of
 from vidsieve.errors import BudgetError
-from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
+from vidsieve.selection import even_counts, least_retention, top_indices, top_indices_per_frame
 from vidsieve.types import DecodeView, Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 
@@ -66,10 +66,8 @@ class DyCoke(DecodeCompressor):
         check_layer(self.layer)
         if not isinstance(self.dropped, int | float) or not 0 <= self.dropped < 1:
             raise BudgetError(f"dropped is a share in [0, 1), got {self.dropped!r}")
-        if not isinstance(self.similarity, int | float) or not -1 <= self.similarity <= 1:
-            raise BudgetError(f"similarity is a cosine in [-1, 1], got {self.similarity!r}")
-        if not isinstance(self.inner, bool):
-            raise BudgetError(f"inner is True or False, got {self.inner!r}")
+        check_cosine("similarity", self.similarity)
+        check_switch("inner", self.inner)
 
     @property
     def acts(self) -> Stage:
@@ -91,7 +89,7 @@ class DyCoke(DecodeCompressor):
             return len(official_tokens(video.grid, None, self.budget_ratio(video.num_tokens)))
         wanted, whole = super().budget(video), -(-frames // 4) * size
         if wanted < whole:
-            share = math.ceil(1e4 * whole / video.num_tokens) / 1e4
+            share = least_retention(whole, video.num_tokens)
             asked = f"a retention from {share:g} to 1" if share < 1 else "all of it"
             raise BudgetError(
                 f"{self.describe()}: every fourth frame stays whole, {whole} of {video.num_tokens} tokens in a grid of "
@@ -113,9 +111,7 @@ class DyCoke(DecodeCompressor):
 
     def first_layer(self, num_layers: int) -> int:
         """Return the first layer that reads fewer tokens."""
-        if self.layer >= num_layers:
-            raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
-        return self.layer
+        return layer_of(self.layer, num_layers)
 
     def read(self, view: DecodeView, before: DecodeView | None) -> Tensor | None:
         """Return the tokens of the highest mean attention, or those of the step before."""

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, SelectionError
-from vidsieve.selection import top_indices
+from vidsieve.selection import least_retention, top_indices
 from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
 
 FIRST_FRAME = 255.0
@@ -55,7 +55,7 @@ class EVS(Compressor):
         if wanted < frame:
             raise BudgetError(
                 f"{self.describe()}: the first frame stays whole, {frame} of {total} tokens in a grid of {video.grid}; "
-                f"ask for a retention from {-(-10_000 * frame // total) / 10_000:g} to 1"
+                f"ask for a retention from {least_retention(frame, total):g} to 1"
             )
         return wanted
 

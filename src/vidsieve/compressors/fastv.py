@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vidsieve.compressors.base import LayerCompressor, check_layer
-from vidsieve.errors import BudgetError
+from vidsieve.compressors._stages import left_for_later
+from vidsieve.compressors.base import LayerCompressor, check_layer, layer_of
 from vidsieve.selection import exact_ratio, top_indices
 from vidsieve.types import LayerView
 
@@ -54,19 +54,15 @@ class FastV(LayerCompressor):
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (K, tokens kept from there on)."""
-        if self.layer >= num_layers:
-            raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
+        layer = layer_of(self.layer, num_layers)
         if self.variant == "official":
-            return ((self.layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
-        budget, layer = exact_ratio(self.retention, num_tokens) * num_layers, self.layer
+            return ((layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
+        budget = exact_ratio(self.retention, num_tokens) * num_layers
         if self.earliest and budget < layer:
             layer = max(1, math.floor(budget / 2))  # half of the budget for layers that see every token
-        if budget < layer:
-            raise BudgetError(
-                f"{self.describe()}: {layer} of {num_layers} layers see every token, so the retention cannot go "
-                f"below {layer / num_layers:.3f}; choose an earlier layer" + (", or earliest=True" if layer > 1 else "")
-            )
-        return ((layer, max(1, math.floor((budget - layer) / (num_layers - layer) * num_tokens))),)
+        advice = "choose an earlier layer" + (", or earliest=True" if layer > 1 else "")
+        left = left_for_later(budget, layer, num_layers, self.describe(), advice)
+        return ((layer, max(1, math.floor(left / (num_layers - layer) * num_tokens))),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens of the highest mean attention."""

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import centres, distances, peak_scores
-from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError, NeedError, UnknownNameError
+from vidsieve.compressors._clustering import centres, distances, peak_scores, totals
+from vidsieve.compressors.base import Compressor, received_attention
+from vidsieve.errors import BudgetError, UnknownNameError
 from vidsieve.selection import even_counts, top_indices
 from vidsieve.types import Need, Selection, Tokens, VideoTokens
 
@@ -94,11 +94,9 @@ class FastVID(Compressor):
         return self.variant == "official" and not isinstance(self.retention, Tokens)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        if video.encoder is None or video.encoder.attention is None:
-            raise NeedError("fastvid reads the vision encoder's attention: hand over VideoTokens that have it")
         grid = video.grid
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
-        saliency = video.encoder.attention.to(frames.device).reshape(grid.frames, grid.per_frame)
+        saliency = received_attention(video, self.name).reshape(grid.frames, grid.per_frame)
         with torch.no_grad():
             alike = neighbours_alike(frames.float().mean(1))
             spans = cut(alike, self.segments, self.threshold)
@@ -243,8 +241,7 @@ def merged_segments(
 
 def _joined(anchors: Tensor, sources: Tensor, owner: Tensor, weight: float) -> Tensor:
     """Return anchors (a, D) as means with the sources (m, D) they own; an anchor weighs one, and at least `weight`."""
-    total = torch.zeros_like(anchors, dtype=torch.float32).index_add(0, owner, sources.float())
-    count = torch.bincount(owner, minlength=len(anchors))[:, None]
+    total, count = totals(sources, owner, len(anchors))
     own = (1 / (count + 1)).clamp(min=weight)
     joined = own * anchors.float() + (1 - own) * total / count.clamp(min=1)
     return torch.where(count > 0, joined, anchors.float()).to(anchors.dtype)

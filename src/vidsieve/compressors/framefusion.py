@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors._parts import PartedCompressor
+from vidsieve.compressors.base import Compressor, check_cosine
 from vidsieve.errors import BudgetError, StageError
-from vidsieve.selection import exact_ratio, kept_tokens, top_indices
-from vidsieve.types import LayerView, Selection, Stage, TokenGrid, VideoTokens
+from vidsieve.selection import exact_ratio, kept_tokens, least_retention, top_indices
+from vidsieve.types import LayerView, Selection, TokenGrid, VideoTokens
 
 _FIRST = -2.0
 """Similarity of a place's first token, which is compared with nothing."""
@@ -23,7 +24,7 @@ _OFFICIAL_DEPTH = 28
 
 
 @dataclass(frozen=True)
-class FrameFusion(LayerCompressor):
+class FrameFusion(PartedCompressor):
     """Before each of the first layers, merge tokens like the one before them at the same place; then drop once.
 
     Of every place, a token whose cosine to the place's last remaining one is `threshold` or more joins it; whole chains
@@ -63,22 +64,13 @@ class FrameFusion(LayerCompressor):
     adaptive: ClassVar[bool] = True
     threshold: float = 0.6
     least: float = 0.1
-    inner: bool = True
     depth: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1 <= self.threshold <= 1:
-            raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
+        check_cosine("threshold", self.threshold)
         if not 0 <= self.least <= 1:
             raise BudgetError(f"least is a share in [0, 1], got {self.least}")
-        if not isinstance(self.inner, bool):
-            raise BudgetError(f"inner is True or False, got {self.inner!r}")
-
-    @property
-    def acts(self) -> Stage:
-        """Inside the LLM; before it where `inner` is off."""
-        return Stage.LAYER if self.inner else Stage.PRE_LLM
 
     @property
     def outcome(self) -> bool:
@@ -95,8 +87,7 @@ class FrameFusion(LayerCompressor):
         return _OFFICIAL_DEPTH if self.variant == "official" else num_layers
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        if self.inner:
-            raise StageError("framefusion has a part inside the LLM: attach it to a model, or take inner=False")
+        self.check_outer()
         indices = torch.arange(video.num_tokens, device=video.embeds.device)
         alike = similarity(video.embeds.detach(), indices, video.grid)
         if self.depth:
@@ -127,7 +118,7 @@ class FrameFusion(LayerCompressor):
             raise BudgetError(
                 f"{self.describe()}: every place keeps a token, {video.grid.per_frame} of {video.num_tokens} in a grid "
                 f"of {video.grid}; ask for a retention from "
-                f"{math.ceil(1e4 * video.grid.per_frame / video.num_tokens) / 1e4:g} to 1"
+                f"{least_retention(video.grid.per_frame, video.num_tokens):g} to 1"
             )
         return wanted
 
@@ -168,10 +159,13 @@ class FrameFusion(LayerCompressor):
         if not going:
             return gone, False
         before = [view.grid.num_tokens, *view.history]
-        alike = similarity(view.hidden, view.indices, view.grid)
-        merged, _ = merged_step(alike, self.threshold, float(over), going)
-        spent = not self._affords(count - int(merged.sum()), view.history, view.depth, view.grid)
-        if spent or before[-2] - before[-1] < self.least * before[-2]:  # the last step merged too little: now drop
+        merged = gone
+        drops = before[-2] - before[-1] < self.least * before[-2]  # the last step merged too little
+        if not drops:
+            alike = similarity(view.hidden, view.indices, view.grid)
+            merged, _ = merged_step(alike, self.threshold, float(over), going)
+            drops = not self._affords(count - int(merged.sum()), view.history, view.depth, view.grid)
+        if drops:
             kept = round(count * (1 - over)) if self.variant == "official" else count - going
             gone[:] = True
             gone[top_indices(view.attention.mean(0), max(1, kept)).to(gone.device)] = False

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores, totals
 from vidsieve.compressors._parts import TwoPartCompressor
-from vidsieve.errors import BudgetError, NeedError, StageError
+from vidsieve.compressors.base import check_cosine, received_attention
+from vidsieve.errors import BudgetError, StageError
 from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
 from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
 
@@ -68,8 +69,7 @@ class HoliTom(TwoPartCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1 <= self.threshold <= 1:
-            raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
+        check_cosine("threshold", self.threshold)
         if self.longest < 1 or self.neighbours < 1:
             raise BudgetError(f"longest and neighbours are counts from 1 on, got {self.longest} and {self.neighbours}")
         if not 0 <= self.centre_weight <= 1:
@@ -82,11 +82,8 @@ class HoliTom(TwoPartCompressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         self.check_outer()
-        if video.encoder is None or video.encoder.attention is None:
-            raise NeedError("holitom reads the vision encoder's attention: hand over VideoTokens that have it")
-        grid = video.grid
+        grid, attention = video.grid, received_attention(video, self.name)
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
-        attention = video.encoder.attention.to(frames.device)
         with torch.no_grad():
             same = F.cosine_similarity(frames[:-1].float(), frames[1:].float(), dim=-1) > self.threshold
             found, reduced = windows(same, self.longest)
@@ -221,9 +218,9 @@ def clustered(
         distance = distances(tokens)
         chosen = centres(peak_scores(distance, min(neighbours, count), noise), count).sort().values
     owner, peaks = nearest_centre(distance, chosen), tokens[chosen].float()
-    joined = torch.bincount(owner, minlength=count)[:, None] - 1
-    total = torch.zeros_like(peaks).index_add(0, owner, tokens.float()) - peaks
-    merged = weight * peaks + (1 - weight) * total / joined.clamp(min=1)
+    total, members = totals(tokens, owner, count)
+    joined = members - 1
+    merged = weight * peaks + (1 - weight) * (total - peaks) / joined.clamp(min=1)
     return chosen, torch.where(joined > 0, merged, peaks).to(tokens.dtype)
 
 

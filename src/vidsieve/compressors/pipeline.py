@@ -101,9 +101,17 @@ class LayerPipeline(_Delegating, LayerCompressor):  # type: ignore[override]
 
     own_layer = property(lambda self: self.second.own_layer)
     merges = property(lambda self: self.second.merges)
-    reads_text = property(lambda self: self.second.reads_text)
     adaptive = property(lambda self: self.second.adaptive)
+    reads_text = property(lambda self: self.second.reads_text)
+    reads_before = property(lambda self: self.second.reads_before)
+    reads_bias = property(lambda self: self.second.reads_bias)
+    prepares = property(lambda self: self.second.prepares)
     renumbers = property(lambda self: self.second.renumbers)
+    reorders = property(lambda self: self.second.reorders)
+
+    def prepare(self, video: Tensor, text: Tensor) -> Tensor:
+        """Return what the second is to be told."""
+        return self.second.prepare(video, text)
 
     def outer(self, num_layers: int) -> Compressor:
         """Return the first method."""

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores, totals
 from vidsieve.compressors._parts import TwoPartCompressor
+from vidsieve.compressors.base import check_cosine
 from vidsieve.errors import BudgetError, NeedError
 from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
 from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
@@ -68,8 +69,7 @@ class PruneVID(TwoPartCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not -1 <= self.threshold <= 1:
-            raise BudgetError(f"threshold is a cosine in [-1, 1], got {self.threshold}")
+        check_cosine("threshold", self.threshold)
         if not 0 < self.segments <= 1 or not 0 < self.cluster <= 1:
             raise BudgetError(f"segments and cluster are shares in (0, 1], got {self.segments} and {self.cluster}")
 
@@ -205,9 +205,8 @@ def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) ->
     if not count:
         return part.places[:0], part.tokens[:0]
     owner = nearest_centre(distance, chosen)
-    total = torch.zeros(count, part.tokens.shape[1], device=owner.device).index_add(0, owner, part.tokens.float())
-    means = total / torch.bincount(owner, minlength=count)[:, None]
-    return part.places[chosen], means.to(part.tokens.dtype)
+    total, members = totals(part.tokens, owner, count)
+    return part.places[chosen], (total / members).to(part.tokens.dtype)
 
 
 def official_choice(scores: Tensor, groups: Tensor, share: float) -> Tensor:

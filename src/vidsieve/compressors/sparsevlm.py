@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores, totals
 from vidsieve.compressors._stages import scaled_layers, scaled_shares
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError, NeedError
@@ -202,8 +202,8 @@ class SparseVLM(LayerCompressor):
 
 def cluster_means(tokens: Tensor, owner: Tensor, count: int) -> Tensor:
     """Return (c, D) float32: the sum of each cluster's tokens (n, D), owners (n,), over their number + a millionth."""
-    total = torch.zeros(count, tokens.shape[1], device=tokens.device).index_add(0, owner, tokens.float())
-    return total / (torch.bincount(owner, minlength=count)[:, None] + 1e-6)
+    total, members = totals(tokens, owner, count)
+    return total / (members + 1e-6)
 
 
 def relevant_words(video: Tensor, text: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidsieve.compressors.base import LayerCompressor, check_layer
+from vidsieve.compressors._stages import left_for_later
+from vidsieve.compressors.base import LayerCompressor, check_layer, layer_of
 from vidsieve.errors import BudgetError, NeedError
 from vidsieve.selection import even_counts, exact_ratio, top_indices
 from vidsieve.types import LayerView, TokenGrid
@@ -54,7 +55,6 @@ class TopV(LayerCompressor):
     name: ClassVar[str] = "topv"
     paper: ClassVar[str] = "TopV, CVPR 2025 (unverified)"
     reads_before: ClassVar[bool] = True
-    merges: ClassVar[bool] = False
     layer: int = 3
     feature: float = 1.0
     place: float = 1.0
@@ -76,15 +76,9 @@ class TopV(LayerCompressor):
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (layer, tokens kept from there on)."""
-        if self.layer >= num_layers:
-            raise BudgetError(f"layer {self.layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
-        left = exact_ratio(self.retention, num_tokens) * num_layers - self.layer
-        if left < 0:
-            raise BudgetError(
-                f"{self.describe()}: {self.layer} of {num_layers} layers see every token, so the retention cannot go "
-                f"below {self.layer / num_layers:.3f}; choose an earlier layer"
-            )
-        return ((self.layer, max(1, math.floor(left / (num_layers - self.layer) * num_tokens))),)
+        layer, budget = layer_of(self.layer, num_layers), exact_ratio(self.retention, num_tokens) * num_layers
+        left = left_for_later(budget, layer, num_layers, self.describe(), "choose an earlier layer")
+        return ((layer, max(1, math.floor(left / (num_layers - layer) * num_tokens))),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the most important tokens, and some of the others, evenly spread."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Literal
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vidsieve.errors import VidsieveError
 
@@ -60,6 +63,22 @@ def gap(ours: Any, theirs: Any) -> float:
         return float("inf")
     difference = float(np.abs(a - b).max()) if a.size else 0.0
     return difference if np.isfinite(difference) else float("inf")
+
+
+def noise_pieces(archive: Archive, case: str) -> list[Tensor]:
+    """Return the recorded noise, one row a piece."""
+    shapes = json.loads(str(archive[f"{case}/noise_shapes"]))
+    tape = torch.from_numpy(archive[f"{case}/noise"]).float()
+    parts = torch.split(tape, [rows * width for rows, width in shapes])
+    return [row for part, (rows, _) in zip(parts, shapes, strict=True) for row in part.reshape(rows, -1)]
+
+
+def with_newlines(kept: Tensor, tokens: Tensor, newline: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Return indices and tokens in raster order with a newline (D,) behind every row of `width` that keeps a token."""
+    lines = torch.unique(kept // width)
+    places = torch.cat([kept + kept // width, lines * (width + 1) + width])
+    order = places.argsort()
+    return places[order], torch.cat([tokens, newline.expand(len(lines), -1)])[order]
 
 
 def groups(archive: Archive, depth: int) -> dict[str, list[str]]:

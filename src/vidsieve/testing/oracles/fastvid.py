@@ -20,7 +20,7 @@ from vidsieve.compressors.fastvid import (
     official_plan,
     saliency_of_queries,
 )
-from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
+from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, noise_pieces, same_indices, with_newlines
 
 _FORMS: dict[str, Form] = {"ov": "llava_onevision", "vid": "llava_video", "qwen": "qwen2_5_vl"}
 
@@ -36,14 +36,6 @@ def cases(archive: Archive) -> Iterator[Case]:
             yield _saliency(archive, case)
         else:
             yield Case("fastvid", case, "-", float("nan"), "no such method yet", "unknown kind of case")
-
-
-def noise_pieces(archive: Archive, case: str) -> list[Tensor]:
-    """Return the recorded noise, one row a piece."""
-    shapes = json.loads(str(archive[f"{case}/noise_shapes"]))
-    tape = torch.from_numpy(archive[f"{case}/noise"]).float()
-    parts = torch.split(tape, [rows * width for rows, width in shapes])
-    return [row for part, (rows, _) in zip(parts, shapes, strict=True) for row in part.reshape(rows, -1)]
 
 
 def _sequence(archive: Archive, case: str) -> Case:
@@ -72,10 +64,8 @@ def _sequence(archive: Archive, case: str) -> Case:
     before, after = of("text_before"), of("text_after")
     if f"{case}/newline" in archive:
         height, width = (int(n) for n in of("grid"))
-        lines = torch.unique(kept // width)
-        places = torch.cat([kept + kept // width, lines * (width + 1) + width])
-        merged = torch.cat([merged, of("newline").expand(len(lines), -1)])[places.argsort()]
-        kept, total = places.sort().values, len(frames) * height * (width + 1)
+        kept, merged = with_newlines(kept, merged, of("newline"), width)
+        total = len(frames) * height * (width + 1)
     else:
         total = frames.shape[0] * size
     sequence = torch.cat([

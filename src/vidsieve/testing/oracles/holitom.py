@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.compressors.holitom import HoliTom, absorbed, adjusted, grouped, kept_of_groups, official_counts, windows
-from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
-from vidsieve.testing.oracles.fastvid import noise_pieces
+from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, noise_pieces, same_indices, with_newlines
 from vidsieve.types import LayerView, TokenGrid
 
 
@@ -56,9 +55,7 @@ def _video(archive: Archive, case: str) -> Case:
     if str(archive[f"{case}/newline_mode"]) == "grid":  # in raster order, a newline behind every row that is not empty
         width = int(of("grid")[1])
         order = kept.argsort()
-        lines = torch.unique(kept // width)
-        places = torch.cat([kept + kept // width, lines * (width + 1) + width])
-        tokens = torch.cat([tokens, of("newline").expand(len(lines), -1)])[places.argsort()]
+        _, tokens = with_newlines(kept, tokens, of("newline"), width)
         rows, theirs = rows[order], theirs[(theirs[:, 2] * size + theirs[:, 3]).argsort()]
     compared = {
         "similarity": gap(alike, of("feature_sim")),

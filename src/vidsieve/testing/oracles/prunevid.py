@@ -17,8 +17,7 @@ from vidsieve.compressors.prunevid import (
     runs_of,
     split,
 )
-from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
-from vidsieve.testing.oracles.fastvid import noise_pieces
+from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, noise_pieces, same_indices
 
 
 def cases(archive: Archive) -> Iterator[Case]:
