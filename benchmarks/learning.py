@@ -96,7 +96,7 @@ def _files(path: Path) -> list[Path]:
 
 def wanted_rows(model: Any) -> dict[str, tuple[Row, str]]:
     """Return (row, fingerprint) by key."""
-    methods = named_methods(["all"])
+    methods = named_methods(["all"], prefill=True)
     found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
     for retention in RETENTIONS:
         for name, method in methods.items():

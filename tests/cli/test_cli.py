@@ -37,8 +37,8 @@ def scene(tmp_path_factory):
 
 
 COMMANDS = [
-    [], ["demo"], ["ask"], ["list"], ["oracles"], ["train", "cacovid"], ["train", "score"], ["eval", "testbed"],
-    ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
+    [], ["demo"], ["ask"], ["compare"], ["list"], ["oracles"], ["train", "cacovid"], ["train", "score"],
+    ["eval", "testbed"], ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
 ]  # fmt: skip
 
 
@@ -81,6 +81,28 @@ def test_ask(scene, tmp_path):
     assert result["answer"] and result["answer"] in out and "57 of 576" in out
     assert set(result["ms"]) == {"decode", "preprocess", "encode", "select", "prefill", "decode-text"}
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_compare(scene, tmp_path):
+    out, _ = run(
+        "compare", scene, "what colour is the home ?", "--methods", "divprune,fastv,holitom,topv", "--threads", 1,
+        "--earliest", "--repeats", 2, "--picture", tmp_path / "k.png", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["full", "divprune", "fastv", "holitom"] and result["tokens"] == 576
+    assert [refused["name"] for refused in result["refused"]] == ["topv"]
+    assert "topv (variant ours, retention 0.25): 3 of 6 layers see every token" in out
+    assert rows["divprune"]["real_retention"] == 0.25 and rows["holitom"]["part"] == "both parts"
+    for name in ("fastv", "holitom"):  # their budget is the mean over layers
+        assert rows[name]["layer_retention"] == pytest.approx(0.25, abs=0.002) and rows[name]["real_retention"] < 0.2
+    assert len(rows["holitom"]["indices"]) == round(576 * rows["holitom"]["real_retention"])
+    for row in rows.values():
+        assert row["same"] is (row["answer"] == rows["full"]["answer"])
+        parts = [spent["median"] for part, spent in row["ms"].items() if part != "total"]
+        assert row["ms"]["total"]["runs"] == 2 and row["ms"]["total"]["max"] >= max(parts) > 0
+    assert (tmp_path / "k.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow

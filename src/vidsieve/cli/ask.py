@@ -8,16 +8,30 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retention, quiet, set_threads, write_json
-from vidsieve.errors import OutputError, PolicyError, PromptError
+from vidsieve.cli.shared import (
+    Fps,
+    Frames,
+    Json,
+    Layout,
+    Model,
+    NewTokens,
+    Threads,
+    check_output,
+    check_question,
+    frames_asked,
+    out,
+    parse_retention,
+    quiet,
+    set_threads,
+    write_json,
+)
+from vidsieve.errors import OutputError
 
 
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
-    ] = "testbed",
+    model: Model = "testbed",
     method: Annotated[
         str, typer.Option(help="A method (vidsieve list), name:variant, a policy folder, or 'full'.")
     ] = "divprune",
@@ -26,12 +40,10 @@ def ask(
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
     ] = None,
     retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
-    frames: Annotated[int | None, typer.Option(help="Frames taken evenly from the video.", show_default="16")] = None,
-    fps: Annotated[float | None, typer.Option(help="Frames per second instead.", show_default=False)] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="'grid' for a LLaVA-Video checkpoint, as it was trained.", show_default=False)
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+    frames: Frames = None,
+    fps: Fps = None,
+    layout: Layout = None,
+    max_new_tokens: NewTokens = 64,
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG of the kept tokens here.", show_default=False)
     ] = None,
@@ -41,29 +53,20 @@ def ask(
 ) -> None:
     """Ask a question about a video, and see what was kept and where the time went."""
     amount = parse_retention(retention)
-    if not question.strip():
-        raise PromptError("the question is empty: write what you want to know")
+    check_question(question)
     check_output(json)
     check_output(picture)
     if method == "full" and picture is not None:
         raise OutputError("--picture shows what a method kept, and 'full' keeps all: leave --picture out")
     set_threads(threads)
     from vidsieve import pipeline
-    from vidsieve.eval.methods import check_known, is_folder, named_method
-    from vidsieve.registry import compressors
+    from vidsieve.eval.methods import check_known, method_for
 
     quiet()
     check_known(method)
-    if policy is None and method != "full" and not is_folder(method):
-        name = method.partition(":")[0]
-        if model == "testbed":
-            policy = "testbed"
-        elif compressors.get(name).trained:
-            raise PolicyError(f"{name} needs a policy made for this model: give its folder with --policy")
-    compressor = None if method == "full" else named_method(method, policy, retention=amount)
+    compressor = None if method == "full" else method_for(method, model, policy, retention=amount)
     clock = pipeline.Clock()
-    taken = 16 if frames is None and fps is None else frames
-    loaded = pipeline.read(video, clock, frames=taken, fps=fps, max_frames=None)
+    loaded = pipeline.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
     network, processor = pipeline.load_model(model, layout)
     result = pipeline.answer(
         network, processor, loaded, question, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock

@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from vidsieve.cli.evaluate import progress_bar
+from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import Json, Threads, check_output, out, quiet, set_threads, write_json
 from vidsieve.errors import OutputError, TrainingError, UnknownNameError
 
@@ -48,7 +48,7 @@ def filter_prompts(
         raise UnknownNameError("rule", rule, get_args(Rule))
     quiet()
     names = model or ["testbed"]
-    with progress_bar("questions", 1) as update:
+    with Bar("questions", 1) as update:
         found = filter_file(source, target, [load_model(name) for name in names], rule, progress=update)  # type: ignore[arg-type]
     for name, share in zip(names, found.blind_accuracy, strict=True):
         out.print(f"{name} answers {share:.1%} of {found.questions} questions without the video")
@@ -83,7 +83,7 @@ def pseudo_videos(
             raise OutputError(f"{path} would overwrite the file that is read: name another one")
     from vidsieve.data.pseudo import pseudo_file
 
-    with progress_bar("images", 1) as update:
+    with Bar("images", 1) as update:
         made = pseudo_file(
             source, target, count=count, images=_bounds("images", images), frames=_bounds("frames", frames), seed=seed,
             progress=update,

@@ -44,7 +44,8 @@ def demo(
         check_output(folder / "scene.mp4")
     set_threads(threads)
     from vidsieve import pipeline
-    from vidsieve.cli.evaluate import print_result, progress_bar
+    from vidsieve.cli.evaluate import print_result
+    from vidsieve.cli.progress import Bar
     from vidsieve.eval.methods import named_methods, rows_for
     from vidsieve.eval.testbed import evaluate
     from vidsieve.report.pictures import kept_picture
@@ -84,7 +85,7 @@ def demo(
         out.print(table(title, columns, lines, right=range(2, len(columns))))
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
     out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
-    with progress_bar("fresh questions", questions) as advance:
+    with Bar("fresh questions", questions) as advance:
         rows = rows_for(methods, [methods["random"].budget_ratio(grid.num_tokens)])
         result = evaluate(model, processor, rows, world="A", seed=seed + 1, questions=questions, progress=advance)
     print_result(result)

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    Earliest,
     Json,
     Threads,
     check_output,
-    err,
     out,
     parse_retentions,
     quiet,
@@ -36,6 +37,7 @@ def eval_testbed(
     probes: Annotated[
         bool, typer.Option("--probes", help="Also give question-aware methods another question, and other budgets.")
     ] = False,
+    earliest: Earliest = False,
     answers: Annotated[bool, typer.Option("--answers", help="Keep every single mark in the JSON file.")] = False,
     threads: Threads = 0,
     json: Json = None,
@@ -56,10 +58,10 @@ def eval_testbed(
     if "all" not in names and "random" not in names:
         names = ["random", *names]
     quiet()
-    chosen = named_methods(names)
+    chosen = named_methods(names, earliest=earliest, prefill=True)
     check_prefill(chosen)
     network, processor = load_model(model)
-    with progress_bar("questions", questions) as advance:
+    with Bar("questions", questions) as advance:
         result = evaluate(
             network, processor, rows_for(chosen, ratios, probes), world=world, seed=seed, questions=questions,
             progress=advance,
@@ -97,22 +99,3 @@ def print_result(result: dict[str, Any]) -> None:
 def with_error(value: str, error: float) -> str:
     """Return ``value ± error``; a single scene gives no error."""
     return f"{value} ± {error:.3f}" if math.isfinite(error) else f"{value} (one scene)"
-
-
-class progress_bar:
-    """A progress line on stderr; calls of the returned function are (done, total)."""
-
-    def __init__(self, what: str, total: int) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
-        )
-        self.task = self.bar.add_task(what, total=total)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()

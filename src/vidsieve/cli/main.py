@@ -13,6 +13,7 @@ from rich.markup import escape
 from vidsieve import registry
 from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
+from vidsieve.cli import compare as compare_command
 from vidsieve.cli import data, evaluate, testbed, train
 from vidsieve.cli import demo as demo_command
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
@@ -41,6 +42,7 @@ def _root(
 
 app.command("demo")(demo_command.demo)
 app.command("ask")(ask_command.ask)
+app.command("compare")(compare_command.compare)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")

@@ -1,14 +1,18 @@
-"""A training run as it goes: a live table in a terminal, a line for every line of metrics elsewhere."""
+"""Long work as it goes: a bar, or, of training, a live table in a terminal and a line for each of metrics elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as BarOfRich
 from rich.table import Table
+
+from vidsieve.cli.shared import err
 
 SHOWN = (
     ("reward", "reward"), ("right", "right"), ("ce", "cross-entropy"), ("dead_groups", "dead groups"),
@@ -89,3 +93,20 @@ class Progress:
             limit = 60 * (self.max_minutes - self.figures.get("minutes", 0.0)) if self.max_minutes else float("inf")
             made.add_row("time left", clock(max(0.0, seconds_left(spent, done, self.steps - self.step, limit))))
         return made
+
+
+class Bar:
+    """A bar on stderr while it is entered; calls of what entering returns are (done, total)."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.bar = BarOfRich(
+            TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
+        )
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        self.bar.start()
+        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()

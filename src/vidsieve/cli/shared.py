@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vidsieve.errors import OutputError, RetentionError
+from vidsieve.errors import OutputError, PromptError, RetentionError
 from vidsieve.files import writing
 
 if TYPE_CHECKING:
@@ -25,6 +25,20 @@ err = Console(stderr=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
+Model = Annotated[
+    str, typer.Option("--model", help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
+]
+Frames = Annotated[int | None, typer.Option("--frames", help="Frames taken evenly from the video.", show_default="16")]
+Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False)]
+Layout = Annotated[
+    str | None,
+    typer.Option("--layout", help="'grid' for a LLaVA-Video checkpoint, as it was trained.", show_default=False),
+]
+Earliest = Annotated[
+    bool,
+    typer.Option("--earliest", help="Move methods inside the LLM to earlier layers where the retention asks for it."),
+]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 
 def check_output(path: Path | None) -> None:
@@ -63,6 +77,22 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_question(question: str) -> None:
+    """Refuse an empty question.
+
+    Raises
+    ------
+    PromptError
+    """
+    if not question.strip():
+        raise PromptError("the question is empty: write what you want to know")
+
+
+def frames_asked(frames: int | None, fps: float | None) -> int | None:
+    """Return the number of frames to read: 16 where neither a number nor a rate was given."""
+    return 16 if frames is None and fps is None else frames
 
 
 def parse_retention(text: str) -> float | Tokens:

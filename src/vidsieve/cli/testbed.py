@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.evaluate import print_result, progress_bar
+from vidsieve.cli.evaluate import print_result
+from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retentions, quiet, set_threads, write_json
 from vidsieve.errors import UnknownNameError
 from vidsieve.files import writing
@@ -84,7 +85,7 @@ def separation(
 
     quiet()
     network, processor = load_model(model)
-    with progress_bar("questions", questions) as advance:
+    with Bar("questions", questions) as advance:
         result = measure(
             network, processor, ratios, world=world, seed=seed, questions=questions, attention=attention,
             progress=advance,
@@ -157,7 +158,7 @@ def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
         from vidsieve.testbed.search import upper_bound
 
         quiet()
-        with progress_bar("questions searched", questions) as advance:
+        with Bar("questions searched", questions) as advance:
             found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
         with writing(path) as temporary:
             temporary.write_text(dumps(found), encoding="utf-8")

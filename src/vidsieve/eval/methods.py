@@ -16,11 +16,22 @@ from vidsieve.policies import CONFIG
 from vidsieve.types import Need, Stage
 
 
-def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
+def named_methods(
+    names: Sequence[str], model: str = "testbed", *, earliest: bool = False, prefill: bool = False
+) -> dict[str, Compressor]:
     """Return methods by name, ``name:variant``, or policy folder; ``all`` is everything that comes with the package.
 
-    Of methods with a part before the LLM and one inside, ``all`` has the first, as SCORE's tables do. ``full`` is left
-    out: tables have it anyway.
+    ``full`` is left out: tables have it anyway.
+
+    Parameters
+    ----------
+    model : str
+        As the command names it. For others than the testbed's no policy comes with the package: ``all`` is what needs
+        none.
+    earliest : bool
+        Whether methods inside the LLM move to earlier layers where their budget asks for it.
+    prefill : bool
+        Whether ``all`` has the part before the LLM alone of methods with two parts, as SCORE's tables do.
 
     Raises
     ------
@@ -28,17 +39,42 @@ def named_methods(names: Sequence[str]) -> dict[str, Compressor]:
     """
     found: dict[str, Compressor] = {}
     for name in names:
-        if name == "all":
-            found |= {known: _in_prefill(known) for known in registry.compressors}
-            found |= {shipped: named_method(shipped) for shipped in shipped_policies()}
-        else:
-            found[name] = named_method(name)
-    return {name: method for name, method in found.items() if name != "full"}
+        if name == "full":
+            continue
+        if name != "all":
+            found[name] = method_for(name, model, **_fields(name, earliest=earliest))
+            continue
+        every = [name for name in registry.compressors if not registry.compressors.get(name).trained]
+        if model == "testbed":
+            every = [*registry.compressors, *shipped_policies()]
+        parts = {"inner": False} if prefill else {}
+        found |= {known: method_for(known, model, **_fields(known, earliest=earliest, **parts)) for known in every}
+    return found
 
 
-def _in_prefill(name: str) -> Compressor:
-    parts = "inner" in {field.name for field in dataclasses.fields(registry.compressors.get(name))}
-    return named_method(name, inner=False) if parts else named_method(name)
+def _fields(name: str, *, earliest: bool, **fields: Any) -> dict[str, Any]:
+    """Return those of the fields that a method has, `earliest` only where it is asked for."""
+    if is_folder(name):
+        return {}
+    known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
+    asked = fields | ({"earliest": True} if earliest else {})
+    return {field: value for field, value in asked.items() if field in known}
+
+
+def method_for(name: str, model: str, policy: str | None = None, **fields: Any) -> Compressor:
+    """Return the method of one such name for a model: trained ones take `policy`, or what comes with the testbed's.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    if policy is None and not is_folder(name):
+        base = name.partition(":")[0]
+        if model == "testbed":
+            policy = "testbed"
+        elif registry.compressors.get(base).trained:
+            raise PolicyError(f"{base} needs a policy made for this model: name the folder of one")
+    return named_method(name, policy, **fields)
 
 
 def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Compressor:

@@ -1,0 +1,109 @@
+"""vidsieve compare: every method on one question about one video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vidsieve.cli.progress import Bar
+from vidsieve.cli.shared import (
+    Earliest,
+    Fps,
+    Frames,
+    Json,
+    Layout,
+    Model,
+    NewTokens,
+    Threads,
+    check_output,
+    check_question,
+    frames_asked,
+    out,
+    parse_retention,
+    quiet,
+    set_threads,
+    table,
+    words,
+    write_json,
+)
+
+
+def compare(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    model: Model = "testbed",
+    methods: Annotated[
+        str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
+    ] = "all",
+    retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
+    earliest: Earliest = False,
+    frames: Frames = None,
+    fps: Fps = None,
+    layout: Layout = None,
+    max_new_tokens: NewTokens = 64,
+    repeats: Annotated[int, typer.Option(help="Counted rounds, after one that is not.", min=1)] = 3,
+    picture: Annotated[
+        Path | None, typer.Option(help="Write a PNG of what each keeps here.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Ask one question under every method: what each keeps, answers and costs, beside the model with all tokens."""
+    amount = parse_retention(retention)
+    check_question(question)
+    check_output(json)
+    check_output(picture)
+    set_threads(threads)
+    from vidsieve import pipeline
+    from vidsieve.eval import comparing
+    from vidsieve.eval.methods import check_known, named_methods
+
+    names = words(methods)
+    for name in names:
+        check_known(name)
+    quiet()
+    chosen = {
+        name: method.with_retention(amount) for name, method in named_methods(names, model, earliest=earliest).items()
+    }
+    loaded = pipeline.read(video, pipeline.Clock(), frames=frames_asked(frames, fps), fps=fps, max_frames=None)
+    network, processor = pipeline.load_model(model, layout)
+    with Bar("answers", (repeats + 1) * (len(chosen) + 1)) as advance:
+        result = comparing.compare(
+            network, processor, loaded, question, chosen, max_new_tokens=max_new_tokens, seed=seed, repeats=repeats,
+            progress=advance,
+        )  # fmt: skip
+    for note in loaded.notes:
+        out.print(f"note: {escape(note)}")
+    print_comparison(result)
+    shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
+    if picture is not None and shown:
+        from vidsieve.report.pictures import kept_picture
+        from vidsieve.types import TokenGrid
+
+        kept_picture(picture, loaded.pixels, TokenGrid(*result["grid"]), shown, title=question)
+        out.print(f"picture: {picture}")
+    write_json(json, result | {"video": str(video), "model": model})
+
+
+def print_comparison(result: dict[str, Any]) -> None:
+    """Print a comparison as a table, the fastest way to the same answer easy to see."""
+    whole = result["rows"][0]["ms"]["total"]["median"]
+    lines = []
+    for row in result["rows"]:
+        spent = row["ms"]["total"]["median"]
+        lines.append((
+            escape(row["name"]), f"{row['layer_retention']:.3f}", f"{row['real_retention']:.3f}",
+            ("= " if row["same"] else "≠ ") + escape(row["answer"]), f"{row['select_ms']['median']:.1f}",
+            f"{row['ms']['prefill']['median']:.1f}", f"{spent:.1f}", f"{whole / spent:.2f}×",
+        ))  # fmt: skip
+    lines += [(escape(row["name"]), *"–––––––") for row in result["refused"]]
+    columns = ("method", "of layers", "left", "answer (= all tokens')", "select ms", "prefill ms", "total ms", "speed")
+    tokens = f", {result['tokens']} video tokens" if result["tokens"] else ""
+    title = f"{result['frames']} frames{tokens}; medians of {result['repeats']}"
+    out.print(table(title, columns, lines, right=(1, 2, 4, 5, 6, 7)))
+    for row in result["refused"]:
+        out.print(f"–: {row['reason']}", markup=False, highlight=False)
