@@ -58,11 +58,10 @@ class FastV(LayerCompressor):
         if self.variant == "official":
             return ((layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
         budget = exact_ratio(self.retention, num_tokens) * num_layers
-        if self.earliest and budget < layer:
+        if self.earliest and budget <= layer:
             layer = max(1, math.floor(budget / 2))  # half of the budget for layers that see every token
-        advice = "choose an earlier layer" + (", or earliest=True" if layer > 1 else "")
-        left = left_for_later(budget, layer, num_layers, self.describe(), advice)
-        return ((layer, max(1, math.floor(left / (num_layers - layer) * num_tokens))),)
+        left = left_for_later(budget, layer, num_layers, num_tokens, self.describe(), self.earliest)
+        return ((layer, math.floor(left / (num_layers - layer) * num_tokens)),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens of the highest mean attention."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
 from torch import Tensor
 
-from vidsieve.compressors._stages import scaled_layers, scaled_shares
+from vidsieve.compressors._stages import scaled_counts, scaled_layers
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError
 from vidsieve.selection import exact_ratio, top_indices
@@ -92,8 +91,8 @@ class PyramidDrop(LayerCompressor):
                 kept = [int(num_tokens * share) for share in self.fractions]
             return tuple((at, max(1, count)) for at, count in zip(layers, kept, strict=True))
         shares = _FRACTIONS if self.fractions is None else tuple(Fraction(repr(float(f))) for f in self.fractions)
-        found = scaled_shares(shares, layers, num_layers, ratio, self.describe())
-        return tuple((at, max(1, math.floor(share * num_tokens))) for at, share in zip(layers, found, strict=True))
+        found = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        return tuple(zip(layers, found, strict=True))
 
     def _layers(self, num_layers: int, ratio: Fraction) -> list[int]:
         """Return the layers of all steps, rising."""

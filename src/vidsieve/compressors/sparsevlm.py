@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores, totals
-from vidsieve.compressors._stages import scaled_layers, scaled_shares
+from vidsieve.compressors._stages import scaled_counts, scaled_layers
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError, NeedError
 from vidsieve.selection import exact_ratio, top_indices
@@ -109,8 +108,8 @@ class SparseVLM(LayerCompressor):
         if self.variant == "official":
             return tuple(zip(layers, self._table(num_tokens), strict=True))
         shares = [Fraction(count, _TOKENS) for count in _TABLES[self.version][192]]
-        found = scaled_shares(shares, layers, num_layers, ratio, self.describe())
-        return tuple((at, max(1, math.floor(share * num_tokens))) for at, share in zip(layers, found, strict=True))
+        found = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        return tuple(zip(layers, found, strict=True))
 
     def _table(self, num_tokens: int) -> tuple[int, ...]:
         if self.kept is not None:

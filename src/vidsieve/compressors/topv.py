@@ -77,8 +77,8 @@ class TopV(LayerCompressor):
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (layer, tokens kept from there on)."""
         layer, budget = layer_of(self.layer, num_layers), exact_ratio(self.retention, num_tokens) * num_layers
-        left = left_for_later(budget, layer, num_layers, self.describe(), "choose an earlier layer")
-        return ((layer, max(1, math.floor(left / (num_layers - layer) * num_tokens))),)
+        left = left_for_later(budget, layer, num_layers, num_tokens, self.describe())
+        return ((layer, math.floor(left / (num_layers - layer) * num_tokens)),)
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the most important tokens, and some of the others, evenly spread."""

@@ -246,7 +246,7 @@ def check_blind_unless_declared(method: Method) -> None:
 
 
 def check_layer_budget(method: Method) -> None:
-    """Layers see, on average, the fraction asked for, to within one token a stage; or the budget is refused."""
+    """Layers see, on average, the fraction asked for or at most one token a stage less; or the budget is refused."""
     assert issubclass(method, LayerCompressor)
     for depth, tokens in ((28, 6272), (32, 576), (12, 196)):
         for retention in (0.02, 0.25, 0.5, 0.9):
@@ -262,7 +262,7 @@ def check_layer_budget(method: Method) -> None:
             seen = sum(count * (b - a) for count, a, b in zip(alive, [0, *edges], edges, strict=False))
             _expect(edges == sorted(set(edges)) and edges[0] >= 1, f"stages {stages} are not in order")
             _expect(
-                abs(seen - retention * depth * tokens) <= depth * (len(stages) + (outer is not None)),
+                -1e-6 <= retention * depth * tokens - seen <= depth * (len(stages) + (outer is not None)),
                 f"{retention} of {tokens} tokens in {depth} layers: {stages} sees {seen}",
             )
 
