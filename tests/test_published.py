@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vidsieve import load
+from vidsieve.compressors import _clustering
 from vidsieve.compressors._stages import scaled_counts
 from vidsieve.errors import BudgetError, SelectionError
 from vidsieve.testing import make_video
@@ -243,7 +244,7 @@ def test_holitom_merges_a_place_that_does_not_change_into_its_first_frame():
 
 
 def test_prunevid_calls_still_what_is_alike_in_all_pairs_of_frames():
-    from vidsieve.compressors.prunevid import split
+    from vidsieve.compressors.prunevid import likeness, split
 
     frames = make_video(TokenGrid(6, 3, 3), seed=2).embeds.reshape(6, 9, -1).double()
     spans = [(0, 4), (4, 5), (5, 6)]
@@ -252,12 +253,16 @@ def test_prunevid_calls_still_what_is_alike_in_all_pairs_of_frames():
     alike = torch.stack([pair.diagonal() for pair in pairs]).mean(0)
     threshold = float(alike.sort().values[4:6].mean())
     still = (alike > threshold).nonzero().flatten().tolist()
-    parts, _ = split(frames.float(), spans, threshold)
+    parts = split(frames.float(), spans, threshold)
     assert parts[0].places.tolist() == still and parts[0].length == 4
     assert torch.allclose(parts[0].tokens.double(), frames[:4, still].mean(0), atol=1e-6)
     assert [len(part.places) for part in parts[1:]] == [9 - len(still)] * 4 + [9, 9], (
         "a frame alone does not stand still"
     )
+    mean = unit[:4].mean(0)
+    wanted = (unit[:4] * (mean / mean.norm(dim=-1, keepdim=True))).sum(-1)
+    found = likeness(frames.float(), spans)
+    assert torch.allclose(found[:4].double(), wanted, atol=1e-6) and torch.allclose(found[4:], torch.ones(2, 9))
 
 
 def test_prunevids_release_rounds_down_in_every_set():
@@ -299,6 +304,25 @@ def test_framefusion_asks_for_what_makes_the_mean(seen):
 
 
 # -- SparseVLM ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_distances_block_by_block_are_those_of_the_whole(monkeypatch, size):
+    """Peaks, their noise and nearest centres, with blocks of any size; the whole matrix is a matter of memory alone."""
+    tokens = torch.randn(size, 24, generator=torch.Generator().manual_seed(size))
+    noise = torch.rand(size, generator=torch.Generator().manual_seed(1))
+    whole = _clustering.Distances.of(tokens)
+    scores = _clustering.peak_scores(whole, 5, noise)
+    chosen = _clustering.centres(scores, min(size, 9))
+    alike = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(tokens[chosen], dim=-1).T
+    for block in (1, 24, 300, 10**6):
+        monkeypatch.setattr(_clustering, "_WHOLE", 0)
+        monkeypatch.setattr(_clustering, "_BLOCK", block)
+        parts = _clustering.Distances.of(tokens)
+        assert parts.whole is None
+        assert torch.allclose(_clustering.peak_scores(parts, 5, noise), scores, rtol=1e-4, atol=1e-6)
+        assert torch.equal(parts.nearest(chosen), whole.nearest(chosen))
+        assert torch.equal(_clustering.most_alike(tokens, tokens[chosen]), alike.argmax(1))
 
 
 @settings(deadline=None, max_examples=150)

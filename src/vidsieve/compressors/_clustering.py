@@ -1,11 +1,16 @@
-"""Density peaks (DPC-kNN), which FastVID, HoliTom and PruneVID share: which tokens are centres, and of what."""
+"""Which tokens are alike: cosines, and density peaks (DPC-kNN), in memory that grows with the number of tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_WHOLE, _BLOCK = 2**24, 2**22
+"""Distances that are kept at once, and that a block has where they are not."""
 
 
 @dataclass(frozen=True)
@@ -16,24 +21,78 @@ class Group:
     ----------
     places : Tensor, (n,), int64
         Raster indices; of static ones in the window's first frame.
-    tokens : Tensor, (n, D)
-        Static ones are means over the window.
+    frames : Tensor, (w, size, D)
+        The window's frames where the tokens are static, else the one frame that they are of.
     length : int
-        Frames of the window where they are static, else 0.
+        w where they are static, else 0.
     """
 
     places: Tensor
-    tokens: Tensor
+    frames: Tensor
     length: int
 
+    @property
+    def tokens(self) -> Tensor:
+        """The tokens (n, D), gathered anew every time; static ones are means over the window."""
+        own = self.places % self.frames.shape[1]
+        if not self.length:
+            return self.frames[0, own]
+        total = sum((frame[own].float() for frame in self.frames[1:]), self.frames[0, own].float())
+        return (total / self.length).to(self.frames.dtype)
 
-def distances(tokens: Tensor) -> Tensor:
-    """Return (n, n) float32: Euclidean distances of tokens (n, D) over √D."""
-    found: Tensor = torch.cdist(tokens.float(), tokens.float()) / tokens.shape[-1] ** 0.5
+
+@dataclass(frozen=True)
+class Distances:
+    """Euclidean distances of tokens over √D: whole where they are few, else made anew block by block, row by row.
+
+    So memory grows with the tokens, not with their square.
+
+    Parameters
+    ----------
+    tokens : Tensor, (n, D), float32
+    whole : Tensor or None, (n, n), float32
+    """
+
+    tokens: Tensor
+    whole: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> Distances:
+        """Return the distances of tokens (n, D)."""
+        tokens = tokens.detach().float()
+        return cls(tokens, _apart(tokens, tokens) if len(tokens) ** 2 <= _WHOLE else None)
+
+    def rows(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield blocks of rows: which, and their distances (b, n) to all tokens."""
+        if self.whole is not None:
+            yield slice(0, len(self.tokens)), self.whole
+            return
+        for part in _parts(len(self.tokens), len(self.tokens)):
+            yield part, _apart(self.tokens[part], self.tokens)
+
+    def nearest(self, chosen: Tensor) -> Tensor:
+        """Return (n,) int64: the number of each token's nearest centre, the first of equals; a centre has its own."""
+        if self.whole is not None:
+            owner = self.whole[:, chosen].argmin(1)
+        else:
+            centre, parts = self.tokens[chosen], _parts(len(self.tokens), len(chosen))
+            owner = torch.cat([_apart(self.tokens[part], centre).argmin(1) for part in parts])
+        owner[chosen] = torch.arange(len(chosen), device=owner.device)
+        return owner
+
+
+def _apart(first: Tensor, second: Tensor) -> Tensor:
+    found: Tensor = torch.cdist(first, second) / first.shape[-1] ** 0.5
     return found
 
 
-def peak_scores(distance: Tensor, neighbours: int, noise: Tensor | None = None) -> Tensor:
+def _parts(count: int, width: int) -> list[slice]:
+    """Return slices of `count` rows of which each holds few enough of `width` numbers."""
+    rows = max(1, _BLOCK // max(1, width))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
+def peak_scores(distance: Distances, neighbours: int, noise: Tensor | None = None) -> Tensor:
     """Return (n,) float32: density times the distance to the nearest denser token; centres have the highest.
 
     Density is exp of minus the mean squared distance to the `neighbours` nearest tokens, itself among them; the densest
@@ -41,17 +100,21 @@ def peak_scores(distance: Tensor, neighbours: int, noise: Tensor | None = None) 
 
     Parameters
     ----------
-    distance : Tensor, (n, n)
     noise : Tensor or None, (n,)
         Uniform noise of [0, 1), of which releases add a millionth to break ties; None adds nothing.
     """
-    nearest = distance.topk(min(neighbours, len(distance)), largest=False).values
-    density = (-nearest.square().mean(1)).exp()
+    neighbours = min(neighbours, len(distance.tokens))
+    dense, most = [], []
+    for _, rows in distance.rows():
+        dense.append((-rows.topk(neighbours, largest=False).values.square().mean(1)).exp())
+        most.append(rows.max())
+    density, largest = torch.cat(dense), torch.stack(most).max()
     if noise is not None:
         density = density + noise * 1e-6
-    denser = density[None, :] > density[:, None]
-    apart = torch.where(denser, distance, distance.max()).amin(1)
-    return apart * density
+    apart = [
+        torch.where(density[None, :] > density[part, None], rows, largest).amin(1) for part, rows in distance.rows()
+    ]
+    return torch.cat(apart) * density
 
 
 def centres(scores: Tensor, count: int) -> Tensor:
@@ -59,11 +122,19 @@ def centres(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count]
 
 
-def nearest_centre(distance: Tensor, chosen: Tensor) -> Tensor:
-    """Return (n,) int64: the number of each token's nearest centre, the first of equals; a centre has its own."""
-    owner = distance[:, chosen].argmin(1)
-    owner[chosen] = torch.arange(len(chosen), device=owner.device)
-    return owner
+def most_alike(sources: Tensor, targets: Tensor) -> Tensor:
+    """Return (m,) int64: which of the targets (k, D) each source (m, D) is most like by cosine, the first of equals."""
+    unit = F.normalize(targets.detach().float(), dim=-1).T  # a source's own length does not matter
+    found = torch.empty(len(sources), dtype=torch.int64, device=sources.device)
+    for part in _parts(len(sources), max(unit.shape)):
+        found[part] = (sources[part].detach().float() @ unit).argmax(1)
+    return found
+
+
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines (T, n) of tokens (T, n, D) to those of another such, frame by frame, in their dtype."""
+    rows = [F.cosine_similarity(a, b, dim=-1) for a, b in zip(first, second, strict=True)]
+    return torch.stack(rows) if rows else first[..., 0]
 
 
 def totals(tokens: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import centres, distances, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, centres, most_alike, peak_scores, totals
 from vidsieve.compressors.base import Compressor, received_attention
 from vidsieve.errors import BudgetError, UnknownNameError
 from vidsieve.selection import even_counts, top_indices
@@ -221,27 +221,29 @@ def merged_segments(
             rows.append(frames[start + frame, chosen])
         places = free.flatten().nonzero().flatten()
         tokens = frames[start:stop].flatten(0, 1)[places]
-        unit = F.normalize(tokens.detach().float(), dim=-1)
         for frame, (_, count) in enumerate(shares):
             if not count:
                 continue
             there = free[frame].nonzero().flatten()
-            distance = distances(frames[start + frame, there].detach())
+            distance = Distances.of(frames[start + frame, there])
             scores = peak_scores(distance, _NEIGHBOURS, next(noise) if noise is not None else None)
             anchors = there[centres(scores, count)].sort().values
             own = torch.searchsorted(places, anchors + frame * size)
-            sources = torch.ones(len(places), dtype=torch.bool, device=frames.device)
-            sources[own] = included
-            owner = (unit[sources] @ unit[own].T).argmax(1)
+            owner = most_alike(tokens, tokens[own])
+            if not included:
+                owner[own] = count  # joins nothing
             indices.append(anchors + (start + frame) * size)
-            rows.append(_joined(tokens[own], tokens[sources], owner, weight))
+            rows.append(_joined(tokens[own], tokens, owner, weight))
     kept, order = torch.cat(indices).sort()
     return kept, torch.cat(rows)[order]
 
 
 def _joined(anchors: Tensor, sources: Tensor, owner: Tensor, weight: float) -> Tensor:
-    """Return anchors (a, D) as means with the sources (m, D) they own; an anchor weighs one, and at least `weight`."""
-    total, count = totals(sources, owner, len(anchors))
+    """Return anchors (a, D) as means with the sources (m, D) they own; an anchor weighs one, and at least `weight`.
+
+    A source whose owner is a goes nowhere.
+    """
+    total, count = (values[:-1] for values in totals(sources, owner, len(anchors) + 1))
     own = (1 / (count + 1)).clamp(min=weight)
     joined = own * anchors.float() + (1 - own) * total / count.clamp(min=1)
     return torch.where(count > 0, joined, anchors.float()).to(anchors.dtype)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from vidsieve.compressors._clustering import cosines
 from vidsieve.compressors._parts import PartedCompressor
 from vidsieve.compressors.base import Compressor, check_cosine
 from vidsieve.errors import BudgetError, StageError
@@ -21,6 +22,7 @@ from vidsieve.types import LayerView, Selection, TokenGrid, VideoTokens
 _FIRST = -2.0
 """Similarity of a place's first token, which is compared with nothing."""
 _OFFICIAL_DEPTH = 28
+_BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ class FrameFusion(PartedCompressor):
         else:
             merged, _ = merged_step(alike, _FIRST - 1, 0.0, video.num_tokens - budget)
         kept = (~merged).nonzero().flatten()
-        tokens = collapsed(video.embeds, merged, indices, video.grid)[kept]
-        return Selection(kept, tokens)
+        return Selection(kept, collapsed(video.embeds, merged, indices, video.grid))
 
     def budget(self, video: VideoTokens) -> int:
         """Return K.
@@ -181,8 +182,9 @@ class FrameFusion(PartedCompressor):
         if view.hidden is None:
             raise StageError("framefusion reads hidden states: hand over a view that has them")
         gone, merging = self._step(replace(view, hidden=view.hidden.detach()))
-        made = collapsed(view.hidden, gone, view.indices, view.grid) if merging else view.hidden
-        return made[chosen.to(made.device)]
+        if merging:
+            return collapsed(view.hidden, gone, view.indices.to(gone.device), view.grid)
+        return view.hidden[chosen.to(view.hidden.device)]
 
 
 # -- steps --------------------------------------------------------------------------------------------------
@@ -218,11 +220,16 @@ def by_place(indices: Tensor, grid: TokenGrid) -> Tensor:
 
 def similarity(hidden: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
     """Return (n,) float32: the cosine of tokens (n, D) to the last one before them at their place; −2 for the first."""
+    if len(indices) == grid.num_tokens:  # nothing to put in order
+        frames = hidden.reshape(grid.frames, grid.per_frame, -1)
+        whole = cosines(frames[1:].float(), frames[:-1].float())
+        return torch.cat([torch.full_like(frames[:1, :, 0], _FIRST, dtype=torch.float32), whole]).flatten()
     order = by_place(indices, grid)
     place = indices[order] % grid.per_frame
-    tokens = hidden[order].float()
     found = torch.full((len(indices),), _FIRST, device=hidden.device)
-    found[1:] = F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
+    for start in range(1, len(order), _BLOCK):  # some at a time: no second copy of all tokens
+        tokens = hidden[order[start - 1 : start + _BLOCK]].float()
+        found[start : start + _BLOCK] = F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
     first = torch.ones_like(place, dtype=torch.bool)
     first[1:] = place[1:] != place[:-1]
     made = torch.empty_like(found)
@@ -250,9 +257,10 @@ def chain_heads(merged: Tensor) -> Tensor:
 
 
 def collapsed(hidden: Tensor, merged: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
-    """Return tokens (n, D) of which the first of every chain is the mean of all."""
-    order = by_place(indices, grid)
-    heads = chain_heads(merged[order])
-    total = torch.zeros_like(hidden, dtype=torch.float32).index_add(0, order[heads], hidden[order].float())
-    count = torch.bincount(order[heads], minlength=len(hidden))[:, None].clamp(min=1)
-    return torch.where(count > 1, total / count, hidden.float()).to(hidden.dtype)
+    """Return those of tokens (n, D) that are not merged, in their order (k, D), each the mean of its chain."""
+    order, owner = by_place(indices, grid), torch.empty_like(indices)
+    owner[order] = order[chain_heads(merged[order])]
+    chain = ((~merged).cumsum(0) - 1)[owner]
+    count = torch.bincount(chain)
+    total = torch.zeros(len(count), hidden.shape[1], device=hidden.device).index_add(0, chain, hidden.float())
+    return (total / count[:, None]).to(hidden.dtype)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, Group, centres, cosines, most_alike, peak_scores, totals
 from vidsieve.compressors._parts import TwoPartCompressor
 from vidsieve.compressors.base import check_cosine, received_attention
 from vidsieve.errors import BudgetError, StageError
@@ -85,7 +84,7 @@ class HoliTom(TwoPartCompressor):
         grid, attention = video.grid, received_attention(video, self.name)
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            same = F.cosine_similarity(frames[:-1].float(), frames[1:].float(), dim=-1) > self.threshold
+            same = cosines(frames[:-1].float(), frames[1:].float()) > self.threshold
             found, reduced = windows(same, self.longest)
         groups = grouped(frames, same, found)
         if self.outcome:
@@ -163,10 +162,9 @@ def grouped(frames: Tensor, same: Tensor, found: list[tuple[int, int]]) -> list[
         static = same[first:last].all(0) if last > first else torch.zeros_like(frames[0, :, 0], dtype=torch.bool)
         still, moving = static.nonzero().flatten(), (~static).nonzero().flatten()
         if len(still):
-            means = frames[first : last + 1, still].mean(0)
-            groups.append(Group(still + first * size, means, last - first + 1))
+            groups.append(Group(still + first * size, frames[first : last + 1], last - first + 1))
         if len(moving):
-            groups += [Group(moving + t * size, frames[t, moving], 0) for t in range(first, last + 1)]
+            groups += [Group(moving + t * size, frames[t : t + 1], 0) for t in range(first, last + 1)]
     return groups
 
 
@@ -196,12 +194,12 @@ def kept_of_groups(
     for group, count in zip(groups, counts, strict=True):
         if group.length:
             piece = next(noise) if noise is not None else None
-            chosen, tokens = group.places[:0], group.tokens[:0]
+            chosen, tokens = group.places[:0], group.frames[0, :0]
             if count:
                 chosen, tokens = clustered(group.tokens, count, neighbours, weight, piece)
         else:
             chosen = top_indices(attention[group.places], count)
-            tokens = group.tokens[chosen]
+            tokens = replace(group, places=group.places[chosen]).tokens
         indices.append(group.places[chosen])
         rows.append(tokens)
     return torch.cat(indices), torch.cat(rows)
@@ -215,9 +213,9 @@ def clustered(
     `neighbours`, at most `count`, make a density; a peak has `weight` in its mean, those that join it the rest.
     """
     with torch.no_grad():
-        distance = distances(tokens)
+        distance = Distances.of(tokens)
         chosen = centres(peak_scores(distance, min(neighbours, count), noise), count).sort().values
-    owner, peaks = nearest_centre(distance, chosen), tokens[chosen].float()
+    owner, peaks = distance.nearest(chosen), tokens[chosen].float()
     total, members = totals(tokens, owner, count)
     joined = members - 1
     merged = weight * peaks + (1 - weight) * (total - peaks) / joined.clamp(min=1)
@@ -231,8 +229,7 @@ def absorbed(hidden: Tensor, chosen: Tensor) -> Tensor:
     last of m weighs one half, the one before a quarter, the token itself 2⁻ᵐ.
     """
     others = (~indices_to_mask(chosen, len(hidden))).nonzero().flatten()
-    unit = F.normalize(hidden.detach().float(), dim=-1)
-    owner = (unit[others] @ unit[chosen].T).argmax(1)
+    owner = most_alike(hidden[others], hidden[chosen])
     count = torch.bincount(owner, minlength=len(chosen))
     # Which one of its owner's tokens each is, counted from the last: 1 for the last.
     order = owner.argsort(stable=True)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Group, centres, distances, nearest_centre, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, Group, centres, cosines, peak_scores, totals
 from vidsieve.compressors._parts import TwoPartCompressor
 from vidsieve.compressors.base import check_cosine
 from vidsieve.errors import BudgetError, NeedError
@@ -85,7 +85,7 @@ class PruneVID(TwoPartCompressor):
         with torch.no_grad():
             labels = frame_labels(frames.mean(1), max(1, int(grid.frames * self.segments)))
             spans = runs_of(refined(labels))
-        parts, still = split(frames, spans, self.threshold)
+        parts = split(frames, spans, self.threshold)
         sizes = [len(part.places) for part in parts]
         if self.outcome:
             share = min(1.0, self.cluster * self.budget_ratio(grid.num_tokens) / 0.25)
@@ -99,7 +99,8 @@ class PruneVID(TwoPartCompressor):
         groups = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts)).to(indices.device)
         if not self.outcome and len(indices) < budget:
             rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
-            more = rest[top_indices(-still.flatten()[rest], budget - len(indices))]
+            alike = likeness(frames, spans).flatten()
+            more = rest[top_indices(-alike[rest], budget - len(indices))]
             indices, rows = torch.cat([indices, more]), torch.cat([rows, video.embeds[more]])
             groups = torch.cat([groups, torch.full_like(more, len(parts))])
         kept, order = indices.sort()
@@ -123,9 +124,9 @@ class PruneVID(TwoPartCompressor):
 
 def frame_labels(frames: Tensor, count: int, noise: Tensor | None = None) -> list[int]:
     """Return every frame's cluster, numbered from the densest, of frame vectors (T, D)."""
-    distance = distances(frames)
+    distance = Distances.of(frames)
     chosen = centres(peak_scores(distance, _NEIGHBOURS, noise), count)
-    labels: list[int] = nearest_centre(distance, chosen).tolist()
+    labels: list[int] = distance.nearest(chosen).tolist()
     return labels
 
 
@@ -160,27 +161,34 @@ def refined(labels: list[int]) -> list[int]:
     return made
 
 
-def split(frames: Tensor, spans: list[tuple[int, int]], threshold: float) -> tuple[list[Group], Tensor]:
-    """Return, segment by segment, what stands still and the rest of every frame; and how like its place's mean each is.
-
-    Empty parts are left out of the first; the second is (T, n).
-    """
+def split(frames: Tensor, spans: list[tuple[int, int]], threshold: float) -> list[Group]:
+    """Return, segment by segment, what stands still of frames (T, n, D), and the rest of every frame; no empty ones."""
     size, parts = frames.shape[1], []
-    unit = F.normalize(frames.detach().float(), dim=-1)
-    alike = torch.zeros(frames.shape[:2], device=frames.device)
     for start, stop in spans:
         width = stop - start
-        total = unit[start:stop].sum(0)  # (n, D)
-        alike[start:stop] = (unit[start:stop] * F.normalize(total, dim=-1)).sum(-1)
         still = torch.zeros(size, dtype=torch.bool, device=frames.device)
         if width > 1:
-            still = (total.square().sum(-1) - width) / (width * (width - 1)) > threshold
+            still = (_directions(frames[start:stop]).square().sum(-1) - width) / (width * (width - 1)) > threshold
         places, moving = still.nonzero().flatten(), (~still).nonzero().flatten()
         if len(places):
-            parts.append(Group(places + start * size, frames[start:stop, places].mean(0), width))
+            parts.append(Group(places + start * size, frames[start:stop], width))
         if len(moving):
-            parts += [Group(moving + frame * size, frames[frame, moving], 0) for frame in range(start, stop)]
-    return parts, alike
+            parts += [Group(moving + t * size, frames[t : t + 1], 0) for t in range(start, stop)]
+    return parts
+
+
+def likeness(frames: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Return (T, n) float32: how like its place's mean direction in its segment every token of frames (T, n, D) is."""
+    means = [_directions(frames[start:stop]).expand(stop - start, -1, -1) for start, stop in spans]
+    return torch.cat([cosines(frames[a:b].detach().float(), mean) for (a, b), mean in zip(spans, means, strict=True)])
+
+
+def _directions(frames: Tensor) -> Tensor:
+    """Return the sum (n, D) float32 of the unit vectors of frames (w, n, D)."""
+    total = torch.zeros_like(frames[0], dtype=torch.float32)
+    for frame in frames.detach():
+        total += F.normalize(frame.float(), dim=-1)
+    return total
 
 
 # -- clusters -----------------------------------------------------------------------------------------------
@@ -196,17 +204,18 @@ def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) ->
 
     A set of as many tokens stays as it is; `noise` is what the release adds to densities.
     """
-    if count == len(part.places):
-        return part.places, part.tokens
+    tokens = part.tokens
+    if count == len(tokens):
+        return part.places, tokens
     with torch.no_grad():
-        distance = distances(part.tokens)
+        distance = Distances.of(tokens)
         piece = next(noise) if noise is not None else None
         chosen = centres(peak_scores(distance, _NEIGHBOURS, piece), count)
     if not count:
-        return part.places[:0], part.tokens[:0]
-    owner = nearest_centre(distance, chosen)
-    total, members = totals(part.tokens, owner, count)
-    return part.places[chosen], (total / members).to(part.tokens.dtype)
+        return part.places[:0], tokens[:0]
+    owner = distance.nearest(chosen)
+    total, members = totals(tokens, owner, count)
+    return part.places[chosen], (total / members).to(tokens.dtype)
 
 
 def official_choice(scores: Tensor, groups: Tensor, share: float) -> Tensor:

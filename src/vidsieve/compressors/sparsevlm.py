@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, centres, peak_scores, totals
 from vidsieve.compressors._stages import scaled_counts, scaled_layers
 from vidsieve.compressors.base import LayerCompressor, check_layer
 from vidsieve.errors import BudgetError, NeedError
@@ -193,9 +193,10 @@ class SparseVLM(LayerCompressor):
         if view.hidden is None:
             raise NeedError("sparsevlm reads hidden states: hand over a view that has them")
         recycled = rest[top_indices(scores[rest], recycled_count(len(rest)))]
-        distance = distances(view.hidden.detach()[recycled.to(view.hidden.device)]).to(scores.device)
+        distance = Distances.of(view.hidden[recycled.to(view.hidden.device)])
         chosen = centres(peak_scores(distance, number), number)
-        owner[recycled] = nearest_centre(distance, chosen)
+        owner[recycled] = distance.nearest(chosen).to(owner.device)
+        chosen = chosen.to(recycled.device)
         return best, recycled[chosen], owner
 
 

@@ -72,7 +72,7 @@ def _calls(archive: Archive, case: str) -> Case:
         if done:
             attention = of(f"call{call}_attn").mean(0)[video]
             kept = top_indices(attention, round(len(alive) * (1 - over)))
-            part = hidden[video]
+            part = hidden[video][kept]
         else:
             alike = similarity(hidden[video], alive, grid)
             if not call:
@@ -80,11 +80,12 @@ def _calls(archive: Archive, case: str) -> Case:
                 compared["similarity"] = gap(alike[order], of("sim_by_patch0"))
                 compared["order"] = same_indices(order + start, of("token_index_by_patch0"))
             merged, enough = merged_step(alike, threshold, over, int(over * len(alive)))
-            part, kept = collapsed(hidden[video], merged, alive, grid), (~merged).nonzero().flatten()
+            kept = (~merged).nonzero().flatten()
+            part = collapsed(hidden[video], merged, alive, grid)
             if not enough:
                 recorded.append(float(merged.sum()) / len(alive))
             done = enough or recorded[-1] < least
-        hidden = torch.cat([hidden[:start], part[kept], hidden[start + len(alive) :]])
+        hidden = torch.cat([hidden[:start], part, hidden[start + len(alive) :]])
         alive = alive[kept]
         sequence = torch.cat([
             torch.arange(start), alive + start, torch.arange(behind) + start + frames * size,

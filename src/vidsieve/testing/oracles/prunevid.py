@@ -45,7 +45,7 @@ def _video(archive: Archive, case: str) -> Case:
     labels = frame_labels(frames.mean(1), int(len(frames) * float(of("temporal_segment_ratio"))), next(noise))
     steady = refined(labels)
     spans = runs_of(steady)
-    parts, _ = split(frames, spans, float(of("tau")))
+    parts = split(frames, spans, float(of("tau")))
     counts = [official_count(len(part.places), float(of("cluster_ratio"))) for part in parts]
     made = [clustered(part, count, noise) for part, count in zip(parts, counts, strict=True)]
     static, dynamic = [0] * len(spans), [0] * len(spans)

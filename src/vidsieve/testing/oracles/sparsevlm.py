@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vidsieve.compressors._clustering import centres, distances, nearest_centre, peak_scores
+from vidsieve.compressors._clustering import Distances, centres, peak_scores
 from vidsieve.compressors.sparsevlm import SparseVLM, cluster_means, relevant_words
 from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.testing.oracles.decoder import passed, recorded_llama
@@ -54,9 +54,9 @@ def _step(archive: Archive, case: str) -> Case:
 
 def _clusters(archive: Archive, case: str) -> Case:
     tokens, count = torch.from_numpy(archive[f"{case}/x"]), int(archive[f"{case}/K"])
-    distance = distances(tokens)
+    distance = Distances.of(tokens)
     chosen = centres(peak_scores(distance, count), count)
-    made, wanted = cluster_means(tokens, nearest_centre(distance, chosen), count), archive[f"{case}/out"]
+    made, wanted = cluster_means(tokens, distance.nearest(chosen), count), archive[f"{case}/out"]
     if gap(made, wanted) <= 1e-4:
         return judged("sparsevlm", case, {"clusters": gap(made, wanted)})
     # Equal tokens: which of them is a centre is rounding's to say, and so is the order of clusters.

@@ -1,0 +1,306 @@
+"""How long selecting takes and how much memory it needs, for every method, beside its published form; one JSON file.
+
+Everything from what the model hands over to the kept tokens, in float32. Methods before the LLM get embeddings
+(VisionZip also queries and keys of the encoder's layer). A stage inside the LLM gets the states that enter the layer
+before it, of the shape of a 7B model, and computes the attention it reads; the published form gets that layer's queries
+and keys and computes what its release computes, for most the whole attention. Times of ours and of the published form
+alternate in one process; memory is the rise of a fresh process's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import plain.divprune
+import plain.dycoke
+import plain.evs
+import plain.fastv
+import plain.fastvid
+import plain.framefusion
+import plain.holitom
+import plain.prunevid
+import plain.pyramiddrop
+import plain.sparsevlm
+import plain.vidcom2
+import plain.visionzip
+import vidsieve
+from plain._shared import eager_attention
+from vidsieve import registry
+from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.passes import attention_rows, rotated
+from vidsieve.adapters.probe import received
+from vidsieve.benchmarking import machine, peak_memory, spread, write_result
+from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.framefusion import excess
+from vidsieve.testing import make_video
+from vidsieve.types import EncoderOutputs, LayerView, Stage, TokenGrid, VideoTokens
+
+WIDTH, RETENTION = 3584, 0.1
+BEFORE, TEXT = 14, 20
+"""Text tokens before the video, and behind it."""
+SMALL, LARGE = TokenGrid(32, 14, 14), TokenGrid(64, 19, 35)
+GROWING = (8, 16, 32, 64)
+"""Thousands of tokens, in frames of 196, on which memory is measured."""
+SLOW = ("divprune",)
+"""Quadratic in tokens at a fixed share: where only memory is asked for, a hundredth is kept."""
+AIMS = {"sparsevlm": 5.0, "fastv": 5.0, "visionzip": 5.0, "divprune": 2.0}
+"""How many times faster than the published form; all others: not slower."""
+
+
+def video_of(grid: TokenGrid) -> VideoTokens:
+    """Return random drifting tokens, smooth in time."""
+    return make_video(grid, WIDTH)
+
+
+@cache
+def decoder_layer() -> tuple[Any, Any]:
+    """Return a random decoder layer of a 7B model, and its configuration."""
+    from transformers import Qwen2Config
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+    config = Qwen2Config(
+        hidden_size=WIDTH, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=28
+    )
+    torch.manual_seed(0)
+    layer = Qwen2DecoderLayer(config, 0).eval()
+    layer.mlp = None  # not needed, and large
+    return layer, config
+
+
+Case = tuple[Callable[[], Any], Callable[[], Any] | None]
+"""Ours, and the published form."""
+
+
+def methods() -> dict[str, Compressor]:
+    """Return every method without training, at the retention of the benchmark or the least it can keep."""
+    found = {}
+    for name in registry.compressors:
+        kind = registry.compressors.get(name)
+        if kind.trained:
+            continue
+        least = {"dycoke": 0.3}.get(name, RETENTION)
+        method = vidsieve.load(name, retention=least)
+        if hasattr(method, "inner"):
+            found[f"{name}, outer part"] = replace(method, inner=False)
+        if method.acts is Stage.LAYER:
+            label = f"{name}, inside" if hasattr(method, "inner") else name
+            found[label] = vidsieve.load(
+                name, retention=0.25 if name in ("topv", "sparsevlm", "pyramiddrop") else least
+            )
+        elif not hasattr(method, "inner"):
+            found[name] = method
+    return found
+
+
+def before_llm(name: str, method: Compressor, grid: TokenGrid) -> Case:
+    """Return what selects before the LLM."""
+    video = video_of(grid)
+    frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+    assert video.encoder is not None and video.encoder.attention is not None
+    attention = video.encoder.attention.reshape(grid.frames, grid.per_frame)
+    ratio, budget = float(method.budget_ratio(grid.num_tokens)), method.budget(video)
+
+    def ours() -> Tensor:
+        return method.compress(video, generator=torch.Generator().manual_seed(0)).indices
+
+    forms: dict[str, Callable[[], Any]] = {
+        "divprune": lambda: plain.divprune.picks(video.embeds, budget).sort().values,
+        "vidcom2": lambda: plain.vidcom2.select(frames, ratio),
+        "evs": lambda: plain.evs.select(frames, budget),
+        "dycoke": lambda: plain.dycoke.select(frames, 0.9),
+        "fastvid": lambda: plain.fastvid.select(frames, frames.mean(1), attention, ratio)[0],
+        "holitom": lambda: plain.holitom.select(frames, attention, ratio)[0],
+        "prunevid": lambda: plain.prunevid.select(frames, cluster=ratio),
+        "framefusion": lambda: plain.framefusion.merge(
+            video.embeds, torch.arange(grid.per_frame).repeat(grid.frames), 0.6, 1 - ratio
+        )[0],
+    }
+    if name.startswith("visionzip"):
+        return visionzip(method, video)
+    return ours, forms.get(name.partition(",")[0])
+
+
+def visionzip(method: Compressor, video: VideoTokens) -> Case:
+    """Return VisionZip on a tower with a class token, from the queries and keys of its layer."""
+    grid, (heads, size) = video.grid, (16, 64)
+    draw = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, grid.frames, heads, grid.per_frame + 1, size, generator=draw).unbind(0)
+    frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
+    hidden = torch.cat([frames[:, :1], frames], 1)
+    each = method.budget(video) // grid.frames
+    contextual = round(0.16 * each)
+
+    def ours() -> Tensor:
+        found, keys = received(query, key, size**-0.5, cls_token=True)
+        encoder = EncoderOutputs(found.flatten(), keys.flatten(0, 1))
+        return method.compress(replace(video, encoder=encoder)).indices
+
+    def published() -> Any:
+        attention = eager_attention(query, key, causal=False)
+        return plain.visionzip.select(attention, key.mean(1), hidden, each - contextual, contextual)
+
+    return ours, published
+
+
+def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
+    """Return what a method's first stage does, all tokens alive."""
+    video, (layer, config) = video_of(grid), decoder_layer()
+    count = grid.num_tokens
+    draw = torch.Generator().manual_seed(2)
+    text = torch.randn(BEFORE + TEXT, WIDTH, generator=draw)
+    hidden = torch.cat([text[:BEFORE], video.embeds, text[BEFORE:]])
+    positions = torch.arange(len(hidden))[None]
+    words = torch.arange(BEFORE + count, len(hidden))
+    stages = dict(method.stages(config.num_hidden_layers, count))
+    at = min(stages)
+    keep, span = stages[at], slice(BEFORE, BEFORE + count)
+    history = (count,) * at
+    asked = words if method.reads_text else words[-1:]
+    entered = video.embeds + 0.01
+    base = LayerView(
+        at, grid, torch.arange(count), torch.zeros(28, count), hidden=video.embeds, history=history,
+        depth=config.num_hidden_layers, before=entered if method.reads_before else None,
+    )  # fmt: skip
+
+    def ours() -> Tensor:
+        rows = attention_rows(layer, config, hidden, positions, asked)[..., span]
+        view = replace(base, attention=rows[:, -1])
+        if method.reads_text:
+            told = method.prepare(video.embeds, text[BEFORE:]) if method.prepares else None
+            view = replace(view, text_attention=rows, told=told)
+        chosen = method.choose(view, keep)
+        if method.merges:
+            method.merge(view, chosen)
+        return chosen
+
+    shape = block_shape(config, layer)
+    normed = layer.input_layernorm(hidden)
+
+    def heads(kind: str) -> Tensor:
+        made = rotated(layer.self_attn, kind, shape, normed, positions)
+        return made.repeat_interleave(28 // made.shape[0], 0)
+
+    query, key = heads("q"), heads("k")
+
+    def fastv() -> Any:
+        return plain.fastv.select(eager_attention(query, key), BEFORE, count, keep)
+
+    def pyramiddrop() -> Any:
+        return plain.pyramiddrop.select(heads("q"), heads("k"), BEFORE, count, keep)
+
+    def sparsevlm() -> Any:
+        raters = plain.sparsevlm.raters(video.embeds, text[BEFORE:]) + BEFORE + count
+        scores, kept = plain.sparsevlm.select(eager_attention(query, key), BEFORE, count, raters, keep)
+        rest = (~torch.isin(torch.arange(count), kept)).nonzero().flatten()
+        recycled = rest[scores[rest].topk(int(0.3 * len(rest)) + 1).indices]
+        return plain.sparsevlm.clusters(video.embeds[recycled], int((int(len(rest) * 0.3) + 1) / 10) + 1)
+
+    def holitom() -> Any:
+        return plain.holitom.inside(video.embeds, eager_attention(query, key).mean(0)[-1, span], keep)
+
+    def prunevid() -> Any:
+        return plain.prunevid.inside(eager_attention(query, key), BEFORE, count, words, [count], keep / count)
+
+    def framefusion() -> Any:
+        over = float(excess([1] * at, method.budget_ratio(count), config.num_hidden_layers))  # type: ignore[list-item]
+        return plain.framefusion.merge(video.embeds, torch.arange(grid.per_frame).repeat(grid.frames), 0.6, over)
+
+    forms = {"fastv": fastv, "pyramiddrop": pyramiddrop, "sparsevlm": sparsevlm, "holitom": holitom,
+             "prunevid": prunevid, "framefusion": framefusion}  # fmt: skip
+    return ours, forms.get(name.partition(",")[0])
+
+
+def case_of(name: str, grid: TokenGrid) -> Case:
+    """Return ours and the published form of a method on a grid."""
+    method = methods()[name]
+    if name in SLOW and grid.num_tokens > 10_000:
+        method = method.with_retention(0.01)
+    if isinstance(method, LayerCompressor) and method.acts is Stage.LAYER:
+        return inside_llm(name, method, grid)
+    return before_llm(name, method, grid)
+
+
+@torch.no_grad()
+def timed(name: str, grid: TokenGrid, repeats: int, published: bool) -> dict[str, Any]:
+    """Return seconds of ours and of the published form, in turns after one that is not counted."""
+    ours, form = case_of(name, grid)
+    forms = {"ours": ours} | ({"published": form} if published and form is not None else {})
+    spent: dict[str, list[float]] = {which: [] for which in forms}
+    for turn in range(repeats + 1):
+        for which, run in forms.items():
+            start = time.perf_counter()
+            run()
+            if turn:
+                spent[which].append(time.perf_counter() - start)
+    found: dict[str, Any] = {which: spread(values) for which, values in spent.items()}
+    if "published" in found:
+        found["times_faster"] = found["published"]["median"] / found["ours"]["median"]
+        found["aim"] = AIMS.get(name, 1.0)
+    return found
+
+
+@torch.no_grad()
+def risen(name: str, grid: TokenGrid, which: str) -> int:
+    """Return by how many bytes the peak of this process rises while selecting."""
+    ours, form = case_of(name, grid)
+    run = ours if which == "ours" else form
+    if run is None:
+        return -1
+    run()  # what torch and its threads take once, and pages that the system had put away
+    before = peak_memory(reset=True)
+    run()
+    return peak_memory() - before
+
+
+def memory(name: str, grid: TokenGrid, which: str = "ours") -> float:
+    """Return what selecting adds to the memory of a fresh process, in MiB."""
+    command = [sys.executable, __file__, "--memory", name, which, f"{grid.frames},{grid.height},{grid.width}"]
+    # Freed blocks go back to the system at once, so that none of them hides in what the process had before.
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=settings)
+    return int(done.stdout.strip().splitlines()[-1]) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", default="", help="names, semicolon-separated; all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/selecting.json"))
+    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        name, which, sides = options.memory
+        print(risen(name, TokenGrid(*map(int, sides.split(","))), which))
+        return
+    rows = {}
+    for name in options.methods.split(";") if options.methods else methods():
+        row: dict[str, Any] = {"seconds": {str(SMALL): timed(name, SMALL, options.repeats, True)}}
+        if name not in SLOW:
+            row["seconds"][str(LARGE)] = timed(name, LARGE, max(1, options.repeats // 2), False)
+        row["extra_MiB"] = {str(grid): memory(name, grid) for grid in (SMALL, LARGE)}
+        if "published" in row["seconds"][str(SMALL)]:
+            row["extra_MiB"][f"{SMALL}, published form"] = memory(name, SMALL, "published")
+        growing = {f"{k}k": memory(name, TokenGrid(round(1000 * k / 196), 14, 14)) for k in GROWING}
+        row["growing_MiB"] = growing
+        rows[name] = row
+        print(name, json.dumps(row), flush=True)
+    write_result(options.json, {"machine": machine(), "retention": RETENTION, "width": WIDTH, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
