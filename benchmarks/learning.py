@@ -27,7 +27,7 @@ from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.eval.methods import named_methods, rows_for
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.testbed import FULL, Row, evaluate
+from vidsieve.eval.testbed import FULL, Row, compressor_row, evaluate
 from vidsieve.loading import shipped_policy
 from vidsieve.pipeline import load_model
 from vidsieve.policies import Policy
@@ -67,7 +67,9 @@ def remembering(method: Compressor) -> Compressor:
     return method if policy is None else dataclasses.replace(method, policy=Remembering(policy))  # type: ignore[call-arg]
 
 
-COMMON = ("eval", "testbed", "adapters", "selection.py", "types.py", "compressors/base.py")
+COMMON = (
+    "eval/testbed.py", "eval/methods.py", "testbed", "adapters", "selection.py", "types.py", "compressors/base.py",
+)  # fmt: skip
 """Code under the package that every mark depends on."""
 AT_ONCE = 16
 """Rows that are measured before they are put away: what a stop can lose."""
@@ -94,28 +96,32 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(model: Any) -> dict[str, tuple[Row, str]]:
-    """Return (row, fingerprint) by key."""
+def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[Row, str]]:
+    """Return (row, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
     methods = named_methods(["all"], prefill=True)
+    moved = [method for method in methods.values() if earliest and hasattr(method, "earliest")]
     found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
     for retention in RETENTIONS:
         for name, method in methods.items():
             rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
             found += [(row, method) for row in rows]
+        for method in moved:
+            at = dataclasses.replace(method.with_retention(retention), earliest=True)  # type: ignore[call-arg]
+            found.append((compressor_row(at, f"{method.name}[earliest]"), method))
         found.append((Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None))
         found.append((first_look_row(model, retention), None))
     return {f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found}
 
 
-def measured(task: tuple[str, int, int, Path]) -> dict[str, Any]:
+def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
     """Return the marks of every row for one world and seed; what an earlier run measured with the same code stays."""
-    world, seed, questions, folder = task
+    world, seed, questions, folder, earliest = task
     path = folder / f"{world}-{seed}-{questions}.json"
     part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}, "floors": {}}
     torch.set_num_threads(1)
     quiet()
     model, processor = load_model("testbed")
-    rows = wanted_rows(model)
+    rows = wanted_rows(model, earliest)
     missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
     for start in range(0, len(missing), AT_ONCE):
         keys = missing[start : start + AT_ONCE]
@@ -167,6 +173,7 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
             free = [name for name in registry.compressors if name not in TRAINED]
             there = [key for key in (f"{name}/ours/{retention}" for name in free) if key in marks]
             others["best_training_free"] = max(there, key=lambda name: sum(marks[name]))
+            others |= {name: f"{name}/ours/{retention}" for name in TRAINED}
         row = {
             "method": method,
             "variant": variant,
@@ -183,24 +190,6 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
     return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows, "floors": data["floors"]}
 
 
-MAIN = (
-    ("full", "-"),
-    ("cacovid", "ours"),
-    ("score", "ours"),
-    ("cacovid", "paper"),
-    ("cacovid", "official"),
-    ("score", "paper"),
-    ("divprune", "ours"),
-    ("visionzip", "ours"),
-    ("fastv", "ours"),
-    ("dycoke", "ours"),
-    ("frame_difference", "ours"),
-    ("uniform", "ours"),
-    ("downsample", "ours"),
-    ("random", "ours"),
-    ("first_look", "-"),
-    ("question_oracle", "-"),
-)
 NAMES = {
     "full": "all tokens",
     "first_look": "layer 0's attention from the question, untrained: what `cacovid` starts from",
@@ -235,7 +224,8 @@ def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", default="2000,2000,2000", help="of each seed")
+    parser.add_argument("--questions", default="2000,2000,2000", help=f"of each seed of {SEEDS}, or of the first ones")
+    parser.add_argument("--earliest", action="store_true", help="also methods that move to earlier layers")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
@@ -243,18 +233,19 @@ def main() -> None:
     options = parser.parse_args()
     if not options.markdown:
         counts = [int(count) for count in options.questions.split(",")]
-        sizes = list(zip(SEEDS, counts, strict=True))
-        tasks = [(world, seed, count, options.parts) for seed, count in sizes for world in WORLDS]
+        sizes = list(zip(SEEDS, counts, strict=False))
+        tasks = [(world, seed, count, options.parts, options.earliest) for seed, count in sizes for world in WORLDS]
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))
-        worlds = {world: compared(pooled([parts[world, seed] for seed in SEEDS])) for world in WORLDS}
-        write_result(options.json, {"machine": machine(), "seeds": SEEDS, "worlds": worlds})
+        worlds = {world: compared(pooled([parts[world, seed] for seed, _ in sizes])) for world in WORLDS}
+        write_result(options.json, {"machine": machine(), "seeds": [seed for seed, _ in sizes], "worlds": worlds})
     result = json.loads(options.json.read_text())
     measured_on = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
     rows = [(r["method"], r["variant"]) for r in result["worlds"]["A"]["rows"]]
-    probes = list(dict.fromkeys(row for row in rows if "[" in row[0]))
-    print(f"questions and scenes: {measured_on}\n\n{markdown(result, MAIN)}\n\n{markdown(result, probes)}")
+    plain = list(dict.fromkeys(row for row in rows if "[" not in row[0] or "earliest" in row[0]))
+    probes = [row for row in dict.fromkeys(rows) if row not in plain]
+    print(f"questions and scenes: {measured_on}\n\n{markdown(result, plain)}\n\n{markdown(result, probes)}")
 
 
 if __name__ == "__main__":

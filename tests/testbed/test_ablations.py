@@ -40,7 +40,7 @@ def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed(
 
 
 def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch):
-    table = Table("t", "cacovid", "", (Condition("a", TINY, probes=True),))
+    table = Table("t", "cacovid", "", (Condition("a", TINY, probes=True),), probes=True)
     (run,) = runs_of([table], 1, 24)
     result = perform(run, tmp_path)
     assert len(result["clusters"]) == 24 and {len(marks) for marks in result["marks"].values()} == {24}

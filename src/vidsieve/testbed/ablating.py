@@ -150,7 +150,7 @@ def tabulated(table: Table, seeds: int, questions: int, results: dict[str, dict[
     for condition in table.conditions:
         found = [results[Run(table.method, condition, seed, questions).folder] for seed in range(count)]
         clusters = found[0]["clusters"]
-        for view in _views(found[0]["marks"], table.method):
+        for view in _views(found[0]["marks"], table.method) if table.probes else [table.method]:
             row: dict[str, Any] = {"label": condition.label + ("" if view == table.method else f" {_named(view)}")}
             for retention in RETENTIONS:
                 marks = [result["marks"][f"{view}/{retention:g}"] for result in found]
