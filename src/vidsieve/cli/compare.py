@@ -80,7 +80,9 @@ def compare(
         out.print(f"note: {escape(note)}")
     print_comparison(result)
     shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
-    if picture is not None and shown:
+    if picture is not None and not shown:
+        out.print("picture: none, as no method of the list could run")
+    elif picture is not None:
         from vidsieve.report.pictures import kept_picture
         from vidsieve.types import TokenGrid
 
