@@ -171,7 +171,7 @@ def test_pyramiddrop_spends_its_budget_in_the_papers_proportions(layers, retenti
 
 
 def test_below_its_floor_a_method_may_start_earlier_and_says_where():
-    for name, floor in (("pyramiddrop", "0.250"), ("fastv", "0.071")):
+    for name, floor in (("pyramiddrop", "0.2502"), ("fastv", "0.0716")):
         with pytest.raises(BudgetError, match=rf"below {floor}; choose .*earliest=True"):
             vidsieve.load(name, retention=0.05).stages(28, 6272)
     stages = vidsieve.load("pyramiddrop", retention=0.1, earliest=True).stages(28, 6272)
