@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows.
 OLDEST := 5.19.0
+# One process a core, whole files each: they share what they build.
+PARALLEL := -n auto --dist loadfile
 
 .PHONY: demo test test-oldest check format clean
 
@@ -11,12 +13,12 @@ demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The same environment with nothing but transformers replaced: attach and contracts once more.
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
-	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest tests/attach tests/test_checks.py
+	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PARALLEL) tests/attach tests/test_checks.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
