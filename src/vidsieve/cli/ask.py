@@ -15,6 +15,8 @@ from vidsieve.cli.shared import (
     Layout,
     Model,
     NewTokens,
+    Retention,
+    Seed,
     Threads,
     check_output,
     check_question,
@@ -39,7 +41,7 @@ def ask(
         str | None,
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
     ] = None,
-    retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
+    retention: Retention = "0.25",
     frames: Frames = None,
     fps: Fps = None,
     layout: Layout = None,
@@ -47,7 +49,7 @@ def ask(
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG of the kept tokens here.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    seed: Seed = 0,
     threads: Threads = 0,
     json: Json = None,
 ) -> None:

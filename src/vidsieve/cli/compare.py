@@ -17,6 +17,8 @@ from vidsieve.cli.shared import (
     Layout,
     Model,
     NewTokens,
+    Retention,
+    Seed,
     Threads,
     check_output,
     check_question,
@@ -38,7 +40,7 @@ def compare(
     methods: Annotated[
         str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
     ] = "all",
-    retention: Annotated[str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t.")] = "0.25",
+    retention: Retention = "0.25",
     earliest: Earliest = False,
     frames: Frames = None,
     fps: Fps = None,
@@ -48,7 +50,7 @@ def compare(
     picture: Annotated[
         Path | None, typer.Option(help="Write a PNG of what each keeps here.", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+    seed: Seed = 0,
     threads: Threads = 0,
     json: Json = None,
 ) -> None:

@@ -8,8 +8,6 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as BarOfRich
 from rich.table import Table
 
 from vidsieve.cli.shared import err
@@ -99,6 +97,10 @@ class Bar:
     """A bar on stderr while it is entered; calls of what entering returns are (done, total)."""
 
     def __init__(self, what: str, total: int) -> None:
+        # Here, so that commands without a bar start faster.
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as BarOfRich
+
         self.bar = BarOfRich(
             TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
         )

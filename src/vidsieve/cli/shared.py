@@ -38,6 +38,8 @@ Earliest = Annotated[
     bool,
     typer.Option("--earliest", help="Move methods inside the LLM to earlier layers where the retention asks for it."),
 ]
+Retention = Annotated[str, typer.Option("--retention", help="Fraction of video tokens kept, or a count such as 512t.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of methods that draw.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import cosines
+from vidsieve.compressors._clustering import cosines, totals
 from vidsieve.compressors._parts import PartedCompressor
 from vidsieve.compressors.base import Compressor, check_cosine
 from vidsieve.errors import BudgetError, StageError
@@ -261,6 +261,5 @@ def collapsed(hidden: Tensor, merged: Tensor, indices: Tensor, grid: TokenGrid) 
     order, owner = by_place(indices, grid), torch.empty_like(indices)
     owner[order] = order[chain_heads(merged[order])]
     chain = ((~merged).cumsum(0) - 1)[owner]
-    count = torch.bincount(chain)
-    total = torch.zeros(len(count), hidden.shape[1], device=hidden.device).index_add(0, chain, hidden.float())
-    return (total / count[:, None]).to(hidden.dtype)
+    total, members = totals(hidden, chain, int((~merged).sum()))
+    return (total / members).to(hidden.dtype)

@@ -73,7 +73,7 @@ def method_for(name: str, model: str, policy: str | None = None, **fields: Any) 
         if model == "testbed":
             policy = "testbed"
         elif registry.compressors.get(base).trained:
-            raise PolicyError(f"{base} needs a policy made for this model: name the folder of one")
+            raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
     return named_method(name, policy, **fields)
 
 
