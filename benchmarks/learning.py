@@ -71,7 +71,7 @@ COMMON = (
     "eval/testbed.py", "eval/methods.py", "testbed", "adapters", "selection.py", "types.py", "compressors/base.py",
 )  # fmt: skip
 """Code under the package that every mark depends on."""
-AT_ONCE = 16
+AT_ONCE = 64
 """Rows that are measured before they are put away: what a stop can lose."""
 
 

@@ -20,7 +20,7 @@ from vidsieve.compressors._stages import scaled_counts
 from vidsieve.errors import BudgetError, SelectionError
 from vidsieve.testing import make_video
 from vidsieve.testing.oracles import run_file
-from vidsieve.types import TokenGrid, Tokens
+from vidsieve.types import LayerView, TokenGrid, Tokens
 
 GRID = TokenGrid(8, 5, 7)
 ORACLES = Path(__file__).parent / "oracles"
@@ -303,6 +303,49 @@ def test_framefusion_asks_for_what_makes_the_mean(seen):
     assert excess([Fraction(1, 10)], Fraction(3, 10), 12) == 0
 
 
+@pytest.mark.parametrize(("history", "times"), [((40,), 0), ((40, 40), 1)])
+def test_framefusion_reads_attention_where_it_drops(history, times):
+    """The step after one that merged a sixth merges; the one after a step that merged nothing drops."""
+    draw, read = torch.Generator().manual_seed(3), []
+    view = LayerView(
+        len(history), TokenGrid(4, 3, 4), torch.arange(40), lambda: read.append(1) or torch.rand(2, 40),
+        torch.rand(40, 8, generator=draw), history=history, depth=8,
+    )  # fmt: skip
+    method = load("framefusion", retention=0.5, threshold=0.1)
+    chosen = method.choose(view, 40)
+    method.merge(view, chosen)
+    assert len(chosen) < 40 and len(read) == times
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cosines_along_time_are_torchs_bit_for_bit(dtype):
+    frames = torch.randn(5, 7, 33, generator=torch.Generator().manual_seed(0)).to(dtype)
+    frames[2] = frames[1]
+    frames[3, :2] = 0
+    frames[4, 3] *= 1e-12
+    wanted = torch.nn.functional.cosine_similarity(frames[1:], frames[:-1], dim=-1)
+    before = frames.clone()
+    assert torch.equal(_clustering.along_time(frames), wanted) and torch.equal(frames, before)
+    assert _clustering.along_time(frames[:1]).shape == (0, 7)
+
+
+@pytest.mark.parametrize(("name", "fields"), [
+    ("framefusion", {"threshold": 0.1}), ("framefusion", {"threshold": 0.99}), ("sparsevlm", {"kept": (20, 15, 10)}),
+])  # fmt: skip
+def test_merging_needs_nothing_that_choosing_left(name, fields):
+    """`merge` of a view by itself equals `merge` of the view that `choose` has seen."""
+    draw, grid = torch.Generator().manual_seed(3), TokenGrid(4, 3, 4)
+    alive = torch.arange(48)[:40]
+    hidden, rows = torch.rand(40, 8, generator=draw), torch.rand(2, 3, 40, generator=draw)
+    seen = LayerView(2, grid, alive, rows[:, -1], hidden, rows, history=(48, 40), depth=8, told=torch.ones(3).bool())
+    method = load(name, retention=0.5, **fields)
+    if name == "sparsevlm":
+        seen = replace(seen, rope_bias=torch.ones(3, 40))
+    alone = replace(seen, notes={})
+    chosen = method.choose(seen, 20)
+    assert seen.notes and torch.equal(method.merge(seen, chosen), method.merge(alone, chosen))
+
+
 # -- SparseVLM ----------------------------------------------------------------------------------------------
 
 
@@ -383,8 +426,6 @@ def test_sparsevlm_counts_its_clusters(count, part):
 
 
 def test_sparsevlms_relevant_words_and_score():
-    from vidsieve.types import LayerView
-
     draw = torch.Generator().manual_seed(0)
     video, text = torch.randn(12, 6, generator=draw), torch.randn(5, 6, generator=draw)
     method = load("sparsevlm", version=2)
@@ -422,8 +463,6 @@ def test_topvs_plan_ends_on_the_targets_side():
 
 
 def test_topv_keeps_what_carries_and_recovers_evenly():
-    from vidsieve.types import LayerView
-
     grid, draw = TokenGrid(2, 4, 6), torch.Generator().manual_seed(0)
     before, after = torch.randn(48, 16, generator=draw), torch.randn(48, 16, generator=draw)
     method = load("topv", recovered=0.5)

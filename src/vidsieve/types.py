@@ -6,8 +6,11 @@ P position rows (1, or 3 for temporal, height and width).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,9 +175,8 @@ class LayerView:
         Of the whole video.
     indices : Tensor, (n,), int64
         Raster indices of the tokens still alive.
-    attention : Tensor, (H, n), float32
-        Attention of the last prompt token to them in the layer before, or in this layer for a method with `own_layer`,
-        softmax over the whole prompt.
+    attending : Tensor or callable
+        `attention`, or what computes it where a method reads it: at its first reading.
     hidden : Tensor or None, (n, D)
         What enters the layer; given to methods that merge, or read `before`.
     text_attention : Tensor or None, (H, Q, n), float32
@@ -191,12 +193,14 @@ class LayerView:
         What entered the layer before; given to methods that read it, with `hidden`.
     rope_bias : Tensor or None, (Q, n), float32
         What a query of ones makes of a key of ones by their rotary positions alone; given to methods that divide by it.
+    notes : dict
+        What a method has worked out in `choose` and needs again in `merge`; both work without.
     """
 
     layer: int
     grid: TokenGrid
     indices: Tensor
-    attention: Tensor
+    attending: Tensor | Callable[[], Tensor]
     hidden: Tensor | None = None
     text_attention: Tensor | None = None
     groups: Tensor | None = None
@@ -205,6 +209,15 @@ class LayerView:
     told: Tensor | None = None
     rope_bias: Tensor | None = None
     before: Tensor | None = None
+    notes: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """Attention (H, n) float32 of the last prompt token to them, softmax over the whole prompt.
+
+        In the layer before, or in this one for a method with `own_layer`.
+        """
+        return self.attending if isinstance(self.attending, Tensor) else self.attending()
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,23 @@ def test_topv_equals_the_masks(family, name):
         assert result.passed, result
 
 
+@pytest.mark.parametrize(("name", "fields", "times"), [
+    ("topv", {"layer": 2}, 0), ("fastv", {"layer": 1}, 1), ("framefusion", {"threshold": 0.99}, 1),
+])  # fmt: skip
+def test_attention_is_computed_where_it_is_read_and_once(monkeypatch, name, fields, times):
+    """TopV never reads it, FrameFusion where it drops; two videos of one prompt share one computation."""
+    from vidsieve.adapters import choosing
+
+    asked = []
+    rows = choosing.attention_rows
+    monkeypatch.setattr(choosing, "attention_rows", lambda *args: asked.append(args) or rows(*args))
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "two videos")
+    with torch.no_grad(), vidsieve.attach(model, vidsieve.load(name, retention=0.7, **fields)) as session:
+        model(**inputs)
+    assert len(session.trace) == 2 and any(trace.layers for trace in session.trace)
+    assert len(asked) == times
+
+
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_vl"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,6 +17,12 @@ from vidsieve.adapters.views import rope_bias, text_places
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import LayerView
+
+
+def _from_last(attention: Callable[[], Tensor], spots: Tensor) -> Tensor:
+    """Return the last row's attention (H, n) to some of the tokens."""
+    rows = attention()
+    return rows[:, -1, spots.to(rows.device)]
 
 
 class Choosing:
@@ -72,9 +80,10 @@ class Choosing:
                 positions = torch.arange(len(line), device=line.device).expand_as(positions)
             among_rows = hidden[row, places.to(hidden.device)]
             asked = self._text(row, line)
-            attention = attention_rows(
-                self._layers[layer], self._text_config, among_rows, positions, asked
-            )  # (H, Q, n)
+            # (H, Q, n), computed where a method reads it, once for all videos of a row.
+            attention = cache(
+                partial(attention_rows, self._layers[layer], self._text_config, among_rows, positions, asked)
+            )
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
@@ -83,18 +92,19 @@ class Choosing:
                     continue
                 counts = self._counts[which]
                 spots = among[video.at(indices)]
-                seen_by = attention[..., spots.to(attention.device)]
                 view = LayerView(
-                    number, video.grid, indices, seen_by[:, -1], history=self._history(which, number), depth=self.depth
-                )
+                    number, video.grid, indices, partial(_from_last, attention, spots),
+                    history=self._history(which, number), depth=self.depth,
+                )  # fmt: skip
                 if self.compressor.reads_before:
                     view = replace(view, before=hidden[row, places[spots].to(hidden.device)])
                 if self.compressor.merges or self.compressor.reads_before:
                     first = row * (len(entering) // len(self.real))
                     view = replace(view, hidden=entering[first, places[spots].to(entering.device)])
                 if self.compressor.reads_text:
-                    behind = line[asked] > video.columns.max()
-                    view = replace(view, text_attention=seen_by[:, behind.to(seen_by.device)])
+                    behind, seen_by = line[asked] > video.columns.max(), attention()
+                    to_video = seen_by[:, behind.to(seen_by.device)][..., spots.to(seen_by.device)]
+                    view = replace(view, text_attention=to_video)
                     if self._told:
                         view = replace(view, told=self._told[which])
                     if self.compressor.reads_bias:

@@ -137,6 +137,24 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(rows) if rows else first[..., 0]
 
 
+def along_time(frames: Tensor) -> Tensor:
+    """Return the cosines (T − 1, n) of tokens (T, n, D) to the one a frame before at their place, in their dtype.
+
+    Those of `cosines`, bit for bit, and no token is normalised twice: `prev` and `now` are all the memory there is.
+    """
+    frames = frames.detach()
+    found = frames.new_empty(len(frames) - 1, frames.shape[1])
+    now, prev = torch.empty_like(frames[0]), torch.empty_like(frames[0])
+    for t, tokens in enumerate(frames):
+        # The least norm is cosine_similarity's.
+        length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp(min=1e-8)
+        torch.div(tokens, length, out=now)
+        if t:
+            torch.sum(prev.mul_(now), -1, out=found[t - 1])
+        now, prev = prev, now
+    return found
+
+
 def totals(tokens: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the sum (c, D) float32 of the tokens (n, D) that each of `count` owners has, and their number (c, 1)."""
     total = torch.zeros(count, tokens.shape[1], device=tokens.device).index_add(0, owner, tokens.float())

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import cosines
+from vidsieve.compressors._clustering import along_time
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, SelectionError
 from vidsieve.selection import least_retention, top_indices
@@ -67,7 +67,7 @@ class EVS(Compressor):
 
 def dissimilarity(frames: Tensor) -> Tensor:
     """Return (T, n): one minus the cosine of each token of frames (T, n, D) to its place one frame before."""
-    changed = 1 - cosines(frames[1:], frames[:-1])
+    changed = 1 - along_time(frames)
     return torch.cat([torch.full_like(frames[:1, :, 0], FIRST_FRAME), changed])
 
 

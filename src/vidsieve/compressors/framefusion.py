@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import cosines, totals
+from vidsieve.compressors._clustering import along_time, totals
 from vidsieve.compressors._parts import PartedCompressor
 from vidsieve.compressors.base import Compressor, check_cosine
 from vidsieve.errors import BudgetError, StageError
@@ -175,13 +175,14 @@ class FrameFusion(PartedCompressor):
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens that are not merged into another, or not dropped."""
-        return (~self._step(view)[0]).nonzero().flatten()
+        gone, _ = view.notes["step"] = self._step(view)
+        return (~gone).nonzero().flatten()
 
     def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
         """Return the hidden states of the tokens that stay: means of their chains after a step that merges."""
         if view.hidden is None:
             raise StageError("framefusion reads hidden states: hand over a view that has them")
-        gone, merging = self._step(replace(view, hidden=view.hidden.detach()))
+        gone, merging = view.notes.get("step") or self._step(replace(view, hidden=view.hidden.detach()))
         if merging:
             return collapsed(view.hidden, gone, view.indices.to(gone.device), view.grid)
         return view.hidden[chosen.to(view.hidden.device)]
@@ -222,7 +223,7 @@ def similarity(hidden: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
     """Return (n,) float32: the cosine of tokens (n, D) to the last one before them at their place; −2 for the first."""
     if len(indices) == grid.num_tokens:  # nothing to put in order
         frames = hidden.reshape(grid.frames, grid.per_frame, -1)
-        whole = cosines(frames[1:].float(), frames[:-1].float())
+        whole = along_time(frames.float())
         return torch.cat([torch.full_like(frames[:1, :, 0], _FIRST, dtype=torch.float32), whole]).flatten()
     order = by_place(indices, grid)
     place = indices[order] % grid.per_frame

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Distances, Group, centres, cosines, most_alike, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, Group, along_time, centres, most_alike, peak_scores, totals
 from vidsieve.compressors._parts import TwoPartCompressor
 from vidsieve.compressors.base import check_cosine, received_attention
 from vidsieve.errors import BudgetError, StageError
@@ -84,7 +84,7 @@ class HoliTom(TwoPartCompressor):
         grid, attention = video.grid, received_attention(video, self.name)
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            same = cosines(frames[:-1].float(), frames[1:].float()) > self.threshold
+            same = along_time(frames.float()) > self.threshold
             found, reduced = windows(same, self.longest)
         groups = grouped(frames, same, found)
         if self.outcome:

@@ -129,8 +129,7 @@ class SparseVLM(LayerCompressor):
 
     def choose(self, view: LayerView, keep: int) -> Tensor:
         """Return the tokens that stay, and those at which clusters stand."""
-        scores = self.scores(view)
-        best, clusters, _ = self._parts(view, scores, keep)
+        best, clusters, _ = view.notes["parts"] = self._parts(view, self.scores(view), keep)
         chosen = torch.cat([best, clusters])
         return chosen if self.reorders else chosen.sort().values
 
@@ -139,7 +138,7 @@ class SparseVLM(LayerCompressor):
         if view.hidden is None:
             raise NeedError("sparsevlm reads hidden states: hand over a view that has them")
         keep = len(chosen) if self.variant == "ours" else dict(self.stages(view.depth, view.history[0]))[view.layer]
-        _, clusters, owner = self._parts(view, self.scores(view), keep)
+        _, clusters, owner = view.notes.get("parts") or self._parts(view, self.scores(view), keep)
         made = view.hidden.clone()
         if len(clusters):
             members = (owner >= 0).nonzero().flatten()
@@ -179,11 +178,7 @@ class SparseVLM(LayerCompressor):
         elif keep >= count:
             return torch.arange(count, device=scores.device), owner[:0], owner
         else:
-            recycles = self.version == 1
-            kept = next(
-                k for k in range(keep, -1, -1) if k + (cluster_count(count - k) if recycles else 0) <= keep or not k
-            )
-            best = top_indices(scores, kept)
+            best = top_indices(scores, self._best(count, keep))
         if self.version == 2:
             return best, owner[:0], owner
         rest = torch.ones_like(owner, dtype=torch.bool).index_fill(0, best, False).nonzero().flatten()
