@@ -17,6 +17,7 @@ VidsieveError
 │   └── PolicyMismatchError               made for another width, family or version
 ├── VideoError(ValueError)                a file that holds no readable video
 ├── TrainingError(RuntimeError)           training cannot go on (the last good checkpoint is kept)
+├── EvaluationError(ValueError)           a benchmark's folder or a run's results that cannot be used
 └── OutputError(OSError)                  a path that cannot be written
 """
 
@@ -101,6 +102,10 @@ class VideoError(VidsieveError, ValueError):
 
 class TrainingError(VidsieveError, RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
+
+
+class EvaluationError(VidsieveError, ValueError):
+    """A benchmark's folder, or the results of a run, cannot be used."""
 
 
 class OutputError(VidsieveError, OSError):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from vidsieve.adapters.batch import on_device
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import Encoded, Pruned, on_device
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin, uncompiled
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
@@ -197,23 +199,27 @@ def answer(
         inputs = on_device(chat(processor, video, question), device)
     with clock.part("encode", device):
         encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
-    generator = torch.Generator().manual_seed(seed)
-    work: AbstractContextManager[None] = nullcontext()
-    run: InnerRun | None = None
+    return reply(adapter, processor, encoded, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock)
+
+
+@torch.no_grad()
+def reply(
+    adapter: Adapter, processor: Any, encoded: Encoded, compressor: Compressor | None = None, *,
+    max_new_tokens: int = 64, seed: int = 0, clock: Clock | None = None,
+) -> Answer:  # fmt: skip
+    """Return the greedy answer to one encoded prompt, pruned by `compressor` (None: all tokens).
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    clock, model = clock or Clock(), adapter.model
+    device = model.device
     with clock.part("select", device):
-        traces: list[VideoTrace] = []
-        if compressor is not None and acts_inside(compressor):  # goes on while the LLM runs
-            pruned, run = begin(adapter, encoded, compressor, generator)
-        elif compressor is None:
-            pruned = adapter.build(encoded, encoded.per_row(encoded.everything()))
-        else:
-            chosen, traces = adapter.select(encoded, compressor, generator)
-            pruned = adapter.build(encoded, [chosen])
-    if run is not None:
-        work = run.hooked(list(adapter.decoder_layers), model.config.get_text_config(), None)
+        pruned, traces, run = _pruned(adapter, encoded, compressor, seed)
     first = _FirstToken(device)
     start = time.perf_counter()
-    with work:
+    with _inside(adapter, run):
         out = model.generate(
             **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False,
             logits_processor=LogitsProcessorList([first]),
@@ -226,6 +232,46 @@ def answer(
     text = processor.batch_decode(out[:, short:], skip_special_tokens=True)[0].strip()
     name = compressor.describe() if compressor is not None else "full"
     return Answer(text, name, (int(encoded.input_ids.shape[1]), short), tuple(traces), dict(clock.ms))
+
+
+@torch.no_grad()
+def choice(
+    adapter: Adapter, encoded: Encoded, option_ids: Tensor, compressor: Compressor | None = None, *, seed: int = 0
+) -> tuple[int, tuple[int, int], tuple[VideoTrace, ...]]:
+    """Return which of some next tokens (options,) int64 is likeliest after one encoded prompt, by a single prefill.
+
+    Beside it the prompt's tokens before and after pruning, and what was kept.
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    pruned, traces, run = _pruned(adapter, encoded, compressor, seed)
+    with uncompiled(), _inside(adapter, run):
+        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[0, -1]
+    best = int(logits[option_ids.to(logits.device)].argmax())
+    tokens = int(encoded.input_ids.shape[1]), int(pruned.inputs["input_ids"].shape[1])
+    return best, tokens, tuple(run.traces() if run is not None else traces)
+
+
+def _pruned(
+    adapter: Adapter, encoded: Encoded, compressor: Compressor | None, seed: int
+) -> tuple[Pruned, list[VideoTrace], InnerRun | None]:
+    """Return the prompt as the LLM reads it, and what goes on in a method while the LLM runs."""
+    generator = torch.Generator().manual_seed(seed)
+    if compressor is None:
+        return adapter.build(encoded, encoded.per_row(encoded.everything())), [], None
+    if acts_inside(compressor):
+        pruned, run = begin(adapter, encoded, compressor, generator)
+        return pruned, [], run
+    chosen, traces = adapter.select(encoded, compressor, generator)
+    return adapter.build(encoded, encoded.per_row(chosen)), traces, None
+
+
+def _inside(adapter: Adapter, run: InnerRun | None) -> AbstractContextManager[None]:
+    if run is None:
+        return nullcontext()
+    return run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), None)
 
 
 def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:

@@ -1,4 +1,4 @@
-"""Names → classes, loaded on first use. THE one line per method and per model family lives here."""
+"""Names → classes, loaded on first use. THE one line per method, model family and benchmark lives here."""
 
 from __future__ import annotations
 
@@ -120,5 +120,18 @@ families = Registry(
         "Qwen3VLForConditionalGeneration": "vidsieve.adapters.qwen3_vl:Qwen3VLAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.internvl:InternVLAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.smolvlm:SmolVLMAdapter",
+    },
+)
+
+benchmarks = Registry(
+    "benchmark",
+    "vidsieve.benchmarks",
+    {
+        "longvideobench": "vidsieve.eval.benchmarks.longvideobench:LONGVIDEOBENCH",
+        "mlvu": "vidsieve.eval.benchmarks.mlvu:MLVU",
+        "mlvu-test": "vidsieve.eval.benchmarks.mlvu:MLVU_TEST",
+        "videomme": "vidsieve.eval.benchmarks.videomme:VIDEOMME",
+        "lvbench": "vidsieve.eval.benchmarks.lvbench:LVBENCH",
+        "questions": "vidsieve.eval.benchmarks.questions:QUESTIONS",
     },
 )

@@ -151,7 +151,7 @@ def test_policies_of_one_method_are_rows_of_their_own(tmp_path):
     result = json.loads(text)
     assert [row["policy"] for row in result["rows"]] == ["", "", "", *map(str, folders)]
     assert len(result["right"]) == 5
-    assert "NaN" not in text and result["rows"][0]["stderr"] is None and "one scene" in out
+    assert "NaN" not in text and result["rows"][0]["stderr"] is None and "one video" in out
 
 
 @pytest.mark.slow

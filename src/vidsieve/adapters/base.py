@@ -167,6 +167,16 @@ class Adapter(Probed, ABC):
             return self._template
         return template_of(self.model.config)
 
+    def limit_frames(self, processor: Any, tokens: int) -> None:
+        """Make a processor give at most `tokens` tokens a frame.
+
+        Raises
+        ------
+        UnsupportedCallError
+            Where frames have a size of their own.
+        """
+        raise UnsupportedCallError(f"frames of {self.family} have a fixed number of tokens: leave the limit out")
+
     # -- encode ---------------------------------------------------------------------------------------------
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:

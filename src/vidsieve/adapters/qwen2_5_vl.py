@@ -32,6 +32,13 @@ class Qwen25VLAdapter(Adapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
 
+    def limit_frames(self, processor: Any, tokens: int) -> None:
+        """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to."""
+        made = processor.video_processor
+        most = tokens * (made.patch_size * made.merge_size) ** 2
+        made.size = type(made.size)(**(dict(made.size) | {"longest_edge": most}))
+        made.size["shortest_edge"] = min(made.size["shortest_edge"], most)
+
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` by ``video_grid_thw`` (videos, 3), or of ready features."""
         grids = inputs.get("video_grid_thw")

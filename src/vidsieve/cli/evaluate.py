@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any
 
 import typer
 
+from vidsieve import registry
+from vidsieve.cli import benchmark
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
@@ -18,12 +19,17 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     table,
+    with_error,
     words,
     write_json,
 )
 from vidsieve.errors import UnknownNameError
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods: accuracy with errors clustered by video.")
+for name in registry.benchmarks:
+    app.command(name, help=f"Accuracy on {name}, every method in one run that can be gone on with.")(
+        benchmark.command(name)
+    )
 
 
 @app.command("testbed")
@@ -94,8 +100,3 @@ def print_result(result: dict[str, Any]) -> None:
     out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5, 6)))
     for row in result["refused"]:
         out.print(f"–: {row['reason']}", markup=False, highlight=False)
-
-
-def with_error(value: str, error: float) -> str:
-    """Return ``value ± error``; a single scene gives no error."""
-    return f"{value} ± {error:.3f}" if math.isfinite(error) else f"{value} (one scene)"

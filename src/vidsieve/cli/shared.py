@@ -152,6 +152,11 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
+def with_error(value: str, error: float, digits: int = 3) -> str:
+    """Return ``value ± error``; a single cluster gives no error."""
+    return f"{value} ± {error:.{digits}f}" if math.isfinite(error) else f"{value} (one video)"
+
+
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Any:
     """Return a rich table; `right` are the numbers of the columns set flush right."""
     from rich.table import Table

@@ -121,7 +121,7 @@ def ablate(
     check_output(figure)
     searched = folder / f"search-{search}.json"
     check_output(searched)
-    from vidsieve.eval.testbed import versions
+    from vidsieve.eval.running import versions
     from vidsieve.report.curves import curves_picture
     from vidsieve.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
     from vidsieve.testbed.search import markdown as search_table

@@ -6,7 +6,6 @@ encoded, to the bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zlib
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures, on_device
+from vidsieve.adapters.fingerprint import digest, lasting, weights_digest
 from vidsieve.data.video import Video
 from vidsieve.data.wording import Wording, is_pixels, worded
 from vidsieve.errors import OutputError, TrainingError, VideoError
@@ -95,8 +95,8 @@ class EncodingCache:
             "format": FORMAT, "family": adapter.family, **_fingerprint(adapter), "frames": frames,
             "dtype": str(adapter.model.dtype),
         }  # fmt: skip
-        self._stamp = _digest(manifest)
-        self._settings = _digest(_settings(processor))
+        self._stamp = digest(manifest)
+        self._settings = digest(_settings(processor))
         path = self.folder / MANIFEST
         if path.exists():
             self._compare(path, manifest)
@@ -214,7 +214,7 @@ class EncodingCache:
             except OSError as error:
                 raise VideoError(f"{file} cannot be read ({error.strerror}): fetch it again") from None
             parts.append([str(found), status.st_size, status.st_mtime_ns, times])
-        return self.folder / f"{_digest([parts, self.frames, self._settings])}.safetensors"
+        return self.folder / f"{digest([parts, self.frames, self._settings])}.safetensors"
 
     def _packed(self, video: VideoFeatures, wording: Wording) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return a video's features and wording as tensors, and the header of their file."""
@@ -268,35 +268,15 @@ def _fingerprint(adapter: Adapter) -> dict[str, str]:
     llm = {id(weight) for weight in adapter.language_model.parameters()}
     head = model.get_output_embeddings()
     llm |= {id(weight) for weight in head.parameters()} if head is not None else set()
-    digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        if id(weight) in llm:
-            continue
-        digest.update(f"{name} {tuple(weight.shape)}".encode())
-        if not weight.is_meta:  # offloaded: its shape has to do
-            places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
-            digest.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
-    return {"config": _digest(_lasting(model.config.to_dict())), "weights": digest.hexdigest()[:16]}
-
-
-def _lasting(config: Any) -> Any:
-    """Return a configuration without what may differ for the same model: where it came from, versions, dtypes."""
-    if isinstance(config, dict):
-        passing = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
-        return {str(key): _lasting(value) for key, value in config.items() if key not in passing}
-    return [_lasting(value) for value in config] if isinstance(config, list | tuple) else config
+    outside = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in llm)
+    return {"config": digest(lasting(model.config.to_dict())), "weights": weights_digest(outside)}
 
 
 def _settings(processor: Any) -> list[Any]:
     """Return what a processor's pixels and prompts depend on."""
     parts = [getattr(processor, name, None) for name in ("video_processor", "image_processor")]
-    made = [_lasting(part.to_dict()) for part in parts if part is not None]
+    made = [lasting(part.to_dict()) for part in parts if part is not None]
     return [type(processor).__name__, getattr(processor, "chat_template", None), *made]
-
-
-def _digest(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _size(count: int) -> str:

@@ -9,7 +9,7 @@ from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
 from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
-from vidsieve.eval.testbed import versions
+from vidsieve.eval.running import versions
 from vidsieve.pipeline import PARTS, Answer, answer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Generator, Tensor
 
-from vidsieve._version import __version__
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.adapters.inside import begin, uncompiled
@@ -21,6 +18,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
+from vidsieve.eval.running import versions
 from vidsieve.eval.stats import clustered_mean, paired_difference
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
@@ -244,11 +242,3 @@ def _key(row: Row) -> str:
 def _difference(marks: list[bool], others: list[bool], clusters: list[int]) -> dict[str, float]:
     estimate = paired_difference([float(m) for m in marks], [float(o) for o in others], clusters)
     return {"diff": estimate.mean, "stderr": estimate.stderr}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a number depends on."""
-    return {
-        "vidsieve": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-        "numpy": np.__version__, "python": platform.python_version(),
-    }  # fmt: skip

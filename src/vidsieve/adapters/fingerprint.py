@@ -1,0 +1,50 @@
+"""What tells one model, policy or setting from another: short hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def digest(value: Any) -> str:
+    """Return a hash of a value as JSON has it; what JSON does not know counts as its text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def lasting(config: Any) -> Any:
+    """Return a configuration without what may differ for the same model: where it came from, versions, dtypes."""
+    if isinstance(config, dict):
+        passing = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+        return {str(key): lasting(value) for key, value in config.items() if key not in passing}
+    return [lasting(value) for value in config] if isinstance(config, list | tuple) else config
+
+
+def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of names, shapes and some values of weights; of those that are offloaded names and shapes alone."""
+    found = hashlib.sha256()
+    for name, weight in weights:
+        found.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
+            found.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def model_digest(model: Any) -> str:
+    """Return a hash of a model's configuration and some values of all its weights."""
+    return digest([lasting(model.config.to_dict()), weights_digest(model.named_parameters())])
+
+
+def folder_digest(folder: Path) -> str:
+    """Return a hash of the names and bytes of the files in a folder."""
+    found = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:16]

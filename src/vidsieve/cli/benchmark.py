@@ -1,0 +1,265 @@
+"""vidsieve eval BENCHMARK: accuracy on a published set of questions, every method in one run."""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vidsieve import registry
+from vidsieve.cli.progress import Bar
+from vidsieve.cli.shared import (
+    Earliest,
+    Json,
+    Layout,
+    Seed,
+    Threads,
+    check_output,
+    err,
+    out,
+    parse_retention,
+    quiet,
+    set_threads,
+    table,
+    with_error,
+    words,
+    write_json,
+)
+from vidsieve.errors import EvaluationError, RetentionError
+
+if TYPE_CHECKING:
+    from vidsieve.compressors.base import Compressor
+    from vidsieve.eval.items import Item
+    from vidsieve.eval.runner import Condition
+
+BASELINES = ("random", "uniform", "downsample")
+"""Measured in every run, beside the model with all tokens."""
+
+
+def command(name: str) -> Callable[..., None]:
+    """Return the command of one benchmark."""
+
+    def measure(
+        data: Annotated[Path, typer.Argument(help="Its folder as published; of 'questions' a file.")],
+        model: Annotated[
+            str | None, typer.Option(help="Folder or hub id of a model; a protocol names its own.", show_default=False)
+        ] = None,
+        methods: Annotated[
+            str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
+        ] = "",
+        retention: Annotated[
+            str, typer.Option(help="Fractions of video tokens kept, or counts such as 512t, comma-separated.")
+        ] = "0.25,0.1",
+        frames: Annotated[
+            str | None,
+            typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32"),
+        ] = None,
+        fps: Annotated[
+            float | None, typer.Option(help="Frames a second; --frames is then the most.", show_default=False)
+        ] = None,
+        tokens_per_frame: Annotated[
+            int | None,
+            typer.Option(help="At most so many, where the model lets one choose.", min=1, show_default=False),
+        ] = None,
+        protocol: Annotated[
+            str | None,
+            typer.Option(help="A paper's model, frames and tokens a frame, as cacovid:qwen2.5-vl.", show_default=False),
+        ] = None,
+        answer: Annotated[
+            str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
+        ] = "generate",
+        max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 16,
+        subset: Annotated[
+            int | None, typer.Option(help="So many questions, drawn by the seed.", min=1, show_default=False)
+        ] = None,
+        allow_missing: Annotated[
+            bool, typer.Option("--allow-missing", help="Count questions about missing videos as failures.")
+        ] = False,
+        indices: Annotated[bool, typer.Option("--indices", help="Store which tokens each method kept.")] = False,
+        earliest: Earliest = False,
+        folder: Annotated[
+            Path | None,
+            typer.Option("--out", help="Folder of the run, to be gone on with.", show_default="in runs/eval"),
+        ] = None,
+        share: Annotated[
+            str | None,
+            typer.Option(help="2/4: the second of four processes; torchrun's ranks by default.", show_default=False),
+        ] = None,
+        layout: Layout = None,
+        device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
+        seed: Seed = 0,
+        threads: Threads = 0,
+        json: Json = None,
+    ) -> None:
+        check_output(json)
+        _run(
+            name, data, words(methods), words(retention), folder=folder or Path("runs/eval", name),
+            share=_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
+            protocol=protocol, answer=answer, max_new_tokens=max_new_tokens, subset=subset, allow_missing=allow_missing,
+            indices=indices, earliest=earliest, layout=layout, device=device, seed=seed, threads=threads, json=json,
+        )  # fmt: skip
+
+    return measure
+
+
+def _share(text: str | None) -> tuple[int, int]:
+    """Return which of how many processes this is: from ``2/4``, or torchrun's environment."""
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+        raise EvaluationError(f"--share is the number of a process and how many there are, as 2/4; got {text!r}")
+    return int(first) - 1, int(second)
+
+
+def _run(
+    name: str, data: Path, names: list[str], retentions: list[str], *, folder: Path, share: tuple[int, int],
+    model: str | None, frames: str | None, fps: float | None, tokens_per_frame: int | None, protocol: str | None,
+    answer: str, max_new_tokens: int, subset: int | None, allow_missing: bool, indices: bool, earliest: bool,
+    layout: str | None, device: str, seed: int, threads: int, json: Path | None,
+) -> None:  # fmt: skip
+    counts = [_count(word) for word in words(frames or "32")]
+    amounts = [parse_retention(word) for word in retentions]
+    if not amounts or not counts:
+        raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
+    check_output(folder / "run.json")
+    set_threads(threads)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.eval.items import check_videos
+    from vidsieve.eval.methods import check_known, named_methods
+    from vidsieve.eval.protocols import protocol as protocol_of
+    from vidsieve.eval.runner import Examiner
+    from vidsieve.eval.running import configuration, run
+    from vidsieve.pipeline import load_model
+
+    if protocol is not None:
+        if frames is not None or tokens_per_frame is not None or fps is not None:
+            raise EvaluationError("--protocol says how many frames and tokens there are: leave those options out")
+        fixed = protocol_of(protocol)
+        counts, tokens_per_frame, model = [fixed.frames], fixed.tokens_per_frame, model or fixed.model
+        layout = layout or fixed.layout
+    if model is None:
+        raise EvaluationError("which model? Give --model, or a paper's --protocol")
+    for word in names:
+        check_known(word)
+    benchmark = registry.benchmarks.get(name)
+    items: list[Item] = benchmark.read(data)
+    found = len(items)
+    if benchmark.questions and found != benchmark.questions:
+        err.print(
+            f"note: {data} has {found} questions, {benchmark.questions} are published: compare figures with that in "
+            "mind", soft_wrap=True,
+        )  # fmt: skip
+    if subset is not None and subset < found:
+        chosen = set(random.Random(seed).sample(range(found), subset))
+        items = [item for place, item in enumerate(items) if place in chosen]
+    if not allow_missing:
+        check_videos(items)
+    quiet()
+    listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
+    methods = named_methods(listed, model, earliest=earliest)
+    network, processor = load_model(model, layout, device=device)
+    adapter = adapter_for(network)
+    if tokens_per_frame is not None:
+        adapter.limit_frames(processor, tokens_per_frame)
+    examiner = Examiner(
+        adapter, processor, _conditions(counts, methods, amounts), benchmark.closing, answer, fps, max_new_tokens, seed,
+        indices,
+    )  # fmt: skip
+    more = {
+        "data": data.name, "subset": subset, "protocol": protocol, "tokens_per_frame": tokens_per_frame,
+        "earliest": earliest, "layout": layout,
+    }  # fmt: skip
+    config = configuration(benchmark, items, examiner, model, more)
+    with Bar("videos", len({item.video for item in items})) as advance:
+        result = run(folder, benchmark, items, examiner, config, share=share, command=_command(), progress=advance)
+    if result is None:
+        out.print(f"this share is done; the table is made when the others are, in {folder}")
+        return
+    print_table(result)
+    out.print(f"written: {folder}")
+    write_json(json, result)
+
+
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise EvaluationError(f"--frames is a whole number from 1 on, or several, as 8,16,32; got {word!r}")
+    return int(word)
+
+
+def _conditions(counts: Sequence[int], methods: dict[str, Compressor], amounts: Sequence[Any]) -> list[Condition]:
+    """Return all tokens, and every method at every retention, for each number of frames."""
+    from vidsieve.eval.methods import is_folder
+    from vidsieve.eval.runner import Condition
+
+    found = []
+    for count in counts:
+        found.append(Condition(count))
+        for amount in amounts:
+            for name, method in methods.items():
+                found.append(Condition(count, method.with_retention(amount), name if is_folder(name) else ""))
+    return found
+
+
+def _command() -> str:
+    """Return the command line, without the share that this process has of it."""
+    given, kept = sys.argv[1:], []
+    while given:
+        word = given.pop(0)
+        if word == "--share":
+            del given[:1]
+        elif not word.startswith("--share="):
+            kept.append(word)
+    return shlex.join(["vidsieve", *kept])
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """Print a benchmark's table: what each condition keeps, its accuracy, and its differences."""
+    several = len({row["frames"] for row in result["rows"]}) > 1
+    lines = []
+    for row in result["rows"]:
+        name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
+        name += f" ({row['part']})" if row["part"] else ""
+        name += f" ({row['policy']})" if row["policy"] else ""
+        lines.append((
+            escape(name), *([row["frames"]] if several else []), row["retention"],
+            *(_number(row[key], "{:.4f}") for key in ("layer_retention", "real_retention")),
+            with_error(f"{100 * row['accuracy']:.1f}", 100 * row["stderr"], 1), f"{100 * row['figure']:.1f}",
+            *(_difference(row[f"vs_{other}"] if other != row["method"] else None) for other in ("random", "full")),
+        ))  # fmt: skip
+    for row in result["refused"]:
+        lines.append((escape(row["method"]), *([row["frames"]] if several else []), row["retention"], *"––––––"))
+    columns = (
+        "method", *(["frames"] if several else []), "retention", "of layers", "left", "accuracy % ± s.e.", "figure %",
+        "− random, 95 %", "− all tokens, 95 %",
+    )  # fmt: skip
+    size = f"{result['questions']} questions about {result['videos']} videos"
+    out.print(table(f"{result['benchmark']}: {size}", columns, lines, right=range(1, len(columns))))
+    out.print(f"figure: {result['figure']}", highlight=False)
+    for row in result["refused"]:
+        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+    if result["failed"]:
+        lost = sum(row["questions"] for row in result["failed"])
+        first = result["failed"][0]
+        videos = "1 video" if len(result["failed"]) == 1 else f"{len(result['failed'])} videos"
+        out.print(
+            f"{videos} could not be read: {lost} questions count as answered wrongly. First: "
+            f"{first['reason']}", markup=False, highlight=False,
+        )  # fmt: skip
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    return with_error(f"{100 * found['diff']:+.1f}", 196 * found["stderr"], 1)

@@ -1,0 +1,50 @@
+"""Questions of any file: Video-R1's JSON, or JSON lines as training takes them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from vidsieve.data.rows import kind_of, read_rows, right_option
+from vidsieve.errors import EvaluationError, TrainingError
+from vidsieve.eval.benchmarks._layout import without_letter
+from vidsieve.eval.items import LETTERS, Benchmark, Item, checked
+
+_LETTERED = re.compile(r"^\s*\(?[A-Z][.):]")
+
+
+def read(path: Path) -> list[Item]:
+    """Return the questions of a file, each known by its number from 1; captions in it are passed over.
+
+    Options that begin with letters are listed in the prompt; of others each is an answer, word for word.
+
+    Raises
+    ------
+    EvaluationError
+    """
+    try:
+        rows = read_rows(path, None)
+    except TrainingError as error:
+        raise EvaluationError(str(error)) from None
+    items = []
+    for number, row in enumerate((row for row in rows if "question" in row), 1):
+        name, kind = f"{number}", kind_of(row)
+        video = path.parent / row["video"]
+        groups = {"kind": (str(row.get("group", kind)),)}
+        if kind != "multiple choice":
+            items.append(Item(name, video, str(row["question"]), (), str(row["answer"]), groups, kind))
+            continue
+        options = [str(option) for option in row["options"]]
+        right = right_option(options, str(row["answer"]))
+        if right < 0:
+            raise EvaluationError(f"question {number} of {path}: the answer {row['answer']!r} is none of {options}")
+        listed = all(_LETTERED.match(option) for option in options)
+        bare = tuple(without_letter(option, place) for place, option in enumerate(options)) if listed else options
+        answer = LETTERS[right] if listed else options[right]
+        items.append(Item(name, video, str(row["question"]), tuple(bare), answer, groups, listed=listed))
+    return checked(items, path)
+
+
+QUESTIONS = Benchmark(
+    "questions", "questions of a file (Video-R1's JSON, or JSON lines)", "Video-R1, arXiv 2503.21776", read, 0, 0
+)

@@ -1,0 +1,209 @@
+"""Answers to a benchmark's questions under several conditions: a video is read and encoded once for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import Encoded, on_device
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors.base import Compressor
+from vidsieve.data.video import Video, read_video
+from vidsieve.data.wording import worded
+from vidsieve.errors import (
+    BudgetError,
+    NeedError,
+    PromptError,
+    StageError,
+    UnknownNameError,
+    UnsupportedCallError,
+    VideoError,
+)
+from vidsieve.eval.items import Item
+from vidsieve.eval.letters import chosen
+from vidsieve.pipeline import chat, choice, reply
+from vidsieve.rl.answers import judge
+from vidsieve.types import ENCODER_NEEDS, Need
+
+WAYS = ("generate", "choice")
+"""How an answer is had: generated text judged by its kind of question, or the likeliest of the options' letters."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """How many frames are read, and what keeps their tokens; no method: all of them."""
+
+    frames: int
+    compressor: Compressor | None = None
+    policy: str = ""
+    """Folder of a policy that the user named, to tell conditions of one method apart."""
+
+    @property
+    def key(self) -> str:
+        """A name that no other condition of a run has."""
+        return "/".join(str(value) for value in self.described().values())
+
+    def described(self) -> dict[str, Any]:
+        """Return what a table says of the condition."""
+        method = self.compressor
+        if method is None:
+            said = {"method": "full", "variant": "-", "part": "", "policy": "", "retention": "1"}
+        else:
+            kept = method.retention
+            said = {
+                "method": method.name, "variant": method.variant, "part": method.part, "policy": self.policy,
+                "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
+            }  # fmt: skip
+        return {**said, "frames": self.frames}
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Asks a model about videos.
+
+    Parameters
+    ----------
+    adapter, processor : of the model
+    conditions : sequence of Condition
+    closing : str or None
+        What ends a prompt after its options; None: what its kind of question has.
+    way : str
+        One of `WAYS`.
+    fps : float, optional
+        Frames a second, of which a condition's `frames` are then the most.
+    max_new_tokens, seed : int
+    keep : bool
+        Whether kept indices are noted.
+    """
+
+    adapter: Adapter
+    processor: Any
+    conditions: Sequence[Condition]
+    closing: str | None = None
+    way: str = "generate"
+    fps: float | None = None
+    max_new_tokens: int = 16
+    seed: int = 0
+    keep: bool = False
+    refused: dict[str, str] = field(init=False)
+    """By condition, why this model cannot be asked under it."""
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise UnknownNameError("way to answer", self.way, WAYS)
+        refused = {}
+        for condition in self.conditions:
+            try:
+                if condition.compressor is not None:
+                    self.adapter.check(condition.compressor)
+            except (BudgetError, NeedError, StageError, UnsupportedCallError) as error:
+                refused[condition.key] = str(error)
+        object.__setattr__(self, "refused", refused)
+
+    @torch.no_grad()
+    def measure(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Return what the model says to questions about one video.
+
+        Returns
+        -------
+        dict
+            ``samples``: per item and condition ``item, condition, said, score, kept, total, layers, prompt``, and
+            ``indices`` where they are kept. ``refused``: by condition, why its method cannot run on this model, or
+            keep so little of this video. ``select_ms``: by condition. Or ``failed``: why the video could not be read.
+        """
+        samples: list[dict[str, Any]] = []
+        refused = dict(self.refused)
+        spent: dict[str, list[float]] = {}
+        for frames in sorted({condition.frames for condition in self.conditions}):
+            asked = [condition for condition in self.conditions if condition.frames == frames]
+            asked = [condition for condition in asked if condition.key not in self.refused]
+            try:
+                video = self._read(items[0], frames)
+            except VideoError as error:
+                return {"failed": str(error), "samples": [], "refused": refused, "select_ms": {}}
+            for item, encoded in self._encoded(video, items, asked):
+                for condition in asked:
+                    try:
+                        said, score, prompt, traces = self._answer(encoded, item, condition)
+                    except BudgetError as error:
+                        refused[condition.key] = str(error)
+                        continue
+                    spent.setdefault(condition.key, []).append(sum(trace.select_ms for trace in traces))
+                    samples.append({
+                        "item": item.id, "condition": condition.key, "said": said, "score": score,
+                        **_kept(encoded, traces), "prompt": list(prompt),
+                        **({"indices": [list(trace.indices) for trace in traces]} if self.keep else {}),
+                    })  # fmt: skip
+        return {"samples": samples, "refused": refused, "select_ms": spent}
+
+    def _read(self, item: Item, frames: int) -> Video:
+        if self.fps is None:
+            return read_video(item.video, frames=frames)
+        return read_video(item.video, fps=self.fps, max_frames=frames)
+
+    def _encoded(
+        self, video: Video, items: Sequence[Item], conditions: Sequence[Condition]
+    ) -> Iterator[tuple[Item, Encoded]]:
+        """Yield every question's prompt, the video through the vision encoder once where the processor allows it."""
+        methods = [condition.compressor for condition in conditions if condition.compressor is not None]
+        needs: frozenset[Need] = frozenset().union(*(method.needs for method in methods)) & ENCODER_NEEDS
+        device = self.adapter.model.device
+        texts = [item.prompt(self.closing) for item in items]
+        try:
+            made, wording = worded(self.processor, video, texts[0])
+        except UnsupportedCallError:  # prompts of this processor are made with the pixels only
+            for item, text in zip(items, texts, strict=True):
+                inputs = on_device(chat(self.processor, video, text), device)
+                yield item, self.adapter.encode(inputs, needs=needs)
+            return
+        (features,) = self.adapter.features(on_device(made, device), needs)
+        ready = {"mm_encoder_outputs": self.adapter.ready_features(features)}
+        for item, text in zip(items, texts, strict=True):
+            encoded = self.adapter.encode(on_device(wording.inputs(self.processor, text), device) | ready)
+            (span,) = encoded.videos
+            span = replace(span, features=replace(span.features, encoder=features.encoder))
+            yield item, replace(encoded, videos=(span,))
+
+    def _answer(
+        self, encoded: Encoded, item: Item, condition: Condition
+    ) -> tuple[str, float, tuple[int, int], tuple[VideoTrace, ...]]:
+        method = condition.compressor
+        if self.way == "choice":
+            best, prompt, traces = choice(self.adapter, encoded, self._tokens(item), method, seed=self.seed)
+            word = item.answers[best]
+            return word, float(word == item.answer), prompt, traces
+        said = reply(
+            self.adapter, self.processor, encoded, method, max_new_tokens=self.max_new_tokens, seed=self.seed
+        )  # fmt: skip
+        if item.kind == "multiple choice" and item.listed:
+            score = float(chosen(said.text, item.options, item.answers) == item.answer)
+        else:
+            score = judge(item.kind, said.text, item.answer)
+        return said.text, score, said.prompt_tokens, said.traces
+
+    def _tokens(self, item: Item) -> Tensor:
+        """Return the token of each of an item's possible answers.
+
+        Raises
+        ------
+        PromptError
+            If it has none, one is not one token, or two are the same one.
+        """
+        ids = [self.processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in item.answers]
+        if not ids or any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
+            raise PromptError(f"question {item.id!r} cannot be answered by one token each: use --answer generate")
+        return torch.tensor([tokens[0] for tokens in ids])
+
+
+def _kept(encoded: Encoded, traces: Sequence[VideoTrace]) -> dict[str, Any]:
+    """Return how many tokens are left of how many, and the share that the LLM's layers see on average."""
+    total = sum(span.features.grid.num_tokens for span in encoded.videos)
+    if not traces:
+        return {"kept": total, "total": total, "layers": 1.0}
+    layers = sum(trace.layer_retention * trace.total for trace in traces) / total
+    return {"kept": sum(trace.kept for trace in traces), "total": total, "layers": layers}
