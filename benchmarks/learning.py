@@ -34,7 +34,7 @@ from vidsieve.policies import Policy
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.study import first_look_row, question_oracle
 from vidsieve.testbed.world import TOKENS
-from vidsieve.types import VideoTokens
+from vidsieve.types import Stage, VideoTokens
 
 WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
 PROBED = (0.1, 0.05)
@@ -99,14 +99,18 @@ def _files(path: Path) -> list[Path]:
 def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[Row, str]]:
     """Return (row, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
     methods = named_methods(["all"], prefill=True)
-    moved = [method for method in methods.values() if earliest and hasattr(method, "earliest")]
+    moved = [
+        (method, "earliest", True) if hasattr(method, "earliest") else (method, "layer", 1)
+        for method in methods.values()
+        if earliest and method.acts is Stage.LAYER and (hasattr(method, "earliest") or hasattr(method, "layer"))
+    ]
     found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
     for retention in RETENTIONS:
         for name, method in methods.items():
             rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
             found += [(row, method) for row in rows]
-        for method in moved:
-            at = dataclasses.replace(method.with_retention(retention), earliest=True)  # type: ignore[call-arg]
+        for method, field, value in moved:
+            at = dataclasses.replace(method.with_retention(retention), **{field: value})  # type: ignore[arg-type]
             found.append((compressor_row(at, f"{method.name}[earliest]"), method))
         found.append((Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None))
         found.append((first_look_row(model, retention), None))
@@ -197,6 +201,10 @@ NAMES = {
 }
 
 
+def _label(method: str, variant: str) -> str:
+    return NAMES.get(method, f"`{method}`" + ("" if variant in ("ours", "-") else f", variant {variant}"))
+
+
 def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
     """Return a table of accuracies on both worlds, with its largest standard error below."""
     by = {
@@ -213,13 +221,57 @@ def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
         if not any(rows):
             continue
         largest = max(largest, *(row["stderr"] for row in rows if row))
-        label = NAMES.get(method, f"`{method}`" + ("" if variant in ("ours", "-") else f", variant {variant}"))
         cells = [f"{row['mean']:.3f}" if row else "–" for row in rows]
-        lines.append(f"| {label} | {' | '.join(cells)} |")
+        lines.append(f"| {_label(method, variant)} | {' | '.join(cells)} |")
     about = (
         f"Standard errors, clustered by scene: at most {largest:.3f}. –: below what the method can keep, or not probed."
     )
     return "\n".join([*lines, "", about])
+
+
+def differences(result: dict[str, Any], methods: Sequence[tuple[str, str]], retentions: Sequence[float]) -> str:
+    """Return a table of paired differences to random and to both learned policies, 95 %, in points, on world A."""
+    rows = {(row["method"], row["variant"], row["retention"]): row for row in result["worlds"]["A"]["rows"]}
+    names = ("random", *TRAINED)
+    heads = [f"{100 * at:g} %: − {name}" for at in retentions for name in names]
+    lines = [f"| kept | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    for method, variant in methods:
+        cells = []
+        for at in retentions:
+            row = rows.get((method, variant, at), {})
+            for name in names:
+                found = row.get(f"vs_{name}") if (method, variant) != (name, "ours") else None
+                cells.append(
+                    f"{100 * found['mean']:+.1f} ± {196 * found['stderr']:.1f}" if found else "–"
+                )  # fmt: skip
+        if any(cell != "–" for cell in cells):
+            lines.append(f"| {_label(method, variant)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Sequence[tuple[str, str]]) -> str:
+    """Return the document of a result."""
+    counts = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
+    said = " and ".join(
+        f"{questions:,} questions on {scenes} scenes of world {w}" for w, (questions, scenes) in counts.items()
+    )
+    refused = result["worlds"]["A"]["floors"].items()
+    floors = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in refused}
+    return "\n".join([
+        "# Accuracy of every method on the testbed", "",
+        f"Written by `python benchmarks/learning.py`: {said}, seed {', '.join(map(str, result['seeds']))}, none of "
+        "them seen in training; world B's objects and backgrounds are never trained on. Kept: what the LLM's layers "
+        "see on average, exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in "
+        "SCORE's tables; `[earliest]` moves methods inside the LLM to earlier layers than their papers', so that the "
+        "budget can be met. This world is made so that cheap heuristics fail (`vidsieve testbed separation`): an order "
+        "of methods here is no order on real videos.", "",
+        markdown(result, plain), "", "## Differences, question by question", "",
+        "World A, percentage points with 95 % intervals, clustered by scene.", "",
+        differences(result, plain, (0.25, 0.1)), "", "## Another question, other budgets", "",
+        "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to share the "
+        "budget out among frames.", "", markdown(result, probes), "", "## Below what a method can keep", "",
+        *(f"- `{name}`: {reason}" for name, reason in floors.items()), "",
+    ])  # fmt: skip
 
 
 def main() -> None:
@@ -229,6 +281,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
+    parser.add_argument("--page", type=Path, help="also write the document of the result")
     parser.add_argument("--markdown", action="store_true", help="print the table of an existing result")
     options = parser.parse_args()
     if not options.markdown:
@@ -246,6 +299,8 @@ def main() -> None:
     plain = list(dict.fromkeys(row for row in rows if "[" not in row[0] or "earliest" in row[0]))
     probes = [row for row in dict.fromkeys(rows) if row not in plain]
     print(f"questions and scenes: {measured_on}\n\n{markdown(result, plain)}\n\n{markdown(result, probes)}")
+    if options.page is not None:
+        options.page.write_text(page(result, plain, probes), encoding="utf-8")
 
 
 if __name__ == "__main__":

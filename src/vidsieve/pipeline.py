@@ -61,6 +61,8 @@ class Answer:
     prompt_tokens: tuple[int, int]
     traces: tuple[VideoTrace, ...]
     ms: dict[str, float]
+    scores: tuple[Tensor | None, ...] = ()
+    """Of every video, what a method before the LLM gave its tokens (N,), where it scores them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain values for JSON."""
@@ -213,25 +215,55 @@ def reply(
     ------
     BudgetError, NeedError
     """
-    clock, model = clock or Clock(), adapter.model
-    device = model.device
+    made = generated(adapter, encoded, compressor, clock or Clock(), tokens=max_new_tokens, seed=seed)
+    short = made.pruned.inputs["input_ids"].shape[1]
+    text = processor.batch_decode(made.ids[:, short:], skip_special_tokens=True)[0].strip()
+    name = compressor.describe() if compressor is not None else "full"
+    return Answer(text, name, (int(encoded.input_ids.shape[1]), short), made.traces, made.ms, made.scores)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Prompt and answer as ids (B, L), what the LLM read of the prompt, what was kept, and milliseconds of each part.
+
+    `scores`: of every video, what a method before the LLM gave its tokens (N,), where it scores them.
+    """
+
+    ids: Tensor
+    pruned: Pruned
+    traces: tuple[VideoTrace, ...]
+    scores: tuple[Tensor | None, ...]
+    ms: dict[str, float]
+
+
+@torch.no_grad()
+def generated(
+    adapter: Adapter, encoded: Encoded, compressor: Compressor | None, clock: Clock, *, tokens: int, seed: int = 0,
+    exactly: bool = False,
+) -> Generated:  # fmt: skip
+    """Generate greedily at most `tokens` tokens after an encoded prompt, or exactly so many, with each part on `clock`.
+
+    What a method does inside the LLM is part of the prefill.
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    device = adapter.model.device
     with clock.part("select", device):
-        pruned, traces, run = _pruned(adapter, encoded, compressor, seed)
+        pruned, traces, run, scores = _pruned(adapter, encoded, compressor, seed)
     first = _FirstToken(device)
     start = time.perf_counter()
     with _inside(adapter, run):
-        out = model.generate(
-            **pruned.inputs, max_new_tokens=max_new_tokens, do_sample=False,
-            logits_processor=LogitsProcessorList([first]),
+        out = adapter.model.generate(
+            **pruned.inputs, max_new_tokens=tokens, do_sample=False, logits_processor=LogitsProcessorList([first]),
+            **({"min_new_tokens": tokens} if exactly else {}),
         )  # fmt: skip
     _synchronise(device)
-    traces = run.traces() if run is not None else traces
     clock.ms["prefill"] = 1e3 * (first.at - start)
     clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
-    short = pruned.inputs["input_ids"].shape[1]
-    text = processor.batch_decode(out[:, short:], skip_special_tokens=True)[0].strip()
-    name = compressor.describe() if compressor is not None else "full"
-    return Answer(text, name, (int(encoded.input_ids.shape[1]), short), tuple(traces), dict(clock.ms))
+    traces = run.traces() if run is not None else traces
+    return Generated(out, pruned, tuple(traces), scores, dict(clock.ms))
 
 
 @torch.no_grad()
@@ -246,7 +278,7 @@ def choice(
     ------
     BudgetError, NeedError
     """
-    pruned, traces, run = _pruned(adapter, encoded, compressor, seed)
+    pruned, traces, run, _ = _pruned(adapter, encoded, compressor, seed)
     with uncompiled(), _inside(adapter, run):
         logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[0, -1]
     best = int(logits[option_ids.to(logits.device)].argmax())
@@ -256,16 +288,17 @@ def choice(
 
 def _pruned(
     adapter: Adapter, encoded: Encoded, compressor: Compressor | None, seed: int
-) -> tuple[Pruned, list[VideoTrace], InnerRun | None]:
-    """Return the prompt as the LLM reads it, and what goes on in a method while the LLM runs."""
+) -> tuple[Pruned, list[VideoTrace], InnerRun | None, tuple[Tensor | None, ...]]:
+    """Return the prompt as the LLM reads it, what goes on in a method while the LLM runs, and tokens' scores."""
     generator = torch.Generator().manual_seed(seed)
     if compressor is None:
-        return adapter.build(encoded, encoded.per_row(encoded.everything())), [], None
+        return adapter.build(encoded, encoded.per_row(encoded.everything())), [], None, ()
     if acts_inside(compressor):
         pruned, run = begin(adapter, encoded, compressor, generator)
-        return pruned, [], run
+        return pruned, [], run, ()
     chosen, traces = adapter.select(encoded, compressor, generator)
-    return adapter.build(encoded, encoded.per_row(chosen)), traces, None
+    scores = tuple(selection.scores for selection in chosen)
+    return adapter.build(encoded, encoded.per_row(chosen)), traces, None, scores
 
 
 def _inside(adapter: Adapter, run: InnerRun | None) -> AbstractContextManager[None]:

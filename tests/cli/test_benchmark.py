@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vidsieve.cli.benchmark import _command
+from vidsieve.cli.shared import command_line
 from vidsieve.testbed.files import write_scenes
 
 
@@ -64,4 +64,4 @@ def test_missing_videos_stop_a_run_or_count_as_failures(cli, tmp_path):
 
 def test_the_command_is_told_without_the_share(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "eval", "mlvu", "a b", "--share", "2/4", "--share=1/4", "--seed", "3"])
-    assert _command() == "vidsieve eval mlvu 'a b' --seed 3"
+    assert command_line() == "vidsieve eval mlvu 'a b' --seed 3"

@@ -38,7 +38,8 @@ def scene(tmp_path_factory):
 
 COMMANDS = [
     [], ["demo"], ["ask"], ["compare"], ["list"], ["oracles"], ["train", "cacovid"], ["train", "score"],
-    ["eval", "testbed"], ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
+    ["eval", "testbed"], ["eval", "mlvu"], ["bench", "pipeline"], ["bench", "select"],
+    ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
 ]  # fmt: skip
 
 

@@ -41,7 +41,8 @@ class Adapter(Probed, ABC):
 
     `family` names it in policies, `model_class` is the transformers class; `video_keys` and `image_keys` are the
     arguments that carry videos and still images, pixels first; `modality` is the kind of placeholder that videos
-    have; `position_rows` picks the rotary rows out of the model's position ids; `layout` names its token layout.
+    have; `position_rows` picks the rotary rows out of the model's position ids; `layout` names its token layout;
+    `projector` is the place of the module that brings the vision tower's features to the LLM's width.
 
     Parameters
     ----------
@@ -58,6 +59,7 @@ class Adapter(Probed, ABC):
     modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
     layout: ClassVar[str] = "installed"
+    projector: ClassVar[str] = "model.multi_modal_projector"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
 
     def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
@@ -168,13 +170,7 @@ class Adapter(Probed, ABC):
         return template_of(self.model.config)
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
-        """Make a processor give at most `tokens` tokens a frame.
-
-        Raises
-        ------
-        UnsupportedCallError
-            Where frames have a size of their own.
-        """
+        """Make a processor give at most `tokens` tokens a frame; an error where frames have a size of their own."""
         raise UnsupportedCallError(f"frames of {self.family} have a fixed number of tokens: leave the limit out")
 
     # -- encode ---------------------------------------------------------------------------------------------

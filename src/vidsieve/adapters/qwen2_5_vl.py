@@ -31,6 +31,7 @@ class Qwen25VLAdapter(Adapter):
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
+    projector: ClassVar[str] = "model.visual.merger"
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to."""

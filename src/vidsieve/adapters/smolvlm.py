@@ -18,6 +18,7 @@ class SmolVLMAdapter(FrameAdapter):
     family: ClassVar[str] = "smolvlm"
     model_class: ClassVar[str] = "SmolVLMForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    projector: ClassVar[str] = "model.connector"
 
     @property
     def language_model(self) -> Any:

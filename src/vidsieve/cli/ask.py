@@ -15,6 +15,7 @@ from vidsieve.cli.shared import (
     Layout,
     Model,
     NewTokens,
+    Report,
     Retention,
     Seed,
     Threads,
@@ -26,6 +27,7 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     write_json,
+    write_report,
 )
 from vidsieve.errors import OutputError
 
@@ -51,6 +53,7 @@ def ask(
     ] = None,
     seed: Seed = 0,
     threads: Threads = 0,
+    report: Report = None,
     json: Json = None,
 ) -> None:
     """Ask a question about a video, and see what was kept and where the time went."""
@@ -58,6 +61,7 @@ def ask(
     check_question(question)
     check_output(json)
     check_output(picture)
+    check_output(report)
     if method == "full" and picture is not None:
         raise OutputError("--picture shows what a method kept, and 'full' keeps all: leave --picture out")
     set_threads(threads)
@@ -86,4 +90,12 @@ def ask(
         trace = result.traces[0]
         kept_picture(picture, loaded.pixels, trace.grid, {result.method: trace.indices}, title=question)
         out.print(f"picture: {picture}")
+    from vidsieve.report.sections import answer_sections
+
+    given = result.scores[0] if result.scores else None
+    scores = None if given is None else given.float().cpu().numpy()
+    write_report(
+        report, question, lambda: answer_sections(loaded, question, result.as_dict(), scores, pipeline.PARTS),
+        f"{video.name}, {model}",
+    )  # fmt: skip
     write_json(json, result.as_dict() | {"video": str(video), "question": question, "model": model})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,18 +16,23 @@ from vidsieve.cli.shared import (
     Earliest,
     Json,
     Layout,
+    Report,
     Seed,
+    Share,
     Threads,
     check_output,
+    command_line,
     err,
     out,
     parse_retention,
+    parse_share,
     quiet,
     set_threads,
     table,
     with_error,
     words,
     write_json,
+    write_report,
 )
 from vidsieve.errors import EvaluationError, RetentionError
 
@@ -88,42 +90,33 @@ def command(name: str) -> Callable[..., None]:
             Path | None,
             typer.Option("--out", help="Folder of the run, to be gone on with.", show_default="in runs/eval"),
         ] = None,
-        share: Annotated[
-            str | None,
-            typer.Option(help="2/4: the second of four processes; torchrun's ranks by default.", show_default=False),
-        ] = None,
+        share: Share = None,
         layout: Layout = None,
         device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
         seed: Seed = 0,
         threads: Threads = 0,
+        report: Report = None,
         json: Json = None,
     ) -> None:
         check_output(json)
+        check_output(report)
         _run(
             name, data, words(methods), words(retention), folder=folder or Path("runs/eval", name),
-            share=_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
+            share=parse_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
             protocol=protocol, answer=answer, max_new_tokens=max_new_tokens, subset=subset, allow_missing=allow_missing,
-            indices=indices, earliest=earliest, layout=layout, device=device, seed=seed, threads=threads, json=json,
+            indices=indices, earliest=earliest, layout=layout, device=device, seed=seed, threads=threads, report=report,
+            json=json,
         )  # fmt: skip
 
     return measure
-
-
-def _share(text: str | None) -> tuple[int, int]:
-    """Return which of how many processes this is: from ``2/4``, or torchrun's environment."""
-    if text is None:
-        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    first, slash, second = text.partition("/")
-    if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
-        raise EvaluationError(f"--share is the number of a process and how many there are, as 2/4; got {text!r}")
-    return int(first) - 1, int(second)
 
 
 def _run(
     name: str, data: Path, names: list[str], retentions: list[str], *, folder: Path, share: tuple[int, int],
     model: str | None, frames: str | None, fps: float | None, tokens_per_frame: int | None, protocol: str | None,
     answer: str, max_new_tokens: int, subset: int | None, allow_missing: bool, indices: bool, earliest: bool,
-    layout: str | None, device: str, seed: int, threads: int, json: Path | None,
+    layout: str | None, device: str, seed: int, threads: int,
+    report: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     counts = [_count(word) for word in words(frames or "32")]
     amounts = [parse_retention(word) for word in retentions]
@@ -138,6 +131,7 @@ def _run(
     from vidsieve.eval.runner import Examiner
     from vidsieve.eval.running import configuration, run
     from vidsieve.pipeline import load_model
+    from vidsieve.report.sections import evaluation_sections
 
     if protocol is not None:
         if frames is not None or tokens_per_frame is not None or fps is not None:
@@ -179,12 +173,13 @@ def _run(
     }  # fmt: skip
     config = configuration(benchmark, items, examiner, model, more)
     with Bar("videos", len({item.video for item in items})) as advance:
-        result = run(folder, benchmark, items, examiner, config, share=share, command=_command(), progress=advance)
+        result = run(folder, benchmark, items, examiner, config, share=share, command=command_line(), progress=advance)
     if result is None:
         out.print(f"this share is done; the table is made when the others are, in {folder}")
         return
     print_table(result)
     out.print(f"written: {folder}")
+    write_report(report, result["benchmark"], lambda: evaluation_sections(result), result["settings"]["model"])
     write_json(json, result)
 
 
@@ -206,18 +201,6 @@ def _conditions(counts: Sequence[int], methods: dict[str, Compressor], amounts: 
             for name, method in methods.items():
                 found.append(Condition(count, method.with_retention(amount), name if is_folder(name) else ""))
     return found
-
-
-def _command() -> str:
-    """Return the command line, without the share that this process has of it."""
-    given, kept = sys.argv[1:], []
-    while given:
-        word = given.pop(0)
-        if word == "--share":
-            del given[:1]
-        elif not word.startswith("--share="):
-            kept.append(word)
-    return shlex.join(["vidsieve", *kept])
 
 
 def print_table(result: dict[str, Any]) -> None:

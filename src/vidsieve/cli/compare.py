@@ -17,6 +17,7 @@ from vidsieve.cli.shared import (
     Layout,
     Model,
     NewTokens,
+    Report,
     Retention,
     Seed,
     Threads,
@@ -30,6 +31,7 @@ from vidsieve.cli.shared import (
     table,
     words,
     write_json,
+    write_report,
 )
 
 
@@ -52,6 +54,7 @@ def compare(
     ] = None,
     seed: Seed = 0,
     threads: Threads = 0,
+    report: Report = None,
     json: Json = None,
 ) -> None:
     """Ask one question under every method: what each keeps, answers and costs, beside the model with all tokens."""
@@ -59,6 +62,7 @@ def compare(
     check_question(question)
     check_output(json)
     check_output(picture)
+    check_output(report)
     set_threads(threads)
     from vidsieve import pipeline
     from vidsieve.eval import comparing
@@ -90,7 +94,11 @@ def compare(
 
         kept_picture(picture, loaded.pixels, TokenGrid(*result["grid"]), shown, title=question)
         out.print(f"picture: {picture}")
-    write_json(json, result | {"video": str(video), "model": model})
+    from vidsieve.report.sections import comparison_sections
+
+    write_report(report, question, lambda: comparison_sections(loaded, result), f"{video.name}, {model}")
+    rows = [{name: value for name, value in row.items() if name != "scores"} for row in result["rows"]]
+    write_json(json, result | {"rows": rows, "video": str(video), "model": model})
 
 
 def print_comparison(result: dict[str, Any]) -> None:

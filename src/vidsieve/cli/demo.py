@@ -47,7 +47,7 @@ def demo(
     from vidsieve.cli.evaluate import print_result
     from vidsieve.cli.progress import Bar
     from vidsieve.eval.methods import named_methods, rows_for
-    from vidsieve.eval.testbed import evaluate
+    from vidsieve.eval.testbed import MARKS, evaluate
     from vidsieve.report.pictures import kept_picture
     from vidsieve.testbed.files import write_scene
     from vidsieve.testbed.questions import make_questions
@@ -85,12 +85,12 @@ def demo(
         out.print(table(title, columns, lines, right=range(2, len(columns))))
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
     out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
-    with Bar("fresh questions", questions) as advance:
+    with Bar("fresh scenes", 1) as advance:
         rows = rows_for(methods, [methods["random"].budget_ratio(grid.num_tokens)])
         result = evaluate(model, processor, rows, world="A", seed=seed + 1, questions=questions, progress=advance)
     print_result(result)
     out.print("model and policies are toys trained on this synthetic world: the README says what that proves")
-    result = {key: value for key, value in result.items() if key not in ("right", "clusters")}
+    result = {key: value for key, value in result.items() if key not in MARKS}
     write_json(json, {"video": str(video_path), "picture": str(picture_path), "answers": record, "accuracy": result})
     if folder is None:
         err.print(f"files stay in {place}")

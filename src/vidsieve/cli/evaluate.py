@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,16 +14,21 @@ from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
     Json,
+    Report,
+    Share,
     Threads,
     check_output,
+    command_line,
     out,
     parse_retentions,
+    parse_share,
     quiet,
     set_threads,
     table,
     with_error,
     words,
     write_json,
+    write_report,
 )
 from vidsieve.errors import UnknownNameError
 
@@ -45,18 +52,27 @@ def eval_testbed(
     ] = False,
     earliest: Earliest = False,
     answers: Annotated[bool, typer.Option("--answers", help="Keep every single mark in the JSON file.")] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of a run that can be stopped and gone on with.", show_default=False),
+    ] = None,
+    share: Share = None,
     threads: Threads = 0,
+    report: Report = None,
     json: Json = None,
 ) -> None:
     """Answer fresh questions of the testbed under every method; `full` and `random` are always there."""
     ratios = parse_retentions(retention)
     check_output(json)
+    check_output(report)
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
     set_threads(threads)
     from vidsieve.eval.methods import check_known, check_prefill, named_methods, rows_for
-    from vidsieve.eval.testbed import evaluate
+    from vidsieve.eval.store import Store
+    from vidsieve.eval.testbed import MARKS, evaluate, run_config, write_run
     from vidsieve.pipeline import load_model
+    from vidsieve.report.sections import evaluation_sections
 
     names = words(methods)
     for name in names:
@@ -67,14 +83,26 @@ def eval_testbed(
     chosen = named_methods(names, earliest=earliest, prefill=True)
     check_prefill(chosen)
     network, processor = load_model(model)
-    with Bar("questions", questions) as advance:
+    rows = rows_for(chosen, ratios, probes)
+    about = {"world": world, "seed": seed, "questions": questions, "model": model}
+    with ExitStack() as stack:
+        store = None
+        if folder is not None:
+            store = stack.enter_context(Store(folder, run_config(network, rows, about), parse_share(share)))
+        advance = stack.enter_context(Bar("scenes", 1))
         result = evaluate(
-            network, processor, rows_for(chosen, ratios, probes), world=world, seed=seed, questions=questions,
-            progress=advance,
-        )  # fmt: skip
+            network, processor, rows, world=world, seed=seed, questions=questions, progress=advance, store=store
+        )
+    if result["n_questions"] < questions:
+        out.print(f"this share is done; the table is made when the others are, in {folder}")
+        return
     print_result(result)
+    if folder is not None:
+        write_run(folder, result, command_line())
+        out.print(f"written: {folder}")
+    write_report(report, "Accuracy on the testbed", lambda: evaluation_sections(result), model)
     if not answers:
-        result = {k: v for k, v in result.items() if k not in ("right", "clusters")}
+        result = {k: v for k, v in result.items() if k not in MARKS}
     write_json(json, result)
 
 

@@ -13,8 +13,8 @@ from rich.markup import escape
 from vidsieve import registry
 from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
+from vidsieve.cli import bench, data, evaluate, testbed, train
 from vidsieve.cli import compare as compare_command
-from vidsieve.cli import data, evaluate, testbed, train
 from vidsieve.cli import demo as demo_command
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
 from vidsieve.errors import PluginError, VidsieveError
@@ -45,6 +45,7 @@ app.command("ask")(ask_command.ask)
 app.command("compare")(compare_command.compare)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
 

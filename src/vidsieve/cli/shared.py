@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from vidsieve.errors import OutputError, PromptError, RetentionError
+from vidsieve.errors import EvaluationError, OutputError, PromptError, RetentionError
 from vidsieve.files import writing
 
 if TYPE_CHECKING:
+    from vidsieve.report.page import Section
     from vidsieve.types import Tokens
 
 # Files and pipes have no width of their own; rich would cut tables at 80.
@@ -24,6 +26,13 @@ out = Console(width=None if sys.stdout.isatty() else 120)
 err = Console(stderr=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
+Share = Annotated[
+    str | None,
+    typer.Option("--share", help="2/4: the second of four processes; torchrun's ranks by default.", show_default=False),
+]
+Report = Annotated[
+    Path | None, typer.Option("--report", help="Write a page to look at here (HTML, one file).", show_default=False)
+]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
 Model = Annotated[
     str, typer.Option("--model", help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
@@ -81,6 +90,29 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def write_report(path: Path | None, title: str, sections: Callable[[], list[Section]], lead: str = "") -> None:
+    """Write a page of what `sections` returns to `path`, if one was given, and say so."""
+    if path is None:
+        return
+    from vidsieve.eval.running import versions
+    from vidsieve.report.page import write_page
+
+    write_page(path, title, sections(), lead=lead, command=command_line(), about=versions())
+    out.print(f"report: {path}")
+
+
+def command_line() -> str:
+    """Return the command as it was given, without the share that this process has of it."""
+    given, kept = sys.argv[1:], []
+    while given:
+        word = given.pop(0)
+        if word == "--share":
+            del given[:1]
+        elif not word.startswith("--share="):
+            kept.append(word)
+    return shlex.join(["vidsieve", *kept])
+
+
 def check_question(question: str) -> None:
     """Refuse an empty question.
 
@@ -95,6 +127,21 @@ def check_question(question: str) -> None:
 def frames_asked(frames: int | None, fps: float | None) -> int | None:
     """Return the number of frames to read: 16 where neither a number nor a rate was given."""
     return 16 if frames is None and fps is None else frames
+
+
+def parse_share(text: str | None) -> tuple[int, int]:
+    """Return which of how many processes this is, counted from 0: from ``2/4``, or torchrun's environment.
+
+    Raises
+    ------
+    EvaluationError
+    """
+    if text is None:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    first, slash, second = text.partition("/")
+    if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
+        raise EvaluationError(f"--share is the number of a process and how many there are, as 2/4; got {text!r}")
+    return int(first) - 1, int(second)
 
 
 def parse_retention(text: str) -> float | Tokens:

@@ -80,12 +80,13 @@ def separation(
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
     set_threads(threads)
+    from vidsieve.eval.testbed import MARKS
     from vidsieve.pipeline import load_model
     from vidsieve.testbed.study import measure, targets
 
     quiet()
     network, processor = load_model(model)
-    with Bar("questions", questions) as advance:
+    with Bar("scenes", 1) as advance:
         result = measure(
             network, processor, ratios, world=world, seed=seed, questions=questions, attention=attention,
             progress=advance,
@@ -93,7 +94,7 @@ def separation(
     print_result(result)
     for line in targets(result):
         out.print(line, highlight=False)
-    shown = {key: value for key, value in result.items() if key not in ("right", "clusters")}
+    shown = {key: value for key, value in result.items() if key not in MARKS}
     write_json(json, shown | {"targets": targets(result)})
 
 

@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.progress import Progress
-from vidsieve.cli.shared import check_output, err, out, quiet, set_threads, words, write_json
+from vidsieve.cli.shared import Report, check_output, err, out, quiet, set_threads, words, write_json, write_report
 from vidsieve.errors import TrainingError
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
@@ -151,12 +151,14 @@ def _run(
     log_to: str,
     cache: Path | None,
     device: str,
+    page: Path | None,
     **options: Any,
 ) -> None:
     import torch
 
     from vidsieve.data.encodings import MANIFEST
     from vidsieve.pipeline import load_model
+    from vidsieve.report.sections import training_sections
     from vidsieve.rl.loggers import check_trackers
     from vidsieve.rl.processes import is_main
     from vidsieve.rl.recipes import train_policy
@@ -166,6 +168,7 @@ def _run(
     if not is_main():  # what one process of several has to say is said by the main one
         out.quiet = err.quiet = True
     check_output(json)
+    check_output(page)
     check_output(folder / "policy" / "config.json")
     if cache is not None:
         check_output(cache / MANIFEST)
@@ -190,6 +193,7 @@ def _run(
         best = record["best"]
         out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
     if is_main():
+        write_report(page, f"Training {method}", lambda: training_sections(folder / "metrics.jsonl"), str(folder))
         write_json(json, record)
 
 
@@ -198,12 +202,13 @@ def _run(
 def train_cacovid(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, cache: Cache = None,
     variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
-    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
+    report: Report = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
     _run(
-        "cacovid", settings, folder, threads, json, model, log_to, cache, device, data=data, eval_data=eval_data,
-        variant=variant, resume=resume, force=force,
+        "cacovid", settings, folder, threads, json, model, log_to, cache, device, report, data=data,
+        eval_data=eval_data, variant=variant, resume=resume, force=force,
     )  # fmt: skip
 
 
@@ -212,10 +217,11 @@ def train_cacovid(
 def train_score(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, pseudo: Pseudo = None,
     cache: Cache = None, variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
-    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None, settings: dict[str, Any] | None = None,
+    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
+    report: Report = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
     _run(
-        "score", settings, folder, threads, json, model, log_to, cache, device, data=data, eval_data=eval_data,
-        pseudo=pseudo, variant=variant, resume=resume, force=force,
+        "score", settings, folder, threads, json, model, log_to, cache, device, report, data=data,
+        eval_data=eval_data, pseudo=pseudo, variant=variant, resume=resume, force=force,
     )  # fmt: skip

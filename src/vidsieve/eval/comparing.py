@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
@@ -32,7 +35,8 @@ def compare(
     dict
         ``question, repeats, seed, versions, frames, grid, tokens, prompt_tokens, rows, refused``; per row ``name,
         method, variant, part, acts, retention, real_retention, layer_retention, decode_share, indices, answer, same,
-        prompt_tokens_after, ms, select_ms``. ``same``: as with all tokens. ``ms``: ``{min, median, max}`` of each part
+        prompt_tokens_after, ms, select_ms, scores``. ``scores``: an array (N,) where a method before the LLM
+        scores tokens, else None. ``same``: as with all tokens. ``ms``: ``{min, median, max}`` of each part
         of the work and of their ``total``, without the reading of the file; what a method selects inside the LLM is in
         ``prefill`` there, and in ``select_ms``.
 
@@ -74,7 +78,7 @@ def _row(name: str, method: Compressor | None, runs: list[Answer], everything: s
     times["total"] = spread([sum(run.ms.values()) for run in runs])
     row = {
         "name": name, "answer": said.text, "same": said.text == everything,
-        "prompt_tokens_after": said.prompt_tokens[1], "ms": times,
+        "prompt_tokens_after": said.prompt_tokens[1], "ms": times, "scores": _scores(said),
         "select_ms": spread([sum(trace.select_ms for trace in run.traces) for run in runs]),
     }  # fmt: skip
     if method is None:
@@ -88,3 +92,8 @@ def _row(name: str, method: Compressor | None, runs: list[Answer], everything: s
         "retention": trace.nominal, "real_retention": trace.real_retention, "layer_retention": trace.layer_retention,
         "decode_share": trace.decoded, "indices": list(trace.indices), **row,
     }  # fmt: skip
+
+
+def _scores(said: Answer) -> NDArray[np.float32] | None:
+    given = said.scores[0] if said.scores else None
+    return None if given is None else given.float().cpu().numpy()

@@ -20,6 +20,7 @@ import transformers
 from vidsieve._version import __version__
 from vidsieve.adapters.fingerprint import digest, model_digest, weights_digest
 from vidsieve.benchmarking import spread
+from vidsieve.compressors.base import Compressor
 from vidsieve.eval.items import Benchmark, Item
 from vidsieve.eval.runner import Condition, Examiner
 from vidsieve.eval.store import Store, measure_all
@@ -56,11 +57,16 @@ def _policies(conditions: Sequence[Condition]) -> dict[str, str]:
     """Return a hash of the weights of every policy, by the method that has it."""
     found = {}
     for condition in conditions:
-        policy = getattr(condition.compressor, "policy", None)
-        if condition.compressor is not None and isinstance(policy, torch.nn.Module):
-            name = condition.policy or f"{condition.compressor.name}:{condition.compressor.variant}"
-            found[name] = weights_digest(policy.named_parameters())
+        method = condition.compressor
+        if method is not None and (made := policy_digest(method)):
+            found[condition.policy or f"{method.name}:{method.variant}"] = made
     return found
+
+
+def policy_digest(method: Compressor) -> str:
+    """Return a hash of a method's weights; empty where it has none."""
+    policy = getattr(method, "policy", None)
+    return weights_digest(policy.named_parameters()) if isinstance(policy, torch.nn.Module) else ""
 
 
 def run(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,16 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.inside import begin, uncompiled
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
-from vidsieve.eval.running import versions
+from vidsieve.eval.running import RESULT, SAMPLES, TIMING, policy_digest, versions
 from vidsieve.eval.stats import clustered_mean, paired_difference
+from vidsieve.eval.store import Store, measure_all
+from vidsieve.files import writing
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
@@ -58,6 +63,8 @@ class Row:
     """Which parts of the method run, where it has several."""
     inside: Compressor | None = None
     """A method inside the LLM, attached for the call instead of selecting beforehand."""
+    digest: str = ""
+    """Of the weights of its policy, where it has one."""
 
 
 def compressor_row(
@@ -78,6 +85,7 @@ def compressor_row(
     return Row(
         label or compressor.name, compressor.variant, float(compressor.budget_ratio(TOKENS)), select,
         Need.QUESTION in compressor.needs, compressor.needs, policy=policy, part=compressor.part,
+        digest=policy_digest(compressor),
     )  # fmt: skip
 
 
@@ -86,33 +94,47 @@ def _video(adapter: Adapter, scene: SceneBatch, number: int, compressor: Compres
 
 
 FULL = Row("full", "-", 1.0, None, per_question=False)
+MARKS = ("right", "clusters", "kinds")
+"""Parts of a result with an entry for every question."""
+
+
+def scene_counts(world: str, seed: int, questions: int) -> list[int]:
+    """Return how many questions are asked about each scene until `questions` are; the last scene's are cut to fit."""
+    counts: list[int] = []
+    while (left := questions - sum(counts)) > 0:
+        index = len(counts)
+        counts.append(min(left, len(make_questions(make_cast(world, seed, index), seed, index))))
+    return counts
+
+
+@torch.no_grad()
+def read_scene(
+    adapter: Adapter, processor: Any, world: str, seed: int, index: int, count: int,
+    needs: frozenset[Need] = frozenset(),
+) -> SceneBatch:  # fmt: skip
+    """Return one scene with its first `count` questions, and the signals of the vision encoder that are in `needs`."""
+    cast = make_cast(world, seed, index)
+    asked = make_questions(cast, seed, index)[:count]
+    inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in asked])
+    features = adapter.features(inputs, needs)
+    # One pass through the vision tower serves every question of the scene.
+    inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
+    del inputs["pixel_values_videos"]
+    encoded = adapter.encode(inputs)
+    videos = (replace(v, features=replace(v.features, encoder=features[0].encoder)) for v in encoded.videos)
+    return SceneBatch(
+        cast, asked, replace(encoded, videos=tuple(videos)),
+        torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
+        torch.tensor([q.options.index(q.answer) for q in asked]),
+    )  # fmt: skip
 
 
 def scenes(
     adapter: Adapter, processor: Any, world: str, seed: int, questions: int, needs: frozenset[Need] = frozenset()
 ) -> Iterator[SceneBatch]:
-    """Yield encoded scenes until `questions` questions are reached; the last scene is cut to fit.
-
-    `needs` says which signals of the vision encoder are wanted.
-    """
-    left, index = questions, 0
-    while left > 0:
-        cast = make_cast(world, seed, index)
-        asked = make_questions(cast, seed, index)[:left]
-        inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in asked])
-        with torch.no_grad():
-            features = adapter.features(inputs, needs)
-            # One pass through the vision tower serves every question of the scene.
-            inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
-            del inputs["pixel_values_videos"]
-            encoded = adapter.encode(inputs)
-            videos = (replace(v, features=replace(v.features, encoder=features[0].encoder)) for v in encoded.videos)
-            encoded = replace(encoded, videos=tuple(videos))
-        yield SceneBatch(
-            cast, asked, encoded, torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
-            torch.tensor([q.options.index(q.answer) for q in asked]),
-        )  # fmt: skip
-        left, index = left - len(asked), index + 1
+    """Yield encoded scenes until `questions` questions are reached."""
+    for index, count in enumerate(scene_counts(world, seed, questions)):
+        yield read_scene(adapter, processor, world, seed, index, count, needs)
 
 
 @torch.no_grad()
@@ -161,78 +183,86 @@ def _answers_inside(
 
 def evaluate(
     model: Any, processor: Any, rows: Sequence[Row], *, world: str, seed: int, questions: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, store: Store | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the accuracy of every row on the same questions, errors clustered by scene.
 
     ``full`` is always the first row. Each other row has its paired difference to ``random`` at the same
     retention (None where random was not asked for) and to ``full``. Rows of a retention that their method cannot keep
-    are left out and listed as ``refused``.
+    are left out and listed as ``refused``. With a `store`, what was measured before is not measured again.
 
     Returns
     -------
     dict
-        ``world, seed, n_questions, n_scenes, versions, rows, refused``; per row ``method, variant, part, policy,
-        retention, real_retention, layer_retention, accuracy, stderr, vs_random, vs_full, by_kind, select_ms``.
+        ``world, seed, n_questions, n_scenes, versions, rows, refused, right, clusters, kinds``; per row ``method,
+        variant, part, policy, retention, real_retention, layer_retention, accuracy, stderr, vs_random, vs_full,
+        by_kind, select_ms``. Where other processes have not measured their scenes yet, there are fewer.
     """
     adapter = adapter_for(model)
-    everything = [FULL, *rows]
-    right: list[list[bool]] = [[] for _ in everything]
-    kept: list[list[VideoTrace]] = [[] for _ in everything]
-    clusters: list[int] = []
-    kinds: list[str] = []
-    count = 0
-    refused: dict[int, str] = {}
-    needs = frozenset().union(*(row.needs for row in everything)) & ENCODER_NEEDS
-    for number, scene in enumerate(scenes(adapter, processor, world, seed, questions, needs)):
-        for i, row in enumerate(everything):
-            if i in refused:
-                continue
-            try:
-                marks, traces = answers(adapter, scene, row, seed + number)
-            except BudgetError as error:
-                if number:
-                    raise  # grids are alike: the first scene would have said so
-                refused[i] = str(error)
-                continue
-            right[i] += marks
-            kept[i] += traces
-        clusters += [number] * len(scene.questions)
-        kinds += [q.kind for q in scene.questions]
-        count = number + 1
-        if progress:
-            progress(len(clusters), questions)
+    everything = {_key(row): row for row in (FULL, *rows)}
+    needs = frozenset().union(*(row.needs for row in everything.values())) & ENCODER_NEEDS
+    counts = scene_counts(world, seed, questions)
+
+    def measure(unit: str) -> dict[str, Any]:
+        number = int(unit)
+        scene = read_scene(adapter, processor, world, seed, number, counts[number], needs)
+        return _measured(adapter, scene, everything, seed + number)
+
+    records = measure_all(store, [str(number) for number in range(len(counts))], measure, progress)
+    found = list(records.values())
+    clusters = [int(record["unit"]) for record in found for _ in record["kinds"]]
+    kinds = [kind for record in found for kind in record["kinds"]]
+    refused = {key: reason for record in found for key, reason in record["refused"].items()}
+    right = {
+        key: [mark for record in found for mark in record["rows"][key]["right"]]
+        for key in everything
+        if key not in refused
+    }
+    kept = {key: [trace for record in found for trace in record["rows"][key]["kept"]] for key in right}
     result = []
-    measured = [i for i in range(len(everything)) if i not in refused]
-    for i in measured:
-        row = everything[i]
-        accuracy = clustered_mean([float(m) for m in right[i]], clusters)
-        real = float(np.mean([t.real_retention for t in kept[i]])) if kept[i] else 1.0
-        layers = float(np.mean([t.layer_retention for t in kept[i]])) if kept[i] else 1.0
-        reference = [
-            j for j in measured if everything[j].method == "random" and everything[j].retention == row.retention
-        ]
-        spent = [t.select_ms for t in kept[i]] or [0.0]
+    for key, marks in right.items():
+        row = everything[key]
+        reference = next((k for k, r in everything.items() if (r.method, r.retention) == ("random", row.retention)), "")
+        accuracy = clustered_mean([float(m) for m in marks], clusters)
+        real, layers, spent = zip(*(kept[key] or [(1.0, 1.0, 0.0)]), strict=True)
         result.append({
             "method": row.method, "variant": row.variant, "part": row.part, "policy": row.policy,
-            "retention": row.retention, "real_retention": real, "layer_retention": layers,
-            "accuracy": accuracy.mean, "stderr": accuracy.stderr,
-            "vs_random": _difference(right[i], right[reference[0]], clusters) if reference else None,
-            "vs_full": _difference(right[i], right[0], clusters), "positions": row.positions,
+            "retention": row.retention, "real_retention": float(np.mean(real)),
+            "layer_retention": float(np.mean(layers)), "accuracy": accuracy.mean, "stderr": accuracy.stderr,
+            "vs_random": _difference(marks, right[reference], clusters) if reference in right else None,
+            "vs_full": _difference(marks, right[_key(FULL)], clusters), "positions": row.positions,
             "by_kind": {
-                kind: float(np.mean([m for m, k in zip(right[i], kinds, strict=True) if k == kind]))
+                kind: float(np.mean([m for m, k in zip(marks, kinds, strict=True) if k == kind]))
                 for kind in sorted(set(kinds))
             },
             "select_ms": {"min": min(spent), "median": float(np.median(spent)), "max": max(spent)},
         })  # fmt: skip
     return {
-        "world": world, "seed": seed, "n_questions": len(clusters), "n_scenes": count, "versions": versions(),
-        "rows": result, "right": {_key(everything[i]): right[i] for i in measured}, "clusters": clusters,
+        "world": world, "seed": seed, "n_questions": len(clusters), "n_scenes": len(found), "versions": versions(),
+        "rows": result, "right": right, "clusters": clusters, "kinds": kinds,
         "refused": [
-            {"method": row.method, "variant": row.variant, "retention": row.retention, "reason": reason}
-            for row, reason in ((everything[i], reason) for i, reason in refused.items())
+            {
+                "method": everything[key].method, "variant": everything[key].variant,
+                "retention": everything[key].retention, "reason": reason,
+            }
+            for key, reason in refused.items()
         ],
     }  # fmt: skip
+
+
+def _measured(adapter: Adapter, scene: SceneBatch, rows: Mapping[str, Row], seed: int) -> dict[str, Any]:
+    """Return the marks of every row on one scene, and of what it kept its shares and milliseconds."""
+    found: dict[str, Any] = {}
+    refused: dict[str, str] = {}
+    for key, row in rows.items():
+        try:
+            marks, traces = answers(adapter, scene, row, seed)
+        except BudgetError as error:
+            refused[key] = str(error)
+            continue
+        kept = [[trace.real_retention, trace.layer_retention, trace.select_ms] for trace in traces]
+        found[key] = {"right": marks, "kept": kept}
+    return {"kinds": [question.kind for question in scene.questions], "rows": found, "refused": refused}
 
 
 def _key(row: Row) -> str:
@@ -242,3 +272,37 @@ def _key(row: Row) -> str:
 def _difference(marks: list[bool], others: list[bool], clusters: list[int]) -> dict[str, float]:
     estimate = paired_difference([float(m) for m in marks], [float(o) for o in others], clusters)
     return {"diff": estimate.mean, "stderr": estimate.stderr}
+
+
+# -- runs in folders ----------------------------------------------------------------------------------------
+
+
+def run_config(model: Any, rows: Sequence[Row], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run's marks depend on, for its `Store`; `about` is what it asks."""
+    return {
+        "task": "testbed", **about, "model_digest": model_digest(model), "versions": versions(),
+        "rows": [[_key(row), row.part, row.digest] for row in rows],
+    }  # fmt: skip
+
+
+def write_run(folder: Path, result: Mapping[str, Any], command: str) -> None:
+    """Write a finished run: ``samples.jsonl`` with a mark a line, ``result.json``, and ``timing.json`` apart."""
+    lines = []
+    scene, place = -1, 0
+    for number, (cluster, kind) in enumerate(zip(result["clusters"], result["kinds"], strict=True)):
+        scene, place = cluster, place + 1 if cluster == scene else 0
+        item = f"{result['world']}-{result['seed']}-{scene}-{place}"
+        lines += [
+            json.dumps({"item": item, "kind": kind, "condition": key, "right": marks[number]})
+            for key, marks in result["right"].items()
+        ]
+    rows = [{key: value for key, value in row.items() if key != "select_ms"} for row in result["rows"]]
+    table = {key: value for key, value in result.items() if key not in MARKS}
+    spent = {key: row["select_ms"] for key, row in zip(result["right"], result["rows"], strict=True)}
+    for name, text in {
+        SAMPLES: "\n".join(lines) + "\n",
+        RESULT: json.dumps({"command": command, **table, "rows": rows}, indent=2) + "\n",
+        TIMING: json.dumps({"select_ms": spent}, indent=2) + "\n",
+    }.items():
+        with writing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,188 @@
+"""A report: one file, every text escaped, nothing fetched, and what it says is what was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from vidsieve.errors import OutputError
+from vidsieve.report import charts
+from vidsieve.report.page import FramesOf, Kept, Section, TableOf, page, write_page
+from vidsieve.report.sections import (
+    answer_sections,
+    comparison_sections,
+    evaluation_sections,
+    pipeline_sections,
+    training_sections,
+)
+from vidsieve.types import TokenGrid
+
+NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too'"
+GRID = TokenGrid(2, 2, 3)
+
+
+class Parsed(HTMLParser):
+    """Elements of a page with their attributes, and all its text outside scripts and styles."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self._inside = [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("script", "style"):
+            self._inside.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag in ("script", "style"):
+            self._inside.pop()
+
+    def handle_data(self, data):
+        if not self._inside:
+            self.text += data
+
+
+def video(frames=4):
+    pixels = np.random.default_rng(0).integers(0, 255, (frames, 20, 30, 3), dtype=np.uint8)
+    return SimpleNamespace(pixels=pixels, timestamps=np.arange(frames) / 2)
+
+
+def frames_of(**more):
+    methods = [Kept("one", [0, 1, 7], np.arange(12.0)), Kept(more.get("name", "two"), [5])]
+    return FramesOf.of(video().pixels, [0.0, 0.5, 1.0, 1.5], GRID, methods)
+
+
+def test_every_text_is_escaped():
+    sections = [
+        Section(NASTY, NASTY, TableOf((NASTY, "b"), [(NASTY, NASTY)], frozenset({1})), said=NASTY),
+        Section("frames", frames=frames_of(name=NASTY)),
+    ]
+    made = Parsed(page(NASTY, sections, lead=NASTY, command=NASTY, about={NASTY: NASTY}))
+    tags = [tag for tag, _ in made.elements]
+    assert tags.count("script") == 2, "the data and the page's own"
+    assert not any("onerror" in attributes for _, attributes in made.elements)
+    assert made.text.count(NASTY) >= 7
+
+
+def test_the_script_is_given_what_was_kept():
+    text = page("t", [Section("frames", frames=frames_of(name=NASTY))])
+    data = json.loads(re.search(r'<script type="application/json" id="data1">(.*?)</script>', text, re.DOTALL).group(1))
+    assert data["grid"] == [2, 2, 3] and [one["kept"] for one in data["methods"]] == [[0, 1, 7], [5]]
+    assert data["methods"][0]["scores"] == [round(255 * n / 11) for n in range(12)]
+    assert data["methods"][1] == {"name": NASTY, "kept": [5], "scores": None}
+    found = Parsed(text)
+    images = [attributes for tag, attributes in found.elements if tag == "img"]
+    assert len(images) == 4 and all(i["src"].startswith("data:image/jpeg;base64,") and i["alt"] for i in images)
+    assert frames_of().counts == (("one", (2, 1)), ("two", (1, 0)))
+
+
+def test_nothing_is_fetched_and_the_same_gives_the_same():
+    figure = charts.against({"a$b": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%", level=("all", 70), log=True)
+    sections = [Section("chart", chart=charts.svg(figure), said="a line"), Section("frames", frames=frames_of())]
+    text = page("t", sections)
+    assert text == page("t", sections)
+    outside = set(re.findall(r"https?://[^\s\"'<>]+", text))
+    assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, outside
+    assert not re.search(r"<(link|iframe|object)\b|@import|url\((?!#)", text)
+    assert 'role="img" aria-label="a line"' in text and "#000000" not in text
+
+
+def test_a_line_of_points_has_its_errors_and_bars_add_up():
+    figure = charts.against({"a": [(2, 50, 3), (1, 40, 2)], "b": [(1, 30, 0)]}, x="x", y="y")
+    lines = {line.get_label(): line for line in figure.axes[0].containers}
+    low = lines["a"][2][0].get_segments()
+    assert [segment[:, 1].tolist() for segment in low] == [[38, 42], [47, 53]]
+    bars = charts.stacks({"m": {"p": 1.0, "q": 2.0}}, x="ms").axes[0].patches
+    assert [(bar.get_x(), bar.get_width()) for bar in bars] == [(0, 1), (1, 2)]
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path):
+    write_page(tmp_path / "new" / "r.html", "t", [Section("a", "b")])
+    assert (tmp_path / "new" / "r.html").read_text().endswith("</html>")
+    with pytest.raises(OutputError):
+        write_page(tmp_path / "new" / "r.html" / "x.html", "t", [])
+
+
+def test_reports_of_answers_and_comparisons():
+    trace = {"grid": [2, 2, 3], "indices": [1, 2], "kept": 2}
+    said = {
+        "answer": NASTY, "method": "m", "prompt_tokens_before": 20, "prompt_tokens_after": 10, "videos": [trace],
+        "ms": {"select": 2.0, "prefill": 3.5},
+    }  # fmt: skip
+    made = Parsed(page("q", answer_sections(video(), NASTY, said, np.ones(12), ("select", "prefill", "decode"))))
+    assert "20 → 10 tokens" in made.text and made.text.count(NASTY) == 2 and "5.5" in made.text
+    row = {
+        "name": "full", "layer_retention": 1.0, "real_retention": 1.0, "answer": "red", "same": True, "indices": None,
+        "scores": None, "select_ms": {"median": 0.0}, "ms": {"prefill": {"median": 9.0}, "total": {"median": 9.0}},
+    }  # fmt: skip
+    other = row | {"name": "m", "indices": [3], "same": False, "answer": NASTY}
+    result = {
+        "question": "?", "rows": [row, other], "grid": [2, 2, 3], "refused": [{"name": "n", "reason": NASTY}]
+    }  # fmt: skip
+    made = Parsed(page("c", comparison_sections(video(), result)))
+    assert made.text.count(NASTY) == 2 and sum(tag == "option" for tag, _ in made.elements) == 2
+
+
+def evaluated(**more):
+    base = {"variant": "ours", "part": "", "policy": "", "stderr": 0.01, "vs_full": None, "vs_random": None}
+    rows = [
+        base | {"method": "full", "variant": "-", "retention": "1", "accuracy": 0.9, "layer_retention": 1.0},
+        base | {"method": "m", "retention": "0.25", "accuracy": 0.8, "layer_retention": 0.25},
+        base | {"method": "m", "retention": "0.1", "accuracy": 0.7, "layer_retention": 0.1},
+    ]  # fmt: skip
+    by = {"kind": {"colour": {"accuracy": 0.5, "stderr": 0.1}, "count": {"accuracy": 0.4, "stderr": float("nan")}}}
+    rows = [row | {"real_retention": row["layer_retention"], "frames": 16, "by": by} for row in rows]
+    refused = [base | {"method": "f", "retention": "0.1", "frames": 16, "reason": NASTY}]
+    return {"benchmark": "B", "questions": 9, "videos": 3, "rows": rows, "refused": refused, "failed": []} | more
+
+
+def test_reports_of_evaluations():
+    failed = [{"video": NASTY, "questions": 2, "reason": "r"}]
+    sections = evaluation_sections(evaluated(failed=failed))
+    titles = [section.title for section in sections]
+    assert titles == [
+        "Accuracy", "Accuracy against retention, 16 frames", "Accuracy by kind", "Not possible",
+        "Videos that could not be read",
+    ]  # fmt: skip
+    cells = {tuple(row[:2]): row for row in sections[0].table.rows}
+    assert cells["m", "0.1"][4] == "70.0" and cells["f", "0.1"][2] == "–"
+    assert sections[2].table.rows[0][1:] == ("50.0 ± 10.0", "40.0")
+    assert Parsed(page("e", sections)).text.count(NASTY) == 2
+
+
+def test_reports_of_training(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": n, "loss": 1 / n, "reward": None}) + "\n" for n in (1, 2)))
+    sections = training_sections(path)
+    assert [section.title for section in sections] == ["The last step", "Loss"]
+    assert sections[1].said == "loss over 2 measurements, from 1 to 0.5"
+    with pytest.raises(OutputError, match="no report"):
+        training_sections(tmp_path / "none")
+
+
+def test_reports_of_the_pipeline():
+    spread = {"mean": 2.0, "p50": 2.0, "p95": 3.0}
+    row = {
+        "method": "full", "variant": "-", "part": "", "policy": "", "retention": "1", "visual": [9, 9],
+        "prompt": [12, 12], "flops": {"paper": 1e12, "counted": 3e12}, "peak_MiB": 5.0, "pays_from": None,
+        "times_faster": {"prefill": 1.0, "all": 1.0}, "ms": {"prefill": spread, "all": spread},
+    }  # fmt: skip
+    other = row | {
+        "method": "m",
+        "variant": "ours",
+        "retention": "0.1",
+        "flops": {"paper": 1e11, "counted": 1e12},
+        "pays_from": 16,
+    }
+    result = {
+        "rows": [row, other], "refused": [], "model": "x", "device": "cpu", "dtype": "float32", "attention": "sdpa",
+        "lengths": [16], "repeats": 3, "new_tokens": 8,
+    }  # fmt: skip
+    table = pipeline_sections(result)[1].table
+    assert table.rows[1][5] == "3.00×" and (table.rows[0][-1], table.rows[1][-1]) == ("–", 16)
