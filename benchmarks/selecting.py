@@ -290,7 +290,8 @@ def page(result: dict[str, Any]) -> str:
         return " / ".join(f"{scale * found[key]:.3g}" for key in ("min", "median", "max")) + f" {unit}"
 
     small, large = str(SMALL), str(LARGE)
-    rows = {name: row for name, row in result["rows"].items() if row.keys() >= {"seconds", "growing_MiB"}}
+    rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
+    held = {name: row for name, row in rows.items() if "growing_MiB" in row}
     setup = result["machine"]
     lines = [
         "# What selecting takes",
@@ -329,10 +330,12 @@ def page(result: dict[str, Any]) -> str:
         f"| method | {small} | published | {large} | " + " | ".join(f"{k}k" for k in GROWING) + " |",
         "|---|---|---|---|" + "---|" * len(GROWING),
     ]  # fmt: skip
-    for name, row in rows.items():
+    for name, row in held.items():
         extra = [row["extra_MiB"].get(key) for key in (small, f"{small}, published form", large)]
         cells = ["–" if value is None else f"{value:.0f}" for value in (*extra, *row["growing_MiB"].values())]
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    if open_ := [f"`{name}`" for name in rows if name not in held]:
+        lines += ["", f"Not measured yet (`--parts memory`): {', '.join(open_)}."]
     return "\n".join(lines) + "\n"
 
 
