@@ -276,7 +276,9 @@ def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Seque
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--questions", default="2000,2000,2000", help=f"of each seed of {SEEDS}, or of the first ones")
+    parser.add_argument(
+        "--questions", default="2000,2000,2000", help=f"of each seed of {SEEDS}, or of the first ones; 0: none"
+    )
     parser.add_argument("--earliest", action="store_true", help="also methods that move to earlier layers")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
@@ -286,7 +288,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.markdown:
         counts = [int(count) for count in options.questions.split(",")]
-        sizes = list(zip(SEEDS, counts, strict=False))
+        sizes = [(seed, count) for seed, count in zip(SEEDS, counts, strict=False) if count]
         tasks = [(world, seed, count, options.parts, options.earliest) for seed, count in sizes for world in WORLDS]
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
