@@ -4,10 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # The oldest transformers that pyproject.toml allows.
 OLDEST := 5.19.0
+# lmms-eval has an environment of its own: it needs an older PyAV and much that nothing else here does.
+LMMS := .venv-lmms
 # One process a core, whole files each: they share what they build.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: demo test test-oldest check format clean
+.PHONY: demo test test-oldest test-lmms check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
@@ -19,6 +21,10 @@ test: check
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PARALLEL) tests/attach tests/test_checks.py
+
+# Through lmms-eval the same answers as by `vidsieve eval`. Not part of CI: its environment is a large download.
+test-lmms: $(LMMS)/.installed
+	$(LMMS)/bin/python benchmarks/lmms.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
@@ -46,5 +52,11 @@ $(VENV)/oldest/.installed: $(BIN)/python Makefile
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST)
 	touch $@
 
+$(LMMS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS)/bin/python -m pip install --quiet --editable '.[lmms-eval]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LMMS) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vidsieve.cli.shared import write_report
+from vidsieve.data.video import read_video
 from vidsieve.errors import OutputError
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, TableOf, page, write_page
+from vidsieve.report.pictures import kept_figure, overlay_video
 from vidsieve.report.sections import (
     answer_sections,
     comparison_sections,
@@ -83,10 +86,12 @@ def test_the_script_is_given_what_was_kept():
 
 
 def test_nothing_is_fetched_and_the_same_gives_the_same():
-    figure = charts.against({"a$b": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%", level=("all", 70), log=True)
-    sections = [Section("chart", chart=charts.svg(figure), said="a line"), Section("frames", frames=frames_of())]
-    text = page("t", sections)
-    assert text == page("t", sections)
+    def sections():
+        figure = charts.against({"a$b": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%", level=("all", 70), log=True)
+        return [Section("chart", figure=figure, said="a line"), Section("frames", frames=frames_of())]
+
+    text = page("t", sections())
+    assert text == page("t", sections())
     outside = set(re.findall(r"https?://[^\s\"'<>]+", text))
     assert outside <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, outside
     assert not re.search(r"<(link|iframe|object)\b|@import|url\((?!#)", text)
@@ -186,3 +191,33 @@ def test_reports_of_the_pipeline():
     }  # fmt: skip
     table = pipeline_sections(result)[1].table
     assert table.rows[1][5] == "3.00×" and (table.rows[0][-1], table.rows[1][-1]) == ("–", 16)
+
+
+def test_masks_of_methods_are_rows_of_frames():
+    figure = kept_figure(np.full((2, 8, 12, 3), 200, np.uint8), TokenGrid(2, 2, 3), {"one$": [0, 7]}, columns=2)
+    lit = [axis.images[0].get_array() for axis in figure.axes]
+    assert len(lit) == 4 and (lit[0] == 200).all(), "all tokens first"
+    assert (lit[2][:4, :4] == 200).all() and (lit[2][4:] < 60).all() and (lit[2][:4, 4:] < 60).all()
+    assert (lit[3][:4, 4:8] == 200).all() and (lit[3][:, :4] < 60).all()
+
+
+def test_an_overlay_shows_kept_tokens_lit_for_as_long_as_the_video(tmp_path):
+    frames = np.full((4, 48, 48, 3), 180, np.uint8)
+    path = tmp_path / "o.mp4"
+    overlay_video(path, frames, 2.0, TokenGrid(2, 2, 2), {"a": [0, 5], "b": [3]})
+    video = read_video(path, frames=4)
+    assert video.duration == pytest.approx(2.0, abs=0.1) and video.pixels.shape == (4, 312, 576, 3)
+    shown = video.pixels[:, 24:].astype(int)
+    lit = shown[:, 72::144, 72::144].mean(-1) > 120  # the middle of every token, both methods side by side
+    assert lit[0].tolist() == lit[1].tolist() == [[True, False, False, False], [False, False, False, True]]
+    assert lit[2].tolist() == lit[3].tolist() == [[False, True, False, False], [False] * 4]
+    once = path.read_bytes()
+    overlay_video(path, frames, 2.0, TokenGrid(2, 2, 2), {"a": [0, 5], "b": [3]})
+    assert path.read_bytes() == once
+
+
+def test_the_charts_of_a_report_are_written_as_pictures(tmp_path):
+    figure = charts.against({"a": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%")
+    write_report(None, "t", lambda: [Section("A line, drawn", figure=figure), Section("none")], figures=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a-line-drawn.png", "a-line-drawn.svg"]
+    assert "<svg" in (tmp_path / "a-line-drawn.svg").read_text()

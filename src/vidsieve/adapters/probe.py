@@ -1,7 +1,8 @@
 """Signals of the vision encoder: attention and keys of one block, recorded while it encodes, nothing else kept.
 
-For the length of a call the tower's attention runs through a function that does what it did before and notes queries
-and keys of one module; the tower's output does not change. Attention is then computed frame by frame.
+For the length of a call the tower's attention runs through a function that calls torch's fused attention, whichever the
+tower used, and notes queries and keys of one module; the tower's output is the same but for rounding. Attention is then
+computed frame by frame.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    Figures,
     Fps,
     Frames,
     Json,
@@ -49,11 +51,22 @@ def ask(
     layout: Layout = None,
     max_new_tokens: NewTokens = 64,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG of the kept tokens here.", show_default=False)
+        Path | None, typer.Option(help="Write a picture of the kept tokens here: .png, .svg.", show_default=False)
     ] = None,
+    overlay: Annotated[
+        Path | None, typer.Option(help="Write the frames with kept tokens lit here, as an mp4.", show_default=False)
+    ] = None,
+    contributions: Annotated[
+        int,
+        typer.Option(
+            help="In the report, also measure what each token contributes to the answer, on so many random subsets.",
+            min=0,
+        ),
+    ] = 0,
     seed: Seed = 0,
     threads: Threads = 0,
     report: Report = None,
+    figures: Figures = None,
     json: Json = None,
 ) -> None:
     """Ask a question about a video, and see what was kept and where the time went."""
@@ -61,9 +74,13 @@ def ask(
     check_question(question)
     check_output(json)
     check_output(picture)
+    check_output(overlay)
     check_output(report)
-    if method == "full" and picture is not None:
-        raise OutputError("--picture shows what a method kept, and 'full' keeps all: leave --picture out")
+    for option, path in (("--picture", picture), ("--overlay", overlay)):
+        if method == "full" and path is not None:
+            raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
+    if contributions and report is None and figures is None:
+        raise OutputError("--contributions are drawn in the report: give --report out.html too")
     set_threads(threads)
     from vidsieve import pipeline
     from vidsieve.eval.methods import check_known, method_for
@@ -90,12 +107,32 @@ def ask(
         trace = result.traces[0]
         kept_picture(picture, loaded.pixels, trace.grid, {result.method: trace.indices}, title=question)
         out.print(f"picture: {picture}")
+    if overlay is not None and result.traces:
+        from vidsieve.report.pictures import overlay_video
+
+        trace = result.traces[0]
+        overlay_video(overlay, loaded.pixels, loaded.duration, trace.grid, {result.method: trace.indices})
+        out.print(f"overlay: {overlay}")
     from vidsieve.report.sections import answer_sections
 
+    measured = _contributions(network, processor, loaded, question, contributions, seed) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
     write_report(
-        report, question, lambda: answer_sections(loaded, question, result.as_dict(), scores, pipeline.PARTS),
-        f"{video.name}, {model}",
+        report, question, lambda: answer_sections(
+            loaded, question, result.as_dict(), scores, pipeline.PARTS, measured
+        ),
+        f"{video.name}, {model}", figures,
     )  # fmt: skip
     write_json(json, result.as_dict() | {"video": str(video), "question": question, "model": model})
+
+
+def _contributions(network: Any, processor: Any, video: Any, question: str, subsets: int, seed: int) -> Any:
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.eval.contributions import contributions
+    from vidsieve.pipeline import chat
+
+    with Bar("subsets", subsets) as advance:
+        return contributions(
+            adapter_for(network), chat(processor, video, question), subsets=subsets, seed=seed, progress=advance
+        )

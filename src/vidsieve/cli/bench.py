@@ -13,6 +13,7 @@ from rich.markup import escape
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
+    Figures,
     Json,
     Layout,
     Report,
@@ -68,6 +69,7 @@ def bench_pipeline(
     seed: Seed = 0,
     threads: Threads = 0,
     report: Report = None,
+    figures: Figures = None,
     json: Json = None,
 ) -> None:
     """Time every part from the file to the answer, methods in turns beside all tokens, random and downsample."""
@@ -105,7 +107,7 @@ def bench_pipeline(
         for name, method in found.items():
             conditions.append(Condition(0, method.with_retention(amount), name if is_folder(name) else ""))
     with tempfile.TemporaryDirectory() as folder:
-        path = video if video is not None else _made_clip(Path(folder) / "clip.mp4", *size)
+        path = video if video is not None else made_clip(Path(folder) / "clip.mp4", *size)
         with Bar("passes", (warm_up + repeats) * len(counts) * len(conditions)) as advance:
             result = measure(
                 adapter_for(network), path, counts, prompts, conditions, repeats=repeats, warm_up=warm_up,
@@ -120,7 +122,7 @@ def bench_pipeline(
         FORMS[form](result)
     from vidsieve.report.sections import pipeline_sections
 
-    write_report(report, f"Where the time goes: {asked}", lambda: pipeline_sections(result), result["device"])
+    write_report(report, f"Where the time goes: {asked}", lambda: pipeline_sections(result), result["device"], figures)
     write_json(json, result)
 
 
@@ -134,22 +136,29 @@ def _loaded(
     model: str, random_weights: str | None, layout: str | None, dtype: Any, device: str, seed: int
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
     """Return a model, and what makes its inputs of a video."""
-    from vidsieve.pipeline import chat, load_model, own_device
+    from vidsieve.pipeline import chat, load_model
 
     if random_weights is None:
         network, processor = load_model(model, layout, dtype, device)
         return network, lambda video: chat(processor, video, "What happens in the video?")
-    from vidsieve.eval.blueprints import random_model
+    return timed_model(random_weights, dtype, device, seed, layout)[:2]
 
-    made = random_model(
-        random_weights, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed
-    )  # fmt: skip
+
+def timed_model(
+    size: str, dtype: Any, device: str, seed: int, layout: str | None = None
+) -> tuple[Any, Callable[[Any], Mapping[str, Any]], Any]:
+    """Return a model of a published size with random weights, what makes its inputs of a video, and its adapter."""
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.eval.blueprints import random_model
+    from vidsieve.pipeline import own_device
+
+    made = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
     if layout is not None:
         made.model.config.vidsieve_layout = layout
-    return made.model, lambda video: made.inputs(video, 40, seed)
+    return made.model, lambda video: made.inputs(video, 40, seed), adapter_for(made.model)
 
 
-def _made_clip(path: Path, width: int, height: int, seconds: int) -> Path:
+def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:
     """Write a video of soft waves that move, 24 frames a second."""
     import numpy as np
 

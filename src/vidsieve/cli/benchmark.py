@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -14,6 +13,7 @@ from vidsieve import registry
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
+    Figures,
     Json,
     Layout,
     Report,
@@ -35,11 +35,6 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import EvaluationError, RetentionError
-
-if TYPE_CHECKING:
-    from vidsieve.compressors.base import Compressor
-    from vidsieve.eval.items import Item
-    from vidsieve.eval.runner import Condition
 
 BASELINES = ("random", "uniform", "downsample")
 """Measured in every run, beside the model with all tokens."""
@@ -96,6 +91,7 @@ def command(name: str) -> Callable[..., None]:
         seed: Seed = 0,
         threads: Threads = 0,
         report: Report = None,
+        figures: Figures = None,
         json: Json = None,
     ) -> None:
         check_output(json)
@@ -105,7 +101,7 @@ def command(name: str) -> Callable[..., None]:
             share=parse_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
             protocol=protocol, answer=answer, max_new_tokens=max_new_tokens, subset=subset, allow_missing=allow_missing,
             indices=indices, earliest=earliest, layout=layout, device=device, seed=seed, threads=threads, report=report,
-            json=json,
+            figures=figures, json=json,
         )  # fmt: skip
 
     return measure
@@ -116,7 +112,7 @@ def _run(
     model: str | None, frames: str | None, fps: float | None, tokens_per_frame: int | None, protocol: str | None,
     answer: str, max_new_tokens: int, subset: int | None, allow_missing: bool, indices: bool, earliest: bool,
     layout: str | None, device: str, seed: int, threads: int,
-    report: Path | None, json: Path | None,
+    report: Path | None, figures: Path | None, json: Path | None,
 ) -> None:  # fmt: skip
     counts = [_count(word) for word in words(frames or "32")]
     amounts = [parse_retention(word) for word in retentions]
@@ -124,13 +120,9 @@ def _run(
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
     check_output(folder / "run.json")
     set_threads(threads)
-    from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.eval.items import check_videos
+    from vidsieve.eval.measuring import Asking, conditions_of, items_of, measured
     from vidsieve.eval.methods import check_known, named_methods
     from vidsieve.eval.protocols import protocol as protocol_of
-    from vidsieve.eval.runner import Examiner
-    from vidsieve.eval.running import configuration, run
-    from vidsieve.pipeline import load_model
     from vidsieve.report.sections import evaluation_sections
 
     if protocol is not None:
@@ -144,42 +136,28 @@ def _run(
     for word in names:
         check_known(word)
     benchmark = registry.benchmarks.get(name)
-    items: list[Item] = benchmark.read(data)
-    found = len(items)
-    if benchmark.questions and found != benchmark.questions:
-        err.print(
-            f"note: {data} has {found} questions, {benchmark.questions} are published: compare figures with that in "
-            "mind", soft_wrap=True,
-        )  # fmt: skip
-    if subset is not None and subset < found:
-        chosen = set(random.Random(seed).sample(range(found), subset))
-        items = [item for place, item in enumerate(items) if place in chosen]
-    if not allow_missing:
-        check_videos(items)
+    items = items_of(
+        benchmark, data, subset=subset, seed=seed, allow_missing=allow_missing,
+        note=lambda text: err.print(f"note: {text}", markup=False, soft_wrap=True),
+    )  # fmt: skip
     quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
     methods = named_methods(listed, model, earliest=earliest)
-    network, processor = load_model(model, layout, device=device)
-    adapter = adapter_for(network)
-    if tokens_per_frame is not None:
-        adapter.limit_frames(processor, tokens_per_frame)
-    examiner = Examiner(
-        adapter, processor, _conditions(counts, methods, amounts), benchmark.closing, answer, fps, max_new_tokens, seed,
-        indices,
+    asking = Asking(
+        model, tuple(counts), fps, tokens_per_frame, layout, protocol, answer, max_new_tokens, seed, indices, earliest,
+        device,
     )  # fmt: skip
-    more = {
-        "data": data.name, "subset": subset, "protocol": protocol, "tokens_per_frame": tokens_per_frame,
-        "earliest": earliest, "layout": layout,
-    }  # fmt: skip
-    config = configuration(benchmark, items, examiner, model, more)
     with Bar("videos", len({item.video for item in items})) as advance:
-        result = run(folder, benchmark, items, examiner, config, share=share, command=command_line(), progress=advance)
+        result = measured(
+            benchmark, items, conditions_of(counts, methods, amounts), asking, folder,
+            about={"data": data.name, "subset": subset}, share=share, command=command_line(), progress=advance,
+        )  # fmt: skip
     if result is None:
         out.print(f"this share is done; the table is made when the others are, in {folder}")
         return
     print_table(result)
     out.print(f"written: {folder}")
-    write_report(report, result["benchmark"], lambda: evaluation_sections(result), result["settings"]["model"])
+    write_report(report, result["benchmark"], lambda: evaluation_sections(result), result["settings"]["model"], figures)
     write_json(json, result)
 
 
@@ -187,20 +165,6 @@ def _count(word: str) -> int:
     if not word.isdigit() or int(word) < 1:
         raise EvaluationError(f"--frames is a whole number from 1 on, or several, as 8,16,32; got {word!r}")
     return int(word)
-
-
-def _conditions(counts: Sequence[int], methods: dict[str, Compressor], amounts: Sequence[Any]) -> list[Condition]:
-    """Return all tokens, and every method at every retention, for each number of frames."""
-    from vidsieve.eval.methods import is_folder
-    from vidsieve.eval.runner import Condition
-
-    found = []
-    for count in counts:
-        found.append(Condition(count))
-        for amount in amounts:
-            for name, method in methods.items():
-                found.append(Condition(count, method.with_retention(amount), name if is_folder(name) else ""))
-    return found
 
 
 def print_table(result: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
+    Figures,
     Fps,
     Frames,
     Json,
@@ -50,11 +51,16 @@ def compare(
     max_new_tokens: NewTokens = 64,
     repeats: Annotated[int, typer.Option(help="Counted rounds, after one that is not.", min=1)] = 3,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a PNG of what each keeps here.", show_default=False)
+        Path | None, typer.Option(help="Write a picture of what each keeps here: .png, .svg.", show_default=False)
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(help="Write the frames with kept tokens lit here, side by side, as an mp4.", show_default=False),
     ] = None,
     seed: Seed = 0,
     threads: Threads = 0,
     report: Report = None,
+    figures: Figures = None,
     json: Json = None,
 ) -> None:
     """Ask one question under every method: what each keeps, answers and costs, beside the model with all tokens."""
@@ -62,6 +68,7 @@ def compare(
     check_question(question)
     check_output(json)
     check_output(picture)
+    check_output(overlay)
     check_output(report)
     set_threads(threads)
     from vidsieve import pipeline
@@ -94,9 +101,15 @@ def compare(
 
         kept_picture(picture, loaded.pixels, TokenGrid(*result["grid"]), shown, title=question)
         out.print(f"picture: {picture}")
+    if overlay is not None and shown:
+        from vidsieve.report.pictures import overlay_video
+        from vidsieve.types import TokenGrid
+
+        overlay_video(overlay, loaded.pixels, loaded.duration, TokenGrid(*result["grid"]), shown)
+        out.print(f"overlay: {overlay}")
     from vidsieve.report.sections import comparison_sections
 
-    write_report(report, question, lambda: comparison_sections(loaded, result), f"{video.name}, {model}")
+    write_report(report, question, lambda: comparison_sections(loaded, result), f"{video.name}, {model}", figures)
     rows = [{name: value for name, value in row.items() if name != "scores"} for row in result["rows"]]
     write_json(json, result | {"rows": rows, "video": str(video), "model": model})
 

@@ -13,6 +13,7 @@ from vidsieve.cli import benchmark
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
+    Figures,
     Json,
     Report,
     Share,
@@ -59,6 +60,7 @@ def eval_testbed(
     share: Share = None,
     threads: Threads = 0,
     report: Report = None,
+    figures: Figures = None,
     json: Json = None,
 ) -> None:
     """Answer fresh questions of the testbed under every method; `full` and `random` are always there."""
@@ -100,7 +102,7 @@ def eval_testbed(
     if folder is not None:
         write_run(folder, result, command_line())
         out.print(f"written: {folder}")
-    write_report(report, "Accuracy on the testbed", lambda: evaluation_sections(result), model)
+    write_report(report, "Accuracy on the testbed", lambda: evaluation_sections(result), model, figures)
     if not answers:
         result = {k: v for k, v in result.items() if k not in MARKS}
     write_json(json, result)

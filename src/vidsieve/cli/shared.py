@@ -33,6 +33,10 @@ Share = Annotated[
 Report = Annotated[
     Path | None, typer.Option("--report", help="Write a page to look at here (HTML, one file).", show_default=False)
 ]
+Figures = Annotated[
+    Path | None,
+    typer.Option("--figures", help="Write the report's charts into this folder, as PNG and SVG.", show_default=False),
+]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
 Model = Annotated[
     str, typer.Option("--model", help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
@@ -90,15 +94,27 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_report(path: Path | None, title: str, sections: Callable[[], list[Section]], lead: str = "") -> None:
-    """Write a page of what `sections` returns to `path`, if one was given, and say so."""
-    if path is None:
+def write_report(
+    path: Path | None, title: str, sections: Callable[[], list[Section]], lead: str = "", figures: Path | None = None
+) -> None:
+    """Write a page of what `sections` returns to `path`, and its charts into `figures`, where these are given."""
+    if path is None and figures is None:
         return
     from vidsieve.eval.running import versions
+    from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
-    write_page(path, title, sections(), lead=lead, command=command_line(), about=versions())
-    out.print(f"report: {path}")
+    made = sections()
+    if path is not None:
+        write_page(path, title, made, lead=lead, command=command_line(), about=versions())
+        out.print(f"report: {path}")
+    if figures is not None:
+        drawn = [part for part in made if part.figure is not None]
+        for part in drawn:
+            name = "-".join("".join(c if c.isalnum() else " " for c in part.title.lower()).split())
+            for kind in ("png", "svg"):
+                save(part.figure, figures / f"{name}.{kind}")
+        out.print(f"figures: {len(drawn)} in {figures}" if drawn else "figures: none, as there is nothing to draw")
 
 
 def command_line() -> str:

@@ -15,7 +15,18 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.progress import Progress
-from vidsieve.cli.shared import Report, check_output, err, out, quiet, set_threads, words, write_json, write_report
+from vidsieve.cli.shared import (
+    Figures,
+    Report,
+    check_output,
+    err,
+    out,
+    quiet,
+    set_threads,
+    words,
+    write_json,
+    write_report,
+)
 from vidsieve.errors import TrainingError
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
@@ -152,6 +163,7 @@ def _run(
     cache: Path | None,
     device: str,
     page: Path | None,
+    figures: Path | None,
     **options: Any,
 ) -> None:
     import torch
@@ -193,7 +205,9 @@ def _run(
         best = record["best"]
         out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
     if is_main():
-        write_report(page, f"Training {method}", lambda: training_sections(folder / "metrics.jsonl"), str(folder))
+        write_report(
+            page, f"Training {method}", lambda: training_sections(folder / "metrics.jsonl"), str(folder), figures
+        )
         write_json(json, record)
 
 
@@ -203,11 +217,11 @@ def train_cacovid(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, cache: Cache = None,
     variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
     device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
-    report: Report = None, settings: dict[str, Any] | None = None,
+    report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
     _run(
-        "cacovid", settings, folder, threads, json, model, log_to, cache, device, report, data=data,
+        "cacovid", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
         eval_data=eval_data, variant=variant, resume=resume, force=force,
     )  # fmt: skip
 
@@ -218,10 +232,10 @@ def train_score(
     folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, pseudo: Pseudo = None,
     cache: Cache = None, variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
     device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
-    report: Report = None, settings: dict[str, Any] | None = None,
+    report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
     _run(
-        "score", settings, folder, threads, json, model, log_to, cache, device, report, data=data,
+        "score", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
         eval_data=eval_data, pseudo=pseudo, variant=variant, resume=resume, force=force,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from vidsieve.compressors._stages import left_for_later
 from vidsieve.compressors.base import LayerCompressor, check_layer, layer_of
 from vidsieve.errors import BudgetError, NeedError
 from vidsieve.selection import even_counts, exact_ratio, top_indices
-from vidsieve.types import LayerView, TokenGrid
+from vidsieve.types import LayerView, Need, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TopV(LayerCompressor):
     Sources are the video tokens that enter the layer, targets what leaves it, normalised. Moving one to the other costs
     their distance in features, their distance on the frame, and the source's distance to the frame's centre. Sinkhorn's
     iterations end with the targets' side, so that a source's total, its importance, follows from the costs. No
-    attention is read; the question acts through the layer alone.
+    attention is read, so that the question, which comes after the video, has no say.
 
     UNVERIFIED: there is no public code. This is built from the paper's abstract and figures; every constant is an
     argument, and its default a guess of the same kind.
@@ -54,6 +54,7 @@ class TopV(LayerCompressor):
 
     name: ClassVar[str] = "topv"
     paper: ClassVar[str] = "TopV, CVPR 2025 (unverified)"
+    needs: ClassVar[frozenset[Need]] = frozenset()
     reads_before: ClassVar[bool] = True
     layer: int = 3
     feature: float = 1.0

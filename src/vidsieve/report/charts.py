@@ -85,6 +85,21 @@ def against(
     return figure
 
 
+def cloud(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str) -> Any:
+    """Return a figure of single points (x, y, ignored), by name."""
+    figure = new_figure(figsize=(8.2, 4.2), layout="constrained")
+    panel = _panel(figure, x, y)
+    for number, (name, own) in enumerate(points.items()):
+        places, heights, _ = zip(*own, strict=True)
+        panel.scatter(
+            places, heights, s=9, alpha=0.55, label=name.replace("$", r"\$"), color=f"C{number}",
+            marker=_MARKS[number % len(_MARKS)], linewidths=0,
+        )  # fmt: skip
+    panel.axhline(0, linewidth=1, color="#808080")
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
 def stacks(rows: Mapping[str, Mapping[str, float]], *, x: str) -> Any:
     """Return a figure of horizontal bars by name, each made of named parts."""
     figure = new_figure(figsize=(8.2, 0.9 + 0.36 * len(rows)), layout="constrained")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vidsieve.files import writing
+from vidsieve.report.charts import svg
 from vidsieve.types import TokenGrid
 
 _SIDE = 360  # pixels: no frame of a report is larger
@@ -83,12 +84,12 @@ class FramesOf:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a title, and any of a text, a table, a chart (SVG, and what it says) and frames."""
+    """A part of a page: a title, and any of a text, a table, a matplotlib figure (and what it says) and frames."""
 
     title: str
     text: str = ""
     table: TableOf | None = None
-    chart: str = ""
+    figure: Any = None
     said: str = ""
     frames: FramesOf | None = None
 
@@ -138,7 +139,7 @@ def page(
     ready = [
         {
             "title": part.title, "text": part.text, "table": part.table, "said": part.said,
-            "chart": Markup(part.chart),
+            "chart": Markup("" if part.figure is None else svg(part.figure)),
             "frames": part.frames and {**vars(part.frames), "data": Markup(part.frames.data)},
         }
         for part in sections

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
 
 from vidsieve.files import writing
 from vidsieve.types import TokenGrid
 
 _DIM = 0.22
+_SMALLEST = 288  # pixels: lower frames are enlarged in an overlay
 
 
 def new_figure(**options: Any) -> Any:
@@ -50,18 +52,29 @@ def kept_picture(
     path: str | Path, frames: NDArray[np.uint8], grid: TokenGrid, kept: Mapping[str, Sequence[int]],
     title: str = "", columns: int = 8,
 ) -> None:  # fmt: skip
-    """Write a PNG: one line of frames per method, kept tokens lit, dropped ones dark.
+    """Write `kept_figure` as PNG, or by the path's ending as SVG or PDF.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    figure = kept_figure(frames, grid, kept, title, columns)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format=path.suffix.lstrip(".") or "png")
+
+
+def kept_figure(
+    frames: NDArray[np.uint8], grid: TokenGrid, kept: Mapping[str, Sequence[int]], title: str = "", columns: int = 8
+) -> Any:
+    """Return a figure with one line of frames per method, kept tokens lit, dropped ones dark (SCORE, Figure 5).
 
     Parameters
     ----------
     kept : method → raster indices
     columns : int
         Frames shown, evenly spaced.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
     """
     shown = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
     aspect = frames.shape[1] / frames.shape[2]
@@ -75,13 +88,48 @@ def kept_picture(
             axis.set_xticks([])
             axis.set_yticks([])
         label = name if name == "all tokens" else f"{name}\n{len(indices)} of {grid.num_tokens}"
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
     for axis, frame in zip(axes[0], shown, strict=True):
         axis.set_title(f"frame {frame}", fontsize=7)
     if title:
-        figure.suptitle(title, fontsize=9)
-    with writing(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
+        figure.suptitle(title, fontsize=9, parse_math=False)
+    return figure
+
+
+def overlay_video(
+    path: str | Path, frames: NDArray[np.uint8], duration: float, grid: TokenGrid, kept: Mapping[str, Sequence[int]]
+) -> None:
+    """Write an mp4 that shows the frames a method was given with its kept tokens lit, several methods side by side.
+
+    Parameters
+    ----------
+    duration : float
+        Seconds that all frames together are shown; 0: one a frame.
+    kept : method → raster indices
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    from vidsieve.data.video import write_video
+
+    times = max(1, -(-_SMALLEST // frames.shape[1]))
+    parts = []
+    for name, indices in kept.items():
+        lit = lit_frames(frames, grid, list(indices)).repeat(times, 1).repeat(times, 2)
+        parts.append(_titled(lit, f"{name}: {len(indices)} of {grid.num_tokens}"))
+    made = np.concatenate(parts, 2)
+    made = made[:, : made.shape[1] // 2 * 2, : made.shape[2] // 2 * 2]
+    write_video(path, np.ascontiguousarray(made), max(len(frames) / duration, 0.1) if duration > 0 else 1.0)
+
+
+def _titled(frames: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
+    """Return frames with a line of text above them."""
+    strip = Image.new("RGB", (frames.shape[2], 24))
+    ImageDraw.Draw(strip).text((6, 5), text, fill=(255, 255, 255), font=ImageFont.load_default(13))
+    line = np.broadcast_to(np.asarray(strip, np.uint8), (len(frames), *np.asarray(strip).shape))
+    return np.concatenate([line, frames], 1)
 
 
 def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], str]]) -> None:

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from vidsieve.data.video import Video
 from vidsieve.errors import OutputError
+from vidsieve.eval.contributions import Contributions, rank_correlation, ranks
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, TableOf
+from vidsieve.report.pictures import kept_figure
 from vidsieve.types import TokenGrid
 
 Row = Mapping[str, Any]
@@ -35,16 +37,64 @@ def frames_section(video: Video, grid: TokenGrid, methods: Sequence[Kept], title
     return Section(title, frames=FramesOf.of(video.pixels, video.timestamps.tolist(), grid, methods))
 
 
-def answer_sections(
-    video: Video, question: str, said: Row, scores: NDArray[np.floating[Any]] | None, parts: Sequence[str]
+def masks_section(video: Video, grid: TokenGrid, kept: Mapping[str, Sequence[int]]) -> Section:
+    """Return rows of frames, one a method, with what it keeps lit: all of them at one glance."""
+    said = "Rows of frames, one a method, with dropped tokens dark; the viewer above has the same, frame by frame."
+    return Section("Masks, row by row", figure=kept_figure(video.pixels, grid, kept), said=said)
+
+
+def contributions_sections(
+    video: Video, measured: Contributions, answer: str, method: str, kept: int, scores: NDArray[np.floating[Any]] | None
 ) -> list[Section]:
-    """Return the report of one answer, as `Answer.as_dict` has it, with the method's scores where it has them."""
+    """Return what every token contributes to the answer, beside attention and a method's scores (CaCoVID, Figure 1)."""
+    rivals = {"attention of the last token": measured.attention} | ({method: scores} if scores is not None else {})
+    shown = {"contribution, measured": measured.contribution, **rivals}
+    ways = [Kept(name, np.argsort(-np.asarray(v), kind="stable")[:kept].tolist(), v) for name, v in shown.items()]
+    sure, total = measured.sure, len(measured.contribution)
+    lines = [
+        (
+            name, f"{rank_correlation(v, measured.contribution):+.3f}",
+            f"{100 * ranks(v)[sure].mean() / total:.0f} %" if sure.any() else "–",
+        )
+        for name, v in rivals.items()
+    ]  # fmt: skip
+    text = (
+        f"Log-odds of “{answer}” with a token less without it, over {measured.subsets} random subsets of "
+        f"{100 * measured.share:g} % of the tokens. {int(sure.sum())} of {total} tokens surely contribute (3.5 "
+        "standard errors above 0); a score that finds them ranks them near 100 %. In the viewer: the "
+        f"{kept} highest of each."
+    )
+    columns = ("", "rank correlation with contribution", "mean rank of those that surely contribute")
+    points = {
+        name: [(float(r), float(c), 0.0) for r, c in zip(100 * ranks(v) / len(v), measured.contribution, strict=True)]
+        for name, v in rivals.items()
+    }
+    figure = charts.cloud(points, x="rank of the score, %", y="measured contribution")
+    said = "Points, one a token: what it contributes, against its rank by attention and by the method."
+    return [
+        Section("Attention against contribution", text, TableOf(columns, lines), figure, said),
+        frames_section(video, measured.grid, ways, "Contribution, attention and scores, token by token"),
+    ]
+
+
+def answer_sections(
+    video: Video, question: str, said: Row, scores: NDArray[np.floating[Any]] | None, parts: Sequence[str],
+    measured: Contributions | None = None,
+) -> list[Section]:  # fmt: skip
+    """Return the report of one answer, as `Answer.as_dict` has it, with the method's scores where it has them.
+
+    With `measured`, what tokens contribute is beside what the LLM's attention says of them.
+    """
     rows = [("question", question), ("answer", said["answer"]), ("method", said["method"])]
     rows += [("prompt", f"{said['prompt_tokens_before']} → {said['prompt_tokens_after']} tokens")]
     found = [Section("The answer", table=TableOf(("", ""), rows, frozenset({1})))]
     for trace in said["videos"][:1]:
         grid = TokenGrid(*trace["grid"])
         found.append(frames_section(video, grid, [Kept(said["method"], trace["indices"], scores)]))
+        found.append(masks_section(video, grid, {said["method"]: trace["indices"]}))
+    if measured is not None:
+        kept = said["videos"][0]["kept"] if said["videos"] else max(1, measured.grid.num_tokens // 10)
+        found += contributions_sections(video, measured, said["answer"], said["method"], kept, scores)
     found.append(time_section({said["method"]: {part: said["ms"].get(part, 0.0) for part in parts}}))
     return found
 
@@ -53,7 +103,7 @@ def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where th
     """Return milliseconds of every part of the work, by name."""
     columns = ["", *next(iter(rows.values())), "total"]
     lines = [(name, *(f"{ms:.1f}" for ms in row.values()), f"{sum(row.values()):.1f}") for name, row in rows.items()]
-    chart = charts.svg(charts.stacks(rows, x="ms"))
+    chart = charts.stacks(rows, x="ms")
     return Section(
         title, "Milliseconds.", TableOf(columns, lines), chart, "Bars of the milliseconds in the table above."
     )  # fmt: skip
@@ -73,7 +123,8 @@ def comparison_sections(video: Video, result: Row) -> list[Section]:
     found = [Section("Answers", f"Asked: {result['question']}", TableOf(columns, lines, frozenset({3})))]
     kept = [Kept(row["name"], row["indices"], row["scores"]) for row in result["rows"] if row["indices"] is not None]
     if kept:
-        found.append(frames_section(video, TokenGrid(*result["grid"]), kept))
+        grid = TokenGrid(*result["grid"])
+        found += [frames_section(video, grid, kept), masks_section(video, grid, {k.name: k.indices for k in kept})]
     parts = {
         row["name"]: {part: row["ms"][part]["median"] for part in row["ms"] if part != "total"}
         for row in result["rows"]
@@ -145,6 +196,26 @@ def evaluation_sections(result: Row) -> list[Section]:
     return found
 
 
+def bundle_sections(bundle: Row) -> list[Section]:
+    """Return the report of a result bundle, a table a model: what is published, what was measured."""
+    from vidsieve.cli.reproduce import shown
+
+    where = "Measured on the testbed, a synthetic world: only shares compare." if bundle["testbed"] else ""
+    found = []
+    for model in dict.fromkeys(cell["model"] for cell in bundle["cells"]):
+        own = [cell for cell in bundle["cells"] if cell["model"] == model]
+        columns = list(dict.fromkeys(cell["column"] for cell in own))
+        lines: dict[tuple[str, str], dict[str, str]] = {}
+        for cell in own:
+            lines.setdefault((cell["row"], cell["retention"]), {})[cell["column"]] = shown(cell)
+        rows = [(row, kept, *(line.get(name, "") for name in columns)) for (row, kept), line in lines.items()]
+        found.append(Section(model, f"Published | measured. {where}", TableOf(("", "kept", *columns), rows)))
+    if bundle["missing"]:
+        numbered = [(number, line) for number, line in enumerate(bundle["missing"], 1)]
+        found.append(Section("Missing", table=TableOf(("", "what"), numbered, frozenset({1}))))
+    return found
+
+
 def _known(row: Row) -> dict[str, Any]:
     """Return a row of either kind of evaluation with the fields of both."""
     by = row.get("by") or {"kind": {k: {"accuracy": v, "stderr": math.nan} for k, v in row.get("by_kind", {}).items()}}
@@ -203,7 +274,7 @@ def _curves(rows: Sequence[dict[str, Any]]) -> list[Section]:
 
 
 def _chart(title: str, figure: Any, text: str) -> Section:
-    return Section(title, text, chart=charts.svg(figure), said=f"{title}: the figures are in the table of accuracies.")
+    return Section(title, text, figure=figure, said=f"{title}: the figures are in the table of accuracies.")
 
 
 def _categories(rows: Sequence[dict[str, Any]]) -> list[Section]:
@@ -258,6 +329,6 @@ def training_sections(metrics: Path) -> list[Section]:
         if points:
             chart = charts.against({text: points}, x="step", y=text)
             said = f"{text} over {len(points)} measurements, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
-            found.append(Section(text.capitalize(), chart=charts.svg(chart), said=said))
+            found.append(Section(text.capitalize(), figure=chart, said=said))
     last = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in rows[-1].items()]
     return [Section("The last step", table=TableOf(("", ""), last)), *found]

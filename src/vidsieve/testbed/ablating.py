@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -142,12 +142,19 @@ def difference(ours: Sequence[Sequence[bool]], base: Sequence[Sequence[bool]], c
     return Estimate(over_scenes.mean, float(np.hypot(over_scenes.stderr, np.sqrt(over_seeds))))
 
 
-def tabulated(table: Table, seeds: int, questions: int, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return a table's rows: accuracy at every retention and difference to the first row, from results by folder."""
+def tabulated(
+    table: Table, seeds: int, questions: int, results: dict[str, dict[str, Any]], labels: Collection[str] | None = None
+) -> dict[str, Any]:
+    """Return a table's rows: accuracy at every retention and difference to the first row, from results by folder.
+
+    With `labels` only the conditions of these have rows.
+    """
     count = table.count(seeds)
     rows: list[dict[str, Any]] = []
     first: dict[str, list[list[bool]]] = {}
     for condition in table.conditions:
+        if labels is not None and condition.label not in labels:
+            continue
         found = [results[Run(table.method, condition, seed, questions).folder] for seed in range(count)]
         clusters = found[0]["clusters"]
         for view in _views(found[0]["marks"], table.method) if table.probes else [table.method]:

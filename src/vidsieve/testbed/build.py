@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +14,9 @@ import torch
 
 from vidsieve._version import __version__
 from vidsieve.checkpoints import load_state, save_state
-from vidsieve.files import writing
 from vidsieve.testbed.curriculum import CURRICULUM, run_stage
 from vidsieve.testbed.language import prepare
-from vidsieve.testbed.model import build_model, build_processor
+from vidsieve.testbed.model import build_model, save_model
 from vidsieve.testbed.tower import ProjectorRecipe, TowerRecipe, train_projector, train_tower
 from vidsieve.testbed.world import WORLD_VERSION, WorldSettings
 
@@ -97,13 +95,3 @@ def _language_stage(model: Any, stage: Any, ready: Any, seed: int, folder: Path,
     figures = run_stage(model, stage, train, held, seed, begun, log)
     begun.unlink(missing_ok=True)
     return figures
-
-
-def save_model(model: Any, folder: Path, record: dict[str, Any]) -> None:
-    """Write model (weights as float16), processor and record so that transformers' Auto classes load them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.float16).save_pretrained(folder)
-    model.to(torch.float32)
-    build_processor().save_pretrained(folder)
-    with writing(folder / "testbed.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

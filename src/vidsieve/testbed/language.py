@@ -54,7 +54,8 @@ class Scenes:
     weights: list[NDArray[np.float64]] = field(default_factory=list)
 
 
-def _needed(kind: str, targets: Sequence[int], cast: Cast) -> list[tuple[int, ...]]:
+def needed_tokens(kind: str, targets: Sequence[int], cast: Cast) -> list[tuple[int, ...]]:
+    """Return groups of tokens of which one each is needed to answer a question of a kind about `targets`."""
     about = set(targets)
     if kind == "order":
         return [o.tokens() for o in cast.objects if o.kind == "flash" and set(o.tokens()) <= about]
@@ -68,7 +69,11 @@ def _needed(kind: str, targets: Sequence[int], cast: Cast) -> list[tuple[int, ..
     return [tuple(targets)]
 
 
-def _describe(task: tuple[str, int, int]) -> tuple[NDArray[np.uint8], list[Asked], list[int], NDArray[np.float64]]:
+Described = tuple[NDArray[np.uint8], list[Asked], list[int], NDArray[np.float64]]
+"""A scene's frames, questions, caption and token weights."""
+
+
+def _describe(task: tuple[str, int, int]) -> Described:
     """Return one scene's frames, questions, caption and token weights."""
     world, seed, index = task
     cast = make_cast(world, seed, index)
@@ -76,7 +81,7 @@ def _describe(task: tuple[str, int, int]) -> tuple[NDArray[np.uint8], list[Asked
     asked = [
         Asked(
             q.kind, words(q.text) + ready, [WORD_ID[o] for o in q.options], WORD_ID[q.answer],
-            _needed(q.kind, q.targets, cast),
+            needed_tokens(q.kind, q.targets, cast),
         )
         for q in make_questions(cast, seed, index)
     ]  # fmt: skip
@@ -90,11 +95,14 @@ def _describe(task: tuple[str, int, int]) -> tuple[NDArray[np.uint8], list[Asked
 
 
 @torch.no_grad()
-def prepare(model: Any, world: str, seed: int, count: int, progress: Callable[[int], None] | None = None) -> Scenes:
-    """Return `count` scenes through the frozen tower and projector."""
+def prepare(
+    model: Any, world: str, seed: int, count: int, progress: Callable[[int], None] | None = None,
+    describe: Callable[[tuple[str, int, int]], Described] = _describe,
+) -> Scenes:  # fmt: skip
+    """Return `count` scenes through the frozen tower and projector; `describe` renders a scene and asks about it."""
     tokens = torch.empty(count, TOKENS, model.config.text_config.hidden_size, dtype=torch.float16)
     scenes = Scenes(tokens, [], [])
-    for index, (frames, asked, caption, weights) in enumerate(rendered(world, seed, count, work=_describe)):
+    for index, (frames, asked, caption, weights) in enumerate(rendered(world, seed, count, work=describe)):
         patches = encode(model.model.vision_tower, frames)
         tokens[index] = pool_patches(model.model.multi_modal_projector(patches)).reshape(FRAMES * 36, -1).half()
         scenes.questions.append(asked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.batch import VideoFeatures
-from vidsieve.testbed.vocabulary import SPECIAL, VOCABULARY
+from vidsieve.files import writing
+from vidsieve.testbed.vocabulary import SPECIAL, TALK_WORDS, VOCABULARY
 from vidsieve.testbed.world import SIDE
 
 PATCH = 12
@@ -32,15 +35,17 @@ CHAT_TEMPLATE = (
     "<|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
 )
 WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
+TALK_ID = {word: i for i, word in enumerate((*VOCABULARY, *TALK_WORDS))}
+"""Ids of the words that the model of `vidsieve.testbed.talking` knows: the same ones, and a few more."""
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(words: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
     """Return the testbed's tokenizer: one id a word, words split at blanks."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
 
-    core = Tokenizer(WordLevel(WORD_ID, unk_token="<unk>"))
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -53,12 +58,12 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaOnevisionProcessor:
+def build_processor(words: Sequence[str] = VOCABULARY) -> LlavaOnevisionProcessor:
     """Return the processor that turns frames and text into inputs, as `AutoProcessor` would load it."""
     look = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(**look, image_grid_pinpoints=[[SIDE, SIDE]]),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(words),
         video_processor=LlavaOnevisionVideoProcessor(**look),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
@@ -128,6 +133,16 @@ def repeated_features(features: VideoFeatures, times: int) -> BaseModelOutputWit
     return BaseModelOutputWithPooling(pooler_output=tokens.expand(times, -1, -1))
 
 
-def shipped_model() -> Path:
-    """Return the folder of the trained model that comes with the package."""
-    return Path(__file__).with_name("assets") / "model"
+def shipped_model(name: str = "model") -> Path:
+    """Return the folder of a trained model that comes with the package: ``"model"``, or ``"talker"``."""
+    return Path(__file__).with_name("assets") / name
+
+
+def save_model(model: Any, folder: Path, record: dict[str, Any], words: Sequence[str] = VOCABULARY) -> None:
+    """Write model (weights as float16), processor and record so that transformers' Auto classes load them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.float16).save_pretrained(folder)
+    model.to(torch.float32)
+    build_processor(words).save_pretrained(folder)
+    with writing(folder / "testbed.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -52,3 +52,7 @@ VOCABULARY: tuple[str, ...] = (
     *ROWS, *COLUMNS, *FUNCTION_WORDS,
 )  # fmt: skip
 """Every word in id order; the tokenizer splits at blanks and knows nothing else."""
+
+NUMBERS = ("none", "one", "two", "three")
+TALK_WORDS = ("how", "many", "are", "none", "two", "three")
+"""Words that only the model of `vidsieve.testbed.talking` knows; "one" and "there" are in `VOCABULARY`."""

@@ -1,0 +1,267 @@
+"""The measured part of docs/methods/*.md, written from the result files: accuracy, time, memory, real retention.
+
+Everything between the two comments of a page is replaced. `--check` writes nothing, and fails if a page is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vidsieve import registry
+
+ROOT = Path(__file__).resolve().parents[1]
+OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
+RETENTIONS = (0.4, 0.25, 0.15, 0.1, 0.05)
+SOURCES = ("methods", "selecting", "retention")
+REFERENCES = {
+    "full": "all tokens",
+    "first_look": "layer 0's attention from the question, untrained",
+    "question_oracle": "oracle: knows which objects are asked about",
+}
+BESIDE = {"cacovid": ("full", "first_look"), "score": ("full",)}
+"""By page: rows of `REFERENCES` that belong beside the method's own; `full` beside all."""
+BESIDE |= {f"train-{name}": (*rows, "question_oracle") for name, rows in BESIDE.items()}
+
+Results = dict[str, dict[str, Any]]
+Condition = tuple[str, str]
+"""Method, with what was changed of it in brackets, and variant, as result files have them."""
+
+
+def read_results(folder: Path) -> Results:
+    """Return the result files by name; one that is not there yet is empty."""
+    paths = {name: folder / f"{name}.json" for name in SOURCES}
+    return {name: json.loads(path.read_text("utf-8")) if path.exists() else {} for name, path in paths.items()}
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(cells)} |" for cells in rows)]
+
+
+def percent(ratio: float) -> str:
+    """Return a ratio as people say it."""
+    return f"{100 * ratio:g} %"
+
+
+# -- accuracy -----------------------------------------------------------------------------------------------
+
+
+def conditions(name: str, worlds: dict[str, Any]) -> list[Condition]:
+    """Return what was measured of a method, its variants first; of these, only ours with something changed of it."""
+    found = dict.fromkeys((row["method"], row["variant"]) for world in worlds.values() for row in world["rows"])
+    variants = [(name, variant) for variant in registry.compressors.get(name).variants]
+    changed = [row for row in found if row[0].startswith(f"{name}[") and row[1] == "ours"]
+    return [row for row in variants if row in found or row[1] == "ours"] + changed
+
+
+def label(name: str, method: str, variant: str) -> str:
+    """Return a condition's name in a table."""
+    if method in REFERENCES:
+        return REFERENCES[method]
+    part = ", outer part" if hasattr(registry.compressors.get(name), "inner") else ""
+    return f"`{method}`{part}" + ("" if variant == "ours" else f", variant {variant}")
+
+
+def accuracy_cell(row: dict[str, Any] | None) -> str:
+    """Return accuracy, its standard error, and the difference to random at the same retention."""
+    if row is None:
+        return "–"
+    against = row.get("vs_random")
+    difference = f" ({against['mean']:+.3f})" if against and row["method"] != "random" else ""
+    return f"{row['mean']:.3f} ± {row['stderr']:.3f}{difference}"
+
+
+def accuracy(page: str, name: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines about accuracy on the testbed."""
+    worlds = result.get("worlds", {})
+    asked = " and ".join(f"{world['questions']:,} of world {key}" for key, world in worlds.items())
+    yield (
+        "**Accuracy on the testbed**, a synthetic world with a tiny model trained on it: it says nothing about real "
+        f"videos ([accuracy.md](../accuracy.md)). Share of questions answered rightly ({asked or 'none yet'}) ± its "
+        "standard error, clustered by scene; in brackets the paired difference to `random`."
+    )
+    yield ""
+    wanted = conditions(name, worlds) + [(other, "-") for other in BESIDE.get(page, ("full",))]
+    rows = []
+    for key, world in worlds.items():
+        by = {(row["method"], row["variant"], row["retention"]): row for row in world["rows"]}
+        for method, variant in wanted:
+            at = [by.get((method, variant, 1.0 if method == "full" else ratio)) for ratio in RETENTIONS]
+            rows.append([f"{key}: {label(name, method, variant)}", *map(accuracy_cell, at)])
+    yield from table(["kept", *map(percent, RETENTIONS)], rows)
+    yield ""
+    variants = [v for v in registry.compressors.get(name).variants if (name, v) not in wanted]
+    left_out = "".join(f" Variant `{variant}` was not measured." for variant in variants)
+    yield f"–: not measured, or below what the method can keep here.{left_out}"
+    if reasons := floors(name, worlds):
+        yield from ("", *(f"- {reason}" for reason in reasons))
+
+
+def floors(name: str, worlds: dict[str, Any]) -> list[str]:
+    """Return why a method could not be measured somewhere, each reason once."""
+    found = []
+    for world in worlds.values():
+        for key, reason in world.get("floors", {}).items():
+            method = key.partition("/")[0]
+            if method.partition("[")[0] == name:
+                found.append(f"`{method}`: {reason.partition(': ')[2]}")
+    return list(dict.fromkeys(found))
+
+
+# -- selecting ----------------------------------------------------------------------------------------------
+
+
+def milliseconds(row: dict[str, Any], grid: str, form: str) -> str:
+    """Return the median of some runs, if there were any."""
+    found = row.get("seconds", {}).get(grid, {}).get(form)
+    if found is None:
+        return "–"
+    median = 1e3 * found["median"]
+    return f"{median:.3g}" if median < 100 else f"{median:,.0f}"
+
+
+def mebibytes(row: dict[str, Any], grid: str, form: str) -> str:
+    """Return the memory that selecting adds, if it was measured."""
+    found = row.get("extra_MiB", {}).get(grid if form == "ours" else f"{grid}, published form")
+    return "–" if found is None else f"{found:,.0f}"
+
+
+def selecting(name: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines about time and memory of selecting alone."""
+    every, machine = result.get("rows", {}), result.get("machine", {})
+    rows = {key: row for key, row in every.items() if key.partition(",")[0] == name} or {name: {}}
+    grids = list(dict.fromkeys(grid for row in every.values() for grid in row.get("seconds", {})))
+    yield (
+        f"**Selecting alone**: medians in milliseconds on {machine.get('threads', '–')} threads of "
+        f"{machine.get('processor', '–')}, and MiB of memory beside the tokens ([selecting.md](../selecting.md) says "
+        "how much is kept). *published*: a plain transcription of the release's steps."
+    )
+    yield ""
+    # Published forms are measured on the first grid only.
+    columns = [(grid, "ours") for grid in grids] + [(grid, "published") for grid in grids[:1]]
+    heads = [grid if form == "ours" else f"{form}, {grid}" for grid, form in columns]
+    yield from table(
+        ["method", *(f"ms, {head}" for head in heads), *(f"MiB, {head}" for head in heads)],
+        [
+            [f"`{key}`", *(milliseconds(row, *column) for column in columns), *(mebibytes(row, *c) for c in columns)]
+            for key, row in rows.items()
+        ],
+    )
+
+
+# -- retention ----------------------------------------------------------------------------------------------
+
+
+def kept_cell(row: dict[str, Any] | None) -> str:
+    """Return what is left after the last stage, and what layers see on average."""
+    if row is None or "refused" in row:
+        return "–"
+    read = "" if row["decoded"] is None else f" ({row['decoded']:.2f} of them read)"
+    return f"{row['real']:.4f} / {row['layers']:.4f}{read}"
+
+
+def kept(name: str, result: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines about nominal and real retention, and about families that refuse a method."""
+    yield (
+        "**What is really kept** at a nominal retention: left after the last stage / of layers, the mean over the "
+        "LLM's layers ([retention.md](../retention.md))."
+    )
+    yield ""
+    settings, ratios = result.get("kept", {}), result.get("retentions", [])
+    labels = [key for rows in settings.values() for key in rows if key.partition(",")[0].partition(":")[0] == name]
+    heads = [f"{title.partition(':')[0].lower()}, {percent(ratio)}" for title in settings for ratio in ratios]
+    rows = []
+    for key in dict.fromkeys(labels or [name]):
+        found = [by_label.get(key, {}).get(str(ratio)) for by_label in settings.values() for ratio in ratios]
+        rows.append([f"`{key}`", *map(kept_cell, found)])
+    yield from table(["method", *heads], rows)
+    yield ""
+    refusing = {key: row for key, row in result.get("refused", {}).items() if key.partition(":")[0] == name}
+    if not refusing:
+        yield "–: not measured; neither was which families refuse it."
+        return
+    dashes = any("–" in row for row in rows)
+    reasons = "–: cannot keep so little; [retention.md](../retention.md) has the reasons. " if dashes else ""
+    yield reasons + families(refusing)
+
+
+def families(refusing: dict[str, dict[str, str]]) -> str:
+    """Return which families refuse a method at half of the tokens, and why."""
+    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
+    for key, row in refusing.items():
+        for family, reason in row.items():
+            if reason:
+                names, where = reasons.setdefault(reason, ({}, {}))
+                names[f"`{key}`"], where[family] = None, None
+    if not reasons:
+        return f"At 50 % it runs on all {len(next(iter(refusing.values())))} families."
+    said = [f"{' and '.join(names)} refused by {', '.join(at)} ({reason})" for reason, (names, at) in reasons.items()]
+    return f"At 50 %: {'; '.join(said)}."
+
+
+# -- pages --------------------------------------------------------------------------------------------------
+
+
+def block(page: str, results: Results) -> str:
+    """Return the measured part of a page: a method's, or of ``train-NAME`` what its policies reach."""
+    name = page.removeprefix("train-")
+    lines = ["", *accuracy(page, name, results["methods"]), ""]
+    if name == page:
+        lines += [*selecting(name, results["selecting"]), "", *kept(name, results["retention"]), ""]
+    return "\n".join(lines)
+
+
+def inserted(text: str, made: str) -> str:
+    """Return a page with another measured part.
+
+    Raises
+    ------
+    ValueError
+        If it has not exactly one place for it.
+    """
+    before, opened, rest = text.partition(OPEN)
+    _, closed, after = rest.partition(CLOSE)
+    if not (opened and closed) or OPEN in after or CLOSE in after:
+        raise ValueError(f"a page has one {OPEN} and behind it one {CLOSE}")
+    return f"{before}{OPEN}\n{made}\n{CLOSE}{after}"
+
+
+def pages(folder: Path) -> list[Path]:
+    """Return the pages that have a measured part: of every method, and of what trains them."""
+    trained = [f"train-{name}" for name in registry.compressors if registry.compressors.get(name).trained]
+    return [folder / f"{page}.md" for page in (*registry.compressors, *trained)]
+
+
+def outdated(folder: Path, results: Results) -> dict[Path, str]:
+    """Return the pages that are not up to date, and what they should be."""
+    found = {}
+    for path in pages(folder):
+        text = path.read_text("utf-8")
+        made = inserted(text, block(path.stem, results))
+        if made != text:
+            found[path] = made
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--pages", type=Path, default=ROOT / "docs" / "methods")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is not up to date")
+    options = parser.parse_args()
+    found = outdated(options.pages, read_results(options.results))
+    for path, text in found.items():
+        print(f"{path.name} {'is not up to date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(text, encoding="utf-8")
+    if options.check and found:
+        sys.exit("run `python benchmarks/pages.py`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The pages of docs/: every method has one, and what they say of arguments, commands, results and each other holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import typer
+
+import vidsieve
+from vidsieve import registry
+from vidsieve.cli.main import app, method_rows
+from vidsieve.eval.methods import check_known
+from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "docs" / "methods"
+PAGES = sorted(METHODS.glob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SECTIONS = ("Paper", "What it does", "What differs here", "Arguments", "Use", "Measured", "What to watch")
+COMMAND = typer.main.get_command(app)
+
+
+def section(path, name):
+    """Return what stands under a heading of the second level."""
+    return path.read_text("utf-8").partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+
+
+def rows(text):
+    """Return the cells of all rows of a table but its head, without the quotes of code."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def slug(heading):
+    """Return the anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def measuring():
+    """Return benchmarks/pages.py as a module."""
+    spec = importlib.util.spec_from_file_location("benchmark_pages", ROOT / "benchmarks" / "pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_method_has_a_page_and_is_in_the_index():
+    trained = [f"train-{row['name']}" for row in method_rows() if row["trained"]]
+    assert {path.stem for path in PAGES} == {"README", *registry.compressors, *trained}
+    wanted = [
+        [row["name"], row["stage"], "yes" if row["question"] else "–", "yes" if row["trained"] else "–"]
+        for row in method_rows()
+    ]
+    index = rows((METHODS / "README.md").read_text("utf-8"))
+    assert [row[:4] for row in index] == wanted
+    assert all(row[4].startswith(f"[{row[0]}.md]({row[0]}.md)") for row in index)
+
+
+@pytest.mark.parametrize("name", list(registry.compressors))
+def test_a_page_has_its_sections_and_its_arguments_are_the_method_s(name):
+    path = METHODS / f"{name}.md"
+    assert tuple(re.findall(r"^## (.*)$", path.read_text("utf-8"), re.MULTILINE)) == SECTIONS
+    fields = dataclasses.fields(registry.compressors.get(name))
+    said = [row[:2] for row in rows(section(path, "Arguments"))]
+    assert said == [[field.name, repr(field.default)] for field in fields]
+
+
+@pytest.mark.parametrize("config", [CaCoVIDConfig, ScoreConfig])
+def test_a_trainer_s_page_has_its_variants_and_metrics(config):
+    method = "cacovid" if config is CaCoVIDConfig else "score"
+    path = METHODS / f"train-{method}.md"
+    text = section(path, "What differs here")
+    variants = [cell.strip() for cell in text.strip().splitlines()[0].strip("|").split("|")][1:]
+    changed = {variant: dict(SETTINGS[method, variant]) for variant in variants}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    wanted = {key: [str((defaults | changed[v])[key]) for v in variants] for key in set().union(*changed.values())}
+    assert set(variants) == {variant for name, variant in SETTINGS if name == method}
+    assert {key: values for key, *values in rows(text)} == wanted
+    source = "".join(file.read_text("utf-8") for file in (ROOT / "src" / "vidsieve" / "rl").glob("*.py"))
+    metrics = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section(path, "Metrics"), re.MULTILINE)))
+    assert metrics and all(f'"{metric}"' in source for metric in metrics)
+    own = (ROOT / "src" / "vidsieve" / "rl" / f"{method}.py").read_text("utf-8")
+    logged = set(re.findall(r'"(\w+)": ', own)) | set(re.findall(r'(?:figures|metrics)\["(\w+)"\]', own))
+    assert logged - {"packing", "params", "lr", "tokens", "frames"} <= set(metrics)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    text = re.sub(r"```.*?```", "", path.read_text("utf-8"), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = (path.parent / place).resolve() if place else path
+        assert target.is_relative_to(ROOT) and target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text("utf-8"), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+def test_measured_parts_are_up_to_date():
+    pages = measuring()
+    late = pages.outdated(METHODS, pages.read_results(ROOT / "benchmarks" / "results"))
+    assert not late, f"run `python benchmarks/pages.py`: {', '.join(path.name for path in late)}"
+
+
+def test_measured_parts_need_no_result_to_be_there():
+    pages = measuring()
+    for name in (*registry.compressors, "train-cacovid"):
+        assert "–" in pages.block(name, {source: {} for source in pages.SOURCES})
+
+
+@pytest.mark.parametrize("path", [*PAGES, ROOT / "docs" / "choosing.md"], ids=lambda path: path.stem)
+def test_commands_and_python_lines_work(path):
+    text = path.read_text("utf-8")
+    fenced = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
+    lines = [line for kind, code in fenced if kind == "bash" for line in code.strip().splitlines()]
+    spans = re.findall(r"`(vidsieve [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in [*(line for line in lines if line.startswith("vidsieve ")), *spans]:
+        check_command(shlex.split(line)[1:])
+    for code in (code for kind, code in fenced if kind == "python"):
+        exec(code, {"vidsieve": vidsieve})
+    prose = text.replace(text[text.find("<!-- measured") : text.find("<!-- /measured")], "")
+    long = [line for line in prose.splitlines() if len(line) > 120 and not line.startswith("|")]
+    assert not long and not re.search(r"(?<![\w./])/(home|work|tmp|root)/", text)
+
+
+def check_command(words):
+    """Walk to a command; its options must be its own, and methods be there."""
+    command = COMMAND
+    while hasattr(command, "commands") and words:
+        found = command.commands.get(words.pop(0))
+        assert found is not None, f"no such command under {command.name}"
+        command = found
+    known = {option for parameter in command.params for option in parameter.opts}
+    for word, value in pairwise([*words, ""]):
+        if word.startswith("--"):
+            assert word in known, f"{command.name} has no option {word}"
+            for method in value.split(",") if word in ("--method", "--methods") else ():
+                if "/" not in method:
+                    check_known(method)
