@@ -1,4 +1,4 @@
-"""How well captions are told from the kept tokens: cross-entropy per word on fresh scenes, question-free methods.
+"""How well captions are told from kept tokens: cross-entropy per word on fresh scenes, methods that read these alone.
 
 SCORE is trained on this figure. Differences to all tokens are paired scene by scene.
 """
@@ -6,6 +6,7 @@ SCORE is trained on this figure. Differences to all tokens are paired scene by s
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError
 from vidsieve.eval.methods import named_methods
 from vidsieve.eval.stats import clustered_mean, paired_difference
 from vidsieve.pipeline import load_model
 from vidsieve.rl.rollouts import Rollouts
 from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.world import TOKENS
-from vidsieve.types import Need, Selection
+from vidsieve.types import Selection, Stage
 
 
 def cross_entropies(methods: dict[str, Compressor], world: str, seed: int, scenes: int) -> dict[str, list[float]]:
@@ -34,11 +36,11 @@ def cross_entropies(methods: dict[str, Compressor], world: str, seed: int, scene
         rollouts = Rollouts(adapter, prompts.caption(scene).inputs)
         video = rollouts.video()
         generator = torch.Generator().manual_seed(scene)
-        chosen = [
-            Selection(torch.arange(TOKENS)),
-            *(method.compress(video, generator=generator) for method in methods.values()),
-        ]
-        names = ["full", *methods]
+        chosen, names = [Selection(torch.arange(TOKENS))], ["full"]
+        for name, method in methods.items():
+            with suppress(BudgetError):  # some cannot keep so little of any video
+                chosen.append(method.compress(video, generator=generator))
+                names.append(name)
         for name, value in zip(names, rollouts.caption_ce(chosen).tolist(), strict=True):
             found.setdefault(name, []).append(value)
     return found
@@ -63,8 +65,8 @@ def main() -> None:
     methods = {
         f"{label(name, method)}/{retention}": method.with_retention(float(retention))
         for name in options.methods.split(",")
-        for method in named_methods([name]).values()
-        if Need.QUESTION not in method.needs
+        for method in named_methods([name], prefill=True).values()
+        if not method.needs and method.acts is Stage.PRE_LLM
         for retention in options.retention.split(",")
     }
     worlds: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The measured part of docs/methods/*.md, written from the result files: accuracy, time, memory, real retention.
+"""The measured parts of docs/methods/*.md, docs/open.md and docs/pipeline.md, written from the result files.
 
 Everything between the two comments of a page is replaced. `--check` writes nothing, and fails if a page is out of date.
 """
@@ -17,7 +17,10 @@ from vidsieve import registry
 ROOT = Path(__file__).resolve().parents[1]
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
 RETENTIONS = (0.4, 0.25, 0.15, 0.1, 0.05)
-SOURCES = ("methods", "selecting", "retention")
+PIPELINES = ("llava-onevision-0.1b", "qwen2.5-vl-0.1b")
+SOURCES = ("methods", "selecting", "retention", "open", *(f"pipeline_{name}" for name in PIPELINES))
+ABOUT = {"open": ("open",), "pipeline": tuple(name for name in SOURCES if name.startswith("pipeline_"))}
+"""Pages beside those of methods, and what they are made of."""
 REFERENCES = {
     "full": "all tokens",
     "first_look": "layer 0's attention from the question, untrained",
@@ -209,11 +212,85 @@ def families(refusing: dict[str, dict[str, str]]) -> str:
 
 def block(page: str, results: Results) -> str:
     """Return the measured part of a page: a method's, or of ``train-NAME`` what its policies reach."""
+    if page == "open":
+        return "\n" + "\n".join(open_tasks(results["open"]))
+    if page == "pipeline":
+        return "\n" + "\n".join(pipeline(results))
     name = page.removeprefix("train-")
     lines = ["", *accuracy(page, name, results["methods"]), ""]
     if name == page:
         lines += [*selecting(name, results["selecting"]), "", *kept(name, results["retention"]), ""]
     return "\n".join(lines)
+
+
+# -- pages of their own -------------------------------------------------------------------------------------
+
+
+def open_tasks(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what every method is worth at tasks beyond multiple choice, and what it loses, by world."""
+    for world, part in result.get("worlds", {}).items():
+        names = list(part["rows"][0]["tasks"])
+        yield f"**World {world}**, {part['scenes']} scenes, % ± standard error, clustered by scene:\n"
+        yield from table(
+            ("kept", *names), [(row_name(row), *task_cells(row, "mean", "stderr")) for row in part["rows"]]
+        )
+        yield "\nWhat it costs: points beside all tokens, scene by scene, with 95 % intervals.\n"
+        lost = [row for row in part["rows"] if row["method"] != "full"]
+        yield from table(("kept", *names), [(row_name(row), *task_losses(row)) for row in lost])
+        for row in part["refused"]:
+            yield f"\n`{row['method']}` at {percent(float(row['retention']))}: {row['reason']}"
+        yield ""
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """Return a condition as tables call it."""
+    if row["method"] == "full":
+        return "all tokens"
+    variant = "" if row["variant"] == "ours" else f", {row['variant']}"
+    return f"`{row['method']}`{variant}, {percent(float(row['retention']))}"
+
+
+def task_cells(row: dict[str, Any], value: str, error: str) -> list[str]:
+    """Return a condition's shares at every task."""
+    return [f"{100 * task[value]:.1f} ± {100 * task[error]:.1f}" for task in row["tasks"].values()]
+
+
+def task_losses(row: dict[str, Any]) -> list[str]:
+    """Return a condition's differences to all tokens; what is within its interval is in brackets."""
+    cells = []
+    for task in row["tasks"].values():
+        gap, half = 100 * task["vs_full"]["diff"], 196 * task["vs_full"]["stderr"]
+        text = f"{gap:+.1f} ± {half:.1f}"
+        cells.append(text if abs(gap) > half else f"({text})")
+    return cells
+
+
+PARTS = ("decode", "preprocess", "vision encoder", "projector", "select", "prefill", "decode-text")
+
+
+def pipeline(results: Results) -> Iterator[str]:
+    """Yield where the time goes with all tokens and with fewer, and the prefill's gain beside that of operations."""
+    for name in PIPELINES:
+        result = results[f"pipeline_{name}"]
+        if not result:
+            continue
+        machine = result["machine"]
+        yield (
+            f"**{name}**, random weights, {result['lengths'][0]} frames, {result['dtype']}, {machine['threads']} "
+            f"threads of {machine['processor']}, medians of {result['repeats']} rounds, in milliseconds:\n"
+        )
+        heads = ("kept", "tokens", *PARTS, "all", "LLM's operations, fewer", "prefill, faster", "all, faster")
+        full, rows = result["rows"][0], []
+        for row in result["rows"]:
+            ms = [f"{row['ms'][part]['p50']:,.0f}" for part in (*PARTS, "all")]
+            fewer = full["flops"]["counted"] / row["flops"]["counted"]
+            alone = full["ms"]["prefill"]["p50"] / row["ms"]["prefill"]["p50"]
+            faster = full["ms"]["all"]["p50"] / row["ms"]["all"]["p50"]
+            rows.append(
+                (row_name(row), f"{row['visual'][1]:,.0f}", *ms, *(f"{x:.2f}×" for x in (fewer, alone, faster)))
+            )
+        yield from table(heads, rows)
+        yield ""
 
 
 def inserted(text: str, made: str) -> str:
@@ -234,7 +311,8 @@ def inserted(text: str, made: str) -> str:
 def pages(folder: Path) -> list[Path]:
     """Return the pages that have a measured part: of every method, and of what trains them."""
     trained = [f"train-{name}" for name in registry.compressors if registry.compressors.get(name).trained]
-    return [folder / f"{page}.md" for page in (*registry.compressors, *trained)]
+    own = [folder.parent / f"{page}.md" for page in ABOUT]
+    return [*(folder / f"{page}.md" for page in (*registry.compressors, *trained)), *own]
 
 
 def outdated(folder: Path, results: Results) -> dict[Path, str]:

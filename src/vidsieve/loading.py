@@ -12,6 +12,7 @@ from vidsieve.errors import PolicyError, UnknownNameError
 from vidsieve.policies import CONFIG, read_config
 
 _ASSETS = Path(__file__).parent / "testbed" / "assets"
+_MODELS = ("model", "talker")
 
 
 def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: Any) -> Compressor:
@@ -69,7 +70,7 @@ def policy_folder(path: str | Path) -> Path:
 
 def shipped_policies() -> list[str]:
     """Return the names of the policies for the testbed's model that come with the package."""
-    found = (path.parent.name for path in _ASSETS.glob(f"*/{CONFIG}") if path.parent.name != "model")
+    found = (path.parent.name for path in _ASSETS.glob(f"*/{CONFIG}") if path.parent.name not in _MODELS)
     return sorted(name.replace("-", ":") for name in found)
 
 

@@ -126,7 +126,10 @@ def test_what_cannot_run_is_told(scene, testbed):
     assert "0.33" in result["refused"][0]["reason"]
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("llava-onevision-0.1b", 4 * 196 + 1), ("qwen2.5-vl-0.1b", None)])
+@pytest.mark.parametrize(("name", "tokens"), [
+    ("llava-onevision-0.1b", 4 * 196 + 1), ("qwen2.5-vl-0.1b", None), ("qwen3-vl-0.1b", None),
+    ("internvl3-0.1b", 4 * 256 + 1), ("smolvlm2-0.1b", 4 * 81 + 1),
+])  # fmt: skip
 def test_a_blueprint_answers_about_real_frames(name, tokens, scene):
     made = random_model(name)
     size = sum(weight.numel() for weight in made.model.parameters())

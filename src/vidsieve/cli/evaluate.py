@@ -10,6 +10,7 @@ import typer
 
 from vidsieve import registry
 from vidsieve.cli import benchmark
+from vidsieve.cli.open_ended import eval_open
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     Earliest,
@@ -38,6 +39,7 @@ for name in registry.benchmarks:
     app.command(name, help=f"Accuracy on {name}, every method in one run that can be gone on with.")(
         benchmark.command(name)
     )
+app.command("open")(eval_open)
 
 
 @app.command("testbed")

@@ -16,6 +16,7 @@ from vidsieve.cli import ask as ask_command
 from vidsieve.cli import bench, data, evaluate, testbed, train
 from vidsieve.cli import compare as compare_command
 from vidsieve.cli import demo as demo_command
+from vidsieve.cli import report as report_command
 from vidsieve.cli import reproduce as reproduce_command
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
 from vidsieve.errors import PluginError, VidsieveError
@@ -44,6 +45,7 @@ def _root(
 app.command("demo")(demo_command.demo)
 app.command("ask")(ask_command.ask)
 app.command("compare")(compare_command.compare)
+app.command("report")(report_command.report)
 app.command("reproduce")(reproduce_command.reproduce)
 app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")

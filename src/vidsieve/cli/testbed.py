@@ -42,6 +42,26 @@ def build(
 
 
 @app.command()
+def talker(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
+    seed: Annotated[int, typer.Option(help="Seed of scenes and order.")] = 21,
+    scenes: Annotated[int, typer.Option(help="Training scenes.", min=1)] = 2500,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Teach the shipped model to count and to say what is not there, for `vidsieve eval open`."""
+    check_output(json)
+    check_output(folder / "model" / "config.json")
+    set_threads(threads)
+    from vidsieve.testbed.talking import build_talker
+
+    quiet()
+    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: out.print(line, highlight=False))
+    out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
+    write_json(json, record)
+
+
+@app.command()
 def render(
     folder: Annotated[Path, typer.Argument(help="Where the mp4 files and questions.jsonl go.")],
     scenes: Annotated[int, typer.Option(help="How many scenes.", min=1)] = 4,

@@ -113,7 +113,7 @@ class Examiner:
         -------
         dict
             ``samples``: per item and condition ``item, condition, said, score, kept, total, layers, prompt``, and
-            ``indices`` where they are kept. ``refused``: by condition, why its method cannot run on this model, or
+            ``indices, grid`` where they are kept. ``refused``: by condition, why its method cannot run on this model or
             keep so little of this video. ``select_ms``: by condition. Or ``failed``: why the video could not be read.
         """
         samples: list[dict[str, Any]] = []
@@ -137,7 +137,7 @@ class Examiner:
                     samples.append({
                         "item": item.id, "condition": condition.key, "said": said, "score": score,
                         **_kept(encoded, traces), "prompt": list(prompt),
-                        **({"indices": [list(trace.indices) for trace in traces]} if self.keep else {}),
+                        **(_indices(traces) if self.keep else {}),
                     })  # fmt: skip
         return {"samples": samples, "refused": refused, "select_ms": spent}
 
@@ -198,6 +198,15 @@ class Examiner:
         if not ids or any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
             raise PromptError(f"question {item.id!r} cannot be answered by one token each: use --answer generate")
         return torch.tensor([tokens[0] for tokens in ids])
+
+
+def _indices(traces: Sequence[VideoTrace]) -> dict[str, Any]:
+    """Return which tokens of every video are left, and their grid; of all tokens neither."""
+    grid = traces[0].grid if traces else None
+    return {
+        "indices": [list(trace.indices) for trace in traces],
+        "grid": [grid.frames, grid.height, grid.width] if grid else None,
+    }  # fmt: skip
 
 
 def _kept(encoded: Encoded, traces: Sequence[VideoTrace]) -> dict[str, Any]:

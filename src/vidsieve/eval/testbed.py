@@ -22,7 +22,7 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.running import RESULT, SAMPLES, TIMING, policy_digest, versions
-from vidsieve.eval.stats import clustered_mean, paired_difference
+from vidsieve.eval.stats import clustered_mean, mcnemar, paired_difference
 from vidsieve.eval.store import Store, measure_all
 from vidsieve.files import writing
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
@@ -271,7 +271,7 @@ def _key(row: Row) -> str:
 
 def _difference(marks: list[bool], others: list[bool], clusters: list[int]) -> dict[str, float]:
     estimate = paired_difference([float(m) for m in marks], [float(o) for o in others], clusters)
-    return {"diff": estimate.mean, "stderr": estimate.stderr}
+    return {"diff": estimate.mean, "stderr": estimate.stderr, "mcnemar": mcnemar(marks, others)}
 
 
 # -- runs in folders ----------------------------------------------------------------------------------------

@@ -196,6 +196,29 @@ def evaluation_sections(result: Row) -> list[Section]:
     return found
 
 
+def open_sections(result: Row) -> list[Section]:
+    """Return the report of tasks beyond multiple choice, as `eval.open_ended.evaluate_open` returns it."""
+    from vidsieve.eval.open_ended import TASKS
+
+    lines, lost = [], []
+    for row in result["rows"]:
+        tasks = [row["tasks"][name] for name in TASKS]
+        shown = (f"{_figure(task['mean'], 100, 1)} ± {_figure(task['stderr'], 100, 1)}" for task in tasks)
+        lines.append((named(row), row["retention"], *shown))
+        if row["method"] != "full":
+            lost.append((named(row), row["retention"], *(_versus(task["vs_full"]) for task in tasks)))
+    text = f"World {result['world']}, {result['scenes']} scenes. Percent, errors clustered by scene."
+    said = [Section("What it is", table=TableOf(("", ""), list(TASKS.items()), frozenset({1})))]
+    columns = ("method", "kept", *TASKS)
+    found = [Section("Tasks", text, TableOf(columns, lines)), *said]
+    text = "Points, paired scene by scene with 95 % intervals; of “false” and “made up” more is worse."
+    found.append(Section("What pruning costs", text, TableOf(columns, lost)))
+    notes = [(named(row), row["retention"], row["reason"]) for row in result["refused"]]
+    if notes:
+        found.append(Section("Not possible", table=TableOf(("method", "retention", "why"), notes, frozenset({2}))))
+    return found
+
+
 def bundle_sections(bundle: Row) -> list[Section]:
     """Return the report of a result bundle, a table a model: what is published, what was measured."""
     from vidsieve.cli.reproduce import shown

@@ -1,0 +1,45 @@
+"""vidsieve report: the page of a run that is finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vidsieve.cli.shared import Figures, check_output, write_report
+
+if TYPE_CHECKING:
+    from vidsieve.report.page import Section
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval`, `reproduce` or `train`.")],
+    page: Annotated[Path, typer.Argument(help="The page to write (HTML, one file).")],
+    videos: Annotated[
+        int, typer.Option(help="Also show kept tokens on the first so many videos, of a run with --indices.", min=0)
+    ] = 0,
+    figures: Figures = None,
+) -> None:
+    """Write the page of a finished run from its folder; nothing is measured again."""
+    check_output(page)
+    title, sections = _of(folder, videos)
+    write_report(page, title, lambda: sections, str(folder), figures)
+
+
+def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
+    """Return the title and the sections of whatever run is in a folder."""
+    from vidsieve.eval.bundles import read_bundle
+    from vidsieve.report import sections
+    from vidsieve.report.runs import finished, kept_sections
+
+    if (folder / "metrics.jsonl").is_file():
+        return "Training", sections.training_sections(folder / "metrics.jsonl")
+    if (folder / "bundle.json").is_file():
+        bundle = read_bundle(folder / "bundle.json")
+        return f"{bundle['table']}, published and measured", sections.bundle_sections(bundle)
+    result = finished(folder)
+    if "scenes" in result:
+        return "Beyond multiple choice", sections.open_sections(result)
+    kept = kept_sections(folder, result, videos) if videos else []
+    return result.get("benchmark", "Accuracy on the testbed"), [*sections.evaluation_sections(result), *kept]
