@@ -123,6 +123,8 @@ def load_model(
     from vidsieve.testbed.model import shipped_model
 
     source = str(shipped_model()) if name == "testbed" else name
+    if "/" not in source and not Path(source).exists():  # no hub id: asking the hub would only take long
+        raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
     try:
         processor = AutoProcessor.from_pretrained(source)
         chosen = dtype or (torch.float32 if name == "testbed" else "auto")

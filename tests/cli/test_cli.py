@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from vidsieve.cli.main import method_markdown
+from vidsieve.cli.main import main, method_markdown
 from vidsieve.cli.train import field_docs, shown_default
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
-from vidsieve.testbed.files import write_scene
+from vidsieve.testbed.files import write_scene, write_scenes
 
 ROOT = Path(__file__).parents[2]
 
@@ -120,7 +120,7 @@ def test_eval_testbed_writes_the_agreed_json(tmp_path):
                 "vs_random", "select_ms"} <= row.keys()  # fmt: skip
         assert row["real_retention"] == (1.0 if name == "full" else 57 / 576)
         assert set(row["select_ms"]) == {"min", "median", "max"}
-    assert rows["random"]["vs_random"] == {"diff": 0.0, "stderr": 0.0}
+    assert rows["random"]["vs_random"] == {"diff": 0.0, "stderr": 0.0, "mcnemar": 1.0}
     again = tmp_path / "again.json"
     run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
         "--world", "B", "--json", again, "--threads", 2)  # fmt: skip
@@ -328,3 +328,43 @@ def test_data_filter(tmp_path):
     assert "would overwrite" in err
     _, err = run("data", "filter", source, target, "--rule", "some", code=2)
     assert "any" in err and "all" in err
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (["ask", "{v}", "hi", "--overlay", "{v}"], "scene-0000.mp4 would overwrite the file that is read"),
+    (["compare", "{v}", "hi", "--overlay", "{v}"], "would overwrite the file that is read"),
+    (["ask", "{v}", "hi", "--json", "{v}"], "would overwrite the file that is read"),
+    (["ask", "{v}", "hi", "--report", "page.txt"], "its name ends in .html or .htm"),
+    (["ask", "{v}", "hi", "--picture", "k.xyz"], "its name ends in .png or .svg"),
+    (["ask", "{v}", "hi", "--overlay", "o.gif"], "its name ends in .mp4"),
+    (["eval", "questions", "{q}", "--model", "testbed", "--json", "{q}"], "would overwrite the file that is read"),
+    (["eval", "testbed", "--share", "1/2"], "give --out FOLDER too"),
+    (["eval", "testbed", "--share", "3/2", "--out", "x"], "--share is the number of a process"),
+    (["ask", "{v}", "hi", "--model", "nomodel"], "no model 'nomodel': give its folder"),
+])  # fmt: skip
+def test_outputs_never_replace_what_is_read_and_mistakes_come_early(cli, tmp_path, monkeypatch, given, said):
+    monkeypatch.chdir(tmp_path)
+    write_scenes(tmp_path, world="A", seed=5, scenes=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    names = {"v": "scene-0000.mp4", "q": "questions.jsonl"}
+    assert said in cli(*(word.format(**names) for word in given), fails=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_stopped_evaluation_says_what_is_kept(monkeypatch, tmp_path, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vidsieve.eval.testbed.evaluate", stop)
+    for more, said in (([], "nothing is kept without --out"), (["--out", str(tmp_path)], "the same command goes on")):
+        monkeypatch.setattr(
+            "sys.argv", ["vidsieve", "eval", "testbed", "--methods", "random", "--questions", "4", *more]
+        )
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 130 and said in " ".join(capsys.readouterr().err.split())
+
+
+def test_few_videos_are_said_to_be_too_few(cli):
+    out = cli("eval", "testbed", "--methods", "random", "--retention", "0.5", "--questions", "30")
+    assert "2 videos are too few for these errors" in out

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.data.video import read_video
 from vidsieve.errors import UnknownNameError
 from vidsieve.eval import stopwatch
 from vidsieve.eval.blueprints import BLUEPRINTS, random_model
@@ -18,7 +19,7 @@ from vidsieve.eval.runner import Condition
 from vidsieve.pipeline import chat
 from vidsieve.testbed.files import write_scene
 from vidsieve.testing.tiny_models import FAMILIES, inputs_for
-from vidsieve.types import TokenGrid
+from vidsieve.types import Need, TokenGrid
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +171,13 @@ def test_projectors_of_all_families_are_found():
             adapter_for(model).encode(inputs_for(family, [[grid]]))
         handle.remove()
         assert seen, family
+
+
+@pytest.mark.parametrize("name", ["llava-onevision-0.1b", "smolvlm2-0.1b"])
+def test_the_words_asked_of_a_blueprint_are_found(name, scene):
+    """Question-aware methods read them."""
+    made = random_model(name)
+    adapter = adapter_for(made.model)
+    encoded = adapter.encode(made.inputs(read_video(scene, frames=2), 11))
+    video = adapter.video_tokens(encoded, 0, frozenset({Need.QUESTION}))
+    assert int(video.prompt.question_mask.sum()) >= 11

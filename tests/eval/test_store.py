@@ -70,3 +70,14 @@ def test_without_a_folder_everything_is_measured_in_memory():
     seen = []
     found = measure_all(None, ["a", "b"], lambda unit: {"x": unit}, lambda *done: seen.append(done))
     assert [record["x"] for record in found.values()] == ["a", "b"] and seen == [(1, 2), (2, 2)]
+
+
+def test_of_long_settings_what_differs_is_told(tmp_path):
+    many = {f"condition number {n}": {"kept": n} for n in range(9)}
+    with Store(tmp_path, {"conditions": many, "rows": list(range(99))}):
+        pass
+    other = {**many, "divprune": {"kept": 1}}
+    with pytest.raises(EvaluationError, match=r'conditions: \[\] there, \[\["divprune", \{"kept": 1\}\]\] now'):
+        Store(tmp_path, {"conditions": other, "rows": list(range(99))})
+    with pytest.raises(EvaluationError, match=r"rows: \[\] there, \[-1\] now"):
+        Store(tmp_path, {"conditions": many, "rows": [*range(99), -1]})

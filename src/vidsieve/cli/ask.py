@@ -10,6 +10,10 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    MOVIE,
+    PAGE,
+    PICTURES,
+    Earliest,
     Figures,
     Fps,
     Frames,
@@ -46,6 +50,7 @@ def ask(
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
     ] = None,
     retention: Retention = "0.25",
+    earliest: Earliest = False,
     frames: Frames = None,
     fps: Fps = None,
     layout: Layout = None,
@@ -72,10 +77,10 @@ def ask(
     """Ask a question about a video, and see what was kept and where the time went."""
     amount = parse_retention(retention)
     check_question(question)
-    check_output(json)
-    check_output(picture)
-    check_output(overlay)
-    check_output(report)
+    check_output(json, reads=[video])
+    check_output(picture, PICTURES, [video])
+    check_output(overlay, MOVIE, [video])
+    check_output(report, PAGE, [video])
     for option, path in (("--picture", picture), ("--overlay", overlay)):
         if method == "full" and path is not None:
             raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
@@ -83,11 +88,15 @@ def ask(
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
     set_threads(threads)
     from vidsieve import pipeline
-    from vidsieve.eval.methods import check_known, method_for
+    from vidsieve.eval.methods import check_known, method_for, with_earliest
 
     quiet()
     check_known(method)
-    compressor = None if method == "full" else method_for(method, model, policy, retention=amount)
+    compressor = (
+        None
+        if method == "full"
+        else method_for(method, model, policy, retention=amount, **with_earliest(method, earliest))
+    )
     clock = pipeline.Clock()
     loaded = pipeline.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
     network, processor = pipeline.load_model(model, layout)

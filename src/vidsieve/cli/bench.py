@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    PAGE,
     Earliest,
     Figures,
     Json,
@@ -73,8 +74,8 @@ def bench_pipeline(
     json: Json = None,
 ) -> None:
     """Time every part from the file to the answer, methods in turns beside all tokens, random and downsample."""
-    check_output(json)
-    check_output(report)
+    check_output(json, reads=[video])
+    check_output(report, PAGE, [video])
     counts = [_count(word, "--lengths") for word in words(lengths)]
     amounts = [parse_retention(word) for word in words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]

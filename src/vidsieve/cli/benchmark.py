@@ -12,6 +12,7 @@ from rich.markup import escape
 from vidsieve import registry
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    PAGE,
     Earliest,
     Figures,
     Json,
@@ -23,11 +24,13 @@ from vidsieve.cli.shared import (
     check_output,
     command_line,
     err,
+    note_few,
     out,
     parse_retention,
     parse_share,
     quiet,
     set_threads,
+    stoppable,
     table,
     with_error,
     words,
@@ -94,8 +97,8 @@ def command(name: str) -> Callable[..., None]:
         figures: Figures = None,
         json: Json = None,
     ) -> None:
-        check_output(json)
-        check_output(report)
+        check_output(json, reads=[data])
+        check_output(report, PAGE, [data])
         _run(
             name, data, words(methods), words(retention), folder=folder or Path("runs/eval", name),
             share=parse_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
@@ -147,7 +150,7 @@ def _run(
         model, tuple(counts), fps, tokens_per_frame, layout, protocol, answer, max_new_tokens, seed, indices, earliest,
         device,
     )  # fmt: skip
-    with Bar("videos", len({item.video for item in items})) as advance:
+    with stoppable(folder), Bar("videos", len({item.video for item in items})) as advance:
         result = measured(
             benchmark, items, conditions_of(counts, methods, amounts), asking, folder,
             about={"data": data.name, "subset": subset}, share=share, command=command_line(), progress=advance,
@@ -190,6 +193,7 @@ def print_table(result: dict[str, Any]) -> None:
     size = f"{result['questions']} questions about {result['videos']} videos"
     out.print(table(f"{result['benchmark']}: {size}", columns, lines, right=range(1, len(columns))))
     out.print(f"figure: {result['figure']}", highlight=False)
+    note_few(result["videos"])
     for row in result["refused"]:
         out.print(f"–: {row['reason']}", markup=False, highlight=False)
     if result["failed"]:

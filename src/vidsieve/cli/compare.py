@@ -10,6 +10,9 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    MOVIE,
+    PAGE,
+    PICTURES,
     Earliest,
     Figures,
     Fps,
@@ -66,10 +69,10 @@ def compare(
     """Ask one question under every method: what each keeps, answers and costs, beside the model with all tokens."""
     amount = parse_retention(retention)
     check_question(question)
-    check_output(json)
-    check_output(picture)
-    check_output(overlay)
-    check_output(report)
+    check_output(json, reads=[video])
+    check_output(picture, PICTURES, [video])
+    check_output(overlay, MOVIE, [video])
+    check_output(report, PAGE, [video])
     set_threads(threads)
     from vidsieve import pipeline
     from vidsieve.eval import comparing
@@ -126,7 +129,16 @@ def print_comparison(result: dict[str, Any]) -> None:
             f"{row['ms']['prefill']['median']:.1f}", f"{spent:.1f}", f"{whole / spent:.2f}×",
         ))  # fmt: skip
     lines += [(escape(row["name"]), *"–––––––") for row in result["refused"]]
-    columns = ("method", "of layers", "left", "answer (= all tokens')", "select ms", "prefill ms", "total ms", "speed")
+    columns = (
+        "method",
+        "of layers",
+        "left",
+        "answer (= all tokens')",
+        "choosing ms",
+        "prefill ms",
+        "total ms",
+        "speed",
+    )
     tokens = f", {result['tokens']} video tokens" if result["tokens"] else ""
     title = f"{result['frames']} frames{tokens}; medians of {result['repeats']}"
     out.print(table(title, columns, lines, right=(1, 2, 4, 5, 6, 7)))

@@ -13,6 +13,7 @@ from vidsieve.cli import benchmark
 from vidsieve.cli.open_ended import eval_open
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    PAGE,
     Earliest,
     Figures,
     Json,
@@ -20,12 +21,15 @@ from vidsieve.cli.shared import (
     Share,
     Threads,
     check_output,
+    check_share,
     command_line,
+    note_few,
     out,
     parse_retentions,
     parse_share,
     quiet,
     set_threads,
+    stoppable,
     table,
     with_error,
     words,
@@ -68,9 +72,10 @@ def eval_testbed(
     """Answer fresh questions of the testbed under every method; `full` and `random` are always there."""
     ratios = parse_retentions(retention)
     check_output(json)
-    check_output(report)
+    check_output(report, PAGE)
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
+    check_share(share, folder)
     set_threads(threads)
     from vidsieve.eval.methods import check_known, check_prefill, named_methods, rows_for
     from vidsieve.eval.store import Store
@@ -89,7 +94,7 @@ def eval_testbed(
     network, processor = load_model(model)
     rows = rows_for(chosen, ratios, probes)
     about = {"world": world, "seed": seed, "questions": questions, "model": model}
-    with ExitStack() as stack:
+    with stoppable(folder), ExitStack() as stack:
         store = None
         if folder is not None:
             store = stack.enter_context(Store(folder, run_config(network, rows, about), parse_share(share)))
@@ -130,5 +135,6 @@ def print_result(result: dict[str, Any]) -> None:
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"
     out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5, 6)))
+    note_few(result["n_scenes"])
     for row in result["refused"]:
         out.print(f"–: {row['reason']}", markup=False, highlight=False)

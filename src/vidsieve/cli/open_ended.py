@@ -11,18 +11,22 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    PAGE,
     Earliest,
     Json,
     Report,
     Share,
     Threads,
     check_output,
+    check_share,
     command_line,
+    note_few,
     out,
     parse_retentions,
     parse_share,
     quiet,
     set_threads,
+    stoppable,
     table,
     with_error,
     words,
@@ -52,9 +56,10 @@ def eval_open(
     """Beyond multiple choice, on the testbed: captions, counting, order, what is not there, a second turn."""
     ratios = parse_retentions(retention)
     check_output(json)
-    check_output(report)
+    check_output(report, PAGE)
     if world not in ("A", "B"):
         raise UnknownNameError("world", world, ("A", "B"))
+    check_share(share, folder)
     set_threads(threads)
     from vidsieve.adapters.fingerprint import model_digest
     from vidsieve.eval.methods import check_known, check_prefill, is_folder, named_methods
@@ -82,7 +87,7 @@ def eval_open(
         for name, method in found.items():
             conditions.append(Condition(FRAMES, method.with_retention(ratio), name if is_folder(name) else ""))
     by_key = {condition.key: condition for condition in conditions}
-    with ExitStack() as stack:
+    with stoppable(folder), ExitStack() as stack:
         store = None
         if folder is not None:
             config = {
@@ -123,6 +128,7 @@ def print_open(result: dict[str, Any]) -> None:
         lines.append((escape(named(row)), row["retention"], *("–" for _ in TASKS)))
     title = f"world {result['world']}, seed {result['seed']}: {result['scenes']} scenes, % ± s.e."
     out.print(table(title, ("method", "kept", *TASKS), lines, right=range(1, 2 + len(TASKS))))
+    note_few(result["scenes"])
     for name, said in TASKS.items():
         out.print(f"{name}: {said}", highlight=False)
     for row in result["refused"]:

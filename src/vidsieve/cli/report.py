@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vidsieve.cli.shared import Figures, check_output, write_report
+from vidsieve.cli.shared import PAGE, Figures, check_output, write_report
 
 if TYPE_CHECKING:
     from vidsieve.report.page import Section
@@ -22,7 +22,7 @@ def report(
     figures: Figures = None,
 ) -> None:
     """Write the page of a finished run from its folder; nothing is measured again."""
-    check_output(page)
+    check_output(page, PAGE)
     title, sections = _of(folder, videos)
     write_report(page, title, lambda: sections, str(folder), figures)
 
@@ -31,13 +31,14 @@ def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
     """Return the title and the sections of whatever run is in a folder."""
     from vidsieve.eval.bundles import read_bundle
     from vidsieve.report import sections
+    from vidsieve.report.bundles import bundle_sections
     from vidsieve.report.runs import finished, kept_sections
 
     if (folder / "metrics.jsonl").is_file():
         return "Training", sections.training_sections(folder / "metrics.jsonl")
     if (folder / "bundle.json").is_file():
         bundle = read_bundle(folder / "bundle.json")
-        return f"{bundle['table']}, published and measured", sections.bundle_sections(bundle)
+        return f"{bundle['table']}, published and measured", bundle_sections(bundle)
     result = finished(folder)
     if "scenes" in result:
         return "Beyond multiple choice", sections.open_sections(result)

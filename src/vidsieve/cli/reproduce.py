@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from vidsieve.cli.reproducing import Part, evaluated, on_testbed, timed, trained
 from vidsieve.cli.shared import (
+    PAGE,
     Report,
     Seed,
     Threads,
@@ -21,7 +22,6 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     table,
-    with_error,
     words,
     write_json,
     write_report,
@@ -80,7 +80,7 @@ def reproduce(
     spec, folder = paper_table(name), folder or Path("runs/reproduce", name.replace(":", "-"))
     target = bundle or folder / "bundle.json"
     check_output(target)
-    check_output(report)
+    check_output(report, PAGE)
     models, policies = _pairs("--model", model), _pairs("--policy", policy)
     for known in models:
         if known not in spec.protocols:
@@ -116,10 +116,15 @@ def reproduce(
         machine=machine(),
     )  # fmt: skip
     _print(made)
+    if testbed and spec.kind == "accuracy":
+        out.print(
+            f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
+            "policies that come with the package", soft_wrap=True,
+        )  # fmt: skip
     write_json(target, made)
     read_bundle(target)
     out.print(f"written: {target}")
-    from vidsieve.report.sections import bundle_sections
+    from vidsieve.report.bundles import bundle_sections
 
     write_report(report, f"{name}, published and measured", lambda: bundle_sections(made))
 
@@ -162,6 +167,8 @@ def _check(path: Path) -> None:
 
 def _print(made: Mapping[str, Any]) -> None:
     """Print a bundle, one line a row, published / measured in every column."""
+    from vidsieve.report.bundles import shown
+
     for model in dict.fromkeys(cell["model"] for cell in made["cells"]):
         own = [cell for cell in made["cells"] if cell["model"] == model]
         columns = list(dict.fromkeys(cell["column"] for cell in own if cell["measured"] is not None))
@@ -173,15 +180,3 @@ def _print(made: Mapping[str, Any]) -> None:
         rows = [(escape(row), kept, *(line.get(name, "") for name in columns)) for (row, kept), line in lines.items()]
         title = f"{made['table']}, {model}: published | measured" + (" on the testbed" if made["testbed"] else "")
         out.print(table(title, ("", "kept", *columns), rows, right=range(1, 2 + len(columns))))
-
-
-def shown(cell: Mapping[str, Any]) -> str:
-    """Return a cell as published | measured."""
-    number = cell["measured"]
-    if number is None:
-        return f"{cell['published'] or '–'} | –"
-    digits = 0 if number >= 1000 else 1
-    said = f"{number:.{digits}f}"
-    if cell["stderr"] is not None:
-        said = with_error(said, cell["stderr"], digits)
-    return f"{cell['published'] or '–'} | {said}"

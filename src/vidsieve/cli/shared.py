@@ -7,7 +7,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,8 +57,16 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of methods that draw.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 
-def check_output(path: Path | None) -> None:
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+
+
+def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[Path | None] = ()) -> None:
     """Refuse an output file that could not be written, before any work is done.
+
+    Parameters
+    ----------
+    kinds : endings that its name may have; none: any
+    reads : files that the command reads, which it must not replace
 
     Raises
     ------
@@ -65,6 +74,10 @@ def check_output(path: Path | None) -> None:
     """
     if path is None:
         return
+    if kinds and path.suffix.lower() not in kinds:
+        raise OutputError(f"cannot write {path}: its name ends in {' or '.join(kinds)}")
+    if any(other is not None and other.exists() and path.resolve() == other.resolve() for other in reads):
+        raise OutputError(f"{path} would overwrite the file that is read: name another one")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     folder = path.parent
@@ -74,6 +87,20 @@ def check_output(path: Path | None) -> None:
         raise OutputError(f"cannot write {path}: {folder} is a file; choose another path")
     if not os.access(folder, os.W_OK):
         raise OutputError(f"cannot write {path}: no permission in {folder}; choose another path")
+
+
+PAGE, MOVIE = (".html", ".htm"), (".mp4",)
+
+
+@contextmanager
+def stoppable(folder: Path | None) -> Iterator[None]:
+    """Say what Ctrl-C leaves of a run in a folder, or without one."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = f"what was measured is in {folder}: the same command goes on from there"
+        err.print(f"stopped; {kept if folder is not None else 'nothing is kept without --out'}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 def write_json(path: Path | None, value: Any) -> None:
@@ -143,6 +170,26 @@ def check_question(question: str) -> None:
 def frames_asked(frames: int | None, fps: float | None) -> int | None:
     """Return the number of frames to read: 16 where neither a number nor a rate was given."""
     return 16 if frames is None and fps is None else frames
+
+
+def check_share(share: str | None, folder: Path | None) -> None:
+    """Refuse a share that is none, or of a run without a folder, which nothing could put together.
+
+    Raises
+    ------
+    EvaluationError
+    """
+    parse_share(share)
+    if share is not None and folder is None:
+        raise EvaluationError("--share is of a run in a folder that all processes write to: give --out FOLDER too")
+
+
+def note_few(videos: int) -> None:
+    """Say that errors are not to be trusted where there are few videos."""
+    from vidsieve.eval.stats import FEW
+
+    if videos < FEW:
+        out.print(f"note: {videos} videos are too few for these errors and intervals: from {FEW} on they hold")
 
 
 def parse_share(text: str | None) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Progress
 from vidsieve.cli.shared import (
+    PAGE,
     Figures,
     Report,
     check_output,
@@ -180,7 +181,7 @@ def _run(
     if not is_main():  # what one process of several has to say is said by the main one
         out.quiet = err.quiet = True
     check_output(json)
-    check_output(page)
+    check_output(page, PAGE)
     check_output(folder / "policy" / "config.json")
     if cache is not None:
         check_output(cache / MANIFEST)

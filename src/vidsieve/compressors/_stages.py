@@ -32,7 +32,7 @@ def left_for_later(
     if budget * num_tokens < floor:
         advice = "no layer is earlier"
         if layer > 1:
-            advice = "choose an earlier layer" + (", or earliest=True" if earliest is False else "")
+            advice = "choose an earlier layer" + (", or earliest=True (--earliest)" if earliest is False else "")
         raise BudgetError(
             f"{name}: {layer} of {num_layers} layers see every token, so the retention cannot go below "
             f"{least_retention(floor, num_layers * num_tokens):g}; {advice}"

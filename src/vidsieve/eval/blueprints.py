@@ -108,7 +108,7 @@ def _smolvlm(width: int, inner: int, layers: int, heads: int, shared: int, tower
     from transformers import SmolVLMConfig
 
     hidden, mlp, depth, eyes = tower
-    return SmolVLMConfig(
+    config = SmolVLMConfig(
         vision_config={
             "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": depth, "num_attention_heads": eyes,
             "image_size": 384, "patch_size": 14,
@@ -116,6 +116,9 @@ def _smolvlm(width: int, inner: int, layers: int, heads: int, shared: int, tower
         text_config=_text(width, inner, layers, heads, shared, model_type="llama", vocab_size=49280),
         image_token_id=49190, scale_factor=3,
     )  # fmt: skip
+    # What surrounds the random words of `RandomModel.inputs`.
+    config.vidsieve_template = {"turn_start": 9, "turn_end": 10, "user": 872, "ignore": [49190]}
+    return config
 
 
 def _grid(config: Any) -> Any:
@@ -169,8 +172,9 @@ class RandomModel:
         config, known = self.model.config, self.model.config.get_text_config().vocab_size
         most = min(_WORDS[1], known - 1000)  # below what stands for pixels
         asked = torch.randint(_WORDS[0], most, (words,), generator=draw).tolist()
-        holder, ends = self._placeholders(made), (9, 10) if known < _WORDS[1] else (151644, 151645)
-        ids = torch.tensor([[ends[0], 872, 198, *holder, *asked, ends[1], 198, ends[0], 872, 198]])
+        holder = self._placeholders(made)
+        start, end, assistant = (9, 10, 11) if known < _WORDS[1] else (151644, 151645, 77091)
+        ids = torch.tensor([[start, 872, 198, *holder, *asked, end, 198, start, assistant, 198]])
         made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family == "qwen2_5_vl":
             rate = len(video.pixels) / video.duration if video.duration else 1.0

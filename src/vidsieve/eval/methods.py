@@ -61,6 +61,11 @@ def _fields(name: str, *, earliest: bool, **fields: Any) -> dict[str, Any]:
     return {field: value for field, value in asked.items() if field in known}
 
 
+def with_earliest(name: str, earliest: bool) -> dict[str, Any]:
+    """Return the field that moves a method inside the LLM to earlier layers, where that is asked for and it has one."""
+    return _fields(name, earliest=earliest)
+
+
 def method_for(name: str, model: str, policy: str | None = None, **fields: Any) -> Compressor:
     """Return the method of one such name for a model: trained ones take `policy`, or what comes with the testbed's.
 

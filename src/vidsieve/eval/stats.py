@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FEW = 20
+"""Clusters below which errors and intervals come out too small."""
+
 
 @dataclass(frozen=True)
 class Estimate:

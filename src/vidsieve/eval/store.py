@@ -76,7 +76,7 @@ class Store:
         wanted = json.loads(json.dumps(config))
         changed = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
         if changed:
-            said = "; ".join(f"{key}: {_short(known.get(key))} there, {_short(wanted.get(key))} now" for key in changed)
+            said = "; ".join(f"{key}: {_between(known.get(key), wanted.get(key))}" for key in changed)
             raise EvaluationError(f"{self.folder} holds results of another run ({said}): {_ADVICE}")
 
     def _cut(self) -> None:
@@ -152,6 +152,17 @@ def measure_all(
 
 
 _ADVICE = "give another folder, or remove this one"
+
+
+def _between(there: object, now: object) -> str:
+    """Return how two values differ: of long lists and tables what only one of them has."""
+    if any(_short(value).endswith("…") for value in (there, now)):
+        if isinstance(there, dict) and isinstance(now, dict):
+            there, now = ([*one.items()] for one in (there, now))
+        if isinstance(there, list) and isinstance(now, list):
+            gone, new = [v for v in there if v not in now], [v for v in now if v not in there]
+            there, now = (gone, new) if gone or new else (there, now)
+    return f"{_short(there)} there, {_short(now)} now"
 
 
 def _short(value: object) -> str:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vidsieve.data.video import Video
 from vidsieve.errors import OutputError
 from vidsieve.eval.contributions import Contributions, rank_correlation, ranks
+from vidsieve.eval.stats import FEW
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, TableOf
 from vidsieve.report.pictures import kept_figure
@@ -101,17 +102,18 @@ def answer_sections(
 
 def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where the time goes") -> Section:
     """Return milliseconds of every part of the work, by name."""
-    columns = ["", *next(iter(rows.values())), "total"]
+    columns = ["", *next(iter(rows.values())), "sum"]
     lines = [(name, *(f"{ms:.1f}" for ms in row.values()), f"{sum(row.values()):.1f}") for name, row in rows.items()]
     chart = charts.stacks(rows, x="ms")
     return Section(
-        title, "Milliseconds.", TableOf(columns, lines), chart, "Bars of the milliseconds in the table above."
+        title, "Milliseconds. Select: choosing tokens, and making the shorter prompt of them.",
+        TableOf(columns, lines), chart, "Bars of the milliseconds in the table above.",
     )  # fmt: skip
 
 
 def comparison_sections(video: Video, result: Row) -> list[Section]:
     """Return the report of a comparison, as `eval.comparing.compare` returns it."""
-    columns = ("method", "of layers", "left", "answer", "as all tokens", "select ms", "total ms")
+    columns = ("method", "of layers", "left", "answer", "as all tokens", "choosing ms", "total ms")
     lines = [
         (
             row["name"], f"{row['layer_retention']:.3f}", f"{row['real_retention']:.3f}", row["answer"],
@@ -148,8 +150,8 @@ def pipeline_sections(result: Row) -> list[Section]:
         for name, row in rows.items()
     ]  # fmt: skip
     columns = (
-        "", "video tokens", "prompt", "TFLOP, papers' formula", "TFLOP, counted", "fewer", "prefill faster",
-        "all faster", "p50 ms", "p95 ms", "peak MiB", "pays from (frames)",
+        "", "video tokens", "prompt", "TFLOP, papers' formula", "TFLOP, counted", "fewer",
+        "LLM faster, with selecting", "all faster", "p50 ms", "p95 ms", "peak MiB", "pays from (frames)",
     )  # fmt: skip
     text = (
         f"{result['model']} on {result['device']}, {result['dtype']}, attention {result['attention']}; "
@@ -219,26 +221,6 @@ def open_sections(result: Row) -> list[Section]:
     return found
 
 
-def bundle_sections(bundle: Row) -> list[Section]:
-    """Return the report of a result bundle, a table a model: what is published, what was measured."""
-    from vidsieve.cli.reproduce import shown
-
-    where = "Measured on the testbed, a synthetic world: only shares compare." if bundle["testbed"] else ""
-    found = []
-    for model in dict.fromkeys(cell["model"] for cell in bundle["cells"]):
-        own = [cell for cell in bundle["cells"] if cell["model"] == model]
-        columns = list(dict.fromkeys(cell["column"] for cell in own))
-        lines: dict[tuple[str, str], dict[str, str]] = {}
-        for cell in own:
-            lines.setdefault((cell["row"], cell["retention"]), {})[cell["column"]] = shown(cell)
-        rows = [(row, kept, *(line.get(name, "") for name in columns)) for (row, kept), line in lines.items()]
-        found.append(Section(model, f"Published | measured. {where}", TableOf(("", "kept", *columns), rows)))
-    if bundle["missing"]:
-        numbered = [(number, line) for number, line in enumerate(bundle["missing"], 1)]
-        found.append(Section("Missing", table=TableOf(("", "what"), numbered, frozenset({1}))))
-    return found
-
-
 def _known(row: Row) -> dict[str, Any]:
     """Return a row of either kind of evaluation with the fields of both."""
     by = row.get("by") or {"kind": {k: {"accuracy": v, "stderr": math.nan} for k, v in row.get("by_kind", {}).items()}}
@@ -251,7 +233,9 @@ def _about(result: Row) -> str:
         asked = f"{result['benchmark']}: {result['questions']} questions about {result['videos']} videos"
     else:
         asked = f"Testbed, world {result['world']}: {result['n_questions']} questions on {result['n_scenes']} scenes"
-    return f"{asked}. Errors are clustered by video; differences are paired, with 95 % intervals."
+    videos = result["videos"] if "benchmark" in result else result["n_scenes"]
+    few = f" {videos} videos are too few for these errors: from {FEW} on they hold." if videos < FEW else ""
+    return f"{asked}. Errors are clustered by video; differences are paired, with 95 % intervals.{few}"
 
 
 def _figure(value: float | None, times: float, digits: int) -> str:
@@ -313,7 +297,9 @@ def _categories(rows: Sequence[dict[str, Any]]) -> list[Section]:
             )
             for row in rows
         ]
-        found.append(Section(f"Accuracy by {name}", "In %, ± standard error.", TableOf(("", *values), lines)))
+        errors = any("±" in cell for line in lines for cell in line[1:])
+        text = "In %, ± standard error." if errors else "In %."
+        found.append(Section(f"Accuracy by {name}", text, TableOf(("", *values), lines)))
     return found
 
 
