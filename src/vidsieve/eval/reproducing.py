@@ -163,10 +163,10 @@ def time_cells(model: str, result: Mapping[str, Any], columns: Collection[str]) 
         total = prefill["mean"] + (select["mean"] if "compressor ms" in columns else 0.0)
         values: dict[str, dict[str, Any]] = {
             "visual tokens": {"measured": line["visual"][1]}, "tokens": {"measured": line["prompt"][1]},
-            "prefill ms": {"measured": total, "stderr": prefill["sd"], "note": "± sd over lengths"},
+            "prefill ms": {"measured": total, "stderr": prefill["sd"] or None, "note": "± sd over lengths"},
         }  # fmt: skip
         if line["method"] != "full":
-            own = {"measured": select["mean"], "stderr": select["sd"], "note": "± sd over lengths"}
+            own = {"measured": select["mean"], "stderr": select["sd"] or None, "note": "± sd over lengths"}
             values |= {"compression ms": own, "compressor ms": own}
         for column, cell in values.items():
             if column in columns:
