@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded, Pruned, on_device
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin, uncompiled
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
@@ -256,7 +256,7 @@ def generated(
         pruned, traces, run, scores = _pruned(adapter, encoded, compressor, seed)
     first = _FirstToken(device)
     start = time.perf_counter()
-    with _inside(adapter, run):
+    with running(adapter, run):
         out = adapter.model.generate(
             **pruned.inputs, max_new_tokens=tokens, do_sample=False, logits_processor=LogitsProcessorList([first]),
             **({"min_new_tokens": tokens} if exactly else {}),
@@ -281,7 +281,7 @@ def choice(
     BudgetError, NeedError
     """
     pruned, traces, run, _ = _pruned(adapter, encoded, compressor, seed)
-    with uncompiled(), _inside(adapter, run):
+    with running(adapter, run):
         logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[0, -1]
     best = int(logits[option_ids.to(logits.device)].argmax())
     tokens = int(encoded.input_ids.shape[1]), int(pruned.inputs["input_ids"].shape[1])
@@ -301,12 +301,6 @@ def _pruned(
     chosen, traces = adapter.select(encoded, compressor, generator)
     scores = tuple(selection.scores for selection in chosen)
     return adapter.build(encoded, encoded.per_row(chosen)), traces, None, scores
-
-
-def _inside(adapter: Adapter, run: InnerRun | None) -> AbstractContextManager[None]:
-    if run is None:
-        return nullcontext()
-    return run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), None)
 
 
 def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:

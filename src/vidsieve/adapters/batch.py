@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -168,6 +168,11 @@ class Encoded:
     def everything(self) -> list[Selection]:
         """Return for each video the selection that keeps all of its tokens."""
         return [Selection(torch.arange(v.features.grid.num_tokens, device=v.columns.device)) for v in self.videos]
+
+    def with_signals(self, signals: EncoderOutputs | None) -> Encoded:
+        """Return the batch with the vision encoder's signals of one video, which all of its prompts are about."""
+        videos = (replace(v, features=replace(v.features, encoder=signals)) for v in self.videos)
+        return replace(self, videos=tuple(videos))
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -69,6 +69,17 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")
 
 
+@contextmanager
+def running(adapter: Adapter, run: InnerRun | None, cache: Any = None) -> Iterator[None]:
+    """Let a method work inside the LLM while a block runs, on a cache if there is one; None: no method does."""
+    if run is None:
+        yield
+        return
+    # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
+    with uncompiled(), run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), cache):
+        yield
+
+
 def _layered(
     adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
 ) -> tuple[Pruned, layered.LayerRun]:

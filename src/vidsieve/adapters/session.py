@@ -29,7 +29,7 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin, uncompiled
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.compressors.base import Compressor
@@ -265,9 +265,7 @@ class Session:
         if run is None:
             yield
             return
-        text, layers = self._model.config.get_text_config(), list(self._adapter.decoder_layers)
-        # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-        with uncompiled(), run.hooked(layers, text, cache):
+        with running(self._adapter, run, cache):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])

@@ -33,6 +33,7 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     write_json,
+    write_pictures,
     write_report,
 )
 from vidsieve.errors import OutputError
@@ -88,15 +89,14 @@ def ask(
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
     set_threads(threads)
     from vidsieve import pipeline
-    from vidsieve.eval.methods import check_known, method_for, with_earliest
+    from vidsieve.eval.methods import check_known, known_fields, method_for
 
     quiet()
     check_known(method)
-    compressor = (
-        None
-        if method == "full"
-        else method_for(method, model, policy, retention=amount, **with_earliest(method, earliest))
-    )
+    compressor = None
+    if method != "full":
+        moved = known_fields(method, earliest=earliest)
+        compressor = method_for(method, model, policy, retention=amount, **moved)
     clock = pipeline.Clock()
     loaded = pipeline.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
     network, processor = pipeline.load_model(model, layout)
@@ -110,18 +110,9 @@ def ask(
     kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
     out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
     out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in pipeline.PARTS), highlight=False)
-    if picture is not None and result.traces:
-        from vidsieve.report.pictures import kept_picture
-
+    if result.traces:
         trace = result.traces[0]
-        kept_picture(picture, loaded.pixels, trace.grid, {result.method: trace.indices}, title=question)
-        out.print(f"picture: {picture}")
-    if overlay is not None and result.traces:
-        from vidsieve.report.pictures import overlay_video
-
-        trace = result.traces[0]
-        overlay_video(overlay, loaded.pixels, loaded.duration, trace.grid, {result.method: trace.indices})
-        out.print(f"overlay: {overlay}")
+        write_pictures(loaded, trace.grid, {result.method: trace.indices}, question, picture, overlay)
     from vidsieve.report.sections import answer_sections
 
     measured = _contributions(network, processor, loaded, question, contributions, seed) if contributions else None

@@ -90,8 +90,8 @@ def bench_pipeline(
 
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.benchmarking import machine
-    from vidsieve.eval.methods import check_known, is_folder, named_methods
-    from vidsieve.eval.runner import Condition
+    from vidsieve.eval.measuring import conditions_of
+    from vidsieve.eval.methods import check_known, named_methods
     from vidsieve.eval.running import versions
     from vidsieve.eval.stopwatch import measure
 
@@ -103,10 +103,7 @@ def bench_pipeline(
     found = named_methods(names, asked, earliest=earliest)
     network, prompts = _loaded(model, random_weights, layout, getattr(torch, dtype), device, seed)
     network.set_attn_implementation(attention)
-    conditions = [Condition(0)]
-    for amount in amounts:
-        for name, method in found.items():
-            conditions.append(Condition(0, method.with_retention(amount), name if is_folder(name) else ""))
+    conditions = conditions_of([0], found, amounts)
     with tempfile.TemporaryDirectory() as folder:
         path = video if video is not None else made_clip(Path(folder) / "clip.mp4", *size)
         with Bar("passes", (warm_up + repeats) * len(counts) * len(conditions)) as advance:
@@ -142,21 +139,20 @@ def _loaded(
     if random_weights is None:
         network, processor = load_model(model, layout, dtype, device)
         return network, lambda video: chat(processor, video, "What happens in the video?")
-    return timed_model(random_weights, dtype, device, seed, layout)[:2]
+    return timed_model(random_weights, dtype, device, seed, layout)
 
 
 def timed_model(
     size: str, dtype: Any, device: str, seed: int, layout: str | None = None
-) -> tuple[Any, Callable[[Any], Mapping[str, Any]], Any]:
-    """Return a model of a published size with random weights, what makes its inputs of a video, and its adapter."""
-    from vidsieve.adapters.pruning import adapter_for
+) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
+    """Return a model of a published size with random weights, and what makes its inputs of a video."""
     from vidsieve.eval.blueprints import random_model
     from vidsieve.pipeline import own_device
 
     made = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
     if layout is not None:
         made.model.config.vidsieve_layout = layout
-    return made.model, lambda video: made.inputs(video, 40, seed), adapter_for(made.model)
+    return made.model, lambda video: made.inputs(video, 40, seed)
 
 
 def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:

@@ -172,14 +172,13 @@ def _count(word: str) -> int:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print a benchmark's table: what each condition keeps, its accuracy, and its differences."""
+    from vidsieve.report.sections import named
+
     several = len({row["frames"] for row in result["rows"]}) > 1
     lines = []
     for row in result["rows"]:
-        name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
-        name += f" ({row['part']})" if row["part"] else ""
-        name += f" ({row['policy']})" if row["policy"] else ""
         lines.append((
-            escape(name), *([row["frames"]] if several else []), row["retention"],
+            escape(named(row)), *([row["frames"]] if several else []), row["retention"],
             *(_number(row[key], "{:.4f}") for key in ("layer_retention", "real_retention")),
             with_error(f"{100 * row['accuracy']:.1f}", 100 * row["stderr"], 1), f"{100 * row['figure']:.1f}",
             *(_difference(row[f"vs_{other}"] if other != row["method"] else None) for other in ("random", "full")),

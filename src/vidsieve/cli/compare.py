@@ -35,6 +35,7 @@ from vidsieve.cli.shared import (
     table,
     words,
     write_json,
+    write_pictures,
     write_report,
 )
 
@@ -96,20 +97,12 @@ def compare(
         out.print(f"note: {escape(note)}")
     print_comparison(result)
     shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
-    if picture is not None and not shown:
-        out.print("picture: none, as no method of the list could run")
+    if shown:
+        from vidsieve.types import TokenGrid
+
+        write_pictures(loaded, TokenGrid(*result["grid"]), shown, question, picture, overlay)
     elif picture is not None:
-        from vidsieve.report.pictures import kept_picture
-        from vidsieve.types import TokenGrid
-
-        kept_picture(picture, loaded.pixels, TokenGrid(*result["grid"]), shown, title=question)
-        out.print(f"picture: {picture}")
-    if overlay is not None and shown:
-        from vidsieve.report.pictures import overlay_video
-        from vidsieve.types import TokenGrid
-
-        overlay_video(overlay, loaded.pixels, loaded.duration, TokenGrid(*result["grid"]), shown)
-        out.print(f"overlay: {overlay}")
+        out.print("picture: none, as no method of the list could run")
     from vidsieve.report.sections import comparison_sections
 
     write_report(report, question, lambda: comparison_sections(loaded, result), f"{video.name}, {model}", figures)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from vidsieve import registry
 from vidsieve.cli import benchmark
@@ -21,7 +21,7 @@ from vidsieve.cli.shared import (
     Share,
     Threads,
     check_output,
-    check_share,
+    check_world,
     command_line,
     note_few,
     out,
@@ -30,13 +30,13 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     stoppable,
+    store_in,
     table,
     with_error,
     words,
     write_json,
     write_report,
 )
-from vidsieve.errors import UnknownNameError
 
 app = typer.Typer(no_args_is_help=True, help="Measure methods: accuracy with errors clustered by video.")
 for name in registry.benchmarks:
@@ -73,12 +73,10 @@ def eval_testbed(
     ratios = parse_retentions(retention)
     check_output(json)
     check_output(report, PAGE)
-    if world not in ("A", "B"):
-        raise UnknownNameError("world", world, ("A", "B"))
-    check_share(share, folder)
+    check_world(world)
+    mine = parse_share(share, folder is not None)
     set_threads(threads)
     from vidsieve.eval.methods import check_known, check_prefill, named_methods, rows_for
-    from vidsieve.eval.store import Store
     from vidsieve.eval.testbed import MARKS, evaluate, run_config, write_run
     from vidsieve.pipeline import load_model
     from vidsieve.report.sections import evaluation_sections
@@ -94,11 +92,8 @@ def eval_testbed(
     network, processor = load_model(model)
     rows = rows_for(chosen, ratios, probes)
     about = {"world": world, "seed": seed, "questions": questions, "model": model}
-    with stoppable(folder), ExitStack() as stack:
-        store = None
-        if folder is not None:
-            store = stack.enter_context(Store(folder, run_config(network, rows, about), parse_share(share)))
-        advance = stack.enter_context(Bar("scenes", 1))
+    kept = store_in(folder, lambda: run_config(network, rows, about), mine)
+    with stoppable(folder), kept as store, Bar("scenes", 1) as advance:
         result = evaluate(
             network, processor, rows, world=world, seed=seed, questions=questions, progress=advance, store=store
         )
@@ -117,20 +112,19 @@ def eval_testbed(
 
 def print_result(result: dict[str, Any]) -> None:
     """Print the table of a testbed result: what layers see on average, and what the last of them is left with."""
+    from vidsieve.report.sections import named
+
     lines = []
     for row in result["rows"]:
         against = row["vs_random"]
         versus = with_error(f"{against['diff']:+.3f}", 1.96 * against["stderr"]) if against else "–"
-        name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
-        name += f" ({row['part']})" if row.get("part") else ""
-        name += f" ({row['policy']})" if row.get("policy") else ""
         lines.append((
-            name, f"{row['retention']:g}", f"{row['layer_retention']:.4f}", f"{row['real_retention']:.4f}",
-            with_error(f"{row['accuracy']:.3f}", row["stderr"]), versus, f"{row['select_ms']['median']:.1f}",
+            escape(named(row)), f"{row['retention']:g}", f"{row['layer_retention']:.4f}",
+            f"{row['real_retention']:.4f}", with_error(f"{row['accuracy']:.3f}", row["stderr"]), versus,
+            f"{row['select_ms']['median']:.1f}",
         ))  # fmt: skip
     for row in result["refused"]:
-        name = row["method"] if row["variant"] == "ours" else f"{row['method']}:{row['variant']}"
-        lines.append((name, f"{row['retention']:g}", *"–––––"))
+        lines.append((escape(named(row)), f"{row['retention']:g}", *"–––––"))
     columns = ("method", "retention", "of layers", "left", "accuracy ± s.e.", "− random, 95 %", "select ms")
     size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
     title = f"world {result['world']}, seed {result['seed']}: {size}"

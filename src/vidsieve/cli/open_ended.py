@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from vidsieve.cli.shared import (
     Share,
     Threads,
     check_output,
-    check_share,
+    check_world,
     command_line,
     note_few,
     out,
@@ -27,13 +26,13 @@ from vidsieve.cli.shared import (
     quiet,
     set_threads,
     stoppable,
+    store_in,
     table,
     with_error,
     words,
     write_json,
     write_report,
 )
-from vidsieve.errors import UnknownNameError
 
 
 def eval_open(
@@ -57,16 +56,14 @@ def eval_open(
     ratios = parse_retentions(retention)
     check_output(json)
     check_output(report, PAGE)
-    if world not in ("A", "B"):
-        raise UnknownNameError("world", world, ("A", "B"))
-    check_share(share, folder)
+    check_world(world)
+    mine = parse_share(share, folder is not None)
     set_threads(threads)
     from vidsieve.adapters.fingerprint import model_digest
-    from vidsieve.eval.methods import check_known, check_prefill, is_folder, named_methods
+    from vidsieve.eval.measuring import conditions_of
+    from vidsieve.eval.methods import check_known, check_prefill, named_methods
     from vidsieve.eval.open_ended import evaluate_open
-    from vidsieve.eval.runner import Condition
     from vidsieve.eval.running import RESULT, policy_digest, versions
-    from vidsieve.eval.store import Store
     from vidsieve.pipeline import load_model
     from vidsieve.report.sections import open_sections
     from vidsieve.testbed.model import shipped_model
@@ -82,23 +79,13 @@ def eval_open(
     check_prefill(found)
     network, processor = load_model(str(shipped_model("talker")) if model == "talker" else model)
     network = network.float()
-    conditions = [Condition(FRAMES)]
-    for ratio in ratios:
-        for name, method in found.items():
-            conditions.append(Condition(FRAMES, method.with_retention(ratio), name if is_folder(name) else ""))
-    by_key = {condition.key: condition for condition in conditions}
-    with stoppable(folder), ExitStack() as stack:
-        store = None
-        if folder is not None:
-            config = {
-                "task": "open", "world": world, "seed": seed, "scenes": scenes, "model": model,
-                "model_digest": model_digest(network), "versions": versions(),
-                "conditions": {
-                    key: policy_digest(c.compressor) if c.compressor else "" for key, c in by_key.items()
-                },
-            }  # fmt: skip
-            store = stack.enter_context(Store(folder, config, parse_share(share)))
-        advance = stack.enter_context(Bar("scenes", scenes))
+    by_key = {condition.key: condition for condition in conditions_of([FRAMES], found, ratios)}
+    about = {"task": "open", "world": world, "seed": seed, "scenes": scenes, "model": model}
+    kept = store_in(folder, lambda: {
+        **about, "model_digest": model_digest(network), "versions": versions(),
+        "conditions": {key: policy_digest(c.compressor) if c.compressor else "" for key, c in by_key.items()},
+    }, mine)  # fmt: skip
+    with stoppable(folder), kept as store, Bar("scenes", scenes) as advance:
         result = evaluate_open(
             network, processor, by_key, world=world, seed=seed, scenes=scenes, progress=advance, store=store
         )

@@ -167,16 +167,11 @@ def _check(path: Path) -> None:
 
 def _print(made: Mapping[str, Any]) -> None:
     """Print a bundle, one line a row, published / measured in every column."""
-    from vidsieve.report.bundles import shown
+    from vidsieve.report.bundles import lines_of, measured_columns
 
     for model in dict.fromkeys(cell["model"] for cell in made["cells"]):
         own = [cell for cell in made["cells"] if cell["model"] == model]
-        columns = list(dict.fromkeys(cell["column"] for cell in own if cell["measured"] is not None))
-        lines: dict[tuple[str, str], dict[str, str]] = {}
-        for cell in own:
-            if cell["column"] not in columns:
-                continue  # a terminal is narrow; the bundle and the report have them
-            lines.setdefault((cell["row"], cell["retention"]), {})[cell["column"]] = shown(cell)
-        rows = [(escape(row), kept, *(line.get(name, "") for name in columns)) for (row, kept), line in lines.items()]
+        columns = measured_columns(own)  # a terminal is narrow; the bundle and the report have the others
+        rows = [(escape(row), *line) for row, *line in lines_of(own, columns)]
         title = f"{made['table']}, {model}: published | measured" + (" on the testbed" if made["testbed"] else "")
         out.print(table(title, ("", "kept", *columns), rows, right=range(1, 2 + len(columns))))

@@ -89,7 +89,8 @@ def evaluated(
                 registry.benchmarks.get(benchmark), items, conditions, asking, part.folder / benchmark,
                 about={"data": there.name, "subset": subset}, command=command_line(), progress=advance, loaded=loaded,
             )  # fmt: skip
-        assert result is not None  # there is one share
+        if result is None:
+            raise EvaluationError(f"{part.folder / benchmark} is not finished: give the command again")
         results[benchmark] = result
         part.missing += [f"{row['policy'] or row['method']}: {row['reason']}" for row in result["refused"]]
     part.settings |= {benchmark: result["settings"] for benchmark, result in results.items()}
@@ -159,9 +160,10 @@ def trained(part: Part, seeds: int) -> dict[Any, Any]:
 
 
 def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]:
-    """Time a model of the table's size, or a small one of its part.family, with random weights."""
+    """Time a model of the table's size, or a small one of its family, with random weights."""
     import torch
 
+    from vidsieve.adapters.pruning import adapter_for
     from vidsieve.cli.bench import DTYPES, timed_model
     from vidsieve.eval.reproducing import time_cells
     from vidsieve.eval.runner import Condition
@@ -174,7 +176,7 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
     if part.plan:
         out.print(f"{part.family}: {size} with random weights, {', '.join(map(str, lengths))} frames", markup=False)
         return {}
-    network, prompts, adapter = timed_model(size, getattr(torch, dtype), part.device, part.seed)
+    network, prompts = timed_model(size, getattr(torch, dtype), part.device, part.seed)
     conditions = [Condition(0)]
     for row, ratios in part.rows:
         kind = registry.compressors.get(row)
@@ -185,16 +187,9 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
         path = made_clip(Path(there) / "clip.mp4", 640, 360, 10)
         with Bar("passes", (1 + repeats) * len(lengths) * len(conditions)) as advance:
             result = measure(
-                adapter,
-                path,
-                lengths,
-                prompts,
-                conditions,
-                repeats=repeats,
-                new_tokens=2,
-                seed=part.seed,
+                adapter_for(network), path, lengths, prompts, conditions, repeats=repeats, new_tokens=2, seed=part.seed,
                 progress=advance,
-            )
+            )  # fmt: skip
     part.settings |= {
         "model": size, "weights": "random", "dtype": dtype, "device": str(network.device), "lengths": list(lengths),
         "video": "640x360, 10 s, made for it",

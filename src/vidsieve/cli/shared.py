@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vidsieve.errors import EvaluationError, OutputError, PromptError, RetentionError
+from vidsieve.errors import EvaluationError, OutputError, PromptError, RetentionError, UnknownNameError
 from vidsieve.files import writing
 
 if TYPE_CHECKING:
+    from vidsieve.data.video import Video
+    from vidsieve.eval.store import Store
     from vidsieve.report.page import Section
-    from vidsieve.types import Tokens
+    from vidsieve.types import TokenGrid, Tokens
 
 # Files and pipes have no width of their own; rich would cut tables at 80.
 out = Console(width=None if sys.stdout.isatty() else 120)
@@ -57,7 +59,8 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of methods that draw.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 
-PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+PAGE, MOVIE, PICTURES = (".html", ".htm"), (".mp4",), (".png", ".svg", ".pdf", ".jpg", ".jpeg")
+"""Endings of the files that commands write."""
 
 
 def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[Path | None] = ()) -> None:
@@ -89,9 +92,6 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
         raise OutputError(f"cannot write {path}: no permission in {folder}; choose another path")
 
 
-PAGE, MOVIE = (".html", ".htm"), (".mp4",)
-
-
 @contextmanager
 def stoppable(folder: Path | None) -> Iterator[None]:
     """Say what Ctrl-C leaves of a run in a folder, or without one."""
@@ -101,6 +101,41 @@ def stoppable(folder: Path | None) -> Iterator[None]:
         kept = f"what was measured is in {folder}: the same command goes on from there"
         err.print(f"stopped; {kept if folder is not None else 'nothing is kept without --out'}", soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@contextmanager
+def store_in(
+    folder: Path | None, config: Callable[[], Mapping[str, Any]], share: tuple[int, int]
+) -> Iterator[Store | None]:
+    """Open the results of a run in a folder, told apart by `config`; None where no folder was given.
+
+    Raises
+    ------
+    EvaluationError, OutputError
+        As `Store`.
+    """
+    if folder is None:
+        yield None
+        return
+    from vidsieve.eval.store import Store
+
+    with Store(folder, config(), share) as store:
+        yield store
+
+
+def write_pictures(
+    video: Video, grid: TokenGrid, kept: Mapping[str, Sequence[int]], title: str, picture: Path | None,
+    overlay: Path | None,
+) -> None:  # fmt: skip
+    """Write what methods keep of a video as a picture, as a video, or both, where these are given."""
+    from vidsieve.report.pictures import kept_picture, overlay_video
+
+    if picture is not None:
+        kept_picture(picture, video.pixels, grid, kept, title=title)
+        out.print(f"picture: {picture}")
+    if overlay is not None:
+        overlay_video(overlay, video.pixels, video.duration, grid, kept)
+        out.print(f"overlay: {overlay}")
 
 
 def write_json(path: Path | None, value: Any) -> None:
@@ -172,16 +207,15 @@ def frames_asked(frames: int | None, fps: float | None) -> int | None:
     return 16 if frames is None and fps is None else frames
 
 
-def check_share(share: str | None, folder: Path | None) -> None:
-    """Refuse a share that is none, or of a run without a folder, which nothing could put together.
+def check_world(world: str) -> None:
+    """Refuse a world that the testbed does not have.
 
     Raises
     ------
-    EvaluationError
+    UnknownNameError
     """
-    parse_share(share)
-    if share is not None and folder is None:
-        raise EvaluationError("--share is of a run in a folder that all processes write to: give --out FOLDER too")
+    if world not in ("A", "B"):
+        raise UnknownNameError("world", world, ("A", "B"))
 
 
 def note_few(videos: int) -> None:
@@ -192,7 +226,7 @@ def note_few(videos: int) -> None:
         out.print(f"note: {videos} videos are too few for these errors and intervals: from {FEW} on they hold")
 
 
-def parse_share(text: str | None) -> tuple[int, int]:
+def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:
     """Return which of how many processes this is, counted from 0: from ``2/4``, or torchrun's environment.
 
     Raises
@@ -204,6 +238,8 @@ def parse_share(text: str | None) -> tuple[int, int]:
     first, slash, second = text.partition("/")
     if not (slash and first.isdigit() and second.isdigit() and 1 <= int(first) <= int(second)):
         raise EvaluationError(f"--share is the number of a process and how many there are, as 2/4; got {text!r}")
+    if not in_folder:  # nothing could put the shares together
+        raise EvaluationError("--share is of a run in a folder that all processes write to: give --out FOLDER too")
     return int(first) - 1, int(second)
 
 

@@ -10,8 +10,17 @@ import typer
 
 from vidsieve.cli.evaluate import print_result
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, Threads, check_output, out, parse_retentions, quiet, set_threads, write_json
-from vidsieve.errors import UnknownNameError
+from vidsieve.cli.shared import (
+    Json,
+    Threads,
+    check_output,
+    check_world,
+    out,
+    parse_retentions,
+    quiet,
+    set_threads,
+    write_json,
+)
 from vidsieve.files import writing
 
 app = typer.Typer(no_args_is_help=True, help="The synthetic world, its questions, and the tiny model trained on it.")
@@ -72,8 +81,7 @@ def render(
     """Write scenes as mp4 files, with their questions and captions as JSON lines."""
     check_output(json)
     check_output(folder / "questions.jsonl")
-    if world not in ("A", "B"):
-        raise UnknownNameError("world", world, ("A", "B"))
+    check_world(world)
     from vidsieve.testbed.files import write_scenes
 
     summary = write_scenes(folder, world=world, seed=seed, scenes=scenes)
@@ -97,8 +105,7 @@ def separation(
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
     check_output(json)
-    if world not in ("A", "B"):
-        raise UnknownNameError("world", world, ("A", "B"))
+    check_world(world)
     set_threads(threads)
     from vidsieve.eval.testbed import MARKS
     from vidsieve.pipeline import load_model

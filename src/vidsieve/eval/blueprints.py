@@ -72,7 +72,6 @@ def _qwen3(width: int, inner: int, layers: int, heads: int, shared: int, tower: 
     from transformers import Qwen3VLConfig
 
     hidden, mlp, depth, eyes = tower
-    third = 64 // 16 * 5  # of heads of width 128, as they all have: 24 + 20 + 20
     return Qwen3VLConfig(
         vision_config={
             "depth": depth, "hidden_size": hidden, "intermediate_size": mlp, "num_heads": eyes,
@@ -82,7 +81,7 @@ def _qwen3(width: int, inner: int, layers: int, heads: int, shared: int, tower: 
         },
         text_config=_text(
             width, inner, layers, heads, shared, head_dim=128, vocab_size=151936, rope_parameters={
-                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [64 - 2 * third, third, third],
+                "rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20],
                 "mrope_interleaved": True,
             },
         ),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.inside import begin, uncompiled
+from vidsieve.adapters.inside import begin, running
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import EvaluationError
 from vidsieve.rl.rollouts import Rollouts
@@ -137,8 +137,7 @@ def attention_received(adapter: Adapter, encoded: Any) -> NDArray[np.float64]:
     """Return the attention (N,) of the last prompt token to the tokens of a prompt's one video, mean over layers."""
     listening = _Listening(retention=1.0)
     pruned, run = begin(adapter, encoded, listening, Generator())
-    layers, text = list(adapter.decoder_layers), adapter.model.config.get_text_config()
-    with uncompiled(), run.hooked(layers, text, None):
+    with running(adapter, run):
         adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False)
     return torch.stack(listening.seen).mean(0).double().numpy()
 

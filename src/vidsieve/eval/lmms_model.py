@@ -19,11 +19,10 @@ from vidsieve._version import __version__
 from vidsieve.adapters.batch import on_device
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
-from vidsieve.data.video import read_video
 from vidsieve.errors import BudgetError, UnsupportedCallError, VideoError
 from vidsieve.eval.items import Item
 from vidsieve.eval.lmms import ModelArguments, Wish
-from vidsieve.eval.runner import Condition, Examiner
+from vidsieve.eval.runner import Condition, Examiner, frames_of
 from vidsieve.pipeline import chat, load_model
 
 
@@ -178,8 +177,7 @@ class Bridge:
     def _drawn(self, video: str, questions: Sequence[str], wish: Wish) -> Iterator[tuple[str, Counts]]:
         """Yield answers that are drawn, or found by beams; draws are of torch's generator, which lmms-eval seeds."""
         adapter, processor, (condition,) = self._examiner.adapter, self._examiner.processor, self._examiner.conditions
-        fps, most = self._examiner.fps, condition.frames
-        frames = read_video(video, frames=most) if fps is None else read_video(video, fps=fps, max_frames=most)
+        frames = frames_of(video, condition.frames, self._examiner.fps)
         options = {"max_new_tokens": wish.max_new_tokens, **dict(wish.options)}
         for question in questions:
             inputs = on_device(chat(processor, frames, question), adapter.model.device)

@@ -42,28 +42,23 @@ def named_methods(
         if name == "full":
             continue
         if name != "all":
-            found[name] = method_for(name, model, **_fields(name, earliest=earliest))
+            found[name] = method_for(name, model, **known_fields(name, earliest=earliest))
             continue
         every = [name for name in registry.compressors if not registry.compressors.get(name).trained]
         if model == "testbed":
             every = [*registry.compressors, *shipped_policies()]
         parts = {"inner": False} if prefill else {}
-        found |= {known: method_for(known, model, **_fields(known, earliest=earliest, **parts)) for known in every}
+        found |= {known: method_for(known, model, **known_fields(known, earliest=earliest, **parts)) for known in every}
     return found
 
 
-def _fields(name: str, *, earliest: bool, **fields: Any) -> dict[str, Any]:
+def known_fields(name: str, *, earliest: bool, **fields: Any) -> dict[str, Any]:
     """Return those of the fields that a method has, `earliest` only where it is asked for."""
     if is_folder(name):
         return {}
     known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
     asked = fields | ({"earliest": True} if earliest else {})
     return {field: value for field, value in asked.items() if field in known}
-
-
-def with_earliest(name: str, earliest: bool) -> dict[str, Any]:
-    """Return the field that moves a method inside the LLM to earlier layers, where that is asked for and it has one."""
-    return _fields(name, earliest=earliest)
 
 
 def method_for(name: str, model: str, policy: str | None = None, **fields: Any) -> Compressor:

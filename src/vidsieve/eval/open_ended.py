@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded, Pruned, VideoFeatures
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin, uncompiled
+from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
 from vidsieve.compressors.base import Compressor
@@ -75,7 +74,8 @@ def statements(caption: str) -> list[str]:
 
 def prompts(adapter: Adapter, processor: Any, scene: Scene, turns: Sequence[Sequence[str]]) -> Encoded:
     """Return a batch of conversations about a scene; each is a question, or question, answer, question."""
-    return _with_signals(adapter.encode(prompt_inputs(processor, scene.features, turns)), scene.features)
+    encoded = adapter.encode(prompt_inputs(processor, scene.features, turns))
+    return encoded.with_signals(scene.features.encoder)
 
 
 def prompt_inputs(processor: Any, features: VideoFeatures, turns: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -94,11 +94,6 @@ def prompt_inputs(processor: Any, features: VideoFeatures, turns: Sequence[Seque
     }  # fmt: skip
 
 
-def _with_signals(encoded: Encoded, features: VideoFeatures) -> Encoded:
-    videos = (replace(v, features=replace(v.features, encoder=features.encoder)) for v in encoded.videos)
-    return replace(encoded, videos=tuple(videos))
-
-
 def selected(adapter: Adapter, encoded: Encoded, method: Compressor | None, seed: int) -> list[Selection]:
     """Return what a method before the LLM keeps for every prompt; a blind one chooses once for all of them."""
     count, generator = len(encoded.videos), Generator().manual_seed(seed)
@@ -108,11 +103,6 @@ def selected(adapter: Adapter, encoded: Encoded, method: Compressor | None, seed
     asked = range(count) if Need.QUESTION in needs else range(1)
     found = [method.compress(adapter.video_tokens(encoded, n, needs), generator=generator) for n in asked]
     return found if len(found) == count else found * count
-
-
-def _hooked(adapter: Adapter, run: InnerRun | None) -> Any:
-    layers, text = list(adapter.decoder_layers), adapter.model.config.get_text_config()
-    return run.hooked(layers, text, None) if run is not None else nullcontext()
 
 
 def _pruned(
@@ -126,7 +116,7 @@ def _pruned(
 
 def first_words(adapter: Adapter, pruned: Pruned, run: InnerRun | None) -> Tensor:
     """Return the likeliest word after every prompt, (B,) int64."""
-    with uncompiled(), _hooked(adapter, run):
+    with running(adapter, run):
         logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
     found: Tensor = logits.argmax(-1)
     return found
@@ -208,7 +198,7 @@ def measure_scene(
 
 
 def _told(adapter: Adapter, processor: Any, pruned: Pruned, run: InnerRun | None) -> list[str]:
-    with uncompiled(), _hooked(adapter, run):
+    with running(adapter, run):
         out = adapter.model.generate(**pruned.inputs, max_new_tokens=CAPTION_WORDS, do_sample=False)
     said: list[str] = processor.batch_decode(out[:, pruned.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError
 from vidsieve.eval.bundles import Place
-from vidsieve.eval.methods import is_folder, named_method
+from vidsieve.eval.methods import is_folder, known_fields, named_method
 from vidsieve.eval.paper_tables import PaperTable
 from vidsieve.eval.published import published
 
 Cells = dict[Place, dict[str, Any]]
-FOLDERS = ("longvideobench", "mlvu", "mlvu-test", "videomme", "lvbench")
-"""What a folder of benchmarks has: each as published, under its name here; MLVU's test questions may be in ``mlvu``."""
 
 
 def rows_of(table: str, model: str) -> list[tuple[str, list[float]]]:
@@ -31,7 +28,10 @@ def rows_of(table: str, model: str) -> list[tuple[str, list[float]]]:
 
 
 def folder_of(data: Path | None, benchmark: str) -> Path | None:
-    """Return the folder of a benchmark below the one that has them all; None where it is not there."""
+    """Return the folder of a benchmark below the one that has them all; None where it is not there.
+
+    MLVU's test questions may be in ``mlvu``.
+    """
     if data is None:
         return None
     for name in (benchmark, benchmark.removesuffix("-test")):
@@ -57,11 +57,9 @@ def method_of(
     """
     own = table.trained.get(row)
     name, folder = own.method if own else row, policy_for(policies, model, row)
-    kind = registry.compressors.get(name)
-    known = {field.name for field in fields(kind)}
-    wanted = dict(table.fields) | dict(own.fields if own else {}) | ({"earliest": True} if earliest else {})
-    given = {field: value for field, value in wanted.items() if field in known}
-    if folder is None and kind.trained:
+    wanted = {**table.fields, **(own.fields if own else {})}
+    given = known_fields(name, earliest=earliest, **wanted)
+    if folder is None and registry.compressors.get(name).trained:
         options = f" {own.options}" if own else ""
         raise PolicyError(
             f"a policy for {row!r} of {model}: give --policy '{row}=FOLDER', made by "

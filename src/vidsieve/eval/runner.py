@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ class Examiner:
             asked = [condition for condition in self.conditions if condition.frames == frames]
             asked = [condition for condition in asked if condition.key not in self.refused]
             try:
-                video = self._read(items[0], frames)
+                video = frames_of(items[0].video, frames, self.fps)
             except VideoError as error:
                 return {"failed": str(error), "samples": [], "refused": refused, "select_ms": {}}
             for item, encoded in self._encoded(video, items, asked):
@@ -140,11 +141,6 @@ class Examiner:
                         **(_indices(traces) if self.keep else {}),
                     })  # fmt: skip
         return {"samples": samples, "refused": refused, "select_ms": spent}
-
-    def _read(self, item: Item, frames: int) -> Video:
-        if self.fps is None:
-            return read_video(item.video, frames=frames)
-        return read_video(item.video, fps=self.fps, max_frames=frames)
 
     def _encoded(
         self, video: Video, items: Sequence[Item], conditions: Sequence[Condition]
@@ -165,9 +161,7 @@ class Examiner:
         ready = {"mm_encoder_outputs": self.adapter.ready_features(features)}
         for item, text in zip(items, texts, strict=True):
             encoded = self.adapter.encode(on_device(wording.inputs(self.processor, text), device) | ready)
-            (span,) = encoded.videos
-            span = replace(span, features=replace(span.features, encoder=features.encoder))
-            yield item, replace(encoded, videos=(span,))
+            yield item, encoded.with_signals(features.encoder)
 
     def _answer(
         self, encoded: Encoded, item: Item, condition: Condition
@@ -198,6 +192,16 @@ class Examiner:
         if not ids or any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
             raise PromptError(f"question {item.id!r} cannot be answered by one token each: use --answer generate")
         return torch.tensor([tokens[0] for tokens in ids])
+
+
+def frames_of(path: str | Path, frames: int, fps: float | None) -> Video:
+    """Return so many frames of a video taken evenly, or, with a rate, its frames at that rate and at most so many.
+
+    Raises
+    ------
+    VideoError
+    """
+    return read_video(path, frames=frames) if fps is None else read_video(path, fps=fps, max_frames=frames)
 
 
 def _indices(traces: Sequence[VideoTrace]) -> dict[str, Any]:

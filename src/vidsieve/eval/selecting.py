@@ -26,8 +26,7 @@ def select_times(
     One run is not counted. Signals of the vision encoder are there already: a model has them without effort.
     """
     video = make_video(grid, width)
-    signals = video.encoder
-    assert signals is not None
+    signals = video.encoder or EncoderOutputs(None, None)
     video = replace(
         video, embeds=video.embeds.to(device, dtype), positions=video.positions.to(device),
         encoder=EncoderOutputs(*(None if s is None else s.to(device) for s in (signals.attention, signals.keys))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
 from vidsieve.adapters.fingerprint import model_digest
-from vidsieve.adapters.inside import begin, uncompiled
+from vidsieve.adapters.inside import begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
@@ -121,9 +121,8 @@ def read_scene(
     inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
     del inputs["pixel_values_videos"]
     encoded = adapter.encode(inputs)
-    videos = (replace(v, features=replace(v.features, encoder=features[0].encoder)) for v in encoded.videos)
     return SceneBatch(
-        cast, asked, replace(encoded, videos=tuple(videos)),
+        cast, asked, encoded.with_signals(features[0].encoder),
         torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
         torch.tensor([q.options.index(q.answer) for q in asked]),
     )  # fmt: skip
@@ -175,8 +174,7 @@ def _answers_inside(
     adapter: Adapter, scene: SceneBatch, method: Compressor, generator: Generator
 ) -> tuple[list[bool], list[VideoTrace]]:
     pruned, run = begin(adapter, scene.encoded, method, generator)
-    layers, text = list(adapter.decoder_layers), adapter.model.config.get_text_config()
-    with uncompiled(), run.hooked(layers, text, None):
+    with running(adapter, run):
         logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
     return _right(scene, logits), run.traces()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vidsieve.report.page import Section, TableOf
@@ -14,17 +14,29 @@ def bundle_sections(bundle: Mapping[str, Any]) -> list[Section]:
     found = []
     for model in dict.fromkeys(cell["model"] for cell in bundle["cells"]):
         own = [cell for cell in bundle["cells"] if cell["model"] == model]
-        told = [cell["column"] for cell in own if cell["measured"] is not None]
-        columns = list(dict.fromkeys([*told, *(cell["column"] for cell in own)]))  # what was measured comes first
-        lines: dict[tuple[str, str], dict[str, str]] = {}
-        for cell in own:
-            lines.setdefault((cell["row"], cell["retention"]), {})[cell["column"]] = shown(cell)
-        rows = [(row, kept, *(line.get(name, "") for name in columns)) for (row, kept), line in lines.items()]
-        found.append(Section(model, f"Published | measured. {where}", TableOf(("", "kept", *columns), rows)))
+        # What was measured comes first.
+        columns = [*measured_columns(own), *dict.fromkeys(cell["column"] for cell in own)]
+        columns = list(dict.fromkeys(columns))
+        table = TableOf(("", "kept", *columns), lines_of(own, columns))
+        found.append(Section(model, f"Published | measured. {where}", table))
     if bundle["missing"]:
         numbered = [(number, line) for number, line in enumerate(bundle["missing"], 1)]
         found.append(Section("Missing", table=TableOf(("", "what"), numbered, frozenset({1}))))
     return found
+
+
+def measured_columns(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the columns of cells in which something was measured."""
+    return list(dict.fromkeys(cell["column"] for cell in cells if cell["measured"] is not None))
+
+
+def lines_of(cells: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the lines of a table: row, retention, and the cells of some columns, empty where there is none."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for cell in cells:
+        if cell["column"] in columns:
+            found.setdefault((cell["row"], cell["retention"]), {})[cell["column"]] = shown(cell)
+    return [(row, kept, *(line.get(name, "") for name in columns)) for (row, kept), line in found.items()]
 
 
 def shown(cell: Mapping[str, Any]) -> str:

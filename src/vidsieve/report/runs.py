@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vidsieve.data.video import read_video
 from vidsieve.errors import EvaluationError
+from vidsieve.eval.runner import frames_of
 from vidsieve.report.page import Kept, Section
 from vidsieve.report.sections import frames_section, named
 from vidsieve.types import TokenGrid
@@ -62,9 +62,12 @@ def kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Sec
         if not shown:
             continue
         path = Path(record["unit"])
-        video = read_video(path, frames=most) if fps is None else read_video(path, fps=fps, max_frames=most)
         kept = [Kept(_name(conditions[s["condition"]]), s["indices"][0]) for s in shown]
-        found.append(frames_section(video, TokenGrid(*shown[0]["grid"]), kept, f"{path.name}, question {item}"))
+        found.append(
+            frames_section(
+                frames_of(path, most, fps), TokenGrid(*shown[0]["grid"]), kept, f"{path.name}, question {item}"
+            )
+        )
     return found
 
 

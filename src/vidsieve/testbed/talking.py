@@ -146,13 +146,13 @@ def build_talker(
         part.requires_grad_(False)
     enlarge(model, seed)
     start = time.perf_counter()
-    log(f"rendering and encoding {scenes} scenes")
-    train = prepare(model, "A", seed + 10, scenes, describe=describe_open)
-    held = prepare(model, "A", seed + 11, min(60, scenes), describe=describe_open)
     done = folder / "T.safetensors"
     if done.exists():
         figures = load_state(done, {"model": model})["stage"]
     else:
+        log(f"rendering and encoding {scenes} scenes")
+        train = prepare(model, "A", seed + 10, scenes, describe=describe_open)
+        held = prepare(model, "A", seed + 11, min(60, scenes), describe=describe_open)
         begun = folder / "T.begun.safetensors"
         figures = run_stage(model, stage, train, held, seed, begun, log)
         save_state(done, {"model": model}, None, {"stage": figures})
