@@ -31,6 +31,25 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """Run a command in this process and return what it printed, blanks made one; `fails`: it ends with an error."""
+    from vidsieve.cli.main import main
+
+    def run(*arguments, fails=False):
+        monkeypatch.setattr("sys.argv", ["vidsieve", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        assert code == (2 if fails else 0), printed.out + printed.err
+        return " ".join((printed.out + printed.err).split())
+
+    return run
+
+
 def pytest_report_header():
     import transformers
 

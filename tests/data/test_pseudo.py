@@ -15,9 +15,9 @@ from PIL import Image
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.data.filtering import filter_file
+from vidsieve.data.layouts import read_all
 from vidsieve.data.prompts import FilePrompts
 from vidsieve.data.pseudo import pseudo_file
-from vidsieve.data.rows import read_rows
 from vidsieve.data.video import read_frames
 from vidsieve.errors import TrainingError, VideoError
 from vidsieve.rl.recipes import train_policy
@@ -139,7 +139,7 @@ def test_ten_thousand_rows_take_seconds(tmp_path):
             row = json.loads(lines[number % 100])
             file.write(json.dumps(row | {"caption": f"caption {number}"}) + "\n")
     seen = []
-    made = pseudo_file(source, tmp_path / "out.jsonl", count=10_000, progress=lambda done, total: seen.append(done))
+    made = pseudo_file(source, tmp_path / "out.jsonl", count=10_000, progress=seen.append)
     assert len(made.videos) == 10_000 and seen[-1] == 10_000 and seen == sorted(seen)
 
 
@@ -189,8 +189,8 @@ def test_what_is_no_image_is_named(tmp_path):
 def test_malformed_frames_are_named(tmp_path, frames):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"frames": frames, "caption": "x"}))
-    with pytest.raises(TrainingError, match=r"line 1 of .*frames must be"):
-        read_rows(path)
+    with pytest.raises(TrainingError, match=r"record 1: frames must be"):
+        read_all(path)
 
 
 def test_a_model_reads_short_and_long_ones(testbed, tmp_path):
@@ -211,7 +211,7 @@ def test_a_model_reads_short_and_long_ones(testbed, tmp_path):
         found = [Rollouts(adapter, sample.inputs).encoded.videos[0].features.grid.frames for sample in samples]
         assert sorted(found) == expected
     path.write_text(json.dumps({"frames": [["images/gone.png", 3]], "caption": "x"}))
-    with pytest.raises(TrainingError, match=r"1 images of .* are missing, first images/gone\.png"):
+    with pytest.raises(TrainingError, match=r"can be used: 1 missing video of 1 rows, first .*images/gone\.png"):
         FilePrompts(adapter, processor, path)
     assert source.exists()
 
@@ -226,7 +226,9 @@ def test_rows_of_both_kinds_in_one_file_and_line_ends_in_captions(testbed, tmp_p
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     (tmp_path / "deep").mkdir()
     filter_file(path, tmp_path / "deep" / "left.jsonl", [testbed])
-    (kept,) = [row for row in read_rows(tmp_path / "deep" / "left.jsonl") if "frames" in row]
+    assert len(read_all(tmp_path / "deep" / "left.jsonl")) > 2
+    lines = (tmp_path / "deep" / "left.jsonl").read_text(encoding="utf-8").split("\n")
+    (kept,) = [json.loads(line) for line in lines if '"frames"' in line]
     assert kept["frames"] == [["../images/0.png", 3], ["../images/1.png", 4]] and kept["caption"] == row["caption"]
 
 

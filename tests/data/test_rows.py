@@ -7,8 +7,10 @@ import json
 import pytest
 
 from vidsieve.data.filtering import filter_file
+from vidsieve.data.layouts import read_all
 from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.rows import held_out_videos, read_rows, right_option, videos_of
+from vidsieve.data.rows import right_option
+from vidsieve.data.table import held_out, keys_of, load_rows
 from vidsieve.errors import TrainingError
 
 ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
@@ -49,8 +51,8 @@ ASKED = {"video": "a.mp4", "question": "?", "options": ["red", "blue"], "answer"
     ],
 )  # fmt: skip
 def test_malformed_rows_are_named_by_line(tmp_path, row, said):
-    with pytest.raises(TrainingError, match=f"line 2 of .*{said}"):
-        read_rows(rows_file(tmp_path, ASKED, row))
+    with pytest.raises(TrainingError, match=f"1 of 2 records in .* are malformed.*: record 2: .*{said}"):
+        read_all(rows_file(tmp_path, ASKED, row))
 
 
 def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
@@ -59,8 +61,9 @@ def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
     (tmp_path / "a.mp4").touch()
     model, processor = testbed
     path = rows_file(tmp_path, ASKED, ASKED | {"answer": "green"})
-    with pytest.raises(TrainingError, match=r"the answer .green. of a\.mp4 is none of its options"):
-        FilePrompts(adapter_for(model), processor, path)
+    prompts = FilePrompts(adapter_for(model), processor, path)
+    assert len(prompts.choices) == 1
+    assert "record 2: the answer 'green' of a.mp4 is none of its options" in prompts.skipped.summary()
 
 
 def test_images_that_rows_share_are_held_out_together(tmp_path):
@@ -68,12 +71,13 @@ def test_images_that_rows_share_are_held_out_together(tmp_path):
             for group in "abcdefgh" for i in range(3)]  # fmt: skip
     path = rows_file(tmp_path, *rows)
     for share in (0.05, 0.25, 0.5):
-        held = held_out_videos(path, share)
-        sides = [bool(videos_of(path, row) & held) for row in rows]
-        assert all(videos_of(path, row) <= held for row, side in zip(rows, sides, strict=True) if side)
+        view = load_rows(path, present=False)
+        held = held_out(view, share, path)
+        sides = [bool(keys_of(row) & held) for row in view]
+        assert all(keys_of(row) <= held for row, side in zip(view, sides, strict=True) if side)
         assert 0 < sum(sides) / len(rows) <= share + 0.13 and not all(sides)
     with pytest.raises(TrainingError, match="hang together"):
-        held_out_videos(rows_file(tmp_path, *rows[:3]), 0.5)
+        held_out(load_rows(rows_file(tmp_path, *rows[:3]), present=False), 0.5, path)
 
 
 def test_a_filter_keeps_other_kinds_of_question(testbed, tmp_path):
@@ -83,6 +87,6 @@ def test_a_filter_keeps_other_kinds_of_question(testbed, tmp_path):
     path = rows_file(tmp_path, *lines, counted, {"video": "a.mp4", "caption": "c"})
     found = filter_file(path, tmp_path / "out.jsonl", [testbed])
     assert (found.questions, found.captions, found.others) == (6, 1, 1)
-    left = read_rows(tmp_path / "out.jsonl", None)
+    left = read_all(tmp_path / "out.jsonl")
     assert [row["question"] for row in left if "problem_type" in row] == ["how many ?"]
     assert len(left) == found.kept + 2

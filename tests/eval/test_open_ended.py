@@ -12,8 +12,8 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.eval import open_ended
 from vidsieve.eval.open_ended import dialogue_pairs, evaluate_open, measure_scene, prompts, read_scene, statements
 from vidsieve.eval.runner import Condition
-from vidsieve.eval.store import Store
 from vidsieve.pipeline import load_model
+from vidsieve.store import Store
 from vidsieve.testbed.model import shipped_model
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from vidsieve.errors import EvaluationError
-from vidsieve.eval.store import Store, measure_all
+from vidsieve.store import Store, measure_all
 
 CONFIG = {"task": "t", "versions": {"vidsieve": "1"}}
 

@@ -9,8 +9,8 @@ import pytest
 from vidsieve.errors import EvaluationError
 from vidsieve.eval import testbed as measuring
 from vidsieve.eval.methods import named_methods, rows_for
-from vidsieve.eval.store import Store
 from vidsieve.eval.testbed import evaluate, run_config, scene_counts, write_run
+from vidsieve.store import Store
 
 QUESTIONS = 60
 ABOUT = {"world": "A", "seed": 77, "questions": QUESTIONS}

@@ -10,7 +10,7 @@ import torch
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.rows import held_out_videos, videos_of
+from vidsieve.data.table import held_out, keys_of, load_rows
 from vidsieve.errors import ModelError, TrainingError
 from vidsieve.pipeline import load_model
 from vidsieve.policies import read_config
@@ -96,7 +96,7 @@ def test_files_are_split_by_video(testbed, tmp_path):
     found = source(adapter, processor, CaCoVIDConfig(hold_out=0.25), Files(path, None))
     train, held = ({r["video"] for r in prompts.choices} for prompts in (found.prompts, found.held_out))
     assert len(train) == 6 and len(held) == 2 and not train & held and found.count == 6
-    assert held_out_videos(path, 0.25) == frozenset().union(*(videos_of(path, {"video": video}) for video in held))
+    assert held_out(load_rows(path), 0.25, path) == frozenset().union(*(keys_of({"video": video}) for video in held))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(rows[0]))
     with pytest.raises(TrainingError, match=r"1 videos of .*other.jsonl are in .*rows.jsonl too, first a.mp4"):
@@ -108,7 +108,7 @@ def test_files_are_split_by_video(testbed, tmp_path):
     with pytest.raises(TrainingError, match=r"has no rows with a caption"):
         source(adapter, processor, ScoreConfig(hold_out=0.25), Files(path, None))
     with pytest.raises(TrainingError, match="shows a single video, and cannot be parted"):
-        held_out_videos(other, 0.5)
+        held_out(load_rows(other), 0.5, other)
     assert source(adapter, processor, CaCoVIDConfig(), Files(path, None)).count == 0
     assert isinstance(source(adapter, processor, CaCoVIDConfig(), Files(None, other)).held_out, FilePrompts)
 

@@ -1,27 +1,117 @@
-"""vidsieve data: make files of training prompts better."""
+"""vidsieve data: look at files of training prompts, and make them better."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
+from rich.markup import escape
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, Threads, check_output, out, quiet, set_threads, write_json
-from vidsieve.errors import OutputError, TrainingError, UnknownNameError
+from vidsieve.cli.shared import (
+    PICTURES,
+    Json,
+    Share,
+    Threads,
+    check_output,
+    err,
+    out,
+    parse_share,
+    quiet,
+    set_threads,
+    stoppable,
+    table,
+    write_json,
+)
+from vidsieve.errors import TrainingError, UnknownNameError
 
-app = typer.Typer(no_args_is_help=True, help="Prepare files of training prompts.")
+app = typer.Typer(no_args_is_help=True, help="Check and prepare files of training prompts.")
+
+VideoRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder that paths in the file start from; default: that of the file.", show_default=False),
+]
 
 
 @app.callback()
 def _root() -> None:
-    """Prepare files of training prompts."""
+    """Check and prepare files of training prompts."""
+
+
+@app.command("check")
+def check(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Video-R1-260k, LLaVA-Video-178K, LLaVA-OneVision-Data, Koala-36M, or JSON lines, as published."
+        ),
+    ],
+    video_root: VideoRoot = None,
+    frames: Annotated[int, typer.Option(help="Frames read from each video, as in training.", min=1)] = 16,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only look whether the videos are there; read none of them.")
+    ] = False,
+    listed: Annotated[
+        Path | None,
+        typer.Option("--list", help="List everything that cannot be used here, as JSON lines.", show_default=False),
+    ] = None,
+    readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
+    json: Json = None,
+) -> None:
+    """Say what a file of prompts holds and what of it can be used, before anything runs."""
+    check_output(json, reads=(source,))
+    check_output(listed, (".jsonl",), reads=(source,))
+    from vidsieve.data.checking import check_file
+    from vidsieve.data.skipped import Skipped
+
+    if listed is not None:
+        listed.unlink(missing_ok=True)
+    skipped = Skipped(listed)
+    with Bar("videos", None) as update:
+        found = check_file(
+            source, video_root, frames=frames, decode=not quick, threads=readers, skipped=skipped, progress=update
+        )
+    lines = [
+        (escape(group["source"] or "–"), group["kind"], f"{group['rows']:,}", f"{group['usable']:,}")
+        for group in found.groups
+    ]
+    out.print(f"{source}: {found.title}", highlight=False, soft_wrap=True)
+    out.print(table("", ("source", "kind", "rows", "usable"), lines, right=(2, 3)))
+    bad = skipped.videos["missing"] + skipped.videos["broken"]
+    kind = "there" if quick else "readable"
+    length = (
+        "" if quick else f", {found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f", {found.seconds:.0f} s"
+    )
+    out.print(
+        f"{found.usable:,} of {found.rows:,} rows can be used; {found.videos - bad:,} of {found.videos:,} videos and "
+        f"images are {kind}{length}", highlight=False,
+    )  # fmt: skip
+    tell(skipped, listed)
+    if found.example is not None:
+        out.print(f"first row: {_short(found.example)}", markup=False, highlight=False, soft_wrap=True)
+    write_json(json, vars(found) | skipped.as_dict())
+
+
+def tell(skipped: Any, listed: Path | None) -> None:
+    """Print what was left out of a file, a line each."""
+    for line in skipped.reasons():
+        out.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    if listed is not None and skipped.faults:
+        out.print(f"listed in {listed}", highlight=False, soft_wrap=True)
+
+
+def _short(row: dict[str, Any]) -> str:
+    """Return a row in a line."""
+    said = {key: value for key, value in row.items() if key in ("question", "options", "answer", "prompt", "caption")}
+    return "; ".join(f"{key}: {value!r:.160}" for key, value in said.items())
 
 
 @app.command("filter")
 def filter_prompts(
-    source: Annotated[Path, typer.Argument(help="JSON lines of prompts, or Video-R1's .json.")],
+    source: Annotated[Path, typer.Argument(help="A file of prompts, as `vidsieve data check` reads it.")],
     target: Annotated[Path, typer.Argument(help="Where the rows that are left go, as JSON lines.")],
     model: Annotated[
         list[str] | None,
@@ -32,38 +122,136 @@ def filter_prompts(
     rule: Annotated[
         str, typer.Option(help="A question goes when 'any' of the models answers it blindly, or 'all'.")
     ] = "any",
+    seeds: Annotated[
+        int,
+        typer.Option(help="Answers of each model: the first the likeliest, others drawn, options reordered.", min=1),
+    ] = 1,
+    right_in: Annotated[
+        int | None,
+        typer.Option(help="Right answers that make a model answer blindly.", min=1, show_default="all of them"),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
+    batch: Annotated[int, typer.Option(help="Questions in one call of a model.", min=1)] = 16,
+    video_root: VideoRoot = None,
+    share: Share = None,
+    device: Annotated[
+        str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")
+    ] = "auto",
     threads: Threads = 0,
     json: Json = None,
 ) -> None:
-    """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens."""
-    check_output(json)
-    check_output(target)
-    if target.resolve() == source.resolve():
-        raise OutputError(f"{target} would overwrite the file that is read: name another one")
+    """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens.
+
+    Answers are kept in TARGET.blind as they come: the same command goes on there, with --share or torchrun in several
+    processes at once, and asks nothing again when only --rule or --right-in changes.
+    """
+    check_output(json, reads=(source,))
+    check_output(target, (".jsonl",), reads=(source,))
+    mine = parse_share(share)
     set_threads(threads)
     from vidsieve.data.filtering import Rule, filter_file
+    from vidsieve.data.skipped import Skipped
     from vidsieve.pipeline import load_model
 
     if rule not in get_args(Rule):
         raise UnknownNameError("rule", rule, get_args(Rule))
     quiet()
     names = model or ["testbed"]
-    with Bar("questions", 1) as update:
-        found = filter_file(source, target, [load_model(name) for name in names], rule, progress=update)  # type: ignore[arg-type]
-    for name, share in zip(names, found.blind_accuracy, strict=True):
-        out.print(f"{name} answers {share:.1%} of {found.questions} questions without the video")
-    out.print(f"{found.kept} of {found.questions} questions are left in {target}")
+    work, skipped = target.with_name(f"{target.name}.blind"), Skipped()
+    with stoppable(work), Bar("answers") as update:
+        found = filter_file(
+            source, target, [partial(load_model, name, device=device) for name in names], rule,  # type: ignore[arg-type]
+            root=video_root, seeds=seeds, right_in=right_in, temperature=temperature, batch=batch, work=work,
+            names=names, share=mine, skipped=skipped, progress=update,
+        )  # fmt: skip
+    if found is None:
+        err.print(f"share {mine[0] + 1} of {mine[1]} is done; the last one to end writes {target}", highlight=False)
+        return
+    columns = ("source", "type", "questions", "dropped", *(f"{name}, blind" for name in names))
+    lines = [
+        (
+            escape(group["source"] or "–"), escape(group["type"]), f"{group['questions']:,}", f"{group['dropped']:,}",
+            *(f"{accuracy:.1%}" for accuracy in group["blind_accuracy"]),
+        )
+        for group in found.groups
+    ]  # fmt: skip
+    out.print(table(f"{source}: without the video", columns, lines, right=range(2, len(columns))))
+    for name, accuracy in zip(names, found.blind_accuracy, strict=True):
+        out.print(f"{name}: {accuracy:.1%} of blind answers are right, guessing would come to {found.chance:.1%}")
+    out.print(f"{found.kept:,} of {found.questions:,} questions are left in {target}; those that are not, in "
+              f"{target.name}.dropped.jsonl", highlight=False)  # fmt: skip
+    if seeds == 1 and found.chance > 0.05:
+        out.print(
+            f"note: of one answer each, guesses drop about {found.chance:.0%} of the good questions too; --seeds 3 "
+            "does not"
+        )
     if found.captions:
-        out.print(f"{found.captions} rows without a question were kept as they are")
+        out.print(f"{found.captions:,} rows without a question were kept as they are")
     if found.others:
-        out.print(f"{found.others} questions of other kinds were kept as they are: they have no options to guess from")
-    write_json(json, vars(found) | {"models": names, "rule": rule})
+        out.print(
+            f"{found.others:,} questions of other kinds were kept as they are: they have no options to guess from"
+        )
+    tell(skipped, None)
+    write_json(
+        json, vars(found) | skipped.as_dict() | {"models": names, "rule": rule, "seeds": seeds, "right_in": right_in}
+    )
+
+
+@app.command("merge")
+def merge(
+    sources: Annotated[
+        list[Path], typer.Argument(help="Files of prompts, as `vidsieve data check` reads them; the last is written.")
+    ],
+    only: Annotated[str, typer.Option(help="'captions', 'questions', or 'all' rows.")] = "all",
+    count: Annotated[
+        int | None, typer.Option(help="Rows in all, drawn from all files together.", min=1, show_default="every row")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same rows.", min=0)] = 0,
+    video_root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder that paths start from; once for each file, in their order. Default: that of each file.",
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Make one file of prompts out of several, whatever their layouts: vidsieve data merge A.json B.csv OUT.jsonl."""
+    *files, target = sources
+    if not files:
+        raise TrainingError("name the files to merge and, last, the one to write")
+    roots: Sequence[Path | None] = video_root or [None] * len(files)
+    if len(roots) != len(files):
+        raise TrainingError(f"--video-root is given {len(roots)} times, and there are {len(files)} files")
+    check_output(json, reads=files)
+    check_output(target, (".jsonl",), reads=files)
+    from vidsieve.data.merging import Only, merge_files
+    from vidsieve.data.skipped import Skipped
+
+    if only not in get_args(Only):
+        raise UnknownNameError("kind of row", only, get_args(Only))
+    skipped = Skipped()
+    with Bar("records", None) as update:
+        found = merge_files(
+            list(zip(files, roots, strict=True)), target, only=only, count=count, seed=seed, skipped=skipped,  # type: ignore[arg-type]
+            progress=update,
+        )  # fmt: skip
+    for name, rows in found.items():
+        out.print(f"{rows:,} rows of {name}", highlight=False, soft_wrap=True)
+    tell(skipped, None)
+    out.print(f"{sum(found.values()):,} rows are in {target}", highlight=False, soft_wrap=True)
+    write_json(json, {"rows": found, "seed": seed} | skipped.as_dict())
 
 
 @app.command("pseudo")
 def pseudo_videos(
-    source: Annotated[Path, typer.Argument(help='JSON lines of {"image": path, "caption": …}, paths from the file.')],
-    target: Annotated[Path, typer.Argument(help="Where the pseudo-videos go, as JSON lines for `train score --data`.")],
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help='LLaVA-OneVision-Data (JSON or Parquet) or JSON lines of {"image": path, "caption": …}, one or more; '
+            "last, where the pseudo-videos go, as JSON lines for `train score`."
+        ),
+    ],
     count: Annotated[
         int | None,
         typer.Option(help="Videos.", min=1, show_default="each image about once: images // 3 for 2-4"),
@@ -74,19 +262,24 @@ def pseudo_videos(
     preview: Annotated[
         Path | None, typer.Option(help="Draw the first few videos into this PNG.", show_default=False)
     ] = None,
+    image_root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that paths in SOURCE start from; default: that of the file.", show_default=False),
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Make pseudo-videos of captioned images, for the first stage of SCORE's training."""
-    for path in (json, target, preview):
-        check_output(path)
-        if path is not None and path.resolve() == source.resolve():
-            raise OutputError(f"{path} would overwrite the file that is read: name another one")
+    """Make pseudo-videos of captioned images, for the first stage of SCORE: vidsieve data pseudo IMAGES OUT.jsonl."""
+    *files, target = sources
+    if not files:
+        raise TrainingError("name the file of captioned images and, last, the one to write")
+    for path, kinds in ((json, ()), (target, (".jsonl",)), (preview, PICTURES)):
+        check_output(path, kinds, reads=files)
     from vidsieve.data.pseudo import pseudo_file
 
-    with Bar("images", 1) as update:
+    with Bar("records", None) as update:
         made = pseudo_file(
-            source, target, count=count, images=_bounds("images", images), frames=_bounds("frames", frames), seed=seed,
-            progress=update,
+            files, target, root=image_root, count=count, images=_bounds("images", images),
+            frames=_bounds("frames", frames), seed=seed, progress=update,
         )  # fmt: skip
     result = made.as_dict()
     length = result["frames"]

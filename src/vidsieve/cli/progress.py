@@ -94,9 +94,9 @@ class Progress:
 
 
 class Bar:
-    """A bar on stderr while it is entered; calls of what entering returns are (done, total)."""
+    """A bar on stderr while it is entered; calls of what entering returns are (done, total), where that is known."""
 
-    def __init__(self, what: str, total: int) -> None:
+    def __init__(self, what: str, total: int | None = 1) -> None:
         # Here, so that commands without a bar start faster.
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as BarOfRich
@@ -106,9 +106,9 @@ class Bar:
         )
         self.task = self.bar.add_task(what, total=total)
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[..., None]:
         self.bar.start()
-        return lambda done, total: self.bar.update(self.task, completed=done, total=total)
+        return lambda done, total=None: self.bar.update(self.task, completed=done, total=total)
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()

@@ -100,10 +100,10 @@ def evaluated(
 def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
     """Evaluate the methods of a table on the testbed's two worlds."""
     from vidsieve.eval.reproducing import method_of, testbed_cells
-    from vidsieve.eval.store import Store
     from vidsieve.eval.testbed import compressor_row, evaluate, run_config, write_run
     from vidsieve.loading import load
     from vidsieve.pipeline import load_model
+    from vidsieve.store import Store
 
     if part.plan:
         out.print(f"{part.family}: {len(part.rows)} methods on the testbed, {subset} questions a world", markup=False)

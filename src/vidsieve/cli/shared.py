@@ -20,8 +20,8 @@ from vidsieve.files import writing
 
 if TYPE_CHECKING:
     from vidsieve.data.video import Video
-    from vidsieve.eval.store import Store
     from vidsieve.report.page import Section
+    from vidsieve.store import Store
     from vidsieve.types import TokenGrid, Tokens
 
 # Files and pipes have no width of their own; rich would cut tables at 80.
@@ -117,7 +117,7 @@ def store_in(
     if folder is None:
         yield None
         return
-    from vidsieve.eval.store import Store
+    from vidsieve.store import Store
 
     with Store(folder, config(), share) as store:
         yield store

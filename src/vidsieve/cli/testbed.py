@@ -72,20 +72,37 @@ def talker(
 
 @app.command()
 def render(
-    folder: Annotated[Path, typer.Argument(help="Where the mp4 files and questions.jsonl go.")],
+    folder: Annotated[Path, typer.Argument(help="Where the videos go, and the file of their questions and captions.")],
     scenes: Annotated[int, typer.Option(help="How many scenes.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
     world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Layout of a published set: vidsieve, video-r1, llava-video, koala-36m, llava-onevision (Parquet) or "
+            "llava-images (JSON).",
+        ),
+    ] = "vidsieve",
+    broken: Annotated[
+        float, typer.Option(help="Share of videos that are missing, cut short or no video; truth.json says which.")
+    ] = 0.0,
+    leaked: Annotated[float, typer.Option(help="Share of questions that need no video; truth.json says which.")] = 0.0,
     json: Json = None,
 ) -> None:
-    """Write scenes as mp4 files, with their questions and captions as JSON lines."""
+    """Write scenes as mp4 files, with their questions and captions as JSON lines, or as a published set has them."""
     check_output(json)
     check_output(folder / "questions.jsonl")
     check_world(world)
     from vidsieve.testbed.files import write_scenes
 
-    summary = write_scenes(folder, world=world, seed=seed, scenes=scenes)
+    with Bar("scenes", scenes) as advance:
+        summary = write_scenes(
+            folder, world=world, seed=seed, scenes=scenes, layout=layout, broken=broken, leaked=leaked, progress=advance
+        )
     out.print(f"{summary['scenes']} scenes, {summary['questions']} questions in {folder}")
+    for name in summary.get("files", []):
+        out.print(f"look at it: vidsieve data check {folder / name}", highlight=False, soft_wrap=True)
     write_json(json, summary)
 
 

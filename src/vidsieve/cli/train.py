@@ -95,9 +95,15 @@ Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="JSON lines as `vidsieve testbed render` and `vidsieve data pseudo` write them, or Video-R1's .json; "
-        "default: the testbed.",
+        help="Videos with questions or captions: Video-R1-260k, LLaVA-Video-178K, Koala-36M, or JSON lines (see "
+        "`vidsieve data check`); default: the testbed.",
         show_default=False,
+    ),
+]
+VideoRoot = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that paths in --data and --eval-data start from; default: that of each file.", show_default=False
     ),
 ]
 Pseudo = Annotated[
@@ -215,7 +221,8 @@ def _run(
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
-    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, cache: Cache = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, video_root: VideoRoot = None,
+    cache: Cache = None,
     variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
     device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
     report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
@@ -223,14 +230,15 @@ def train_cacovid(
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
     _run(
         "cacovid", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
-        eval_data=eval_data, variant=variant, resume=resume, force=force,
+        eval_data=eval_data, root=video_root, variant=variant, resume=resume, force=force,
     )  # fmt: skip
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, pseudo: Pseudo = None,
+    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, video_root: VideoRoot = None,
+    pseudo: Pseudo = None,
     cache: Cache = None, variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
     device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
     report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
@@ -238,5 +246,5 @@ def train_score(
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
     _run(
         "score", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
-        eval_data=eval_data, pseudo=pseudo, variant=variant, resume=resume, force=force,
+        eval_data=eval_data, root=video_root, pseudo=pseudo, variant=variant, resume=resume, force=force,
     )  # fmt: skip

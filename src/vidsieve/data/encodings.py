@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -131,22 +133,31 @@ class EncodingCache:
         ------
         OutputError
             If they do not fit on the disk; then nothing is written.
-        VideoError
-            If the first one cannot be read.
         """
-        ways = {self._path(source): (source, read) for source, read in videos}
-        missing = [path for path in ways if not path.exists()]
-        each, free = 0, shutil.disk_usage(self.folder).free
-        if missing:
-            inputs = self.inputs(*ways[missing[0]], "?")
-            pending = inputs[_PENDING]
-            tensors, header = self._packed(self._encode(inputs), pending.wording)
-            each = sum(tensor.nbytes for tensor in tensors.values())
-        plan = Plan(self.folder, len(ways), len(missing), each, free)
-        if len(missing) * each > free:
+        there, missing = array("Q"), array("Q")
+        first: tuple[Path, dict[str, Tensor], dict[str, str]] | None = None
+        for source, read in videos:
+            path = self._path(source)
+            name = int(path.stem[:16], 16)
+            if path.exists():
+                there.append(name)
+                continue
+            missing.append(name)
+            if first is None:
+                try:
+                    inputs = self.inputs(source, read, "?")
+                except VideoError:  # a broken one takes no room; the next one tells what one takes
+                    missing.pop()
+                    continue
+                first = path, *self._packed(self._encode(inputs), inputs[_PENDING].wording)
+        count = len(np.unique(np.frombuffer(missing, np.uint64)))
+        total = count + len(np.unique(np.frombuffer(there, np.uint64)))
+        each = sum(tensor.nbytes for tensor in first[1].values()) if first is not None else 0
+        plan = Plan(self.folder, total, count, each, shutil.disk_usage(self.folder).free)
+        if count * each > plan.free:
             raise OutputError(f"the encoded videos do not fit: {plan}. Free some space, give another folder, or none")
-        if missing:
-            self._save(pending.path, tensors, header)
+        if first is not None:
+            self._save(*first)
         return plan
 
     # -- prompts --------------------------------------------------------------------------------------------

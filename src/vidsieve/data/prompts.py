@@ -1,30 +1,31 @@
-"""Training prompts from JSON lines of ordinary video files, and of still images.
+"""Training prompts from files of videos with questions or captions, in any layout of `layouts`.
 
-One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` for CaCoVID, or
-``{"video": path, "caption": …}`` for SCORE; paths are relative to the file. Options that begin with a letter
-("A. a dog") are listed in the prompt and answered by letter; other options must each be one token of the
-model's vocabulary. `answer` is an option or its letter. ``"problem_type"`` names another kind of question (`KINDS` of
-`video_r1`): it has no options, and is rewarded by its generated answer alone. Instead of a video, a caption may have
-still images, ``"frames": [[path, times], …]``: a pseudo-video of one frame a second that shows each `times` times. A
-file named ``….json`` is read as Video-R1's.
+Options that begin with a letter ("A. a dog") are listed in the prompt and answered by letter; other options must each
+be one token of the model's vocabulary. An answer is an option or its letter. Questions without options are rewarded by
+their generated answer alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.encodings import EncodingCache, Source
-from vidsieve.data.rows import ask, files_of, read_rows, videos_of
+from vidsieve.data.layouts import files_of
+from vidsieve.data.rows import Remembered, ask, kind_of
+from vidsieve.data.skipped import Skipped
+from vidsieve.data.table import View, keys_of, load_rows
 from vidsieve.data.video import Video, read_frames, read_video
 from vidsieve.data.video_r1 import Kind
-from vidsieve.errors import TrainingError
+from vidsieve.errors import TrainingError, VideoError
 from vidsieve.pipeline import chat
 from vidsieve.rl.samples import Caption, Choice
 
@@ -32,26 +33,43 @@ Sample = TypeVar("Sample", Choice, Caption)
 CAPTION_PROMPT = "Describe the video."
 
 
-class _Remembered:
-    """A tokenizer that splits each text once: options are the same few letters all through a file."""
+def load_prompts(
+    processor: Any, path: Path, root: Path | None = None, *, kinds: Kind | None = "multiple choice",
+    skipped: Skipped | None = None,
+) -> View:  # fmt: skip
+    """Return the rows of a file that a model can be trained on; see `FilePrompts`.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.known: dict[str, Any] = {}
+    Raises
+    ------
+    TrainingError
+        As `load_rows`.
+    """
+    words = Remembered(processor.tokenizer)
 
-    def __call__(self, text: str, **options: Any) -> Any:
-        if text not in self.known:
-            self.known[text] = self.tokenizer(text, **options)
-        return self.known[text]
+    def wanted(row: Mapping[str, Any]) -> str:
+        kind = kind_of(row)
+        if kind == "image":
+            return "a still image: `vidsieve data pseudo` makes pseudo-videos of them"
+        if kind != "caption" and kinds is not None and kind != kinds:
+            return f"a question of kind {kind!r}"
+        if kind != "caption":
+            ask(row, words)  # a wrong row is told now, not when its turn comes
+        return ""
+
+    return load_rows(path, root, wanted=wanted, skipped=skipped)
 
 
 class FilePrompts:
-    """Prompts of a JSON-lines file in a seeded order, again and again.
+    """Prompts of a file in a seeded order, again and again.
+
+    A video that proves broken when its turn comes is listed in `skipped`, and the next row's takes its place: so the
+    same number gives the same prompt in every process and sitting, whatever was met before.
 
     Parameters
     ----------
     adapter, processor : of the frozen model
     path : Path
+        Of any layout in `vidsieve.data.layouts`.
     seed : int
         Order of the rows; every pass has its own.
     frames : int
@@ -61,48 +79,80 @@ class FilePrompts:
     cache : EncodingCache, optional
         Where encoded videos are kept.
     only : callable, optional
-        Says of the files that a row shows, by their resolved paths, whether it is taken; default: every row is.
+        Says of the keys of the files that a row shows (`keys_of`) whether it is taken; default: every row is.
+    root : Path, optional
+        The folder that paths in the file start from; default: the folder of the file.
+    skipped : Skipped, optional
+        Where malformed records, missing and broken videos are counted and listed.
+    rows : View, optional
+        The file's rows, where `load_prompts` has read them already.
 
     Raises
     ------
     TrainingError
-        If the file is unreadable, a row is malformed, or a video is missing.
+        If the file is unreadable, or nothing in it can be used.
     """
 
     def __init__(
         self, adapter: Adapter, processor: Any, path: Path, *, seed: int = 0, frames: int = 16,
         kinds: Kind | None = "multiple choice", cache: EncodingCache | None = None,
-        only: Callable[[frozenset[Path]], bool] | None = None,
+        only: Callable[[frozenset[int]], bool] | None = None, root: Path | None = None,
+        skipped: Skipped | None = None, rows: View | None = None,
     ) -> None:  # fmt: skip
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
-        self.cache = cache
-        rows = [row for row in read_rows(self.path, kinds) if only is None or only(videos_of(self.path, row))]
-        self.videos = frozenset(video for row in rows for video in videos_of(self.path, row))
-        self.choices = [row for row in rows if "question" in row]
-        self.captions = [row for row in rows if "caption" in row]
-        for what in ("video", "image"):
-            named = {name for row in rows if ("frames" in row) == (what == "image") for name in files_of(row)}
-            missing = sorted(name for name in named if not (self.path.parent / name).is_file())
-            if missing:
-                raise TrainingError(f"{len(missing)} {what}s of {self.path} are missing, first {missing[0]}")
-        words = _Remembered(processor.tokenizer)
-        for row in self.choices:  # a wrong row is told now, not when its turn comes
-            ask(row, words)
+        self.cache, self.skipped = cache, Skipped() if skipped is None else skipped
+        if rows is None:
+            rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
+        taken = {"question": array("q"), "caption": array("q")}
+        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
+            if only is None or only(keys_of(row)):
+                for field, numbers in taken.items():
+                    if field in row:
+                        numbers.append(number)
+        self.choices, self.captions = (View(rows.table, np.array(numbers, np.int64)) for numbers in taken.values())
+        keys, shown = rows.table.keys()
+        self.videos = np.unique(keys[np.isin(shown, np.concatenate([self.choices.numbers, self.captions.numbers]))])
+        self._broken: set[int] = set()
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
-    def _row(self, rows: list[dict[str, Any]], number: int, what: str) -> tuple[int, dict[str, Any]]:
-        """Return a row and its place in the file's order."""
-        if not rows:
+    def first_of(self, keys: Sequence[int]) -> str:
+        """Return the path of the first file that has one of these keys, in the order of the rows."""
+        known = set(keys)
+        return next(name for key, name, *_ in self.choices.table.files() if key in known)
+
+    def _row(self, rows: View, number: int, what: str, place: int = 0) -> tuple[int, dict[str, Any]]:
+        """Return a row and its place in the file's order; `place` rows further on if that many were broken."""
+        if not len(rows):
             raise TrainingError(f"{self.path} has no rows with {what}")
-        turn, place = divmod(number, len(rows))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed + turn))
-        index = int(order[place])
+        turn, start = divmod(number, len(rows))
+        if (turn, len(rows)) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] >= turn - 1}
+            generator = torch.Generator().manual_seed(self.seed + turn)
+            self._orders[turn, len(rows)] = torch.randperm(len(rows), generator=generator)
+        index = int(self._orders[turn, len(rows)][(start + place) % len(rows)])
         return index, rows[index]
 
-    def _source(self, row: dict[str, Any]) -> Source:
-        pairs = row["frames"] if "frames" in row else [[row["video"], 1]]
-        return tuple((self.path.parent / name, times) for name, times in pairs)
+    def _readable(self, rows: View, number: int, what: str, read: Callable[[int, dict[str, Any]], Sample]) -> Sample:
+        """Return what `read` makes of row `number`, or of the next one whose video can be read."""
+        for place in range(max(1, len(rows))):
+            index, row = self._row(rows, number, what, place)
+            keys = keys_of(row)
+            if self._broken & keys:
+                continue
+            try:
+                return read(index, row)
+            except VideoError as error:
+                if not self._broken & keys:  # another thread may have met it meanwhile
+                    self._broken |= keys
+                    shown = int(np.isin(rows.table.keys()[0], np.array(list(keys), np.uint64)).sum())
+                    self.skipped.broken(files_of(row)[0], shown, str(error), file=self.path, later=True)
+        raise TrainingError(f"no video of {self.path} can be read: {self.skipped.summary()}")
 
-    def _video(self, row: dict[str, Any]) -> Video:
+    def _source(self, row: Mapping[str, Any]) -> Source:
+        pairs = row["frames"] if "frames" in row else [[row["video"], 1]]
+        return tuple((Path(name), times) for name, times in pairs)
+
+    def _video(self, row: Mapping[str, Any]) -> Video:
         source = self._source(row)
         if "frames" in row:
             return read_frames(source, frames=self.frames)
@@ -132,13 +182,17 @@ class FilePrompts:
 
     def read_choice(self, number: int) -> Choice:
         """Return question `number`, for `finished`; any thread may call this."""
-        _, row = self._row(self.choices, number, "a question")
-        asked = ask(row, self.processor.tokenizer)
-        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer, asked.truth, asked.kind)
+        return self._readable(self.choices, number, "a question", self._choice)
 
     def read_caption(self, number: int) -> Caption:
         """Return caption prompt `number`, for `finished`; any thread may call this."""
-        index, row = self._row(self.captions, number, "a caption")
+        return self._readable(self.captions, number, "a caption", self._caption)
+
+    def _choice(self, index: int, row: dict[str, Any]) -> Choice:
+        asked = ask(row, self.processor.tokenizer)
+        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer, asked.truth, asked.kind)
+
+    def _caption(self, index: int, row: dict[str, Any]) -> Caption:
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
         end = self.processor.tokenizer.eos_token or ""
         text = f" {row['caption']} {end}"

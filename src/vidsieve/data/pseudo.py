@@ -11,11 +11,15 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from vidsieve.data.layouts import layout_of, read_records
+from vidsieve.data.reading import image_fault, raw_records
 from vidsieve.errors import TrainingError
 from vidsieve.files import relative, writing
 
@@ -75,15 +79,18 @@ class Pseudo:
 
 
 def pseudo_file(
-    source: Path, target: Path, *, count: int | None = None, images: Bounds = (2, 4), frames: Bounds = (3, 6),
-    seed: int = 0, progress: Callable[[int, int], None] | None = None,
+    source: Path | Sequence[Path], target: Path, *, root: Path | None = None, count: int | None = None,
+    images: Bounds = (2, 4), frames: Bounds = (3, 6), seed: int = 0, progress: Callable[[int], None] | None = None,
 ) -> Pseudo:  # fmt: skip
     """Write a file of pseudo-videos, ``{"frames": [[path, times], …], "caption": …}`` a line, paths from `target`.
 
     Parameters
     ----------
-    source : Path
-        JSON lines of ``{"image": path, "caption": …}``, paths from the file.
+    source : Path or sequence of Path
+        LLaVA-OneVision-Data, as JSON or Parquet, or JSON lines of ``{"image": path, "caption": …}``. Images inside a
+        Parquet file are written to a folder beside `target`, ``<target>.images``. All files are drawn from together.
+    root : Path, optional
+        The folder that paths in `source` start from; default: that of the file.
     count : int, optional
         Videos; default: so many that each image comes about once, images // 3 for 2–4 images a video.
     images, frames : (least, most)
@@ -91,7 +98,7 @@ def pseudo_file(
     seed : int
         The same seed, rows and settings give the same file.
     progress : callable, optional
-        Called with (rows looked at, rows in all).
+        Called with the number of records looked at.
 
     Raises
     ------
@@ -105,68 +112,104 @@ def pseudo_file(
             raise TrainingError(f"{name} must be from 1 up, the least first; got {least} to {most}")
     if count is not None and count < 1:
         raise TrainingError(f"count must be at least 1, got {count}")
-    usable, left_out = read_captioned(source, progress)
+    files = [source] if isinstance(source, Path) else [*source]
+    usable: list[Captioned] = []
+    left_out: list[LeftOut] = []
+    for file in files:
+        some, others = read_captioned(file, root, target.with_name(f"{target.name}.images"), progress)
+        usable += some
+        left_out += others
     different = len({row.image for row in usable})
     if different < images[1]:
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in left_out).items())
         raise TrainingError(
-            f"{source} has {different} usable images, and a video needs up to {images[1]}"
+            f"{', '.join(map(str, files[:3]))} has {different} usable images, and a video needs up to {images[1]}"
             f"{f' ({reasons})' if reasons else ''}: add captioned images, or lower images"
         )
     wanted = max(1, 2 * len(usable) // sum(images)) if count is None else count
     draw = _videos(usable, images, frames, random.Random(seed))
     videos = tuple(next(draw) for _ in range(wanted))
     where = {row.image: relative(row.image, target) for row in usable}
-    with writing(target) as temporary, temporary.open("w", encoding="utf-8") as file:
+    with writing(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for video in videos:
             row = {"frames": [[where[path], times] for path, times in video.frames], "caption": video.caption}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Pseudo(videos, len(usable), tuple(left_out))
 
 
 def read_captioned(
-    path: Path, progress: Callable[[int, int], None] | None = None
+    path: Path, root: Path | None = None, images: Path | None = None, progress: Callable[[int], None] | None = None
 ) -> tuple[list[Captioned], list[LeftOut]]:
     """Return the rows of a file of captioned images that can be used, and those that cannot.
 
     Each image is opened once, and looked at no further than its format checks itself: a JPEG that is cut short in the
-    middle is found when it is read for training.
+    middle is found when it is read for training. Images that are inside the file are written to the folder `images`.
 
     Raises
     ------
     TrainingError
         If the file is unreadable.
+    OutputError
+        If images cannot be written.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from None
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     usable: list[Captioned] = []
     left_out: list[LeftOut] = []
     seen: dict[Path, str] = {}  # what is wrong with an image, by path
-    for done, (number, line) in enumerate(filled, 1):
-        name, caption, wrong = _row(line)
-        if not wrong:
-            image = (path.parent / name).resolve()
+    folder = path.parent if root is None else root
+    for done, (number, name, caption, wrong, data) in enumerate(_images(path, root), 1):
+        image = folder / name
+        if not wrong and data:
+            wrong = image_fault(data)
+            image = image if wrong else _written(data, images or path.with_name(f"{path.name}.images"))
+        elif not wrong:
+            image = image.resolve()
             if image not in seen:
-                seen[image] = _fault(image)
+                seen[image] = image_fault(image)
             wrong = seen[image]
         if wrong:
             left_out.append(LeftOut(number, name, wrong))
         else:
             usable.append(Captioned(image, caption))
-        if progress is not None and (done % 50 == 0 or done == len(filled)):
-            progress(done, len(filled))
+        if progress is not None and done % 50 == 0:
+            progress(done)
     return usable, left_out
 
 
-def _row(line: str) -> tuple[str, str, str]:
-    """Return a line's image, caption and what is wrong with it, an empty text each where there is none."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
+def _images(path: Path, root: Path | None) -> Iterator[tuple[int, str, str, str, bytes]]:
+    """Yield number, image, caption, what is wrong, and the image itself where it is inside the file."""
+    if layout_of(path).name == "vidsieve":
+        for number, row in raw_records(path):
+            yield number, *_row(row), b""
+        return
+    for record in read_records(path, root):
+        if record.fault:
+            yield record.number, "", "", record.fault, b""
+        for reason, count in (record.left_out or {}).items():
+            yield from [(record.number, "", "", reason, b"")] * count
+        for row in record.rows:
+            wrong = "" if "image" in row else "no image, but a video"
+            yield (
+                record.number,
+                row.get("image", ""),
+                " ".join(row.get("caption", "").split()),
+                wrong,
+                row.get("bytes", b""),
+            )
+
+
+def _written(data: bytes, folder: Path) -> Path:
+    """Write an image that was inside a file, named by what it is, and return its path."""
+    with Image.open(BytesIO(data)) as opened:
+        ending = (opened.format or "png").lower()
+    place = folder / f"{blake2b(data, digest_size=12).hexdigest()}.{ending}"
+    if not place.exists():
+        with writing(place) as temporary:
+            temporary.write_bytes(data)
+    return place
+
+
+def _row(row: Any) -> tuple[str, str, str]:
+    """Return a record's image, caption and what is wrong with it, an empty text each where there is none."""
     if not isinstance(row, dict):
         return "", "", "not a JSON object"
     name, caption = row.get("image"), row.get("caption")
@@ -176,18 +219,6 @@ def _row(line: str) -> tuple[str, str, str]:
         return name, "", "no caption"
     words = " ".join(caption.split())
     return name, words, "" if words else "empty caption"
-
-
-def _fault(image: Path) -> str:
-    """Return what is wrong with an image file, an empty text if nothing is."""
-    if not image.is_file():
-        return "missing image"
-    try:
-        with Image.open(image) as opened:
-            opened.verify()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "unreadable image"
-    return ""
 
 
 def _videos(

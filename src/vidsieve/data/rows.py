@@ -1,8 +1,15 @@
-"""Rows of a file of training prompts: what they may hold, which videos they show, and how a question is read."""
+"""Rows of a file of training prompts: what our own JSON lines may hold, and how a question is read.
+
+One object a line: ``{"video": path, "question": …, "options": […], "answer": …}`` or ``{"video": path, "caption": …}``,
+with a ``"prompt"`` if captions are not asked for by the usual one. Instead of a video a caption may have still images,
+``"frames": [[path, times], …]`` (a pseudo-video of one frame a second that shows each `times` times), or one
+``"image"``, of which pseudo-videos are made. ``"problem_type"`` names another kind of question than multiple choice
+(`KINDS` of `video_r1`), ``"source"`` the set that a row was taken from.
+"""
 
 from __future__ import annotations
 
-import json
+import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.data.video_r1 import ASKED, KINDS, Kind, read_video_r1
+from vidsieve.data.layouts import Layout, files_of
+from vidsieve.data.reading import MalformedError
+from vidsieve.data.video_r1 import ASKED, KINDS, Kind
 from vidsieve.errors import TrainingError
 
 _LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
@@ -31,6 +40,20 @@ class Asked:
     answer: int
     truth: str
     kind: Kind = "multiple choice"
+
+
+class Remembered:
+    """A tokenizer that splits each text once: options are the same few letters all through a file."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.unk_token_id = tokenizer, getattr(tokenizer, "unk_token_id", None)
+        self.known: dict[str, Any] = {}
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Return what the tokenizer makes of a text."""
+        if text not in self.known:
+            self.known[text] = self.tokenizer(text, **options)
+        return self.known[text]
 
 
 def right_option(options: Sequence[str], answer: str) -> int:
@@ -53,14 +76,18 @@ def _letter(answer: str) -> str:
     return found.group(1) if found else ""
 
 
-def kind_of(row: Mapping[str, Any]) -> Kind:
-    """Return the kind of a row's question: multiple choice unless it says otherwise."""
-    kind: Kind = row.get("problem_type", "multiple choice")
-    return kind
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Return the kind of a row: that of its question, or what is captioned in it, ``"caption"`` or ``"image"``."""
+    if "question" in row:
+        return str(row.get("problem_type", "multiple choice"))
+    return "image" if "image" in row else "caption"
 
 
 def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     """Return the question of a row.
+
+    Lettered options are listed and answered by letter, unless the model's vocabulary has no letters (the testbed's has
+    none): then, as options without letters, by their own word.
 
     Raises
     ------
@@ -69,104 +96,55 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     """
     kind = kind_of(row)
     if kind != "multiple choice":
+        known: Kind = kind  # type: ignore[assignment]
         return Asked(
-            f"{row['question']}\n{ASKED[kind]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), kind
+            f"{row['question']}\n{ASKED[known]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), known
         )
     options = [str(option) for option in row["options"]]
     right = right_option(options, str(row["answer"]))
+    name = Path(files_of(row)[0]).name if {"video", "frames"} & row.keys() else "a question"
     if right < 0:
-        raise TrainingError(f"the answer {row['answer']!r} of {files_of(row)[0]} is none of its options {options}")
+        raise TrainingError(f"the answer {row['answer']!r} of {name} is none of its options {options}")
     letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
     question, words = str(row["question"]), options
+    unknown = [getattr(tokenizer, "unk_token_id", None)]
     if len(letters) == len(options):
-        question, words = "\n".join([question, *options, ASKED["multiple choice"]]), letters
-    ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+        if any(_ids(tokenizer, letter) == unknown for letter in letters):
+            words = [_LETTERED.sub("", option).strip() for option in options]
+        else:
+            question, words = "\n".join([question, *options, ASKED["multiple choice"]]), letters
+    ids = [_ids(tokenizer, word) for word in words]
     for word, tokens in zip(words, ids, strict=True):
-        if len(tokens) != 1:
-            raise TrainingError(
-                f"option {word!r} of {files_of(row)[0]} is not one token: letter the options (A. …, B. …)"
-            )
+        if len(tokens) != 1 or tokens == unknown:
+            raise TrainingError(f"option {word!r} of {name} is not one token: letter the options (A. …, B. …)")
     return Asked(question, torch.tensor([tokens[0] for tokens in ids]), right, words[right])
 
 
-def files_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the names of the files that a row shows: its video, or its still images."""
-    return [name for name, _ in row["frames"]] if "frames" in row else [row["video"]]
+def relettered(row: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
+    """Return a row with its options in another order; where they have letters, these stay in theirs."""
+    options = [str(option) for option in row["options"]]
+    letters = [match.group(0) for match in map(_LETTERED.match, options) if match]
+    listed = len(letters) == len(options)
+    bare = [_LETTERED.sub("", option) if listed else option for option in options]
+    order = chance.sample(range(len(options)), len(options))
+    texts = [f"{letters[place] if listed else ''}{bare[number]}" for place, number in enumerate(order)]
+    right = right_option(options, str(row["answer"]))
+    return {**row, "options": texts, "answer": texts[order.index(right)] if right >= 0 else row["answer"]}
 
 
-def videos_of(path: Path, row: Mapping[str, Any]) -> frozenset[Path]:
-    """Return the resolved paths of the files that a row shows; `path` is the file of the row."""
-    return frozenset((path.parent / name).resolve() for name in files_of(row))
-
-
-def held_out_videos(path: Path, share: float, kinds: Kind | None = "multiple choice") -> frozenset[Path]:
-    """Return about `share` of what a file's rows show, drawn by a fixed seed, so that no row shows some of both parts.
-
-    Whole videos; still images that rows show together stay together.
-
-    Raises
-    ------
-    TrainingError
-        If the file is unreadable, or cannot be parted.
-    """
-    groups: dict[Path, set[Path]] = {}
-    for row in read_rows(path, kinds):
-        joined = set(videos_of(path, row))
-        joined |= {other for video in list(joined) for other in groups.get(video, ())}
-        groups |= dict.fromkeys(joined, joined)
-    parts = sorted({id(group): sorted(group) for group in groups.values()}.values())
-    if len(parts) < 2:
-        why = "a single video" if len(groups) < 2 else "images that all hang together by its rows"
-        raise TrainingError(f"{path} shows {why}, and cannot be parted: leave --hold-out out, or give --eval-data")
-    held: list[Path] = []
-    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(0)).tolist()
-    for number in order[:-1]:
-        if held and len(held) + len(parts[number]) / 2 > share * len(groups):
-            break
-        held += parts[number]
-    return frozenset(held)
-
-
-def read_rows(path: Path, kinds: Kind | None = "multiple choice") -> list[dict[str, Any]]:
-    """Return the rows of a file of prompts; `kinds` is the kind of question that is taken, None: every kind.
-
-    Raises
-    ------
-    TrainingError
-        If it is unreadable, or a row is malformed.
-    """
-    if path.suffix == ".json":
-        return [
-            {
-                "video": str(r.video.resolve()), "question": r.question, "options": list(r.options),
-                "answer": r.answer, "problem_type": r.kind,
-            }
-            for r in read_video_r1(path, kinds=kinds)
-        ]  # fmt: skip
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # a caption may hold other ends of lines, U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise TrainingError(f"line {number} of {path} is not JSON: {error}") from None
-        wrong = wrong_in(row)
-        if wrong:
-            raise TrainingError(f"line {number} of {path}: {wrong}")
-        if "question" not in row or kinds is None or kind_of(row) == kinds:
-            rows.append(row)
-    return rows
+def _ids(tokenizer: Any, word: str) -> list[int]:
+    found: list[int] = tokenizer(word, add_special_tokens=False)["input_ids"]
+    return found
 
 
 def wrong_in(row: Any) -> str:
     """Return what is wrong with a row of JSON lines; empty where nothing is."""
-    if not isinstance(row, dict) or not {"video", "frames"} & row.keys():
+    if not isinstance(row, dict) or not {"video", "frames", "image"} & row.keys():
         return "a row needs video (or frames), and caption or question, options and answer"
+    if "image" in row and (
+        {"video", "frames", "question"} & row.keys() or not isinstance(row["image"], str) or not row["image"]
+    ):
+        return "image must be a path, with a caption and nothing else to see or ask"
     if "frames" in row and ("video" in row or "caption" not in row or not _is_frames(row["frames"])):
         return "frames must be [[path, times], …], with a caption and without a video"
     if "video" in row and not (isinstance(row["video"], str) and row["video"]):
@@ -191,3 +169,20 @@ def _is_frames(value: Any) -> bool:
         isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str) and type(pair[1]) is int and pair[1] > 0
         for pair in value
     )  # fmt: skip
+
+
+def _matches(record: Any) -> bool:
+    return isinstance(record, dict) and bool({"video", "frames", "image", "question", "caption"} & record.keys())
+
+
+def _rows(record: Any, folder: Path, file: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    wrong = wrong_in(record)
+    if wrong:
+        raise MalformedError(wrong)
+    if "frames" in record:
+        return [record | {"frames": [[str(folder / name), times] for name, times in record["frames"]]}], {}
+    shown = "video" if "video" in record else "image"
+    return [record | {shown: str(folder / record[shown])}], {}
+
+
+LAYOUT = Layout("vidsieve", "JSON lines of vidsieve's own", _matches, _rows)

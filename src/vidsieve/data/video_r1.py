@@ -22,7 +22,6 @@ is inferred from its code, which reads no other field, and from a public convers
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -31,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from vidsieve.data.layouts import Layout
+from vidsieve.data.reading import MalformedError, raw_records
 from vidsieve.errors import TrainingError, UnknownNameError
 
 Kind = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -121,64 +122,40 @@ def read_video_r1(
     wanted = {kinds} if isinstance(kinds, str) else set(KINDS if kinds is None else kinds)
     for kind in sorted(wanted - set(KINDS)):
         raise UnknownNameError("kind of question", kind, KINDS)
-    raw = _load(path)
-    if not raw:
-        raise TrainingError(f"{path} holds no records; fetch it again")
     records: list[VideoR1Record] = []
     skipped: Counter[str] = Counter()
     wrong: list[str] = []
-    for number, entry in enumerate(raw, 1):
+    count = 0
+    for number, entry in raw_records(path):
+        count += 1
         try:
+            if isinstance(entry, MalformedError):
+                raise entry
             reason = _left_out(entry, wanted)
             if reason is None:
                 records.append(_record(entry, folder))
             else:
                 skipped[reason] += 1
-        except _MalformedError as error:
+        except MalformedError as error:
             wrong.append(f"record {number}: {error}")
+    if not count:
+        raise TrainingError(f"{path} holds no records; fetch it again")
     if wrong:
         first = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
-        raise TrainingError(f"{len(wrong)} of {len(raw)} records in {path} are malformed, correct or remove: {first}")
+        raise TrainingError(f"{len(wrong)} of {count} records in {path} are malformed, correct or remove: {first}")
     return VideoR1Records(records, dict(skipped))
-
-
-class _MalformedError(ValueError):
-    """What is wrong with one record."""
-
-
-def _load(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TrainingError(f"cannot read {path}: {error}") from None
-    if text.lstrip().startswith("["):
-        try:
-            whole: list[Any] = json.loads(text)
-        except ValueError as error:
-            raise TrainingError(f"{path} is not JSON: {error}; fetch it again") from None
-        return whole
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise TrainingError(
-                    f"line {number} of {path} is not JSON: {error}; a list or one object a line is needed"
-                ) from None
-    return rows
 
 
 def _left_out(entry: Any, wanted: set[Any]) -> str | None:
     """Return why a record is not for us, or None if it is."""
     if not isinstance(entry, dict):
-        raise _MalformedError(f"is {type(entry).__name__}, not an object with fields")
+        raise MalformedError(f"is {type(entry).__name__}, not an object with fields")
     medium = _text(entry, "data_type", "modality_type")
     if medium not in ("video", "image"):
-        raise _MalformedError(f"data_type or modality_type is {_short(medium)}, must be 'video' or 'image'")
+        raise MalformedError(f"data_type or modality_type is {_short(medium)}, must be 'video' or 'image'")
     kind = _text(entry, "problem_type")
     if kind not in KINDS:
-        raise _MalformedError(f"problem_type is {_short(kind)}, must be one of {', '.join(KINDS)}")
+        raise MalformedError(f"problem_type is {_short(kind)}, must be one of {', '.join(KINDS)}")
     if medium == "image":
         return medium
     return None if kind in wanted else kind
@@ -200,17 +177,17 @@ def _text(entry: dict[str, Any], *names: str) -> str:
     """Return the first of the fields `names` that is there."""
     name = next((name for name in names if name in entry), None)
     if name is None:
-        raise _MalformedError(f"{' or '.join(names)} is missing")
+        raise MalformedError(f"{' or '.join(names)} is missing")
     value = entry[name]
     if not isinstance(value, str) or not value.strip():
-        raise _MalformedError(f"{name} is {_short(value)}, must be a text")
+        raise MalformedError(f"{name} is {_short(value)}, must be a text")
     return value
 
 
 def _options(entry: dict[str, Any]) -> tuple[str, ...]:
     options = entry.get("options") or []
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise _MalformedError(f"options is {_short(options)}, must be a list of texts")
+        raise MalformedError(f"options is {_short(options)}, must be a list of texts")
     return _lettered([option.strip() for option in options], "options")
 
 
@@ -219,18 +196,18 @@ def _inside(problem: str) -> tuple[str, tuple[str, ...]]:
     question, mark, rest = problem.rpartition("Options:")
     options = [line.strip() for line in rest.splitlines() if line.strip()]
     if not mark or not question.strip() or not options:
-        raise _MalformedError("options is missing, and problem lists none after a question and 'Options:'")
+        raise MalformedError("options is missing, and problem lists none after a question and 'Options:'")
     return question, _lettered(options, "problem")
 
 
 def _lettered(options: list[str], field: str) -> tuple[str, ...]:
     letters = [match.group(1) if (match := _LETTERED.match(option)) else None for option in options]
     if None in letters:
-        raise _MalformedError(
+        raise MalformedError(
             f"{field} has {_short(options[letters.index(None)])}, options begin with a letter, as 'A. …'"
         )
     if options and not len(options) == len(set(letters)) > 1:
-        raise _MalformedError(
+        raise MalformedError(
             f"{field} has the options {_short(options)}: two or more are needed, each with its own letter"
         )
     return tuple(options)
@@ -240,20 +217,20 @@ def _answer(solution: str, kind: Kind, options: tuple[str, ...]) -> str:
     """Return the answer in a solution, checked to be one that an answer can equal."""
     tagged = _TAGGED.findall(solution)
     if len(tagged) > 1 or (not tagged and "answer>" in solution):
-        raise _MalformedError(f"solution is {_short(solution)}, must hold one <answer>…</answer>")
+        raise MalformedError(f"solution is {_short(solution)}, must hold one <answer>…</answer>")
     answer = (tagged[0] if tagged else solution).strip()
     if not answer:
-        raise _MalformedError(f"solution is {_short(solution)}, its answer is empty")
+        raise MalformedError(f"solution is {_short(solution)}, its answer is empty")
     if kind == "multiple choice":
         letter = _LETTER.match(answer)
         letters = [option.lstrip("( ")[0] for option in options]
         if letter is None or letter.group(1) not in letters:
-            raise _MalformedError(
+            raise MalformedError(
                 f"solution is {_short(answer)}, must be one of the options' letters {', '.join(letters)}"
             )
         return letter.group(1)
     if kind in ("numerical", "regression") and not _is_number(answer):
-        raise _MalformedError(f"solution is {_short(answer)}, must be a number for problem_type {kind!r}")
+        raise MalformedError(f"solution is {_short(answer)}, must be a number for problem_type {kind!r}")
     return answer
 
 
@@ -267,3 +244,20 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text.replace(",", "")))
     except ValueError:
         return False
+
+
+def _matches(record: Any) -> bool:
+    return isinstance(record, dict) and {"problem", "problem_type"} <= record.keys()
+
+
+def _rows(record: Any, folder: Path, file: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    reason = _left_out(record, set(KINDS))
+    if reason is not None:
+        return [], {reason: 1}
+    found = _record(record, folder)
+    row: dict[str, Any] = {"video": str(found.video), "question": found.question, "options": list(found.options)}
+    row |= {"answer": found.answer, "problem_type": found.kind} | ({"source": found.source} if found.source else {})
+    return [row], {}
+
+
+LAYOUT = Layout("video-r1", "Video-R1-260k", _matches, _rows)

@@ -25,7 +25,7 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.runner import Condition
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.store import Store, measure_all
+from vidsieve.store import Store, measure_all
 from vidsieve.testbed.model import chat_inputs, repeated_features
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.talking import COUNTED, NOTHING, absent_questions, counting_questions, open_cast

@@ -23,9 +23,9 @@ from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
 from vidsieve.eval.items import Benchmark, Item
 from vidsieve.eval.runner import Condition, Examiner
-from vidsieve.eval.store import Store, measure_all
 from vidsieve.eval.tables import summary
 from vidsieve.files import writing
+from vidsieve.store import Store, measure_all
 
 SAMPLES, RESULT, TIMING = "samples.jsonl", "result.json", "timing.json"
 

@@ -23,8 +23,8 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.running import RESULT, SAMPLES, TIMING, policy_digest, versions
 from vidsieve.eval.stats import clustered_mean, mcnemar, paired_difference
-from vidsieve.eval.store import Store, measure_all
 from vidsieve.files import writing
+from vidsieve.store import Store, measure_all
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render

@@ -11,22 +11,26 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.skipped import Skipped
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.rl.cacovid import CaCoVIDTrainer
 from vidsieve.rl.loggers import tracking
-from vidsieve.rl.processes import joined
+from vidsieve.rl.processes import is_main, joined
 from vidsieve.rl.score import ScoreTrainer
 from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from vidsieve.rl.sources import Files, held_out, source
 from vidsieve.rl.trainer import Report
 
+SKIPPED = "skipped.jsonl"
+"""In the folder of a run: what of its files is not used, and why."""
+
 
 def train_policy(
     method: str, model: Any, processor: Any, folder: Path, settings: dict[str, Any], *, variant: str = "ours",
     data: Path | None = None, eval_data: Path | None = None, pseudo: Path | None = None, cache: Path | None = None,
-    model_name: str = "", resume: bool = False, force: bool = False, log_to: Sequence[str] = (),
-    report: Report | None = None, tick: Report | None = None, warn: Callable[[str], None] | None = None,
-    announce: Callable[[str], None] | None = None,
+    root: Path | None = None, model_name: str = "", resume: bool = False, force: bool = False,
+    log_to: Sequence[str] = (), report: Report | None = None, tick: Report | None = None,
+    warn: Callable[[str], None] | None = None, announce: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Train a policy for a frozen model and return its training record; the policy is in ``folder/policy``.
 
@@ -38,7 +42,8 @@ def train_policy(
     settings : dict
         Fields of the trainer's configuration that differ from the variant's.
     data : Path, optional
-        JSON lines of videos with questions or captions, or Video-R1's .json; default: endless scenes of the testbed.
+        Videos with questions or captions, in a layout of `vidsieve.data.layouts`; default: endless scenes of the
+        testbed. What cannot be used is listed in ``folder/skipped.jsonl``.
     eval_data : Path, optional
         Such a file of other videos, for evaluation; default: other scenes where the testbed is the data, else what
         the setting `hold_out` takes out of `data`.
@@ -46,6 +51,8 @@ def train_policy(
         JSON lines of pseudo-videos (`vidsieve data pseudo`) for SCORE's first `pseudo_steps`, where `data` is a file.
     cache : Path, optional
         Folder of encoded videos of `data` (`EncodingCache`): what is there is neither decoded nor encoded again.
+    root : Path, optional
+        The folder that paths in `data` and `eval_data` start from; default: the folder of each file.
     resume, force : bool
         As `Trainer.fit` has them.
     log_to : sequence of {"tensorboard", "wandb"}
@@ -53,7 +60,7 @@ def train_policy(
     report, tick, warn : callable, optional
         As `Trainer` has them.
     announce : callable, optional
-        Called with what the cache will take, in words, before training begins.
+        Called before training begins with what of the files is used, and what the cache will take, in words.
 
     Raises
     ------
@@ -65,9 +72,16 @@ def train_policy(
     adapter = adapter_for(model)
     chosen = SETTINGS[method, variant] | settings
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
-    found = source(adapter, processor, config, Files(data, eval_data, pseudo, cache))
-    if cache is not None and announce is not None:
-        announce(found.plan())
+    folder = Path(folder)
+    if not resume and is_main() and not (folder / "metrics.jsonl").exists():
+        (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
+    skipped = Skipped(folder / SKIPPED if data is not None or eval_data is not None else None, lists=is_main())
+    found = source(adapter, processor, config, Files(data, eval_data, pseudo, cache, root), skipped)
+    if announce is not None:
+        for line in skipped.lines():
+            announce(line)
+        if cache is not None:
+            announce(found.plan())
     shared: dict[str, Any] = {
         "tick": tick, "warn": warn, "held_out": held_out(found, adapter, processor, config),
         "origin": {"variant": variant, "model": model_name} | found.origin,
@@ -96,7 +110,11 @@ def train_policy(
                 hidden=config.hidden, residual=config.residual,
             ).to(model.device)  # fmt: skip
             trainer = ScoreTrainer(adapter, scorer, config, samples, folder, **shared)
-        return trainer.fit(resume, force).config.training
+        record = trainer.fit(resume, force).config.training
+    broken = skipped.videos["broken"]
+    if broken and announce is not None:
+        announce(f"{broken} broken video{'s' * (broken > 1)} met and passed over: listed in {skipped.path}")
+    return record if data is None else {**record, "skipped": skipped.as_dict()}
 
 
 def _cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str) -> CaCoVIDPolicy:

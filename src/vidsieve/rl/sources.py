@@ -11,8 +11,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vidsieve.adapters.base import Adapter
 from vidsieve.data.prefetch import Prefetch
+from vidsieve.data.skipped import Skipped
 from vidsieve.errors import TrainingError
 from vidsieve.rl.answers import decoded
 from vidsieve.rl.heldout import HeldOut
@@ -32,6 +35,8 @@ class Files:
     eval_data: Path | None = None
     pseudo: Path | None = None
     cache: Path | None = None
+    root: Path | None = None
+    """The folder that paths in `data` and `eval_data` start from; None: the folder of each file."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,20 @@ class Source:
         return lambda number: before(number) if number < self.first else then(number - self.first)
 
 
-def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) -> Source:
-    """Return the prompts of a run, and others that are held out.
+def source(
+    adapter: Adapter, processor: Any, config: TrainConfig, files: Files, skipped: Skipped | None = None
+) -> Source:
+    """Return the prompts of a run, and others that are held out; what of the files is not used is told `skipped`.
 
     Raises
     ------
     TrainingError
-        If a file is malformed, a share is held out of what is no file, a video is in two files, or a file is given
+        If a file is unreadable, a share is held out of what is no file, a video is in two files, or a file is given
         that nothing would read.
     """
     from vidsieve.data.encodings import EncodingCache
-    from vidsieve.data.prompts import FilePrompts
-    from vidsieve.data.rows import held_out_videos
+    from vidsieve.data.prompts import FilePrompts, load_prompts
+    from vidsieve.data.table import View, held_out
     from vidsieve.testbed.data import ScenePrompts
 
     data, eval_data = files.data, files.eval_data
@@ -100,11 +107,25 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
     kinds: Any = None if isinstance(config, CaCoVIDConfig) and config.reward == "generate" else "multiple choice"
     first = config.pseudo_steps * config.prompts_per_step if isinstance(config, ScoreConfig) else 0
     _check(config, files, first)
+    skipped = Skipped() if skipped is None else skipped
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
-    def read(path: Path, seed: int = 0, only: Callable[[frozenset[Path]], bool] | None = None) -> FilePrompts:
+    def rows_of(path: Path, root: Path | None = files.root) -> View:
+        return load_prompts(processor, path, root, kinds=kinds, skipped=skipped)
+
+    def read(
+        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None
+    ) -> FilePrompts:
         found = FilePrompts(
-            adapter, processor, path, seed=seed, frames=config.frames, kinds=kinds, cache=cache, only=only
+            adapter,
+            processor,
+            path,
+            seed=seed,
+            frames=config.frames,
+            cache=cache,
+            only=only,
+            skipped=skipped,
+            rows=rows,
         )
         if not (found.captions if captions else found.choices):
             part = "" if only is None else " (in a part of it: hold_out)"
@@ -118,19 +139,20 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
         prompts = ScenePrompts(adapter, processor, seed=TRAINING_SEED + config.seed, blind_filter=filtered)
         held = ScenePrompts(adapter, processor, seed=HELD_OUT_SEED) if eval_data is None else None
     else:
-        apart = held_out_videos(data, config.hold_out, kinds) if config.hold_out else frozenset()
-        prompts = read(data, config.seed, lambda shown: not shown & apart)
+        rows = rows_of(data)
+        apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()
+        prompts = read(data, rows, config.seed, lambda shown: not shown & apart)
         if apart:
-            held = read(data, only=lambda shown: bool(shown & apart))
-    pseudo = read(files.pseudo, config.seed) if files.pseudo is not None else None
+            held = read(data, rows, only=lambda shown: bool(shown & apart))
+    pseudo = read(files.pseudo, rows_of(files.pseudo, None), config.seed) if files.pseudo is not None else None
     if eval_data is not None:
-        held = read(eval_data)
+        held = read(eval_data, rows_of(eval_data))
         for trained in (part for part in (prompts, pseudo) if isinstance(part, FilePrompts)):
-            both = sorted(trained.videos & held.videos)
+            both = np.intersect1d(trained.videos, held.videos).tolist()
             if both:
                 raise TrainingError(
-                    f"{len(both)} videos of {eval_data} are in {trained.path} too, first {both[0].name}: take them out "
-                    "of one"
+                    f"{len(both)} videos of {eval_data} are in {trained.path} too, first "
+                    f"{Path(held.first_of(both)).name}: take them out of one"
                 )
     count = 0 if held is None else config.eval_prompts
     if isinstance(held, FilePrompts):
@@ -144,7 +166,8 @@ def source(adapter: Adapter, processor: Any, config: TrainConfig, files: Files) 
 def _check(config: TrainConfig, files: Files, first: int) -> None:
     """Refuse settings and files that do not go together."""
     if files.data is None:
-        for name, given in (("hold_out", config.hold_out), ("a cache", files.cache), ("--pseudo", files.pseudo)):
+        given_ones = (("hold_out", config.hold_out), ("a cache", files.cache), ("--pseudo", files.pseudo))
+        for name, given in (*given_ones, ("--video-root", files.root if files.eval_data is None else None)):
             if given:
                 raise TrainingError(f"{name} is for the videos of --data, and none was given: leave it out")
     elif isinstance(config, CaCoVIDConfig) and config.blind_filter:
@@ -163,7 +186,10 @@ def _check(config: TrainConfig, files: Files, first: int) -> None:
 
 def digest(data: Path | None) -> str:
     """Return what names a file of prompts: a hash of it, or the testbed."""
-    return "testbed" if data is None else hashlib.sha256(data.read_bytes()).hexdigest()[:16]
+    if data is None:
+        return "testbed"
+    with data.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def held_out(found: Source, adapter: Adapter, processor: Any, config: TrainConfig) -> HeldOut | None:

@@ -1,18 +1,40 @@
-"""Scenes as ordinary files: mp4 videos, and their questions and captions as JSON lines."""
+"""Scenes as ordinary files, in the layouts of published training sets, and with faults in them on purpose."""
 
 from __future__ import annotations
 
+import csv
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from vidsieve.data.video import write_video
+from vidsieve.errors import OutputError, TrainingError, UnknownNameError
 from vidsieve.files import writing
-from vidsieve.testbed.questions import make_caption, make_questions
-from vidsieve.testbed.world import FRAMES, make_cast, render
+from vidsieve.testbed.pseudo import make_still
+from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
+from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, SHAPES
+from vidsieve.testbed.world import FRAMES, make_cast, render, scene_rng
 
 FPS = 4.0
 """Frame rate of written scenes: four seconds each, slow enough to watch."""
+CLASSES = (COLOURS, (*SHAPES, *FIXTURES), PLACES, DIRECTIONS)
+"""Answers of one type each."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A written scene: its number, its video from the folder, its questions, which of them give themselves away."""
+
+    index: int
+    video: str
+    questions: tuple[Question, ...]
+    leaked: tuple[bool, ...]
+    caption: str
 
 
 def write_scene(path: Path, *, world: str, seed: int, index: int) -> None:
@@ -26,30 +48,237 @@ def write_scene(path: Path, *, world: str, seed: int, index: int) -> None:
     write_video(path, render(make_cast(world, seed, index), seed, index), FPS)
 
 
-def write_scenes(folder: Path, *, world: str, seed: int, scenes: int) -> dict[str, Any]:
-    """Write scenes as ``scene-0000.mp4`` … and ``questions.jsonl``; return how many of what.
+def write_scenes(
+    folder: Path, *, world: str, seed: int, scenes: int, layout: str = "vidsieve", broken: float = 0.0,
+    leaked: float = 0.0, progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write scenes with their questions and captions; return how many of what, and where.
 
-    A line has ``video, question, options, answer, kind``, or ``video, caption``: what `vidsieve train` reads.
+    Parameters
+    ----------
+    layout : str
+        One of `LAYOUTS`: ``vidsieve`` is ``scene-0000.mp4`` … and ``questions.jsonl``, as `vidsieve train` reads it.
+    broken : float
+        Share of videos that are missing, cut short or no video at all, a third each. What is wrong is in
+        ``truth.json``, with the questions below.
+    leaked : float
+        Share of questions whose wrong options are of other types than what is asked: they need no video.
+    progress : callable, optional
+        Called with (scenes written, scenes).
 
     Raises
     ------
-    OutputError
-        If the folder cannot be written.
+    UnknownNameError, TrainingError, OutputError
+        If the layout is unknown, a share is not in [0, 1], or the folder cannot be written.
     """
-    lines: list[dict[str, Any]] = []
+    if layout not in LAYOUTS:
+        raise UnknownNameError("layout", layout, LAYOUTS)
+    for name, share in (("broken", broken), ("leaked", leaked)):
+        if not 0 <= share <= 1:
+            raise TrainingError(f"{name} is a share, from 0 to 1; got {share}")
+    place, write = LAYOUTS[layout]
+    made = []
     for index in range(scenes):
-        name = f"scene-{index:04d}.mp4"
-        write_scene(folder / name, world=world, seed=seed, index=index)
-        cast = make_cast(world, seed, index)
-        for question in make_questions(cast, seed, index):
+        name = place(index)
+        if name.endswith(".mp4"):
+            write_scene(folder / name, world=world, seed=seed, index=index)
+        else:
+            _write_image(folder / name, make_still(world, seed, index)[1])
+        made.append(_scene(world, seed, index, name, leaked))
+        if progress is not None:
+            progress(index + 1, scenes)
+    wrong = _break(folder, [scene.video for scene in made], broken, seed)
+    files = write(folder, made, world, seed)
+    questions = sum(len(scene.questions) for scene in made)
+    summary = {"world": world, "seed": seed, "scenes": scenes, "frames": FRAMES, "questions": questions}
+    told = [
+        {"video": scene.video, "question": question.text}
+        for scene in made for question, known in zip(scene.questions, scene.leaked, strict=True) if known
+    ]  # fmt: skip
+    if broken or leaked or layout != "vidsieve":
+        truth = summary | {"layout": layout, "files": files, "broken": wrong, "leaked": told}
+        with writing(folder / "truth.json") as temporary:
+            temporary.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
+        summary |= {"layout": layout, "files": files, "broken": len(wrong), "leaked": len(told)}
+    return summary
+
+
+def _scene(world: str, seed: int, index: int, name: str, leaked: float) -> Scene:
+    cast = make_cast(world, seed, index)
+    if not name.endswith(".mp4"):
+        cast = make_still(world, seed, index)[0]
+    questions = make_questions(cast, seed, index) if name.endswith(".mp4") else []
+    rng = scene_rng(world, seed, index, salt=5)
+    known = tuple(bool(rng.random() < leaked) for _ in questions)
+    asked = tuple(_given_away(question, rng) if k else question for question, k in zip(questions, known, strict=True))
+    return Scene(index, name, asked, known, make_caption(cast))
+
+
+def _given_away(question: Question, rng: np.random.Generator) -> Question:
+    """Return a question of whose options only the right one is of the type that is asked for."""
+    others = [word for words in CLASSES if question.answer not in words for word in words]
+    wrong = [str(word) for word in rng.permutation(others)[:3]]
+    a, b, c, d = (str(word) for word in rng.permutation([question.answer, *wrong]))
+    return replace(question, options=(a, b, c, d))
+
+
+def _break(folder: Path, names: Sequence[str], share: float, seed: int) -> dict[str, str]:
+    """Spoil some of the files; return how, by name."""
+    rng = np.random.default_rng([seed, 6])
+    chosen = sorted(rng.choice(len(names), round(share * len(names)), replace=False).tolist())
+    done = {}
+    for number, which in enumerate(chosen):
+        path, how = folder / names[which], ("missing", "cut short", "no video")[number % 3]
+        whole = path.read_bytes()
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(whole[: len(whole) // 3] if how == "cut short" else rng.bytes(len(whole)))
+        done[names[which]] = how
+    return done
+
+
+def _write_image(path: Path, pixels: Any) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _write_json(path: Path, value: Any) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# -- layouts --------------------------------------------------------------------------------------------------
+
+
+def _vidsieve(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    lines: list[dict[str, Any]] = []
+    for scene in scenes:
+        for question in scene.questions:
             lines.append({
-                "video": name, "question": question.text, "options": list(question.options),
+                "video": scene.video, "question": question.text, "options": list(question.options),
                 "answer": question.answer, "kind": question.kind,
             })  # fmt: skip
-        lines.append({"video": name, "caption": make_caption(cast)})
+        lines.append({"video": scene.video, "caption": scene.caption})
     with writing(folder / "questions.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return {
-        "world": world, "seed": seed, "scenes": scenes, "frames": FRAMES,
-        "questions": sum("question" in line for line in lines),
-    }  # fmt: skip
+    return ["questions.jsonl"]
+
+
+def _lettered(question: Question) -> tuple[list[str], str]:
+    """Return a question's options with letters, and the letter of the right one."""
+    options = [f"{letter}. {word}" for letter, word in zip("ABCD", question.options, strict=True)]
+    return options, "ABCD"[question.options.index(question.answer)]
+
+
+def _video_r1(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    """Write multiple choice, one free-form question a scene, and one question on an image, as the set mixes them."""
+    records: list[dict[str, Any]] = []
+
+    def add(scene: Scene, problem: str, kind: str, options: list[str], answer: str, medium: str = "video") -> None:
+        path = scene.video if medium == "video" else f"images/scene-{scene.index:04d}.png"
+        records.append({
+            "problem_id": len(records), "problem": problem, "data_type": medium, "problem_type": kind,
+            "options": options, "process": "", "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
+            "data_source": "testbed",
+        })  # fmt: skip
+
+    for scene in scenes:
+        for question in scene.questions:
+            add(scene, question.text, "multiple choice", *_lettered(question))
+        if scene.questions:
+            add(scene, scene.questions[0].text, "free-form", [], scene.questions[0].answer)
+            add(scene, scene.questions[0].text, "free-form", [], scene.questions[0].answer, "image")
+    _write_json(folder / "Video-R1-260k.json", records)
+    return ["Video-R1-260k.json"]
+
+
+_SUBSET = "0_30_s_testbed_v0_1"
+
+
+def _llava_video(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    """Write captions, multiple choice and open questions in a file each, several turns about a video."""
+
+    def record(scene: Scene, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        said = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        said[0]["value"] = f"<image>\n{said[0]['value']}"
+        name = Path(scene.video).relative_to(_SUBSET).as_posix()
+        return {"id": f"scene-{scene.index:04d}", "conversations": said, "data_source": _SUBSET, "video": name}
+
+    def choice(question: Question) -> tuple[str, str]:
+        options, letter = _lettered(question)
+        ask = "Please respond with only the letter of the correct answer."
+        return "\n".join([question.text, *options, ask]), f"{letter}. {question.answer}"
+
+    parts = {
+        f"{_SUBSET}_cap_processed.json": [record(s, [(CAPTION_PROMPT, s.caption)]) for s in scenes],
+        "0_30_s_testbed_mc_v0_1_qa_processed.json": [record(s, [choice(q) for q in s.questions]) for s in scenes],
+        "0_30_s_testbed_oe_v0_1_qa_processed.json": [
+            record(s, [(q.text, f"{q.answer} .") for q in s.questions[:3]]) for s in scenes
+        ],
+    }
+    for name, records in parts.items():
+        _write_json(folder / _SUBSET / name, records)
+    return [f"{_SUBSET}/{name}" for name in parts]
+
+
+def _koala(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    columns = ("videoID", "url", "timestamp", "caption", "clarity_score", "aesthetic_score", "motion_score")
+    with writing(folder / "Koala_36M_1.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        for scene in scenes:
+            span = "['0:00:00.000', '0:00:04.000']"
+            rows.writerow([Path(scene.video).stem, "https://example.org/watch", span, scene.caption, 0.9, 4.2, 3.5])
+    return ["Koala_36M_1.csv"]
+
+
+def _image_records(folder: Path, scenes: Sequence[Scene], inside: bool) -> list[dict[str, Any]]:
+    """Return a captioned image of each scene, and a question answered in a word, as the set mixes them."""
+    records: list[dict[str, Any]] = []
+    for scene in scenes:
+        path = folder / scene.video
+        data = path.read_bytes() if path.is_file() else b""
+        image: Any = {"bytes": data, "path": scene.video} if inside else scene.video
+        pairs = [("caption", "Describe the image.", scene.caption), ("vqa", "What is it?", "a scene")]
+        for what, asked, answer in pairs[: 2 if scene.index % 4 == 0 else 1]:
+            turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
+            records.append({
+                "id": f"{what}-{scene.index:04d}", "image": image, "conversations": turns, "data_source": "testbed",
+            })  # fmt: skip
+    return records
+
+
+def _llava_images(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    _write_json(folder / "images.json", _image_records(folder, scenes, inside=False))
+    return ["images.json"]
+
+
+def _llava_onevision(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise OutputError("Parquet needs pyarrow: pip install 'vidsieve[benchmarks]'") from None
+    table = arrow.Table.from_pylist(_image_records(folder, scenes, inside=True))
+    with writing(folder / "train-00000-of-00001.parquet") as temporary:
+        parquet.write_table(table, temporary)
+    return ["train-00000-of-00001.parquet"]
+
+
+Place = Callable[[int], str]
+Write = Callable[[Path, Sequence[Scene], str, int], list[str]]
+LAYOUTS: dict[str, tuple[Place, Write]] = {
+    "vidsieve": (lambda index: f"scene-{index:04d}.mp4", _vidsieve),
+    "video-r1": (lambda index: f"testbed/scene-{index:04d}.mp4", _video_r1),
+    "llava-video": (lambda index: f"{_SUBSET}/testbed/scene-{index:04d}.mp4", _llava_video),
+    "koala-36m": (lambda index: f"clips/scene-{index:04d}_0.mp4", _koala),
+    "llava-onevision": (lambda index: f"images/scene-{index:04d}.png", _llava_onevision),
+    "llava-images": (lambda index: f"images/scene-{index:04d}.png", _llava_images),
+}
+"""Name: where the video or image of a scene goes, and what writes the file of records."""

@@ -34,17 +34,28 @@ def make_pseudo(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uin
     """
     rng = scene_rng(world, seed, index, salt=3)
     cast = make_cast(world, seed, index)
-    frames = render(cast, seed, index)
     lengths = held_for(rng)
     moments = np.sort(rng.choice(FRAMES, len(lengths), replace=False))
     shown = np.repeat(moments, lengths)
+    return _stilled(cast, shown.tolist()), render(cast, seed, index)[shown]
+
+
+def make_still(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uint8]]:
+    """Return what one frame of scene `index` shows, and the frame (144, 144, 3) uint8 RGB."""
+    cast = make_cast(world, seed, index)
+    moment = int(scene_rng(world, seed, index, salt=4).integers(FRAMES))
+    return _stilled(cast, [moment]), render(cast, seed, index)[moment]
+
+
+def _stilled(cast: Cast, shown: list[int]) -> Cast:
+    """Return what a scene's frames show, each for itself: nothing moves from one to the next."""
     objects = []
     for thing in cast.objects:
         cells = {t: (row, column) for t, row, column in thing.track}
-        track = tuple((t, *cells[moment]) for t, moment in enumerate(shown.tolist()) if moment in cells)
+        track = tuple((t, *cells[moment]) for t, moment in enumerate(shown) if moment in cells)
         if not track:
             continue
-        turned = thing.turned and tuple(t for t, moment in enumerate(shown.tolist()) if moment in thing.turned[1])
+        turned = thing.turned and tuple(t for t, moment in enumerate(shown) if moment in thing.turned[1])
         kind = "flash" if thing.kind == "mover" else thing.kind
         changed = (thing.turned[0], turned) if thing.turned and turned else None
         objects.append(replace(thing, kind=kind, track=track, turned=changed, direction=None))
@@ -52,4 +63,4 @@ def make_pseudo(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uin
     shapes, colours = (Counter(getattr(o, name) for o in crowd) for name in ("shape", "colour"))
     lone = tuple(shape for shape, count in shapes.items() if count == 1)
     alone = tuple(colour for colour, count in colours.items() if count == 1)
-    return Cast(world, tuple(objects), (), lone, alone), frames[shown]
+    return Cast(cast.world, tuple(objects), (), lone, alone)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import cast
 
-from vidsieve.data.rows import kind_of, read_rows, right_option
+from vidsieve.data.layouts import read_all
+from vidsieve.data.rows import kind_of, right_option
+from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.eval.benchmarks._layout import without_letter
 from vidsieve.eval.items import LETTERS, Benchmark, Item, checked
@@ -23,12 +26,12 @@ def read(path: Path) -> list[Item]:
     EvaluationError
     """
     try:
-        rows = read_rows(path, None)
+        rows = read_all(path)
     except TrainingError as error:
         raise EvaluationError(str(error)) from None
     items = []
     for number, row in enumerate((row for row in rows if "question" in row), 1):
-        name, kind = f"{number}", kind_of(row)
+        name, kind = f"{number}", cast(Kind, kind_of(row))
         video = path.parent / row["video"]
         groups = {"kind": (str(row.get("group", kind)),)}
         if kind != "multiple choice":

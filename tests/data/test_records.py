@@ -1,0 +1,154 @@
+"""Records of published files: what each layout's become, what is left out, and what is told of wrong ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from vidsieve.data.layouts import LAYOUTS, files_of, layout_of, read_all, read_records
+from vidsieve.errors import TrainingError
+
+
+def turns(*said):
+    return [{"from": who, "value": text} for who, text in zip(("human", "gpt") * len(said), said, strict=False)]
+
+
+CHOICE = "What is it?\nA. a dog\nB. a cat\nPlease answer with the option's letter."
+VIDEO = {"id": "x", "data_source": "0_30_s_academic", "video": "academic/x.mp4"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(*records, name="rows.json"):
+        path = tmp_path / name
+        text = "\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(list(records))
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return written
+
+
+def test_a_conversation_gives_a_row_for_each_pair(write, tmp_path):
+    """Options and letter out of the turns, the placeholder and the instruction left out, the rest free-form."""
+    path = write(VIDEO | {"conversations": turns(f"<image>\n{CHOICE}", "B. a cat", "What does it do?", "It sleeps.")})
+    assert layout_of(path).name == "llava"
+    video = {"source": "0_30_s_academic", "video": str(tmp_path / "academic/x.mp4")}
+    assert read_all(path) == [
+        video | {"question": "What is it?", "options": ["A. a dog", "B. a cat"], "answer": "B",
+                 "problem_type": "multiple choice"},
+        video | {"question": "What does it do?", "answer": "It sleeps.", "problem_type": "free-form"},
+    ]  # fmt: skip
+    assert read_all(path, tmp_path / "root")[0]["video"] == str(tmp_path / "root" / "academic/x.mp4")
+
+
+@pytest.mark.parametrize(("name", "asked", "answer", "caption"), [
+    ("rows.json", "<image>\nPlease describe the video in detail.", "A dog runs.", True),
+    ("rows.json", "<video>Give a summary of it.", "A dog runs.", True),
+    ("rows.json", "What runs?", "A dog runs.", False),
+    ("0_30_s_academic_v0_1_cap_processed.json", "What runs?", "A dog runs.", True),
+])  # fmt: skip
+def test_what_is_a_caption(write, name, asked, answer, caption):
+    (row,) = read_all(write(VIDEO | {"conversations": turns(asked, answer)}, name=name))
+    assert ("caption" in row) is caption and row.get("caption", row.get("answer")) == answer
+    assert (row["prompt"] if caption else row["question"]) == asked.replace("<image>\n", "").replace("<video>", "")
+
+
+def test_a_description_among_other_turns_is_a_question(write):
+    rows = read_all(write(VIDEO | {"conversations": turns("Describe the video.", "A dog.", "Why?", "Nobody knows.")}))
+    assert [row["problem_type"] for row in rows] == ["free-form", "free-form"]
+
+
+@pytest.mark.parametrize(("said", "fault"), [
+    (turns(CHOICE, "D. a fox"), "is none of the options"), (turns("only a question"), "two turns or more"),
+    (turns(CHOICE, "A", "and"), "one after the other"), (turns("what ?", "  "), "an answer in conversations is empty"),
+    (turns("<image>", "It sleeps."), "a question in conversations is empty"),
+    ([{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}], "no text as its value"), ("x", "a list of two"),
+])  # fmt: skip
+def test_wrong_conversations_are_named_and_the_others_read(write, said, fault):
+    good = VIDEO | {"conversations": turns(CHOICE, "A")}
+    records = list(read_records(write(good, VIDEO | {"conversations": said}, good)))
+    assert [len(record.rows) for record in records] == [1, 0, 1]
+    assert records[1].number == 2 and fault in records[1].fault
+
+
+def test_images_with_captions_and_what_is_none(write, tmp_path):
+    image = {"id": "1", "image": "a.png", "conversations": turns("<image>\nWhat is this?", "word " * 10)}
+    short = image | {"conversations": turns("<image>\nWhat is this?", "word " * 9)}
+    text, many = {"conversations": turns("a", "b")}, image | {"image": ["a.png", "b.png"]}
+    records = list(read_records(write(image, short, text, many)))
+    assert records[0].rows == ({"image": str(tmp_path / "a.png"), "caption": ("word " * 10).strip()},)
+    assert [record.left_out for record in records[1:]] == [
+        {"an answer of fewer than 10 words, no caption": 1}, {"neither a video nor an image": 1}, {"several images": 1},
+    ]  # fmt: skip
+
+
+def test_parquet_has_its_images_inside(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = [
+        {"id": str(n), "image": {"bytes": bytes([n]) if n else b"", "path": None}, "data_source": "coco",
+         "conversations": turns("<image>\nDescribe.", "word " * 12)}
+        for n in range(150)
+    ]  # fmt: skip
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    records = list(read_records(tmp_path / "train.parquet"))
+    assert records[0].fault == "image holds no bytes" and len(records) == 150
+    assert [record.rows[0]["bytes"] for record in records[1:]] == [bytes([n]) for n in range(1, 150)]
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-10])
+    with pytest.raises(TrainingError, match=r"cannot read .*cut\.parquet"):
+        list(read_records(tmp_path / "cut.parquet"))
+
+
+def test_clips_are_found_by_their_name(tmp_path):
+    with (tmp_path / "Koala_36M_1.csv").open("w", newline="") as file:
+        made = csv.writer(file)
+        made.writerow(["videoID", "url", "timestamp", "caption", "clarity_score"])
+        for name, caption in (("a_0", "A dog,\nrunning."), ("b_1", "x"), ("gone_2", "y"), ("c_3", " "), ("", "z")):
+            made.writerow([name, "https://example.org", "['0:00:01.0', '0:00:04.0']", caption, "1.0"])
+    root = tmp_path / "clips"
+    (root / "part").mkdir(parents=True)
+    (root / "a_0.mp4").touch()
+    (root / "part" / "b_1.mkv").touch()
+    records = list(read_records(tmp_path / "Koala_36M_1.csv", root))
+    assert [record.rows[0]["video"] for record in records[:3]] == [
+        str(root / "a_0.mp4"), str(root / "part" / "b_1.mkv"), str(root / "gone_2.mp4"),
+    ]  # fmt: skip
+    assert records[0].rows[0]["caption"] == "A dog,\nrunning."
+    assert [record.fault for record in records[3:]] == ["caption is empty", "videoID is empty"]
+
+
+def test_lines_that_are_no_json_are_faults_and_a_list_that_breaks_off_is_an_error(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf\n{"video": "a.mp4", "caption": "c"}\n{"video":\n\xff\n{"video": "b.mp4", "caption": "d"}'
+    )
+    records = list(read_records(path))
+    assert [(record.number, len(record.rows)) for record in records] == [(2, 1), (3, 0), (4, 0), (5, 1)]
+    assert "is not JSON" in records[1].fault and "is not UTF-8" in records[2].fault
+    path = tmp_path / "rows.json"
+    path.write_text('[{"video": "a.mp4", "caption": "c"}, {"video": "b')
+    with pytest.raises(TrainingError, match=r"is not JSON: .*fetch it again"):
+        list(read_records(path))
+
+
+def test_a_file_of_no_known_layout_says_what_it_has_and_what_is_known(write, tmp_path):
+    with pytest.raises(TrainingError, match=r"its first record has clip, text\. Known: Koala-36M, LLaVA.*Video-R1"):
+        layout_of(write({"clip": "a.mp4", "text": "x"}))
+    with pytest.raises(TrainingError, match="holds no records"):
+        layout_of(write())
+    with pytest.raises(TrainingError, match=r"cannot read .*No such file"):
+        layout_of(tmp_path / "gone.json")
+
+
+def test_every_layout_says_what_it_is():
+    from importlib import import_module
+
+    for name, module in LAYOUTS.items():
+        layout = import_module(module).LAYOUT
+        assert layout.name == name and layout.title
+
+
+def test_paths_of_all_that_a_row_shows(write, tmp_path):
+    (row,) = read_all(write({"frames": [["a.png", 3], ["deep/b.png", 4]], "caption": "c"}, name="rows.jsonl"))
+    assert files_of(row) == [str(tmp_path / "a.png"), str(tmp_path / "deep/b.png")]
