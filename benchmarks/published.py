@@ -21,10 +21,10 @@ from vidsieve.data.checking import check_file
 from vidsieve.data.filtering import filter_file
 from vidsieve.data.pseudo import pseudo_file
 from vidsieve.data.skipped import Skipped
-from vidsieve.loading import shipped_model
 from vidsieve.pipeline import load_model
 from vidsieve.rl.recipes import train_policy
 from vidsieve.testbed.files import LAYOUTS, write_scenes
+from vidsieve.testbed.model import shipped_model
 
 QUICK = {"prompts_per_step": 8, "workers": 2}
 CHOICE, CAPTION = QUICK | {"token_rollouts": 2, "frame_rollouts": 0}, QUICK | {"rollouts": 2}

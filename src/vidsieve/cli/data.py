@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args
 import typer
 from rich.markup import escape
 
+from vidsieve.cli.annotate import annotate
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     PICTURES,
@@ -34,6 +35,9 @@ VideoRoot = Annotated[
     Path | None,
     typer.Option(help="Folder that paths in the file start from; default: that of the file.", show_default=False),
 ]
+
+
+app.command("annotate")(annotate)
 
 
 @app.callback()

@@ -1,0 +1,51 @@
+# What both recipes share: their options, and running or printing a command.
+set -euo pipefail
+
+VIDSIEVE=${VIDSIEVE:-vidsieve}
+TORCHRUN=${TORCHRUN:-torchrun}
+GPUS=8 DATA="" OUT="" TEACHER="" TEACHER_MODEL="Qwen/Qwen3-VL-235B-A22B-Instruct" TESTBED="" PRINT=""
+
+usage() {
+  sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
+  cat <<'END'
+Options:
+  --data DIR           the published sets (recipes/README.md says what lies where)
+  --out DIR            where everything goes; the same command goes on there
+  --gpus N             processes, one a GPU (8)
+  --teacher URL        OpenAI-compatible server that re-writes captions (score.sh); without it they stay as published
+  --teacher-model NAME its model (Qwen/Qwen3-VL-235B-A22B-Instruct)
+  --testbed            the whole recipe in small, on files of the testbed in the published layouts: no download, minutes
+  --print              print the commands, run nothing
+END
+}
+
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --data | --out | --gpus | --teacher | --teacher-model)
+      [ $# -gt 1 ] || { echo "$1 needs a value" >&2; exit 2; }
+      case "$1" in
+        --data) DATA=$2 ;; --out) OUT=$2 ;; --gpus) GPUS=$2 ;; --teacher) TEACHER=$2 ;; --teacher-model) TEACHER_MODEL=$2 ;;
+      esac
+      shift 2 ;;
+    --testbed) TESTBED=yes; shift ;;
+    --print) PRINT=yes; shift ;;
+    -h | --help) usage; exit 0 ;;
+    *) echo "unknown option $1; see $0 --help" >&2; exit 2 ;;
+  esac
+done
+[ -n "$OUT" ] || { echo "--out is needed; see $0 --help" >&2; exit 2; }
+[ -n "$DATA" ] || [ -n "$TESTBED" ] || { echo "--data is needed, or --testbed; see $0 --help" >&2; exit 2; }
+[ -n "$DATA" ] || DATA=$OUT/data
+[ -z "$TESTBED" ] || GPUS=2
+
+# Print a command, and run it.
+run() {
+  echo "+ $*"
+  if [ -z "$PRINT" ]; then "$@"; fi
+}
+
+# The same on every GPU. Two processes on one machine without any share its cores.
+each() { run $TORCHRUN --standalone --nproc-per-node "$GPUS" -m vidsieve "$@"; }
+
+# Goes on with a run where there is one.
+going_on() { if [ -e "$1/metrics.jsonl" ]; then echo --resume; fi; }

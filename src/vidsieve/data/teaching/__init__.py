@@ -1,0 +1,1 @@
+"""Captions written anew by a model behind an OpenAI-compatible server."""
