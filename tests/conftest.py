@@ -61,6 +61,7 @@ def pytest_terminal_summary(terminalreporter):
     gone = [item for item in ("gpu", "network") if item not in terminalreporter.config.option.markexpr]
     terminalreporter.write_line("")
     terminalreporter.write_line(
-        f"not exercised here: {', '.join(gone)} (no such tests yet in this project)"
+        f"not exercised here: {', '.join(gone)} (no such tests yet in this project), vLLM (make test-vllm), "
+        "lmms-eval (make test-lmms)"
         f"{f'; {len(skipped)} skipped, reasons above' if skipped else ''}"
     )

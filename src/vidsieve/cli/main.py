@@ -13,11 +13,14 @@ from rich.markup import escape
 from vidsieve import registry
 from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
+from vidsieve.cli import batch as batch_command
 from vidsieve.cli import bench, data, evaluate, testbed, train
 from vidsieve.cli import compare as compare_command
 from vidsieve.cli import demo as demo_command
+from vidsieve.cli import plan as plan_command
 from vidsieve.cli import report as report_command
 from vidsieve.cli import reproduce as reproduce_command
+from vidsieve.cli import serve as serve_command
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
 from vidsieve.errors import PluginError, VidsieveError
 
@@ -52,6 +55,9 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
+app.command("batch")(batch_command.batch)
+app.command("plan")(plan_command.plan)
+app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command.serve)
 
 
 def method_rows() -> list[dict[str, Any]]:

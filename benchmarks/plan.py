@@ -1,0 +1,196 @@
+"""What `vidsieve plan` predicts for this CPU, beside what models of three sizes take on it; one JSON file.
+
+Random weights, float32, one request at a time. Nothing is fitted: the machine is its own best rate of plain matrix
+products and of a plain copy, taken before and after each model, all of it counted as reached.
+
+    python benchmarks/plan.py --json benchmarks/results/plan.json --page docs/plan.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vidsieve
+from pages import inserted, table
+from vidsieve.adapters import adapter_for
+from vidsieve.benchmarking import machine as setup
+from vidsieve.benchmarking import spread, write_result
+from vidsieve.data.video import Video
+from vidsieve.eval.blueprints import random_model
+from vidsieve.files import writing
+from vidsieve.pipeline import Clock, generated
+from vidsieve.serving.machines import GPUS, Machine, measured_cpu
+from vidsieve.serving.models import clip_of, read_model
+from vidsieve.serving.plan import Load, row
+from vidsieve.serving.plan import plan as planned
+
+CASES = (("llava-onevision-0.1b", 16), ("qwen2.5-vl-0.1b", 32), ("llava-onevision-0.5b", 3))
+"""Sizes, and frames that take seconds."""
+RETENTIONS = (1.0, 0.25, 0.1)
+WORDS, HEIGHT, WIDTH = 40, 360, 640
+PARTS = ("encoder", "prefill", "decode")
+WORKED = {"qwen2.5-vl-7b": (32, 64), "llava-onevision-7b": (32, 64)}
+
+
+def noise(frames: int) -> Video:
+    """Return a video of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (frames, HEIGHT, WIDTH, 3), np.uint8)
+    return Video(pixels, np.arange(frames, dtype=float), (), float(frames), 1.0, frames, (HEIGHT, WIDTH))
+
+
+@torch.no_grad()
+def measured(name: str, frames: int, repeats: int) -> dict[str, Any]:
+    """Return seconds of the encoder, and by retention tokens and seconds of prefill and one step, one run not counted.
+
+    Retentions take turns, so that what else the machine does falls on all alike.
+    """
+    made = random_model(name)
+    adapter, inputs = adapter_for(made.model), made.inputs(noise(frames), WORDS)
+    spent: dict[str, list[float]] = {"encoder": []}
+    lengths = {}
+    for turn in range(repeats + 1):
+        start = time.perf_counter()
+        encoded = adapter.encode(inputs)
+        if turn:
+            spent["encoder"].append(time.perf_counter() - start)
+        for retention in RETENTIONS:
+            method = None if retention == 1 else vidsieve.load("uniform", retention=retention)
+            done = generated(adapter, encoded, method, Clock(), tokens=2, exactly=True)
+            lengths[retention] = int(done.pruned.inputs["input_ids"].shape[1])
+            for part, key in (("prefill", "prefill"), ("decode", "decode-text")) if turn else ():
+                spent.setdefault(f"{part} {retention}", []).append(done.ms[key] / 1e3)
+    return {"tokens": lengths, "seconds": {part: spread(values) for part, values in spent.items()}}
+
+
+def predicted(name: str, frames: int, lengths: dict[float, int], machine: Machine) -> list[dict[str, Any]]:
+    """Return a row of the plan for each retention; the text around the video is what the measured prompt had."""
+    model = read_model(name)
+    clip = clip_of(model, frames, (HEIGHT, WIDTH))
+    text = lengths[1.0] - clip.grid.num_tokens - clip.newlines - clip.markers
+    load = Load(frames, (HEIGHT, WIDTH), text, answer_tokens=2, batch=1, dtype="fp32")
+    rows = [row(model, machine, load, retention) for retention in RETENTIONS]
+    for one in rows:
+        if one.llm_tokens != lengths[one.retention]:
+            raise SystemExit(f"{name}: {one.llm_tokens} tokens predicted, the model read {lengths[one.retention]}")
+    return [{"parameters": model.parameters, **asdict(one)} for one in rows]
+
+
+def better(one: Machine | None, other: Machine) -> Machine:
+    """Return the best rates of two measurements."""
+    if one is None:
+        return other
+    rates = {key: max(one.tflops[key], other.tflops[key]) for key in one.tflops}
+    return replace(one, tflops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
+
+
+def compared(case: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return predicted and measured seconds of every part, and predicted over the least measured."""
+    found = []
+    for one in rows:
+        entry: dict[str, Any] = {"retention": one["retention"], "llm_tokens": one["llm_tokens"]}
+        for part in PARTS:
+            seen = case["seconds"][part if part == "encoder" else f"{part} {one['retention']}"]
+            guess = one[f"{part}_s"]
+            entry[part] = {"predicted": guess, "measured": seen, "ratio": guess / seen["min"]}
+        found.append(entry)
+    return {"parameters": rows[0]["parameters"], "rows": found}
+
+
+def page(result: dict[str, Any]) -> list[str]:
+    """Return the measured part of the document."""
+    machine, loads = result["machine"], result["load_average"]
+    lines = [
+        f"float32, {machine['threads']} thread of {machine['processor']} that does "
+        f"{1e3 * result['measured']['tflops']['fp32']:.0f} GFLOP/s in plain products and copies "
+        f"{result['measured']['bandwidth']:.1f} GB/s (read and written); shared with other work: load average "
+        f"{loads[0]:.1f} before, {loads[1]:.1f} after, on {machine['cores']} cores. Milliseconds; measured: min / "
+        f"median / max of {result['repeats']}; **ratio**: predicted over the least measured.",
+        "",
+    ]
+    cells = []
+    for name, case in result["models"].items():
+        for number, one in enumerate(case["rows"]):
+            head = (f"`{name}`, {case['frames']} frames", f"{case['parameters'] / 1e9:.2f}") if not number else ("", "")
+            for part in PARTS if not number else PARTS[1:]:
+                seen = one[part]["measured"]
+                spans = " / ".join(f"{1e3 * seen[key]:,.0f}" for key in ("min", "median", "max"))
+                kept = "–" if part == "encoder" else f"{100 * one['retention']:g} %, {one['llm_tokens']:,}"
+                guess = f"{1e3 * one[part]['predicted']:,.0f}"
+                cells.append((*head, part, kept, guess, spans, f"{one[part]['ratio']:.2f}"))
+                head = ("", "")
+    heads = ("model", "10⁹ parameters", "part", "kept, LLM tokens", "predicted", "measured", "ratio")
+    return ["## Predicted against measured", "", *lines, *table(heads, cells), "", *worked()]
+
+
+def worked() -> list[str]:
+    """Return the worked example: a million videos a day, predicted alone."""
+    cells = []
+    for name, lengths in WORKED.items():
+        for frames in lengths:
+            for one in planned(read_model(name), GPUS["H100"], Load(frames=frames), RETENTIONS)["rows"]:
+                ms = (f"{1e3 * one[key]:.1f}" for key in ("encoder_s", "prefill_s", "decode_s"))
+                share = f"{100 * one['encoder_s'] / one['busy_s']:.0f} %"
+                cells.append((
+                    f"`{name}`", frames, f"{100 * one['retention']:g} %", f"{one['llm_tokens']:,}",
+                    f"{one['kv_bytes'] / 1e6:.0f}", *ms, share, f"{one['per_second']:.2f}",
+                    f"{one['machine_hours']:.0f}", one["machines"],
+                ))  # fmt: skip
+    heads = (
+        "model", "frames", "kept", "LLM tokens", "cache, MB", "encoder, ms", "prefill, ms", "decode step, ms",
+        "encoder's share", "requests/s", "GPU hours", "H100s",
+    )  # fmt: skip
+    title = "## 10⁶ videos a day on H100: predicted, never measured on a GPU here"
+    return [title, "", *table(heads, [[str(cell) for cell in line] for line in cells])]
+
+
+def main() -> None:
+    """Measure, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="document whose measured part is written")
+    parser.add_argument("--read", type=Path, help="write the document from this result, and measure nothing")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = json.loads(arguments.read.read_text("utf-8")) if arguments.read else run(arguments.repeats)
+    if arguments.json:
+        write_result(arguments.json, result)
+    if arguments.page:
+        text = inserted(arguments.page.read_text("utf-8"), "\n".join(["", *page(result), ""]))
+        with writing(arguments.page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def run(repeats: int) -> dict[str, Any]:
+    """Return what all models take on this machine, beside what is predicted for it."""
+    before, best, cases = os.getloadavg()[0], None, {}
+    for name, frames in CASES:
+        best = better(best, measured_cpu("fp32"))
+        cases[name] = measured(name, frames, repeats) | {"frames": frames}
+        best = better(best, measured_cpu("fp32"))
+        print(name, {part: round(seen["min"], 3) for part, seen in cases[name]["seconds"].items()}, flush=True)
+    assert best is not None
+    models = {}
+    for name, case in cases.items():
+        rows = predicted(name, case["frames"], case["tokens"], best)
+        models[name] = {"frames": case["frames"], **compared(case, rows)}
+        for one in models[name]["rows"]:
+            print(name, one["retention"], {part: round(one[part]["ratio"], 3) for part in PARTS})
+    return {
+        "machine": setup(), "load_average": [before, os.getloadavg()[0]], "repeats": repeats,
+        "measured": asdict(best), "models": models,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

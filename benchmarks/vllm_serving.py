@@ -1,0 +1,377 @@
+"""The vLLM plug-in against transformers, over real HTTP: the same answers from the same tokens, and what a load does.
+
+Needs an environment of its own (`make test-vllm`). Servers are started by `vidsieve serve`, asked by the official
+`openai` client; the transformers path runs here, on the frames that vLLM's own reader makes of the same files.
+
+    python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import torch
+
+import vidsieve
+from vidsieve.adapters import adapter_for
+from vidsieve.compressors.cacovid import CaCoVIDPolicy
+from vidsieve.compressors.score import ScorePolicy
+from vidsieve.data.video import Video, write_video
+from vidsieve.pipeline import chat, load_model
+from vidsieve.serving.vllm_shared import digest
+from vidsieve.testbed.files import write_scene
+from vidsieve.testbed.model import shipped_model
+from vidsieve.testbed.questions import make_questions
+from vidsieve.testbed.world import make_cast
+from vidsieve.testing.tiny_processors import processor_for
+
+FRAMES, TOKENS = 16, 8
+RETENTIONS = (1.0, 0.25, 0.1)
+SERVER = {
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
+
+
+@dataclass
+class Server:
+    """A running server: its address, and the file that its log goes to."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+    client: openai.OpenAI = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
+
+    def ask(self, video: Path, text: str, /, tokens: int = TOKENS, **asked: Any) -> Any:
+        """Return the answer of one chat completion."""
+        content = [
+            {"type": "video_url", "video_url": {"url": video.resolve().as_uri()}}, {"type": "text", "text": text},
+        ]  # fmt: skip
+        extra: dict[str, Any] = {"mm_processor_kwargs": {"vidsieve": asked}} if asked else {}
+        return self.client.chat.completions.create(
+            model=self.client.models.list().data[0].id, temperature=0, max_tokens=tokens,
+            messages=[{"role": "user", "content": content}], extra_body=extra | {"ignore_eos": False},
+        )  # fmt: skip
+
+    def said(self) -> list[tuple[str, int, int, str]]:
+        """Return every selection in the log: method, kept, of, digest."""
+        found = re.findall(r"(\w+) kept (\d+) of (\d+) video tokens, (\w{12})", self.log.read_text(errors="replace"))
+        return [(name, int(kept), int(total), mark) for name, kept, total, mark in found]
+
+    def metric(self, name: str) -> float:
+        """Return the sum of a metric on the server's page."""
+        import urllib.request
+
+        page = urllib.request.urlopen(f"{self.url}/metrics").read().decode()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(rf"{name}(\{{| )", line))
+
+    def memory(self) -> float:
+        """Return the resident megabytes of the server and its children."""
+        done = subprocess.run(["ps", "-eo", "pid,ppid,rss"], capture_output=True, text=True, check=True)
+        rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()[1:]]
+        known = {self.process.pid}
+        for _ in range(4):
+            known |= {pid for pid, parent, _ in rows if parent in known}
+        return sum(rss for pid, _, rss in rows if pid in known) / 1024
+
+
+@contextlib.contextmanager
+def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
+    """Run `vidsieve serve` until the block ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = folder / f"server-{port}.log"
+    command = [
+        sys.executable, "-m", "vidsieve", "serve", model, "--port", str(port), "--dtype", "float32",
+        "--enforce-eager", "--limit-mm-per-prompt", '{"video": 2, "image": 0}', "--skip-mm-profiling",
+        "--allowed-local-media-path", str(folder),
+        "--media-io-kwargs", json.dumps({"video": {"num_frames": FRAMES, "video_backend": "opencv"}}), *options,
+    ]  # fmt: skip
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | SERVER)
+    server = Server(f"http://127.0.0.1:{port}", log, process)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(openai.APIError, IndexError):
+                server.client.models.list()
+                break
+            if process.poll() is not None:
+                raise SystemExit(log.read_text(errors="replace")[-3000:])
+            time.sleep(1)
+        yield server
+    except openai.APIError:
+        print(log.read_text(errors="replace")[-6000:], file=sys.stderr)
+        raise
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def qwen(folder: Path) -> tuple[Any, Any]:
+    """Return a small random Qwen2.5-VL with its processor, both written to a folder."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from vidsieve.testing.tiny_models import qwen2_5_vl
+
+    config = qwen2_5_vl().config  # heads of 32, the least that vLLM's CPU kernels take
+    config.text_config.update({
+        "hidden_size": 128, "intermediate_size": 256, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    })  # fmt: skip
+    config.vision_config.update({"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128})
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    for weight in model.parameters():  # wide enough that answers depend on the video
+        torch.nn.init.normal_(weight, std=0.08 if weight.ndim > 1 else 0.02)
+    model.config.vidsieve_template = qwen2_5_vl().config.vidsieve_template
+    processor = processor_for("qwen2_5_vl")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+def policies(model: Any, folder: Path) -> dict[str, str]:
+    """Write policies that were never trained, and return their folders by method."""
+    adapter = adapter_for(model)
+    score = ScorePolicy.start(adapter.hidden_size, adapter.family, variant="ours", seed=1, base_model="tiny")
+    state = adapter.layer_state(0)
+    cacovid = CaCoVIDPolicy.start(
+        state.shape, adapter.family, variant="ours", layers=[state.weights], seed=1, base_model="tiny"
+    )
+    for name, policy in (("score", score), ("cacovid", cacovid)):
+        torch.nn.init.normal_(next(iter(policy.parameters())), std=0.5)
+        policy.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in ("score", "cacovid")}
+
+
+def read(path: Path) -> Video:
+    """Return the frames that vLLM's own reader makes of a file."""
+    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
+
+    frames, about = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(path.read_bytes(), num_frames=FRAMES)
+    pixels = np.asarray(frames)
+    duration = float(about["duration"])
+    return Video(pixels, np.zeros(len(pixels)), (), duration, float(about["fps"]), len(pixels), pixels.shape[1:3])
+
+
+@torch.no_grad()
+def locally(model: Any, processor: Any, video: Video, question: str, method: Any) -> tuple[str, int, str]:
+    """Return answer, prompt tokens and the digest of what was kept, under transformers in vLLM's position mode."""
+    inputs = chat(processor, video, question)
+    mode = "legacy" if "video_grid_thw" in inputs else "compact"
+    mark = ""
+    if method is None:
+        method = vidsieve.load("uniform", retention=1.0)
+    adapter = adapter_for(model, positions=mode)
+    pruned = adapter.prune(inputs, method)
+    if method.retention != 1.0:
+        mark = digest(adapter.select(adapter.encode(inputs, needs=method.needs), method)[0][0].indices)
+    out = model.generate(**pruned.inputs, max_new_tokens=TOKENS, do_sample=False, use_cache=True)
+    length = pruned.inputs["input_ids"].shape[1]
+    text = processor.tokenizer.decode(out[0, length:], skip_special_tokens=True)
+    return text.strip(), length, mark
+
+
+def parity(
+    name: str, model: Any, processor: Any, where: str, folders: dict[str, str], videos: list[tuple[Path, str]],
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Return how the server's answers compare with those of transformers."""
+    result: dict[str, Any] = {"model": name, "rows": []}
+    for method in ("score", "cacovid"):
+        options = (
+            "--method", method, "--policy", folders[method], "--retention", "0.25", "--max-model-len", "4096",
+            "--mm-processor-kwargs", json.dumps({"do_sample_frames": False}),  # the reader has sampled
+        )  # fmt: skip
+        with serving(where, folder, *options) as server:
+            jobs = [(video, question, kept) for video, question in videos for kept in RETENTIONS]
+
+            def ask(job: tuple[Path, str, float], server: Server = server, method: str = method) -> Any:
+                video, question, kept = job
+                more = {"question": question} if method == "cacovid" else {}
+                return server.ask(video, question, retention=kept, **more)
+
+            with ThreadPoolExecutor(6) as pool:  # pruned and unpruned ones in one batch
+                answers = list(pool.map(ask, jobs))
+            marks = {mark for *_, mark in server.said()}
+            tally = {kept: {"requests": 0, "same_text": 0, "same_tokens": 0, "same_indices": 0} for kept in RETENTIONS}
+            differ = []
+            for (video, question, kept), answer in zip(jobs, answers, strict=True):
+                chosen = vidsieve.load(method, folders[method], retention=kept) if kept < 1 else None
+                text, length, mark = locally(model, processor, read(video), question, chosen)
+                said, counts = answer.choices[0].message.content.strip(), tally[kept]
+                counts["requests"] += 1
+                counts["same_text"] += said == text
+                counts["same_tokens"] += answer.usage.prompt_tokens == length
+                counts["same_indices"] += not mark or mark in marks
+                if said != text:
+                    differ.append([video.name, question, kept, said, text])
+            row: dict[str, Any] = {"method": method, "by_retention": tally, "differ": differ[:5]}
+            video = videos[0][0]
+            first = [question for where, question in videos if where == video][:2]
+            before = len(server.said())
+            for question in first:
+                server.ask(video, question, retention=0.05, **({"question": question} if method == "cacovid" else {}))
+            fresh = server.said()[before:]
+            row["two_questions_one_video"] = {"selected": len(fresh), "different": len({mark for *_, mark in fresh})}
+            hits, selected = server.metric("vllm:mm_cache_hits_total"), len(server.said())
+            again = {"question": first[0]} if method == "cacovid" else {}
+            server.ask(video, first[0], retention=0.05, **again)
+            time.sleep(1)
+            row["repeated"] = {
+                "mm_cache_hits": server.metric("vllm:mm_cache_hits_total") - hits,
+                "selected_again": len(server.said()) - selected,
+                "prefix_cache_hits": server.metric("vllm:prefix_cache_hits_total"),
+            }
+            row["metrics"] = {
+                "video_tokens": server.metric("vidsieve_video_tokens_total"),
+                "kept": server.metric("vidsieve_video_tokens_kept_total"),
+            }
+            row["faults"] = faults(server, video, first[0], folder, method)
+            result["rows"].append(row)
+            print(json.dumps(row))
+    return result
+
+
+def faults(server: Server, video: Path, question: str, folder: Path, method: str) -> dict[str, Any]:
+    """Return what wrong requests get, and whether the server lives on."""
+    broken = folder / "broken.mp4"
+    broken.write_bytes(b"nothing")
+    good: dict[str, Any] = {"question": question} if method == "cacovid" else {}
+    found: dict[str, Any] = {}
+    for name, where, text, asked in (
+        ("wrong field", video, question, good | {"retension": 0.1}),
+        ("wrong retention", video, question, good | {"retention": 3}),
+        ("too long", video, "what " * 5000, good), ("unreadable video", broken, question, good),
+        ("no question", video, question, {}),
+    ):  # fmt: skip
+        if name == "no question" and method != "cacovid":
+            continue
+        try:
+            server.ask(where, text, **asked)
+            found[name] = "answered"
+        except openai.APIStatusError as error:
+            found[name] = [error.status_code, str(error.message)[:200]]
+    found["lives_on"] = server.ask(video, question, **good).usage.prompt_tokens > 0
+    return found
+
+
+def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str, Any]:
+    """Return throughput, latencies and memory of many requests, all tokens against a tenth."""
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    model, processor = load_model("testbed")
+    config = model.config
+    # The testbed's eyes, an LLM that takes time, and frames enough for two thousand tokens and more.
+    config.text_config.update({
+        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "layer_types": ["full_attention"] * layers, "max_position_embeddings": 8192,
+    })  # fmt: skip
+    torch.manual_seed(0)
+    where = folder / "load"
+    LlavaOnevisionForConditionalGeneration(config).save_pretrained(where)
+    processor.save_pretrained(where)
+    rng = np.random.default_rng(3)
+    clips = []
+    for number in range(requests):
+        clip = folder / "clips" / f"{number}.mp4"
+        write_video(clip, rng.integers(0, 255, (64, 144, 144, 3), np.uint8), 8.0, crf=40)
+        clips.append(clip)
+    rows = {}
+    for name, options in (("all tokens", ()), ("10 %", ("--method", "divprune", "--retention", "0.1"))):
+        more = (
+            "--max-model-len",
+            "4096",
+            "--media-io-kwargs",
+            json.dumps({"video": {"num_frames": 64, "video_backend": "opencv"}}),
+        )
+        with serving(str(where), folder, *options, *more) as server:
+            server.ask(clips[0], "what colour is the new seal ?")
+            grown: list[float] = []
+
+            def ask(clip: Path, server: Server = server, grown: list[float] = grown) -> tuple[float, int]:
+                start = time.perf_counter()
+                made = server.ask(clip, "what colour is the new seal ?")
+                spent = time.perf_counter() - start
+                if int(clip.stem) % 20 == 0:
+                    grown.append(round(server.memory()))
+                return spent, made.usage.prompt_tokens
+
+            start = time.perf_counter()
+            with ThreadPoolExecutor(concurrency) as pool:
+                spent = list(pool.map(ask, clips[1:]))
+            wall = time.perf_counter() - start
+            times = sorted(seconds for seconds, _ in spent)
+            rows[name] = {
+                "requests": len(spent), "errors": 0, "prompt_tokens": statistics.median(t for _, t in spent),
+                "requests_per_second": len(spent) / wall, "p50_s": times[len(times) // 2],
+                "p95_s": times[int(0.95 * len(times))], "megabytes": grown,
+            }  # fmt: skip
+            print(name, json.dumps(rows[name]))
+    ratio = rows["10 %"]["requests_per_second"] / rows["all tokens"]["requests_per_second"]
+    return {"concurrency": concurrency, "rows": rows, "throughput_ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--requests", type=int, default=20)
+    parser.add_argument("--load", type=int, default=200)
+    parser.add_argument("--only", choices=("testbed", "qwen", "load"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    import transformers
+    import vllm
+
+    result: dict[str, Any] = {"versions": {
+        "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
+    }}  # fmt: skip
+    if options.json and options.json.exists():
+        result = json.loads(options.json.read_text()) | result
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        videos = []
+        for index in range(5):
+            path = folder / f"scene-{index}.mp4"
+            write_scene(path, world="A", seed=91, index=index)
+            cast = make_cast("A", 91, index)
+            videos += [(path, question.text) for question in make_questions(cast, 91, index)[:4]]
+        videos = videos[: options.requests]
+        if options.only in (None, "testbed"):
+            model, processor = load_model("testbed")
+            shipped = {"score": "testbed", "cacovid": "testbed"}
+            where = str(shipped_model("model"))
+            result["testbed"] = parity("testbed", model, processor, where, shipped, videos, folder)
+        if options.only in (None, "qwen"):
+            model, processor = qwen(folder / "qwen")
+            made = policies(model, folder)
+            result["qwen"] = parity("qwen2.5-vl, tiny", model, processor, str(folder / "qwen"), made, videos, folder)
+        if options.only in (None, "load"):
+            result["load"] = load(folder, options.load, 16, layers=4)
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Serving video LLMs: answering many requests, and what that takes."""

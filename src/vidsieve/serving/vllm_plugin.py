@@ -1,0 +1,45 @@
+"""vLLM's entry point: models that keep the tokens of a video that an answer depends on, in place of vLLM's own.
+
+Without ``vidsieve`` in ``--hf-overrides`` they are vLLM's own models and prune nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+MODELS = {
+    "LlavaOnevisionForConditionalGeneration": "vidsieve.serving.vllm_llava_onevision:LlavaOnevision",
+    "Qwen2_5_VLForConditionalGeneration": "vidsieve.serving.vllm_qwen2_5_vl:Qwen25VL",
+}
+"""Architecture: the class that serves it."""
+
+
+def register() -> None:
+    """Register the models; vLLM calls this in each of its processes (entry point ``vllm.general_plugins``)."""
+    from vllm import ModelRegistry
+
+    for name, place in MODELS.items():
+        ModelRegistry.register_model(name, place)
+    _mend_cpu_runner()
+
+
+def _mend_cpu_runner() -> None:
+    """Have vLLM's CPU runner note that a model prunes, as its GPU runner does when a model is loaded (0.32)."""
+    try:
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    except ImportError:
+        return
+    load = CPUModelRunner.load_model
+    if getattr(load, "vidsieve", False):
+        return
+
+    def loaded(self: Any, *arguments: Any, **options: Any) -> None:
+        load(self, *arguments, **options)
+        config = self.model_config.multimodal_config
+        able = getattr(self.get_model(), "supports_multimodal_pruning", False)
+        self.is_multimodal_pruning_enabled = bool(
+            able and config is not None and config.is_multimodal_pruning_enabled()
+        )
+
+    loaded.vidsieve = True  # type: ignore[attr-defined]
+    CPUModelRunner.load_model = loaded

@@ -1,0 +1,147 @@
+"""A processor of vLLM that reserves as many placeholders as tokens of a video stay, before anything is encoded."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptReplacement
+
+from vidsieve.errors import VidsieveError
+from vidsieve.pipeline import chat_text
+from vidsieve.serving.vllm_shared import KEY, Asked, Settings, asked_of, kept_of, settings_of
+
+COUNT, PROMPT, TOTAL = "vidsieve_count", "vidsieve_prompt", "vidsieve_total"
+REMEMBERED = 10_000
+"""Videos whose number of tokens is remembered, for the metrics of cached ones."""
+
+
+class PruningProcessor:
+    """Mixed in before a processor of vLLM's; every video carries its count, and the prompt that a method reads."""
+
+    fields: ClassVar[tuple[str, ...]] = (COUNT, PROMPT, TOTAL)
+    token_field: ClassVar[str]
+    """Where the model's configuration has the id of a video's placeholder."""
+    info: Any
+
+    def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
+        """Return how many tokens video `place` has in its grid, and outside it."""
+        raise NotImplementedError
+
+    # -- what vLLM calls ------------------------------------------------------------------------------------
+
+    def get_dummy_inputs(self, *arguments: Any, **options: Any) -> Any:
+        """Return vLLM's largest input for measuring memory: no token of it is dropped, as a request may ask."""
+        made = super().get_dummy_inputs(*arguments, **options)  # type: ignore[misc]
+        if self._settings() is not None:
+            made.hf_processor_mm_kwargs = {**made.hf_processor_mm_kwargs, KEY: {"retention": 1.0}}
+        return made
+
+    def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        """Return vLLM's inputs, and count for the metrics page what stays of their videos."""
+        made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
+        ranges, hashes = (made[name].get("video", []) for name in ("mm_placeholders", "mm_hashes"))
+        for place, (span, key) in enumerate(zip(ranges, hashes, strict=False)):
+            item = made["mm_kwargs"]["video"][place]
+            if item is not None and TOTAL in item:  # None: cached, its total is known
+                self._totals()[key] = int(item[TOTAL].data)
+            if key in self._totals():
+                self._totals().move_to_end(key)
+                counted(span.length, self._totals()[key])
+            while len(self._totals()) > REMEMBERED:
+                self._totals().popitem(last=False)
+        return made
+
+    def _totals(self) -> OrderedDict[str, int]:
+        found: OrderedDict[str, int] = self.__dict__.setdefault("_vidsieve_totals", OrderedDict())
+        return found
+
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
+        settings, asked = self._asked(hf_kwargs)
+        made = super()._apply_hf_processor_main(mm_items, _without(hf_kwargs))  # type: ignore[misc]
+        videos = mm_items.get_count("video", strict=False)
+        if settings is not None and videos:
+            sizes = [self.tokens_of(place, mm_items, made) for place in range(videos)]
+            made[COUNT] = torch.tensor([kept_of(settings, asked, grid) for grid, _ in sizes])
+            made[TOTAL] = torch.tensor([grid + outside for grid, outside in sizes])
+            made[PROMPT] = self._prompt(asked).expand(videos, -1)
+        return made
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
+        config = dict(super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs)))  # type: ignore[misc]
+        ours = {
+            name: MultiModalFieldConfig.batched("video", keep_on_cpu=True) for name in self.fields if name in hf_inputs
+        }
+        return config | ours
+
+    def _get_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> Sequence[Any]:
+        settings, asked = self._asked(hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(  # type: ignore[misc]
+            mm_items=mm_items, hf_processor_mm_kwargs=_without(hf_processor_mm_kwargs), out_mm_kwargs=out_mm_kwargs
+        )
+        if settings is None:
+            return list(updates)
+        token = int(getattr(self.info.get_hf_config(), self.token_field))
+
+        def placeholders(place: int) -> list[int]:
+            grid, outside = self.tokens_of(place, mm_items, out_mm_kwargs)
+            return [token] * (kept_of(settings, asked, grid) + outside)
+
+        others = [update for update in updates if update.modality != "video"]
+        return [*others, PromptReplacement(modality="video", target=[token], replacement=placeholders)]
+
+    # -- ours -----------------------------------------------------------------------------------------------
+
+    def _settings(self) -> Settings | None:
+        if "_vidsieve" not in self.__dict__:
+            self.__dict__["_vidsieve"] = settings_of(self.info.get_hf_config())
+        found: Settings | None = self.__dict__["_vidsieve"]
+        return found
+
+    def _asked(self, kwargs: Mapping[str, object]) -> tuple[Settings | None, Asked]:
+        settings = self._settings()
+        try:
+            return settings, asked_of(kwargs, settings)
+        except VidsieveError as error:  # to vLLM a ValueError is the request's own fault, 400
+            raise ValueError(str(error)) from None
+
+    def _prompt(self, asked: Asked) -> Tensor:
+        """Return the ids (1, L) of the prompt that a method reads, the video a single placeholder; (1, 0) for none."""
+        if asked.question is None:
+            return torch.empty(1, 0, dtype=torch.int64)
+        processor = self.info.get_hf_processor()
+        ids = processor.tokenizer(chat_text(processor, asked.question), return_tensors="pt")["input_ids"]
+        found: Tensor = ids
+        return found
+
+    @staticmethod
+    def read(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None]:
+        """Return how many tokens of video `place` of a batch stay, and the prompt that its method reads, if any."""
+        prompt = fields[PROMPT][place].flatten()
+        return int(fields[COUNT][place]), prompt if len(prompt) else None
+
+
+@cache
+def _counters() -> tuple[Any, Any]:
+    from prometheus_client import Counter
+
+    said = "Tokens of videos in prompts"
+    return Counter("vidsieve_video_tokens", said), Counter("vidsieve_video_tokens_kept", f"{said} that were kept")
+
+
+def counted(kept: int, total: int) -> None:
+    """Add a video to the metrics ``vidsieve_video_tokens_total`` and ``vidsieve_video_tokens_kept_total``."""
+    all_of_them, those_kept = _counters()
+    all_of_them.inc(total)
+    those_kept.inc(kept)
+
+
+def _without(kwargs: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in kwargs.items() if name != KEY}

@@ -1,0 +1,161 @@
+"""What the vLLM plug-in decides without vLLM: settings, requests, and that it selects what `vidsieve.prune` does."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.adapters import adapter_for
+from vidsieve.compressors.cacovid import CaCoVIDPolicy
+from vidsieve.data.video import Video
+from vidsieve.errors import (
+    BudgetError,
+    NeedError,
+    PolicyError,
+    PromptError,
+    RetentionError,
+    StageError,
+    UnknownNameError,
+)
+from vidsieve.pipeline import chat, chat_text
+from vidsieve.serving.vllm_shared import (
+    Selector,
+    Settings,
+    Shadow,
+    asked_of,
+    digest,
+    kept_of,
+    retention_of,
+    settings_of,
+)
+from vidsieve.testing.tiny_models import FAMILIES
+from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.types import Tokens
+
+CLASSES = {
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+}  # fmt: skip
+
+
+def config(**settings):
+    return SimpleNamespace(vidsieve=settings)
+
+
+def test_settings_come_from_the_models_configuration():
+    assert settings_of(SimpleNamespace()) is None and settings_of(config()) is None
+    found = settings_of(config(method="divprune", retention=0.1, seed=3))
+    assert found.method.name == "divprune" and found.method.retention == 0.1 and found.seed == 3 and not found.asks
+    assert settings_of(config(method="uniform", retention="64t")).method.retention == Tokens(64)
+    assert settings_of(config(method="cacovid", policy="testbed")).asks
+    assert settings_of(config(method="score", policy="testbed")).method.retention == 0.25
+
+
+@pytest.mark.parametrize(("settings", "error", "said"), [
+    ({"retention": 0.1}, UnknownNameError, "method is missing"),
+    ({"method": "divprune", "retantion": 0.1}, UnknownNameError, "Did you mean 'retention'"),
+    ({"method": "divprun"}, UnknownNameError, "Did you mean 'divprune'"),
+    ({"method": "divprune", "retention": 0}, RetentionError, "fraction in"),
+    ({"method": "fastv"}, StageError, "acts inside LLM layers: vLLM runs methods that act before"),
+    ({"method": "visionzip"}, NeedError, "vLLM gives nothing of the inside of its vision encoder"),
+    ({"method": "score"}, PolicyError, "needs a trained policy"),
+])  # fmt: skip
+def test_what_vllm_cannot_run_is_told_before_a_model_is_loaded(settings, error, said):
+    with pytest.raises(error, match=said):
+        settings_of(config(**settings))
+
+
+def test_no_method_that_decides_on_the_way_how_much_it_keeps(monkeypatch):
+    from vidsieve.compressors.uniform import Uniform
+
+    monkeypatch.setattr(Uniform, "outcome", True, raising=False)
+    with pytest.raises(BudgetError, match="vLLM must know beforehand"):
+        settings_of(config(method="uniform"))
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(1, 1.0), (0.25, 0.25), ("0.5", 0.5), ("512t", Tokens(512))])
+def test_retentions_from_json(value, wanted):
+    assert retention_of(value) == wanted
+
+
+@pytest.mark.parametrize("value", [0, 1.1, -1, "x", "t", "0t", None, True, float("nan"), [0.1]])
+def test_what_is_no_retention(value):
+    with pytest.raises(RetentionError, match="a fraction in"):
+        retention_of(value)
+
+
+def test_a_request_asks_beside_its_prompt():
+    blind, reads = settings_of(config(method="divprune")), settings_of(config(method="cacovid", policy="testbed"))
+    assert asked_of({}, None).retention is None and asked_of({"fps": 2}, blind).question is None
+    assert asked_of({"vidsieve": {"question": "what ?"}}, blind).question is None, "the same tokens for every question"
+    assert asked_of({"vidsieve": {"question": "what ?"}}, reads).question == "what ?"
+    asked = asked_of({"vidsieve": {"retention": 0.1}}, blind)
+    assert [kept_of(blind, asked, n) for n in (576, 5, 9)] == [57, 1, 1]
+    assert kept_of(blind, asked_of({}, blind), 576) == 144 and kept_of(None, asked_of({}, None), 576) == 576
+    assert asked_of({"vidsieve": {"retention": 1.0}}, reads).question is None, "nothing is dropped, nothing to read"
+    for wrong, settings, said in [
+        ({"vidsieve": {"question": "?"}}, None, "does not prune"), ({"vidsieve": "x"}, blind, "must be an object"),
+        ({"vidsieve": {"quest": "?"}}, blind, "Did you mean 'question'"), ({}, reads, "cacovid reads the question"),
+        ({"vidsieve": {"question": " "}}, reads, "not empty"), ({"vidsieve": {"retention": 2}}, blind, "fraction in"),
+    ]:  # fmt: skip
+        with pytest.raises((PromptError, UnknownNameError, RetentionError), match=said):
+            asked_of(wrong, settings)
+
+
+@pytest.mark.parametrize("family", sorted(CLASSES))
+@pytest.mark.parametrize("name", ["divprune", "vidcom2", "random", "evs", "cacovid"])
+def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
+    """Indices, embeddings and positions, from the features alone: the shadow has no weights of its own."""
+    model, processor = FAMILIES[family](), processor_for(family)
+    adapter = adapter_for(model)
+    if name == "cacovid":
+        state = adapter.layer_state(0)
+        policy = CaCoVIDPolicy.start(
+            state.shape, adapter.family, variant="ours", layers=[state.weights], seed=1, base_model="tiny"
+        )
+        policy.save_pretrained(tmp_path)
+        method = vidsieve.load("cacovid", tmp_path, retention=0.5)
+    else:
+        method = vidsieve.load(name, retention=0.5)
+    rng = torch.Generator().manual_seed(5)
+    pixels = torch.randint(0, 255, (6, 64, 96, 3), generator=rng, dtype=torch.uint8).numpy()
+    video = Video(pixels, torch.arange(6).numpy(), (), 3.0, 2.0, 6, (64, 96))
+    question = "what colour is the home ?"
+    inputs = chat(processor, video, question)
+    with torch.no_grad():
+        encoded = adapter.encode(inputs)
+        (wanted,), _ = adapter.select(encoded, method, torch.Generator().manual_seed(7))
+    features = encoded.videos[0].features
+    shadow = Shadow(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids), torch.device("cpu"))
+    assert all(weight.is_meta for weight in shadow.adapter.model.parameters())
+    selector = Selector(Settings(method, seed=7), shadow)
+    prompt = processor.tokenizer(chat_text(processor, question), return_tensors="pt")["input_ids"][0]
+    placed = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts") if key in inputs}
+    grid, settings = features.grid, Settings(method)
+    count = kept_of(settings, asked_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
+    indices, kept, positions = selector(
+        features.embeds, grid, count, prompt if name == "cacovid" else None, features.tail, placed
+    )
+    assert torch.equal(indices, wanted.indices) and digest(indices) == digest(wanted.indices)
+    assert torch.equal(kept, features.embeds[indices] if wanted.embeds is None else wanted.embeds)
+    theirs = encoded.positions[adapter.position_rows, 0][:, encoded.videos[0].columns]
+    assert torch.equal(positions - positions[..., :1], theirs - theirs[..., :1])
+    everything, whole, _ = selector(
+        features.embeds, features.grid, features.grid.num_tokens, None, features.tail, placed
+    )
+    assert torch.equal(whole, features.embeds) and len(everything) == grid.num_tokens
+
+
+def test_the_command_is_vllms_own(cli, tmp_path):
+    said = cli(
+        "serve", "testbed", "--method", "score", "--retention", "0.1", "--print", "--port", "8011", "--dtype", "float32"
+    )
+    assert "vllm.entrypoints.openai.api_server" in said and said.endswith("--port 8011 --dtype float32")
+    settings = json.loads(said.split("--hf-overrides ")[1].split("'")[1])
+    assert settings == {"vidsieve": {"method": "score", "retention": 0.1, "seed": 0, "policy": "testbed"}}
+    assert "--hf-overrides" not in cli("serve", "testbed", "--print")
+    assert "acts inside LLM layers" in cli("serve", "testbed", "--method", "fastv", "--print", fails=True)
+    assert "--policy x needs --method" in cli("serve", "testbed", "--policy", "x", "--print", fails=True)
