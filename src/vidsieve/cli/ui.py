@@ -1,0 +1,70 @@
+"""vidsieve ui: a page to try it."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidsieve.cli.shared import Model, Threads, err, out, quiet, set_threads, words
+from vidsieve.errors import PluginError
+
+
+def ui(
+    model: Model = "testbed",
+    methods: Annotated[
+        str, typer.Option(help="Methods and policies to choose from, comma-separated; 'full' is always there.")
+    ] = "",
+    frames: Annotated[int, typer.Option(help="Frames taken evenly from a video.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 7860,
+    max_upload: Annotated[int, typer.Option(help="Largest video in megabytes.", min=1)] = 200,
+    threads: Threads = 0,
+) -> None:
+    """Open a page: choose a video, ask, move the retention; see answer, kept tokens and time change."""
+    if importlib.util.find_spec("gradio") is None:
+        raise PluginError("gradio is not installed here: pip install 'vidsieve[ui]'")
+    set_threads(threads)
+    quiet()
+    from vidsieve.compressors.base import Compressor
+    from vidsieve.eval.methods import check_known, method_for
+    from vidsieve.pipeline import load_model
+    from vidsieve.serving.desk import Desk
+    from vidsieve.serving.page import build
+
+    names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if model == "testbed" else ["divprune"])
+    chosen: dict[str, Compressor | None] = {}
+    for name in names:
+        if name != "full":
+            check_known(name)
+            chosen[name] = method_for(name, model)
+    chosen["full"] = None
+    desk = Desk(*load_model(model), chosen, frames=frames, max_new_tokens=max_new_tokens)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
+    with tempfile.TemporaryDirectory() as folder:
+        examples = _examples(Path(folder)) if model == "testbed" else []
+        page = build(desk, model, examples)
+        out.print(f"http://{host}:{port}", highlight=False)
+        page.queue(max_size=16).launch(
+            server_name=host, server_port=port, share=False, quiet=True, show_error=True,
+            max_file_size=max_upload * 2**20, allowed_paths=[folder],
+        )  # fmt: skip
+
+
+def _examples(folder: Path) -> list[list[str]]:
+    """Return videos of the testbed's, with a question each."""
+    from vidsieve.testbed.files import write_scene
+    from vidsieve.testbed.questions import make_questions
+    from vidsieve.testbed.world import make_cast
+
+    rows = []
+    for index in range(3):
+        path = folder / f"scene-{index}.mp4"
+        write_scene(path, world="A", seed=9, index=index)
+        rows.append([str(path), make_questions(make_cast("A", 9, index), 9, index)[0].text])
+    return rows

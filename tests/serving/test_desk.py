@@ -1,0 +1,144 @@
+"""Questions about videos that stay encoded: the same answers as one by one, and nothing done twice."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import vidsieve
+from vidsieve.data.video import read_video
+from vidsieve.errors import NeedError, PromptError, RetentionError, UnknownNameError, VideoError
+from vidsieve.eval.methods import method_for
+from vidsieve.pipeline import answer
+from vidsieve.serving import desk as module
+from vidsieve.serving.desk import Desk
+from vidsieve.testbed.files import write_scene
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clips")
+    for index in range(6):
+        write_scene(folder / f"{index}.mp4", world="A", seed=9, index=index)
+    return folder
+
+
+def made(testbed, *names):
+    methods = {name: method_for(name, "testbed") for name in names}
+    return Desk(*testbed, methods | {"full": None}, max_new_tokens=4)
+
+
+@pytest.fixture
+def work(monkeypatch, testbed):
+    """What is decoded, and how often the vision tower runs."""
+    done = []
+    real = module.read_video
+    monkeypatch.setattr(module, "read_video", lambda path, **more: done.append(path.name) or real(path, **more))
+    handle = testbed[0].model.vision_tower.register_forward_hook(lambda *call: done.append("tower"))
+    yield done
+    handle.remove()
+
+
+def test_a_second_question_and_another_retention_decode_and_encode_nothing(testbed, clips, work):
+    asked = made(testbed, "cacovid", "divprune", "visionzip")
+    first = asked.ask(clips / "0.mp4", "what colour is the old mark ?", "cacovid", 0.25)
+    assert work == ["0.mp4", "tower"] and not first.reused and "decode" in first.answer.ms
+    for question, method, retention in [
+        ("what colour is the old mark ?", "cacovid", 0.1), ("where is the chime ?", "cacovid", 0.25),
+        ("where is the chime ?", "divprune", 0.05), ("where is the chime ?", "full", 0.3),
+        ("where is the chime ?", "visionzip", 0.2),
+    ]:  # fmt: skip
+        found = asked.ask(clips / "0.mp4", question, method, retention)
+        assert found.reused and work == ["0.mp4", "tower"] and "decode" not in found.answer.ms
+        chosen = None if method == "full" else method_for(method, "testbed", retention=retention)
+        alone = answer(*testbed, read_video(clips / "0.mp4", frames=16), question, chosen, max_new_tokens=4)
+        assert found.answer.text == alone.text and found.answer.prompt_tokens == alone.prompt_tokens
+        assert [trace.indices for trace in found.answer.traces] == [trace.indices for trace in alone.traces]
+        del work[2:]
+
+
+def test_a_changed_file_is_another_video_and_old_ones_go(testbed, clips, tmp_path, work):
+    asked = made(testbed, "uniform")
+    path = tmp_path / "clip.mp4"
+    path.write_bytes((clips / "0.mp4").read_bytes())
+    question = "what colour is the old mark ?"
+    asked.ask(path, question, "uniform", 0.25)
+    path.write_bytes((clips / "1.mp4").read_bytes())
+    assert not asked.ask(path, question, "uniform", 0.25).reused
+    for index in range(1, 5):
+        asked.ask(clips / f"{index}.mp4", question, "uniform", 0.25)
+    assert len(asked._known) == module.REMEMBERED and not asked.ask(path, question, "uniform", 0.25).reused
+
+
+@pytest.mark.parametrize(("change", "error", "said"), [
+    ({"question": " "}, PromptError, "the question is empty"), ({"retention": 0}, RetentionError, "retention"),
+    ({"method": "unifrm"}, UnknownNameError, "Did you mean 'uniform'"), ({"path": "gone.mp4"}, VideoError, "gone.mp4"),
+    ({"path": "text.mp4"}, VideoError, "is no video"),
+])  # fmt: skip
+def test_what_cannot_be_asked(testbed, clips, tmp_path, change, error, said):
+    (tmp_path / "text.mp4").write_text("no video")
+    path = tmp_path / change.pop("path") if "path" in change else clips / "0.mp4"
+    call = {"question": "what ?", "method": "uniform", "retention": 0.25} | change
+    with pytest.raises(error, match=said):
+        made(testbed, "uniform").ask(path, **call)
+
+
+def test_methods_that_do_not_fit_are_told_at_once(testbed):
+    model, processor = testbed
+    del model.config.vidsieve_template
+    try:
+        with pytest.raises(NeedError, match="chat template"):
+            Desk(model, processor, {"cacovid": vidsieve.load("cacovid", "testbed")}).ask("x", "what ?", "cacovid", 0.5)
+    except VideoError:
+        pass
+    finally:
+        from vidsieve.pipeline import load_model
+
+        model.config.vidsieve_template = load_model("testbed")[0].config.vidsieve_template
+
+
+PAGE = """
+import sys
+from pathlib import Path
+
+import gradio as gr
+
+from vidsieve.eval.methods import method_for
+from vidsieve.pipeline import load_model
+from vidsieve.serving.desk import Desk
+from vidsieve.serving.page import build
+
+clip, folder = Path(sys.argv[1]), Path(sys.argv[2])
+methods = {name: method_for(name, "testbed") for name in ("uniform", "divprune")}
+desk = Desk(*load_model("testbed"), methods | {"full": None}, max_new_tokens=4)
+page = build(desk, "testbed", [[str(clip), "what ?"]])
+(ask,) = (fn.fn for fn in page.fns.values() if fn.api_name == "ask")
+text, figure, spent = ask(str(clip), "where is the chime ?", "divprune", 0.1)
+assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 16, spent
+assert "decoded and encoded" in spent
+_, figure, spent = ask(str(clip), "where is the chime ?", "full", 0.5)
+assert figure is None and "features reused" in spent, spent
+for call, said in [
+    ((None, "what ?", "uniform", 0.1), "Choose a video"), ((str(clip), "", "uniform", 0.1), "is empty"),
+    ((str(folder / "gone.mp4"), "what ?", "uniform", 0.1), "gone.mp4"),
+]:
+    try:
+        ask(*call)
+    except gr.Error as error:
+        assert said in str(error), error
+    else:
+        raise AssertionError(said)
+print("all right")
+"""
+
+
+@pytest.mark.slow
+def test_the_page(clips, tmp_path):
+    """In a process of its own: gradio leaves event loops behind."""
+    pytest.importorskip("gradio")
+    done = subprocess.run(
+        [sys.executable, "-c", PAGE, str(clips / "0.mp4"), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert "all right" in done.stdout, done.stdout + done.stderr
