@@ -134,9 +134,11 @@ def test_a_policy_trained_from_the_cache_is_the_same(family, method, data, tmp_p
     assert not reads, "the second run decodes nothing"
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
     videos = 2 if method == "cacovid" else 3
-    assert f"has 0 of {videos} videos encoded; the others take about" in said[2]
-    assert said[0].endswith("rows.jsonl (vidsieve): 7 of 7 rows are used")
-    assert said[4].endswith(f"has all {videos} videos encoded")
+    rows, others = (4, "3 × a caption") if method == "cacovid" else (3, "4 × a question")
+    assert said[0].endswith(f"rows.jsonl (vidsieve): {rows} of {rows} rows are used")
+    assert said[1] == said[3] == said[6] == f"left out: {others}"
+    assert f"has 0 of {videos} videos encoded; the others take about" in said[4]
+    assert said[7].endswith(f"has all {videos} videos encoded")
 
 
 def test_another_model_other_frames_and_another_dtype_are_refused(data, tmp_path):

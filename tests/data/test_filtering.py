@@ -50,8 +50,10 @@ def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch,
     asked = [row for row in rows if "question" in row]
     first = blind_answers(model, processor, asked)
     second = [number % 3 == 0 for number in range(len(asked))]  # another model's answers
-    answers = iter([first, second])
-    monkeypatch.setattr("vidsieve.data.filtering.blind_answers", lambda *args, **options: next(answers))
+    answers = iter([*first, *second])
+    monkeypatch.setattr(
+        "vidsieve.data.filtering.blind_answers", lambda model, processor, rows, **options: [next(answers) for _ in rows]
+    )
     out = tmp_path / "deep" / "filtered.jsonl"
     out.parent.mkdir()
     found = filter_file(questions, out, [testbed, testbed], rule)
@@ -117,8 +119,10 @@ def test_how_many_answers_must_be_right(testbed, leaky, tmp_path):
     ]
     assert kept[0] < kept[1] < kept[2]
     for bad in ({"seeds": 0}, {"seeds": 2, "right_in": 3}, {"seeds": 2, "right_in": 0}, {"temperature": 0.0}):
-        with pytest.raises(TrainingError, match="seeds must be at least 1"):
+        with pytest.raises(TrainingError, match=r"seeds must be at least 1|answers cannot be right"):
             filter_file(leaky[0], tmp_path / "x.jsonl", [testbed], **bad)
+    with pytest.raises(TrainingError, match="each model must be another one"):
+        filter_file(leaky[0], tmp_path / "x.jsonl", [testbed, testbed], names=["a", "a"])
 
 
 def test_drawn_answers_depend_on_seed_and_question_alone(testbed, leaky):

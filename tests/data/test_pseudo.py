@@ -113,7 +113,7 @@ def test_bad_rows_are_left_out_with_reasons_and_each_image_is_opened_once(tmp_pa
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
     made = pseudo_file(source, tmp_path / "out.jsonl")
     assert made.images == 4 and max(Counter(opened).values()) == 1
-    assert [(row.line, row.reason) for row in made.left_out] == [
+    assert [(row.record, row.reason) for row in made.left_out] == [
         (5, "missing image"), (6, "unreadable image"), (7, "unreadable image"), (8, "empty caption"),
         (9, "no caption"), (10, "no image named"), (11, "not a JSON object"), (12, "not a JSON object"),
         (13, "unreadable image"),
@@ -211,7 +211,7 @@ def test_a_model_reads_short_and_long_ones(testbed, tmp_path):
         found = [Rollouts(adapter, sample.inputs).encoded.videos[0].features.grid.frames for sample in samples]
         assert sorted(found) == expected
     path.write_text(json.dumps({"frames": [["images/gone.png", 3]], "caption": "x"}))
-    with pytest.raises(TrainingError, match=r"can be used: 1 missing video of 1 rows, first .*images/gone\.png"):
+    with pytest.raises(TrainingError, match=r"can be used: 1 missing image of 1 row, first .*images/gone\.png"):
         FilePrompts(adapter, processor, path)
     assert source.exists()
 
@@ -243,10 +243,10 @@ def test_the_command_and_training_on_what_it_makes(testbed, tmp_path):
     out = tmp_path / "pseudo.jsonl"
     said = cli("data", "pseudo", source, out, "--count", 5, "--images", "2-3", "--frames", 3, "--seed", 7,
                "--preview", tmp_path / "sheet.png", "--json", tmp_path / "made.json")  # fmt: skip
-    assert "5 pseudo-videos of" in said and "left out: 1 × missing image: line 13 (images/gone.png)" in said
+    assert "5 pseudo-videos of" in said and "left out: 1 × missing image: record 13 (images/gone.png)" in said
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["videos"] == 5 and made["images"] == 12 and made["seed"] == 7
-    assert made["left_out"] == [{"line": 13, "image": "images/gone.png", "reason": "missing image"}]
+    assert made["left_out"] == [{"record": 13, "image": "images/gone.png", "reason": "missing image"}]
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     model, processor = testbed
     record = train_policy(

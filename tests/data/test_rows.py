@@ -63,7 +63,7 @@ def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
     path = rows_file(tmp_path, ASKED, ASKED | {"answer": "green"})
     prompts = FilePrompts(adapter_for(model), processor, path)
     assert len(prompts.choices) == 1
-    assert "record 2: the answer 'green' of a.mp4 is none of its options" in prompts.skipped.summary()
+    assert "record 2: the answer 'green' is none of its options" in prompts.skipped.summary()
 
 
 def test_images_that_rows_share_are_held_out_together(tmp_path):

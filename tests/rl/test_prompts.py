@@ -47,7 +47,7 @@ ROW = {"video": "scene-0000.mp4", "question": "what ?", "options": ["red", "blue
 @pytest.mark.parametrize(("row", "message"), [
     ("{", "is not JSON"),
     ({"video": "scene-0000.mp4"}, "needs video, and caption or question"),
-    (ROW | {"video": "gone.mp4"}, "nothing in .* can be used: 1 missing video of 1 rows, first .*gone.mp4"),
+    (ROW | {"video": "gone.mp4"}, "nothing in .* can be used: 1 missing video of 1 row, first .*gone.mp4"),
     (ROW | {"answer": "green"}, "none of its options"),
     (ROW | {"options": ["red", "dark blue"]}, "is not one token"),
     ({"video": "scene-0000.mp4", "caption": ""}, "that is not empty"),
@@ -81,5 +81,5 @@ def test_a_file_of_video_r1_is_read_as_it_is(testbed, folder):
     prompts = FilePrompts(adapter_for(model), processor, path)
     assert len(prompts.choices) == 1 and prompts.choice(0).answer == 1
     path.write_text(json.dumps([record | {"path": "gone.mp4"}]))
-    with pytest.raises(TrainingError, match=r"1 missing video of 1 rows, first .*gone\.mp4"):
+    with pytest.raises(TrainingError, match=r"1 missing video of 1 row, first .*gone\.mp4"):
         FilePrompts(adapter_for(model), processor, path)

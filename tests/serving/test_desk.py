@@ -116,7 +116,7 @@ desk = Desk(*load_model("testbed"), methods | {"full": None}, max_new_tokens=4)
 page = build(desk, "testbed", [[str(clip), "what ?"]])
 (ask,) = (fn.fn for fn in page.fns.values() if fn.api_name == "ask")
 text, figure, spent = ask(str(clip), "where is the chime ?", "divprune", 0.1)
-assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 16, spent
+assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 12, spent
 assert "decoded and encoded" in spent
 _, figure, spent = ask(str(clip), "where is the chime ?", "full", 0.5)
 assert figure is None and "features reused" in spent, spent

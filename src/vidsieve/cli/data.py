@@ -28,6 +28,7 @@ from vidsieve.cli.shared import (
     write_json,
 )
 from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.files import writing
 
 app = typer.Typer(no_args_is_help=True, help="Check and prepare files of training prompts.")
 
@@ -60,7 +61,7 @@ def check(
     ] = False,
     listed: Annotated[
         Path | None,
-        typer.Option("--list", help="List everything that cannot be used here, as JSON lines.", show_default=False),
+        typer.Option("--list", help="List every fault here, as JSON lines.", show_default=False),
     ] = None,
     readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
     json: Json = None,
@@ -71,8 +72,9 @@ def check(
     from vidsieve.data.checking import check_file
     from vidsieve.data.skipped import Skipped
 
-    if listed is not None:
-        listed.unlink(missing_ok=True)
+    if listed is not None:  # a list without lines says that nothing is wrong
+        with writing(listed):
+            pass
     skipped = Skipped(listed)
     with Bar("videos", None) as update:
         found = check_file(
@@ -89,10 +91,8 @@ def check(
     length = (
         "" if quick else f", {found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f", {found.seconds:.0f} s"
     )
-    out.print(
-        f"{found.usable:,} of {found.rows:,} rows can be used; {found.videos - bad:,} of {found.videos:,} videos and "
-        f"images are {kind}{length}", highlight=False,
-    )  # fmt: skip
+    seen = f"; {found.videos - bad:,} of {found.videos:,} videos and images are {kind}{length}" if found.videos else ""
+    out.print(f"{found.usable:,} of {found.rows:,} rows can be used{seen}", highlight=False)
     tell(skipped, listed)
     if found.example is not None:
         out.print(f"first row: {_short(found.example)}", markup=False, highlight=False, soft_wrap=True)
@@ -146,8 +146,8 @@ def filter_prompts(
 ) -> None:
     """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens.
 
-    Answers are kept in TARGET.blind as they come: the same command goes on there, with --share or torchrun in several
-    processes at once, and asks nothing again when only --rule or --right-in changes.
+    Answers are kept in TARGET.blind, 32 questions at a time: the same command goes on there, with --share or torchrun
+    in several processes at once, and asks nothing again when only --rule or --right-in changes.
     """
     check_output(json, reads=(source,))
     check_output(target, (".jsonl",), reads=(source,))
@@ -293,7 +293,7 @@ def pseudo_videos(
     )
     for reason, number in result["skipped"].items():
         first = [row for row in made.left_out if row.reason == reason][:3]
-        lines = ", ".join(f"line {row.line}" + (f" ({row.image})" if row.image else "") for row in first)
+        lines = ", ".join(f"record {row.record}" + (f" ({row.image})" if row.image else "") for row in first)
         out.print(f"left out: {number} × {reason}: {lines}{', …' if number > len(first) else ''}", markup=False)
     if preview is not None:
         from vidsieve.data.video import read_frames

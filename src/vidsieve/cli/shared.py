@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,10 +78,10 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
     """
     if path is None:
         return
-    if kinds and path.suffix.lower() not in kinds:
-        raise OutputError(f"cannot write {path}: its name ends in {' or '.join(kinds)}")
     if any(other is not None and other.exists() and path.resolve() == other.resolve() for other in reads):
         raise OutputError(f"{path} would overwrite the file that is read: name another one")
+    if kinds and path.suffix.lower() not in kinds:
+        raise OutputError(f"cannot write {path}: its name must end in {' or '.join(kinds)}")
     if path.is_dir():
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     folder = path.parent
@@ -88,8 +89,10 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
         folder = folder.parent
     if not folder.is_dir():
         raise OutputError(f"cannot write {path}: {folder} is a file; choose another path")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"cannot write {path}: no permission in {folder}; choose another path")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell of /proc, or of a disk mounted for reading
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror} in {folder}; choose another path") from None
 
 
 @contextmanager

@@ -82,11 +82,11 @@ def check_file(
     seconds, bad, videos = 0.0, [], sum(1 for _ in table.files())
     if decode:
         there = _there(view)
-        for done, ((key, name, shown, _), (length, fault)) in enumerate(_probed(there, frames, threads), 1):
+        for done, ((key, name, shown, video), (length, fault)) in enumerate(_probed(there, frames, threads), 1):
             seconds += length
             if fault:
                 bad.append(key)
-                skipped.broken(name, shown, fault, file=path)
+                skipped.broken(name, shown, fault, file=path, video=video)
             if progress is not None:
                 progress(done, videos - skipped.videos["missing"])
     good &= np.isin(np.arange(len(table)), table.without(bad))

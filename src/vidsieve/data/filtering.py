@@ -8,6 +8,7 @@ options; several, with the options in other orders, are not.
 from __future__ import annotations
 
 import json
+import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from vidsieve.store import Store, measure_all
 
 Rule = Literal["any", "all"]
 Loaded = tuple[Any, Any]
-BLOCK = 128
+BLOCK = 32
 """Questions of a unit: what is asked again where a run is killed."""
 
 
@@ -109,6 +110,8 @@ class Filtered:
         What guessing would come to.
     groups : list of dict
         By source and type of question: questions, dropped, blind accuracy by model.
+    missing : tuple of (int, str)
+        Videos that are not there, which the blind test does not need: how many, and the first.
     """
 
     questions: int
@@ -118,6 +121,7 @@ class Filtered:
     blind_accuracy: tuple[float, ...]
     chance: float
     groups: list[dict[str, Any]]
+    missing: tuple[int, str] = (0, "")
 
 
 def filter_file(
@@ -166,11 +170,12 @@ def filter_file(
         If `work` holds answers to something else.
     """
     needed = seeds if right_in is None else right_in
-    if seeds < 1 or not 1 <= needed <= seeds or temperature <= 0:
-        raise TrainingError(
-            f"seeds must be at least 1, right_in from 1 to seeds, temperature above 0; got {seeds}, {needed}, "
-            f"{temperature}"
-        )
+    if seeds < 1 or temperature <= 0:
+        raise TrainingError(f"seeds must be at least 1 and temperature above 0; got {seeds} and {temperature}")
+    if not 1 <= needed <= seeds:
+        raise TrainingError(f"right_in must be from 1 to seeds: {needed} of {seeds} answers cannot be right")
+    if len(set(names)) < len(names):
+        raise TrainingError(f"each model must be another one, or its answers count twice: {', '.join(names)}")
     names = [*names] or [f"model {number}" for number in range(1, len(models) + 1)]
     loaded = _OneAtATime(models)
     skipped = Skipped() if skipped is None else skipped
@@ -291,7 +296,8 @@ def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[n
         for (source, kind), members in sorted(groups.items())
     ]  # fmt: skip
     captions = sum("question" not in row for row in rows)
+    gone_videos = [name for _, name, *_ in rows.table.files() if not os.path.isfile(name)]
     return Filtered(
         len(asked), len(asked) - int(gone.sum()), captions, len(rows) - len(asked) - captions,
-        tuple(right.mean((1, 2)).tolist()), chance / len(asked), table,
+        tuple(right.mean((1, 2)).tolist()), chance / len(asked), table, (len(gone_videos), (gone_videos or [""])[0]),
     )  # fmt: skip

@@ -43,7 +43,7 @@ def merge_files(
     Raises
     ------
     TrainingError
-        If a file is unreadable or has nothing that can be used, or there are fewer rows than `count`.
+        If a file is unreadable, none has a row that can be used, or there are fewer than `count`.
     OutputError
         If `out` cannot be written.
     """
@@ -57,15 +57,19 @@ def merge_files(
             return "a caption" if kind == "caption" else "a question"
         return ""
 
-    views = [load_rows(path, root, wanted=wanted, skipped=skipped, progress=progress) for path, root in sources]
+    views = [
+        load_rows(path, root, wanted=wanted, skipped=skipped, empty=True, progress=progress) for path, root in sources
+    ]
     ends = np.cumsum([len(view) for view in views])
     total = int(ends[-1])
+    if not total:
+        raise TrainingError(f"none of these files has a row that can be used: {skipped.summary()}")
     if count is not None and not 1 <= count <= total:
         raise TrainingError(f"count must be from 1 to the {total} rows that there are, got {count}")
     taken = np.arange(total)
     if count is not None:
         taken = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-    found: Counter[str] = Counter()
+    found = Counter({str(path): 0 for path, _ in sources})
     with writing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
         for place in taken.tolist():
             which = int(np.searchsorted(ends, place, side="right"))

@@ -35,9 +35,9 @@ CAPTION_PROMPT = "Describe the video."
 
 def load_prompts(
     processor: Any, path: Path, root: Path | None = None, *, kinds: Kind | None = "multiple choice",
-    skipped: Skipped | None = None,
+    skipped: Skipped | None = None, captions: bool | None = None,
 ) -> View:  # fmt: skip
-    """Return the rows of a file that a model can be trained on; see `FilePrompts`.
+    """Return the rows of a file that a model can be trained on, captions, questions, or both; see `FilePrompts`.
 
     Raises
     ------
@@ -50,6 +50,8 @@ def load_prompts(
         kind = kind_of(row)
         if kind == "image":
             return "a still image: `vidsieve data pseudo` makes pseudo-videos of them"
+        if captions is not None and captions != (kind == "caption"):
+            return "a caption" if kind == "caption" else "a question"
         if kind != "caption" and kinds is not None and kind != kinds:
             return f"a question of kind {kind!r}"
         if kind != "caption":

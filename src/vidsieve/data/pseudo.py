@@ -53,9 +53,9 @@ class PseudoVideo:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row that was not used: its line from 1, the image where it names one, and why."""
+    """A row that was not used: its record (the line in JSON lines), the image where it names one, and why."""
 
-    line: int
+    record: int
     image: str
     reason: str
 
@@ -124,7 +124,8 @@ def pseudo_file(
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in left_out).items())
         raise TrainingError(
             f"{', '.join(map(str, files[:3]))} has {different} usable images, and a video needs up to {images[1]}"
-            f"{f' ({reasons})' if reasons else ''}: add captioned images, or lower images"
+            f"{f' ({reasons})' if reasons else ''}: add captioned images, or ask for fewer by --images"
+            + (". Do their paths start from that folder? --image-root names another" if "missing" in reasons else "")
         )
     wanted = max(1, 2 * len(usable) // sum(images)) if count is None else count
     draw = _videos(usable, images, frames, random.Random(seed))

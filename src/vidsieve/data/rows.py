@@ -156,10 +156,15 @@ def wrong_in(row: Any) -> str:
     kind = kind_of(row)
     if kind not in KINDS:
         return f"problem_type is {kind!r}, must be one of {', '.join(KINDS)}"
-    if "answer" not in row or (kind == "multiple choice" and "options" not in row):
-        return "a row needs video, and caption or question, options and answer"
+    needed = ("answer", "options") if kind == "multiple choice" else ("answer",)
+    missing = [name for name in needed if name not in row]
+    if missing:
+        have = ", ".join(sorted(map(str, row)))
+        return f"a row needs video, and caption or question, options and answer: {missing[0]} is missing among {have}"
     if kind == "multiple choice" and not (isinstance(row["options"], list) and len(row["options"]) > 1):
         return "options must be a list of two or more"
+    if kind == "multiple choice" and right_option([str(o) for o in row["options"]], str(row["answer"])) < 0:
+        return f"the answer {row['answer']!r} is none of its options {row['options']}"
     return ""
 
 

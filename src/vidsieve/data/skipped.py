@@ -9,10 +9,21 @@ import json
 import os
 import threading
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import OutputError
+
+
+@dataclass
+class _Counts:
+    """What is not used of one file: rows by what is wrong, videos, parts by reason, and the first of each fault."""
+
+    faults: Counter[str] = field(default_factory=Counter)
+    videos: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
 
 class Skipped:
@@ -26,25 +37,13 @@ class Skipped:
     lists : bool
         Whether this process lists what is found while reading; of several processes that read the same, one does.
         Videos that prove broken later are listed by the one that finds them.
-
-    Attributes
-    ----------
-    faults : Counter
-        Rows that are not used, by what is wrong.
-    videos : Counter
-        Missing and broken videos, by which of the two.
-    left_out : Counter
-        Parts of records that are not for the purpose, by reason; not listed, nothing is wrong with them.
     """
 
     def __init__(self, path: Path | None = None, lists: bool = True) -> None:
         self.path, self.lists = path, lists
-        self.faults: Counter[str] = Counter()
-        self.videos: Counter[str] = Counter()
-        self.left_out: Counter[str] = Counter()
+        self._files: dict[str, _Counts] = {}
         self.layout: dict[str, str] = {}
         self.read: dict[str, tuple[int, int]] = {}
-        self._first: dict[str, list[str]] = {}
         self._lock = threading.Lock()
         self._listed: set[tuple[str, str, str]] = set()
         if path is not None and path.exists():
@@ -55,50 +54,71 @@ class Skipped:
                 except (ValueError, KeyError, TypeError):  # a line that a kill cut short
                     continue
 
+    @property
+    def faults(self) -> Counter[str]:
+        """Rows of all files that are not used, by what is wrong."""
+        return sum((counts.faults for counts in self._files.values()), Counter())
+
+    @property
+    def videos(self) -> Counter[str]:
+        """Missing and broken videos of all files, by which of the two."""
+        return sum((counts.videos for counts in self._files.values()), Counter())
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Parts of records that are not for the purpose, by reason; not listed, nothing is wrong with them."""
+        return sum((counts.left_out for counts in self._files.values()), Counter())
+
+    def _of(self, file: Path) -> _Counts:
+        return self._files.setdefault(str(file), _Counts())
+
     def add(self, what: str, where: str, reason: str, *, file: Path, rows: int = 1, later: bool = False) -> None:
         """Count a fault, and list it."""
         with self._lock:
-            self.faults[what] += rows
-            first = self._first.setdefault(what, [])
-            if len(first) < 3:
-                first.append(reason if reason.startswith(where) else f"{where}: {reason}" if reason else where)
+            counts = self._of(file)
+            counts.faults[what] += rows
+            said = reason if reason.startswith(where) else f"{where}: {reason}" if reason else where
+            counts.first.setdefault(what, said)
             entry = {"what": what, "where": where, "reason": reason, "rows": rows, "file": str(file)}
             if self.path is not None and (self.lists or later) and (str(file), what, where) not in self._listed:
                 self._listed.add((str(file), what, where))
                 self._write(json.dumps(entry, ensure_ascii=False) + "\n")
 
-    def missing(self, name: str, rows: int, *, file: Path) -> None:
+    def missing(self, name: str, rows: int, *, file: Path, video: bool = True) -> None:
         """Count a video or image that is not there, with the rows that show it."""
-        self.videos["missing"] += 1
-        self.add("missing video", name, "", file=file, rows=rows)
+        self._of(file).videos["missing"] += 1
+        self.add(f"missing {'video' if video else 'image'}", name, "", file=file, rows=rows)
 
-    def broken(self, name: str, rows: int, reason: str, *, file: Path, later: bool = False) -> None:
+    def broken(self, name: str, rows: int, reason: str, *, file: Path, later: bool = False, video: bool = True) -> None:
         """Count a video or image that cannot be read, with the rows that show it."""
-        self.videos["broken"] += 1
-        self.add("broken video", name, reason, file=file, rows=rows, later=later)
+        self._of(file).videos["broken"] += 1
+        self.add(f"broken {'video' if video else 'image'}", name, reason, file=file, rows=rows, later=later)
 
-    def leave(self, reason: str, count: int = 1) -> None:
+    def leave(self, reason: str, count: int = 1, *, file: Path) -> None:
         """Count parts of records that are not for the purpose."""
-        self.left_out[reason] += count
+        self._of(file).left_out[reason] += count
 
     def count(self, path: Path, read: int, usable: int) -> None:
         """Note how many rows a file had, and how many of them are used."""
         self.read[str(path)] = (read, usable)
 
-    def summary(self) -> str:
-        """Return in words what was left out, with the first of each; empty where nothing was."""
-        return "; ".join(self.reasons())
+    def summary(self, file: Path | None = None) -> str:
+        """Return in words what was left out, of one file or of all, with the first of each; or an empty text."""
+        return "; ".join(self.reasons(file))
 
-    def reasons(self) -> list[str]:
-        """Return in words what was left out, by reason, with the first of each."""
-        said = []
-        for what, rows in self.faults.items():
-            first = "; ".join(self._first[what][:1])
-            videos = self.videos.get(what.removesuffix(" video"), 0) if what.endswith(" video") else 0
-            count = f"{videos} {what}{'s' * (videos != 1)} of {rows} rows" if videos else _many(rows, what)
-            said.append(f"{count}, first {first}")
-        said += [f"{count} × {reason}" for reason, count in self.left_out.items()]
-        return said
+    def reasons(self, file: Path | None = None) -> list[str]:
+        """Return in words what was left out, of one file or of all, by reason, with the first of each."""
+        files = list(self._files.values()) if file is None else [self._of(file)]
+        said, known = [], dict.fromkeys(what for counts in files for what in counts.faults)
+        for what in known:
+            rows = sum(counts.faults[what] for counts in files)
+            first = next(counts.first[what] for counts in files if what in counts.first)
+            how, _, kind = what.partition(" ")
+            shown = sum(counts.videos[how] for counts in files) if kind in ("video", "image") else 0
+            many = f"{_many(shown, what)} of {_many(rows, 'row')}" if shown else _many(rows, what)
+            said.append(f"{many}, first {first}")
+        left = sum((counts.left_out for counts in files), Counter[str]())
+        return said + [f"{count} × {reason}" for reason, count in left.items()]
 
     def lines(self) -> list[str]:
         """Return in words what was read of each file, and what was left out of all."""

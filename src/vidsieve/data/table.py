@@ -106,7 +106,8 @@ class View(Sequence[dict[str, Any]]):
 
 def load_rows(
     path: Path, root: Path | None = None, *, wanted: Callable[[Mapping[str, Any]], str] | None = None,
-    skipped: Skipped | None = None, present: bool = True, progress: Callable[[int], None] | None = None,
+    skipped: Skipped | None = None, present: bool = True, empty: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> View:  # fmt: skip
     """Return the rows of a file of prompts that can be used; what cannot is counted and listed in `skipped`.
 
@@ -119,6 +120,8 @@ def load_rows(
         wrong.
     present : bool
         Leave out rows whose videos are not there.
+    empty : bool
+        Return no rows where none can be used, instead of an error.
     progress : callable, optional
         Called with the number of records read, now and then.
 
@@ -135,7 +138,7 @@ def load_rows(
         if record.fault:
             skipped.add("malformed record", where, record.fault, file=path)
         for reason, parts in (record.left_out or {}).items():
-            skipped.leave(reason, parts)
+            skipped.leave(reason, parts, file=path)
         for row in record.rows:
             try:
                 reason = "" if wanted is None else wanted(row)
@@ -144,7 +147,7 @@ def load_rows(
                 continue
             fault = image_fault(row["bytes"]) if "bytes" in row and not reason else ""
             if reason:
-                skipped.leave(reason)
+                skipped.leave(reason, file=path)
             elif fault:
                 skipped.add("image that cannot be read", where, fault, file=path)
             else:
@@ -154,14 +157,15 @@ def load_rows(
     read = len(table)
     missing = []
     if present:
-        for key, name, rows, _ in table.files():
+        for key, name, rows, video in table.files():
             if not os.path.isfile(name):
                 missing.append(key)
-                skipped.missing(name, rows, file=path)
+                skipped.missing(name, rows, file=path, video=video)
     view = View(table, table.without(missing))
     skipped.count(path, read, len(view))
-    if not len(view):
-        raise TrainingError(f"nothing in {path} can be used: {skipped.summary() or 'it holds no rows'}")
+    if not len(view) and not empty:
+        advice = ". Do its paths start from that folder? --video-root names another" if missing else ""
+        raise TrainingError(f"nothing in {path} can be used: {skipped.summary(path) or 'it holds no rows'}{advice}")
     return view
 
 

@@ -163,7 +163,7 @@ class CaCoVIDConfig(PolicyTrainConfig):
     """"group": (R − mean) / std (Eq. 15); "official": std + 1e-4, unbiased; "no_std": R − mean (Dr. GRPO, 2503.20783);
     "leave_one_out": R − mean of the others (RLOO, 2402.14740)."""
     iterations: int = 1
-    """Steps in a row on the same prompts, each with fresh rollouts beside those of the steps before (paper: 5)."""
+    """Updates on the same prompts within a step, each with fresh rollouts beside those before (paper: 5)."""
     replay: bool = True
     """Keep the rollouts of a prompt's earlier iterations in its group."""
     dynamic_ratio: bool = False

@@ -111,7 +111,7 @@ def source(
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
     def rows_of(path: Path, root: Path | None = files.root) -> View:
-        return load_prompts(processor, path, root, kinds=kinds, skipped=skipped)
+        return load_prompts(processor, path, root, kinds=kinds, skipped=skipped, captions=captions)
 
     def read(
         path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None

@@ -77,6 +77,9 @@ def write_scenes(
         if not 0 <= share <= 1:
             raise TrainingError(f"{name} is a share, from 0 to 1; got {share}")
     place, write = LAYOUTS[layout]
+    asks = layout in ("vidsieve", "video-r1", "llava-video")
+    if leaked and not asks:
+        raise TrainingError(f"leaked is about questions, and {layout} has none: leave it out")
     made = []
     for index in range(scenes):
         name = place(index)
@@ -84,7 +87,7 @@ def write_scenes(
             write_scene(folder / name, world=world, seed=seed, index=index)
         else:
             _write_image(folder / name, make_still(world, seed, index)[1])
-        made.append(_scene(world, seed, index, name, leaked))
+        made.append(_scene(world, seed, index, name, leaked, asks))
         if progress is not None:
             progress(index + 1, scenes)
     wrong = _break(folder, [scene.video for scene in made], broken, seed)
@@ -103,11 +106,11 @@ def write_scenes(
     return summary
 
 
-def _scene(world: str, seed: int, index: int, name: str, leaked: float) -> Scene:
+def _scene(world: str, seed: int, index: int, name: str, leaked: float, asks: bool) -> Scene:
     cast = make_cast(world, seed, index)
     if not name.endswith(".mp4"):
         cast = make_still(world, seed, index)[0]
-    questions = make_questions(cast, seed, index) if name.endswith(".mp4") else []
+    questions = make_questions(cast, seed, index) if asks else []
     rng = scene_rng(world, seed, index, salt=5)
     known = tuple(bool(rng.random() < leaked) for _ in questions)
     asked = tuple(_given_away(question, rng) if k else question for question, k in zip(questions, known, strict=True))
