@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from safetensors import SafetensorError
 
@@ -39,6 +40,24 @@ def writing(path: Path) -> Iterator[Path]:
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append(file: IO[bytes], line: bytes, path: Path) -> None:
+    """Write a line at the end of a file opened for it; it is on the disk when this returns.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    try:
+        left = memoryview(line)
+        while left:  # an unbuffered file may take a part
+            left = left[file.write(left) :]
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def relative(path: Path, file: Path) -> str:

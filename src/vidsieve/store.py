@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from vidsieve.errors import EvaluationError, OutputError
-from vidsieve.files import writing
+from vidsieve.files import append, writing
 
 RUN = "run.json"
 
@@ -95,12 +94,7 @@ class Store:
             If it cannot be written.
         """
         line = json.dumps({"unit": unit, **record}, ensure_ascii=False) + "\n"
-        try:
-            self._file.write(line.encode())
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self._file.name}: {error.strerror}") from None
+        append(self._file, line.encode(), Path(self._file.name))
 
     def records(self) -> dict[str, dict[str, Any]]:
         """Return every unit that some process has measured; of one that two have, what the first file says.

@@ -234,3 +234,18 @@ def test_what_is_written_is_read_again_word_for_word(tmp_path, layout):
         right = ["ABCD".index(row["answer"]) if len(row["answer"]) == 1 else bare[n].index(row["answer"])
                  for n, row in enumerate(choices)]  # fmt: skip
         assert [question.options[n] for n, question in zip(right, asked, strict=True)] == [q.answer for q in asked]
+
+
+def test_a_broken_image_takes_no_other_pseudo_video_with_it(testbed, tmp_path):
+    """What is passed over is what was shown together: an image that two rows share stays in the one that is whole."""
+    from PIL import Image
+
+    for name in "ab":
+        Image.new("RGB", (48, 48), "red").save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    pairs = [("broken", "a"), ("a", "b")]
+    rows = [{"frames": [[f"{name}.png", 2] for name in pair], "caption": "red ."} for pair in pairs]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = FilePrompts(adapter_for(testbed[0]), testbed[1], tmp_path / "rows.jsonl")
+    assert [prompts.caption(number).key.rpartition(":")[2] for number in (0, 1, 2, 3)] == ["1"] * 4
+    assert prompts.skipped.videos["broken"] == 1

@@ -81,14 +81,14 @@ def check_file(
     good = np.isin(np.arange(len(table)), view.numbers)
     seconds, bad, videos = 0.0, [], sum(1 for _ in table.files())
     if decode:
-        there = _there(view)
+        there, readable = _there(view), videos - skipped.videos["missing"]
         for done, ((key, name, shown, video), (length, fault)) in enumerate(_probed(there, frames, threads), 1):
             seconds += length
             if fault:
                 bad.append(key)
                 skipped.broken(name, shown, fault, file=path, video=video)
             if progress is not None:
-                progress(done, videos - skipped.videos["missing"])
+                progress(done, readable)
     good &= np.isin(np.arange(len(table)), table.without(bad))
     rows, usable = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     example = None

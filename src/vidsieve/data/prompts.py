@@ -107,14 +107,14 @@ class FilePrompts:
             rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
         taken = {"question": array("q"), "caption": array("q")}
         for number, row in zip(rows.numbers.tolist(), rows, strict=True):
-            if only is None or only(keys_of(row)):
+            if only is None or only(rows.table.shown(number)):
                 for field, numbers in taken.items():
                     if field in row:
                         numbers.append(number)
         self.choices, self.captions = (View(rows.table, np.array(numbers, np.int64)) for numbers in taken.values())
         keys, shown = rows.table.keys()
         self.videos = np.unique(keys[np.isin(shown, np.concatenate([self.choices.numbers, self.captions.numbers]))])
-        self._broken: set[int] = set()
+        self._broken: set[frozenset[int]] = set()
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
 
     def first_of(self, keys: Sequence[int]) -> str:
@@ -139,13 +139,13 @@ class FilePrompts:
         for place in range(max(1, len(rows))):
             index, row = self._row(rows, number, what, place)
             keys = keys_of(row)
-            if self._broken & keys:
+            if keys in self._broken:
                 continue
             try:
                 return read(index, row)
             except VideoError as error:
-                if not self._broken & keys:  # another thread may have met it meanwhile
-                    self._broken |= keys
+                if keys not in self._broken:  # another thread may have met it meanwhile
+                    self._broken.add(keys)
                     shown = int(np.isin(rows.table.keys()[0], np.array(list(keys), np.uint64)).sum())
                     self.skipped.broken(files_of(row)[0], shown, str(error), file=self.path, later=True)
         raise TrainingError(f"no video of {self.path} can be read: {self.skipped.summary()}")

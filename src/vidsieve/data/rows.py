@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from vidsieve.data.layouts import Layout, files_of
-from vidsieve.data.reading import MalformedError
+from vidsieve.data.reading import LETTERED, MalformedError
 from vidsieve.data.video_r1 import ASKED, KINDS, Kind
 from vidsieve.errors import TrainingError
 
-_LETTERED = re.compile(r"^\s*\(?([A-Z])[.):]\s*")
 _LETTER = re.compile(r"^\(?([A-Za-z])[.):]?$")
 
 
@@ -63,8 +62,8 @@ def right_option(options: Sequence[str], answer: str) -> int:
     """
     wanted = answer.strip().casefold()
     whole = [option.strip().casefold() for option in options]
-    bare = [_LETTERED.sub("", option).strip().casefold() for option in options]
-    letters = [match.group(1).casefold() if match else "" for match in map(_LETTERED.match, options)]
+    bare = [LETTERED.sub("", option).strip().casefold() for option in options]
+    letters = [match.group(1).casefold() if match else "" for match in map(LETTERED.match, options)]
     for known, looked_for in ((whole, wanted), (bare, wanted), (letters, _letter(wanted))):
         if looked_for in known and looked_for:
             return known.index(looked_for)
@@ -105,12 +104,12 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     name = Path(files_of(row)[0]).name if {"video", "frames"} & row.keys() else "a question"
     if right < 0:
         raise TrainingError(f"the answer {row['answer']!r} of {name} is none of its options {options}")
-    letters = [match.group(1) for match in map(_LETTERED.match, options) if match]
+    letters = [match.group(1) for match in map(LETTERED.match, options) if match]
     question, words = str(row["question"]), options
     unknown = [getattr(tokenizer, "unk_token_id", None)]
     if len(letters) == len(options):
         if any(_ids(tokenizer, letter) == unknown for letter in letters):
-            words = [_LETTERED.sub("", option).strip() for option in options]
+            words = [LETTERED.sub("", option).strip() for option in options]
         else:
             question, words = "\n".join([question, *options, ASKED["multiple choice"]]), letters
     ids = [_ids(tokenizer, word) for word in words]
@@ -123,9 +122,9 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
 def relettered(row: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
     """Return a row with its options in another order; where they have letters, these stay in theirs."""
     options = [str(option) for option in row["options"]]
-    letters = [match.group(0) for match in map(_LETTERED.match, options) if match]
+    letters = [match.group(0) for match in map(LETTERED.match, options) if match]
     listed = len(letters) == len(options)
-    bare = [_LETTERED.sub("", option) if listed else option for option in options]
+    bare = [LETTERED.sub("", option) if listed else option for option in options]
     order = chance.sample(range(len(options)), len(options))
     texts = [f"{letters[place] if listed else ''}{bare[number]}" for place, number in enumerate(order)]
     right = right_option(options, str(row["answer"]))

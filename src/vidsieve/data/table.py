@@ -26,7 +26,6 @@ from vidsieve.data.reading import image_fault
 from vidsieve.data.skipped import Skipped
 from vidsieve.errors import TrainingError
 
-_INSIDE: dict[bool, dict[str, Any]] = {False: {}, True: {"inside": True}}
 Keys = NDArray[np.uint64]
 
 
@@ -69,6 +68,10 @@ class Table(Sequence[dict[str, Any]]):
         self._file.flush()
         start, end = self._ends[number], self._ends[number + 1]
         return json.loads(os.pread(self._file.fileno(), end - start, start))
+
+    def shown(self, number: int) -> frozenset[int]:
+        """Return the keys of the files that row `number` shows."""
+        return frozenset(self._keys[self._key_ends[number] : self._key_ends[number + 1]])
 
     def keys(self) -> tuple[Keys, NDArray[np.int64]]:
         """Return the keys of all rows' files in a row, and for each the number of its row."""
@@ -151,7 +154,8 @@ def load_rows(
             elif fault:
                 skipped.add("image that cannot be read", where, fault, file=path)
             else:
-                table.append({key: value for key, value in row.items() if key != "bytes"} | _INSIDE["bytes" in row])
+                inside = {"inside": True} if "bytes" in row else {}
+                table.append({key: value for key, value in row.items() if key != "bytes"} | inside)
         if progress is not None and count % 500 == 0:
             progress(count)
     read = len(table)

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vidsieve.data.layouts import Layout
-from vidsieve.data.reading import MalformedError, raw_records
+from vidsieve.data.reading import LETTERED, MalformedError, raw_records
 from vidsieve.errors import TrainingError, UnknownNameError
 
 Kind = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
@@ -46,7 +46,6 @@ ASKED: dict[Kind, str] = {
 }
 """What closes a prompt, by kind of question; rows of any file are asked alike."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]")
 _LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
 
 
@@ -201,7 +200,7 @@ def _inside(problem: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _lettered(options: list[str], field: str) -> tuple[str, ...]:
-    letters = [match.group(1) if (match := _LETTERED.match(option)) else None for option in options]
+    letters = [match.group(1) if (match := LETTERED.match(option)) else None for option in options]
     if None in letters:
         raise MalformedError(
             f"{field} has {_short(options[letters.index(None)])}, options begin with a letter, as 'A. …'"

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.batch import Encoded, VideoFeatures, on_device
 from vidsieve.data.video import Video
 from vidsieve.errors import UnsupportedCallError
 from vidsieve.pipeline import chat, chat_text
@@ -117,3 +119,10 @@ class _Listener:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+
+def prompt_about(adapter: Adapter, processor: Any, features: VideoFeatures, wording: Wording, question: str) -> Encoded:
+    """Return a prompt that asks a question about a video that is encoded already."""
+    inputs = on_device(wording.inputs(processor, question), adapter.model.device)
+    ready = {"mm_encoder_outputs": adapter.ready_features(features)}
+    return adapter.encode(inputs | ready).with_signals(features.encoder)

@@ -15,7 +15,7 @@ from vidsieve.adapters.batch import Encoded, on_device
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video, read_video
-from vidsieve.data.wording import worded
+from vidsieve.data.wording import prompt_about, worded
 from vidsieve.errors import (
     BudgetError,
     NeedError,
@@ -158,10 +158,8 @@ class Examiner:
                 yield item, self.adapter.encode(inputs, needs=needs)
             return
         (features,) = self.adapter.features(on_device(made, device), needs)
-        ready = {"mm_encoder_outputs": self.adapter.ready_features(features)}
         for item, text in zip(items, texts, strict=True):
-            encoded = self.adapter.encode(on_device(wording.inputs(self.processor, text), device) | ready)
-            yield item, encoded.with_signals(features.encoder)
+            yield item, prompt_about(self.adapter, self.processor, features, wording, text)
 
     def _answer(
         self, encoded: Encoded, item: Item, condition: Condition

@@ -15,7 +15,7 @@ from vidsieve.adapters.batch import Encoded, on_device
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video, read_video
-from vidsieve.data.wording import worded
+from vidsieve.data.wording import prompt_about, worded
 from vidsieve.errors import PromptError, UnknownNameError, UnsupportedCallError
 from vidsieve.pipeline import Answer, Clock, chat, reply
 from vidsieve.types import ENCODER_NEEDS, Need
@@ -98,7 +98,7 @@ class Desk:
             self._known.move_to_end(key)
             video, features, wording = self._known[key]
             with clock.part("encode", device):
-                return video, self._prompt(features, wording, question), True
+                return video, prompt_about(self.adapter, self.processor, features, wording, question), True
         with clock.part("decode"):
             video = read_video(path, frames=self.frames)
         try:
@@ -113,9 +113,4 @@ class Desk:
             self._known[key] = video, features, wording
             while len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
-            return video, self._prompt(features, wording, question), False
-
-    def _prompt(self, features: Any, wording: Any, question: str) -> Encoded:
-        ready = {"mm_encoder_outputs": self.adapter.ready_features(features)}
-        inputs = on_device(wording.inputs(self.processor, question), self.adapter.model.device)
-        return self.adapter.encode(inputs | ready).with_signals(features.encoder)
+            return video, prompt_about(self.adapter, self.processor, features, wording, question), False

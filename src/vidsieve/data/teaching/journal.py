@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from typing import IO, Any
 
 from vidsieve.data.teaching.pacing import WINDOW
 from vidsieve.errors import OutputError, TrainingError
+from vidsieve.files import append
 
 
 class Journal:
@@ -170,12 +170,7 @@ class Journal:
         if self._file is None:
             raise RuntimeError("enter the journal before adding to it")
         line = json.dumps(event).encode() + b"\n"  # ASCII, as captions may hold what UTF-8 does not
-        try:
-            self._file.write(line)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+        append(self._file, line, self.path)
         if "journal" not in event:
             self._take(event, self._end, again=False)
         self._end += len(line)

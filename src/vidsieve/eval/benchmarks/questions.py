@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import cast
 
 from vidsieve.data.layouts import read_all
+from vidsieve.data.reading import LETTERED
 from vidsieve.data.rows import kind_of, right_option
 from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.eval.benchmarks._layout import without_letter
 from vidsieve.eval.items import LETTERS, Benchmark, Item, checked
-
-_LETTERED = re.compile(r"^\s*\(?[A-Z][.):]")
 
 
 def read(path: Path) -> list[Item]:
@@ -41,7 +39,7 @@ def read(path: Path) -> list[Item]:
         right = right_option(options, str(row["answer"]))
         if right < 0:
             raise EvaluationError(f"question {number} of {path}: the answer {row['answer']!r} is none of {options}")
-        listed = all(_LETTERED.match(option) for option in options)
+        listed = all(LETTERED.match(option) for option in options)
         bare = tuple(without_letter(option, place) for place, option in enumerate(options)) if listed else options
         answer = LETTERS[right] if listed else options[right]
         items.append(Item(name, video, str(row["question"]), tuple(bare), answer, groups, listed=listed))

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from vidsieve.errors import OutputError
-from vidsieve.files import writing
+from vidsieve.files import append, writing
 from vidsieve.serving.batching.rows import BatchError, Outcome, line_of
 
 
@@ -177,13 +177,7 @@ class Journal:
         return not changed
 
     def _append(self, line: bytes) -> None:
-        try:
-            left = memoryview(line)
-            while left:
-                left = left[self._file.write(left) :]
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+        append(self._file, line, self.path)
         self._end += len(line)
 
     def _note(self, group: int, outcomes: Sequence[Outcome], place: int) -> None:

@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from array import array
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vidsieve.data.reading import LETTERED
 from vidsieve.errors import VidsieveError
 from vidsieve.eval.benchmarks._layout import without_letter
 from vidsieve.eval.items import LETTERS, Item
 
 GIVEN = "given"
 """Where a row's own fields go whose names an answer or a failure needs."""
-_LETTERED = re.compile(r"^\s*\(?[A-Z][.):]")
 
 Outcome = tuple[bool, dict[str, Any]]
 """Whether a row was answered, and what is written of it."""
@@ -222,7 +221,7 @@ def _texts(value: Any) -> bool:
 
 def _prompt(question: str, options: list[str]) -> str:
     """Return what is asked: as with files of questions in `vidsieve eval`, options are listed if they have letters."""
-    if not options or not all(map(_LETTERED.match, options)):
+    if not options or not all(map(LETTERED.match, options)):
         return question
     bare = tuple(without_letter(option, place) for place, option in enumerate(options))
     return Item("", Path(), question, bare, "").prompt()
