@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,16 +33,18 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.data.video import Video, write_video
-from vidsieve.pipeline import chat, load_model
+from vidsieve.data.video import write_video
+from vidsieve.pipeline import load_model
 from vidsieve.serving.vllm_shared import digest
 from vidsieve.testbed.files import write_scene
 from vidsieve.testbed.model import shipped_model
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast
+from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.testing.tiny_processors import processor_for
 
 FRAMES, TOKENS = 16, 8
+CHUNK = 160  # tokens a step, of all requests: prompts are cut in the middle of a video, and go on in another batch
 RETENTIONS = (1.0, 0.25, 0.1)
 SERVER = {
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
@@ -62,11 +64,13 @@ class Server:
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
 
-    def ask(self, video: Path, text: str, /, tokens: int = TOKENS, **asked: Any) -> Any:
-        """Return the answer of one chat completion."""
-        content = [
-            {"type": "video_url", "video_url": {"url": video.resolve().as_uri()}}, {"type": "text", "text": text},
-        ]  # fmt: skip
+    def ask(self, video: Path | Sequence[Path], text: str, /, tokens: int = TOKENS, **asked: Any) -> Any:
+        """Return the answer of one chat completion about a video, or several."""
+        videos = [video] if isinstance(video, Path) else video
+        content: list[dict[str, Any]] = [
+            {"type": "video_url", "video_url": {"url": one.resolve().as_uri()}} for one in videos
+        ]
+        content.append({"type": "text", "text": text})
         extra: dict[str, Any] = {"mm_processor_kwargs": {"vidsieve": asked}} if asked else {}
         return self.client.chat.completions.create(
             model=self.client.models.list().data[0].id, temperature=0, max_tokens=tokens,
@@ -128,27 +132,39 @@ def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
         process.wait(60)
 
 
-def qwen(folder: Path) -> tuple[Any, Any]:
-    """Return a small random Qwen2.5-VL with its processor, both written to a folder."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from vidsieve.testing.tiny_models import qwen2_5_vl
-
-    config = qwen2_5_vl().config  # heads of 32, the least that vLLM's CPU kernels take
+def qwen(family: str, folder: Path) -> tuple[Any, Any]:
+    """Return a small random Qwen2.5-VL or Qwen3-VL with its processor, both written to a folder."""
+    tiny = FAMILIES[family]()
+    config, rope = tiny.config, dict(tiny.config.text_config.rope_parameters)
+    # Heads of 32, the least that vLLM's CPU kernels take.
     config.text_config.update({
-        "hidden_size": 128, "intermediate_size": 256, "rope_parameters": {
-            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-    })  # fmt: skip
+        "hidden_size": 128, "intermediate_size": 256, "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
+    } | ({"head_dim": 32} if family == "qwen3_vl" else {}))  # fmt: skip
     config.vision_config.update({"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128})
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    model = type(tiny)(config).eval()
     for weight in model.parameters():  # wide enough that answers depend on the video
-        torch.nn.init.normal_(weight, std=0.08 if weight.ndim > 1 else 0.02)
-    model.config.vidsieve_template = qwen2_5_vl().config.vidsieve_template
-    processor = processor_for("qwen2_5_vl")
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.15)
+    processor = processor_for(family)
+    if family == "qwen3_vl":
+        processor.tokenizer = telling_time(processor.tokenizer)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model, processor
+
+
+def telling_time(tokenizer: Any) -> Any:
+    """Return a tokenizer of tiny models in which each tenth of a second up to eight has a token of its own."""
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = state["model"]["vocab"]
+    spare = sorted(number for word, number in words.items() if re.fullmatch(r"w\d+", word))[:80]
+    named = {number: f"<{place / 10:.1f}" for place, number in enumerate(spare)}
+    state["model"]["vocab"] = {named.get(number, word): number for word, number in words.items()}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return tokenizer
 
 
 def policies(model: Any, folder: Path) -> dict[str, str]:
@@ -165,32 +181,45 @@ def policies(model: Any, folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("score", "cacovid")}
 
 
-def read(path: Path) -> Video:
-    """Return the frames that vLLM's own reader makes of a file."""
+def read(path: Path) -> tuple[Any, Any]:
+    """Return the frames that vLLM's own reader makes of a file, and what it says about them."""
+    from transformers.video_utils import VideoMetadata
     from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 
     frames, about = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(path.read_bytes(), num_frames=FRAMES)
-    pixels = np.asarray(frames)
-    duration = float(about["duration"])
-    return Video(pixels, np.zeros(len(pixels)), (), duration, float(about["fps"]), len(pixels), pixels.shape[1:3])
+    return np.asarray(frames), VideoMetadata(**{key: about[key] for key in about if key != "do_sample_frames"})
+
+
+def inputs_of(processor: Any, clips: Sequence[tuple[Any, Any]], question: str) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about videos as `read` gives them."""
+    content = [*({"type": "video"} for _ in clips), {"type": "text", "text": question}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    )
+    pixels, about = ([clip[part] for clip in clips] for part in (0, 1))
+    made = processor(text=[text], videos=pixels, video_metadata=about, do_sample_frames=False, return_tensors="pt")
+    return dict(made)
 
 
 @torch.no_grad()
-def locally(model: Any, processor: Any, video: Video, question: str, method: Any) -> tuple[str, int, str]:
-    """Return answer, prompt tokens and the digest of what was kept, under transformers in vLLM's position mode."""
-    inputs = chat(processor, video, question)
-    mode = "legacy" if "video_grid_thw" in inputs else "compact"
-    mark = ""
-    if method is None:
-        method = vidsieve.load("uniform", retention=1.0)
-    adapter = adapter_for(model, positions=mode)
-    pruned = adapter.prune(inputs, method)
-    if method.retention != 1.0:
-        mark = digest(adapter.select(adapter.encode(inputs, needs=method.needs), method)[0][0].indices)
+def locally(model: Any, processor: Any, paths: Sequence[Path], question: str, method: Any) -> tuple[str, int, set[str]]:
+    """Return answer, prompt tokens and digests of what was kept, under transformers in vLLM's position mode.
+
+    Of several videos each is selected from alone, as vLLM does: it encodes them before it knows what is around them.
+    """
+    clips = [read(path) for path in paths]
+    inputs = inputs_of(processor, clips, question)
+    adapter = adapter_for(model, positions="legacy" if "video_grid_thw" in inputs else "compact")
+    encoded = adapter.encode(inputs)
+    selections = encoded.everything()
+    if method is not None:
+        alone = (adapter.encode(inputs_of(processor, [clip], question), needs=method.needs) for clip in clips)
+        selections = [adapter.select(one, method)[0][0] for one in alone]
+    pruned = adapter.build(encoded, encoded.per_row(selections))
     out = model.generate(**pruned.inputs, max_new_tokens=TOKENS, do_sample=False, use_cache=True)
     length = pruned.inputs["input_ids"].shape[1]
     text = processor.tokenizer.decode(out[0, length:], skip_special_tokens=True)
-    return text.strip(), length, mark
+    return text.strip(), length, {digest(one.indices) for one in selections} if method is not None else set()
 
 
 def parity(
@@ -203,31 +232,43 @@ def parity(
         options = (
             "--method", method, "--policy", folders[method], "--retention", "0.25", "--max-model-len", "4096",
             "--mm-processor-kwargs", json.dumps({"do_sample_frames": False}),  # the reader has sampled
+            "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "8",
         )  # fmt: skip
         with serving(where, folder, *options) as server:
-            jobs = [(video, question, kept) for video, question in videos for kept in RETENTIONS]
+            jobs = [((video,), question, kept) for video, question in videos for kept in RETENTIONS]
+            last = {question: video for video, question in videos}  # two videos in a prompt, of which one comes twice
+            pairs = [(video, list(last.values())[-1 - number]) for number, (video, _) in enumerate(videos[:6])]
+            jobs += [(pair, videos[n][1], kept) for n, pair in enumerate(pairs) for kept in RETENTIONS]
 
-            def ask(job: tuple[Path, str, float], server: Server = server, method: str = method) -> Any:
-                video, question, kept = job
+            def ask(job: tuple[Sequence[Path], str, float], server: Server = server, method: str = method) -> Any:
+                clips, question, kept = job
                 more = {"question": question} if method == "cacovid" else {}
-                return server.ask(video, question, retention=kept, **more)
+                return server.ask(clips, question, retention=kept, **more)
 
             with ThreadPoolExecutor(6) as pool:  # pruned and unpruned ones in one batch
                 answers = list(pool.map(ask, jobs))
             marks = {mark for *_, mark in server.said()}
-            tally = {kept: {"requests": 0, "same_text": 0, "same_tokens": 0, "same_indices": 0} for kept in RETENTIONS}
-            differ = []
-            for (video, question, kept), answer in zip(jobs, answers, strict=True):
+            tally = {
+                (len(clips), kept): dict.fromkeys(("requests", "same_text", "same_tokens", "same_indices"), 0)
+                for clips, _, kept in jobs
+            }
+            differ, texts = [], set()
+            for (clips, question, kept), answer in zip(jobs, answers, strict=True):
                 chosen = vidsieve.load(method, folders[method], retention=kept) if kept < 1 else None
-                text, length, mark = locally(model, processor, read(video), question, chosen)
-                said, counts = answer.choices[0].message.content.strip(), tally[kept]
+                text, length, kept_marks = locally(model, processor, clips, question, chosen)
+                said, counts = answer.choices[0].message.content.strip(), tally[len(clips), kept]
+                texts.add(text)
                 counts["requests"] += 1
                 counts["same_text"] += said == text
                 counts["same_tokens"] += answer.usage.prompt_tokens == length
-                counts["same_indices"] += not mark or mark in marks
+                counts["same_indices"] += kept_marks <= marks
                 if said != text:
-                    differ.append([video.name, question, kept, said, text])
-            row: dict[str, Any] = {"method": method, "by_retention": tally, "differ": differ[:5]}
+                    differ.append([[clip.name for clip in clips], question, kept, said, text])
+            row: dict[str, Any] = {
+                "method": method, "by_retention": {kept: tally[1, kept] for kept in RETENTIONS},
+                "two_videos": {kept: tally[2, kept] for kept in RETENTIONS}, "different_texts": len(texts),
+                "differ": differ[:5],
+            }  # fmt: skip
             video = videos[0][0]
             first = [question for where, question in videos if where == video][:2]
             before = len(server.said())
@@ -294,7 +335,7 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
     processor.save_pretrained(where)
     rng = np.random.default_rng(3)
     clips = []
-    for number in range(requests):
+    for number in range(requests + 1):  # one to begin with
         clip = folder / "clips" / f"{number}.mp4"
         write_video(clip, rng.integers(0, 255, (64, 144, 144, 3), np.uint8), 8.0, crf=40)
         clips.append(clip)
@@ -302,26 +343,23 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
     for name, options in (("all tokens", ()), ("10 %", ("--method", "divprune", "--retention", "0.1"))):
         # The cache of pixels, four gigabytes by default, would grow all through the run.
         more = (
-            "--mm-processor-cache-gb",
-            "0.3",
-            "--max-num-batched-tokens",
-            "4096",
-            "--max-model-len",
-            "4096",
-            "--media-io-kwargs",
-            json.dumps({"video": {"num_frames": 64, "video_backend": "opencv"}}),
-        )
+            "--mm-processor-cache-gb", "0.3", "--max-num-batched-tokens", "4096", "--max-model-len", "4096",
+            "--media-io-kwargs", json.dumps({"video": {"num_frames": 64, "video_backend": "opencv"}}),
+        )  # fmt: skip
         with serving(str(where), folder, *options, *more) as server:
             server.ask(clips[0], "what colour is the new seal ?")
             grown: list[float] = []
 
-            def ask(clip: Path, server: Server = server, grown: list[float] = grown) -> tuple[float, int]:
+            def ask(clip: Path, server: Server = server, grown: list[float] = grown) -> tuple[float, int | None]:
                 start = time.perf_counter()
-                made = server.ask(clip, "what colour is the new seal ?")
+                try:
+                    tokens = server.ask(clip, "what colour is the new seal ?").usage.prompt_tokens
+                except openai.APIError:
+                    tokens = None
                 spent = time.perf_counter() - start
                 if int(clip.stem) % 20 == 0:
                     grown.append(round(server.memory()))
-                return spent, made.usage.prompt_tokens
+                return spent, tokens
 
             start = time.perf_counter()
             with ThreadPoolExecutor(concurrency) as pool:
@@ -329,7 +367,8 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
             wall = time.perf_counter() - start
             times = sorted(seconds for seconds, _ in spent)
             rows[name] = {
-                "requests": len(spent), "errors": 0, "prompt_tokens": statistics.median(t for _, t in spent),
+                "requests": len(spent), "errors": sum(t is None for _, t in spent),
+                "prompt_tokens": statistics.median(t for _, t in spent if t is not None),
                 "requests_per_second": len(spent) / wall, "p50_s": times[len(times) // 2],
                 "p95_s": times[int(0.95 * len(times))], "megabytes": grown,
             }  # fmt: skip
@@ -343,13 +382,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--load", type=int, default=200)
-    parser.add_argument("--only", choices=("testbed", "qwen", "load"))
+    parser.add_argument("--only", choices=("testbed", "qwen2_5_vl", "qwen3_vl", "load"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     import transformers
     import vllm
 
-    result: dict[str, Any] = {"versions": {
+    result: dict[str, Any] = {"tokens_a_step": CHUNK, "versions": {
         "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
     }}  # fmt: skip
     if options.json and options.json.exists():
@@ -368,10 +407,11 @@ def main() -> None:
             shipped = {"score": "testbed", "cacovid": "testbed"}
             where = str(shipped_model("model"))
             result["testbed"] = parity("testbed", model, processor, where, shipped, videos, folder)
-        if options.only in (None, "qwen"):
-            model, processor = qwen(folder / "qwen")
-            made = policies(model, folder)
-            result["qwen"] = parity("qwen2.5-vl, tiny", model, processor, str(folder / "qwen"), made, videos, folder)
+        for family, said in (("qwen2_5_vl", "Qwen2.5-VL, tiny"), ("qwen3_vl", "Qwen3-VL, tiny")):
+            if options.only in (None, family):
+                model, processor = qwen(family, folder / family)
+                made = policies(model, folder / family)
+                result[family] = parity(said, model, processor, str(folder / family), made, videos, folder)
         if options.only in (None, "load"):
             result["load"] = load(folder, options.load, 16, layers=4)
     if options.json:

@@ -38,6 +38,7 @@ from vidsieve.types import Tokens
 
 CLASSES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }  # fmt: skip
 
 
@@ -136,16 +137,18 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     placed = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts") if key in inputs}
     grid, settings = features.grid, Settings(method)
     count = kept_of(settings, asked_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
+    whole, columns = inputs["input_ids"][0], encoded.videos[0].columns
+    before = 3 if family == "qwen3_vl" else 0  # the first frame's time, in two words, and mark
+    stands = whole[int(columns[0]) - before : int(columns[-1]) + 1 + bool(before) + len(features.tail)]
     indices, kept, positions = selector(
-        features.embeds, grid, count, prompt if name == "cacovid" else None, features.tail, placed
+        features.embeds, grid, count, prompt if name == "cacovid" else None, stands, features.tail, placed
     )
     assert torch.equal(indices, wanted.indices) and digest(indices) == digest(wanted.indices)
     assert torch.equal(kept, features.embeds[indices] if wanted.embeds is None else wanted.embeds)
-    theirs = encoded.positions[adapter.position_rows, 0][:, encoded.videos[0].columns]
+    positions = positions[:, stands == adapter.video_token_id][:, : grid.num_tokens]
+    theirs = encoded.positions[adapter.position_rows, 0][:, columns]
     assert torch.equal(positions - positions[..., :1], theirs - theirs[..., :1])
-    everything, whole, _ = selector(
-        features.embeds, features.grid, features.grid.num_tokens, None, features.tail, placed
-    )
+    everything, whole, _ = selector(features.embeds, grid, grid.num_tokens, None, stands, features.tail, placed)
     assert torch.equal(whole, features.embeds) and len(everything) == grid.num_tokens
 
 

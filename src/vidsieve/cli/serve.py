@@ -19,7 +19,9 @@ SERVER = "vllm.entrypoints.openai.api_server"
 
 def serve(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a LLaVA-OneVision or Qwen2.5-VL; 'testbed'.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a LLaVA-OneVision, Qwen2.5-VL or Qwen3-VL; 'testbed'.")
+    ],
     method: Annotated[
         str | None, typer.Option(help="A method that acts before the LLM.", show_default="nothing is pruned")
     ] = None,

@@ -14,7 +14,7 @@ from vllm.model_executor.models import llava_onevision as theirs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vidsieve.serving.vllm_processing import PruningProcessor
-from vidsieve.serving.vllm_shared import Selector, Shadow, settings_of
+from vidsieve.serving.vllm_shared import CARRIED, Selector, Shadow, carried, check_engine, settings_of
 from vidsieve.types import TokenGrid
 
 
@@ -40,14 +40,16 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
     """vLLM's model; a video's embeddings are cut to what stays before they are cached."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        self._vidsieve = settings_of(vllm_config.model_config.hf_config)
+        if self._vidsieve is not None:
+            check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._vidsieve = settings_of(self.config)
         self._selector: Selector | None = None
         self._asked: dict[str, Any] = {}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Return the embeddings of every image and video, the latter pruned."""
-        self._asked = {name: kwargs.pop(name, None) for name in PruningProcessor.fields}
+        self._asked = {name: kwargs.pop(name, None) for name in CARRIED}
         return super().embed_multimodal(**kwargs)
 
     def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
@@ -66,8 +68,8 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
         for place, video in enumerate(whole):
             tokens = video.reshape(-1, video.shape[-1])
             grid = TokenGrid((len(tokens) - 1) // side**2, side, side)
-            count, prompt = PruningProcessor.read(self._asked, place)
-            _, kept, _ = self._selector(tokens[:-1], grid, count, prompt, tokens[-1:])
+            count, prompt = carried(self._asked, place)
+            _, kept, _ = self._selector(tokens[:-1], grid, count, prompt, tail=tokens[-1:])
             found.append(torch.cat([kept, tokens[-1:]]))
         return found
 

@@ -10,6 +10,7 @@ from typing import Any
 MODELS = {
     "LlavaOnevisionForConditionalGeneration": "vidsieve.serving.vllm_llava_onevision:LlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "vidsieve.serving.vllm_qwen2_5_vl:Qwen25VL",
+    "Qwen3VLForConditionalGeneration": "vidsieve.serving.vllm_qwen3_vl:Qwen3VL",
 }
 """Architecture: the class that serves it."""
 

@@ -14,9 +14,19 @@ from vllm.multimodal.processing import PromptReplacement
 
 from vidsieve.errors import VidsieveError
 from vidsieve.pipeline import chat_text
-from vidsieve.serving.vllm_shared import KEY, Asked, Settings, asked_of, kept_of, settings_of
+from vidsieve.serving.vllm_shared import (
+    CARRIED,
+    COUNT,
+    KEY,
+    PROMPT,
+    TOTAL,
+    Asked,
+    Settings,
+    asked_of,
+    kept_of,
+    settings_of,
+)
 
-COUNT, PROMPT, TOTAL = "vidsieve_count", "vidsieve_prompt", "vidsieve_total"
 REMEMBERED = 10_000
 """Videos whose number of tokens is remembered, for the metrics of cached ones."""
 
@@ -24,7 +34,6 @@ REMEMBERED = 10_000
 class PruningProcessor:
     """Mixed in before a processor of vLLM's; every video carries its count, and the prompt that a method reads."""
 
-    fields: ClassVar[tuple[str, ...]] = (COUNT, PROMPT, TOTAL)
     token_field: ClassVar[str]
     """Where the model's configuration has the id of a video's placeholder."""
     info: Any
@@ -74,9 +83,7 @@ class PruningProcessor:
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
         config = dict(super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs)))  # type: ignore[misc]
-        ours = {
-            name: MultiModalFieldConfig.batched("video", keep_on_cpu=True) for name in self.fields if name in hf_inputs
-        }
+        ours = {name: MultiModalFieldConfig.batched("video", keep_on_cpu=True) for name in CARRIED if name in hf_inputs}
         return config | ours
 
     def _get_prompt_updates(
@@ -120,12 +127,6 @@ class PruningProcessor:
         ids = processor.tokenizer(chat_text(processor, asked.question), return_tensors="pt")["input_ids"]
         found: Tensor = ids
         return found
-
-    @staticmethod
-    def read(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None]:
-        """Return how many tokens of video `place` of a batch stay, and the prompt that its method reads, if any."""
-        prompt = fields[PROMPT][place].flatten()
-        return int(fields[COUNT][place]), prompt if len(prompt) else None
 
 
 @cache

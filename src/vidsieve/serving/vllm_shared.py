@@ -20,7 +20,15 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError, NeedError, PromptError, RetentionError, StageError, UnknownNameError
+from vidsieve.errors import (
+    BudgetError,
+    NeedError,
+    PromptError,
+    RetentionError,
+    StageError,
+    UnknownNameError,
+    UnsupportedCallError,
+)
 from vidsieve.loading import load
 from vidsieve.selection import kept_tokens
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid, Tokens
@@ -29,6 +37,8 @@ LOG = logging.getLogger("vllm.vidsieve")
 KEY = "vidsieve"
 SETTINGS = ("method", "policy", "retention", "variant", "seed")
 FIELDS = ("question", "retention")
+CARRIED = COUNT, PROMPT, TOTAL = "vidsieve_count", "vidsieve_prompt", "vidsieve_total"
+"""What each video has with it on its way from vLLM's processor to the model."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,20 @@ def retention_of(value: Any) -> float | Tokens:
     return number
 
 
+def check_engine(vllm_config: Any, ours: float | None = None) -> None:
+    """Refuse settings of vLLM's that go around our pruning; `ours` is the rate that we set ourselves.
+
+    Raises
+    ------
+    UnsupportedCallError
+    """
+    rate = vllm_config.model_config.multimodal_config.video_pruning_rate
+    if rate and rate != ours:
+        raise UnsupportedCallError(f"--video-pruning-rate {rate} is vLLM's own pruning: leave it out, vidsieve prunes")
+    if getattr(vllm_config.compilation_config, "cudagraph_mm_encoder", False):
+        raise UnsupportedCallError("cudagraph_mm_encoder hands videos on before they are pruned: leave it out")
+
+
 @dataclass(frozen=True)
 class Asked:
     """What a request asks beside its prompt: the question that a method reads, and a retention of its own."""
@@ -143,6 +167,12 @@ def kept_of(settings: Settings | None, asked: Asked, tokens: int) -> int:
         return tokens
     retention = settings.method.retention if asked.retention is None else asked.retention
     return kept_tokens(retention, tokens)
+
+
+def carried(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None]:
+    """Return how many tokens of video `place` of a batch stay, and the prompt that its method reads, if any."""
+    prompt = fields[PROMPT][place].flatten()
+    return int(fields[COUNT][place]), prompt if len(prompt) else None
 
 
 def digest(indices: Tensor) -> str:
@@ -206,10 +236,10 @@ class Selector:
 
     @torch.no_grad()
     def __call__(
-        self, embeds: Tensor, grid: TokenGrid, count: int, prompt: Tensor | None, tail: Tensor | None = None,
-        inputs: Mapping[str, Any] | None = None,
+        self, embeds: Tensor, grid: TokenGrid, count: int, prompt: Tensor | None, stands: Tensor | None = None,
+        tail: Tensor | None = None, inputs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        """Return raster indices (K,) of what stays, the embeddings (K, D) there, and positions (rows, N) of all.
+        """Return raster indices (K,) of what stays, the embeddings (K, D) there, and positions (rows, M) of all ids.
 
         Parameters
         ----------
@@ -219,6 +249,8 @@ class Selector:
             K.
         prompt : Tensor, (L,), int64, or None
             The prompt that the method reads, the video a single placeholder; None: just the video.
+        stands : Tensor, (M,), int64, optional
+            The ids that stand for the video: placeholders, and text between them. Default: N + E placeholders.
         tail : Tensor, (E, D), optional
             Tokens outside the grid, which always stay.
         inputs : mapping, optional
@@ -228,14 +260,14 @@ class Selector:
         token, outside = adapter.video_token_id, embeds[:0] if tail is None else tail
         ids = torch.tensor([token]) if prompt is None else prompt.cpu()
         (place,) = (ids == token).nonzero().flatten().tolist()
-        filled = torch.full((grid.num_tokens + len(outside),), token)
+        filled = torch.full((grid.num_tokens + len(outside),), token) if stands is None else stands.cpu()
         ids = torch.cat([ids[:place], filled, ids[place + 1 :]])[None].to(embeds.device)
         call = {
             "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids),
             "mm_encoder_outputs": adapter.ready_features(VideoFeatures(embeds, grid, outside)), **(inputs or {}),
         }  # fmt: skip
         encoded = adapter.encode(call)
-        positions = encoded.positions[adapter.position_rows, 0][:, encoded.videos[0].columns]
+        positions = encoded.positions[adapter.position_rows, 0][:, place : place + len(filled)]
         if count == grid.num_tokens:
             everything = torch.arange(count, device=embeds.device)
             return everything, embeds, positions

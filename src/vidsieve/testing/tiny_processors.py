@@ -60,7 +60,10 @@ def processor_for(family: str) -> Any:
         "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
         "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
     }[family]
-    images = t.Qwen2VLImageProcessor(**{k: v for k, v in look.items() if k != "cap_pixels_per_frame"})
+    still = {k: v for k, v in look.items() if k != "cap_pixels_per_frame"}
+    if family == "qwen3_vl":  # as its checkpoints have it; vLLM takes videos' from images
+        still |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    images = t.Qwen2VLImageProcessor(**still)
     return kind(
         image_processor=images, tokenizer=tokenizer, video_processor=video(**look),
         chat_template=CHAT.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
