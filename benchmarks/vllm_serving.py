@@ -138,7 +138,7 @@ def qwen(family: str, folder: Path) -> tuple[Any, Any]:
     config, rope = tiny.config, dict(tiny.config.text_config.rope_parameters)
     # Heads of 32, the least that vLLM's CPU kernels take.
     config.text_config.update({
-        "hidden_size": 128, "intermediate_size": 256, "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
+        "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 8192, "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
     } | ({"head_dim": 32} if family == "qwen3_vl" else {}))  # fmt: skip
     config.vision_config.update({"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128})
     torch.manual_seed(0)
@@ -230,7 +230,7 @@ def parity(
     result: dict[str, Any] = {"model": name, "rows": []}
     for method in ("score", "cacovid"):
         options = (
-            "--method", method, "--policy", folders[method], "--retention", "0.25", "--max-model-len", "4096",
+            "--method", method, "--policy", folders[method], "--retention", "0.25",
             "--mm-processor-kwargs", json.dumps({"do_sample_frames": False}),  # the reader has sampled
             "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "8",
         )  # fmt: skip
@@ -304,7 +304,7 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
     for name, where, text, asked in (
         ("wrong field", video, question, good | {"retension": 0.1}),
         ("wrong retention", video, question, good | {"retention": 3}),
-        ("too long", video, "what " * 5000, good), ("unreadable video", broken, question, good),
+        ("too long", video, "what " * 10_000, good), ("unreadable video", broken, question, good),
         ("no question", video, question, {}),
     ):  # fmt: skip
         if name == "no question" and method != "cacovid":

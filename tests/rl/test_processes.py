@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +160,42 @@ def test_a_stop_of_one_process_stops_both_after_one_step_with_a_checkpoint(testb
     assert f"interrupted after step {steps} of 1000".encode() in said, said[-2000:]
     assert read_header(folder / CHECKPOINT)["step"] == steps
     assert_same(one_process(testbed, tmp_path / "one", "score", 1000, 2), lines[:2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["score", "cacovid"])
+def test_a_frozen_model_shared_out_by_fsdp_trains_the_same(testbed, tmp_path, method):
+    """The script of docs/training.md, in two processes that hold half of each decoder layer."""
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (script,) = (part for part in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "fully_shard" in part)
+    settings = {
+        "steps": 4, "prompts_per_step": 4, "log_every": 1, "save_every": 50, "eval_every": 2, "eval_prompts": 6,
+        "rollout_tokens": 1_000_000,
+    }  # fmt: skip
+    for documented, ours in (
+        ('"score"', repr(method)), ('Path("runs/shared")', f"Path({str(tmp_path / 'two')!r})"),
+        ('{"steps": 100, "rollout_tokens": 1_000_000}', repr(settings)),
+    ):  # fmt: skip
+        assert documented in script
+        script = script.replace(documented, ours)
+    look = (
+        "from torch.distributed.tensor import DTensor\n"
+        "shared = [w for w in model.model.language_model.layers.parameters() if isinstance(w, DTensor)]\n"
+        "print('shared out', len(shared), all(2 * w.to_local().numel() == w.numel() for w in shared))\n"
+    )
+    before, end = script.split("del model")
+    script = f"{before}{look}del shared\ndel model{end}"
+    (tmp_path / "share.py").write_text(script)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "share.py")], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    weights = len(list(testbed[0].model.language_model.layers.parameters()))
+    assert done.stdout.count(f"shared out {weights} True") == 2
+    train_policy(method, *testbed, tmp_path / "one", settings, model_name="testbed")
+    assert_same(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"))
 
 
 def wait_for(condition, seconds=150):
