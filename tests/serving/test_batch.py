@@ -442,6 +442,14 @@ def test_mistakes_are_told(cli, tmp_path, given, said):
     assert said in cli("batch", source, tmp_path / given[0], *given[1:], fails=True)
 
 
+def test_not_one_answer_is_a_failure(fake, tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "in.jsonl", [{"video": "gone.mp4", "question": "what ?"}] * 3)
+    assert run(monkeypatch, source, tmp_path / "out.jsonl") == 1
+    assert "0 of 3 rows answered, 3 failed" in capsys.readouterr().out
+    assert len(lines(tmp_path / "out.failed.jsonl")) == 3
+    assert run(monkeypatch, source, tmp_path / "out.jsonl") == 1, "nor is a second look at it a success"
+
+
 def test_ray_that_is_not_there(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     said = cli("batch", made(tmp_path), tmp_path / "out.jsonl", "--ray", fails=True)
