@@ -291,32 +291,47 @@ def parity(
                 "video_tokens": server.metric("vidsieve_video_tokens_total"),
                 "kept": server.metric("vidsieve_video_tokens_kept_total"),
             }
-            row["faults"] = faults(server, video, first[0], folder, method)
+            row["faults"] = faults(server, video, first[0], folder, method, processor.video_token)
             result["rows"].append(row)
             print(json.dumps(row))
     return result
 
 
-def faults(server: Server, video: Path, question: str, folder: Path, method: str) -> dict[str, Any]:
-    """Return what wrong requests get, and whether the server lives on."""
+def faults(server: Server, video: Path, question: str, folder: Path, method: str, mark: str) -> dict[str, Any]:
+    """Return what wrong requests get, and whether the server lives on; `mark` is a video's placeholder."""
     broken = folder / "broken.mp4"
     broken.write_bytes(b"nothing")
+    fresh = folder / f"fresh-{method}.mp4"  # refused with a video that vLLM has not seen, it must answer about it later
+    write_scene(fresh, world="A", seed=92, index=0)
     good: dict[str, Any] = {"question": question} if method == "cacovid" else {}
     found: dict[str, Any] = {}
-    for name, where, text, asked in (
+    limit = server.client.models.list().data[0].model_extra["max_model_len"]
+    for name, where, text, fields in (
         ("wrong field", video, question, good | {"retension": 0.1}),
         ("wrong retention", video, question, good | {"retention": 3}),
-        ("too long", video, "what " * 10_000, good), ("unreadable video", broken, question, good),
-        ("no question", video, question, {}),
+        ("too long", fresh, "what " * 10_000, good), ("unreadable video", broken, question, good),
+        # Fits but for the video's tokens: refused when vLLM has the video in its cache, and its engine has not.
+        ("too long with the video", fresh, "what " * (limit - 50), good | {"retention": 1.0}),
+        ("placeholder in the text", video, f"what is {mark} ?", good),
+        *([] if method != "cacovid" else [
+            ("no question", video, question, {}),
+            ("long question", video, question, {"question": "what " * 10_000}),
+            ("placeholder in the question", video, question, {"question": f"what is {mark} ?"}),
+        ]),
     ):  # fmt: skip
-        if name == "no question" and method != "cacovid":
-            continue
         try:
-            server.ask(where, text, **asked)
+            server.ask(where, text, **fields)
             found[name] = "answered"
         except openai.APIStatusError as error:
             found[name] = [error.status_code, str(error.message)[:200]]
-    found["lives_on"] = server.ask(video, question, **good).usage.prompt_tokens > 0
+    found["lives_on"] = all(server.ask(one, question, **good).usage.prompt_tokens for one in (video, fresh))
+    found["after too long with the video"] = []  # vLLM's own: a 500, then answers
+    for _ in range(2):
+        try:
+            server.ask(fresh, question, **good, retention=1.0)
+            found["after too long with the video"].append("answered")
+        except openai.APIStatusError as error:
+            found["after too long with the video"].append(error.status_code)
     return found
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from vidsieve.errors import VidsieveError
+from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.pipeline import chat_text
 from vidsieve.serving.vllm_shared import (
     CARRIED,
@@ -53,6 +54,8 @@ class PruningProcessor:
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         """Return vLLM's inputs, and count for the metrics page what stays of their videos."""
+        if self._settings() is not None:
+            self._check_placeholders(inputs)  # first: a video that vLLM has cached by then is not with its engine
         made = super().apply(inputs, timing_ctx)  # type: ignore[misc]
         ranges, hashes = (made[name].get("video", []) for name in ("mm_placeholders", "mm_hashes"))
         for place, (span, key) in enumerate(zip(ranges, hashes, strict=False)):
@@ -104,6 +107,14 @@ class PruningProcessor:
         others = [update for update in updates if update.modality != "video"]
         return [*others, PromptReplacement(modality="video", target=[token], replacement=placeholders)]
 
+    def _check_placeholders(self, inputs: Any) -> None:
+        """Refuse a prompt that writes placeholders out: the model would take them for a part of a video."""
+        config, counts = self.info.get_hf_config(), inputs.mm_data_items.get_all_counts()
+        for name in ("video", "image"):
+            token = next(t for suffix in ("id", "index") if (t := getattr(config, f"{name}_token_{suffix}", None)))
+            if inputs.prompt.count(token) > counts.get(name, 0):
+                raise ValueError(f"the prompt holds the placeholder of {name}s in its text: leave it out")
+
     # -- ours -----------------------------------------------------------------------------------------------
 
     def _settings(self) -> Settings | None:
@@ -114,19 +125,28 @@ class PruningProcessor:
 
     def _asked(self, kwargs: Mapping[str, object]) -> tuple[Settings | None, Asked]:
         settings = self._settings()
-        try:
+        with _told():
             return settings, asked_of(kwargs, settings)
-        except VidsieveError as error:  # to vLLM a ValueError is the request's own fault, 400
-            raise ValueError(str(error)) from None
 
     def _prompt(self, asked: Asked) -> Tensor:
         """Return the ids (1, L) of the prompt that a method reads, the video a single placeholder; (1, 0) for none."""
         if asked.question is None:
             return torch.empty(1, 0, dtype=torch.int64)
-        processor = self.info.get_hf_processor()
-        ids = processor.tokenizer(chat_text(processor, asked.question), return_tensors="pt")["input_ids"]
-        found: Tensor = ids
+        processor, most = self.info.get_hf_processor(), self.info.ctx.model_config.max_model_len
+        with _told():
+            found: Tensor = processor.tokenizer(chat_text(processor, asked.question), return_tensors="pt")["input_ids"]
+            if found.shape[1] > most:
+                raise PromptError(f"vidsieve.question has {found.shape[1]} tokens; this server's limit is {most}")
         return found
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Raise our errors as what vLLM takes for the request's own fault, 400."""
+    try:
+        yield
+    except VidsieveError as error:
+        raise ValueError(str(error)) from None
 
 
 @cache
