@@ -18,11 +18,20 @@ from vidsieve.errors import OutputError
 def writing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`, renamed to it when the block ends well and removed when it fails.
 
+    A link stays one: the file it names is replaced. What is there and no file, as a pipe, is written to as it is.
+
     Raises
     ------
     OutputError
         If the folder or the file cannot be written.
     """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        try:
+            yield path
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)

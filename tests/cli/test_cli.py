@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from vidsieve.cli.main import main, method_markdown
+from vidsieve.cli.shared import write_json
 from vidsieve.cli.train import field_docs, shown_default
 from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.testbed.files import write_scene, write_scenes
@@ -261,7 +264,8 @@ MISTAKES = [
     (["--method", "score", "--policy", "/nowhere"], "no policy in /nowhere"),
     (["--json", "/proc/nowhere/x.json"], "cannot write /proc/nowhere/x.json"),
     (["--frames", "0"], "frames"),
-    (["--fps", "nan"], "fps"),
+    (["--fps", "nan"], "--fps must be a finite number above 0, got nan"),
+    (["--fps", "-1"], "got -1"),
     (["--layout", "gird"], "Did you mean 'grid'"),
     (["--layout", "grid"], "odd number of patches"),
 ]
@@ -368,3 +372,24 @@ def test_a_stopped_evaluation_says_what_is_kept(monkeypatch, tmp_path, capsys):
 def test_few_videos_are_said_to_be_too_few(cli):
     out = cli("eval", "testbed", "--methods", "random", "--retention", "0.5", "--questions", "30")
     assert "2 videos are too few for these errors" in out
+
+
+def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
+    file, link, pipe = (tmp_path / name for name in ("file.json", "link.json", "pipe"))
+    file.write_text("old")
+    link.symlink_to(file)
+    write_json(link, {"a": 1})
+    assert link.is_symlink() and json.loads(file.read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    read = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    write_json(pipe, {"a": 2})
+    reader.join(10)
+    assert json.loads(read[0]) == {"a": 2} and pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "link.json", "pipe"]
+
+
+def test_plan_takes_names_in_any_case_and_numbers_that_are_some(cli):
+    assert "qwen2.5-vl-7b" in cli("plan", "--model", "Qwen2.5-VL-7B", "--gpu", "h100").lower()
+    assert "got inf" in cli("plan", "--model", "qwen2.5-vl-7b", "--gpu", "h100", "--videos-per-day", "inf", fails=True)

@@ -380,8 +380,8 @@ def test_fifty_rows_without_an_answer_are_enough(fake, tmp_path):
     with pytest.raises(BatchError, match=r"none of the first 52 rows .* because: gone; nothing is kept\. Is --vid"):
         answer_file(source, target, Settings(batch=4))
     assert len(fake.asked) == 52 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-    write(source, [{"video": "gone.mp4", "question": "what ?"}] * 49)
-    assert answer_file(source, target, Settings()).failed == 49 and target.read_bytes() == b""
+    write(source, [{"video": "v.mp4", "question": "what ?"}, *[{"video": "gone.mp4", "question": "what ?"}] * 60])
+    assert answer_file(source, target, Settings()).failed == 60, "one answer: it is not all of them"
 
 
 def test_memory_holds_three_numbers_a_group(tmp_path):
@@ -435,6 +435,8 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
     (["out.jsonl", "--workers", "2"], "are for --ray: give it too"),
     (["out.jsonl", "--ray", "--device", "cuda:1"], "Ray gives each worker its GPU"),
     (["out.jsonl", "--method", "evz"], "'evs'"),
+    (["out.jsonl", "--fps", "0"], "--fps must be a finite number above 0, got 0"),
+    (["out.jsonl", "--policy", "testbed"], "divprune is not trained and takes no policy"),
     (["out.jsonl", "--model", "nothing"], "no model 'nothing'"), (["out.jsonl", "--retention", "2"], "retention"),
 ])  # fmt: skip
 def test_mistakes_are_told(cli, tmp_path, given, said):
@@ -444,10 +446,9 @@ def test_mistakes_are_told(cli, tmp_path, given, said):
 
 def test_not_one_answer_is_a_failure(fake, tmp_path, monkeypatch, capsys):
     source = write(tmp_path / "in.jsonl", [{"video": "gone.mp4", "question": "what ?"}] * 3)
-    assert run(monkeypatch, source, tmp_path / "out.jsonl") == 1
-    assert "0 of 3 rows answered, 3 failed" in capsys.readouterr().out
-    assert len(lines(tmp_path / "out.failed.jsonl")) == 3
-    assert run(monkeypatch, source, tmp_path / "out.jsonl") == 1, "nor is a second look at it a success"
+    assert run(monkeypatch, source, tmp_path / "out.jsonl") == 2
+    assert "none of the 3 rows could be answered, the first because: gone; nothing is kept" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"], "the next command has nothing in its way"
 
 
 def test_ray_that_is_not_there(cli, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -142,3 +143,15 @@ def test_the_page(clips, tmp_path):
         [sys.executable, "-c", PAGE, str(clips / "0.mp4"), str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert "all right" in done.stdout, done.stdout + done.stderr
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(cli):
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        said = cli("ui", "--model", "nowhere/nothing", "--port", taken.getsockname()[1], fails=True)
+    assert "Address already in use; choose another --port" in said
+    assert "cannot listen on 203.0.113.7:7860" in cli(
+        "ui", "--model", "nowhere/nothing", "--host", "203.0.113.7", fails=True
+    )

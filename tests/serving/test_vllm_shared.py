@@ -34,7 +34,7 @@ from vidsieve.serving.vllm_shared import (
 )
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.testing.tiny_processors import processor_for
-from vidsieve.types import Tokens
+from vidsieve.types import TokenGrid, Tokens
 
 CLASSES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -100,6 +100,7 @@ def test_a_request_asks_beside_its_prompt():
     for wrong, settings, said in [
         ({"vidsieve": {"question": "?"}}, None, "does not prune"), ({"vidsieve": "x"}, blind, "must be an object"),
         ({"vidsieve": {"quest": "?"}}, blind, "Did you mean 'question'"), ({}, reads, "cacovid reads the question"),
+        ({"vidseive": {"retention": 0.1}}, blind, "Did you mean 'vidsieve'"),
         ({"vidsieve": {"question": " "}}, reads, "not empty"), ({"vidsieve": {"retention": 2}}, blind, "fraction in"),
     ]:  # fmt: skip
         with pytest.raises((PromptError, UnknownNameError, RetentionError), match=said):
@@ -152,6 +153,34 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     assert torch.equal(whole, features.embeds) and len(everything) == grid.num_tokens
 
 
+def test_a_question_without_a_word_is_told_before_a_policy_reads_it():
+    processor, template = processor_for("qwen2_5_vl"), adapter_for(FAMILIES["qwen2_5_vl"]()).template()
+
+    def mask(question):
+        ids = processor.tokenizer(f"<|im_start|> user {question} <|im_end|>", return_tensors="pt")["input_ids"][0]
+        return template.question_mask(ids)
+
+    assert mask("what").sum() == 1
+    for question in ("", "<|im_end|> what", "<|video_pad|>"):
+        with pytest.raises(PromptError, match="no word that the model knows"):
+            mask(question)
+
+
+def test_a_method_that_fails_in_vllms_worker_does_not_end_it(monkeypatch, caplog):
+    """It would end the server and every request in it: tokens are kept evenly, and the log says so."""
+    model = FAMILIES["qwen2_5_vl"]()
+    method = vidsieve.load("divprune", retention=0.5)
+    shadow = Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings(), torch.device("cpu"))
+    selector = Selector(Settings(method), shadow)
+    monkeypatch.setattr(type(method), "compress", lambda *_, **__: 1 / 0)
+    placed = {"video_grid_thw": torch.tensor([[2, 4, 4]])}
+    with caplog.at_level("ERROR"):
+        indices, kept, _ = selector(torch.randn(8, 64), TokenGrid(2, 2, 2), 4, None, inputs=placed)
+    assert len(indices) == len(kept) == 4 and len(set(indices.tolist())) == 4
+    assert "divprune failed: of these 8 tokens 4 are kept evenly instead" in caplog.text
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_the_command_is_vllms_own(cli, tmp_path):
     said = cli(
         "serve", "testbed", "--method", "score", "--retention", "0.1", "--print", "--port", "8011", "--dtype", "float32"
@@ -162,3 +191,29 @@ def test_the_command_is_vllms_own(cli, tmp_path):
     assert "--hf-overrides" not in cli("serve", "testbed", "--print")
     assert "acts inside LLM layers" in cli("serve", "testbed", "--method", "fastv", "--print", fails=True)
     assert "--policy x needs --method" in cli("serve", "testbed", "--policy", "x", "--print", fails=True)
+    said = cli("serve", "testbed", "--method", "divprune:official", "--retention", "64t", "--print")
+    settings = json.loads(said.split("--hf-overrides ")[1].split("'")[1])["vidsieve"]
+    assert settings == {"method": "divprune", "variant": "official", "retention": "64t", "seed": 0}
+    assert "--hf-overrides" not in cli("serve", "testbed", "--method", "full", "--print")
+
+
+def test_options_of_vllms_that_would_undo_the_pruning(cli):
+    def serve(*options, fails=False):
+        return cli("serve", "testbed", *options, "--print", fails=fails)
+
+    for given in (["--hf-overrides", '{"a": {"b": 1}}'], ['--hf_overrides={"a": {"b": 1}}']):
+        said = serve("--method", "divprune", *given, "--port", "1")
+        assert said.count("overrides") == 1 and said.endswith("--port 1")
+        assert json.loads(said.split("--hf-overrides ")[1].split("'")[1])["a"] == {"b": 1}
+    for options, told in [
+        (["--method", "divprune", "--hf-overrides.a.b", "1"], "would undo the pruning"),
+        (["--method", "divprune", "--hf-overrides", "x"], "must be a JSON object, got 'x'"),
+        (["--method", "divprune", "--hf-overrides", '{"vidsieve": {}}'], "holds vidsieve"),
+        (["--method", "divprune", "--video-pruning-rate", "0.5"], "vLLM's own pruning"),
+        (["--method", "divprune", "--video_pruning_rate=0.5"], "vLLM's own pruning"),
+        (["--method", "divprune", "--retention", "0.5,0.1"], "got '0.5,0.1'"),
+        (["--retention", "0.5"], "--retention 0.5 needs --method"), (["--seed", "3"], "--seed 3 needs --method"),
+        (["--model", "other"], "the first argument here"),
+    ]:  # fmt: skip
+        assert told in serve(*options, fails=True), options
+    assert "--video-pruning-rate 0.5" in serve("--video-pruning-rate", "0.5"), "without us it is vLLM's own affair"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.errors import NeedError
+from vidsieve.errors import NeedError, PromptError
 from vidsieve.types import EncoderOutputs, Selection, TokenGrid
 
 
@@ -40,6 +40,8 @@ class Template:
         ------
         NeedError
             If the prompt holds no user turn in this template.
+        PromptError
+            If its turn has no word: nothing but blanks, markers and words unknown to the tokenizer.
         """
         ids = input_ids.tolist()
         starts = [i for i in range(len(ids) - 1) if ids[i] == self.turn_start and ids[i + 1] == self.user]
@@ -49,6 +51,8 @@ class Template:
         last = next((i for i in range(first, len(ids)) if ids[i] == self.turn_end), len(ids))
         mask = torch.zeros(len(ids), dtype=torch.bool, device=input_ids.device)
         mask[[i for i in range(first, last) if ids[i] not in self.ignore]] = True
+        if not mask.any():
+            raise PromptError("the question has no word that the model knows: a method that reads it cannot choose")
         return mask
 
 

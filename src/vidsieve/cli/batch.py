@@ -105,8 +105,6 @@ def batch(
     write_json(json, as_dict(report, paths, settings))
     if report.stopped:
         raise typer.Exit(130)
-    if report.rows and not report.answered:
-        raise typer.Exit(1)
 
 
 def _cluster(ray: bool, address: str | None, workers: int) -> Cluster | None:

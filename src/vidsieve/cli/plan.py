@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import Json, Layout, check_output, out, parse_retentions, quiet, table, write_json
+from vidsieve.cli.shared import Json, Layout, check_output, out, parse_retentions, positive, quiet, table, write_json
 from vidsieve.errors import EvaluationError
 
 
@@ -40,7 +40,7 @@ def plan(
     answer_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 64,
     dtype: Annotated[str, typer.Option(help="Of weights and caches: bf16, fp16 or fp32.")] = "bf16",
     batch: Annotated[int, typer.Option("--batch", "--concurrency", help="Requests decoded together.", min=1)] = 8,
-    videos_per_day: Annotated[float, typer.Option(help="How many machines for these?", min=1)] = 1e6,
+    videos_per_day: Annotated[float, typer.Option(help="How many machines for these?", min=1, callback=positive)] = 1e6,
     layout: Layout = None,
     json: Json = None,
 ) -> None:

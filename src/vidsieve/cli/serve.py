@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import out, parse_retentions
-from vidsieve.errors import PluginError, PolicyError
+from vidsieve.cli.shared import out, parse_retention
+from vidsieve.errors import PluginError, PolicyError, UnsupportedCallError
 
 SERVER = "vllm.entrypoints.openai.api_server"
 
@@ -23,15 +23,20 @@ def serve(
         str, typer.Argument(help="Folder or hub id of a LLaVA-OneVision, Qwen2.5-VL or Qwen3-VL; 'testbed'.")
     ],
     method: Annotated[
-        str | None, typer.Option(help="A method that acts before the LLM.", show_default="nothing is pruned")
+        str | None,
+        typer.Option(help="A method that acts before the LLM, or name:variant.", show_default="nothing is pruned"),
     ] = None,
     policy: Annotated[
         str | None, typer.Option(help="Folder of a trained policy, for cacovid and score.", show_default=False)
     ] = None,
     retention: Annotated[
-        str, typer.Option(help="Fraction of video tokens kept, or a count such as 512t; requests may ask another.")
-    ] = "0.25",
-    seed: Annotated[int, typer.Option(help="Seed of methods that draw.")] = 0,
+        str | None,
+        typer.Option(
+            help="Fraction of video tokens kept, or a count such as 512t; requests may ask another.",
+            show_default="0.25",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of methods that draw.", show_default="0")] = None,
     dry: Annotated[bool, typer.Option("--print", help="Print vLLM's command, start nothing.")] = False,
 ) -> None:
     """Serve a model by vLLM, videos pruned before the LLM reads them; all further options are vLLM's own.
@@ -50,7 +55,7 @@ def serve(
 
 
 def server_command(
-    model: str, method: str | None, policy: str | None, retention: str, seed: int, extra: list[str]
+    model: str, method: str | None, policy: str | None, retention: str | None, seed: int | None, extra: list[str]
 ) -> list[str]:
     """Return vLLM's command line: its own server, the plug-in's settings in ``--hf-overrides``.
 
@@ -58,25 +63,71 @@ def server_command(
     ------
     RetentionError, UnknownNameError, StageError, NeedError, BudgetError, PolicyError
         If the method cannot run before the LLM as vLLM needs it.
+    UnsupportedCallError
+        If further options are in each other's way, or in that of the pruning.
     """
+    _check(extra, method)
     command = [sys.executable, "-m", SERVER, "--model", _folder(model), "--trust-request-mm-kwargs"]
-    if method is None:
+    if method is None or method == "full":
         if policy is not None:
             raise PolicyError(f"--policy {policy} needs --method, cacovid or score")
+        for name, value in (("--retention", retention), ("--seed", seed)):
+            if value is not None:
+                raise UnsupportedCallError(f"{name} {value} needs --method: without one nothing is pruned")
         return [*command, *extra]
     from types import SimpleNamespace
 
     from vidsieve.serving.vllm_shared import settings_of
     from vidsieve.types import Tokens
 
-    (kept,) = parse_retentions(retention)[:1]
-    settings = {"method": method, "retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed}
+    kept, (method, _, variant) = parse_retention(retention or "0.25"), method.partition(":")
+    settings: dict[str, object] = {"method": method}
+    if variant:
+        settings["variant"] = variant
+    settings |= {"retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed or 0}
     if policy is None and model == "testbed" and method in ("cacovid", "score"):
         policy = "testbed"
     if policy is not None:
         settings["policy"] = policy
     settings_of(SimpleNamespace(vidsieve=settings))  # what is wrong is told before a model is loaded
-    return [*command, "--hf-overrides", json_module.dumps({"vidsieve": settings}), *extra]
+    overrides, extra = _overrides(extra)
+    return [*command, "--hf-overrides", json_module.dumps(overrides | {"vidsieve": settings}), *extra]
+
+
+def _check(extra: list[str], method: str | None) -> None:
+    """Refuse options of vLLM's that go around ours."""
+    for option in extra:
+        name = option.partition("=")[0].replace("_", "-")
+        if name == "--model":
+            raise UnsupportedCallError("--model is the first argument here: vidsieve serve MODEL")
+        if method not in (None, "full") and name.startswith("--video-pruning-"):
+            raise UnsupportedCallError(f"{name} is vLLM's own pruning: leave it or --method out")
+        if method not in (None, "full") and name.startswith("--hf-overrides."):
+            raise UnsupportedCallError(
+                f"{name} would undo the pruning: give one --hf-overrides with a JSON object, --method is added to it"
+            )
+
+
+def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
+    """Return the caller's own overrides of the configuration, and the further options without them."""
+    found: dict[str, object] = {}
+    rest, options = [], iter(extra)
+    for option in options:
+        name, _, value = option.partition("=")
+        if name.replace("_", "-") != "--hf-overrides":
+            rest.append(option)
+            continue
+        text = value or next(options, "")
+        try:
+            given = json_module.loads(text)
+        except ValueError:
+            given = None
+        if not isinstance(given, dict):
+            raise UnsupportedCallError(f"--hf-overrides must be a JSON object, got {text!r}")
+        if "vidsieve" in given:
+            raise UnsupportedCallError("--hf-overrides holds vidsieve: leave that or --method out")
+        found |= given
+    return found, rest
 
 
 def _folder(model: str) -> str:

@@ -46,7 +46,23 @@ Model = Annotated[
     str, typer.Option("--model", help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
 ]
 Frames = Annotated[int | None, typer.Option("--frames", help="Frames taken evenly from the video.", show_default="16")]
-Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False)]
+
+
+def positive(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Return an option's value if it is a finite number above 0, or None where it was not given.
+
+    Raises
+    ------
+    EvaluationError
+    """
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise EvaluationError(f"{param.opts[0]} must be a finite number above 0, got {value:g}")
+    return value
+
+
+Fps = Annotated[
+    float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
+]
 Layout = Annotated[
     str | None,
     typer.Option("--layout", help="'grid' for a LLaVA-Video checkpoint, as it was trained.", show_default=False),

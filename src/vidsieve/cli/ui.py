@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.shared import Model, Threads, err, out, quiet, set_threads, words
-from vidsieve.errors import PluginError
+from vidsieve.errors import OutputError, PluginError
 
 
 def ui(
@@ -28,6 +29,7 @@ def ui(
     """Open a page: choose a video, ask, move the retention; see answer, kept tokens and time change."""
     if importlib.util.find_spec("gradio") is None:
         raise PluginError("gradio is not installed here: pip install 'vidsieve[ui]'")
+    _check_address(host, port)
     set_threads(threads)
     quiet()
     from vidsieve.compressors.base import Compressor
@@ -54,6 +56,24 @@ def ui(
             server_name=host, server_port=port, share=False, quiet=True, show_error=True,
             max_file_size=max_upload * 2**20, allowed_paths=[folder],
         )  # fmt: skip
+
+
+def _check_address(host: str, port: int) -> None:
+    """Refuse an address that nobody can listen on, before a model is loaded.
+
+    Raises
+    ------
+    OutputError
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise OutputError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --port, or a --host of this machine"
+        ) from None
 
 
 def _examples(folder: Path) -> list[list[str]]:

@@ -68,8 +68,10 @@ def method_for(name: str, model: str, policy: str | None = None, **fields: Any) 
     ------
     UnknownNameError, PolicyError
     """
+    base = name.partition(":")[0]
+    if policy is not None and not is_folder(name) and not registry.compressors.get(base).trained:
+        raise PolicyError(f"{base} is not trained and takes no policy; leave {policy} out")
     if policy is None and not is_folder(name):
-        base = name.partition(":")[0]
         if model == "testbed":
             policy = "testbed"
         elif registry.compressors.get(base).trained:

@@ -94,8 +94,8 @@ def answer_file(
     Raises
     ------
     BatchError
-        If the input cannot be read, the outputs are another run's, none of the first rows can be answered, or the
-        device is out of memory or lost.
+        If the input cannot be read, the outputs are another run's, none of the first rows or of all can be answered,
+        or the device is out of memory or lost.
     ModelError, UnknownNameError, PolicyError, OutputError, …
         As `Answerer`.
     """
@@ -117,7 +117,7 @@ def answer_file(
             with closing(settled):
                 for group, outcomes in settled:
                     journal.add(group, outcomes)
-                    _check_hope(journal)
+                    _check_hope(journal, rows.count)
                     if progress is not None:
                         progress(len(journal), rows.count)
                     if stop():
@@ -127,6 +127,7 @@ def answer_file(
             if len(journal) < rows.count:
                 raise BatchError(f"{rows.count - len(journal)} rows are not settled: run the same command again")
             rows.check()
+            _check_hope(journal, rows.count)
             _write(paths, journal)
         return Report(rows.count, journal.answered, journal.failed, before, stopped, not stopped)
 
@@ -148,17 +149,18 @@ def _check_free(paths: Paths) -> None:
             raise OutputError(f"{path} is there, and no {paths.journal.name} says of what: name another output")
 
 
-def _check_hope(journal: Journal) -> None:
-    """End a run that answers nothing, and leave nothing of it.
+def _check_hope(journal: Journal, rows: int) -> None:
+    """End a run that answers nothing of its first rows, or of all, and leave nothing of it.
 
     Raises
     ------
     BatchError
     """
-    if len(journal) >= HOPELESS and not journal.answered:
+    if len(journal) >= min(HOPELESS, rows) and not journal.answered:
         journal.discard()
+        first = "first " if len(journal) < rows else ""
         raise BatchError(
-            f"none of the first {len(journal)} rows could be answered, the first because: {journal.fault}; nothing is "
+            f"none of the {first}{len(journal)} rows could be answered, the first because: {journal.fault}; nothing is "
             "kept. Is --video-root the folder that the rows' paths start from?"
         )
 

@@ -84,7 +84,8 @@ def read_model(name: str, layout: str | None = None) -> Model:
     UnsupportedModelError, UnsupportedCallError
         If its family is not supported, or has no such layout.
     """
-    return model_of(name, BLUEPRINTS[name][1]() if name in BLUEPRINTS else _config(name), layout)
+    size = name.lower()
+    return model_of(name, BLUEPRINTS[size][1]() if size in BLUEPRINTS else _config(name), layout)
 
 
 def model_of(name: str, config: Any, layout: str | None = None) -> Model:

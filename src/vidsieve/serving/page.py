@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import VidsieveError
@@ -26,11 +27,12 @@ def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
 
     def ask(video: str | None, question: str, method: str, retention: float) -> tuple[str, Any, str]:
         if not video:
-            raise gr.Error("Choose a video first.")
+            raise gr.Error("Choose a video first.", print_exception=False)
         try:
             return shown(desk.ask(video, question or "", method, retention))
         except VidsieveError as error:
-            raise gr.Error(str(error)) from None
+            said = str(error).replace(video, Path(video).name)  # where the page keeps uploads says nothing
+            raise gr.Error(said, print_exception=False) from None
 
     names = list(desk.methods)
     with gr.Blocks(title=f"vidsieve: {title}", analytics_enabled=False) as page:
@@ -69,6 +71,6 @@ def shown(reply: Reply) -> tuple[str, Any, str]:
         figure = kept_figure(reply.video.pixels, trace.grid, {made.method: trace.indices}, columns=6)
     lines.append("video encoded before, features reused" if reply.reused else "video decoded and encoded")
     parts = [(part, made.ms[part]) for part in PARTS if part in made.ms]
-    table = ["| " + " | ".join(part for part, _ in parts) + " | in all |", "|" + "---|" * (len(parts) + 1)]
-    table.append("| " + " | ".join(f"{ms:.0f} ms" for _, ms in parts) + f" | {sum(ms for _, ms in parts):.0f} ms |")
+    parts.append(("in all", sum(ms for _, ms in parts)))
+    table = ["| part | ms |", "|---|--:|", *(f"| {part} | {ms:.0f} |" for part, ms in parts)]
     return made.text, figure, "\n\n".join(lines) + "\n\n" + "\n".join(table)

@@ -43,6 +43,7 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
         self._vidsieve = settings_of(vllm_config.model_config.hf_config)
         if self._vidsieve is not None:
             check_engine(vllm_config)
+            self._vidsieve.announce()
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._selector: Selector | None = None
         self._asked: dict[str, Any] = {}

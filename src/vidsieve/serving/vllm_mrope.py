@@ -57,6 +57,7 @@ class CarriesPositions:
         self._vidsieve = settings_of(vllm_config.model_config.hf_config)
         if self._vidsieve is not None:
             check_engine(vllm_config, RATE)
+            self._vidsieve.announce()
             vllm_config.model_config.multimodal_config.video_pruning_rate = RATE
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._shadow: Shadow | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
+from vidsieve.adapters.batch import template_of
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.pipeline import chat_text
 from vidsieve.serving.vllm_shared import (
@@ -25,6 +27,7 @@ from vidsieve.serving.vllm_shared import (
     Settings,
     asked_of,
     kept_of,
+    retention_in,
     settings_of,
 )
 
@@ -61,16 +64,26 @@ class PruningProcessor:
         for place, (span, key) in enumerate(zip(ranges, hashes, strict=False)):
             item = made["mm_kwargs"]["video"][place]
             if item is not None and TOTAL in item:  # None: cached, its total is known
-                self._totals()[key] = int(item[TOTAL].data)
+                total, outside = item[TOTAL].data.tolist()
+                self._totals()[key] = total, outside
             if key in self._totals():
                 self._totals().move_to_end(key)
-                counted(span.length, self._totals()[key])
+                total, outside = self._totals()[key]
+                counted(span.length - outside, total)
             while len(self._totals()) > REMEMBERED:
                 self._totals().popitem(last=False)
         return made
 
-    def _totals(self) -> OrderedDict[str, int]:
-        found: OrderedDict[str, int] = self.__dict__.setdefault("_vidsieve_totals", OrderedDict())
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Return vLLM's keys, the same for requests that keep the same tokens, however they say so."""
+        settings, asked = self._asked(inputs.hf_processor_mm_kwargs)
+        if settings is not None:
+            same = {"question": asked.question, "retention": str(retention_in(settings, asked))}
+            inputs = replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: same})
+        return super()._get_mm_hashes(inputs)  # type: ignore[misc]
+
+    def _totals(self) -> OrderedDict[str, tuple[int, int]]:
+        found: OrderedDict[str, tuple[int, int]] = self.__dict__.setdefault("_vidsieve_totals", OrderedDict())
         return found
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
@@ -80,7 +93,7 @@ class PruningProcessor:
         if settings is not None and videos:
             sizes = [self.tokens_of(place, mm_items, made) for place in range(videos)]
             made[COUNT] = torch.tensor([kept_of(settings, asked, grid) for grid, _ in sizes])
-            made[TOTAL] = torch.tensor([grid + outside for grid, outside in sizes])
+            made[TOTAL] = torch.tensor(sizes)
             made[PROMPT] = self._prompt(asked).expand(videos, -1)
         return made
 
@@ -137,6 +150,7 @@ class PruningProcessor:
             found: Tensor = processor.tokenizer(chat_text(processor, asked.question), return_tensors="pt")["input_ids"]
             if found.shape[1] > most:
                 raise PromptError(f"vidsieve.question has {found.shape[1]} tokens; this server's limit is {most}")
+            template_of(self.info.get_hf_config()).question_mask(found[0])  # the worker has nobody to tell
         return found
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -52,6 +53,14 @@ class Settings:
     def asks(self) -> bool:
         """Whether the method reads the question."""
         return Need.QUESTION in self.method.needs
+
+    def announce(self) -> None:
+        """Say in the server's log what it prunes by."""
+        LOG.info(
+            "vidsieve prunes videos: %s, retention %s unless a request asks another",
+            self.method.name,
+            self.method.retention,
+        )
 
 
 def settings_of(config: Any) -> Settings | None:
@@ -137,6 +146,9 @@ def asked_of(kwargs: Mapping[str, Any], settings: Settings | None) -> Asked:
     PromptError, UnknownNameError, RetentionError
         If it asks what the server does not do, or leaves the question out that its method reads.
     """
+    for name in kwargs:
+        if name != KEY and get_close_matches(name, [KEY], cutoff=0.8):
+            raise UnknownNameError("field of mm_processor_kwargs", name, [KEY])
     given = kwargs.get(KEY)
     if given is None:
         given = {}
@@ -165,8 +177,12 @@ def kept_of(settings: Settings | None, asked: Asked, tokens: int) -> int:
     """Return how many of a video's tokens stay: known before the vision encoder runs."""
     if settings is None:
         return tokens
-    retention = settings.method.retention if asked.retention is None else asked.retention
-    return kept_tokens(retention, tokens)
+    return kept_tokens(retention_in(settings, asked), tokens)
+
+
+def retention_in(settings: Settings, asked: Asked) -> float | Tokens:
+    """Return the retention of a request: its own, or the server's."""
+    return settings.method.retention if asked.retention is None else asked.retention
 
 
 def carried(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None]:
@@ -272,7 +288,11 @@ class Selector:
             everything = torch.arange(count, device=embeds.device)
             return everything, embeds, positions
         method = self.settings.method.with_retention(Tokens(count))
-        (selection,), _ = adapter.select(encoded, method, Generator().manual_seed(self.settings.seed))
+        try:
+            (selection,), _ = adapter.select(encoded, method, Generator().manual_seed(self.settings.seed))
+        except Exception:  # in vLLM's worker it would end the server, and every request that it has
+            LOG.exception("%s failed: of these %d tokens %d are kept evenly instead", method.name, len(embeds), count)
+            selection = load("uniform", retention=Tokens(count)).compress(adapter.video_tokens(encoded, 0))
         indices = selection.indices.to(embeds.device)
         LOG.info("%s kept %d of %d video tokens, %s", method.name, count, grid.num_tokens, digest(indices))
         kept = embeds[indices] if selection.embeds is None else selection.embeds.to(embeds)

@@ -183,10 +183,14 @@ def read_group(path: Path, root: Path, size: int, start: int, line: int) -> list
     return rows
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON's")
+
+
 def read_row(text: bytes, line: int, root: Path) -> Row:
     """Return the row in a line of a file."""
     try:
-        fields = json.loads(text.decode("utf-8-sig"))
+        fields = json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
     except UnicodeDecodeError as error:
         return Row(line, None, fault=f"line {line} is not UTF-8: {error}")
     except (ValueError, RecursionError) as error:
