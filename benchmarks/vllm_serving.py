@@ -275,7 +275,7 @@ def parity(
             first = [question for where, question in videos if where == video][:2]
             before = len(server.said())
             for question in first:
-                server.ask(video, question, retention=0.05, **({"question": question} if method == "cacovid" else {}))
+                server.ask(video, question, retention=0.05, question=question)  # ignored where it is not read
             fresh = server.said()[before:]
             row["two_questions_one_video"] = {"selected": len(fresh), "different": len({mark for *_, mark in fresh})}
             hits, selected = server.metric("vllm:mm_cache_hits_total"), len(server.said())
@@ -315,6 +315,7 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
         ("placeholder in the text", video, f"what is {mark} ?", good),
         *([] if method != "cacovid" else [
             ("no question", video, question, {}),
+            ("question without a word", video, question, {"question": "<|im_end|> what"}),
             ("long question", video, question, {"question": "what " * 10_000}),
             ("placeholder in the question", video, question, {"question": f"what is {mark} ?"}),
         ]),
