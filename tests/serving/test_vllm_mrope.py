@@ -25,6 +25,7 @@ class Theirs:
 
     def __init__(self, *, vllm_config, prefix=""):
         self.config = vllm_config.model_config.hf_config
+        self.language_model = vllm_config.language_model
 
 
 class Served(CarriesPositions, Theirs):
@@ -44,10 +45,10 @@ def served(model, **settings):
     rate = SimpleNamespace(video_pruning_rate=None)
     compiled = SimpleNamespace(cudagraph_mm_encoder=False)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=model.config, multimodal_config=rate), compilation_config=compiled
-    )
+        model_config=SimpleNamespace(hf_config=model.config, multimodal_config=rate), compilation_config=compiled,
+        language_model=SimpleNamespace(embed_input_ids=model.get_input_embeddings()),
+    )  # fmt: skip
     made = type("Served", (Served,), {"transformers_class": type(model).__name__})(vllm_config=config)
-    made.language_model = SimpleNamespace(embed_input_ids=model.get_input_embeddings())
     assert rate.video_pruning_rate == RATE
     return made
 

@@ -131,8 +131,9 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
         encoded = adapter.encode(inputs)
         (wanted,), _ = adapter.select(encoded, method, torch.Generator().manual_seed(7))
     features = encoded.videos[0].features
-    shadow = Shadow(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids), torch.device("cpu"))
+    shadow = Shadow(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids))
     assert all(weight.is_meta for weight in shadow.adapter.model.parameters())
+    assert shadow.adapter.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
     selector = Selector(Settings(method, seed=7), shadow)
     prompt = processor.tokenizer(chat_text(processor, question), return_tensors="pt")["input_ids"][0]
     placed = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts") if key in inputs}
@@ -170,7 +171,7 @@ def test_a_method_that_fails_in_vllms_worker_does_not_end_it(monkeypatch, caplog
     """It would end the server and every request in it: tokens are kept evenly, and the log says so."""
     model = FAMILIES["qwen2_5_vl"]()
     method = vidsieve.load("divprune", retention=0.5)
-    shadow = Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings(), torch.device("cpu"))
+    shadow = Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings())
     selector = Selector(Settings(method), shadow)
     monkeypatch.setattr(type(method), "compress", lambda *_, **__: 1 / 0)
     placed = {"video_grid_thw": torch.tensor([[2, 4, 4]])}

@@ -66,9 +66,10 @@ def server_command(
     UnsupportedCallError
         If further options are in each other's way, or in that of the pruning.
     """
-    _check(extra, method)
+    method = None if method == "full" else method
+    _check(extra, pruned=method is not None)
     command = [sys.executable, "-m", SERVER, "--model", _folder(model), "--trust-request-mm-kwargs"]
-    if method is None or method == "full":
+    if method is None:
         if policy is not None:
             raise PolicyError(f"--policy {policy} needs --method, cacovid or score")
         for name, value in (("--retention", retention), ("--seed", seed)):
@@ -94,15 +95,15 @@ def server_command(
     return [*command, "--hf-overrides", json_module.dumps(overrides | {"vidsieve": settings}), *extra]
 
 
-def _check(extra: list[str], method: str | None) -> None:
+def _check(extra: list[str], pruned: bool) -> None:
     """Refuse options of vLLM's that go around ours."""
     for option in extra:
         name = option.partition("=")[0].replace("_", "-")
         if name == "--model":
             raise UnsupportedCallError("--model is the first argument here: vidsieve serve MODEL")
-        if method not in (None, "full") and name.startswith("--video-pruning-"):
+        if pruned and name.startswith("--video-pruning-"):
             raise UnsupportedCallError(f"{name} is vLLM's own pruning: leave it or --method out")
-        if method not in (None, "full") and name.startswith("--hf-overrides."):
+        if pruned and name.startswith("--hf-overrides."):
             raise UnsupportedCallError(
                 f"{name} would undo the pruning: give one --hf-overrides with a JSON object, --method is added to it"
             )

@@ -14,14 +14,12 @@ from vllm.model_executor.models import llava_onevision as theirs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vidsieve.serving.vllm_processing import PruningProcessor
-from vidsieve.serving.vllm_shared import CARRIED, Selector, Shadow, carried, check_engine, settings_of
+from vidsieve.serving.vllm_shared import CARRIED, Selector, Shadow, carried, settings_in
 from vidsieve.types import TokenGrid
 
 
 class Processor(PruningProcessor, theirs.LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
     """vLLM's processor with as many placeholders as tokens stay, and the newline."""
-
-    token_field = "video_token_index"
 
     def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
         """Return a video's grid tokens, and its tokens outside the grid."""
@@ -40,12 +38,12 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
     """vLLM's model; a video's embeddings are cut to what stays before they are cached."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        self._vidsieve = settings_of(vllm_config.model_config.hf_config)
-        if self._vidsieve is not None:
-            check_engine(vllm_config)
-            self._vidsieve.announce()
+        settings = settings_in(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._selector: Selector | None = None
+        if settings is not None:
+            name = "LlavaOnevisionForConditionalGeneration"
+            self._selector = Selector(settings, Shadow(self.config, name, self.language_model.embed_input_ids))
         self._asked: dict[str, Any] = {}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -55,14 +53,8 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
 
     def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
         whole = list(super()._process_video_pixels(inputs))
-        if self._vidsieve is None:
-            return whole
         if self._selector is None:
-            shadow = Shadow(
-                self.config, "LlavaOnevisionForConditionalGeneration", self.language_model.embed_input_ids,
-                whole[0].device,
-            )  # fmt: skip
-            self._selector = Selector(self._vidsieve, shadow)
+            return whole
         vision = self.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
         found = []

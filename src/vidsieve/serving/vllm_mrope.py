@@ -17,13 +17,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vidsieve.serving.vllm_shared import CARRIED, Selector, Shadow, carried, check_engine, settings_of
+from vidsieve.adapters.base import Adapter
+from vidsieve.serving.vllm_shared import CARRIED, Selector, Shadow, carried, settings_in
 from vidsieve.types import TokenGrid
 
 RATE = 0.4999
 """Set as vLLM's own pruning rate, so that its runner reads positions from the embeddings; nothing is pruned by it."""
-
-
 COLUMNS = 9
 """Columns of positions behind an embedding: three digits of time, height and width."""
 
@@ -54,15 +53,15 @@ class CarriesPositions:
     language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        self._vidsieve = settings_of(vllm_config.model_config.hf_config)
-        if self._vidsieve is not None:
-            check_engine(vllm_config, RATE)
-            self._vidsieve.announce()
+        settings = settings_in(vllm_config, RATE)
+        if settings is not None:
             vllm_config.model_config.multimodal_config.video_pruning_rate = RATE
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._shadow: Shadow | None = None
-        self._reaches: dict[tuple[Any, ...], int] = {}
         self._selector: Selector | None = None
+        if settings is not None:
+            shadow = Shadow(self.config, self.transformers_class, self.language_model.embed_input_ids)
+            self._selector = Selector(settings, shadow)
+        self._reaches: dict[tuple[Any, ...], int] = {}
         self._asked: dict[str, Any] = {}
 
     def stands_for(self, thw: Sequence[int], seconds: float | None, timestamps: Any) -> Stands:
@@ -79,28 +78,24 @@ class CarriesPositions:
     def _postprocess_video_embeds_evs(
         self, video_embeds_split: Sequence[Tensor], video_input: Any
     ) -> tuple[Tensor, ...]:
-        if self._vidsieve is None:
-            return tuple(super()._postprocess_video_embeds_evs(video_embeds_split, video_input))  # type: ignore[misc]
         if self._selector is None:
-            self._selector = Selector(self._vidsieve, self._shape(video_embeds_split[0].device))
+            return tuple(super()._postprocess_video_embeds_evs(video_embeds_split, video_input))  # type: ignore[misc]
         seconds, timestamps = (video_input.get(name) for name in ("second_per_grid_ts", "timestamps"))
         found = []
         for place, (video, thw) in enumerate(zip(video_embeds_split, video_input["video_grid_thw"], strict=True)):
             rate = None if seconds is None else float(seconds[place])
             times = None if timestamps is None else timestamps[place]
-            found.append(self._cut(video, place, self.stands_for(_sides(thw), rate, times)))
+            stands = self.stands_for(_sides(thw), rate, times)
+            found.append(self._cut(self._selector, video, place, stands))
         return tuple(found)
 
-    def _cut(self, video: Tensor, place: int, stands: Stands) -> Tensor:
+    def _cut(self, selector: Selector, video: Tensor, place: int, stands: Stands) -> Tensor:
         """Return what is left of video `place` of a batch: embeddings of kept tokens and of all text, positions."""
-        assert self._selector is not None
         count, prompt = carried(self._asked, place)
         ids = stands.ids.to(video.device)
         in_grid = ids == self.config.video_token_id
-        width = self._selector.adapter.hidden_size
-        indices, kept, positions = self._selector(
-            video[:, :width], stands.grid, count, prompt, ids, inputs=stands.placed_by
-        )
+        width = selector.adapter.hidden_size
+        indices, kept, positions = selector(video[:, :width], stands.grid, count, prompt, ids, inputs=stands.placed_by)
         stays = ~in_grid
         stays[in_grid.nonzero().flatten()[indices]] = True
         embeds = video.new_zeros(int(stays.sum()), video.shape[1])
@@ -113,7 +108,7 @@ class CarriesPositions:
     def _postprocess_image_embeds_evs(
         self, image_embeds_split: Sequence[Tensor], image_input: Any
     ) -> tuple[Tensor, ...]:
-        if self._vidsieve is None:
+        if self._selector is None:
             return tuple(super()._postprocess_image_embeds_evs(image_embeds_split, image_input))  # type: ignore[misc]
         grids = (self.grid(_sides(thw)) for thw in image_input["image_grid_thw"])
         places = (torch.cartesian_prod(torch.tensor([0]), torch.arange(g.height), torch.arange(g.width)) for g in grids)
@@ -126,7 +121,7 @@ class CarriesPositions:
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Return positions (3, L) of a prompt, right for its text, and how far they run ahead of its length."""
-        if self._vidsieve is None:
+        if self._selector is None:
             return tuple(super().get_mrope_input_positions(input_tokens, mm_features))  # type: ignore[misc]
         length, cursor, place = len(input_tokens), 0, 0
         rows = torch.zeros(3, length, dtype=torch.int64)
@@ -135,7 +130,7 @@ class CarriesPositions:
             rows[:, place:start] = torch.arange(cursor, cursor + start - place)
             cursor += start - place
             rows[:, start : start + span] = cursor
-            cursor += self._reach(feature)
+            cursor += self._reach(self._selector.adapter, feature)
             place = start + span
         rows[:, place:] = torch.arange(cursor, cursor + length - place)
         return rows, cursor - place
@@ -145,7 +140,7 @@ class CarriesPositions:
         num_computed_tokens: int,
     ) -> tuple[Sequence[Tensor], Tensor, int]:  # fmt: skip
         """Return embeddings without their columns, and positions with those of the tokens that they stand for."""
-        if self._vidsieve is None:
+        if self._selector is None:
             found = super().recompute_mrope_positions(  # type: ignore[misc]
                 input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
             )
@@ -166,7 +161,7 @@ class CarriesPositions:
             ahead += len(piece)
         return embeds, rows, int(rows.max()) + 1 - len(ids)
 
-    def _reach(self, feature: Any) -> int:
+    def _reach(self, adapter: Adapter, feature: Any) -> int:
         """Return how many positions an image or video takes up."""
         data = feature.data
         if feature.modality != "video":
@@ -178,16 +173,11 @@ class CarriesPositions:
         stands = self.stands_for(thw, rate, times)
         key = (*thw, rate, len(stands.ids))
         if key not in self._reaches:
-            adapter, ids = self._shape(torch.device("cpu")).adapter, stands.ids[None]
+            ids = stands.ids[None]
             inputs = dict(stands.placed_by) | {"mm_token_type_ids": torch.zeros_like(ids)}
             rows = adapter.positions(ids, torch.ones_like(ids), inputs)[adapter.position_rows, 0]
             self._reaches[key] = int(from_zero(rows).max()) + 1
         return self._reaches[key]
-
-    def _shape(self, device: torch.device) -> Shadow:
-        if self._shadow is None:
-            self._shadow = Shadow(self.config, self.transformers_class, self.language_model.embed_input_ids, device)
-        return self._shadow
 
     def grid(self, thw: Sequence[int]) -> TokenGrid:
         """Return the grid of tokens over patches `thw`."""

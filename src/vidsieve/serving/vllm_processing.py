@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +38,6 @@ REMEMBERED = 10_000
 class PruningProcessor:
     """Mixed in before a processor of vLLM's; every video carries its count, and the prompt that a method reads."""
 
-    token_field: ClassVar[str]
-    """Where the model's configuration has the id of a video's placeholder."""
     info: Any
 
     def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
@@ -111,7 +109,7 @@ class PruningProcessor:
         )
         if settings is None:
             return list(updates)
-        token = int(getattr(self.info.get_hf_config(), self.token_field))
+        token = self._placeholder("video")
 
         def placeholders(place: int) -> list[int]:
             grid, outside = self.tokens_of(place, mm_items, out_mm_kwargs)
@@ -122,11 +120,17 @@ class PruningProcessor:
 
     def _check_placeholders(self, inputs: Any) -> None:
         """Refuse a prompt that writes placeholders out: the model would take them for a part of a video."""
-        config, counts = self.info.get_hf_config(), inputs.mm_data_items.get_all_counts()
+        counts = inputs.mm_data_items.get_all_counts()
         for name in ("video", "image"):
-            token = next(t for suffix in ("id", "index") if (t := getattr(config, f"{name}_token_{suffix}", None)))
-            if inputs.prompt.count(token) > counts.get(name, 0):
+            if inputs.prompt.count(self._placeholder(name)) > counts.get(name, 0):
                 raise ValueError(f"the prompt holds the placeholder of {name}s in its text: leave it out")
+
+    def _placeholder(self, kind: str) -> int:
+        """Return the id that stands for a video or an image; families name it differently."""
+        config = self.info.get_hf_config()
+        return int(
+            next(t for end in ("id", "index") if (t := getattr(config, f"{kind}_token_{end}", None)) is not None)
+        )
 
     # -- ours -----------------------------------------------------------------------------------------------
 

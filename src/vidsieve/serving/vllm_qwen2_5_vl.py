@@ -16,8 +16,6 @@ from vidsieve.serving.vllm_processing import PruningProcessor
 class Processor(PruningProcessor, theirs.Qwen2_5_VLMultiModalProcessor):  # type: ignore[misc]
     """vLLM's processor with as many placeholders as tokens stay."""
 
-    token_field = "video_token_id"
-
     def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
         """Return a video's grid tokens; it has none outside."""
         grid = fields["video"][place]["video_grid_thw"].data if "video" in fields else fields["video_grid_thw"][place]

@@ -20,8 +20,6 @@ from vidsieve.serving.vllm_processing import PruningProcessor
 class Processor(PruningProcessor, theirs.Qwen3VLMultiModalProcessor):  # type: ignore[misc]
     """vLLM's processor with as many placeholders as tokens stay, and as the words between frames have."""
 
-    token_field = "video_token_id"
-
     def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
         """Return a video's grid tokens, and the tokens of its times and marks."""
         found = {name: fields["video"][place][name].data for name in _NAMES} if "video" in fields else None

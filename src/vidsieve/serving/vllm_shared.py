@@ -54,14 +54,6 @@ class Settings:
         """Whether the method reads the question."""
         return Need.QUESTION in self.method.needs
 
-    def announce(self) -> None:
-        """Say in the server's log what it prunes by."""
-        LOG.info(
-            "vidsieve prunes videos: %s, retention %s unless a request asks another",
-            self.method.name,
-            self.method.retention,
-        )
-
 
 def settings_of(config: Any) -> Settings | None:
     """Return the settings in a model's configuration; None where it has none, and nothing is pruned.
@@ -114,6 +106,26 @@ def retention_of(value: Any) -> float | Tokens:
     if isinstance(value, bool) or not 0 < number <= 1:
         raise RetentionError(f"retention is a fraction in (0, 1], or a count such as 512t; got {value!r}")
     return number
+
+
+def settings_in(vllm_config: Any, ours: float | None = None) -> Settings | None:
+    """Return what a server prunes by, told in its log; `ours` is the rate that we set in vLLM's settings ourselves.
+
+    Raises
+    ------
+    UnsupportedCallError
+        If settings of vLLM's go around our pruning.
+    UnknownNameError, RetentionError, PolicyError, StageError, NeedError
+        As `settings_of`.
+    """
+    settings = settings_of(vllm_config.model_config.hf_config)
+    if settings is not None:
+        check_engine(vllm_config, ours)
+        method = settings.method
+        LOG.info(
+            "vidsieve prunes videos: %s, retention %s unless a request asks another", method.name, method.retention
+        )
+    return settings
 
 
 def check_engine(vllm_config: Any, ours: float | None = None) -> None:
@@ -205,28 +217,23 @@ class Shadow:
     name : str
         The model's class in transformers.
     embed : callable
-        From ids (L,) to the embeddings (L, D) of the served model.
-    device : torch.device
-        Where selecting happens.
+        From ids (L,) to the embeddings (L, D) of the served model; ids are where the video is.
     """
 
-    def __init__(self, config: Any, name: str, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(self, config: Any, name: str, embed: Callable[[Tensor], Tensor]) -> None:
         import transformers
 
-        kind = getattr(transformers, name)
         with torch.device("meta"):
-            model = kind(config)
-        # adapter_for knows classes by their names.
-        model.__class__ = type(name, (kind,), {"device": property(lambda self: device)})
-        model.set_input_embeddings(_Embed(embed, device))
+            model = getattr(transformers, name)(config)
+            model.set_input_embeddings(_Embed(embed))
         self.adapter: Adapter = adapter_for(model)
 
 
 class _Embed(torch.nn.Module):
-    def __init__(self, embed: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.embed = embed
-        self.register_buffer("weight", torch.empty(0, device=device))  # says where ids are wanted
+        self.register_buffer("weight", torch.empty(0))  # without a place: ids are wanted where the video is
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.embed(ids.flatten()).reshape(*ids.shape, -1)
