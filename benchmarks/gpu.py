@@ -24,7 +24,8 @@ from vidsieve.benchmarking import machine, spread, write_result
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.testing.calls import CALLS, STEPS, Case
 from vidsieve.testing.equivalence import TOLERANCE, cell
-from vidsieve.testing.reference import LayeredSelections, masked_greedy, masked_logits
+from vidsieve.testing.reference import masked_greedy, masked_logits
+from vidsieve.testing.staged import LayeredSelections
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Selection
 
@@ -91,8 +92,19 @@ def build(family: str, dtype: torch.dtype, device: str, small: bool) -> Any:
     return model.eval()
 
 
-def prompts(model: Any, family: str, frames: int, words: list[int], device: str, small: bool) -> dict[str, Tensor]:
-    """Return a batch of prompts as the family's processor makes them, padded on the left; random words and pixels."""
+def prompts(
+    model: Any,
+    family: str,
+    frames: int,
+    words: list[int],
+    device: str,
+    small: bool,
+    patches: tuple[int, int] = (28, 36),
+) -> dict[str, Tensor]:
+    """Return a batch of prompts as the family's processor makes them, padded on the left; random words and pixels.
+
+    `patches` are the rows and columns of a frame of Qwen2.5-VL: about 392 × 504 pixels unless given.
+    """
     if small:
         grids = [[default_grid(family, frames)] for _ in words]
         return {k: v.to(device) for k, v in inputs_for(family, grids, words=words).items()}
@@ -104,10 +116,10 @@ def prompts(model: Any, family: str, frames: int, words: list[int], device: str,
         made["pixel_values_videos"] = torch.randn(batch, frames, 3, 384, 384, generator=draw).to(device)
         video = [config.video_token_id] * count
     else:
-        grid = (frames // 2, 28, 36)  # about 392 × 504 pixels; two frames a token
+        grid = (frames // 2, *patches)  # two frames a token
         made["video_grid_thw"] = torch.tensor([grid] * batch)
-        patches = batch * grid[0] * grid[1] * grid[2]
-        made["pixel_values_videos"] = torch.randn(patches, 3 * 2 * 14 * 14, generator=draw).to(device)
+        count = batch * grid[0] * grid[1] * grid[2]
+        made["pixel_values_videos"] = torch.randn(count, 3 * 2 * 14 * 14, generator=draw).to(device)
         made["second_per_grid_ts"] = torch.full((batch,), 1.0)
         video = [151652, *[config.video_token_id] * (grid[0] * grid[1] * grid[2] // 4), 151653]
     rows = []
@@ -173,12 +185,15 @@ def with_own_choice(case: Case) -> tuple[Case, float]:
     """Return a case whose reference keeps what the method kept, and the share that the reference would keep too."""
     with torch.no_grad(), case.attached() as session:
         case.adapter.model(**case.inputs, logits_to_keep=1)
-    theirs, ours = case.chosen(), LayeredSelections()
-    ours.from_layer = theirs.from_layer
-    shared = 0
+    theirs = case.chosen()
+    assert isinstance(theirs, LayeredSelections)
+    (layer,) = theirs.stages  # FastV has one stage
+    kept, shared = [], 0
     for trace, selection in zip(session.trace, theirs, strict=True):
-        ours.append(Selection(torch.tensor(trace.indices, device=case.ids.device)))
+        kept.append(Selection(torch.tensor(trace.indices, device=case.ids.device)))
         shared += len(set(trace.indices) & set(selection.indices.tolist()))
+    ours = LayeredSelections(theirs.compressor, theirs.entering)
+    ours.take(layer, kept)
     return replace(case, given=ours), shared / sum(trace.kept for trace in session.trace)
 
 

@@ -206,6 +206,28 @@ def test_scores_without_the_concatenation():
             assert torch.allclose(got, wanted, atol=1e-5), chunk
 
 
+def make_score():
+    return ScorePolicy.start(WIDTH, "none", hidden=64)
+
+
+def make_cacovid(**fields):
+    shape = BlockShape(WIDTH, 4, 2, WIDTH // 4, 2 * WIDTH)
+    return CaCoVIDPolicy.start(shape, "none", **fields)
+
+
+@pytest.mark.parametrize("make", [make_score, make_cacovid, lambda: make_cacovid(variant="paper")])
+def test_scores_under_half_precision_do_not_tie(make):
+    policy, video = make().eval(), make_video(TokenGrid(8, 8, 8), WIDTH)
+    with torch.no_grad():
+        for parameter in policy.parameters():  # so that a last layer that starts at zero says something
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = policy(video)
+    scores = out if isinstance(policy, ScorePolicy) else out[0][:, 1] - out[0][:, 0]
+    assert scores.dtype == torch.float32
+    assert len(scores.unique()) > 0.9 * len(scores)
+
+
 def test_scores_start_at_the_target_rate():
     policy = ScorePolicy.start(WIDTH, "none", hidden=16, target=0.2)
     torch.nn.init.zeros_(policy.out.weight)

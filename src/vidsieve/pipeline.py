@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
-from vidsieve.data.video import Video
 from vidsieve.errors import ModelError, PromptError
+
+if TYPE_CHECKING:  # a machine that only computes may have no decoder
+    from vidsieve.data.video import Video
 
 PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -97,6 +98,20 @@ class Policy(nn.Module):
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
+
+    @contextmanager
+    def serving(self, like: Tensor) -> Iterator[None]:
+        """Compute without gradients where `like` lives: on its device, and on a GPU in its precision.
+
+        The policy moves to that device and stays there. On a GPU a half-precision model's tokens are scored in its
+        dtype, as in training with precision "bf16"; weights stay as they are, and `in_full` keeps the last layer out
+        of it, so that scores do not tie.
+        """
+        if next(self.parameters()).device != like.device:
+            self.to(like.device)
+        half = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
+        with torch.no_grad(), torch.autocast(like.device.type, like.dtype if half else None, enabled=half):
+            yield
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all.
@@ -206,6 +221,18 @@ def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequentia
         nn.init.zeros_(linear.bias)
         layers += [linear] if i == len(sizes) - 2 else [linear, activation()]
     return nn.Sequential(*layers)
+
+
+def in_full(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return what a last layer makes of `x` in the precision of its own weights, whatever autocast is around it."""
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = layer(x.to(layer.weight.dtype))
+    return out
+
+
+def head(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Return what an `mlp` makes of `x`, its last layer `in_full`."""
+    return in_full(layers[-1], layers[:-1](x))
 
 
 def parameters_without_nan(module: nn.Module) -> bool:

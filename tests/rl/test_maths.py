@@ -174,3 +174,19 @@ def test_score_rewards_are_equations_5_and_6():
     delta, sparsity = score_rewards(torch.tensor([1.0, 2.0]), 1.5, masks, tolerance=1.02, slack=0.1)
     assert delta.tolist() == pytest.approx([1.02 * 1.5 + 0.1 - 1.0, 1.02 * 1.5 + 0.1 - 2.0])
     assert sparsity.tolist() == [0.75, 0.0]
+
+
+def test_the_clipped_surrogate_is_the_paper_s_and_its_gradient_survives_an_overflowing_ratio():
+    log_probs = torch.linspace(-3, 3, 61).repeat(3, 1).requires_grad_()
+    old, advantages = torch.zeros(3, 61), torch.tensor([1.5, -0.7, 0.0])
+    ratio = log_probs.exp()
+    weight = advantages[:, None]
+    literal = -torch.minimum(ratio * weight, ratio.clamp(0.8, 1.28) * weight)
+    ours = clipped_surrogate(log_probs, old, advantages)
+    torch.testing.assert_close(ours, literal)
+    wanted = torch.autograd.grad(literal.sum(), log_probs)[0]
+    torch.testing.assert_close(torch.autograd.grad(ours.sum(), log_probs)[0], wanted)
+
+    far = torch.full((2, 4), 200.0, requires_grad=True)  # exp(200) is no float32
+    clipped_surrogate(far, torch.zeros(2, 4), torch.tensor([1.0, 0.0])).sum().backward()
+    assert bool((far.grad == 0).all())

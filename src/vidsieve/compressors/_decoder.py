@@ -125,10 +125,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
         """Return (L, D); `mask` (L, L) bool, True = attend, or None for everything (before it, if causal)."""
         v = self.v_proj(x).unflatten(-1, (self.shape.num_kv_heads, -1)).transpose(0, 1)
+        q, k, groups = self.queries(x, turn), self.keys(x, turn), self.shape.num_heads // self.shape.num_kv_heads
+        grouped = groups > 1
+        if grouped and q.is_cuda and q.dtype == torch.float32:
+            # No fused kernel has grouped heads in float32, and the plain one holds all of (heads, L, L) at once.
+            k, v, grouped = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0), False
         out = F.scaled_dot_product_attention(
-            self.queries(x, turn)[None], self.keys(x, turn)[None], v[None], attn_mask=mask, is_causal=causal,
-            enable_gqa=self.shape.num_heads != self.shape.num_kv_heads,
-        )  # fmt: skip
+            q[None], k[None], v[None], attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
         mixed: Tensor = self.o_proj(out[0].transpose(0, 1).flatten(1))
         return mixed
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vidsieve.compressors._decoder import Attention, BlockShape, RMSNorm, rotary
-from vidsieve.policies import mlp
+from vidsieve.policies import head, in_full, mlp
 from vidsieve.types import Prompt, VideoTokens
 
 Looks = Literal["all", "mean", "none"]
@@ -91,9 +91,9 @@ class QuestionScorer(nn.Module):
         features = torch.cat([look, match, self.content(tokens), self.change(change), asked], 1)
         hidden = self.token_head[:-1](features)
         first = look @ self.trust
-        logits = self.token_head[-1](hidden) + torch.stack([-first, first], 1) / 2
+        logits = in_full(self.token_head[-1], hidden) + torch.stack([-first, first], 1) / 2
         pooled = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).amax(1)
-        return logits, self.frame_head(pooled)
+        return logits, head(self.frame_head, pooled)
 
     def _look(self, video: VideoTokens, prompt: Prompt, weight: Tensor) -> Tensor:
         """Return the features of the first look (N, 2H + 1), (N, H) or (N, 0); `weight` (words, 1) sums to 1."""

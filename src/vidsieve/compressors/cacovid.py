@@ -14,7 +14,7 @@ from vidsieve.compressors._decoder import BlockShape, DecoderBlock, RMSNorm
 from vidsieve.compressors._question import QuestionScorer
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError, UnknownNameError
-from vidsieve.policies import Policy, PolicyConfig, mlp
+from vidsieve.policies import Policy, PolicyConfig, head, mlp
 from vidsieve.selection import (
     allocate_frames,
     even_counts,
@@ -82,8 +82,8 @@ class CaCoVIDPolicy(Policy):
             hidden = layer(hidden, prompt.positions, mask, self.causal)
         hidden = hidden[prompt.video_mask]
         frame_features = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).mean(1)
-        tokens = self.token_compress(self.layernorm(hidden))
-        return tokens.float(), self.frame_compress(self.layernorm(frame_features)).float()
+        tokens = head(self.token_compress, self.layernorm(hidden))
+        return tokens.float(), head(self.frame_compress, self.layernorm(frame_features)).float()
 
     @classmethod
     def start(
@@ -194,7 +194,7 @@ class CaCoVID(Compressor):
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         if self.policy is None:
             raise PolicyError("cacovid needs a trained policy: vidsieve.load('cacovid', FOLDER), or `vidsieve train`")
-        with torch.no_grad():
+        with self.policy.serving(video.embeds):
             token_logits, frame_logits = self.policy(video)
         scores, frames = token_logits[:, 1] - token_logits[:, 0], frame_logits[:, 1] - frame_logits[:, 0]
         if self.variant == "official" and self.allocation == "frame_ada_st" and not isinstance(self.retention, Tokens):

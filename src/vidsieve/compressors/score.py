@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vidsieve.compressors.base import ScoreCompressor
 from vidsieve.errors import PolicyError
-from vidsieve.policies import Policy, PolicyConfig
+from vidsieve.policies import Policy, PolicyConfig, in_full
 from vidsieve.types import TokenGrid, VideoTokens
 
 
@@ -56,7 +56,8 @@ class ScorePolicy(Policy):
 
     def logits(self, embeds: Tensor, grid: TokenGrid, chunk_tokens: int = 8192) -> Tensor:
         """Return keep logits (N,) of tokens (N, D), working through about `chunk_tokens` tokens at a time."""
-        dtype = self.out.weight.dtype
+        # Autocast brings products to one dtype by itself.
+        dtype = embeds.dtype if torch.is_autocast_enabled(embeds.device.type) else self.out.weight.dtype
         now = self.token.weight + self.surprise.weight if self.residual else self.token.weight
         frames = embeds.reshape(grid.frames, grid.per_frame, -1)
         step = max(1, chunk_tokens // grid.per_frame)
@@ -69,7 +70,7 @@ class ScorePolicy(Policy):
                 hidden[1:] -= before[:-1]
                 if start:
                     hidden[0] -= F.linear(self._scaled(frames[start - 1].to(dtype)), self.surprise.weight)
-            parts.append(self.out(F.gelu(hidden)).flatten())
+            parts.append(in_full(self.out, F.gelu(hidden)).flatten())
         return torch.cat(parts).float()
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -128,5 +129,6 @@ class Score(ScoreCompressor):
         """Return keep logits (N,)."""
         if self.policy is None:
             raise PolicyError("score needs a trained policy: vidsieve.load('score', FOLDER), or `vidsieve train score`")
-        logits: Tensor = self.policy(video)
+        with self.policy.serving(video.embeds):
+            logits: Tensor = self.policy(video)
         return logits

@@ -24,10 +24,16 @@ def action_log_probs(logits: Tensor, keep_masks: Tensor) -> Tensor:
 def clipped_surrogate(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
 ) -> Tensor:
-    """Return −min(ρ·A, clip(ρ)·A) for each rollout and token (G, N) (CaCoVID Eq. 17-19)."""
-    ratio = (log_probs - old_log_probs).exp()
+    """Return −min(ρ·A, clip(ρ)·A) for each rollout and token (G, N) (CaCoVID Eq. 17-19).
+
+    The minimum is taken before the exponential: min(ρ·A, clip(ρ)·A) is min(ρ, 1 + high)·A where A ≥ 0 and
+    max(ρ, 1 − low)·A where A < 0. Taken after it, an overflowing ρ would turn the gradient of the side that is
+    not chosen, 0 · ∞, into NaN.
+    """
     weight = advantages[:, None].float()
-    return -torch.minimum(ratio * weight, ratio.clamp(1 - clip_low, 1 + clip_high) * weight)
+    gap = log_probs - old_log_probs
+    gap = torch.where(weight >= 0, gap.clamp(max=math.log1p(clip_high)), gap.clamp(min=math.log1p(-clip_low)))
+    return -gap.exp() * weight
 
 
 def cpo_loss(
