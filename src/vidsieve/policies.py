@@ -223,10 +223,10 @@ def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequentia
     return nn.Sequential(*layers)
 
 
-def in_full(layer: nn.Linear, x: Tensor) -> Tensor:
+def in_full(layer: nn.Module, x: Tensor) -> Tensor:
     """Return what a last layer makes of `x` in the precision of its own weights, whatever autocast is around it."""
     with torch.autocast(x.device.type, enabled=False):
-        out: Tensor = layer(x.to(layer.weight.dtype))
+        out: Tensor = layer(x.to(next(layer.parameters()).dtype))
     return out
 
 
