@@ -12,6 +12,7 @@ VidsieveError
 ├── NeedError(RuntimeError)               a signal that a method needs and that cannot be given
 ├── PromptError(ValueError)               placeholders and videos of a prompt do not agree
 ├── AttachError(RuntimeError)             attaching twice, using a closed session, nothing pruned
+│   └── UnsupportedTransformersError      the installed transformers lacks what a method needs
 ├── SelectionError(ValueError)            tensors that break the contract of a selection or of its video
 ├── PolicyError(ValueError)               a policy file that cannot be used
 │   └── PolicyMismatchError               made for another width, family or version
@@ -82,6 +83,10 @@ class PromptError(VidsieveError, ValueError):
 
 class AttachError(VidsieveError, RuntimeError):
     """The session cannot be opened or used."""
+
+
+class UnsupportedTransformersError(AttachError):
+    """The installed transformers lacks what a method needs; the text names the versions that work."""
 
 
 class SelectionError(VidsieveError, ValueError):

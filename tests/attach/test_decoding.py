@@ -10,6 +10,7 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.dycoke import DyCoke
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.testing.equivalence import configuration
@@ -110,7 +111,7 @@ def test_a_second_turn_reads_everything_until_it_decodes(family):
             talk = torch.cat([first.sequences, words], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, prompt:])], 1)
             again = generate(
-                model, {"input_ids": talk, "attention_mask": mask, "past_key_values": first.past_key_values}
+                model, {"input_ids": talk, "attention_mask": mask, **cache_kwargs(model, output_cache(first))}
             )
             assert len(session.trace) == len(adapter_for(model).encode(inputs).videos)
         made = again.sequences[:, prompt:]
@@ -142,14 +143,14 @@ def test_forward_prefills_as_a_method_before_the_llm_does_and_steps_by_hand_equa
             out = generate(model, inputs)
             step = model(**inputs, use_cache=True)
             assert torch.equal(step.logits, outer)
-            cache, got = step.past_key_values, [step.logits[:, -1]]
+            cache, got = output_cache(step), [step.logits[:, -1]]
             twin = None
             for number in range(STEPS - 1):
                 if number == 3:
                     twin = copy.deepcopy(cache)
                 made = out.sequences[:, inputs["input_ids"].shape[1] + number, None]
-                got.append(model(input_ids=made, past_key_values=cache).logits[:, -1])
-            again = model(input_ids=out.sequences[:, -STEPS + 3, None], past_key_values=twin).logits[:, -1]
+                got.append(model(input_ids=made, **cache_kwargs(model, cache)).logits[:, -1])
+            again = model(input_ids=out.sequences[:, -STEPS + 3, None], **cache_kwargs(model, twin)).logits[:, -1]
     assert torch.allclose(torch.stack(got, 1), torch.stack(out.logits, 1), atol=1e-5)
     assert torch.allclose(again, got[4], atol=1e-5)
     assert not any(layer._forward_pre_hooks for layer in adapter_for(model).decoder_layers)

@@ -15,6 +15,7 @@ from transformers import (
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import BudgetError, PromptError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
@@ -81,7 +82,7 @@ def test_a_decoding_method_that_drops_nothing_is_its_outer_part(family):
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, prompt:])], 1)
             mask[0, prompt + 2 : prompt + 6] = 0
             outs.append(model.generate(
-                input_ids=talk, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY,
+                input_ids=talk, attention_mask=mask, **cache_kwargs(model, output_cache(first)), **GREEDY,
                 return_dict_in_generate=True, output_logits=True,
             ))  # fmt: skip
     gap = torch.stack(outs[0].logits) - torch.stack(outs[1].logits)
@@ -91,9 +92,9 @@ def test_a_decoding_method_that_drops_nothing_is_its_outer_part(family):
 def test_shares_are_noted_for_steps_by_hand_and_later_turns():
     model, inputs = FAMILIES["smolvlm"](), configuration("smolvlm", "batch 1")
     with torch.no_grad(), vidsieve.attach(model, METHODS["dycoke"]) as session:
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         assert [trace.decoded for trace in session.trace] == [None]
-        model(input_ids=torch.tensor([[41]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[41]]), **cache_kwargs(model, cache))
         (trace,) = session.trace
         assert 0 < trace.decoded < 0.3
 
@@ -105,11 +106,11 @@ def test_a_cropped_cache_forgets_the_step_before():
     for similarity in (-1.0, 1.0):  # always the same choice; always a new one
         method = vidsieve.load("dycoke", retention=1.0, layer=1, dropped=0.5, similarity=similarity)
         with torch.no_grad(), vidsieve.attach(model, method):
-            cache = model(**inputs, use_cache=True).past_key_values
+            cache = output_cache(model(**inputs, use_cache=True))
             for word in (41, 42, 43):
-                model(input_ids=torch.tensor([[word]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[word]]), **cache_kwargs(model, cache))
             cache.crop(-3)
-            outs.append(model(input_ids=torch.tensor([[44]]), past_key_values=cache).logits)
+            outs.append(model(input_ids=torch.tensor([[44]]), **cache_kwargs(model, cache)).logits)
     assert torch.allclose(outs[0], outs[1], atol=1e-5)
 
 
@@ -118,7 +119,7 @@ def test_static_caches_are_refused_in_forward_too(method):
     model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "batch 1")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=128)
     with vidsieve.attach(model, method), pytest.raises(UnsupportedCallError, match="DynamicCache, got StaticCache"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **cache_kwargs(model, cache))
 
 
 @inside
@@ -247,7 +248,7 @@ def test_a_method_that_keeps_its_selection_says_so_and_others_do_not(method):
         with vidsieve.attach(model, some) as session:
             first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
             talk = torch.cat([first.sequences, torch.tensor([[41, 42]])], 1)
-            model.generate(input_ids=talk, past_key_values=first.past_key_values, **GREEDY)
+            model.generate(input_ids=talk, **cache_kwargs(model, output_cache(first)), **GREEDY)
         assert bool(session.trace.notes) == noted
 
 
@@ -284,6 +285,6 @@ def test_flash_attention_gets_masks_that_it_takes(method, name):
             talk = torch.cat([first.sequences, torch.tensor([[41, 42]] * len(first.sequences))], 1)
             whole = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, inputs["input_ids"].shape[1] :])], 1)
             outs.append(model.generate(
-                input_ids=talk, attention_mask=whole, past_key_values=first.past_key_values, **GREEDY
+                input_ids=talk, attention_mask=whole, **cache_kwargs(model, output_cache(first)), **GREEDY
             ))  # fmt: skip
     assert torch.equal(*outs)

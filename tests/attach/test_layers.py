@@ -9,6 +9,7 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.fastv import FastV
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.testing.equivalence import CALLS, CONFIGURATIONS, cell, configuration
@@ -46,7 +47,7 @@ def test_every_layer_holds_what_it_saw(family):
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     (trace,) = session.trace
     prompt = session.trace.prompt_tokens[1]
-    lengths = [out.past_key_values.get_seq_length(layer) for layer in range(3)]
+    lengths = [output_cache(out).get_seq_length(layer) for layer in range(3)]
     newlines = 9 - trace.newlines if family == "llava_video" else 0
     assert lengths == [prompt + 4, prompt + 4, prompt + 4 - (trace.total - trace.kept) - newlines]
     # 0.8 · 3 layers = 2 full layers and 0.4 of one.
@@ -59,10 +60,10 @@ def test_every_layer_holds_what_it_saw(family):
 def test_a_copied_cache_goes_on_like_the_original():
     model, inputs = FAMILIES["qwen2_5_vl"](), configuration("qwen2_5_vl", "batch 1")
     with torch.no_grad(), vidsieve.attach(model, fastv()):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         twin = copy.deepcopy(cache)
         word = torch.tensor([[41]])
-        one, two = (model(input_ids=word, past_key_values=some).logits for some in (cache, twin))
+        one, two = (model(input_ids=word, **cache_kwargs(model, some)).logits for some in (cache, twin))
     assert torch.equal(one, two)
 
 
@@ -109,7 +110,7 @@ def test_several_stages(family, name):
     assert traces[0] == traces[1] and torch.equal(outs[0].sequences, outs[1].sequences)
     for first, second in zip(traces[0], traces[2], strict=True):
         assert second < first and len(second) == len(first) // 2
-    lengths = [outs[2].past_key_values.get_seq_length(layer) for layer in range(3)]
+    lengths = [output_cache(outs[2]).get_seq_length(layer) for layer in range(3)]
     assert lengths[0] > lengths[1] > lengths[2]
 
 

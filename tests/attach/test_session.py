@@ -13,6 +13,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Logits
 
 import vidsieve
 from vidsieve.adapters import Template, adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import (
     AttachError,
     NeedError,
@@ -304,23 +305,23 @@ def test_manual_decoding_through_forward_equals_generate(model, inputs):
         for _ in range(6):
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             made, mask = torch.cat([made, token], 1), torch.cat([mask, torch.ones_like(token)], 1)
-            out = model(input_ids=token, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, attention_mask=mask, **cache_kwargs(model, output_cache(out)), use_cache=True)
     assert torch.equal(made, wanted)
 
 
 def test_the_callers_own_cache_is_remembered(model, inputs):
     with vidsieve.attach(model, random()), torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
-        first = generate(model, inputs, past_key_values=cache)
+        first = generate(model, inputs, **cache_kwargs(model, cache))
         more = torch.cat([first, torch.tensor([[41, 42]])], 1)
-        again = model.generate(input_ids=more, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        again = model.generate(input_ids=more, **cache_kwargs(model, cache), max_new_tokens=3, do_sample=False)
     assert torch.equal(again[:, : more.shape[1]], more)
 
 
 def test_later_turns_that_cannot_be_right_are_refused(model, inputs, family):
     with vidsieve.attach(model, random()), torch.no_grad():
         out = generate(model, inputs, return_dict_in_generate=True)
-        cache, full = out.past_key_values, out.sequences
+        cache, full = output_cache(out), out.sequences
         more = torch.cat([full, full[:, :1]], 1)
         for extra, message in [
             ({"attention_mask": torch.ones(1, 3)}, "attention_mask must cover"),
@@ -329,30 +330,30 @@ def test_later_turns_that_cannot_be_right_are_refused(model, inputs, family):
             ({"pixel_values": torch.randn(1, 3, 56, 56)}, "brings an image"),
         ][: 3 if family in FRAMES else 4]:
             with pytest.raises(UnsupportedCallError, match=message):
-                model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2, **extra)
+                model.generate(input_ids=more, **cache_kwargs(model, cache), max_new_tokens=2, **extra)
         other = full.clone()
         other[0, 1] = 55
         with pytest.raises(UnsupportedCallError, match="must begin with"):
-            model.generate(input_ids=torch.cat([other, full[:, :1]], 1), past_key_values=cache, max_new_tokens=2)
+            model.generate(input_ids=torch.cat([other, full[:, :1]], 1), **cache_kwargs(model, cache), max_new_tokens=2)
         with pytest.raises(UnsupportedCallError, match="brings another video"):
             new = torch.cat([full, torch.full((1, 2), placeholder(family))], 1)
-            model.generate(input_ids=new, past_key_values=cache, max_new_tokens=2)
+            model.generate(input_ids=new, **cache_kwargs(model, cache), max_new_tokens=2)
         beams = generate(model, inputs, num_beams=2, return_dict_in_generate=True)
         with pytest.raises(UnsupportedCallError, match="beam search cannot be continued"):
             again = torch.cat([beams.sequences, full[:, :1]], 1)
-            model.generate(input_ids=again, past_key_values=beams.past_key_values, max_new_tokens=2)
+            model.generate(input_ids=again, **cache_kwargs(model, output_cache(beams)), max_new_tokens=2)
         with pytest.raises(UnsupportedCallError, match="attention_mask must cover"):
-            model(input_ids=full[:, :1], past_key_values=cache, attention_mask=torch.ones(1, 3))
+            model(input_ids=full[:, :1], **cache_kwargs(model, cache), attention_mask=torch.ones(1, 3))
 
 
 def test_a_cache_from_outside_the_session_is_refused(model, inputs):
-    cache = generate(model, inputs, return_dict_in_generate=True).past_key_values
+    cache = output_cache(generate(model, inputs, return_dict_in_generate=True))
     more = torch.cat([inputs["input_ids"], torch.arange(40, 50)[None]], 1)
     with (
         vidsieve.attach(model, random()),
         pytest.raises(UnsupportedCallError, match="begin with an empty cache"),
     ):
-        model.generate(input_ids=more, past_key_values=cache, max_new_tokens=2)
+        model.generate(input_ids=more, **cache_kwargs(model, cache), max_new_tokens=2)
 
 
 def test_calls_that_could_be_wrong_are_refused(model, inputs):
@@ -427,7 +428,7 @@ def test_question_aware_methods_need_a_template_and_keep_their_selection(model, 
     with vidsieve.attach(model, method) as session, torch.no_grad():
         out = generate(model, inputs, return_dict_in_generate=True)
         more = torch.cat([out.sequences, torch.tensor([[41, 42]])], 1)
-        model.generate(input_ids=more, past_key_values=out.past_key_values, max_new_tokens=2, do_sample=False)
+        model.generate(input_ids=more, **cache_kwargs(model, output_cache(out)), max_new_tokens=2, do_sample=False)
         assert "first question" in str(session.trace) and len(session.trace) == 1
     stated = model.config.vidsieve_template
     del model.config.vidsieve_template
@@ -489,7 +490,7 @@ def test_one_call_at_a_time(model, inputs):
 
 def step(model, cache, token=41, rows=1, **options):
     """One plain forward on a cache."""
-    return model(input_ids=torch.full((rows, 1), token), past_key_values=cache, **options).logits[:, -1]
+    return model(input_ids=torch.full((rows, 1), token), **cache_kwargs(model, cache), **options).logits[:, -1]
 
 
 def test_the_record_travels_with_the_cache(model, inputs):
@@ -497,7 +498,7 @@ def test_the_record_travels_with_the_cache(model, inputs):
     adapter = adapter_for(model)
     with torch.no_grad():
         with vidsieve.attach(model, random()):
-            first = model(**inputs, use_cache=True).past_key_values
+            first = output_cache(model(**inputs, use_cache=True))
             as_tuple = model(**inputs, return_dict=False)[1]
         chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))
         wanted = masked_logits(adapter, inputs, chosen, torch.tensor([[41]]))[:, -1]
@@ -511,9 +512,9 @@ def test_an_emptied_cache_forgets_its_prompt(model, inputs, family):
     plain = generate(model, text)
     with vidsieve.attach(model, random()), torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
-        generate(model, inputs, past_key_values=cache)
+        generate(model, inputs, **cache_kwargs(model, cache))
         cache.crop(-cache.get_seq_length())
-        assert torch.equal(generate(model, text, past_key_values=cache), plain)
+        assert torch.equal(generate(model, text, **cache_kwargs(model, cache)), plain)
 
 
 def test_a_generation_that_breaks_off_leaves_a_cache_that_is_known(model, inputs):
@@ -529,8 +530,8 @@ def test_a_generation_that_breaks_off_leaves_a_cache_that_is_known(model, inputs
     with vidsieve.attach(model, random()), torch.no_grad():
         cache = DynamicCache(config=model.config.get_text_config())
         with pytest.raises(KeyboardInterrupt):
-            generate(model, inputs, past_key_values=cache, logits_processor=LogitsProcessorList([Stop()]))
-        wanted = step(model, model(**inputs, use_cache=True).past_key_values)
+            generate(model, inputs, **cache_kwargs(model, cache), logits_processor=LogitsProcessorList([Stop()]))
+        wanted = step(model, output_cache(model(**inputs, use_cache=True)))
         cache.crop(cache._vidsieve_record.short_prompt - cache.get_seq_length())
         assert torch.allclose(step(model, cache), wanted, atol=1e-4)
 
@@ -556,23 +557,23 @@ def test_reselecting_prefills_a_later_turn_anew(model, inputs, family):
     words = torch.tensor([[122, 124, 41, 42, 43, 123]])  # another user turn
     with vidsieve.attach(model, random(), reselect=True) as session:
         first = generate(model, inputs, return_dict_in_generate=True)
-        length = first.past_key_values.get_seq_length()
+        length = output_cache(first).get_seq_length()
         more = torch.cat([first.sequences, words], 1)
         kinds = {"mm_token_type_ids": torch.zeros_like(more)} if "mm_token_type_ids" in inputs else {}
         if kinds:
             kinds["mm_token_type_ids"][:, : inputs["input_ids"].shape[1]] = inputs["mm_token_type_ids"]
         again = inputs | kinds | {"input_ids": more, "attention_mask": torch.ones_like(more)}
-        second = generate(model, again, past_key_values=first.past_key_values, return_dict_in_generate=True)
-        assert len(session.trace) == 2 and first.past_key_values.get_seq_length() == length
+        second = generate(model, again, **cache_kwargs(model, output_cache(first)), return_dict_in_generate=True)
+        assert len(session.trace) == 2 and output_cache(first).get_seq_length() == length
         with pytest.raises(UnsupportedCallError, match="with its video"):
-            model.generate(input_ids=more, past_key_values=first.past_key_values, max_new_tokens=2)
+            model.generate(input_ids=more, **cache_kwargs(model, output_cache(first)), max_new_tokens=2)
     with vidsieve.attach(model, random()):
         assert torch.equal(second.sequences, generate(model, again))
 
 
 def test_later_turns_bring_words_only(model, inputs, family):
     with vidsieve.attach(model, random()):
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         if family not in FRAMES:
             with pytest.raises(UnsupportedCallError, match="brings an image"):
                 step(model, cache, token=model.config.image_token_id)
@@ -611,7 +612,7 @@ def test_a_video_and_an_image_in_one_prompt(model, family):
             first = generate(model, inputs, return_dict_in_generate=True, **words)
             more = torch.cat([first.sequences, torch.tensor([[41, 42]] * 2)], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones(2, more.shape[1] - length, dtype=torch.int64)], 1)
-            again = inputs | {"input_ids": more, "attention_mask": mask, "past_key_values": first.past_key_values}
+            again = inputs | {"input_ids": more, "attention_mask": mask, **cache_kwargs(model, output_cache(first))}
             second = generate(model, again, **words)
         alone = vidsieve.prune(model, inputs, random(), generator=torch.Generator().manual_seed(0), videos=videos)
         by_hand = model.generate(**alone, max_new_tokens=6, do_sample=False, **words)
@@ -626,7 +627,7 @@ def test_a_video_and_an_image_in_one_prompt(model, family):
 def test_moved_rows_of_a_cache_are_noticed(model, family):
     inputs = configuration(family, "ragged batch 2")
     with vidsieve.attach(model, random()), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = output_cache(model(**inputs, use_cache=True))
         step(model, cache, rows=2)
         cache.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(UnsupportedCallError, match="rows of a pruned cache cannot be moved"):
@@ -643,7 +644,7 @@ def test_beam_caches_are_refused_whatever_their_size(model, inputs):
         out = generate(model, inputs, num_beams=3, num_return_sequences=3, return_dict_in_generate=True)
         more = torch.cat([out.sequences, torch.full((3, 1), 41)], 1)
         with pytest.raises(UnsupportedCallError, match="beam search cannot be continued"):
-            model.generate(input_ids=more, past_key_values=out.past_key_values, max_new_tokens=2)
+            model.generate(input_ids=more, **cache_kwargs(model, output_cache(out)), max_new_tokens=2)
 
 
 def test_hooks_of_transformers_replace_built_in_ones_or_are_refused(model, inputs):
@@ -738,7 +739,7 @@ def test_a_third_turn(model, inputs):
         for _ in range(2):
             talk = torch.cat([talk, words], 1)
             talk = model.generate(
-                input_ids=talk, past_key_values=out.past_key_values, max_new_tokens=4, do_sample=False
+                input_ids=talk, **cache_kwargs(model, output_cache(out)), max_new_tokens=4, do_sample=False
             )
     with torch.no_grad():
         chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import vidsieve
 from vidsieve import errors
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.cli.plan import plan as command
 from vidsieve.data.video import Video
 from vidsieve.eval.blueprints import BLUEPRINTS, RandomModel
@@ -139,14 +140,14 @@ def test_a_cache_is_as_large_as_a_real_one(family):
     inputs = inputs_for(family, [[default_grid(family)]])
     pruned = vidsieve.prune(network, inputs, vidsieve.load("uniform", retention=0.25))
     with torch.no_grad():
-        cache = network(**pruned).past_key_values
+        cache = output_cache(network(**pruned))
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     tokens = pruned["input_ids"].shape[1]
     assert kv_bytes(model.text, tokens, "fp32") == real == 2 * kv_bytes(model.text, tokens, "bf16")
     network.set_attn_implementation("eager")
     step = torch.randn(1, 1, model.text.hidden_size)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
-        hidden = adapter.language_model(inputs_embeds=step, past_key_values=cache).last_hidden_state
+        hidden = adapter.language_model(inputs_embeds=step, **cache_kwargs(network, cache)).last_hidden_state
         network.get_output_embeddings()(hidden)
     assert step_flops(model.text, tokens) == pytest.approx(counted.get_total_flops(), rel=0.005)
 

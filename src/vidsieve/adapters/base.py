@@ -24,6 +24,7 @@ from vidsieve.adapters.probe import Probed
 from vidsieve.adapters.prompts import prompt_around
 from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, SelectionError, UnknownNameError, UnsupportedCallError
@@ -177,7 +178,7 @@ class Adapter(Probed, ABC):
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether pixels or ready features of a video are among the arguments of a call."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        ready = encoder_features(inputs, "video")
         return ready is not None or inputs.get(self.video_keys[0]) is not None
 
     def holds_video(self, ids: Tensor) -> bool:
@@ -186,7 +187,7 @@ class Adapter(Probed, ABC):
 
     def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
         """Return whether pixels, ready features or placeholders of an image are among the arguments of a call."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys[:1])
         return given or self.holds_image(ids)
 

@@ -12,7 +12,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Pruned
 from vidsieve.adapters.decoding import DecodeRun
 from vidsieve.adapters.layered import LayerRun
-from vidsieve.adapters.passes import first_keys
+from vidsieve.adapters.transformers_api import CACHE, first_keys
 from vidsieve.errors import UnsupportedCallError
 
 _MARK = "_vidsieve_record"
@@ -92,7 +92,7 @@ class CacheRecord:
         UnsupportedCallError
             If it does not, or brings another video or an image, or the cache cannot be continued.
         """
-        ids, cache = call["input_ids"], call["past_key_values"]
+        ids, cache = call["input_ids"], call[CACHE]
         if call.get("position_ids") is not None or call.get("inputs_embeds") is not None:
             raise UnsupportedCallError("a later turn takes input_ids alone: its positions follow from the first turn")
         self._check_rows(cache, ids.shape[0])
@@ -117,7 +117,7 @@ class CacheRecord:
         UnsupportedCallError
             If the tokens bring a video or an image, or mask and rows do not fit the cache.
         """
-        cache = call["past_key_values"]
+        cache = call[CACHE]
         self._check_rows(cache, ids.shape[0])
         _check_words_only(ids, call, adapter, pixels=True, image=True)
         if call.get("position_ids") is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from vidsieve.adapters.transformers_api import CACHE, loses_cache, repeats_hooks
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
 from vidsieve.types import Stage
@@ -100,6 +101,32 @@ def check_cache(cache: Any) -> None:
         raise UnsupportedCallError("a method inside the LLM needs a cache that stays where it is: leave offloading out")
 
 
+def check_checkpointing(layers: Iterable[Any], filled: bool, compressor: Compressor) -> None:
+    """Refuse what gradient checkpointing makes impossible: it runs decoder layers without their cache.
+
+    Parameters
+    ----------
+    layers : the LLM's decoder layers
+    filled : bool
+        Whether the call goes on with a cache that holds a prompt.
+
+    Raises
+    ------
+    UnsupportedCallError
+    """
+    if filled and loses_cache(layers):
+        raise UnsupportedCallError(
+            "gradient checkpointing runs a model in training mode without its cache, which holds the prompt here: call "
+            "model.eval(), or model.gradient_checkpointing_disable()"
+        )
+    if compressor.acts is Stage.LAYER and repeats_hooks(layers):
+        raise UnsupportedCallError(
+            f"{compressor.name} cannot drop tokens inside layers that transformers before 5.23 recomputes for their "
+            "gradients: install transformers 5.23 or later, choose a method that acts before the LLM, or call "
+            "model.gradient_checkpointing_disable()"
+        )
+
+
 def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> None:
     """Refuse what a method inside the LLM cannot serve: caches of one length for all layers, and rows that move.
 
@@ -110,7 +137,7 @@ def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> Non
     kind = setting(model, call, "cache_implementation")
     if kind not in (None, "dynamic"):
         raise UnsupportedCallError(f"a method inside the LLM needs a DynamicCache, got {kind}: leave it out")
-    check_cache(call.get("past_key_values"))
+    check_cache(call.get(CACHE))
     if compressor.acts is Stage.DECODE and (setting(model, call, "num_beams") or 1) > 1:
         raise UnsupportedCallError(
             f"beam search moves rows of the cache between steps, and {compressor.name} compares each step with the one "

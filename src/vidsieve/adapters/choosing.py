@@ -13,6 +13,7 @@ from torch import Tensor
 from vidsieve.adapters.passes import OwnPasses, attention_rows
 from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
+from vidsieve.adapters.transformers_api import layer_cache, layer_hidden
 from vidsieve.adapters.views import rope_bias, text_places
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import SelectionError
@@ -150,7 +151,7 @@ class Choosing:
 
     def _start(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the method look at the input embeddings of each video and of the text behind it."""
-        hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
+        hidden, cache = layer_hidden(args, kwargs, module), layer_cache(kwargs, module)
         if not self._mine(cache) or not (cache is None or cache.get_seq_length(0) == 0):
             return
         lines, self._told = self._all_columns(), []

@@ -17,10 +17,19 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
 from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import OwnPasses, additive, at_home, first_keys, flash_mask, is_flash, rotated, scores
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, rotated, scores
 from vidsieve.adapters.placed import PlacedVideo, place
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import (
+    argument,
+    cache_argument,
+    first_keys,
+    is_flash,
+    layer_cache,
+    layer_hidden,
+    unsupported,
+)
 from vidsieve.compressors.base import DecodeCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import DecodeView
@@ -88,6 +97,7 @@ class DecodeRun:
         self._table: Tensor | None = None
         self._read = [(0.0, 0)] * len(self.videos)  # per video: shares added up, and how many
         self._end: Tensor | None = None
+        self._passes = self._steps = 0
 
     def traces(self) -> list[VideoTrace]:
         """Return what was kept of each video, and the share of it that was read while decoding."""
@@ -101,6 +111,7 @@ class DecodeRun:
         Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
         """
         handles, mine = [], OwnPasses(cache)
+        self._passes = self._steps = 0
         if not _same(self._end, _end_of(cache)):
             self.before.clear()  # cropped, or its rows moved: the step before is not known any more
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
@@ -109,35 +120,52 @@ class DecodeRun:
             for number in range(self.first - 1, len(layers)):
                 handles.append(layers[number].register_forward_pre_hook(self._before(number, mine), with_kwargs=True))
             yield
+            if not self._passes:
+                unsupported(f"{self.compressor.name} saw nothing pass through the decoder layers")
         finally:
             for handle in handles:
                 handle.remove()
             self._layers, self._text, self._newest, self._table = (), None, None, None
             self._end = _end_of(mine.cache)
 
+    def check_decoded(self, tokens: int) -> None:
+        """Refuse what `generate` returned if it decoded several tokens and no step of them was seen.
+
+        Raises
+        ------
+        UnsupportedTransformersError
+        """
+        if tokens > 1 and not self._steps:
+            unsupported(f"{self.compressor.name} saw none of the steps in which {tokens} tokens were generated")
+
     def _before(self, number: int, mine: OwnPasses) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, cache = args[0] if args else kwargs["hidden_states"], kwargs.get("past_key_values")
-            if cache is None or not mine(cache) or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
-                return None  # another call; or a prompt, or words of the user: everything is read
+            hidden, cache = layer_hidden(args, kwargs, module), layer_cache(kwargs, module)
+            if not mine(cache):
+                return None
+            self._passes += 1
+            if cache is None or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
+                return None  # a prompt, or words of the user: everything is read
             if number == self.first - 1:
-                self._newest = hidden, self._position(kwargs, len(hidden))
+                told = argument(kwargs, "position_ids", module)
+                self._newest = hidden, self._position(told, len(hidden))
                 return None
             if number == self.first:
-                self._table = self._choose(cache, kwargs.get("attention_mask"))
+                self._table = self._choose(cache, argument(kwargs, "attention_mask", module))
+                self._steps += 1
             if self._table is None:
                 raise SelectionError(f"layer {self.first} did not run before layer {number}")
             return args, kwargs | {
-                "past_key_values": _View(cache, self._table),
+                cache_argument(module): _View(cache, self._table),
                 "attention_mask": self._mask(self._table, hidden),
             }
 
         return hook
 
-    def _position(self, kwargs: dict[str, Any], rows: int) -> Tensor:
-        """Return the newest token's rotary positions (P, R, 1): all of its rows go on as the text's does."""
+    def _position(self, told: Tensor, rows: int) -> Tensor:
+        """Return the newest token's rotary positions (P, R, 1) from its text position: all rows go on as it does."""
         repeats = rows // len(self.real)
-        told = kwargs["position_ids"][:, -1:].expand(rows, 1).to(self.text.device)
+        told = told[:, -1:].expand(rows, 1).to(self.text.device)
         steps = told - self.text[:, -1:].repeat_interleave(repeats, 0)
         newest: Tensor = self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
         return newest

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.transformers_api import check_layers, check_model
 from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import NeedError, PolicyMismatchError, StageError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
@@ -29,6 +30,9 @@ def check_fit(adapter: Adapter, compressor: Compressor) -> None:
         raise UnsupportedCallError(
             f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
         )
+    check_model(adapter.model)
+    if compressor.acts is not Stage.PRE_LLM:
+        check_layers(adapter.decoder_layers)
     for need in compressor.needs - adapter.provides:
         raise NeedError(f"{compressor.name} needs {need.value}, which the {adapter.family} adapter does not give")
     if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:

@@ -15,6 +15,7 @@ from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.counted import CountedPositions
 from vidsieve.adapters.probe import block_mean
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
@@ -46,7 +47,7 @@ class FrameAdapter(CountedPositions, Adapter):
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:
         """Return whether pixels or ready features of two or more images of a prompt are in a call."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         ids = inputs.get("input_ids")
         given = ready is not None or inputs.get(self.video_keys[0]) is not None
         # Pixels without any placeholder are a mistake to report; one image alone is no video.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vidsieve.adapters.frames import FrameAdapter
 from vidsieve.adapters.probe import attention_modules
+from vidsieve.adapters.transformers_api import encoder_features
 
 
 class InternVLAdapter(FrameAdapter):
@@ -21,7 +22,7 @@ class InternVLAdapter(FrameAdapter):
 
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the tiles of ``pixel_values`` (F, 3, H, W), or ready features."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         if ready is None:
             names = ("vision_feature_layer", "vision_feature_select_strategy")
             config = self.model.config

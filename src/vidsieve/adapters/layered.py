@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.choosing import Choosing
-from vidsieve.adapters.passes import OwnPasses, additive, flash_mask, is_flash, take
+from vidsieve.adapters.passes import OwnPasses, additive, flash_mask, take
 from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache, layer_hidden, unsupported
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.types import Selection
 
@@ -75,6 +76,7 @@ class LayerRun(Choosing):
         self._told: list[Tensor] = []
         self._prefilling = True
         self._mine = OwnPasses(None)
+        self._passes = 0
 
     @property
     def held(self) -> list[float]:
@@ -106,7 +108,7 @@ class LayerRun(Choosing):
         Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
         """
         handles = []
-        self._mine = OwnPasses(cache)
+        self._mine, self._passes = OwnPasses(cache), 0
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text_config = layers, text
         try:
@@ -116,24 +118,29 @@ class LayerRun(Choosing):
                 handles.append(self._layers[number].register_forward_pre_hook(self._before(number), with_kwargs=True))
             handles.append(self._layers[-1].register_forward_hook(self._after, with_kwargs=True))
             yield
+            if not self._passes or (self.fresh and not self.kept):
+                unsupported(f"{self.compressor.name} saw no prompt pass through the decoder layers")
         finally:
             for handle in handles:
                 handle.remove()
             self._layers, self._text_config, self._hidden, self._mine = (), None, None, OwnPasses(None)
 
+    def check_decoded(self, tokens: int) -> None:
+        """Refuse nothing: whether a prompt passed was checked when the hooks went."""
+
     # -- hooks ----------------------------------------------------------------------------------------------
 
     def _before(self, number: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            cache = kwargs.get("past_key_values")
+            hidden, cache = layer_hidden(args, kwargs, module), layer_cache(kwargs, module)
             if not self._mine(cache):
                 return None
+            self._passes += 1
             self._prefilling = cache is None or cache.get_seq_length(number) == 0
             if self._prefilling:
-                hidden, changes = self._prefill(number, hidden, kwargs)
+                hidden, changes = self._prefill(module, number, hidden, kwargs)
             else:
-                changes = self._later(number, hidden, kwargs)
+                changes = self._later(module, number, hidden, cache, kwargs)
             if self._prefilling and number + 1 in self.stages:
                 self._hidden = hidden
             if args:
@@ -144,7 +151,7 @@ class LayerRun(Choosing):
 
     def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Put the rows of a prompt back at their places."""
-        if not self._prefilling or not self._mine(kwargs.get("past_key_values")):
+        if not self._prefilling or not self._mine(layer_cache(kwargs, module)):
             return output
         hidden = output if isinstance(output, Tensor) else output[0]
         table = self._rows(self.kept[self.stages[-1]], len(hidden)).to(hidden.device)
@@ -153,7 +160,9 @@ class LayerRun(Choosing):
         full = full.index_put((lines, table[lines, places]), hidden[lines, places])
         return full if isinstance(output, Tensor) else (full, *output[1:])
 
-    def _prefill(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    def _prefill(
+        self, layer: Any, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
         if number in self.stages and self._settled(number):
             self.kept[number] = self._last(number) if self.stages[0] < number else padded(self._all_columns())
         elif number in self.stages:
@@ -172,10 +181,10 @@ class LayerRun(Choosing):
             return hidden, {}
         table = self._rows(self.kept[stage], len(hidden)).to(hidden.device)
         real, length = table >= 0, table.shape[1]
-        changes = self._sliced(kwargs, table) if self.rotary is None else self._numbered(hidden, kwargs, real)
+        changes = self._sliced(layer, kwargs, table) if self.rotary is None else self._numbered(hidden, real)
         if is_flash(self._text_config):
             return hidden, changes | {"attention_mask": flash_mask(real)}
-        if kwargs.get("attention_mask") is None and bool(real.all()):
+        if argument(kwargs, "attention_mask", layer) is None and bool(real.all()):
             return hidden, changes  # causal without padding, as it came
         causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
         # A row of padding may look at itself: it is never read, but must not be empty.
@@ -196,32 +205,31 @@ class LayerRun(Choosing):
         self.alive = self.alive or [video.indices.to(self.real.device) for video in self.videos]
         return True
 
-    def _later(self, number: int, hidden: Tensor, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _later(self, layer: Any, number: int, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return what changes for tokens after the prompt, which see what this layer kept of it."""
         stage = max((s for s in self.stages if s <= number), default=None)
         if stage is None:
             return {}
         real = (self._rows(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
-        changes = self._moved_back(hidden, kwargs, real) if self.rotary is not None else {}
-        return changes | self._later_mask(number, hidden, kwargs, real)
+        changes = self._moved_back(layer, hidden, kwargs, real) if self.rotary is not None else {}
+        given = argument(kwargs, "attention_mask", layer)
+        return changes | {"attention_mask": self._later_mask(number, hidden, cache, given, real)}
 
-    def _later_mask(self, number: int, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
+    def _later_mask(self, number: int, hidden: Tensor, cache: Any, given: Tensor | None, real: Tensor) -> Tensor | None:
         count, prompt = hidden.shape[1], self.real.shape[1]
-        given = kwargs.get("attention_mask")
         if is_flash(self._text_config):
-            length = kwargs["past_key_values"].get_seq_length(number) - real.shape[1] + count
+            length = cache.get_seq_length(number) - real.shape[1] + count
             later = real.new_ones(len(real), length) if given is None else given[:, prompt:].bool()
-            return {"attention_mask": flash_mask(torch.cat([real, later], 1))}
+            return flash_mask(torch.cat([real, later], 1))
         if given is not None:
             allowed = given[:, 0, :, prompt:] if given.dtype == torch.bool else given[:, 0, :, prompt:] == 0
             allowed = allowed.expand(len(hidden), -1, -1)
         else:
-            cache = kwargs["past_key_values"]
             after = cache.get_seq_length(number) - real.shape[1] + count
             square = torch.ones(count, after, dtype=torch.bool, device=hidden.device)
             allowed = square.tril(after - count).expand(len(hidden), -1, -1)
         mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
-        return {"attention_mask": additive(mask[:, None], hidden)}
+        return additive(mask[:, None], hidden)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
@@ -238,25 +246,24 @@ class LayerRun(Choosing):
         found.scatter_(1, before.where(before >= 0, self.real.shape[1]), places)
         return found.gather(1, table.clamp(min=0)).where(table >= 0, -1)
 
-    def _sliced(self, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
+    def _sliced(self, layer: Any, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
         """Return rotary angles and position ids of the columns in a table."""
-        cosine, sine = kwargs["position_embeddings"]
+        cosine, sine = argument(kwargs, "position_embeddings", layer)
         changes: dict[str, Any] = {"position_embeddings": (take(cosine, table, -2), take(sine, table, -2))}
-        ids = kwargs.get("position_ids")
+        ids = argument(kwargs, "position_ids", layer)
         if ids is not None:
             changes["position_ids"] = take(ids, table, -1)
         return changes
 
-    def _numbered(self, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
+    def _numbered(self, hidden: Tensor, real: Tensor) -> dict[str, Any]:
         """Return rotary angles and ids of positions that count the kept columns, `real` (R, L') where there is one."""
         ids = (real.long().cumsum(1) - 1).clamp(min=0)
-        changes: dict[str, Any] = {"position_embeddings": self.rotary(hidden, ids)}
-        return changes | ({"position_ids": ids} if kwargs.get("position_ids") is not None else {})
+        return {"position_embeddings": self.rotary(hidden, ids), "position_ids": ids}
 
-    def _moved_back(self, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
+    def _moved_back(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any], real: Tensor) -> dict[str, Any]:
         """Return rotary angles and ids of later tokens, less what was dropped before this layer."""
         dropped = self._rows(self.real, len(hidden)).to(real.device).sum(1) - real.sum(1)
-        ids = kwargs["position_ids"] - dropped[:, None]
+        ids = argument(kwargs, "position_ids", layer) - dropped[:, None]
         return {"position_embeddings": self.rotary(hidden, ids), "position_ids": ids}
 
 

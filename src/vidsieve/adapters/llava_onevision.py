@@ -14,6 +14,7 @@ from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.counted import CountedPositions
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
@@ -32,7 +33,7 @@ class LlavaOnevisionAdapter(CountedPositions, Adapter):
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of ready features."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        ready = encoder_features(inputs, "video")
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.model.device, self.model.dtype)
             ready = self.model.model.get_video_features(pixels, return_dict=True, **layer_options(inputs))
@@ -50,7 +51,7 @@ class LlavaOnevisionAdapter(CountedPositions, Adapter):
 
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the images of ``pixel_values`` (images, tiles, 3, H, W), or of ready features."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         if ready is None:
             options = layer_options(inputs) | {k: inputs[k] for k in self.image_keys[2:] if inputs.get(k) is not None}
             pixels = needed(inputs, "pixel_values").to(self.model.device, self.model.dtype)

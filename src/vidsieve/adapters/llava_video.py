@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.llava_onevision import LlavaOnevisionAdapter, layer_options
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import UnsupportedCallError
 from vidsieve.types import TokenGrid
 
@@ -47,7 +48,7 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
             For other ready features, which are pooled already.
         """
         side = self._patches // 2
-        ready: Any = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        ready: Any = encoder_features(inputs, "video")
         if getattr(ready, "vidsieve_layout", None) == self.layout:
             videos = [video.reshape(-1, side + 1, video.shape[-1]) for video in ready.pooler_output]
             return [self._video(lines[:, :side], lines[:, side]) for lines in videos]

@@ -30,11 +30,6 @@ class OwnPasses:
         return given is self.cache
 
 
-def is_flash(text: Any) -> bool:
-    """Return whether an LLM runs flash attention, which takes masks (B, k) or none."""
-    return "flash" in str(text._attn_implementation)
-
-
 def flash_mask(real: Tensor) -> Tensor | None:
     """Return the mask (B, k) int64 of columns that are seen; None where all are."""
     return None if bool(real.all()) else real.long()
@@ -50,13 +45,6 @@ def at_home(hidden: Tensor, layer: Any) -> Tensor:
     """Return a layer's input on the layer's own device, where it is brought only after our hook has run."""
     weight = layer.input_layernorm.weight
     return hidden if weight.device.type == "meta" else hidden.to(weight.device)
-
-
-def first_keys(cache: Any, least: int = 1) -> Tensor | None:
-    """Return the keys (R, H, n, d) of a cache's first layer; None where there are not `least` columns of them."""
-    layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    return keys if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] >= least else None
 
 
 def rotated(attend: Any, kind: Literal["q", "k"], shape: BlockShape, x: Tensor, positions: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vidsieve.adapters.transformers_api import attention_through, fused_attention
 from vidsieve.errors import NeedError
 from vidsieve.types import ENCODER_NEEDS, EncoderOutputs, Need
 
@@ -33,11 +31,7 @@ def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     if notes is not None:
         scaling = kwargs.get("scaling")
         notes.append((query.detach(), key.detach(), query.shape[-1] ** -0.5 if scaling is None else float(scaling)))
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(_NAME, _probe)
-AttentionMaskInterface.register(_NAME, sdpa_mask)
+    return fused_attention(module, query, key, value, attention_mask, **kwargs)
 
 
 def attention_modules(tower: Any) -> list[Any]:
@@ -55,14 +49,12 @@ def listening(config: Any, module: Any) -> Iterator[list[tuple[Tensor, Tensor, f
     config : the tower's configuration, whose attention implementation is swapped until the block ends
     module : the attention module
     """
-    before = config._attn_implementation
     notes: list[tuple[Tensor, Tensor, float]] = []
     _listening[id(module)] = notes
-    config._attn_implementation = _NAME
     try:
-        yield notes
+        with attention_through(config, _NAME, _probe):
+            yield notes
     finally:
-        config._attn_implementation = before
         del _listening[id(module)]
 
 

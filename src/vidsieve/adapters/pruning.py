@@ -10,6 +10,7 @@ from torch import Generator
 from vidsieve import registry
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Template
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Stage
@@ -114,4 +115,5 @@ def prune(
 
 def is_pruned(call: Mapping[str, Any]) -> bool:
     """Return whether the arguments of a call came out of `prune`."""
-    return any(hasattr(features, "vidsieve_pruned") for features in (call.get("mm_encoder_outputs") or {}).values())
+    ready = (encoder_features(call, modality) for modality in ("video", "image"))
+    return any(hasattr(features, "vidsieve_pruned") for features in ready)

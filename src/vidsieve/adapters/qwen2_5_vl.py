@@ -14,6 +14,7 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import VideoFeatures
 from vidsieve.adapters.locate import needed, runs
 from vidsieve.adapters.probe import attention_modules
+from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
@@ -48,7 +49,7 @@ class Qwen25VLAdapter(Adapter):
                 "video_grid_thw is missing: hand over everything that the processor returned, and call model.generate "
                 "itself, not the function of its class"
             )
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("video")
+        ready = encoder_features(inputs, "video")
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.model.device)
             ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
@@ -64,7 +65,7 @@ class Qwen25VLAdapter(Adapter):
 
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the images of ``pixel_values`` by ``image_grid_thw`` (images, 3), or of ready features."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         if ready is None:
             pixels = needed(inputs, "pixel_values").to(self.model.device)
             grids = needed(inputs, "image_grid_thw")

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Pruned, Template
@@ -22,6 +21,7 @@ from vidsieve.adapters.calls import (
     PromptRestorer,
     arguments,
     check_cache,
+    check_checkpointing,
     check_generate,
     check_inner,
     check_logits_to_keep,
@@ -32,6 +32,16 @@ from vidsieve.adapters.calls import (
 from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
+from vidsieve.adapters.transformers_api import (
+    CACHE,
+    cache_argument,
+    for_model,
+    loses_cache,
+    new_cache,
+    normalise_cache,
+    output_cache,
+    uses_cache,
+)
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
@@ -124,14 +134,17 @@ class Session:
         if not self._wrappers or getattr(self._here, "running", False):
             return original(*args, **kwargs)
         call = arguments(signature, args, kwargs)
+        normalise_cache(call)
         if call.get("inputs") is not None and call.get("input_ids") is not None:
             raise UnsupportedCallError("pass the prompt once: inputs and input_ids are the same thing")
         ids = call.pop("inputs", None)
         call["input_ids"] = call.get("input_ids") if ids is None else ids
-        record = record_of(call.get("past_key_values"))
+        record = record_of(call.get(CACHE))
         with self._inside():
             if record is None and not self._to_prune(call):
-                return original(*args, **kwargs)
+                # The caller's own name for the cache may be one that the installed version does not know.
+                renamed = CACHE in kwargs and cache_argument(self._model) != CACHE
+                return original(**for_model(call, self._model)) if renamed else original(*args, **kwargs)
             if call["input_ids"] is None:
                 raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
             with self._alone():
@@ -157,12 +170,13 @@ class Session:
     @torch.no_grad()
     def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         check_generate(self._model, call)
+        check_checkpointing(self._adapter.decoder_layers, True, self.compressor)
         if acts_inside(self.compressor):
             check_inner(self._model, call, self.compressor)
         if record is not None and self.reselect:
             self._forget(call)
             record = None
-        ids, cache = call["input_ids"], call.get("past_key_values")
+        ids, cache = call["input_ids"], call.get(CACHE)
         call["attention_mask"] = padding_mask(self._model, call, ids)
         if record is None:
             new, record = self._begin(call)
@@ -173,17 +187,22 @@ class Session:
         restore.wrap_hooks(new)
         keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
         with self._at_work(record, cache):
-            output = original(**new)
-        short = output if isinstance(output, Tensor) else output.sequences
+            output = original(**for_model(new, self._model))
+            short = output if isinstance(output, Tensor) else output.sequences
+            if record.layers is not None:
+                record.layers.check_decoded(short.shape[1] - new["input_ids"].shape[1])
         result = restore.output(output)
         beams = (setting(self._model, call, "num_beams") or 1) > 1
         full = result if isinstance(result, Tensor) else result.sequences
-        made = cache if cache is not None else getattr(output, "past_key_values", None)
+        made = cache if cache is not None else output_cache(output)
         keep_record(made, record.grown(full, short, beams))
         return result
 
     def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
-        cache = call.get("past_key_values")
+        check_checkpointing(self._adapter.decoder_layers, record is not None, self.compressor)
+        if loses_cache(self._adapter.decoder_layers):
+            call |= {CACHE: None, "use_cache": False}
+        cache = call.get(CACHE)
         if acts_inside(self.compressor):
             check_cache(cache)
         if record is not None:
@@ -191,17 +210,17 @@ class Session:
         else:
             check_logits_to_keep(call, call["input_ids"], self._adapter.video_token_id)
             new, record = self._begin(call)
-            if cache is None and call.get("use_cache") is not False:
+            if cache is None and uses_cache(self._model, call):
                 # Ours, so that the record is on it however the output hands it back.
-                new["past_key_values"] = cache = DynamicCache(config=self._model.config.get_text_config())
+                new[CACHE] = cache = new_cache(self._model)
         with self._at_work(record, cache):
-            output = original(**new)
+            output = original(**for_model(new, self._model))
         keep_record(cache, record)
         return output
 
     def _to_prune(self, call: dict[str, Any]) -> bool:
         """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
-        ids, cache = call["input_ids"], call.get("past_key_values")
+        ids, cache = call["input_ids"], call.get(CACHE)
         if is_pruned(call) or (self.compressor.idle and self._adapter.layout == "installed"):
             return False
         carries = self._adapter.carries_video(call)
@@ -244,7 +263,7 @@ class Session:
                 "reselect=True prefills a later turn anew: send the whole conversation with its video, as the "
                 "processor returns it"
             )
-        del call["past_key_values"]
+        del call[CACHE]
 
     def _check_labels(self, call: dict[str, Any]) -> None:
         """Refuse labels that are predicted from a video token, which a method inside the LLM may drop."""

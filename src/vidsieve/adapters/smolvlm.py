@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.frames import FrameAdapter
 from vidsieve.adapters.probe import attention_modules
+from vidsieve.adapters.transformers_api import encoder_features
 
 
 class SmolVLMAdapter(FrameAdapter):
@@ -27,7 +28,7 @@ class SmolVLMAdapter(FrameAdapter):
 
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
         """Return the images of ``pixel_values`` (B, images, 3, H, W) that are not padding, or ready features."""
-        ready = (inputs.get("mm_encoder_outputs") or {}).get("image")
+        ready = encoder_features(inputs, "image")
         if ready is None:
             pixels = inputs["pixel_values"].to(self.model.device)
             ready = self.model.model.get_image_features(pixels, inputs.get("pixel_attention_mask"), return_dict=True)

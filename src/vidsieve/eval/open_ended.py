@@ -21,6 +21,7 @@ from vidsieve.adapters.batch import Encoded, Pruned, VideoFeatures
 from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.runner import Condition
@@ -134,7 +135,7 @@ def _second_words(
         out = adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True)
         whole = torch.cat([out.sequences, rest], 1)
         said: Tensor = adapter.model.generate(
-            input_ids=whole, past_key_values=out.past_key_values, max_new_tokens=1, do_sample=False
+            input_ids=whole, **cache_kwargs(adapter.model, output_cache(out)), max_new_tokens=1, do_sample=False
         )
     return said[:, -1]
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from vidsieve.adapters.transformers_api import is_eager
 from vidsieve.errors import TrainingError
 
 Item = TypeVar("Item")
@@ -53,7 +54,7 @@ class Footprint:
         text, size = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
         heads = text.num_attention_heads
         head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        scores = 2 * heads if text._attn_implementation == "eager" else 0
+        scores = 2 * heads if is_eager(text) else 0
         return cls(
             token=size * (8 * text.hidden_size + 3 * text.intermediate_size),
             pair=size * (1 + scores),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve.adapters.base import Adapter, Videos
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.selection import indices_to_mask
 from vidsieve.testing.reference import chosen_inside, masked_greedy, masked_logits
@@ -166,10 +167,10 @@ def second_turn(case: Case, reselect: bool = False) -> Outcome:
             out = case.generate()
             conversation = _longer(case.inputs, torch.cat([out.sequences[:, case.ids.shape[1] :], words], 1))
             if reselect:
-                again = case.generate(conversation, past_key_values=out.past_key_values)
+                again = case.generate(conversation, **cache_kwargs(case.adapter.model, output_cache(out)))
             else:
                 brief = {k: conversation[k] for k in ("input_ids", "attention_mask")}
-                again = case.generate(brief, past_key_values=out.past_key_values)
+                again = case.generate(brief, **cache_kwargs(case.adapter.model, output_cache(out)))
         if reselect:
             case = Case(case.adapter, conversation, case.compressor, case.videos)
             chosen, extra = case.chosen(), extra[:, :0]

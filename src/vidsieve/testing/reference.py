@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.testing.staged import (
     Act,
@@ -111,16 +112,15 @@ def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Vi
     One tensor (H, N) a video: weights of `layer` over the whole prompt.
     """
     model, encoded = adapter.model, adapter.encode(inputs, videos)
-    before, found = model.config._attn_implementation, []
+    found: list[Tensor] = []
     # Of this layer only: all weights of a long prompt would not fit.
     attention: Any = adapter.decoder_layers[layer].self_attn
     hook = attention.register_forward_hook(lambda module, args, output: found.append(output[1]))
-    model.set_attn_implementation("eager")
     try:
-        whole = adapter.build(encoded, encoded.per_row(encoded.everything()))
-        model(**whole.inputs, logits_to_keep=1)
+        with eager_attention(model):
+            whole = adapter.build(encoded, encoded.per_row(encoded.everything()))
+            model(**whole.inputs, logits_to_keep=1)
     finally:
-        model.set_attn_implementation(before)
         hook.remove()
     weights, kept = found[0], whole.kept_positions
     return [weights[v.row, :, -1][:, torch.searchsorted(kept[v.row], v.columns.contiguous())] for v in encoded.videos]

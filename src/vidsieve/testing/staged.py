@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.types import LayerView, Selection
 
@@ -211,12 +212,10 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
         )
     if compressor.prepares:
         listeners.append(adapter.decoder_layers[0].register_forward_pre_hook(look, with_kwargs=True))
-    before = adapter.model.config._attn_implementation
-    adapter.model.set_attn_implementation("eager")
     try:
-        run(entering, masks, {layer: act_at(layer) for layer in plans[0]})
+        with eager_attention(adapter.model):
+            run(entering, masks, {layer: act_at(layer) for layer in plans[0]})
     finally:
-        adapter.model.set_attn_implementation(before)
         for listener in listeners:
             listener.remove()
     return found

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from vidsieve.adapters.layered import LayerRun
 from vidsieve.adapters.placed import PlacedVideo
+from vidsieve.adapters.transformers_api import cache_kwargs
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.testing.oracles import Archive
 from vidsieve.types import TokenGrid
@@ -75,7 +76,7 @@ def passed(model: Any, embeds: Tensor, start: int, count: int, method: LayerComp
 
     handles = [hook for layer in run.stages for hook in (listen(layer), told(layer))]
     with torch.no_grad(), run.hooked(list(model.layers), model.config, cache):
-        out = model(inputs_embeds=embeds[None], position_ids=positions, past_key_values=cache)
+        out = model(inputs_embeds=embeds[None], position_ids=positions, **cache_kwargs(model, cache))
     for handle in handles:
         handle.remove()
     kept = {layer: run.kept[layer][0] for layer in run.stages}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from vidsieve.adapters.transformers_api import cache_kwargs
 from vidsieve.compressors.pyramiddrop import PyramidDrop
 from vidsieve.testing.oracles import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.testing.oracles.decoder import Passed, passed, recorded_llama
@@ -63,7 +64,7 @@ def _decoded(model: Any, done: Passed, length: int) -> list[int]:
     with torch.no_grad(), done.run.hooked(list(model.layers), model.config, done.cache):
         model(
             inputs_embeds=torch.zeros(1, 1, model.config.hidden_size), position_ids=torch.tensor([[length]]),
-            past_key_values=done.cache,
+            **cache_kwargs(model, done.cache),
         )  # fmt: skip
     for handle in handles:
         handle.remove()

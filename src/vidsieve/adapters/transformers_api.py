@@ -1,0 +1,244 @@
+"""Everything that this package knows of transformers' insides: names of arguments, caches, attention, checkpointing.
+
+Names are looked up in the installed signatures when a method is attached. What is needed and not there raises then, and
+names the versions that work; nothing is guessed while a model runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.masking_utils import sdpa_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vidsieve.errors import UnsupportedCallError, UnsupportedTransformersError
+from vidsieve.versions import minor, tested_range, warn_untested
+
+CACHE = "cache"
+"""How a cache is called among the arguments of a call inside this package, whatever the caller called it."""
+_CACHE_NAMES = ("cache", "past_key_values")
+"""The names that transformers has had for it, newest first (renamed in 5.24)."""
+_ENCODED = "mm_encoder_outputs"
+
+
+def unsupported(what: str) -> NoReturn:
+    """Raise UnsupportedTransformersError: `what` is not as this package needs it."""
+    raise UnsupportedTransformersError(
+        f"{what}. transformers {transformers.__version__} does not work with this vidsieve: install a version from "
+        f"{tested_range('transformers')}"
+    )
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def cache_argument(module: nn.Module) -> str:
+    """Return the name under which a model, decoder layer or attention module takes its cache.
+
+    Raises
+    ------
+    UnsupportedTransformersError
+        If its `forward` takes none by a known name.
+    """
+    parameters = _parameters(type(module).forward)
+    for name in _CACHE_NAMES:
+        if name in parameters:
+            return name
+    unsupported(f"{type(module).__name__}.forward takes no {' or '.join(_CACHE_NAMES)}")
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model whose `forward` lacks an argument that pruned prompts need; warn about untested versions.
+
+    Raises
+    ------
+    UnsupportedTransformersError
+    """
+    warn_untested("transformers", transformers.__version__)
+    cache_argument(model)
+    needed = {_ENCODED, "input_ids", "attention_mask", "position_ids"}
+    missing = sorted(needed - _parameters(type(model).forward))
+    if missing:
+        unsupported(f"{type(model).__name__}.forward takes no {', '.join(missing)}")
+
+
+def check_layers(layers: Iterable[nn.Module]) -> None:
+    """Refuse decoder layers whose calls our hooks would not understand.
+
+    Raises
+    ------
+    UnsupportedTransformersError
+    """
+    for layer in {type(layer): layer for layer in layers}.values():
+        cache_argument(layer)
+        missing = sorted({"hidden_states", "attention_mask"} - _parameters(type(layer).forward))
+        if missing:
+            unsupported(f"{type(layer).__name__}.forward takes no {', '.join(missing)}")
+        attention: Any = layer.self_attn
+        cache_argument(attention)
+
+
+def argument(kwargs: Mapping[str, Any], name: str, module: nn.Module) -> Any:
+    """Return an argument that a module is called with.
+
+    Raises
+    ------
+    UnsupportedTransformersError
+        If the call does not have it.
+    """
+    if name not in kwargs:
+        unsupported(f"{type(module).__name__} was called without {name}")
+    return kwargs[name]
+
+
+def layer_cache(kwargs: Mapping[str, Any], layer: nn.Module) -> Any:
+    """Return the cache that a decoder layer is called with, None where it is called without one."""
+    return argument(kwargs, cache_argument(layer), layer)
+
+
+def layer_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], layer: nn.Module) -> Tensor:
+    """Return the hidden states (B, L, D) that a decoder layer is called with."""
+    hidden: Tensor = args[0] if args else argument(kwargs, "hidden_states", layer)
+    return hidden
+
+
+def normalise_cache(call: dict[str, Any]) -> None:
+    """Put the cache of a caller's arguments under `CACHE`, whichever name it came by.
+
+    Raises
+    ------
+    UnsupportedCallError
+        If two different caches came.
+    """
+    given = {name: call.pop(name) for name in _CACHE_NAMES if name in call}
+    caches = [cache for cache in given.values() if cache is not None]
+    if len(caches) > 1 and caches[0] is not caches[1]:
+        raise UnsupportedCallError(f"pass one cache: {' and '.join(given)} are the same argument")
+    if given:
+        call[CACHE] = caches[0] if caches else None
+
+
+def for_model(call: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Return arguments with the cache, if there is one, under the name that the installed model takes it by."""
+    arguments = dict(call)
+    if CACHE in arguments:
+        arguments[cache_argument(model)] = arguments.pop(CACHE)
+    return arguments
+
+
+def cache_kwargs(model: nn.Module, cache: Any) -> dict[str, Any]:
+    """Return a cache as the keyword argument that the installed model takes it by."""
+    return {cache_argument(model): cache}
+
+
+def encoder_features(call: Mapping[str, Any], modality: str) -> Any:
+    """Return the ready features of "video" or "image" among the arguments of a call, None where there are none."""
+    return (call.get(_ENCODED) or {}).get(modality)
+
+
+# -- caches -----------------------------------------------------------------------------------------------------------
+
+
+def new_cache(model: Any) -> DynamicCache:
+    """Return an empty cache for a model."""
+    return DynamicCache(config=model.config.get_text_config())
+
+
+def output_cache(output: Any) -> Any:
+    """Return the cache in what `generate` or `forward` returned, None where it has none."""
+    fields = getattr(type(output), "__dataclass_fields__", {})
+    for name in _CACHE_NAMES:
+        if name in fields:
+            return getattr(output, name)
+    return None
+
+
+def first_keys(cache: Any, least: int = 1) -> Tensor | None:
+    """Return the keys (R, H, n, d) of a cache's first layer; None where there are not `least` columns of them."""
+    layers = getattr(cache, "layers", None)
+    keys = getattr(layers[0], "keys", None) if layers else None
+    return keys if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] >= least else None
+
+
+def uses_cache(model: Any, call: Mapping[str, Any]) -> bool:
+    """Return whether a plain forward with these arguments is to fill a cache."""
+    asked = call.get("use_cache")
+    return bool(model.config.get_text_config().use_cache if asked is None else asked)
+
+
+def _checkpointed(layers: Iterable[nn.Module]) -> bool:
+    return any(getattr(layer, "gradient_checkpointing", False) and layer.training for layer in layers)
+
+
+def loses_cache(layers: Iterable[nn.Module]) -> bool:
+    """Return whether decoder layers run without the cache that they are given, because of gradient checkpointing.
+
+    Before 5.24 transformers takes it away whenever a checkpointed model is in training mode, since then only where
+    gradients are wanted.
+    """
+    return _checkpointed(layers) and (minor(transformers.__version__) < (5, 24) or torch.is_grad_enabled())
+
+
+def repeats_hooks(layers: Iterable[nn.Module]) -> bool:
+    """Return whether backward runs the hooks of decoder layers a second time, after they were removed.
+
+    Before 5.23 transformers checkpoints the call of a layer, hooks included, and not its `forward`.
+    """
+    return _checkpointed(layers) and torch.is_grad_enabled() and "__call__" in vars(GradientCheckpointingLayer)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def is_flash(config: Any) -> bool:
+    """Return whether a model of this configuration runs flash attention, which takes masks (B, k) or none."""
+    return "flash" in str(config._attn_implementation)
+
+
+def is_eager(config: Any) -> bool:
+    """Return whether a model of this configuration holds whole attention matrices."""
+    return bool(config._attn_implementation == "eager")
+
+
+@contextmanager
+def attention_through(config: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Run the attention of modules with this configuration through `function` until the block ends."""
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def fused_attention(*args: Any, **kwargs: Any) -> Any:
+    """Return what torch's fused attention makes of the arguments of an attention function of transformers."""
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
+
+
+@contextmanager
+def eager_attention(model: Any) -> Iterator[None]:
+    """Let a model compute attention eagerly, so that its weights can be read, until the block ends."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
