@@ -133,12 +133,31 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     """
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path} cannot be read as an image ({error}): fetch it again, or leave it out") from None
+        raise VideoError(
+            f"{path} cannot be read as an image ({error}): fetch it again, save it as 8-bit RGB, or leave it out"
+        ) from None
     if size is not None and upright.size != size:
         upright = upright.resize(size, Image.Resampling.BICUBIC)
     return np.asarray(upright)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of at most eight bits a channel: 16-bit and float grey are scaled, not cut off.
+
+    Raises
+    ------
+    ValueError
+        If it does not say what is white: numbers beyond 16 bits, or floats outside [0, 1].
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"its pixels are numbers from {low:g} to {high:g}, and nothing says which of them is white")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
 
 
 def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf: int = 12) -> None:
