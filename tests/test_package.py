@@ -110,13 +110,6 @@ def test_modules_that_the_readme_names_are_there_after_a_plain_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_no_file_is_too_long():
-    from pathlib import Path
-
-    long = {p.name: n for p in Path(vidsieve.__path__[0]).rglob("*.py") if (n := len(p.read_text().splitlines())) > 360}
-    assert not long
-
-
 def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
     root = Path(__file__).parents[1]
     allowed = re.search(r'"transformers>=([\d.]+),', (root / "pyproject.toml").read_text())

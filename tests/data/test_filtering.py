@@ -10,7 +10,7 @@ import torch
 from vidsieve.data import filtering
 from vidsieve.data.filtering import blind_answers, filter_file
 from vidsieve.data.layouts import read_all
-from vidsieve.data.rows import ask, relettered, right_option
+from vidsieve.data.rows import ask, options_of, relettered
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.testbed.files import write_scenes
 
@@ -145,7 +145,7 @@ def test_options_change_places_with_their_letters(testbed):
         texts = [option[2:].lstrip(") ") for option in other["options"]]
         assert [option.lstrip("(")[0] for option in other["options"]] == ["A", "B", "C"]
         assert sorted(texts) == ["blue", "cyan", "red"] and "blue" in other["answer"]
-        assert right_option(other["options"], other["answer"]) == texts.index("blue")
+        assert options_of(other).index(other["answer"]) == texts.index("blue")
         seen.add(tuple(texts))
     assert len(seen) == 6
     bare = relettered({"question": "?", "options": ["red", "blue"], "answer": "blue"}, random.Random(1))

@@ -9,24 +9,8 @@ import pytest
 from vidsieve.data.filtering import filter_file
 from vidsieve.data.layouts import read_all
 from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.rows import right_option
 from vidsieve.data.table import held_out, keys_of, load_rows
 from vidsieve.errors import TrainingError
-
-ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
-
-
-@pytest.mark.parametrize(
-    ("options", "answer", "number"),
-    [
-        (ANIMALS, "D", 3), (ANIMALS, "Dog", 0), (ANIMALS, "d", 3), (ANIMALS, "B.", 1), (ANIMALS, "(C)", 2),
-        (ANIMALS, "C. Bird", 2), (ANIMALS, " c. bird ", 2), (ANIMALS, "Fox", -1), (ANIMALS, "E", -1), (ANIMALS, "", -1),
-        (["A. Red", "B. Apple"], "Apple", 1), (["(A) Dog", "(B) Cat"], "(A) Dog", 0), (["A. B", "B. A"], "B", 0),
-        (["red", "blue"], "Blue", 1), (["red", "blue"], "b", -1),
-    ],
-)  # fmt: skip
-def test_an_answer_is_an_option_its_text_or_its_letter(options, answer, number):
-    assert right_option(options, answer) == number
 
 
 def rows_file(tmp_path, *rows):

@@ -26,13 +26,13 @@ from typing import Any
 
 from vidsieve.data.layouts import Layout
 from vidsieve.data.reading import MalformedError
+from vidsieve.options import Options, OptionsError, said_letter
 
 LEAST_WORDS = 10
 """Words that the caption of an image has at least."""
 
 _PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*\S")
-_LETTER = re.compile(r"^\s*\(?([A-Z])(?:[.):\s]|$)")
 _DESCRIBING = re.compile(
     r"\b(?:descri\w+|caption\w*|narrat\w+|depict\w*|summar\w+|outline\w*|recount\w*|elaborate|in detail|detailed|"
     r"explain the video|walk me through)\b",
@@ -95,11 +95,11 @@ def _pairs(turns: Any) -> list[tuple[str, str]]:
 def _asked(question: str, answer: str, alone: bool, captions: bool) -> dict[str, Any]:
     """Return the fields of a pair of turns."""
     stem, options = _options(question)
-    letter = _LETTER.match(answer)
-    if options and letter is not None:
-        if letter.group(1) not in [found.group(1) for option in options if (found := _OPTION.match(option))]:
+    letter = said_letter(answer)
+    if options and letter:
+        if letter not in Options.parse(options).letters:
             raise MalformedError(f"the answer {answer[:60]!r} is none of the options {', '.join(options)[:120]!r}")
-        return {"question": stem, "options": options, "answer": letter.group(1), "problem_type": "multiple choice"}
+        return {"question": stem, "options": options, "answer": letter, "problem_type": "multiple choice"}
     if alone and (captions or (not options and _DESCRIBING.search(question))):
         return {"caption": answer} | ({"prompt": question} if question else {})
     if not question:
@@ -112,9 +112,13 @@ def _options(text: str) -> tuple[str, list[str]]:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     numbers = [number for number, line in enumerate(lines) if _OPTION.match(line)]
     options = [lines[number] for number in numbers]
-    letters = [option.lstrip("( ")[0] for option in options]
-    if len(options) < 2 or numbers[0] == 0 or letters != sorted(set(letters)):
+    if len(options) < 2 or numbers[0] == 0:
         return text, []
+    try:
+        if not Options.parse(options).lettered:
+            return text, []
+    except OptionsError as error:
+        raise MalformedError(str(error)) from None
     stem = [line for line in lines[: numbers[0]] if line.rstrip(":").casefold() not in ("options", "choices")]
     return "\n".join(stem), options
 

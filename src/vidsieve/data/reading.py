@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -18,8 +17,6 @@ from PIL import Image
 
 from vidsieve.errors import TrainingError
 
-LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")
-"""How an option begins that is answered by its letter: "A. a dog"."""
 BATCH = 64
 """Rows of a Parquet file in memory at a time; each may hold an image."""
 

@@ -10,9 +10,8 @@ with a ``"prompt"`` if captions are not asked for by the usual one. Instead of a
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ import torch
 from torch import Tensor
 
 from vidsieve.data.layouts import Layout, files_of
-from vidsieve.data.reading import LETTERED, MalformedError
+from vidsieve.data.reading import MalformedError
 from vidsieve.data.video_r1 import ASKED, KINDS, Kind
 from vidsieve.errors import TrainingError
-
-_LETTER = re.compile(r"^\(?([A-Za-z])[.):]?$")
+from vidsieve.options import Options, OptionsError
 
 
 @dataclass(frozen=True)
@@ -55,24 +53,14 @@ class Remembered:
         return self.known[text]
 
 
-def right_option(options: Sequence[str], answer: str) -> int:
-    """Return the number of the option that an answer means; −1 for none.
+def options_of(row: Mapping[str, Any]) -> Options:
+    """Return the options of a row.
 
-    Compared without case: the whole option, then its text without the letter, then the letter alone.
+    Raises
+    ------
+    OptionsError
     """
-    wanted = answer.strip().casefold()
-    whole = [option.strip().casefold() for option in options]
-    bare = [LETTERED.sub("", option).strip().casefold() for option in options]
-    letters = [match.group(1).casefold() if match else "" for match in map(LETTERED.match, options)]
-    for known, looked_for in ((whole, wanted), (bare, wanted), (letters, _letter(wanted))):
-        if looked_for in known and looked_for:
-            return known.index(looked_for)
-    return -1
-
-
-def _letter(answer: str) -> str:
-    found = _LETTER.match(answer)
-    return found.group(1) if found else ""
+    return Options.parse([str(option) for option in row["options"]])
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
@@ -85,13 +73,13 @@ def kind_of(row: Mapping[str, Any]) -> str:
 def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
     """Return the question of a row.
 
-    Lettered options are listed and answered by letter, unless the model's vocabulary has no letters (the testbed's has
-    none): then, as options without letters, by their own word.
+    Options are listed and answered by letter where they have letters, and where they are not one token each. Otherwise
+    each is answered by its own word, and so are all where the model's vocabulary has no letters (the testbed's).
 
     Raises
     ------
     TrainingError
-        If its answer is none of its options, or an option without a letter is not one token.
+        If its answer is none of its options, or no tokens tell them apart.
     """
     kind = kind_of(row)
     if kind != "multiple choice":
@@ -99,36 +87,42 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> Asked:
         return Asked(
             f"{row['question']}\n{ASKED[known]}", torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), known
         )
-    options = [str(option) for option in row["options"]]
-    right = right_option(options, str(row["answer"]))
     name = Path(files_of(row)[0]).name if {"video", "frames"} & row.keys() else "a question"
-    if right < 0:
-        raise TrainingError(f"the answer {row['answer']!r} of {name} is none of its options {options}")
-    letters = [match.group(1) for match in map(LETTERED.match, options) if match]
-    question, words = str(row["question"]), options
-    unknown = [getattr(tokenizer, "unk_token_id", None)]
-    if len(letters) == len(options):
-        if any(_ids(tokenizer, letter) == unknown for letter in letters):
-            words = [LETTERED.sub("", option).strip() for option in options]
-        else:
-            question, words = "\n".join([question, *options, ASKED["multiple choice"]]), letters
-    ids = [_ids(tokenizer, word) for word in words]
-    for word, tokens in zip(words, ids, strict=True):
-        if len(tokens) != 1 or tokens == unknown:
-            raise TrainingError(f"option {word!r} of {name} is not one token: letter the options (A. …, B. …)")
-    return Asked(question, torch.tensor([tokens[0] for tokens in ids]), right, words[right])
+    try:
+        options = options_of(row)
+        right = options.index(str(row["answer"]))
+    except OptionsError as error:
+        raise TrainingError(f"{error} ({name})") from None
+    question = str(row["question"])
+    letters = _single(tokenizer, options.letters)
+    words = None if options.lettered and letters is not None else _single(tokenizer, options.texts)
+    if letters is not None and words is None:
+        text = "\n".join([question, *options.lines(), ASKED["multiple choice"]])
+        return Asked(text, letters, right, options.letters[right])
+    if words is not None:
+        return Asked(question, words, right, options.texts[right])
+    raise TrainingError(
+        f"options {list(options.texts)} of {name}: neither they nor the letters {', '.join(options.letters)} are one "
+        "token each in this model's vocabulary, all different"
+    )
 
 
 def relettered(row: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
     """Return a row with its options in another order; where they have letters, these stay in theirs."""
-    options = [str(option) for option in row["options"]]
-    letters = [match.group(0) for match in map(LETTERED.match, options) if match]
-    listed = len(letters) == len(options)
-    bare = [LETTERED.sub("", option) if listed else option for option in options]
-    order = chance.sample(range(len(options)), len(options))
-    texts = [f"{letters[place] if listed else ''}{bare[number]}" for place, number in enumerate(order)]
-    right = right_option(options, str(row["answer"]))
-    return {**row, "options": texts, "answer": texts[order.index(right)] if right >= 0 else row["answer"]}
+    options = options_of(row)
+    order = chance.sample(range(len(options.texts)), len(options.texts))
+    mixed = replace(options, texts=tuple(options.texts[number] for number in order))
+    listed = mixed.lines() if options.lettered else list(mixed.texts)
+    return {**row, "options": listed, "answer": listed[order.index(options.index(str(row["answer"])))]}
+
+
+def _single(tokenizer: Any, words: Sequence[str]) -> Tensor | None:
+    """Return the token of each word (n,) int64; None where one is not a token, is unknown, or equals another's."""
+    ids = [_ids(tokenizer, word) for word in words]
+    unknown = [getattr(tokenizer, "unk_token_id", None)]
+    if any(len(tokens) != 1 or tokens == unknown for tokens in ids) or len({*map(tuple, ids)}) < len(ids):
+        return None
+    return torch.tensor([tokens[0] for tokens in ids])
 
 
 def _ids(tokenizer: Any, word: str) -> list[int]:
@@ -160,10 +154,13 @@ def wrong_in(row: Any) -> str:
     if missing:
         have = ", ".join(sorted(map(str, row)))
         return f"a row needs video, and caption or question, options and answer: {missing[0]} is missing among {have}"
-    if kind == "multiple choice" and not (isinstance(row["options"], list) and len(row["options"]) > 1):
-        return "options must be a list of two or more"
-    if kind == "multiple choice" and right_option([str(o) for o in row["options"]], str(row["answer"])) < 0:
-        return f"the answer {row['answer']!r} is none of its options {row['options']}"
+    if kind == "multiple choice":
+        if not isinstance(row["options"], list):
+            return "options must be a list of two or more"
+        try:
+            options_of(row).index(str(row["answer"]))
+        except OptionsError as error:
+            return str(error)
     return ""
 
 

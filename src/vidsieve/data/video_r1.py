@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from vidsieve.data.layouts import Layout
-from vidsieve.data.reading import LETTERED, MalformedError, raw_records
+from vidsieve.data.reading import MalformedError, raw_records
 from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.options import Options, OptionsError, said_letter
 
 Kind = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -46,7 +47,6 @@ ASKED: dict[Kind, str] = {
 }
 """What closes a prompt, by kind of question; rows of any file are asked alike."""
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,13 @@ def _inside(problem: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _lettered(options: list[str], field: str) -> tuple[str, ...]:
-    letters = [match.group(1) if (match := LETTERED.match(option)) else None for option in options]
-    if None in letters:
-        raise MalformedError(
-            f"{field} has {_short(options[letters.index(None)])}, options begin with a letter, as 'A. …'"
-        )
-    if options and not len(options) == len(set(letters)) > 1:
-        raise MalformedError(
-            f"{field} has the options {_short(options)}: two or more are needed, each with its own letter"
-        )
+    if options:
+        try:
+            lettered = Options.parse(options).lettered
+        except OptionsError as error:
+            raise MalformedError(f"{field} has {_short(options)}: {error}") from None
+        if not lettered:
+            raise MalformedError(f"{field} has {_short(options)}: each begins with its own letter, as 'A. …', 'B. …'")
     return tuple(options)
 
 
@@ -221,13 +219,12 @@ def _answer(solution: str, kind: Kind, options: tuple[str, ...]) -> str:
     if not answer:
         raise MalformedError(f"solution is {_short(solution)}, its answer is empty")
     if kind == "multiple choice":
-        letter = _LETTER.match(answer)
-        letters = [option.lstrip("( ")[0] for option in options]
-        if letter is None or letter.group(1) not in letters:
+        parsed = Options.parse(options)
+        if said_letter(answer) not in parsed.letters:
             raise MalformedError(
-                f"solution is {_short(answer)}, must be one of the options' letters {', '.join(letters)}"
+                f"solution is {_short(answer)}, must be one of the options' letters {', '.join(parsed.letters)}"
             )
-        return letter.group(1)
+        return said_letter(answer)
     if kind in ("numerical", "regression") and not _is_number(answer):
         raise MalformedError(f"solution is {_short(answer)}, must be a number for problem_type {kind!r}")
     return answer

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from vidsieve.data.video_r1 import ASKED, Kind
 from vidsieve.errors import EvaluationError
-
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+from vidsieve.options import LETTERS as LETTERS
 
 
 @dataclass(frozen=True)

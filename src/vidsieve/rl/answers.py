@@ -1,7 +1,8 @@
 """How good a generated answer is, by kind of question: the rules of Video-R1. Pure functions.
 
-Multiple choice: the first letter, or the first word where options have none. Numbers: equal to two decimals. OCR: one
-minus the word error rate. Free form: the mean of ROUGE-1, -2 and -L. Regression: one minus the relative error.
+Multiple choice: the letter that is said (`vidsieve.options`), or the first word where options have none. Numbers: equal
+to two decimals. OCR: one minus the word error rate. Free form: the mean of ROUGE-1, -2 and -L. Regression: one minus
+the relative error.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vidsieve.data.video_r1 import Kind
+from vidsieve.options import said_letter
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -40,7 +42,10 @@ def judge(kind: Kind, said: str, truth: str) -> float:
     tagged = _TAGGED.search(said)
     said = (tagged.group(1) if tagged else said).strip()
     if kind == "multiple choice":
-        return float(_first(said, truth) == truth.casefold())
+        if len(truth) == 1 and truth.isascii() and truth.isalpha():
+            return float(said_letter(said) == truth.upper())
+        words = _WORD.findall(said.casefold())
+        return float(words[:1] == [truth.casefold()])
     if kind == "numerical":
         ours, theirs = number(said), number(truth)
         return float(ours is not None and theirs is not None and round(ours, 2) == round(theirs, 2))
@@ -49,15 +54,6 @@ def judge(kind: Kind, said: str, truth: str) -> float:
     if kind == "OCR":
         return max(0.0, 1 - word_error_rate(said.split(), truth.split()))
     return rouge(said, truth)
-
-
-def _first(said: str, truth: str) -> str:
-    """Return the first letter of an answer, or its first word where the right answer is a word."""
-    if len(truth) == 1:
-        letter = next((sign for sign in said if sign.isalnum()), "")
-        return letter.casefold()
-    words = _WORD.findall(said.casefold())
-    return words[0] if words else ""
 
 
 def number(text: str) -> float | None:

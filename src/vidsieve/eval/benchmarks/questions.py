@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import cast
 
 from vidsieve.data.layouts import read_all
-from vidsieve.data.reading import LETTERED
-from vidsieve.data.rows import kind_of, right_option
+from vidsieve.data.rows import kind_of, options_of
 from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import EvaluationError, TrainingError
-from vidsieve.eval.benchmarks._layout import without_letter
-from vidsieve.eval.items import LETTERS, Benchmark, Item, checked
+from vidsieve.eval.items import Benchmark, Item, checked
 
 
 def read(path: Path) -> list[Item]:
@@ -35,14 +33,10 @@ def read(path: Path) -> list[Item]:
         if kind != "multiple choice":
             items.append(Item(name, video, str(row["question"]), (), str(row["answer"]), groups, kind))
             continue
-        options = [str(option) for option in row["options"]]
-        right = right_option(options, str(row["answer"]))
-        if right < 0:
-            raise EvaluationError(f"question {number} of {path}: the answer {row['answer']!r} is none of {options}")
-        listed = all(LETTERED.match(option) for option in options)
-        bare = tuple(without_letter(option, place) for place, option in enumerate(options)) if listed else options
-        answer = LETTERS[right] if listed else options[right]
-        items.append(Item(name, video, str(row["question"]), tuple(bare), answer, groups, listed=listed))
+        options = options_of(row)
+        right = options.index(str(row["answer"]))
+        answer = (options.letters if options.lettered else options.texts)[right]
+        items.append(Item(name, video, str(row["question"]), options.texts, answer, groups, listed=options.lettered))
     return checked(items, path)
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidsieve.data.reading import LETTERED
 from vidsieve.errors import VidsieveError
-from vidsieve.eval.benchmarks._layout import without_letter
-from vidsieve.eval.items import LETTERS, Item
+from vidsieve.eval.items import Item
+from vidsieve.options import Options, OptionsError
 
 GIVEN = "given"
 """Where a row's own fields go whose names an answer or a failure needs."""
@@ -210,8 +209,13 @@ def _wrong(fields: Mapping[str, Any]) -> str:
         if not (isinstance(value, str) and value.strip()):
             return f"{name} must be a text that is not empty, got {value!r}" if name in fields else f"it has no {name}"
     options = fields.get("options")
-    if options is not None and not _texts(options):
-        return f"options must be a list of at most {len(LETTERS)} texts, got {options!r}"
+    if options is not None and not (isinstance(options, list) and all(isinstance(text, str) for text in options)):
+        return f"options must be a list of texts, got {options!r}"
+    if options:
+        try:
+            Options.parse(options)
+        except OptionsError as error:
+            return str(error)
     try:
         "".join([fields["video"], fields["question"], *(options or [])]).encode()
     except UnicodeEncodeError:
@@ -219,16 +223,12 @@ def _wrong(fields: Mapping[str, Any]) -> str:
     return "its video's path holds a zero byte" if "\0" in fields["video"] else ""
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= len(LETTERS) and all(isinstance(text, str) for text in value)
-
-
 def _prompt(question: str, options: list[str]) -> str:
     """Return what is asked: as with files of questions in `vidsieve eval`, options are listed if they have letters."""
-    if not options or not all(map(LETTERED.match, options)):
+    parsed = Options.parse(options) if options else None
+    if parsed is None or not parsed.lettered:
         return question
-    bare = tuple(without_letter(option, place) for place, option in enumerate(options))
-    return Item("", Path(), question, bare, "").prompt()
+    return Item("", Path(), question, parsed.texts, "").prompt()
 
 
 def numbered(rows: Rows, groups: Iterable[int]) -> Iterator[tuple[int, Row]]:
