@@ -170,19 +170,34 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
     Raises
     ------
     PromptError
-        As `chat_text`.
+        As `chat_text`, and if the processor refuses the question or the frames.
+    """
+    text = chat_text(processor, question)
+    try:
+        inputs = processor(
+            text=[text], videos=[video.pixels], video_metadata=[timed(video)], do_sample_frames=False,
+            return_tensors="pt",
+        )  # fmt: skip
+    except ValueError as error:
+        raise PromptError(f"{type(processor).__name__} refuses the prompt: {str(error).splitlines()[0]}") from error
+    return dict(inputs)
+
+
+def timed(video: Video) -> Any:
+    """Return transformers' metadata of a video from which every processor reads the times of its frames.
+
+    Frames are named by their milliseconds, at 1000 frames a second, so that ``frames_indices / fps`` are
+    `Video.timestamps` however they were chosen. Processors that take one rate alone compute it as
+    ``len(frames_indices) / total_num_frames · fps``: that gives the mean rate of these frames.
     """
     from transformers.video_utils import VideoMetadata
 
-    text, count = chat_text(processor, question), len(video.pixels)
-    rate = count / video.duration if video.duration > 0 else 1.0
-    metadata = VideoMetadata(
-        total_num_frames=count, fps=rate, frames_indices=list(range(count)), duration=video.duration
-    )
-    made = processor(
-        text=[text], videos=[video.pixels], video_metadata=[metadata], do_sample_frames=False, return_tensors="pt"
-    )
-    return dict(made)
+    times, count = video.timestamps, len(video.pixels)
+    spacing = float(times[-1] - times[0]) / (count - 1) if count > 1 else video.duration
+    return VideoMetadata(
+        total_num_frames=max(count, round(1000 * count * spacing)), fps=1000.0,
+        frames_indices=[round(1000 * second) for second in times.tolist()], duration=video.duration,
+    )  # fmt: skip
 
 
 @torch.no_grad()

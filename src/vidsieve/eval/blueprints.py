@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidsieve.data.video import Video
 from vidsieve.errors import UnknownNameError
+from vidsieve.pipeline import timed
 
 _WORDS = (1000, 100_000)
 _QWEN = {"vocab_size": 152064, "tie_word_embeddings": False}
@@ -176,8 +177,7 @@ class RandomModel:
         ids = torch.tensor([[start, 872, 198, *holder, *asked, end, 198, start, assistant, 198]])
         made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family == "qwen2_5_vl":
-            rate = len(video.pixels) / video.duration if video.duration else 1.0
-            made["second_per_grid_ts"] = torch.tensor([2 / rate])
+            made["second_per_grid_ts"] = torch.tensor([2 / timed(video).sampled_fps])
         if self.family in ("qwen2_5_vl", "qwen3_vl"):
             made["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
         return made
