@@ -21,7 +21,7 @@ def machine() -> dict[str, Any]:
     """Return what a figure depends on: processor, cores, threads, versions."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    if info.is_file():
+    if os.path.isfile(info):
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         model = lines[0].partition(":")[2].strip() if lines else model
     return {

@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[Path]:
         If the folder or the file cannot be written.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
         try:
             yield path
         except OSError as error:

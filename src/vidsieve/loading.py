@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         If a policy is missing, superfluous, unreadable, or of another method.
     """
     folder = policy_folder(name_or_path)
-    if policy is None and str(name_or_path) not in registry.compressors and (folder / CONFIG).is_file():
+    if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
         name, policy = read_config(folder).type, folder
     else:
         name = str(name_or_path)
@@ -65,7 +66,7 @@ def policy_folder(path: str | Path) -> Path:
     """Return the folder of a policy: `path` itself, or ``path/policy`` where it is the folder of a run."""
     path = Path(path)
     inner = path / "policy"
-    return inner if (inner / CONFIG).is_file() and not (path / CONFIG).is_file() else path
+    return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
 def shipped_policies() -> list[str]:
@@ -88,7 +89,7 @@ def shipped_policy(name: str) -> Path:
         If there is none of that name.
     """
     folder = _ASSETS / name.replace(":ours", "").replace(":", "-")
-    if not (folder / CONFIG).is_file():
+    if not os.path.isfile(folder / CONFIG):
         have = ", ".join(shipped_policies()) or "none"
         raise PolicyError(f"no policy {name!r} comes with the package; there are: {have}")
     return folder

@@ -125,7 +125,7 @@ def load_model(
     from vidsieve.testbed.model import shipped_model
 
     source = str(shipped_model()) if name == "testbed" else name
-    if "/" not in source and not Path(source).exists():  # no hub id: asking the hub would only take long
+    if "/" not in source and not os.path.exists(Path(source)):  # no hub id: asking the hub would only take long
         raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
     try:
         processor = AutoProcessor.from_pretrained(source)
@@ -145,18 +145,31 @@ def load_model(
     return model.eval(), processor
 
 
+def check_question(processor: Any, question: str) -> None:
+    """Refuse a question that cannot be asked of a model.
+
+    Raises
+    ------
+    PromptError
+        If it is empty, or holds the model's own placeholder of a video or image.
+    """
+    if not question.strip():
+        raise PromptError("the question is empty")
+    for name in ("video_token", "image_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in question:
+            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
+
+
 def chat_text(processor: Any, question: str) -> str:
     """Return the prompt that asks one question about one video, the video still a single placeholder.
 
     Raises
     ------
     PromptError
-        If the question holds the model's own placeholder of a video or image.
+        As `check_question`.
     """
-    for name in ("video_token", "image_token"):
-        token = getattr(processor, name, None)
-        if isinstance(token, str) and token in question:
-            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
+    check_question(processor, question)
     text: str = processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
         add_generation_prompt=True, tokenize=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -178,7 +179,7 @@ def read_config(folder: Path) -> PolicyConfig:
     PolicyError, PolicyMismatchError
     """
     path = folder / CONFIG
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PolicyError(f"no policy in {folder}: {CONFIG} is missing; train one with `vidsieve train`")
     try:
         text = path.read_text(encoding="utf-8")
@@ -201,7 +202,7 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
         If the file is missing, corrupt or of another kind.
     """
     path = folder / WEIGHTS
-    if not path.is_file():
+    if not os.path.isfile(path):
         others = pickles_in(folder)
         advice = f"; {', '.join(others)} will not be loaded, because pickles can run code" if others else ""
         raise PolicyError(f"{WEIGHTS} is missing in {folder}{advice}")

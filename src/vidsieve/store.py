@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +43,7 @@ class Store:
     def __init__(self, folder: Path, config: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
         self.folder, self.share = Path(folder), share
         path = self.folder / RUN
-        if path.exists():
+        if os.path.exists(path):
             self._compare(path, config)
         else:
             with writing(path) as temporary:

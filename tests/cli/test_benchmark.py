@@ -59,7 +59,7 @@ def test_missing_videos_stop_a_run_or_count_as_failures(cli, tmp_path):
     given = ["eval", "questions", str(path), "--model", "testbed", "--out", str(tmp_path / "run")]
     assert "1 of 1 videos are missing" in cli(*given, fails=True)
     out = cli(*given, "--allow-missing")
-    assert "1 video could not be read: 1 questions count as answered wrongly" in out
+    assert "1 question could not be asked and count as answered wrongly" in out
 
 
 def test_the_command_is_told_without_the_share(monkeypatch):

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import tracemalloc
+from pathlib import Path
+from unittest import mock
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from vidsieve.data import reading
 from vidsieve.data.layouts import LAYOUTS, files_of, layout_of, read_all, read_records
 from vidsieve.errors import TrainingError
 
@@ -128,8 +136,51 @@ def test_lines_that_are_no_json_are_faults_and_a_list_that_breaks_off_is_an_erro
     assert "is not JSON" in records[1].fault and "is not UTF-8" in records[2].fault
     path = tmp_path / "rows.json"
     path.write_text('[{"video": "a.mp4", "caption": "c"}, {"video": "b')
-    with pytest.raises(TrainingError, match=r"is not JSON: .*fetch it again"):
+    with pytest.raises(TrainingError, match=r"is not JSON in record 2: Unterminated string"):
         list(read_records(path))
+    path.write_text('[{"video": "a.mp4", "caption": "c"}, ')
+    with pytest.raises(TrainingError, match=r"breaks off after record 1: fetch it again"):
+        list(read_records(path))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.lists(JSON, max_size=6), st.integers(1, 9), st.sampled_from([None, 1]))
+def test_a_json_list_is_read_as_the_json_module_reads_it(values, chunk, indent):
+    file = io.BytesIO(json.dumps(values, indent=indent, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    try:
+        wanted = json.loads(file.getvalue().decode())
+    except UnicodeDecodeError:
+        return  # half a surrogate pair is no UTF-8
+    assert reading._first(file) == b"["
+    with mock.patch.object(reading, "CHUNK", chunk):
+        assert [value for _, value in reading._list(Path("x.json"), file)] == wanted
+
+
+def test_nan_is_read_in_a_list_as_it_is_in_lines(write, tmp_path):
+    row = {"video": "a.mp4", "caption": "c", "duration": math.nan, "score": -math.inf}
+    for name, text in {"rows.jsonl": json.dumps(row), "rows.json": json.dumps([row, row])}.items():
+        (tmp_path / name).write_text(text)
+        records = list(read_records(tmp_path / name))
+        assert records and all(record.rows[0]["caption"] == "c" and not record.fault for record in records)
+
+
+def test_a_list_takes_no_more_memory_than_its_longest_record(tmp_path):
+    path = tmp_path / "rows.json"
+    with path.open("w") as file:
+        file.write("[")
+        for number in range(20_000):
+            file.write(json.dumps({"video": "a.mp4", "caption": "word " * 50}) + ("," if number < 19_999 else "]"))
+    assert path.stat().st_size > 5e6
+    tracemalloc.start()
+    assert sum(1 for _ in read_records(path)) == 20_000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2e6
 
 
 def test_a_file_of_no_known_layout_says_what_it_has_and_what_is_known(write, tmp_path):

@@ -165,7 +165,7 @@ def test_unreadable_files(tmp_path):
     with pytest.raises(TrainingError, match="cannot read"):
         read_video_r1(path)
     for content, message in [
-        (b"\xff\xfe", "record 1: is not UTF-8"), (b"[{]", "is not JSON.*fetch it again"), (b"", "holds no records"),
+        (b"\xff\xfe", "record 1: is not UTF-8"), (b"[{]", "is not JSON in record 1"), (b"", "holds no records"),
         (b"[]", "holds no records"),
         (json.dumps(COUNT).encode() + b"\n{", "record 2: is not JSON"),
     ]:  # fmt: skip

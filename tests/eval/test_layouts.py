@@ -187,6 +187,18 @@ def test_answers_outside_the_options_and_broken_files_are_refused(tmp_path):
         read("videomme", tmp_path / "none")
 
 
+def test_malformed_records_of_a_file_of_questions_are_items_with_their_faults(tmp_path):
+    good = {"video": "a.mp4", "question": "Colour?", "options": ["red", "blue"], "answer": "blue"}
+    bad = [good | {"question": " "}, good | {"answer": "pink"}, {"video": 3}, good | {"options": ["red", "Red"]}]
+    path = _write(tmp_path / "q.jsonl", "\n".join([json.dumps(good), *map(json.dumps, bad), "{no", json.dumps(good)]))
+    items = read("questions", path)
+    assert [item.id for item in items] == ["1", *(f"record {n}" for n in range(2, 7)), "7"]
+    assert [bool(item.fault) for item in items] == [False, *[True] * 5, False]
+    assert "question must be a text that is not empty" in items[1].fault and "is not JSON" in items[5].fault
+    with pytest.raises(EvaluationError, match="no questions that can be asked: record 1: question must be a text"):
+        read("questions", _write(tmp_path / "bad.jsonl", json.dumps(bad[0])))
+
+
 def test_questions_of_a_file(tmp_path):
     rows = [
         {"video": "a.mp4", "question": "Which?", "options": ["A. one", "B. two"], "answer": "two"},

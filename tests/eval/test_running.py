@@ -13,6 +13,7 @@ from vidsieve.adapters import adapter_for
 from vidsieve.data.video import read_video
 from vidsieve.errors import BudgetError, EvaluationError, PromptError, UnknownNameError
 from vidsieve.eval import running
+from vidsieve.eval.items import Item
 from vidsieve.eval.runner import Condition, Examiner
 from vidsieve.eval.tables import summary
 from vidsieve.pipeline import answer
@@ -133,7 +134,33 @@ def test_another_question_or_policy_is_another_run(tmp_path, questions, examiner
             head.data.neg_()
 
 
-def test_choice_is_the_likeliest_option(questions, examiner, whole):
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_question_that_cannot_be_asked_is_counted_and_costs_the_others_nothing(
+    tmp_path, questions, examiner, whole, place
+):
+    asked = [replace(item) for item in questions]
+    asked[place] = replace(asked[place], question=f"{examiner.processor.video_token} what colour is it ?")
+    fault = Item(
+        "record 99", questions[0].video.parent / "record 99", "", (), "", fault="the answer is none of its options"
+    )
+    result = run(tmp_path / "run", [*asked, fault], examiner)
+    lost = {row["video"].split(" on ")[0]: row["reason"] for row in result["failed"] if row["questions"] == 1}
+    assert lost[f"question {asked[place].id}"].startswith("the question holds '<video>'")
+    assert any(reason == fault.fault for reason in lost.values()) and result["questions"] == len(questions) + 1
+    before, after = (
+        {(s["item"], s["condition"]): s["said"] for s in map(json.loads, path.read_text().splitlines()) if "said" in s}
+        for path in (whole[0] / "samples.jsonl", tmp_path / "run" / "samples.jsonl")
+    )
+    assert after == {key: said for key, said in before.items() if key[0] != asked[place].id}
+    listed = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {line["item"] for line in listed if "failed" in line} >= {asked[place].id, "record 99"}
+    clusters = len({str(item.video) for item in [*asked, fault]})
+    assert result["videos"] == clusters
+    hits = sum(s["score"] for s in listed if s.get("condition") == examiner.conditions[0].key)
+    assert result["rows"][0]["accuracy"] == pytest.approx(hits / (len(questions) + 1))
+
+
+def test_choice_is_the_likeliest_option(tmp_path, questions, examiner, whole):
     """For a model that says one word, the same answers wherever what it generates is an option."""
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
     said = {(s["item"], s["condition"]): s["said"] for s in samples if "condition" in s}
@@ -143,8 +170,10 @@ def test_choice_is_the_likeliest_option(questions, examiner, whole):
     pairs = [(s["said"], said[s["item"], s["condition"]].split()[0], s["item"]) for s in record["samples"]]
     alike = [(a, b) for a, b, item in pairs if b in options[item]]
     assert len(pairs) == 4 * ASKED and len(alike) > 2 * ASKED and all(a == b for a, b in alike)
-    with pytest.raises(PromptError, match="cannot be answered by one token each"):
-        chosen.measure([replace(questions[0], listed=True, options=("red",) * 3 + ("blue",))])
+    unclear = replace(questions[0], listed=True, options=("red",) * 3 + ("blue",))
+    assert "cannot be answered by one token each" in chosen.measure([unclear])["faults"][unclear.id]
+    with pytest.raises(EvaluationError, match="none of the 1 questions could be asked, first because question"):
+        run(tmp_path / "none", [unclear], chosen)
     with pytest.raises(UnknownNameError):
         replace(examiner, way="guess")
 

@@ -153,7 +153,7 @@ def test_reports_of_evaluations():
     titles = [section.title for section in sections]
     assert titles == [
         "Accuracy", "Accuracy against retention, 16 frames", "Accuracy by kind", "Not possible",
-        "Videos that could not be read",
+        "Questions that could not be asked",
     ]  # fmt: skip
     cells = {tuple(row[:2]): row for row in sections[0].table.rows}
     assert cells["m", "0.1"][4] == "70.0" and cells["f", "0.1"][2] == "–"

@@ -49,7 +49,7 @@ ROW = {"video": "scene-0000.mp4", "question": "what ?", "options": ["red", "blue
     ({"video": "scene-0000.mp4"}, "needs video, and caption or question"),
     (ROW | {"video": "gone.mp4"}, "nothing in .* can be used: 1 missing video of 1 row, first .*gone.mp4"),
     (ROW | {"answer": "green"}, "none of its options"),
-    (ROW | {"options": ["red", "dark blue"]}, "is not one token"),
+    (ROW | {"options": ["red", "dark blue"]}, "neither they nor the letters A, B are one token"),
     ({"video": "scene-0000.mp4", "caption": ""}, "that is not empty"),
     ({"video": "scene-0000.mp4", "caption": " \n "}, "that is not empty"),
 ])  # fmt: skip
@@ -60,6 +60,25 @@ def test_bad_rows_are_named(testbed, folder, row, message):
     with pytest.raises(TrainingError, match=message):
         prompts = FilePrompts(adapter_for(model), processor, path)
         _ = prompts.caption(0) if isinstance(row, dict) and "caption" in row else prompts.choice(0)
+
+
+@pytest.mark.parametrize(("change", "when", "what"), [
+    ({"question": "<video> what ?"}, "at once", "question that cannot be asked"),
+    ({"question": " "}, "at once", "malformed record"),
+    ({"options": ["red", "RED"]}, "at once", "malformed record"),
+    ({"question": "zzz"}, "later", "prompt that cannot be asked"),
+])  # fmt: skip
+def test_a_row_that_cannot_be_asked_gives_its_place_to_the_next(testbed, folder, change, when, what):
+    model, processor = testbed
+    path = folder / "one-bad.jsonl"
+    path.write_text("\n".join(map(json.dumps, [ROW, ROW | change, ROW | {"question": "what colour ?"}])))
+    forward, backward = (FilePrompts(adapter_for(model), processor, path, seed=1) for _ in range(2))
+    assert len(forward.choices) == (2 if when == "at once" else 3)
+    ids = [forward.choice(number).inputs["input_ids"].tolist() for number in range(6)]
+    assert ids == [backward.choice(number).inputs["input_ids"].tolist() for number in reversed(range(6))][::-1]
+    assert len({tuple(row[0]) for row in ids}) == 2
+    assert dict(forward.skipped.faults) == {what: 1}
+    assert f"1 {what}" in forward.skipped.summary() and " 2" in forward.skipped.summary()
 
 
 def test_rows_of_the_other_kind(testbed, folder):

@@ -27,7 +27,7 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import PromptError, SelectionError, UnknownNameError, UnsupportedCallError
+from vidsieve.errors import NeedError, PromptError, SelectionError, UnknownNameError, UnsupportedCallError
 from vidsieve.types import Need, Prompt, Selection, VideoTokens
 
 CONVENTIONS = ("installed", "legacy", "compact")
@@ -169,6 +169,13 @@ class Adapter(Probed, ABC):
         if self._template is not None:
             return self._template
         return template_of(self.model.config)
+
+    def known_template(self) -> Template | None:
+        """Return the chat template's ids, None where they are not known."""
+        try:
+            return self.template()
+        except NeedError:
+            return None
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Make a processor give at most `tokens` tokens a frame; an error where frames have a size of their own."""

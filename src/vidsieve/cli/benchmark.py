@@ -198,10 +198,10 @@ def print_table(result: dict[str, Any]) -> None:
     if result["failed"]:
         lost = sum(row["questions"] for row in result["failed"])
         first = result["failed"][0]
-        videos = "1 video" if len(result["failed"]) == 1 else f"{len(result['failed'])} videos"
+        what = "1 question" if lost == 1 else f"{lost} questions"
         out.print(
-            f"{videos} could not be read: {lost} questions count as answered wrongly. First: "
-            f"{first['reason']}", markup=False, highlight=False,
+            f"{what} could not be asked and count as answered wrongly; samples.jsonl names each. First: "
+            f"{Path(first['video']).name}: {first['reason']}", markup=False, highlight=False,
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,9 +35,9 @@ def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
     from vidsieve.report.bundles import bundle_sections
     from vidsieve.report.runs import finished, kept_sections
 
-    if (folder / "metrics.jsonl").is_file():
+    if os.path.isfile(folder / "metrics.jsonl"):
         return "Training", sections.training_sections(folder / "metrics.jsonl")
-    if (folder / "bundle.json").is_file():
+    if os.path.isfile(folder / "bundle.json"):
         bundle = read_bundle(folder / "bundle.json")
         return f"{bundle['table']}, published and measured", bundle_sections(bundle)
     result = finished(folder)

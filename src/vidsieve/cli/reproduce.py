@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -152,7 +153,7 @@ def _rows(name: str, spec: PaperTable, only: list[str]) -> dict[str, list[tuple[
 
 def _check(path: Path) -> None:
     """Print what the bundles of a folder are, or one; the first unsound one is an error."""
-    files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+    files = sorted(path.glob("*.json")) if os.path.isdir(path) else [path]
     if not files:
         raise EvaluationError(f"no bundles in {path}: they are files that end in .json")
     lines = []

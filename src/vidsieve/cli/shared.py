@@ -94,16 +94,16 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
     """
     if path is None:
         return
-    if any(other is not None and other.exists() and path.resolve() == other.resolve() for other in reads):
+    if any(other is not None and os.path.exists(other) and path.resolve() == other.resolve() for other in reads):
         raise OutputError(f"{path} would overwrite the file that is read: name another one")
     if kinds and path.suffix.lower() not in kinds:
         raise OutputError(f"cannot write {path}: its name must end in {' or '.join(kinds)}")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise OutputError(f"cannot write {path}: it is a folder; name a file")
     folder = path.parent
-    while not folder.exists() and folder != folder.parent:
+    while not os.path.exists(folder) and folder != folder.parent:
         folder = folder.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise OutputError(f"cannot write {path}: {folder} is a file; choose another path")
     try:
         tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell of /proc, or of a disk mounted for reading

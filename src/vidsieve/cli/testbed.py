@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,7 +199,7 @@ def ablate(
 
 def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
     """Return the search over sets of tokens, from an earlier call if there was one."""
-    if not path.exists():
+    if not os.path.exists(path):
         from vidsieve.pipeline import load_model
         from vidsieve.testbed.search import upper_bound
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -158,11 +159,11 @@ def read_official(folder: str | Path, *, family: str = "llava_onevision") -> CaC
 
 def _places(folder: Path) -> dict[str, Path]:
     """Return every tensor name of the checkpoint in `folder` and the file that holds it."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise PolicyError(f"{folder} is no folder: fetch the checkpoint and give the folder that holds it")
-    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+    if not os.path.isfile(folder / WEIGHTS) and os.path.isfile(folder / INDEX):
         return _indexed(folder)
-    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else sorted(folder.glob("*.safetensors"))
+    files = [folder / WEIGHTS] if os.path.isfile(folder / WEIGHTS) else sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = pickles_in(folder)
         advice = f"; {_few(pickles)} will not be loaded, because pickles can run code" if pickles else ""
@@ -196,7 +197,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise PolicyError(f"{path.name} holds a part of the policy and is missing in {path.parent}: fetch it too")
     try:
         with safe_open(path, "pt") as file:
@@ -263,7 +264,7 @@ def _block_shape(folder: Path, shapes: Mapping[str, Shape]) -> BlockShape:
             # What ZeRO-3 leaves of a parameter that was not gathered before saving.
             raise PolicyError(f"{name} in {folder} has shape {shapes[name]}, a matrix is needed: save it gathered")
     width, inner = shapes[_ANCHOR][1], shapes[gate][0]
-    text = _json(folder / CONFIG).get("text_config") if (folder / CONFIG).is_file() else None
+    text = _json(folder / CONFIG).get("text_config") if os.path.isfile(folder / CONFIG) else None
     if text is None:
         if width != QWEN2_7B.hidden_size:
             raise PolicyError(

@@ -8,6 +8,7 @@ to elsewhere, false keyframes, missing references, damaged data) ends in decodin
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -120,8 +121,8 @@ class File:
 
     def __init__(self, path: Path, notes: Notes) -> None:
         self.notes = notes
-        if not path.is_file() or path.stat().st_size == 0:
-            what = "is empty" if path.is_file() else "is no file" if path.exists() else "does not exist"
+        if not os.path.isfile(path) or path.stat().st_size == 0:
+            what = "is empty" if os.path.isfile(path) else "is no file" if os.path.exists(path) else "does not exist"
             raise VideoError(f"{path} {what}: give the path of a video file")
         try:  # absolute, for FFmpeg takes "a:b.mp4" for a protocol
             self.container = av.open(str(path.resolve()), metadata_errors="replace")

@@ -7,6 +7,7 @@ encoded, to the bit.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import zlib
 from array import array
@@ -100,7 +101,7 @@ class EncodingCache:
         self._stamp = digest(manifest)
         self._settings = digest(_settings(processor))
         path = self.folder / MANIFEST
-        if path.exists():
+        if os.path.exists(path):
             self._compare(path, manifest)
             return
         with writing(path) as temporary:
@@ -139,7 +140,7 @@ class EncodingCache:
         for source, read in videos:
             path = self._path(source)
             name = int(path.stem[:16], 16)
-            if path.exists():
+            if os.path.exists(path):
                 there.append(name)
                 continue
             missing.append(name)
@@ -250,7 +251,7 @@ class EncodingCache:
 
     def _load(self, path: Path) -> tuple[VideoFeatures, Wording] | None:
         """Return a stored video, its tensors mapped from the file; None where it must be made again."""
-        if not path.exists():
+        if not os.path.exists(path):
             return None
         try:
             with safe_open(path, "pt") as file:

@@ -12,6 +12,7 @@ themselves were not at hand.
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ def _rows(record: Any, folder: Path, file: Path) -> tuple[list[dict[str, Any]], 
 def _clip(folder: Path, name: str) -> Path:
     """Return the file of a clip; where it should be if there is none."""
     places = (place / f"{name}{ending}" for place in (folder, *_inside(folder)) for ending in ENDINGS)
-    return next((place for place in places if place.is_file()), folder / f"{name}.mp4")
+    return next((place for place in places if os.path.isfile(place)), folder / f"{name}.mp4")
 
 
 @lru_cache(8)
 def _inside(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(path for path in folder.iterdir() if path.is_dir())) if folder.is_dir() else ()
+    return tuple(sorted(path for path in folder.iterdir() if os.path.isdir(path))) if os.path.isdir(folder) else ()
 
 
 LAYOUT = Layout("koala-36m", "Koala-36M", _matches, _rows)

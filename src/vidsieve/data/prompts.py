@@ -25,8 +25,8 @@ from vidsieve.data.skipped import Skipped
 from vidsieve.data.table import View, keys_of, load_rows
 from vidsieve.data.video import Video, read_frames, read_video
 from vidsieve.data.video_r1 import Kind
-from vidsieve.errors import TrainingError, VideoError
-from vidsieve.pipeline import chat
+from vidsieve.errors import PromptError, TrainingError, VideoError
+from vidsieve.pipeline import chat, check_question
 from vidsieve.rl.samples import Caption, Choice
 
 Sample = TypeVar("Sample", Choice, Caption)
@@ -54,8 +54,8 @@ def load_prompts(
             return "a caption" if kind == "caption" else "a question"
         if kind != "caption" and kinds is not None and kind != kinds:
             return f"a question of kind {kind!r}"
-        if kind != "caption":
-            ask(row, words)  # a wrong row is told now, not when its turn comes
+        # A row that cannot be asked is told now, not when its turn comes.
+        check_question(processor, str(row.get("prompt", CAPTION_PROMPT)) if kind == "caption" else ask(row, words).text)
         return ""
 
     return load_rows(path, root, wanted=wanted, skipped=skipped)
@@ -64,8 +64,9 @@ def load_prompts(
 class FilePrompts:
     """Prompts of a file in a seeded order, again and again.
 
-    A video that proves broken when its turn comes is listed in `skipped`, and the next row's takes its place: so the
-    same number gives the same prompt in every process and sitting, whatever was met before.
+    A video that proves broken when its turn comes, or a prompt that the processor or the model refuses, is listed in
+    `skipped`, and the next row takes its place: so the same number gives the same prompt in every process and sitting,
+    whatever was met before.
 
     Parameters
     ----------
@@ -115,7 +116,9 @@ class FilePrompts:
         keys, shown = rows.table.keys()
         self.videos = np.unique(keys[np.isin(shown, np.concatenate([self.choices.numbers, self.captions.numbers]))])
         self._broken: set[frozenset[int]] = set()
+        self._refused: set[int] = set()
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
+        self.template = adapter.known_template() if adapter is not None else None
 
     def first_of(self, keys: Sequence[int]) -> str:
         """Return the path of the first file that has one of these keys, in the order of the rows."""
@@ -139,16 +142,22 @@ class FilePrompts:
         for place in range(max(1, len(rows))):
             index, row = self._row(rows, number, what, place)
             keys = keys_of(row)
-            if keys in self._broken:
+            if keys in self._broken or int(rows.numbers[index]) in self._refused:
                 continue
             try:
                 return read(index, row)
+            except PromptError as error:
+                record = int(rows.numbers[index])
+                if record not in self._refused:
+                    self._refused.add(record)
+                    where = f"row {record + 1}, {Path(files_of(row)[0]).name}"
+                    self.skipped.add("prompt that cannot be asked", where, str(error), file=self.path, later=True)
             except VideoError as error:
                 if keys not in self._broken:  # another thread may have met it meanwhile
                     self._broken.add(keys)
                     shown = int(np.isin(rows.table.keys()[0], np.array(list(keys), np.uint64)).sum())
                     self.skipped.broken(files_of(row)[0], shown, str(error), file=self.path, later=True)
-        raise TrainingError(f"no video of {self.path} can be read: {self.skipped.summary()}")
+        raise TrainingError(f"no row of {self.path} can be used: {self.skipped.summary()}")
 
     def _source(self, row: Mapping[str, Any]) -> Source:
         pairs = row["frames"] if "frames" in row else [[row["video"], 1]]
@@ -192,7 +201,10 @@ class FilePrompts:
 
     def _choice(self, index: int, row: dict[str, Any]) -> Choice:
         asked = ask(row, self.processor.tokenizer)
-        return Choice(self._inputs(row, asked.text), asked.option_ids, asked.answer, asked.truth, asked.kind)
+        inputs = self._inputs(row, asked.text)
+        if self.template is not None:
+            self.template.question_mask(inputs["input_ids"][0])  # a question without a known word has no policy
+        return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind)
 
     def _caption(self, index: int, row: dict[str, Any]) -> Caption:
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))

@@ -7,6 +7,7 @@ worth (SCORE §4.4, stage one of its curriculum: 2–4 images, 3–6 frames each
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -203,7 +204,7 @@ def _written(data: bytes, folder: Path) -> Path:
     with Image.open(BytesIO(data)) as opened:
         ending = (opened.format or "png").lower()
     place = folder / f"{blake2b(data, digest_size=12).hexdigest()}.{ending}"
-    if not place.exists():
+    if not os.path.exists(place):
         with writing(place) as temporary:
             temporary.write_bytes(data)
     return place

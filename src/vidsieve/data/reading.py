@@ -5,18 +5,26 @@ JSON lists, JSON lines, CSV and Parquet are told apart by name and first byte; w
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import os
+import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-import ijson
 from PIL import Image
 
 from vidsieve.errors import TrainingError
 
+CHUNK = 2**16
+"""Bytes of a JSON list that are read at a time."""
+LONGEST = 2**26
+"""Characters of the longest record of a JSON list."""
+_BLANK = re.compile(r"[\s,]*")
+_CLOSED = re.compile(r"\s*[,\]]")
 BATCH = 64
 """Rows of a Parquet file in memory at a time; each may hold an image."""
 
@@ -53,7 +61,7 @@ def raw_records(path: Path) -> Iterator[tuple[int, Any]]:
 
 def image_fault(image: Path | bytes) -> str:
     """Return what is wrong with an image, a file or its bytes, as far as its format checks itself; or an empty text."""
-    if isinstance(image, Path) and not image.is_file():
+    if isinstance(image, Path) and not os.path.isfile(image):
         return "missing image"
     try:
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
@@ -76,11 +84,36 @@ def _first(file: IO[bytes]) -> bytes:
 
 
 def _list(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    try:
-        yield from enumerate(ijson.items(file, "item", use_float=True), 1)
-    except ijson.JSONError as error:
-        said = " ".join(str(error).split())[:120]
-        raise TrainingError(f"{path} is not JSON: {said}; fetch it again") from None
+    """Yield the items of a JSON list, one in memory at a time; NaN and Infinity are read as Python writes them."""
+    characters, decoder = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+    file.read(1)  # the bracket
+    buffer, place, number, ended = "", 0, 0, False
+
+    def more() -> bool:
+        nonlocal buffer, place, ended
+        # Twice as much each time: a long item is not decoded from its start again and again.
+        read = file.read(max(CHUNK, len(buffer) - place))
+        buffer, place, ended = buffer[place:] + characters.decode(read, not read), 0, not read
+        return bool(read)
+
+    while True:
+        place = _BLANK.match(buffer, place).end()  # type: ignore[union-attr]
+        if place == len(buffer):
+            if more():
+                continue
+            raise TrainingError(f"{path} breaks off after record {number}: fetch it again")
+        if buffer[place] == "]":
+            return
+        try:
+            record, end = decoder.raw_decode(buffer, place)
+            what = "" if _CLOSED.match(buffer, end) else "Expecting ',' or ']'"  # a number may go on
+        except json.JSONDecodeError as error:
+            what = error.msg
+        if not what:
+            place, number = end, number + 1
+            yield number, record
+        elif ended or len(buffer) - place > LONGEST or not more():
+            raise TrainingError(f"{path} is not JSON in record {number + 1}: {what}")
 
 
 def _lines(file: IO[bytes]) -> Iterator[tuple[int, Any]]:

@@ -146,6 +146,8 @@ def wrong_in(row: Any) -> str:
         return f"caption must be a text that is not empty, got {row['caption']!r}"
     if "question" not in row:
         return "" if "caption" in row else "a row needs video, and caption or question, options and answer"
+    if not isinstance(row["question"], str) or not row["question"].strip():
+        return f"question must be a text that is not empty, got {row['question']!r}"
     kind = kind_of(row)
     if kind not in KINDS:
         return f"problem_type is {kind!r}, must be one of {', '.join(KINDS)}"

@@ -46,7 +46,7 @@ class Skipped:
         self.read: dict[str, tuple[int, int]] = {}
         self._lock = threading.Lock()
         self._listed: set[tuple[str, str, str]] = set()
-        if path is not None and path.exists():
+        if path is not None and os.path.exists(path):
             for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vidsieve.data.layouts import files_of, layout_of, read_records
 from vidsieve.data.reading import image_fault
 from vidsieve.data.skipped import Skipped
-from vidsieve.errors import TrainingError
+from vidsieve.errors import PromptError, TrainingError
 
 Keys = NDArray[np.uint64]
 
@@ -119,8 +119,8 @@ def load_rows(
     path, root : Path
         As `read_records`.
     wanted : callable, optional
-        Says of a row why it is left out, in words; an empty text takes it. Raises `TrainingError` for a row that is
-        wrong.
+        Says of a row why it is left out, in words; an empty text takes it. Raises `TrainingError` or `PromptError` for
+        a row that is wrong.
     present : bool
         Leave out rows whose videos are not there.
     empty : bool
@@ -145,7 +145,7 @@ def load_rows(
         for row in record.rows:
             try:
                 reason = "" if wanted is None else wanted(row)
-            except TrainingError as error:
+            except (TrainingError, PromptError) as error:
                 skipped.add("question that cannot be asked", where, str(error), file=path)
                 continue
             fault = image_fault(row["bytes"]) if "bytes" in row and not reason else ""

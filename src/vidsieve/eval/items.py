@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Item:
         Whether the prompt lists the options, to be answered by letter; else the answer is one of them, word for word.
     bracketed : bool
         Whether options are listed as "(A) …" instead of "A. …".
+    fault : str
+        Why the record cannot be asked; it counts as answered wrongly.
     """
 
     id: str
@@ -46,6 +49,7 @@ class Item:
     kind: Kind = "multiple choice"
     listed: bool = True
     bracketed: bool = False
+    fault: str = ""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -122,15 +126,16 @@ def checked(items: Sequence[Item], where: Path) -> list[Item]:
     EvaluationError
         If not; the text counts what is wrong and names the first.
     """
-    if not items:
-        raise EvaluationError(f"{where} holds no questions: fetch it again")
+    if not any(not item.fault for item in items):
+        first = f": {items[0].id}: {items[0].fault}" if items else ": fetch it again"
+        raise EvaluationError(f"{where} holds no questions that can be asked{first}")
     doubled = [name for name, times in Counter(item.id for item in items).items() if times > 1]
     if doubled:
         raise EvaluationError(
             f"{len(doubled)} questions of {where} are there more than once, first {doubled[0]!r}: fetch it again"
         )
     for item in items:
-        if item.kind == "multiple choice" and item.answer not in item.answers:
+        if not item.fault and item.kind == "multiple choice" and item.answer not in item.answers:
             raise EvaluationError(
                 f"question {item.id!r} of {where}: the answer {item.answer!r} is none of {', '.join(item.answers)}"
             )
@@ -145,8 +150,8 @@ def check_videos(items: Sequence[Item]) -> None:
     EvaluationError
         The text counts them and names the first.
     """
-    videos = {item.video for item in items}
-    missing = sorted(str(video) for video in videos if not video.is_file())
+    videos = {item.video for item in items if not item.fault}
+    missing = sorted(str(video) for video in videos if not os.path.isfile(video))
     if missing:
         raise EvaluationError(
             f"{len(missing)} of {len(videos)} videos are missing, first {missing[0]}: put them there, or count their "

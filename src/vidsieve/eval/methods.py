@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def named_method(name: str, policy: str | None = "testbed", **fields: Any) -> Co
 
 def is_folder(name: str) -> bool:
     """Return whether a name is the folder of a policy, or of the run that made it."""
-    return name not in registry.compressors and (policy_folder(name) / CONFIG).is_file()
+    return name not in registry.compressors and os.path.isfile(policy_folder(name) / CONFIG)
 
 
 def rows_for(methods: Mapping[str, Compressor], retentions: Sequence[float], probes: bool = False) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def folder_of(data: Path | None, benchmark: str) -> Path | None:
     if data is None:
         return None
     for name in (benchmark, benchmark.removesuffix("-test")):
-        if (data / name).is_dir():
+        if os.path.isdir(data / name):
             return data / name
     return None
 

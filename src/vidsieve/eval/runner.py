@@ -15,7 +15,7 @@ from vidsieve.adapters.batch import Encoded, on_device
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video, read_video
-from vidsieve.data.wording import prompt_about, worded
+from vidsieve.data.wording import Wording, prompt_about, worded
 from vidsieve.errors import (
     BudgetError,
     NeedError,
@@ -115,10 +115,11 @@ class Examiner:
         dict
             ``samples``: per item and condition ``item, condition, said, score, kept, total, layers, prompt``, and
             ``indices, grid`` where they are kept. ``refused``: by condition, why its method cannot run on this model or
-            keep so little of this video. ``select_ms``: by condition. Or ``failed``: why the video could not be read.
+            keep so little of this video. ``faults``: by item, why its question could not be asked, or not under some
+            condition. ``select_ms``: by condition. Or ``failed``: why the video could not be read.
         """
         samples: list[dict[str, Any]] = []
-        refused = dict(self.refused)
+        refused, faults = dict(self.refused), dict[str, str]()
         spent: dict[str, list[float]] = {}
         for frames in sorted({condition.frames for condition in self.conditions}):
             asked = [condition for condition in self.conditions if condition.frames == frames]
@@ -126,13 +127,16 @@ class Examiner:
             try:
                 video = frames_of(items[0].video, frames, self.fps)
             except VideoError as error:
-                return {"failed": str(error), "samples": [], "refused": refused, "select_ms": {}}
-            for item, encoded in self._encoded(video, items, asked):
+                return {"failed": str(error), "samples": [], "refused": refused, "faults": {}, "select_ms": {}}
+            for item, encoded in self._encoded(video, items, asked, faults):
                 for condition in asked:
                     try:
                         said, score, prompt, traces = self._answer(encoded, item, condition)
                     except BudgetError as error:
                         refused[condition.key] = str(error)
+                        continue
+                    except PromptError as error:
+                        faults[item.id] = str(error)
                         continue
                     spent.setdefault(condition.key, []).append(sum(trace.select_ms for trace in traces))
                     samples.append({
@@ -140,26 +144,37 @@ class Examiner:
                         **_kept(encoded, traces), "prompt": list(prompt),
                         **(_indices(traces) if self.keep else {}),
                     })  # fmt: skip
-        return {"samples": samples, "refused": refused, "select_ms": spent}
+        return {"samples": samples, "refused": refused, "faults": faults, "select_ms": spent}
 
     def _encoded(
-        self, video: Video, items: Sequence[Item], conditions: Sequence[Condition]
+        self, video: Video, items: Sequence[Item], conditions: Sequence[Condition], faults: dict[str, str]
     ) -> Iterator[tuple[Item, Encoded]]:
-        """Yield every question's prompt, the video through the vision encoder once where the processor allows it."""
+        """Yield every question's prompt, the video through the vision encoder once where the processor allows it.
+
+        Questions that cannot be asked are left out, and noted in `faults`.
+        """
         methods = [condition.compressor for condition in conditions if condition.compressor is not None]
         needs: frozenset[Need] = frozenset().union(*(method.needs for method in methods)) & ENCODER_NEEDS
         device = self.adapter.model.device
-        texts = [item.prompt(self.closing) for item in items]
-        try:
-            made, wording = worded(self.processor, video, texts[0])
-        except UnsupportedCallError:  # prompts of this processor are made with the pixels only
-            for item, text in zip(items, texts, strict=True):
-                inputs = on_device(chat(self.processor, video, text), device)
-                yield item, self.adapter.encode(inputs, needs=needs)
-            return
-        (features,) = self.adapter.features(on_device(made, device), needs)
-        for item, text in zip(items, texts, strict=True):
-            yield item, prompt_about(self.adapter, self.processor, features, wording, text)
+        wording: Wording | None = None
+        with_pixels = False  # prompts of some processors are made with the pixels only
+        for item in items:
+            text = item.prompt(self.closing)
+            try:
+                if wording is None and not with_pixels:
+                    try:
+                        made, wording = worded(self.processor, video, text)
+                        (features,) = self.adapter.features(on_device(made, device), needs)
+                    except UnsupportedCallError:
+                        with_pixels = True
+                if wording is None:
+                    encoded = self.adapter.encode(on_device(chat(self.processor, video, text), device), needs=needs)
+                else:
+                    encoded = prompt_about(self.adapter, self.processor, features, wording, text)
+            except PromptError as error:
+                faults[item.id] = str(error)
+                continue
+            yield item, encoded
 
     def _answer(
         self, encoded: Encoded, item: Item, condition: Condition

@@ -21,6 +21,7 @@ from vidsieve._version import __version__
 from vidsieve.adapters.fingerprint import digest, model_digest, weights_digest
 from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
+from vidsieve.errors import EvaluationError
 from vidsieve.eval.items import Benchmark, Item
 from vidsieve.eval.runner import Condition, Examiner
 from vidsieve.eval.tables import summary
@@ -83,12 +84,17 @@ def run(
     """
     by_video: dict[str, list[Item]] = {}
     for item in items:
-        by_video.setdefault(str(item.video), []).append(item)
+        if not item.fault:
+            by_video.setdefault(str(item.video), []).append(item)
     with Store(folder, config, share) as store:
         records = measure_all(store, list(by_video), lambda unit: examiner.measure(by_video[unit]), progress)
     if len(records) < len(by_video):
         return None
-    found = list(records.values())
+    found = list(records.values()) + [_faulty(item) for item in items if item.fault]
+    if not any(record["samples"] or record["refused"] for record in found):
+        reasons = [record["failed"] for record in found if "failed" in record]
+        reasons += [reason for record in found for reason in record.get("faults", {}).values()]
+        raise EvaluationError(f"none of the {len(items)} questions could be asked, first because {reasons[0]}")
     table = summary(items, config["conditions"], found, benchmark.average)
     result = {
         "benchmark": benchmark.title, "paper": benchmark.paper, "figure": benchmark.figure, "command": command,
@@ -104,6 +110,11 @@ def run(
     return result
 
 
+def _faulty(item: Item) -> dict[str, Any]:
+    """Return what stands for the measured video of an item that cannot be asked."""
+    return {"unit": str(item.video), "failed": item.fault, "samples": [], "refused": {}, "faults": {}, "select_ms": {}}
+
+
 def _write(path: Path, value: Any) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -115,10 +126,15 @@ def _write_samples(
     """Write every answer, in the order of questions and conditions, whatever order they were had in."""
     by = {(sample["item"], sample["condition"]): sample for record in records for sample in record["samples"]}
     failed = {record["unit"]: record["failed"] for record in records if "failed" in record}
+    # Records of runs that began before 0.2 have no faults.
+    faults = {name: reason for record in records for name, reason in record.get("faults", {}).items()}
     with writing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for item in items:
             if str(item.video) in failed:
                 file.write(json.dumps({"item": item.id, "failed": failed[str(item.video)]}, ensure_ascii=False) + "\n")
+            elif item.id in faults:
+                line = {"item": item.id, "failed": faults[item.id]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
             for key in conditions:
                 if (item.id, key) in by:
                     line = {**by[item.id, key], "answer": item.answer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,8 @@ def summary(
 ) -> dict[str, Any]:
     """Return the table of a run whose units have all been measured.
 
-    A question whose video could not be read counts as answered wrongly, and is counted as failed. A condition that
+    A question that could not be asked, or whose video could not be read, counts as answered wrongly, and is counted as
+    failed. A condition that
     some video refuses has no row.
 
     Parameters
@@ -50,6 +52,9 @@ def summary(
         if "failed" in record:
             asked = sum(str(item.video) == record["unit"] for item in items)
             failed.append({"video": record["unit"], "reason": record["failed"], "questions": asked})
+        for name, reason in record.get("faults", {}).items():
+            where = f"question {name} on {Path(record['unit']).name}"
+            failed.append({"video": where, "reason": reason, "questions": 1})
     clusters = _numbered([str(item.video) for item in items])
     scores = {
         key: [float(given[key][item.id]["score"]) if item.id in given[key] else 0.0 for item in items]

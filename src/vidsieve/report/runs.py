@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def finished(folder: Path) -> dict[str, Any]:
         If there is none, or its file is damaged.
     """
     path = folder / "result.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise EvaluationError(
             f"{folder} has no finished run: a page is made of result.json, bundle.json or metrics.jsonl"
         )  # fmt: skip

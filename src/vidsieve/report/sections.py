@@ -192,9 +192,9 @@ def evaluation_sections(result: Row) -> list[Section]:
         found.append(Section("Not possible", table=TableOf(("method", "retention", "why"), notes, frozenset({2}))))
     lost = [(row["video"], row["questions"], row["reason"]) for row in result.get("failed", [])]
     if lost:
-        text = "Their questions count as answered wrongly."
+        text = "They count as answered wrongly."
         table = TableOf(("video", "questions", "why"), lost, frozenset({2}))
-        found.append(Section("Videos that could not be read", text, table))
+        found.append(Section("Questions that could not be asked", text, table))
     return found
 
 

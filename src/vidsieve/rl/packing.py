@@ -145,5 +145,5 @@ def total_memory() -> int:
     except (AttributeError, ValueError, OSError):  # not on Windows
         total = 8 * 2**30
     limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.is_file() else ""
+    text = limit.read_text().strip() if os.path.isfile(limit) else ""
     return min(total, int(text)) if text.isdigit() else total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ def train_policy(
     chosen = SETTINGS[method, variant] | settings
     config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
     folder = Path(folder)
-    if not resume and is_main() and not (folder / "metrics.jsonl").exists():
+    if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
         (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
     skipped = Skipped(folder / SKIPPED if data is not None or eval_data is not None else None, lists=is_main())
     found = source(adapter, processor, config, Files(data, eval_data, pseudo, cache, root), skipped)

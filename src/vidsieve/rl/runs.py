@@ -7,6 +7,7 @@ leaves a checkpoint that is whole. Metrics may be ahead of it; going on cuts the
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -52,11 +53,11 @@ class RunFolder:
         OutputError
             If it cannot be written, holds a run and `resume` is not set, or holds none and it is.
         """
-        there = self.checkpoint.exists()
+        there = os.path.exists(self.checkpoint)
         if there and not resume:
             raise OutputError(f"{self.path} holds a run already: go on with --resume, or choose another folder")
         # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
-        if not there and resume and not self.metrics.exists():
+        if not there and resume and not os.path.exists(self.metrics):
             raise OutputError(f"{self.path} holds no run to go on with: leave --resume out to begin one")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -87,8 +88,14 @@ class RunFolder:
         try:
             save_state(self.checkpoint, {"policy": policy}, optimizer, header)
         except OutputError as error:
-            left = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.exists() else "nothing was saved"
-            advice = "make room and go on with --resume" if self.checkpoint.exists() else "make room and begin again"
+            left = (
+                f"the last good checkpoint is {self.checkpoint}"
+                if os.path.exists(self.checkpoint)
+                else "nothing was saved"
+            )
+            advice = (
+                "make room and go on with --resume" if os.path.exists(self.checkpoint) else "make room and begin again"
+            )
             raise OutputError(f"{error}; {left}: {advice}") from error
 
     def load(
@@ -146,7 +153,7 @@ class RunFolder:
 
     def cut(self, step: int) -> None:
         """Drop metrics that were logged after `step`, so that no step appears twice."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if os.path.exists(self.metrics) else []
         kept = [line for line in lines if _step_of(line) <= step]
         with writing(self.metrics) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

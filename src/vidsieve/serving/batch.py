@@ -102,7 +102,7 @@ def answer_file(
     root = (source.parent if root is None else root).resolve()  # a reason that names a path is the same everywhere
     rows, paths = Rows(source, root, settings.batch), Paths(target)
     told = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
-    if not paths.journal.exists():
+    if not os.path.exists(paths.journal):
         _check_free(paths)
     with Journal(paths.journal, told | settings.described(), rows.groups) as journal:
         if journal.finished is not None:
@@ -145,7 +145,7 @@ def _check_free(paths: Paths) -> None:
     OutputError
     """
     for path in (paths.out, paths.failed):
-        if path.exists():
+        if os.path.exists(path):
             raise OutputError(f"{path} is there, and no {paths.journal.name} says of what: name another output")
 
 
@@ -197,7 +197,7 @@ def _done(paths: Paths, finished: dict[str, Any], rows: int) -> Report:
     """
     for path in (paths.out, paths.failed):
         wanted = finished["digests"].get(path.name)
-        if wanted is not None and not (path.exists() and _digest(path) == wanted):
+        if wanted is not None and not (os.path.exists(path) and _digest(path) == wanted):
             raise OutputError(
                 f"{path} is not what the finished run wrote: remove {paths.journal} and the outputs to answer anew"
             )

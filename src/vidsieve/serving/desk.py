@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ class Desk:
 
     def _encoded(self, path: Path, question: str, clock: Clock) -> tuple[Video, Encoded, bool]:
         """Return a video and a prompt about it, and whether the video was known."""
-        stamp = path.stat() if path.is_file() else None
+        stamp = path.stat() if os.path.isfile(path) else None
         key = (str(path.resolve()), stamp.st_mtime_ns if stamp else 0, stamp.st_size if stamp else 0)
         device = self.adapter.model.device
         if key in self._known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def _config(name: str) -> Any:
     from vidsieve.testbed.model import shipped_model
 
     source = str(shipped_model()) if name == "testbed" else name
-    if "/" not in source and not Path(source).exists():  # no hub id: asking the hub would only take long
+    if "/" not in source and not os.path.exists(Path(source)):  # no hub id: asking the hub would only take long
         raise UnknownNameError("model", name, [*BLUEPRINTS, "testbed"], "Or give a folder, or a hub id as OWNER/NAME.")
     try:
         return AutoConfig.from_pretrained(source)

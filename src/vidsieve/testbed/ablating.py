@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ def runs_of(tables: Sequence[Table], seeds: int, questions: int) -> list[Run]:
 def perform(run: Run, folder: Path) -> dict[str, Any]:
     """Return a run's marks and learning curve, from its folder if it has been performed before."""
     home = folder / run.folder
-    if (home / RESULT).exists():
+    if os.path.exists(home / RESULT):
         found: dict[str, Any] = json.loads((home / RESULT).read_text(encoding="utf-8"))
         return found
     from vidsieve.pipeline import load_model
@@ -89,7 +90,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     settings = run.condition.settings | {"seed": run.seed, "eval_prompts": 0}
     record = train_policy(
         run.method, model, processor, home, settings, variant=run.condition.variant, model_name="testbed",
-        resume=(home / CHECKPOINT).exists(),
+        resume=os.path.exists(home / CHECKPOINT),
     )  # fmt: skip
     rows = rows_for({str(home): named_method(str(home))}, RETENTIONS, probes=run.condition.probes)
     adapter = adapter_for(model)

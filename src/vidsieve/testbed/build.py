@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -56,7 +57,7 @@ def build_testbed(folder: Path, *, seed: int, scenes: int, quick: bool, log: Log
     def run(name: str, work: Callable[[], dict[str, float]]) -> None:
         """Run a stage that was not finished before, or take its result."""
         path = folder / f"{name}.safetensors"
-        if path.exists():
+        if os.path.exists(path):
             record["stages"][name] = load_state(path, {"model": model})["stage"]
             log(f"{name}: done before, {record['stages'][name]['minutes']:.1f} minutes then")
             return
@@ -71,7 +72,7 @@ def build_testbed(folder: Path, *, seed: int, scenes: int, quick: bool, log: Log
     run("A", lambda: train_projector(model, projector, seed, log))
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)
-    waiting = [stage for stage in stages if not (folder / f"{stage.name}.safetensors").exists()]
+    waiting = [stage for stage in stages if not os.path.exists(folder / f"{stage.name}.safetensors")]
     ready = None
     if waiting:
         log(f"rendering and encoding {scenes} scenes")

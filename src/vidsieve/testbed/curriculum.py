@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -134,7 +135,7 @@ def run_stage(
     """
     parameters = [*model.model.language_model.parameters(), model.model.image_newline]
     optimizer = torch.optim.AdamW(parameters, stage.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-    begun = load_state(checkpoint, {"model": model}, optimizer) if checkpoint.exists() else {}
+    begun = load_state(checkpoint, {"model": model}, optimizer) if os.path.exists(checkpoint) else {}
     smooth = float(begun.get("loss", math.nan))
     started = time.perf_counter() - 60 * float(begun.get("minutes", 0.0))
     scores: dict[str, float] = {}

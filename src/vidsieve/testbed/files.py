@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -246,7 +247,7 @@ def _image_records(folder: Path, scenes: Sequence[Scene], inside: bool) -> list[
     records: list[dict[str, Any]] = []
     for scene in scenes:
         path = folder / scene.video
-        data = path.read_bytes() if path.is_file() else b""
+        data = path.read_bytes() if os.path.isfile(path) else b""
         image: Any = {"bytes": data, "path": scene.video} if inside else scene.video
         pairs = [("caption", "Describe the image.", scene.caption), ("vqa", "What is it?", "a scene")]
         for what, asked, answer in pairs[: 2 if scene.index % 4 == 0 else 1]:

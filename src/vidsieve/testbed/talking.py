@@ -1,6 +1,7 @@
 """What goes beyond one word of four: counting, things that are not there, and the model that is taught to.
 
 The testbed's model has never been asked how many there are, nor about what is not in the video. A second one goes on
+import os
 from it and learns both, with its embeddings and its first layer as they were: policies for the one, which read nothing
 else of the LLM, serve the other.
 """
@@ -8,6 +9,7 @@ else of the LLM, serve the other.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -147,7 +149,7 @@ def build_talker(
     enlarge(model, seed)
     start = time.perf_counter()
     done = folder / "T.safetensors"
-    if done.exists():
+    if os.path.exists(done):
         figures = load_state(done, {"model": model})["stage"]
     else:
         log(f"rendering and encoding {scenes} scenes")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -95,7 +96,7 @@ class Journal:
             If it was begun with other settings, or is damaged.
         """
         self._forget()
-        if not self.path.exists():
+        if not os.path.exists(self.path):
             return
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -22,7 +23,7 @@ def one_file(folder: Path, *names: str) -> Path:
     EvaluationError
         If there is none, or several.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise EvaluationError(f"{folder} is no folder: give the one that holds {' or '.join(names)}")
     found = [path for name in names for path in sorted(folder.glob(name))]
     if len(found) > 1:
@@ -32,7 +33,9 @@ def one_file(folder: Path, *names: str) -> Path:
         )
     if found:
         return found[0]
-    there = {path.name: path for path in folder.rglob("*") if path.is_file() and path.suffix == Path(names[0]).suffix}
+    there = {
+        path.name: path for path in folder.rglob("*") if os.path.isfile(path) and path.suffix == Path(names[0]).suffix
+    }
     near = get_close_matches(Path(names[0]).name, there, n=1, cutoff=0.5)
     hint = f"; {there[near[0]].relative_to(folder)} is there: was it renamed or moved?" if near else ""
     raise EvaluationError(f"{folder} has no {' or '.join(names)}{hint}")
@@ -40,7 +43,7 @@ def one_file(folder: Path, *names: str) -> Path:
 
 def one_folder(folder: Path, *names: str) -> Path:
     """Return the first of some folders below another that is there; the first of all where none is."""
-    return next((folder / name for name in names if (folder / name).is_dir()), folder / names[0])
+    return next((folder / name for name in names if os.path.isdir(folder / name)), folder / names[0])
 
 
 def read_json(path: Path) -> list[Any]:
@@ -171,8 +174,8 @@ class Videos:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stems: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.is_file() and not path.name.startswith("."):
+        for path in sorted(folder.iterdir()) if os.path.isdir(folder) else []:
+            if os.path.isfile(path) and not path.name.startswith("."):
                 self.stems.setdefault(path.stem, []).append(path)
 
     def find(self, name: str) -> Path:
@@ -184,7 +187,7 @@ class Videos:
             If several files may be meant.
         """
         wanted = self.folder / name
-        if wanted.is_file():
+        if os.path.isfile(wanted):
             return wanted
         stem = wanted.stem if wanted.suffix.lower() in ENDINGS else name
         found = self.stems.get(stem, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read(folder: Path) -> list[Item]:
     for place, row in enumerate(rows_of(path, read_lines(path))):
         video = named.find(row.text("key"))
         counted = numbered.find(f"{place:08}")
-        video = counted if not video.is_file() and counted.is_file() else video
+        video = counted if not os.path.isfile(video) and os.path.isfile(counted) else video
         for number, entry in enumerate(row.get("qa", list), 1):
             items.append(_item(Fields(entry, f"question {number} in {row.where}"), video, row.text("type")))
     return checked(items, path)

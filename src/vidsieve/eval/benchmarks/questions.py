@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from vidsieve.data.layouts import read_all
+from vidsieve.data.layouts import read_records
 from vidsieve.data.rows import kind_of, options_of
 from vidsieve.data.video_r1 import Kind
 from vidsieve.errors import EvaluationError, TrainingError
@@ -15,29 +15,33 @@ from vidsieve.eval.items import Benchmark, Item, checked
 def read(path: Path) -> list[Item]:
     """Return the questions of a file, each known by its number from 1; captions in it are passed over.
 
-    Options that begin with letters are listed in the prompt; of others each is an answer, word for word.
+    Options that begin with letters are listed in the prompt; of others each is an answer, word for word. A record that
+    is malformed is an item too, with its fault: it counts as answered wrongly.
 
     Raises
     ------
     EvaluationError
     """
+    items: list[Item] = []
     try:
-        rows = read_all(path)
+        for record in read_records(path):
+            if record.fault:
+                where = path.parent / f"record {record.number}"
+                items.append(Item(f"record {record.number}", where, "", (), "", fault=record.fault))
+            items += [_item(row, str(len(items) + 1), path.parent) for row in record.rows if "question" in row]
     except TrainingError as error:
         raise EvaluationError(str(error)) from None
-    items = []
-    for number, row in enumerate((row for row in rows if "question" in row), 1):
-        name, kind = f"{number}", cast(Kind, kind_of(row))
-        video = path.parent / row["video"]
-        groups = {"kind": (str(row.get("group", kind)),)}
-        if kind != "multiple choice":
-            items.append(Item(name, video, str(row["question"]), (), str(row["answer"]), groups, kind))
-            continue
-        options = options_of(row)
-        right = options.index(str(row["answer"]))
-        answer = (options.letters if options.lettered else options.texts)[right]
-        items.append(Item(name, video, str(row["question"]), options.texts, answer, groups, listed=options.lettered))
     return checked(items, path)
+
+
+def _item(row: dict[str, Any], name: str, folder: Path) -> Item:
+    kind, video = cast(Kind, kind_of(row)), folder / row["video"]
+    groups = {"kind": (str(row.get("group", kind)),)}
+    if kind != "multiple choice":
+        return Item(name, video, str(row["question"]), (), str(row["answer"]), groups, kind)
+    options = options_of(row)
+    answer = (options.letters if options.lettered else options.texts)[options.index(str(row["answer"]))]
+    return Item(name, video, str(row["question"]), options.texts, answer, groups, listed=options.lettered)
 
 
 QUESTIONS = Benchmark(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ def files_digest(model: str) -> str:
     if model == "testbed":
         return ""
     folder = Path(model)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         from transformers import AutoConfig
 
         try:
@@ -98,7 +99,7 @@ def files_digest(model: str) -> str:
         except (OSError, ValueError, KeyError):
             return ""  # loading it will tell
     found = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if os.path.isfile(path)):
         size = path.stat().st_size
         with path.open("rb") as file:
             found.update(f"{path.name} {size}".encode() + file.read(_PIECE))
