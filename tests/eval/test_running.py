@@ -11,7 +11,7 @@ import vidsieve
 from vidsieve import registry
 from vidsieve.adapters import adapter_for
 from vidsieve.data.video import read_video
-from vidsieve.errors import BudgetError, EvaluationError, PromptError, UnknownNameError
+from vidsieve.errors import BudgetError, EvaluationError, UnknownNameError
 from vidsieve.eval import running
 from vidsieve.eval.items import Item
 from vidsieve.eval.runner import Condition, Examiner
