@@ -228,7 +228,7 @@ def answer(
     adapter = adapter_for(model)
     if compressor is not None:
         adapter.check(compressor)
-    device = model.device
+    device = adapter.device
     with clock.part("preprocess", device):
         inputs = on_device(chat(processor, video, question), device)
     with clock.part("encode", device):
@@ -281,7 +281,7 @@ def generated(
     ------
     BudgetError, NeedError
     """
-    device = adapter.model.device
+    device = adapter.device
     with clock.part("select", device):
         pruned, traces, run, scores = _pruned(adapter, encoded, compressor, seed)
     first = _FirstToken(device)

@@ -24,7 +24,7 @@ from vidsieve.adapters.probe import Probed
 from vidsieve.adapters.prompts import prompt_around
 from vidsieve.adapters.rebuild import rebuild
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.adapters.transformers_api import encoder_features, execution_device
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import NeedError, PromptError, SelectionError, UnknownNameError, UnsupportedCallError
@@ -116,6 +116,11 @@ class Adapter(Probed, ABC):
     def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
         return positions
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs of the model go: beside its first weights, or where offloaded weights are brought."""
+        return execution_device(self.model)
 
     @property
     def hidden_size(self) -> int:

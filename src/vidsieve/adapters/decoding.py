@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.batch import Encoded, Pruned
 from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, rotated, scores
+from vidsieve.adapters.passes import OwnPasses, additive, at_home, flash_mask, refuse_filled, rotated, scores
 from vidsieve.adapters.placed import PlacedVideo, place
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
@@ -143,6 +143,8 @@ class DecodeRun:
             hidden, cache = layer_hidden(args, kwargs, module), layer_cache(kwargs, module)
             if not mine(cache):
                 return None
+            if self.fresh and not self._passes and cache is not None and cache.get_seq_length(number):
+                refuse_filled(self.compressor)
             self._passes += 1
             if cache is None or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
                 return None  # a prompt, or words of the user: everything is read

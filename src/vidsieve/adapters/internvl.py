@@ -27,7 +27,7 @@ class InternVLAdapter(FrameAdapter):
             names = ("vision_feature_layer", "vision_feature_select_strategy")
             config = self.model.config
             options = {n: inputs[n] if inputs.get(n) is not None else getattr(config, n) for n in names}
-            pixels = inputs["pixel_values"].to(self.model.device)
+            pixels = inputs["pixel_values"].to(self.device)
             ready = self.model.model.get_image_features(pixels, return_dict=True, **options)
         features: Tensor = ready.pooler_output
         return features.reshape(-1, self.frame_side**2, features.shape[-1])

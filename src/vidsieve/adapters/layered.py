@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.choosing import Choosing
-from vidsieve.adapters.passes import OwnPasses, additive, flash_mask, take
+from vidsieve.adapters.passes import OwnPasses, additive, flash_mask, refuse_filled, take
 from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
 from vidsieve.adapters.trace import VideoTrace
@@ -137,6 +137,8 @@ class LayerRun(Choosing):
                 return None
             self._passes += 1
             self._prefilling = cache is None or cache.get_seq_length(number) == 0
+            if self.fresh and not self._prefilling and self.stages[0] not in self.kept:
+                refuse_filled(self.compressor)
             if self._prefilling:
                 hidden, changes = self._prefill(module, number, hidden, kwargs)
             else:

@@ -35,7 +35,7 @@ class LlavaOnevisionAdapter(CountedPositions, Adapter):
         """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of ready features."""
         ready = encoder_features(inputs, "video")
         if ready is None:
-            pixels = inputs["pixel_values_videos"].to(self.model.device, self.model.dtype)
+            pixels = inputs["pixel_values_videos"].to(self.device, self.model.dtype)
             ready = self.model.model.get_video_features(pixels, return_dict=True, **layer_options(inputs))
         vision = self.model.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
@@ -54,7 +54,7 @@ class LlavaOnevisionAdapter(CountedPositions, Adapter):
         ready = encoder_features(inputs, "image")
         if ready is None:
             options = layer_options(inputs) | {k: inputs[k] for k in self.image_keys[2:] if inputs.get(k) is not None}
-            pixels = needed(inputs, "pixel_values").to(self.model.device, self.model.dtype)
+            pixels = needed(inputs, "pixel_values").to(self.device, self.model.dtype)
             sizes = needed(inputs, "image_sizes")
             ready = self.model.model.get_image_features(pixels, sizes, return_dict=True, **options)
         return torch.cat(list(ready.pooler_output)), ()

@@ -56,7 +56,7 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
         if pixels is None or ready is not None:
             raise UnsupportedCallError("layout='grid' needs the video's pixels: ready features are pooled already")
         count, frames = pixels.shape[:2]
-        projected = self._projected(pixels.flatten(0, 1).to(self.model.device, self.model.dtype), inputs)
+        projected = self._projected(pixels.flatten(0, 1).to(self.device, self.model.dtype), inputs)
         tokens = averaged(projected, self._patches).reshape(count, frames * side, side, -1)
         newlines = self.model.model.image_newline.to(tokens).expand(frames * side, -1)
         return [self._video(lines, newlines) for lines in tokens]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
 from vidsieve.adapters.layers import block_shape
 from vidsieve.compressors._decoder import BlockShape, rotary, rotate
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import UnsupportedCallError
 
 
 class OwnPasses:
@@ -28,6 +30,14 @@ class OwnPasses:
         if self.cache is None:
             self.cache = given
         return given is self.cache
+
+
+def refuse_filled(compressor: Compressor) -> NoReturn:
+    """Refuse a prompt that goes into a cache which holds tokens already, put there from inside the call."""
+    raise UnsupportedCallError(
+        f"{compressor.name} acts inside the LLM, and the prompt goes into a cache that holds tokens already: prefix "
+        "tuning (PEFT) is not supported under such a method; choose one that acts before the LLM"
+    )
 
 
 def flash_mask(real: Tensor) -> Tensor | None:

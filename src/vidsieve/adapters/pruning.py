@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Generator
 
 from vidsieve import registry
@@ -19,10 +20,36 @@ LAYOUTS = ("installed", "grid")
 """Token layouts: as the installed transformers makes them; as LLaVA-Video's own code does (`llava_video`)."""
 
 
+def unwrapped(model: Any) -> Any:
+    """Return the model inside of what PEFT, DistributedDataParallel or FSDP have wrapped around it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For DataParallel, which copies the model at every call, and for a model compiled as a whole.
+    """
+    if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+        return unwrapped(model.get_base_model())
+    if isinstance(model, torch.nn.DataParallel):
+        raise UnsupportedModelError(
+            "DataParallel copies the model at every call, and copies lose what is attached: attach to model.module and "
+            "call that, or use DistributedDataParallel"
+        )
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "this is a compiled model as a whole: attach to the model itself, and compile its language model"
+        )
+    if type(model).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        return unwrapped(model.module)
+    return model
+
+
 def adapter_for(
     model: Any, template: Template | None = None, positions: str = "installed", layout: str | None = None
 ) -> Adapter:
     """Return the adapter of a model, found by the names of its classes, and by the layout where it is not installed.
+
+    A model that PEFT, DistributedDataParallel or FSDP have wrapped is the one inside (`Adapter.model`).
 
     Without `layout` it is what the model's configuration states as ``vidsieve_layout``, or ``"installed"``.
 
@@ -33,6 +60,7 @@ def adapter_for(
     UnsupportedCallError
         If its family has no such layout.
     """
+    model = unwrapped(model)
     layout = layout or getattr(getattr(model, "config", None), "vidsieve_layout", "installed")
     if layout not in LAYOUTS:
         raise UnknownNameError("token layout", layout, LAYOUTS)
@@ -43,10 +71,6 @@ def adapter_for(
                 raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has just its own")
             adapter: Adapter = registry.families.get(name)(model, template, positions)
             return adapter
-    if hasattr(model, "_orig_mod"):
-        raise UnsupportedModelError(
-            "this is a compiled model as a whole: attach to the model itself, and compile its language model"
-        )
     raise UnsupportedModelError(
         f"no adapter for {type(model).__name__}; supported: {', '.join(n for n in registry.families if ':' not in n)}. "
         "To add a family, write a vidsieve.adapters.Adapter and register it: "

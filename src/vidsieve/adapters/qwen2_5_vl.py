@@ -51,7 +51,7 @@ class Qwen25VLAdapter(Adapter):
             )
         ready = encoder_features(inputs, "video")
         if ready is None:
-            pixels = inputs["pixel_values_videos"].to(self.model.device)
+            pixels = inputs["pixel_values_videos"].to(self.device)
             ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
         merge = self.model.config.vision_config.spatial_merge_size
         shapes = [TokenGrid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
@@ -67,7 +67,7 @@ class Qwen25VLAdapter(Adapter):
         """Return the images of ``pixel_values`` by ``image_grid_thw`` (images, 3), or of ready features."""
         ready = encoder_features(inputs, "image")
         if ready is None:
-            pixels = needed(inputs, "pixel_values").to(self.model.device)
+            pixels = needed(inputs, "pixel_values").to(self.device)
             grids = needed(inputs, "image_grid_thw")
             ready = self.model.model.get_image_features(pixels, grids, return_dict=True)
         return torch.cat(list(ready.pooler_output)), tuple(_deep(ready))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any, NoReturn
 
 import torch
@@ -46,7 +45,8 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
 
-_open: weakref.WeakKeyDictionary[Any, weakref.ref[Session]] = weakref.WeakKeyDictionary()
+_SESSION = "_vidsieve_session"
+"""Attribute of a model under which its open session stands; it refuses to be copied or saved with the model."""
 
 Call = Callable[..., Any]
 
@@ -82,35 +82,59 @@ class Session:
         self._lock, self._here = threading.Lock(), threading.local()
         self._wrappers: dict[str, Call] = {}
         self._before: dict[str, Any] = {}
+        self._functions: set[Any] = set()
 
     def _open(self) -> None:
-        current = _open.get(self._model)
-        session = current() if current is not None else None
+        session = self._model.__dict__.get(_SESSION)
         if session is not None:
             raise AttachError(f"{session.compressor.name} is attached to this model already: close that session first")
         for name, prune in (("generate", self._generate), ("forward", self._forward)):
             original = getattr(self._model, name)
             self._before[name] = self._model.__dict__.get(name)
-            self._wrappers[name] = functools.wraps(original)(
-                functools.partial(self._call, prune, original, inspect.signature(original))
-            )
+            self._wrappers[name] = MethodType(self._wrapper(original, prune), self._model)
             # Set past nn.Module's bookkeeping: an attribute of this instance, removed on close.
             self._model.__dict__[name] = self._wrappers[name]
-        _open[self._model] = weakref.ref(self)
+        self._model.__dict__[_SESSION] = self
+
+    def _wrapper(self, original: Call, prune: Call) -> Call:
+        """Return the function that stands in for a method of the model.
+
+        It may be bound to the model anew, as `accelerate.Accelerator.unwrap_model` does with what it finds at the end
+        of a chain of ``__wrapped__``: it has none, and takes the model a second time.
+        """
+        signature = inspect.signature(original)
+
+        def wrapper(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if args and args[0] is model:
+                args = args[1:]
+            return self._call(prune, original, signature, *args, **kwargs)
+
+        functools.update_wrapper(wrapper, original)
+        del wrapper.__wrapped__  # type: ignore[attr-defined]
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        wrapper.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+        # Never traced: a model compiled in place (`model.compile()`) runs as it is written while it is attached.
+        disabled: Call = torch.compiler.disable(wrapper)  # type: ignore[no-untyped-call]
+        self._functions |= {disabled, wrapper}
+        return disabled
 
     def close(self) -> None:
         """Take the method off the model; the model is then exactly as before. Safe to call twice."""
         if not self._wrappers:
             return
         for name, wrapper in self._wrappers.items():
-            if self._model.__dict__.get(name) is not wrapper:
+            present = self._model.__dict__.get(name)
+            function = present
+            while isinstance(function, MethodType):
+                function = function.__func__
+            if function not in self._functions:
                 continue  # wrapped once more by somebody else: what is left of us there passes calls through
-            if self._before[name] is None:
-                del self._model.__dict__[name]
-            else:
+            if present is wrapper and self._before[name] is not None:
                 self._model.__dict__[name] = self._before[name]
-        _open.pop(self._model, None)
-        self._wrappers, self._before = {}, {}
+            else:  # bound anew: what was there before us was unwrapped
+                del self._model.__dict__[name]
+        self._model.__dict__.pop(_SESSION, None)
+        self._wrappers, self._before, self._functions = {}, {}, set()
         if self._lock.locked():
             return  # closed from inside a call, which still needs both
         del self._model, self._adapter  # a session is often kept for its trace; the model need not stay for it
@@ -333,7 +357,8 @@ def attach(
     Parameters
     ----------
     model : a transformers model of a registered family
-        This instance only; its class and other instances are not touched.
+        This instance only; its class and other instances are not touched. Of a model wrapped by PEFT (LoRA),
+        DistributedDataParallel or FSDP it is the one inside, and calls of either are pruned.
     compressor : Compressor
     positions : str
         The position convention, as in `prune`.
@@ -366,6 +391,6 @@ def attach(
     adapter = adapter_for(model, template, positions, layout)
     adapter.check(compressor)
     adapter.check_videos(videos)
-    session = Session(model, adapter, compressor, seed, videos, reselect)
+    session = Session(adapter.model, adapter, compressor, seed, videos, reselect)
     session._open()
     return session

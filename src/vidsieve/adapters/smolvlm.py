@@ -30,7 +30,7 @@ class SmolVLMAdapter(FrameAdapter):
         """Return the images of ``pixel_values`` (B, images, 3, H, W) that are not padding, or ready features."""
         ready = encoder_features(inputs, "image")
         if ready is None:
-            pixels = inputs["pixel_values"].to(self.model.device)
+            pixels = inputs["pixel_values"].to(self.device)
             ready = self.model.model.get_image_features(pixels, inputs.get("pixel_attention_mask"), return_dict=True)
         features = torch.cat([part.reshape(-1, part.shape[-1]) for part in ready.pooler_output])
         return features.reshape(-1, self.frame_side**2, features.shape[-1])

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
+from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import sdpa_mask
@@ -148,6 +149,40 @@ def cache_kwargs(model: nn.Module, cache: Any) -> dict[str, Any]:
 def encoder_features(call: Mapping[str, Any], modality: str) -> Any:
     """Return the ready features of "video" or "image" among the arguments of a call, None where there are none."""
     return (call.get(_ENCODED) or {}).get(modality)
+
+
+# -- devices ----------------------------------------------------------------------------------------------------------
+
+
+def execution_device(model: Any) -> torch.device:
+    """Return the device on which a model takes its inputs.
+
+    Weights that accelerate keeps elsewhere (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk") are on
+    the meta device until they are needed; its hooks then say where they are brought.
+
+    Raises
+    ------
+    UnsupportedCallError
+        If the weights are on the meta device and nothing brings them.
+    """
+    device: torch.device = model.device
+    if device.type != "meta":
+        return device
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", None) or [hook]:
+            found = getattr(part, "execution_device", None)
+            if found is not None:
+                return torch.device(found)
+    raise UnsupportedCallError("the model's weights are on the meta device: load them before the model is called")
+
+
+def module_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of one module by name: brought where they are offloaded, whole where they are sharded."""
+    with align_module_device(module):
+        found = {name: weight.detach().clone() for name, weight in module.named_parameters(recurse=False)}
+    # FSDP shares a tensor out over processes; every one of them has to ask for the whole.
+    return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in found.items()}
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------

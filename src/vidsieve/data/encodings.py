@@ -203,11 +203,11 @@ class EncodingCache:
 
     @torch.no_grad()
     def _encode(self, inputs: Mapping[str, Any]) -> VideoFeatures:
-        (video,) = self.adapter.video_features(on_device(inputs, self.adapter.model.device))
+        (video,) = self.adapter.video_features(on_device(inputs, self.adapter.device))
         return video
 
     def _ready(self, video: VideoFeatures) -> dict[str, Any]:
-        device = self.adapter.model.device
+        device = self.adapter.device
         deep = tuple(layer.to(device) for layer in video.deep)
         there = VideoFeatures(
             video.embeds.to(device), video.grid, video.tail.to(device), deep, None, video.per_row, video.surplus

@@ -123,6 +123,6 @@ class _Listener:
 
 def prompt_about(adapter: Adapter, processor: Any, features: VideoFeatures, wording: Wording, question: str) -> Encoded:
     """Return a prompt that asks a question about a video that is encoded already."""
-    inputs = on_device(wording.inputs(processor, question), adapter.model.device)
+    inputs = on_device(wording.inputs(processor, question), adapter.device)
     ready = {"mm_encoder_outputs": adapter.ready_features(features)}
     return adapter.encode(inputs | ready).with_signals(features.encoder)

@@ -100,7 +100,7 @@ class Bridge:
     @property
     def device(self) -> Any:
         """Where the model is: lmms-eval gathers the results of several processes there."""
-        return self._examiner.adapter.model.device
+        return self._examiner.adapter.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """Return an answer to each request, in their order; every video is read and encoded once.
@@ -180,7 +180,7 @@ class Bridge:
         frames = frames_of(video, condition.frames, self._examiner.fps)
         options = {"max_new_tokens": wish.max_new_tokens, **dict(wish.options)}
         for question in questions:
-            inputs = on_device(chat(processor, frames, question), adapter.model.device)
+            inputs = on_device(chat(processor, frames, question), adapter.device)
             before = after = int(inputs["input_ids"].shape[1])
             if condition.compressor is None:
                 encoded = adapter.encode(inputs)

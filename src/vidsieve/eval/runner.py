@@ -155,7 +155,7 @@ class Examiner:
         """
         methods = [condition.compressor for condition in conditions if condition.compressor is not None]
         needs: frozenset[Need] = frozenset().union(*(method.needs for method in methods)) & ENCODER_NEEDS
-        device = self.adapter.model.device
+        device = self.adapter.device
         wording: Wording | None = None
         with_pixels = False  # prompts of some processors are made with the pixels only
         for item in items:

@@ -51,7 +51,7 @@ def _projecting(adapter: Adapter, clock: Clock) -> Iterator[None]:
     starts: list[Any] = []
 
     def begin(*_: Any) -> None:
-        part = clock.part("projector", adapter.model.device)
+        part = clock.part("projector", adapter.device)
         part.__enter__()
         starts.append(part)
 
@@ -78,7 +78,7 @@ def once(
     BudgetError, NeedError, StageError, UnsupportedCallError
         If the method cannot run on this model, or keep so little.
     """
-    method, device, clock = condition.compressor, adapter.model.device, Clock()
+    method, device, clock = condition.compressor, adapter.device, Clock()
     _reset_peak(device)
     video = read(path, clock, frames=frames, fps=None, max_frames=None)
     with clock.part("preprocess", device):

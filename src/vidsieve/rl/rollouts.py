@@ -36,7 +36,7 @@ class Rollouts:
     def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], packing: Packing | None = None) -> None:
         self.adapter, self.packing = adapter, packing or Packing(adapter.model)
         with torch.no_grad():
-            self.encoded: Encoded = adapter.encode(on_device(inputs, adapter.model.device))
+            self.encoded: Encoded = adapter.encode(on_device(inputs, adapter.device))
         if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
             raise UnsupportedCallError("rollouts need one prompt with one video at a time")
 

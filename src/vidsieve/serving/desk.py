@@ -94,7 +94,7 @@ class Desk:
         """Return a video and a prompt about it, and whether the video was known."""
         stamp = path.stat() if os.path.isfile(path) else None
         key = (str(path.resolve()), stamp.st_mtime_ns if stamp else 0, stamp.st_size if stamp else 0)
-        device = self.adapter.model.device
+        device = self.adapter.device
         if key in self._known:
             self._known.move_to_end(key)
             video, features, wording = self._known[key]

@@ -61,7 +61,7 @@ class ScenePrompts:
     @torch.no_grad()
     def _features(self, frames: NDArray[np.uint8]) -> VideoFeatures:
         inputs = chat_inputs(self.processor, frames, [CAPTION_PROMPT])
-        (features,) = self.adapter.video_features(on_device(inputs, self.adapter.model.device))
+        (features,) = self.adapter.video_features(on_device(inputs, self.adapter.device))
         return features
 
     def _seeing(self, questions: list[Question]) -> list[Question]:

@@ -79,7 +79,7 @@ class Answerer:
         return video if isinstance(video, str) else _tried(lambda: self._ready(row, video))
 
     def _ready(self, row: Row, video: Video) -> Ready:
-        device, method = self.adapter.model.device, self.method
+        device, method = self.adapter.device, self.method
         inputs = on_device(chat(self.processor, video, row.prompt), device)
         encoded = self.adapter.encode(inputs, needs=frozenset() if method is None else method.needs)
         reach = int(encoded.positions.max()) + 1 + self.settings.max_new_tokens
