@@ -103,8 +103,13 @@ class CacheRecord:
                 "to the sequences that generate returned, or start without past_key_values"
             )
         fresh = ids[:, held:]
+        # What the model said last is not in the cache yet: a placeholder in it is a word like any other.
+        said = self.full_ids[:, held : ids.shape[1]].to(ids.device)
+        own = fresh[:, : said.shape[1]] == said
+        brought = fresh.clone()
+        brought[:, : said.shape[1]][own] = -1
         # The first turn's pixels may come again with the conversation.
-        _check_words_only(fresh, call, adapter, pixels=False, image=not adapter.holds_image(self.full_ids))
+        _check_words_only(brought, call, adapter, pixels=False, image=not adapter.holds_image(self.full_ids))
         mask, positions = self._later(call["attention_mask"], ids.shape[1])
         short = torch.cat([self.short_ids[:, : cache.get_seq_length()].to(ids.device), fresh], 1)
         return {"input_ids": short, "attention_mask": mask, "position_ids": adapter.pack_positions(positions)}
@@ -119,7 +124,9 @@ class CacheRecord:
         """
         cache = call[CACHE]
         self._check_rows(cache, ids.shape[0])
-        _check_words_only(ids, call, adapter, pixels=True, image=True)
+        # One token without pixels is a word, be it the placeholder: the model may have said it.
+        spoken = torch.full_like(ids, -1) if ids.shape[1] == 1 else ids
+        _check_words_only(spoken, call, adapter, pixels=True, image=True)
         if call.get("position_ids") is not None:
             raise UnsupportedCallError("leave position_ids out: positions on a pruned cache follow from its prompt")
         held = cache.get_seq_length() + self.prompt - self.short_prompt

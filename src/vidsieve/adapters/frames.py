@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vidsieve.adapters.base import Adapter, Videos
 from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.counted import CountedPositions
+from vidsieve.adapters.locate import check_count
 from vidsieve.adapters.probe import block_mean
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
@@ -78,11 +79,7 @@ class FrameAdapter(CountedPositions, Adapter):
         frames, found = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
         count, size = len(frames), self.frame_side**2
         rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
-        if len(rows) != count * size:
-            raise PromptError(
-                f"the prompt has {len(rows)} image placeholders, its {count} images give {count * size} tokens: use "
-                "the processor that belongs to the model, and do not truncate the prompt"
-            )
+        check_count(len(rows), count * size, "image", count)
         first, last, where = rows.view(count, size)[:, 0], rows.view(count, size)[:, -1], columns.view(count, size)
         if not torch.equal(first, last):
             raise PromptError("an image's placeholders run from one prompt of the batch into the next")

@@ -12,6 +12,25 @@ from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.errors import PromptError
 
 
+def check_count(placeholders: int, tokens: int, kind: str, count: int | None = None) -> None:
+    """Refuse a batch whose placeholders are not as many as the tokens of its videos or images.
+
+    Raises
+    ------
+    PromptError
+    """
+    if placeholders == tokens:
+        return
+    given = f"its {kind}s" if count is None else f"its {count} {kind}{'s' * (count != 1)}"
+    said = f"the prompt has {placeholders} {kind} placeholders, {given} give {tokens} tokens: "
+    if placeholders > tokens:
+        raise PromptError(
+            f"{said}use the processor that belongs to the model; if an answer of the model itself holds the "
+            "placeholder, take it out of the conversation"
+        )
+    raise PromptError(f"{said}use the processor that belongs to the model, and do not truncate the prompt")
+
+
 def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tuple[VideoSpan, ...]:
     """Return each video's place among the placeholders `token_id` of prompts (B, L).
 
@@ -22,11 +41,7 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
     sizes = [v.grid.num_tokens + v.tail.shape[0] + v.surplus for v in videos]
-    if len(rows) != sum(sizes):
-        raise PromptError(
-            f"the prompt has {len(rows)} video placeholders, its {len(videos)} videos give {sum(sizes)} tokens: "
-            "use the processor that belongs to the model, and do not truncate the prompt"
-        )
+    check_count(len(rows), sum(sizes), "video", len(videos))
     spans, start = [], 0
     for video, size in zip(videos, sizes, strict=True):
         row, where = rows[start : start + size], columns[start : start + size]
@@ -52,11 +67,7 @@ def find_images(ids: Tensor, token_id: int, embeds: Tensor, deep: tuple[Tensor, 
         If placeholders and features do not agree in number.
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
-    if len(rows) != len(embeds):
-        raise PromptError(
-            f"the prompt has {len(rows)} image placeholders, its images give {len(embeds)} tokens: use the processor "
-            "that belongs to the model, and do not truncate the prompt"
-        )
+    check_count(len(rows), len(embeds), "image")
     spans = []
     for row in sorted(set(rows.tolist())):
         mine = rows == row
