@@ -237,7 +237,7 @@ def test_a_dynamic_cache_may_be_asked_for_by_name(method):
 def test_layers_that_see_a_part_of_the_prompt_are_refused(method):
     model = FAMILIES["llava_onevision"]()
     model.config.get_text_config().layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(UnsupportedCallError, match="this model has sliding_attention"):
+    with pytest.raises(UnsupportedCallError, match="this model has sliding_attention in layer 1: layers from 2 on"):
         vidsieve.attach(model, method)
 
 

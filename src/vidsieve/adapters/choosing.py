@@ -13,7 +13,7 @@ from torch import Tensor
 from vidsieve.adapters.passes import OwnPasses, attention_rows
 from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.rebuild import padded
-from vidsieve.adapters.transformers_api import layer_cache, layer_hidden
+from vidsieve.adapters.transformers_api import layer_cache, layer_hidden, window_of
 from vidsieve.adapters.views import rope_bias, text_places
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import SelectionError
@@ -83,7 +83,15 @@ class Choosing:
             asked = self._text(row, line)
             # (H, Q, n), computed where a method reads it, once for all videos of a row.
             attention = cache(
-                partial(attention_rows, self._layers[layer], self._text_config, among_rows, positions, asked)
+                partial(
+                    attention_rows,
+                    self._layers[layer],
+                    self._text_config,
+                    among_rows,
+                    positions,
+                    asked,
+                    window_of(self._text_config, layer),
+                )
             )
             keep = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device)
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)

@@ -105,7 +105,7 @@ class DecodeRun:
         return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any, cache: Any) -> Iterator[None]:
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any, words: Tensor | None = None) -> Iterator[None]:
         """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends.
 
         Passes of other calls, on another cache than `cache` or in another thread, go through as they are.

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from vidsieve.adapters import decoding, layered
 from vidsieve.adapters.batch import Encoded, Pruned
@@ -70,13 +70,16 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
 
 
 @contextmanager
-def running(adapter: Adapter, run: InnerRun | None, cache: Any = None) -> Iterator[None]:
-    """Let a method work inside the LLM while a block runs, on a cache if there is one; None: no method does."""
+def running(adapter: Adapter, run: InnerRun | None, cache: Any = None, words: Tensor | None = None) -> Iterator[None]:
+    """Let a method work inside the LLM while a block runs, on a cache if there is one; None: no method does.
+
+    `words` (B, n) says which columns behind the prompt are seen, where some are not.
+    """
     if run is None:
         yield
         return
     # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-    with uncompiled(), run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), cache):
+    with uncompiled(), run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), cache, words):
         yield
 
 

@@ -77,6 +77,8 @@ class LayerRun(Choosing):
         self._prefilling = True
         self._mine = OwnPasses(None)
         self._passes = 0
+        self._words: Tensor | None = None
+        self._later_masks: dict[int, Tensor | None] = {}
 
     @property
     def held(self) -> list[float]:
@@ -102,13 +104,16 @@ class LayerRun(Choosing):
         return made
 
     @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any, cache: Any) -> Iterator[None]:
+    def hooked(self, layers: Sequence[Any], text: Any, cache: Any, words: Tensor | None = None) -> Iterator[None]:
         """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends.
 
-        Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
+        Passes of other calls, on another cache than `cache` or in another thread, go through as they are. `words` (B, n)
+        says which of the columns behind the prompt are seen; None, and columns after them: all. The masks that layers
+        are handed do not tell: transformers makes them as long as the cache of one layer, which may be a shorter one.
         """
         handles = []
         self._mine, self._passes = OwnPasses(cache), 0
+        self._words = None if words is None else words.bool()
         # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
         self._layers, self._text_config = layers, text
         try:
@@ -136,6 +141,8 @@ class LayerRun(Choosing):
             if not self._mine(cache):
                 return None
             self._passes += 1
+            if number == self.stages[0] - 1:
+                self._later_masks.clear()
             self._prefilling = cache is None or cache.get_seq_length(number) == 0
             if self.fresh and not self._prefilling and self.stages[0] not in self.kept:
                 refuse_filled(self.compressor)
@@ -214,24 +221,26 @@ class LayerRun(Choosing):
             return {}
         real = (self._rows(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
         changes = self._moved_back(layer, hidden, kwargs, real) if self.rotary is not None else {}
-        given = argument(kwargs, "attention_mask", layer)
-        return changes | {"attention_mask": self._later_mask(number, hidden, cache, given, real)}
+        if stage not in self._later_masks:
+            self._later_masks[stage] = self._later_mask(number, hidden, cache, real)
+        mask = self._later_masks[stage]
+        return changes | {"attention_mask": mask if mask is None else mask.to(hidden.device)}
 
-    def _later_mask(self, number: int, hidden: Tensor, cache: Any, given: Tensor | None, real: Tensor) -> Tensor | None:
-        count, prompt = hidden.shape[1], self.real.shape[1]
+    def _later_mask(self, number: int, hidden: Tensor, cache: Any, real: Tensor) -> Tensor | None:
+        """Return the mask of tokens after the prompt, of which `real` (R, L') are seen; None: all that came before."""
+        rows, count = len(hidden), hidden.shape[1]
+        after = cache.get_seq_length(number) - real.shape[1] + count
+        seen = real.new_ones(rows, after)
+        if self._words is not None:
+            told = self._words[:, :after].to(seen.device)
+            seen[:, : told.shape[1]] = told.repeat_interleave(rows // len(told), 0)
         if is_flash(self._text_config):
-            length = cache.get_seq_length(number) - real.shape[1] + count
-            later = real.new_ones(len(real), length) if given is None else given[:, prompt:].bool()
-            return flash_mask(torch.cat([real, later], 1))
-        if given is not None:
-            allowed = given[:, 0, :, prompt:] if given.dtype == torch.bool else given[:, 0, :, prompt:] == 0
-            allowed = allowed.expand(len(hidden), -1, -1)
-        else:
-            after = cache.get_seq_length(number) - real.shape[1] + count
-            square = torch.ones(count, after, dtype=torch.bool, device=hidden.device)
-            allowed = square.tril(after - count).expand(len(hidden), -1, -1)
-        mask = torch.cat([real[:, None].expand(-1, count, -1), allowed], 2)
-        return additive(mask[:, None], hidden)
+            return flash_mask(torch.cat([real, seen], 1))
+        if count == 1 and bool(real.all()) and bool(seen.all()):
+            return None
+        causal = real.new_ones(count, after).tril(after - count)
+        allowed = torch.cat([real[:, None].expand(-1, count, -1), causal & seen[:, None]], 2)
+        return additive(allowed[:, None], hidden)
 
     # -- bookkeeping ----------------------------------------------------------------------------------------
 

@@ -74,7 +74,9 @@ def scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return weights
 
 
-def attention_rows(layer: Any, text: Any, hidden: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+def attention_rows(
+    layer: Any, text: Any, hidden: Tensor, positions: Tensor, rows: Tensor, window: int | None = None
+) -> Tensor:
     """Return the attention (H, Q, n) float32 of some of n tokens (n, D), `rows` (Q,), in a layer of an LLM.
 
     Parameters
@@ -83,13 +85,16 @@ def attention_rows(layer: Any, text: Any, hidden: Tensor, positions: Tensor, row
     hidden : Tensor, (n, D)
         What enters the layer.
     positions : Tensor, (P, n), int64
+    window : int, optional
+        So many tokens, itself included, are seen back; None: all.
     """
     shape, attend = block_shape(text, layer), layer.self_attn
     x = layer.input_layernorm(at_home(hidden, layer))
     rows = rows.to(x.device)
     query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
     keys = rotated(attend, "k", shape, x, positions)
-    later = torch.arange(len(x), device=x.device) > rows[:, None]  # (Q, n)
+    back = rows[:, None] - torch.arange(len(x), device=x.device)  # (Q, n)
+    later = (back < 0) if window is None else (back < 0) | (back >= window)
     found = [scores(query[:, i], keys, attend.scaling).masked_fill(later[i], -torch.inf) for i in range(len(rows))]
     return torch.stack(found, 1).softmax(-1)
 

@@ -33,8 +33,10 @@ from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.adapters.transformers_api import (
     CACHE,
+    FULL,
     cache_argument,
     for_model,
+    layer_kinds,
     loses_cache,
     new_cache,
     normalise_cache,
@@ -210,7 +212,7 @@ class Session:
         restore = PromptRestorer(ids, int(new["input_ids"].shape[1]))
         restore.wrap_hooks(new)
         keep_record(cache, record)  # now, so that a call which breaks off leaves no cache without its record
-        with self._at_work(record, cache):
+        with self._at_work(record, cache, new):
             output = original(**for_model(new, self._model))
             short = output if isinstance(output, Tensor) else output.sequences
             if record.layers is not None:
@@ -237,7 +239,7 @@ class Session:
             if cache is None and uses_cache(self._model, call):
                 # Ours, so that the record is on it however the output hands it back.
                 new[CACHE] = cache = new_cache(self._model)
-        with self._at_work(record, cache):
+        with self._at_work(record, cache, new):
             output = original(**for_model(new, self._model))
         keep_record(cache, record)
         return output
@@ -302,13 +304,13 @@ class Session:
             )
 
     @contextmanager
-    def _at_work(self, record: CacheRecord, cache: Any) -> Iterator[None]:
+    def _at_work(self, record: CacheRecord, cache: Any, call: dict[str, Any]) -> Iterator[None]:
         """Run a method that acts inside the LLM, if the record of the prompt has one, and trace what it kept."""
         run = record.layers
         if run is None:
             yield
             return
-        with running(self._adapter, run, cache):
+        with running(self._adapter, run, cache, call["attention_mask"][:, record.short_prompt :]):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
@@ -324,10 +326,21 @@ class Session:
         whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
         if not whole and not any(trace.kept < trace.total for trace in pruned.traces):
             raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
+        self._note_windows()
         self.trace.videos.extend(pruned.traces)
         self.trace.prompt_tokens = (int(call["input_ids"].shape[1]), int(pruned.inputs["input_ids"].shape[1]))
         self.kept_positions = pruned.kept_positions
         return pruned
+
+    def _note_windows(self) -> None:
+        """Say once that layers which do not see the whole prompt read a shorter one now."""
+        other = sorted(set(layer_kinds(self._model.config.get_text_config())) - {FULL})
+        note = (
+            f"this LLM has layers with {', '.join(other)}, which count the tokens that are kept: the result equals the "
+            "model on the shortened prompt, not one whose dropped tokens are masked"
+        )
+        if other and note not in self.trace.notes:
+            self.trace.notes.append(note)
 
     def _continue(self, record: CacheRecord, call: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a later turn on a pruned cache."""

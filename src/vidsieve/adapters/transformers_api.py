@@ -239,6 +239,25 @@ def repeats_hooks(layers: Iterable[nn.Module]) -> bool:
 # -- attention --------------------------------------------------------------------------------------------------------
 
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_kinds(text: Any) -> tuple[str, ...]:
+    """Return the kind of every decoder layer of an LLM with configuration `text`, as its cache is made by it."""
+    count = int(text.num_hidden_layers)
+    kinds = getattr(text, "layer_types", None)
+    if kinds:
+        return tuple(kinds)
+    if getattr(text, "sliding_window", None):
+        return (SLIDING,) * count
+    return (("chunked_attention" if getattr(text, "attention_chunk_size", None) else FULL),) * count
+
+
+def window_of(text: Any, layer: int) -> int | None:
+    """Return how many columns a layer sees back, itself included; None where it sees all."""
+    return int(text.sliding_window) if layer_kinds(text)[layer] == SLIDING else None
+
+
 def is_flash(config: Any) -> bool:
     """Return whether a model of this configuration runs flash attention, which takes masks (B, k) or none."""
     return "flash" in str(config._attn_implementation)

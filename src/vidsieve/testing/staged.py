@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import Encoded
-from vidsieve.adapters.transformers_api import eager_attention
+from vidsieve.adapters.transformers_api import eager_attention, window_of
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.types import LayerView, Selection
 
@@ -62,6 +62,15 @@ def hidden_mask(visible: Tensor, like: Tensor) -> Tensor:
     )[:, None]
 
 
+def windowed(mask: Tensor, window: int | None) -> Tensor:
+    """Return a mask (B, 1, L, L) under which a query sees so many columns back, itself included; None: all."""
+    if window is None:
+        return mask
+    column = torch.arange(mask.shape[-1], device=mask.device)
+    far = column[:, None] - column >= window
+    return mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
 def visible_tokens(encoded: Encoded, selections: Sequence[Selection], length: int | None = None) -> Tensor:
     """Return which tokens of the prompts (B, L) are seen under one Selection a video; all behind the prompts are."""
     visible = encoded.attention_mask.clone()
@@ -89,15 +98,17 @@ def masked_from(adapter: Adapter, masks: dict[int, Tensor], acts: Mapping[int, A
             hidden = args[0] if args else kwargs["hidden_states"]
             so_far = masks[max(layer for layer in masks if layer < max(number, 1))]
             if number in acts:
-                hidden = acts[number](hidden, so_far, kwargs)
+                hidden = acts[number](hidden, windowed(so_far, window_of(text, number)), kwargs)
             mask = masks[max(layer for layer in masks if layer <= number)]
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            return (hidden, *args[1:]), rest | {"attention_mask": mask}
+            return (hidden, *args[1:]), rest | {"attention_mask": windowed(mask, window_of(text, number))}
 
         return hook
 
+    text = adapter.model.config.get_text_config()
+    slides = any(window_of(text, number) is not None for number in range(len(adapter.decoder_layers)))
     # One mask for all layers is the model's own to hand on.
-    layers = list(adapter.decoder_layers) if acts or len(masks) > 1 else []
+    layers = list(adapter.decoder_layers) if acts or len(masks) > 1 or slides else []
     hooks = [layer.register_forward_pre_hook(before(n), with_kwargs=True) for n, layer in enumerate(layers)]
     try:
         yield
