@@ -99,7 +99,32 @@ def page(found: dict[str, list[Cell]], refused: dict[str, dict[str, str]]) -> st
     for call, text in refused[families[0]].items():
         others = {refused[family][call] for family in families}
         lines += [f"| {call} | {other} |" for other in sorted(others | {text})]
-    return "\n".join([*parts, "\n".join(lines)]) + "\n"
+    return "\n".join([*parts, "\n".join([*lines, *ELSEWHERE]), CALLER]) + "\n"
+
+
+ELSEWHERE = [
+    f"| {call} | {text} |"
+    for call, text in {
+        "`inputs_embeds` without `input_ids`": "pass input_ids: a video's tokens cannot be found in embeddings",
+        "`inputs_embeds` beside `input_ids`": "leave inputs_embeds out: …",
+        "`position_ids` (B, L), Qwen-VL": "position_ids must be (3, B, L) or (4, B, L)",
+        "no `mm_token_type_ids`, Qwen-VL": "mm_token_type_ids is missing: …",
+        "a filled cache under gradient checkpointing": "gradient checkpointing runs a model in training mode without …",
+        "prefix tuning (PEFT), a method inside the LLM": "… a cache that holds tokens already: prefix tuning …",
+        "tokens dropped at or before a sliding layer": "… layers from N on can be used …",
+    }.items()
+]
+"""What is refused in some families or models only."""
+CALLER = """
+## What the caller gets
+
+`generate` returns sequences that begin with the caller's `input_ids`. Everything else covers what the LLM read, the
+shortened prompt: `logits`, `hidden_states`, `attentions` and caches, from `forward` and from `generate`.
+`session.kept_positions` (B, L') names the column of the caller's prompt behind each of their columns, −1 on padding.
+
+On an LLM some of whose layers slide or recur, a pruned call equals the unmodified model on the shortened prompt with
+the same explicit positions, and not a forward under a mask: those layers count the tokens that are there. The trace
+says so."""
 
 
 if __name__ == "__main__":

@@ -369,6 +369,8 @@ def test_calls_that_could_be_wrong_are_refused(model, inputs):
         for options, message in refused:
             with pytest.raises(UnsupportedCallError, match=message):
                 generate(model, inputs, **options)
+        with pytest.raises(UnsupportedCallError, match="leave inputs_embeds out"):
+            model(**inputs, inputs_embeds=torch.randn(*inputs["input_ids"].shape, 64))
         with pytest.raises(UnsupportedCallError, match="pass input_ids"):
             pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids")}
             model(inputs_embeds=torch.randn(1, 9, 64), **pixels)
@@ -576,9 +578,9 @@ def test_later_turns_bring_words_only(model, inputs, family):
         cache = output_cache(model(**inputs, use_cache=True))
         if family not in FRAMES:
             with pytest.raises(UnsupportedCallError, match="brings an image"):
-                step(model, cache, token=model.config.image_token_id)
+                model(input_ids=torch.tensor([[40, model.config.image_token_id]]), **cache_kwargs(model, cache))
         with pytest.raises(UnsupportedCallError, match="brings another video"):
-            step(model, cache, token=placeholder(family))
+            model(input_ids=torch.tensor([[40, placeholder(family)]]), **cache_kwargs(model, cache))
         with pytest.raises(UnsupportedCallError, match="leave position_ids out"):
             step(model, cache, position_ids=torch.tensor([[99]]))
 
@@ -747,3 +749,46 @@ def test_a_third_turn(model, inputs):
         for end in range(-4, 0):
             wanted = masked_logits(adapter, inputs, chosen, made[:, :end])[:, -1].argmax(-1)
             assert int(wanted) == int(made[0, end])
+
+
+def test_calls_that_only_some_families_refuse(model, inputs, family):
+    ids = inputs["input_ids"]
+    with vidsieve.attach(model, random()):
+        if family.startswith("qwen"):
+            with pytest.raises(PromptError, match=r"position_ids must be \(3, B, L\) or \(4, B, L\)"):
+                model(**inputs, position_ids=torch.arange(ids.shape[1])[None])
+            with pytest.raises(PromptError, match="mm_token_type_ids is missing"):
+                model(**{key: value for key, value in inputs.items() if key != "mm_token_type_ids"})
+
+
+def test_one_still_image_beside_embeddings_alone_is_no_video(model, family):
+    if family in FRAMES:
+        inputs = inputs_for(family, [[default_grid(family, 1)]])
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        call = {key: value for key, value in inputs.items() if key != "input_ids"} | {"inputs_embeds": embeds}
+        with torch.no_grad():
+            wanted = model(**call).logits
+            with vidsieve.attach(model, random()):
+                assert torch.equal(model(**call).logits, wanted)
+
+
+def test_outputs_cover_the_shortened_prompt(model, inputs):
+    with torch.no_grad(), vidsieve.attach(model, random()) as session:
+        out = model(**inputs, output_hidden_states=True, use_cache=True)
+        length = int((session.kept_positions >= 0).sum())
+        assert session.kept_positions.shape == (1, length) and length < inputs["input_ids"].shape[1]
+    assert out.logits.shape[1] == out.hidden_states[-1].shape[1] == length
+    assert output_cache(out).get_seq_length() == length
+
+
+def test_a_configuration_without_a_cache_is_heeded(model, inputs):
+    with torch.no_grad(), vidsieve.attach(model, random()):
+        wanted = model(**inputs).logits
+        for config in (model.config, model.config.get_text_config()):
+            config.use_cache = False
+        out = model(**inputs)
+        assert output_cache(out) is None and torch.allclose(out.logits, wanted, atol=1e-5)
+        model.config.use_cache = True  # one of the two: the model may make a cache, which then is known to the session
+        cache = output_cache(model(**inputs))
+        if cache is not None:
+            assert torch.allclose(step(model, cache), step(model, output_cache(model(**inputs, use_cache=True))))

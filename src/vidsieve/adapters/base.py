@@ -221,8 +221,10 @@ class Adapter(Probed, ABC):
             If embeddings come with the videos, or images where the family does not know how to encode them.
         """
         ids = inputs.get("input_ids")
-        if ids is None or inputs.get("inputs_embeds") is not None:
+        if ids is None:
             raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
+        if inputs.get("inputs_embeds") is not None:
+            raise UnsupportedCallError("leave inputs_embeds out: beside input_ids they would not be pruned with them")
         self.check_videos(videos)
         if not self.carries_video(inputs):
             if inputs.get(self.video_keys[0]) is not None:

@@ -50,9 +50,12 @@ class FrameAdapter(CountedPositions, Adapter):
         """Return whether pixels or ready features of two or more images of a prompt are in a call."""
         ready = encoder_features(inputs, "image")
         ids = inputs.get("input_ids")
-        given = ready is not None or inputs.get(self.video_keys[0]) is not None
-        # Pixels without any placeholder are a mistake to report; one image alone is no video.
-        return given and (ids is None or self.holds_video(ids) or not bool((ids == self.image_token_id).any()))
+        pixels = inputs.get(self.video_keys[0])
+        if ids is None:  # one image alone is no video
+            return ready is not None or (pixels is not None and math.prod(pixels.shape[:-3]) > 1)
+        given = ready is not None or pixels is not None
+        # Pixels without any placeholder are a mistake to report.
+        return given and (self.holds_video(ids) or not bool((ids == self.image_token_id).any()))
 
     def holds_video(self, ids: Tensor) -> bool:
         """Return whether a prompt holds two or more images."""

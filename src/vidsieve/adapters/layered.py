@@ -107,9 +107,9 @@ class LayerRun(Choosing):
     def hooked(self, layers: Sequence[Any], text: Any, cache: Any, words: Tensor | None = None) -> Iterator[None]:
         """Act on every pass through an LLM's decoder `layers`, configuration `text`, until the block ends.
 
-        Passes of other calls, on another cache than `cache` or in another thread, go through as they are. `words` (B, n)
-        says which of the columns behind the prompt are seen; None, and columns after them: all. The masks that layers
-        are handed do not tell: transformers makes them as long as the cache of one layer, which may be a shorter one.
+        Passes of other calls, on another cache than `cache` or in another thread, go through as they are. `words`
+        (B, n) says which of the columns behind the prompt are seen; None, and columns after them: all. The masks that
+        layers are handed do not tell: transformers makes them as long as the cache of one layer, be it a shorter one.
         """
         handles = []
         self._mine, self._passes = OwnPasses(cache), 0

@@ -241,7 +241,7 @@ class Session:
                 new[CACHE] = cache = new_cache(self._model)
         with self._at_work(record, cache, new):
             output = original(**for_model(new, self._model))
-        keep_record(cache, record)
+        keep_record(cache if cache is not None else output_cache(output), record)
         return output
 
     def _to_prune(self, call: dict[str, Any]) -> bool:

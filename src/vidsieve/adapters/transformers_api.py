@@ -212,7 +212,10 @@ def first_keys(cache: Any, least: int = 1) -> Tensor | None:
 def uses_cache(model: Any, call: Mapping[str, Any]) -> bool:
     """Return whether a plain forward with these arguments is to fill a cache."""
     asked = call.get("use_cache")
-    return bool(model.config.get_text_config().use_cache if asked is None else asked)
+    if asked is not None:
+        return bool(asked)
+    configurations = (model.config, model.config.get_text_config())
+    return all(getattr(config, "use_cache", True) is not False for config in configurations)
 
 
 def _checkpointed(layers: Iterable[nn.Module]) -> bool:
