@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidsieve.adapters.layers import whole
+from vidsieve.adapters.transformers_api import module_weights
 from vidsieve.checkpoints import read_header
 from vidsieve.cli.train import refuse_sharding
 from vidsieve.errors import OutputError, TrainingError
@@ -120,12 +120,12 @@ def test_sharding_that_would_not_happen_is_refused(monkeypatch, kind):
 def test_a_layer_that_is_shared_out_is_handed_over_whole():
     class Shared(torch.Tensor):
         def full_tensor(self):
-            return torch.ones(4)
+            return torch.ones(4, 1)
 
-    assert whole(torch.zeros(2).as_subclass(Shared)).tolist() == [1, 1, 1, 1] and whole(torch.zeros(2)).tolist() == [
-        0,
-        0,
-    ]
+    module = torch.nn.Linear(1, 2, bias=False)
+    module.weight = torch.nn.Parameter(torch.zeros(2, 1).as_subclass(Shared), requires_grad=False)
+    assert module_weights(module)["weight"].tolist() == [[1], [1], [1], [1]]
+    assert module_weights(torch.nn.Linear(1, 2))["weight"].shape == (2, 1)
 
 
 @pytest.mark.slow
