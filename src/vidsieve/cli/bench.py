@@ -214,7 +214,7 @@ def print_pipeline(result: Mapping[str, Any]) -> None:
     )  # fmt: skip
     out.print(table("the LLM's work", columns, lines, right=range(1, len(columns))))
     for row in result["refused"]:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{_named(row)}: {row['reason']}", markup=False, highlight=False)
 
 
 def _cacovid(result: Mapping[str, Any]) -> None:
@@ -309,7 +309,7 @@ def bench_select(
     title = f"{grid} tokens of {width}, {dtype}, {where}, {torch.get_num_threads()} threads"
     out.print(table(title, columns, lines, right=(1, 2, 3, 4)))
     for row in refused:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{row['name']}: {row['reason']}", markup=False, highlight=False)
     write_json(json, {
         "grid": sides, "width": width, "retention": retention, "dtype": dtype, "device": where, "machine": machine(),
         "rows": rows, "refused": refused,

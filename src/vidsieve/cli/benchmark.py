@@ -194,7 +194,7 @@ def print_table(result: dict[str, Any]) -> None:
     out.print(f"figure: {result['figure']}", highlight=False)
     note_few(result["videos"])
     for row in result["refused"]:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{row['method']}: {row['reason']}", markup=False, highlight=False)
     if result["failed"]:
         lost = sum(row["questions"] for row in result["failed"])
         first = result["failed"][0]

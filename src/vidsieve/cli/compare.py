@@ -136,4 +136,4 @@ def print_comparison(result: dict[str, Any]) -> None:
     title = f"{result['frames']} frames{tokens}; medians of {result['repeats']}"
     out.print(table(title, columns, lines, right=(1, 2, 4, 5, 6, 7)))
     for row in result["refused"]:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{row['name']}: {row['reason']}", markup=False, highlight=False)

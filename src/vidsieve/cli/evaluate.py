@@ -131,4 +131,4 @@ def print_result(result: dict[str, Any]) -> None:
     out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5, 6)))
     note_few(result["n_scenes"])
     for row in result["refused"]:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{named(row)}: {row['reason']}", markup=False, highlight=False)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidsieve import registry
+from vidsieve import faults, registry
 from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
 from vidsieve.cli import batch as batch_command
@@ -31,6 +31,10 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+def _debug(value: bool) -> None:
+    faults.debug = value
+
+
 def _version(value: bool) -> None:
     if value:
         out.print(f"vidsieve {__version__}")
@@ -41,6 +45,9 @@ def _version(value: bool) -> None:
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show the traceback of unexpected errors.")
     ] = False,
 ) -> None:
     """Make video language models fast: keep the video tokens that an answer depends on."""
@@ -145,10 +152,17 @@ def _plain(value: float) -> float | None:
 
 
 def main() -> None:
-    """Run the command line; errors on purpose end with their text and exit code 2, never with a traceback."""
+    """Run the command line; errors on purpose end with their text and exit code 2, never with a traceback.
+
+    Exit code 1: something ran that not all of went well, as a method among several that broke.
+    """
     try:
         app()
+    except SystemExit as end:
+        sys.exit(1 if faults.seen and not end.code else end.code)
     except VidsieveError as error:
+        if faults.debug:
+            raise
         err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -119,4 +119,4 @@ def print_open(result: dict[str, Any]) -> None:
     for name, said in TASKS.items():
         out.print(f"{name}: {said}", highlight=False)
     for row in result["refused"]:
-        out.print(f"–: {row['reason']}", markup=False, highlight=False)
+        out.print(f"{named(row)}: {row['reason']}", markup=False, highlight=False)

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
 from vidsieve.data.video import Video
-from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
+from vidsieve.errors import BudgetError, EvaluationError, NeedError, StageError, UnsupportedCallError
 from vidsieve.eval.running import versions
+from vidsieve.faults import contained
 from vidsieve.pipeline import PARTS, Answer, answer
 
 
@@ -52,15 +53,14 @@ def compare(
         for number, (name, method) in enumerate(asked.items()):
             if name in refused:
                 continue
-            try:
+            with contained(refused, name, BudgetError, NeedError, StageError, UnsupportedCallError):
                 said = answer(model, processor, video, question, method, max_new_tokens=max_new_tokens, seed=seed)
-            except (BudgetError, NeedError, StageError, UnsupportedCallError) as error:
-                refused[name] = str(error)
-                continue
-            if turn:
-                given[name].append(said)
+                if turn:
+                    given[name].append(said)
             if progress:
                 progress(turn * len(asked) + number + 1, (repeats + 1) * len(asked))
+    if "full" in refused:
+        raise EvaluationError(f"the model does not answer with all tokens: {refused['full']}")
     everything = given["full"][0].text
     rows = [_row(name, asked[name], runs, everything) for name, runs in given.items() if runs]
     grid = next((run.traces[0].grid for runs in given.values() for run in runs if run.traces), None)

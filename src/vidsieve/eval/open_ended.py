@@ -26,6 +26,7 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.runner import Condition
 from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
+from vidsieve.faults import contained
 from vidsieve.store import Store, measure_all
 from vidsieve.testbed.model import chat_inputs, repeated_features
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
@@ -168,28 +169,25 @@ def measure_scene(
     refused: dict[str, str] = {}
     captions: dict[str, Selection] = {}
     for key, method in conditions.items():
-        try:
+        with contained(refused, key, BudgetError):
             pruned, run, chosen = _pruned(adapter, encoded, method, seed)
             said = processor.batch_decode(first_words(adapter, pruned, run)[:, None])
+            row: dict[str, Any] = {}
             if method is not None and acts_inside(method):
                 texts = [(questions[a].text, questions[b].text) for a, b in pairs]
                 second = _second_words(adapter, processor, scene, texts, method, seed)
                 text = _told(adapter, processor, *_pruned(adapter, asked, method, seed)[:2])[0]
-                rows[key] = {"caption": _judged(text, scene)}
+                row["caption"] = _judged(text, scene)
             else:
                 turns = [(questions[a].text, said[a], questions[b].text) for a, b in pairs]
                 talk = prompts(adapter, processor, scene, turns)
                 second = first_words(adapter, adapter.build(talk, [[chosen[a]] for a, _ in pairs]), None)
                 captions[key] = selected(adapter, asked, method, seed)[0]
-                rows[key] = {}
-        except BudgetError as error:
-            refused[key] = str(error)
-            continue
-        answers = processor.batch_decode(second[:, None])
-        rows[key] |= {
-            "words": [[q.kind, bool(q.targets), w, w == q.answer] for q, w in zip(questions, said, strict=True)],
-            "second": [word == questions[b].answer for word, (_, b) in zip(answers, pairs, strict=True)],
-        }  # fmt: skip
+            answers = processor.batch_decode(second[:, None])
+            rows[key] = row | {
+                "words": [[q.kind, bool(q.targets), w, w == q.answer] for q, w in zip(questions, said, strict=True)],
+                "second": [word == questions[b].answer for word, (_, b) in zip(answers, pairs, strict=True)],
+            }  # fmt: skip
     # Captions of all methods before the LLM are generated side by side.
     together = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)] * len(captions))
     told = _told(adapter, processor, adapter.build(together, [[selection] for selection in captions.values()]), None)

@@ -27,6 +27,7 @@ from vidsieve.errors import (
 )
 from vidsieve.eval.items import Item
 from vidsieve.eval.letters import chosen
+from vidsieve.faults import contained
 from vidsieve.pipeline import chat, choice, reply
 from vidsieve.rl.answers import judge
 from vidsieve.types import ENCODER_NEEDS, Need
@@ -130,20 +131,16 @@ class Examiner:
                 return {"failed": str(error), "samples": [], "refused": refused, "faults": {}, "select_ms": {}}
             for item, encoded in self._encoded(video, items, asked, faults):
                 for condition in asked:
-                    try:
+                    if condition.key in refused:
+                        continue
+                    with contained(faults, item.id, PromptError), contained(refused, condition.key, BudgetError):
                         said, score, prompt, traces = self._answer(encoded, item, condition)
-                    except BudgetError as error:
-                        refused[condition.key] = str(error)
-                        continue
-                    except PromptError as error:
-                        faults[item.id] = str(error)
-                        continue
-                    spent.setdefault(condition.key, []).append(sum(trace.select_ms for trace in traces))
-                    samples.append({
-                        "item": item.id, "condition": condition.key, "said": said, "score": score,
-                        **_kept(encoded, traces), "prompt": list(prompt),
-                        **(_indices(traces) if self.keep else {}),
-                    })  # fmt: skip
+                        spent.setdefault(condition.key, []).append(sum(trace.select_ms for trace in traces))
+                        samples.append({
+                            "item": item.id, "condition": condition.key, "said": said, "score": score,
+                            **_kept(encoded, traces), "prompt": list(prompt),
+                            **(_indices(traces) if self.keep else {}),
+                        })  # fmt: skip
         return {"samples": samples, "refused": refused, "faults": faults, "select_ms": spent}
 
     def _encoded(

@@ -12,6 +12,7 @@ import torch
 from vidsieve.benchmarking import spread
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, NeedError, StageError
+from vidsieve.faults import contained
 from vidsieve.testing import make_video
 from vidsieve.types import EncoderOutputs, Stage, TokenGrid, Tokens
 
@@ -31,26 +32,24 @@ def select_times(
         video, embeds=video.embeds.to(device, dtype), positions=video.positions.to(device),
         encoder=EncoderOutputs(*(None if s is None else s.to(device) for s in (signals.attention, signals.keys))),
     )  # fmt: skip
-    rows, refused = [], []
+    rows: list[dict[str, Any]] = []
+    refused: dict[str, str] = {}
     for number, (name, method) in enumerate(methods.items(), 1):
-        spent, kept = [], 0
-        try:
+        with contained(refused, name, BudgetError, NeedError, StageError):
             asked = method.with_retention(retention)
             if asked.acts is not Stage.PRE_LLM:
                 raise StageError(f"{name} acts {asked.acts.value}: time it with `vidsieve bench pipeline`")
+            spent, kept = [], 0
             for _ in range(repeats + 1):
                 _wait(device)
                 start = time.perf_counter()
                 kept = asked.compress(video).num_kept
                 _wait(device)
                 spent.append(1e3 * (time.perf_counter() - start))
-        except (BudgetError, NeedError, StageError) as error:
-            refused.append({"name": name, "reason": str(error)})
-        else:
             rows.append({"name": name, "kept": kept, "ms": spread(spent[1:])})
         if progress:
             progress(number, len(methods))
-    return rows, refused
+    return rows, [{"name": name, "reason": reason} for name, reason in refused.items()]
 
 
 def _wait(device: str) -> None:

@@ -18,9 +18,10 @@ from vidsieve.adapters.base import Adapter
 from vidsieve.adapters.batch import on_device
 from vidsieve.benchmarking import peak_memory
 from vidsieve.data.video import Video
-from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
+from vidsieve.errors import BudgetError, EvaluationError, NeedError, StageError, UnsupportedCallError
 from vidsieve.eval.flops import paper_flops, prefill_flops
 from vidsieve.eval.runner import Condition
+from vidsieve.faults import contained
 from vidsieve.pipeline import Clock, generated, read
 
 PARTS = ("decode", "preprocess", "vision encoder", "projector", "select", "prefill", "decode-text")
@@ -147,15 +148,14 @@ def measure(
             for condition in conditions:
                 done += 1
                 if condition.key not in refused:
-                    try:
+                    with contained(refused, condition.key, BudgetError, NeedError, StageError, UnsupportedCallError):
                         made = once(adapter, path, frames, prompts, condition, new_tokens=new_tokens, seed=seed)
-                    except (BudgetError, NeedError, StageError, UnsupportedCallError) as error:
-                        refused[condition.key] = str(error)
-                        continue
-                    if turn >= warm_up:
-                        found[condition.key].setdefault(place, []).append(made)
+                        if turn >= warm_up:
+                            found[condition.key].setdefault(place, []).append(made)
                 if progress:
                     progress(done, steps)
+    if conditions[0].key in refused:
+        raise EvaluationError(f"nothing to compare with: {refused[conditions[0].key]}")
     rows = [_row(c, lengths, found[c.key]) for c in conditions if c.key not in refused]
     first = rows[0]
     for row in rows:

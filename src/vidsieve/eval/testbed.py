@@ -23,6 +23,7 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.eval.running import RESULT, SAMPLES, TIMING, policy_digest, versions
 from vidsieve.eval.stats import clustered_mean, mcnemar, paired_difference
+from vidsieve.faults import contained
 from vidsieve.files import writing
 from vidsieve.store import Store, measure_all
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
@@ -253,13 +254,10 @@ def _measured(adapter: Adapter, scene: SceneBatch, rows: Mapping[str, Row], seed
     found: dict[str, Any] = {}
     refused: dict[str, str] = {}
     for key, row in rows.items():
-        try:
+        with contained(refused, key, BudgetError):
             marks, traces = answers(adapter, scene, row, seed)
-        except BudgetError as error:
-            refused[key] = str(error)
-            continue
-        kept = [[trace.real_retention, trace.layer_retention, trace.select_ms] for trace in traces]
-        found[key] = {"right": marks, "kept": kept}
+            kept = [[trace.real_retention, trace.layer_retention, trace.select_ms] for trace in traces]
+            found[key] = {"right": marks, "kept": kept}
     return {"kinds": [question.kind for question in scene.questions], "rows": found, "refused": refused}
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.errors import VidsieveError
+from vidsieve.faults import contained
 
 FEATURE_TOLERANCE = 1e-4
 Archive = Mapping[str, Any]
@@ -123,4 +124,8 @@ def run_file(path: Path) -> Iterator[Case]:
             yield Case(method, case, "-", float("nan"), "no such method yet")
         return
     cases: Callable[[Archive], Iterator[Case]] = importlib.import_module(f"{__name__}.{method}").cases
-    yield from cases(archive)
+    reasons: dict[str, str] = {}
+    with contained(reasons, method):
+        yield from cases(archive)
+    if reasons:
+        yield Case(method, "the next case", "-", float("nan"), "fail", reasons[method])
