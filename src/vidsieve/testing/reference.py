@@ -97,7 +97,8 @@ def _through(
     if deep:
         words = torch.zeros_like(visible[:, deep["visual_pos_masks"].shape[1] :])
         deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], words], 1)
-    with masked_from(adapter, masks, acts):
+    # What was compiled does not see the hooks that mask and act.
+    with torch.compiler.set_stance("force_eager"), masked_from(adapter, masks, acts):
         hidden = adapter.language_model(
             inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=masks[0],
             use_cache=False, **deep,
