@@ -8,6 +8,8 @@ import sys
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 from packaging.requirements import Requirement
@@ -86,3 +88,42 @@ def test_untested_versions_are_named_once(monkeypatch):
         warnings.simplefilter("error")
         versions.warn_untested("ray", "9.1.0")
         versions.warn_untested("gradio", versions.TESTED["gradio"][1] + ".4")
+
+
+def build_page():
+    from vidsieve.serving.page import build
+
+    desk = SimpleNamespace(names=["full"], ask=None, methods={"full": None})
+    build(desk, "x", [])
+
+
+def open_cluster():
+    from vidsieve.serving.batching import cluster
+
+    cluster.imported()
+
+
+def register_models():
+    from vidsieve.serving.vllm_plugin import register
+
+    register()
+
+
+def name_model():
+    from vidsieve.eval.lmms import manifest
+
+    manifest()
+
+
+@pytest.mark.parametrize(
+    ("name", "work"),
+    [("gradio", build_page), ("ray", open_cluster), ("vllm", register_models), ("lmms-eval", name_model)],
+)
+def test_what_uses_a_dependency_warns_of_an_untested_one(name, work, monkeypatch):
+    monkeypatch.setattr(versions, "_warned", set())
+    monkeypatch.setitem(versions.TESTED, name, ("0.1", "0.1"))
+    for module in ("gradio", "ray", "ray.data", "vllm", "lmms_eval.models.registry_v2"):
+        monkeypatch.setitem(sys.modules, module, MagicMock(__version__="0.99.0"))
+    monkeypatch.setattr("vidsieve.eval.lmms.version", lambda name: "0.99.0")
+    with pytest.warns(UserWarning, match=rf"{name} \S+ is untested .* passed with 0\.1"):
+        work()

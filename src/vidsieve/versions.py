@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import warnings
 
 TESTED = {
@@ -27,8 +28,10 @@ def installed(name: str) -> str | None:
 
 def minor(version: str) -> tuple[int, int]:
     """Return major and minor number of a version."""
-    major, second = version.split(".")[:2]
-    return int(major), int(second)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ValueError(f"{version!r} is no version")
+    return int(found[1]), int(found[2])
 
 
 def tested_range(name: str) -> str:

@@ -17,6 +17,7 @@ from vidsieve.cli import batch as batch_command
 from vidsieve.cli import bench, data, evaluate, testbed, train
 from vidsieve.cli import compare as compare_command
 from vidsieve.cli import demo as demo_command
+from vidsieve.cli import doctor as doctor_command
 from vidsieve.cli import plan as plan_command
 from vidsieve.cli import report as report_command
 from vidsieve.cli import reproduce as reproduce_command
@@ -65,6 +66,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
 app.command("batch")(batch_command.batch)
 app.command("plan")(plan_command.plan)
+app.command("doctor")(doctor_command.doctor)
 app.command("ui")(ui_command.ui)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command.serve)
 

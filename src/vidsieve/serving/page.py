@@ -9,6 +9,7 @@ from vidsieve.errors import VidsieveError
 from vidsieve.pipeline import PARTS
 from vidsieve.report.pictures import kept_figure
 from vidsieve.serving.desk import Desk, Reply
+from vidsieve.versions import warn_untested
 
 
 def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
@@ -24,6 +25,8 @@ def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
         Videos to pick.
     """
     import gradio as gr
+
+    warn_untested("gradio", gr.__version__)
 
     def ask(video: str | None, question: str, method: str, retention: float) -> tuple[str, Any, str]:
         if not video:

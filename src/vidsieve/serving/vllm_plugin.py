@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from vidsieve.versions import warn_untested
+
 MODELS = {
     "LlavaOnevisionForConditionalGeneration": "vidsieve.serving.vllm_llava_onevision:LlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "vidsieve.serving.vllm_qwen2_5_vl:Qwen25VL",
@@ -17,8 +19,9 @@ MODELS = {
 
 def register() -> None:
     """Register the models; vLLM calls this in each of its processes (entry point ``vllm.general_plugins``)."""
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, __version__
 
+    warn_untested("vllm", __version__)
     for name, place in MODELS.items():
         ModelRegistry.register_model(name, place)
     _mend_cpu_runner()

@@ -14,16 +14,16 @@ VOCABULARY = 128
 TEMPLATE = {"turn_start": START, "turn_end": END, "user": USER, "ignore": [VIDEO, IMAGE]}
 
 
-def _text(**changes: Any) -> dict[str, Any]:
+def _text(layers: int, **changes: Any) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
         "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
     } | changes  # fmt: skip
 
 
-def llava_onevision(seed: int = 0) -> Any:
-    """Return a random LLaVA-OneVision, 3 layers of width 64, frames of 56 px in 4×4 patches."""
+def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random LLaVA-OneVision, `layers` layers of width 64, frames of 56 px in 4×4 patches."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
     config = LlavaOnevisionConfig(
@@ -31,21 +31,21 @@ def llava_onevision(seed: int = 0) -> Any:
             "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 2, "image_size": 56, "patch_size": 8, "vision_use_head": False,
         },
-        text_config=_text(model_type="qwen2"), image_token_index=IMAGE, video_token_index=VIDEO,
+        text_config=_text(layers, model_type="qwen2"), image_token_index=IMAGE, video_token_index=VIDEO,
         image_grid_pinpoints=[[56, 56]],
     )  # fmt: skip
     return _made(LlavaOnevisionForConditionalGeneration, config, seed)
 
 
-def llava_video(seed: int = 0) -> Any:
+def llava_video(seed: int = 0, layers: int = 3) -> Any:
     """Return a random LLaVA-Video: as LLaVA-OneVision, its layout stated, 3×3 tokens a frame and a newline per row."""
-    model = llava_onevision(seed)
+    model = llava_onevision(seed, layers)
     model.config.vidsieve_layout = "grid"
     return model
 
 
-def qwen2_5_vl(seed: int = 0) -> Any:
-    """Return a random Qwen2.5-VL, 3 layers of width 64 with M-RoPE sections (2, 3, 3)."""
+def qwen2_5_vl(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random Qwen2.5-VL, `layers` layers of width 64 with M-RoPE sections (2, 3, 3)."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     config = Qwen2_5_VLConfig(
@@ -54,18 +54,20 @@ def qwen2_5_vl(seed: int = 0) -> Any:
             "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
             "fullatt_block_indexes": [1], "tokens_per_second": 2,
         },
-        text_config=_text(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}),
+        text_config=_text(
+            layers, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+        ),
         video_token_id=VIDEO, image_token_id=IMAGE, vision_start_token_id=118, vision_end_token_id=119,
     )  # fmt: skip
     return _made(Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
-def qwen3_vl(seed: int = 0) -> Any:
-    """Return a random Qwen3-VL, 3 layers of width 64, interleaved M-RoPE, deepstack features in two layers."""
+def qwen3_vl(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random Qwen3-VL, `layers` layers of width 64, interleaved M-RoPE, deepstack features in two layers."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text = _text(
-        head_dim=16, rope_parameters={
+        layers,         head_dim=16, rope_parameters={
             "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True
         },
     )  # fmt: skip
@@ -81,8 +83,8 @@ def qwen3_vl(seed: int = 0) -> Any:
     return _made(Qwen3VLForConditionalGeneration, config, seed)
 
 
-def internvl(seed: int = 0) -> Any:
-    """Return a random InternVL, 3 layers of width 64, frames of 32 px in 4×4 tokens."""
+def internvl(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random InternVL, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
     config = InternVLConfig(
@@ -90,13 +92,14 @@ def internvl(seed: int = 0) -> Any:
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": [32, 32], "patch_size": [4, 4],
         },
-        text_config=_text(model_type="qwen2"), image_token_id=IMAGE, image_seq_length=16, tie_word_embeddings=False,
+        text_config=_text(layers, model_type="qwen2"), image_token_id=IMAGE, image_seq_length=16,
+        tie_word_embeddings=False,
     )  # fmt: skip
     return _made(InternVLForConditionalGeneration, config, seed)
 
 
-def smolvlm(seed: int = 0) -> Any:
-    """Return a random SmolVLM, 3 layers of width 64, frames of 32 px in 4×4 tokens."""
+def smolvlm(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random SmolVLM, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
     from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
 
     config = SmolVLMConfig(
@@ -104,7 +107,7 @@ def smolvlm(seed: int = 0) -> Any:
             "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
             "image_size": 32, "patch_size": 4,
         },
-        text_config=_text(model_type="llama"), image_token_id=IMAGE, scale_factor=2,
+        text_config=_text(layers, model_type="llama"), image_token_id=IMAGE, scale_factor=2,
     )  # fmt: skip
     return _made(SmolVLMForConditionalGeneration, config, seed)
 

@@ -19,6 +19,7 @@ from vidsieve.serving.batching.ahead import settle
 from vidsieve.serving.batching.model import Answerer
 from vidsieve.serving.batching.rows import BatchError, Row, Rows, Settled, line_of, read_group
 from vidsieve.serving.batching.settings import Settings
+from vidsieve.versions import warn_untested
 
 PIECE, PIECES = 32, 1024
 """Rows in a piece of work, within which a worker decodes ahead, unless that makes more than so many pieces."""
@@ -105,7 +106,9 @@ def imported() -> tuple[Any, Any, Any]:
     BatchError
     """
     try:
-        return import_module("ray"), import_module("ray.data"), import_module("pyarrow")
+        ray = import_module("ray")
+        warn_untested("ray", ray.__version__)
+        return ray, import_module("ray.data"), import_module("pyarrow")
     except ImportError:
         raise BatchError("--ray needs Ray Data: pip install 'vidsieve[ray]'") from None
 

@@ -1,0 +1,35 @@
+"""`vidsieve doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+
+import typer
+
+from vidsieve.cli.shared import Json, check_output, write_json
+
+
+def doctor(json: Json = None) -> None:
+    """Say what works with what is installed here, for a bug report: versions, extras, model families and methods.
+
+    Every family and every method generates two tokens from a tiny model with random weights. Exit code 1 if one of
+    them, or an installed extra, does not work.
+    """
+    from vidsieve import doctor
+
+    check_output(json)
+    parts: dict[str, Callable[[], list[doctor.Finding]]] = {
+        "versions": doctor.found_versions, "extras": doctor.found_extras, "model families": doctor.found_families,
+        "methods": doctor.found_methods,
+    }  # fmt: skip
+    found = []
+    for title, look in parts.items():
+        rows = look()
+        found += rows
+        words = {None: "", True: "ok", False: "untested" if title == "versions" else "fails"}
+        width = max(len(row.name) for row in rows)
+        print(title, *(f"  {row.name:{width}}  {words[row.ok]:8}  {row.state}" for row in rows), sep="\n", flush=True)
+    write_json(json, {"findings": [asdict(row) for row in found]})
+    if any(row.ok is False for row in found if row.kind != "version"):
+        raise typer.Exit(1)
