@@ -9,9 +9,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # one thread for each, and for the programs they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
 
+hypothesis.settings.register_profile("vidsieve", deadline=None)  # a loaded machine is no fault
+hypothesis.settings.load_profile("vidsieve")
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
@@ -32,22 +35,34 @@ def ctrl_c():
 
 
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run a command in this process and return what it printed, blanks made one; `fails`: it ends with an error."""
+def run(monkeypatch, capsys):
+    """Run a command in this process; return what it printed to stdout and stderr, blanks made one."""
+    from vidsieve import faults
     from vidsieve.cli.main import main
 
-    def run(*arguments, fails=False):
-        monkeypatch.setattr("sys.argv", ["vidsieve", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        assert code == (2 if fails else 0), printed.out + printed.err
-        return " ".join((printed.out + printed.err).split())
+    def run(*arguments, code=0, cwd=None):
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", ["vidsieve", *map(str, arguments)])
+            patch.setattr(faults, "seen", False)
+            patch.setattr(faults, "debug", False)
+            if cwd is not None:
+                patch.chdir(cwd)
+            ended = 0
+            try:
+                main()
+            except SystemExit as end:
+                ended = end.code or 0
+        out, err = capsys.readouterr()
+        assert ended == code, out + err
+        return " ".join(out.split()), " ".join(err.split())
 
     return run
+
+
+@pytest.fixture
+def cli(run):
+    """Run a command in this process and return all that it printed; `fails`: it ends with an error."""
+    return lambda *arguments, fails=False: " ".join(run(*arguments, code=2 if fails else 0)).strip()
 
 
 def pytest_report_header():

@@ -52,14 +52,19 @@ def test_mistakes_are_told(cli, scenes, tmp_path, given, said):
     assert not list(tmp_path.glob("units*"))
 
 
-def test_missing_videos_stop_a_run_or_count_as_failures(cli, tmp_path):
+def test_missing_videos_stop_a_run_or_count_as_failures(cli, scenes, tmp_path):
     row = {"video": "gone.mp4", "question": "Which?", "options": ["red", "blue"], "answer": "red"}
+    asked = json.loads(scenes.read_text().splitlines()[0])
+    asked["video"] = str(scenes.parent / asked["video"])
     path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    given = ["eval", "questions", str(path), "--model", "testbed", "--out", str(tmp_path / "run")]
-    assert "1 of 1 videos are missing" in cli(*given, fails=True)
-    out = cli(*given, "--allow-missing")
+    path.write_text(json.dumps(row) + "\n" + json.dumps(asked) + "\n")
+    given = ["eval", "questions", str(path), "--model", "testbed"]
+    assert "1 of 2 videos are missing" in cli(*given, "--out", str(tmp_path / "run"), fails=True)
+    out = cli(*given, "--out", str(tmp_path / "run"), "--allow-missing")
     assert "1 question could not be asked and count as answered wrongly" in out
+    path.write_text(json.dumps(row) + "\n")
+    none = cli(*given, "--out", str(tmp_path / "none"), "--allow-missing", fails=True)
+    assert "none of the 1 questions could be asked" in none and "gone.mp4 does not exist" in none
 
 
 def test_the_command_is_told_without_the_share(monkeypatch):

@@ -8,8 +8,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -22,14 +20,6 @@ from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.testbed.files import write_scene, write_scenes
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments, code=0, cwd=None):
-    command = [sys.executable, "-c", "from vidsieve.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return " ".join(done.stdout.split()), " ".join(done.stderr.split())
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +37,7 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself(command):
+def test_every_command_explains_itself(run, command):
     out, _ = run(*command, "--help")
     assert "--json" in out or not command
 
@@ -57,14 +47,14 @@ def test_the_method_table_of_the_readme_is_the_real_one():
     assert method_markdown() in readme, "run `vidsieve list --markdown` and put its output into the README"
 
 
-def test_list(tmp_path):
+def test_list(run, tmp_path):
     out, _ = run("list", "--json", tmp_path / "methods.json")
     rows = json.loads((tmp_path / "methods.json").read_text())["methods"]
     assert {row["name"] for row in rows} >= {"random", "uniform", "downsample", "divprune", "cacovid", "score"}
     assert "divprune" in out
 
 
-def test_training_options_are_the_settings_with_their_texts():
+def test_training_options_are_the_settings_with_their_texts(run):
     for config in (CaCoVIDConfig, ScoreConfig):
         docs = field_docs(config)
         assert all(docs[name] for name in (f.name for f in dataclasses.fields(config)))
@@ -77,7 +67,7 @@ def test_training_options_are_the_settings_with_their_texts():
 
 
 @pytest.mark.slow
-def test_ask(scene, tmp_path):
+def test_ask(run, scene, tmp_path):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "cacovid", "--retention", "0.1",
                  "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png", "--threads", 2)  # fmt: skip
     result = json.loads((tmp_path / "a.json").read_text())
@@ -88,7 +78,7 @@ def test_ask(scene, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare(scene, tmp_path):
+def test_compare(run, scene, tmp_path):
     out, _ = run(
         "compare", scene, "what colour is the home ?", "--methods", "divprune,fastv,holitom,topv", "--threads", 1,
         "--earliest", "--repeats", 2, "--picture", tmp_path / "k.png", "--json", tmp_path / "r.json",
@@ -110,7 +100,7 @@ def test_compare(scene, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_testbed_writes_the_agreed_json(tmp_path):
+def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
     run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
         "--world", "B", "--json", tmp_path / "e.json", "--threads", 2)  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
@@ -134,7 +124,7 @@ def test_eval_testbed_writes_the_agreed_json(tmp_path):
     assert first == second, "the same command twice gives the same numbers"
 
 
-def test_a_retention_out_of_reach_is_a_dash_with_its_reason(tmp_path):
+def test_a_retention_out_of_reach_is_a_dash_with_its_reason(run, tmp_path):
     out, _ = run("eval", "testbed", "--methods", "evs,fastv", "--retention", "0.4,0.05", "--questions", 24, "--json",
                  tmp_path / "e.json", "--threads", 1)  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
@@ -143,7 +133,7 @@ def test_a_retention_out_of_reach_is_a_dash_with_its_reason(tmp_path):
     assert re.search(r"evs +│ +0.05 │ +– │ +– │", out) and "the first frame stays whole, 36 of 576 tokens" in out
 
 
-def test_policies_of_one_method_are_rows_of_their_own(tmp_path):
+def test_policies_of_one_method_are_rows_of_their_own(run, tmp_path):
     from vidsieve.loading import shipped_policy
 
     folders = [tmp_path / "one", tmp_path / "two"]
@@ -159,7 +149,7 @@ def test_policies_of_one_method_are_rows_of_their_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo(tmp_path):
+def test_demo(run, tmp_path):
     out, _ = run("demo", "--out", tmp_path / "d", "--questions", 40, "--json", tmp_path / "d.json", "--threads", 2)
     result = json.loads((tmp_path / "d.json").read_text())
     assert (tmp_path / "d" / "scene.mp4").stat().st_size > 1000
@@ -169,7 +159,7 @@ def test_demo(tmp_path):
     assert "full against compressed" in out
 
 
-def test_oracles(tmp_path):
+def test_oracles(run, tmp_path):
     out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
@@ -192,7 +182,7 @@ def test_oracles(tmp_path):
     assert "unstable ties" in out and "scores compared" in out
 
 
-def test_oracles_exit_1_on_a_failure(tmp_path):
+def test_oracles_exit_1_on_a_failure(run, tmp_path):
     import numpy as np
 
     data = dict(np.load(ROOT / "tests" / "oracles" / "divprune.npz"))
@@ -203,7 +193,7 @@ def test_oracles_exit_1_on_a_failure(tmp_path):
 
 
 @pytest.mark.slow
-def test_render_and_ask_about_a_rendered_scene(tmp_path):
+def test_render_and_ask_about_a_rendered_scene(run, tmp_path):
     run("testbed", "render", tmp_path / "r", "--scenes", 2, "--json", tmp_path / "r.json")
     lines = [json.loads(line) for line in (tmp_path / "r" / "questions.jsonl").read_text().splitlines()]
     assert {line["video"] for line in lines} == {"scene-0000.mp4", "scene-0001.mp4"}
@@ -221,13 +211,13 @@ def bad_videos(folder, scene):
     ]  # fmt: skip
 
 
-def test_bad_videos_exit_2_with_a_sentence(tmp_path, scene):
+def test_bad_videos_exit_2_with_a_sentence(run, tmp_path, scene):
     for path, message in bad_videos(tmp_path, scene):
         _, err = run("ask", path, "what ?", code=2)
         assert err.startswith("error:") and message in err, err
 
 
-def test_ask_with_a_method_inside_the_llm(scene):
+def test_ask_with_a_method_inside_the_llm(run, scene):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "fastv", "--retention", "0.5", "--threads", 1)
     assert "fastv (variant ours, retention 0.5): 144 of 576 video tokens (25.0%)" in out
     _, err = run("ask", scene, "what ?", "--method", "fastv", "--retention", "0.1", code=2)
@@ -235,7 +225,7 @@ def test_ask_with_a_method_inside_the_llm(scene):
 
 
 @pytest.mark.slow
-def test_ask_with_a_method_that_acts_while_decoding(scene, tmp_path):
+def test_ask_with_a_method_that_acts_while_decoding(run, scene, tmp_path):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "dycoke", "--retention", "0.5", "--threads", 1,
                  "--json", tmp_path / "a.json")  # fmt: skip
     assert "dycoke (variant ours, retention 0.5): 288 of 576 video tokens (50.0%)" in out
@@ -246,7 +236,7 @@ def test_ask_with_a_method_that_acts_while_decoding(scene, tmp_path):
 
 
 @pytest.mark.slow
-def test_more_frames_than_exist_are_all_used_with_a_note(scene):
+def test_more_frames_than_exist_are_all_used_with_a_note(run, scene):
     out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 2)
     assert "note:" in out and "all are used" in out
 
@@ -271,18 +261,18 @@ MISTAKES = [
 ]
 
 
-def test_a_placeholder_in_the_question_is_refused(scene):
+def test_a_placeholder_in_the_question_is_refused(run, scene):
     _, err = run("ask", scene, "what is in <video> ?", "--method", "divprune:official", code=2)
     assert err.startswith("error:") and "'<video>'" in err
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
-def test_mistakes_exit_2_with_a_sentence(scene, options, message):
+def test_mistakes_exit_2_with_a_sentence(run, scene, options, message):
     _, err = run("ask", scene, "what ?", *options, code=2)
     assert err.startswith("error:") and re.search(message, err), err
 
 
-def test_mistakes_of_other_commands(tmp_path):
+def test_mistakes_of_other_commands(run, tmp_path):
     for command, message in [
         (["eval", "testbed", "--methods", "unifrom"], "Did you mean 'uniform'"),
         (["eval", "testbed", "--world", "C"], "world"),
@@ -303,7 +293,7 @@ def test_mistakes_of_other_commands(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_pickled_and_foreign_policies(tmp_path, scene):
+def test_pickled_and_foreign_policies(run, tmp_path, scene):
     from vidsieve.compressors.score import ScorePolicy
 
     ScorePolicy.start(64, "qwen2_5_vl", hidden=8).save_pretrained(tmp_path / "other")
@@ -314,14 +304,14 @@ def test_pickled_and_foreign_policies(tmp_path, scene):
     assert "no readable safetensors file" in err
 
 
-def test_usage_errors_exit_2():
+def test_usage_errors_exit_2(run):
     _, err = run("ask", code=2)
     assert "Missing argument" in err or "Usage" in err
     run("no-such-command", code=2)
 
 
 @pytest.mark.slow
-def test_data_filter(tmp_path):
+def test_data_filter(run, tmp_path):
     run("testbed", "render", tmp_path / "scenes", "--scenes", 2)
     source, target = tmp_path / "scenes" / "questions.jsonl", tmp_path / "left.jsonl"
     out, _ = run("data", "filter", source, target, "--json", tmp_path / "f.json", "--threads", 1)

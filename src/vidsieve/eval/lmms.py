@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
-from vidsieve.versions import warn_untested
+from vidsieve.versions import installed, warn_untested
 
 if TYPE_CHECKING:
     from vidsieve.compressors.base import Compressor
@@ -30,7 +29,8 @@ def manifest() -> Any:
     """Return what lmms-eval registers: the model id ``vidsieve`` and where its class is."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    warn_untested("lmms-eval", version("lmms-eval"))
+    if version := installed("lmms-eval"):
+        warn_untested("lmms-eval", version)
     return ModelManifest(model_id="vidsieve", simple_class_path="vidsieve.eval.lmms_model.VidsieveModel")
 
 

@@ -19,7 +19,7 @@ from vidsieve._version import __version__
 from vidsieve.adapters.batch import on_device
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
-from vidsieve.errors import BudgetError, UnsupportedCallError, VideoError
+from vidsieve.errors import BudgetError, PromptError, UnsupportedCallError, VideoError
 from vidsieve.eval.items import Item
 from vidsieve.eval.lmms import ModelArguments, Wish
 from vidsieve.eval.runner import Condition, Examiner, frames_of
@@ -166,6 +166,8 @@ class Bridge:
             raise VideoError(record["failed"])
         for refusal in record["refused"].values():
             raise BudgetError(refusal)
+        for fault in record["faults"].values():
+            raise PromptError(fault)
         for sample in record["samples"]:
             counts = Counts(
                 tuple(sample["prompt"]), self._length(sample["said"]), sample["kept"], sample["total"],
