@@ -29,7 +29,7 @@ each train cacovid "$OUT/run" --data "$OUT/filtered.jsonl" --model "$MODEL" "${T
 
 # 4. Evaluation: LongVideoBench, MLVU (dev and test) and Video-MME; published beside measured.
 if [ -n "$TESTBED" ]; then
-  run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25,0.1 --questions 48 --threads 1 --out "$OUT/eval"
+  run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25 --questions 24 --threads 1 --out "$OUT/eval"
 else
   run $VIDSIEVE reproduce cacovid:table1 --data "$DATA" --policy "llava-onevision:cacovid=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
 fi

@@ -41,6 +41,7 @@ def run(monkeypatch, capsys):
     from vidsieve.cli.main import main
 
     def run(*arguments, code=0, cwd=None):
+        threads = torch.get_num_threads()
         with monkeypatch.context() as patch:
             patch.setattr("sys.argv", ["vidsieve", *map(str, arguments)])
             patch.setattr(faults, "seen", False)
@@ -52,6 +53,7 @@ def run(monkeypatch, capsys):
                 main()
             except SystemExit as end:
                 ended = end.code or 0
+        torch.set_num_threads(threads)
         out, err = capsys.readouterr()
         assert ended == code, out + err
         return " ".join(out.split()), " ".join(err.split())

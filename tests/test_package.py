@@ -45,10 +45,10 @@ def modules():
     return found
 
 
-@pytest.mark.parametrize("name", modules())
-def test_every_module_has_a_docstring_and_imports(name):
-    module = __import__(name, fromlist=["x"])
-    assert (module.__doc__ or "").strip(), name
+def test_every_module_has_a_docstring_and_imports():
+    found = modules()
+    assert len(found) > 100
+    assert not [name for name in found if not (importlib.import_module(name).__doc__ or "").strip()]
 
 
 def test_public_names_are_sorted_complete_and_real():

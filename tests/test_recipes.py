@@ -13,11 +13,11 @@ import pytest
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 
-def recipe(name, *arguments, code=0):
+def recipe(name, *arguments, code=0, **changed):
     settings = os.environ | {
         "VIDSIEVE": f"{sys.executable} -m vidsieve", "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(RECIPES.parent / "src"), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1", **changed,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(RECIPES / name), *map(str, arguments)], env=settings, capture_output=True, text=True, timeout=600
@@ -53,7 +53,7 @@ def test_cacovid_from_the_file_to_the_table(tmp_path):
     config = json.loads((tmp_path / "run" / "policy" / "config.json").read_text())
     assert config["training"]["steps"] == 8 and "cacovid:paper" in said
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    again = recipe("cacovid.sh", "--testbed", "--out", tmp_path)
+    again = recipe("cacovid.sh", "--testbed", "--out", tmp_path, VIDSIEVE="true")  # what torchrun starts
     assert "--resume" in again and (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 

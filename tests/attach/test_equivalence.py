@@ -33,8 +33,10 @@ def test_equals_masked_reference(family, name, call, attention):
 
 @pytest.mark.parametrize("call", SLOW_CALLS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_changed_models_equal_it_too(family, call):
+def test_changed_models_equal_it_too(family, call, monkeypatch):
     """The language model compiled, or the model's parts on two devices."""
+    if family != "llava_onevision":  # what follows the tracing is the same for all
+        monkeypatch.setattr("vidsieve.testing.calls.BACKEND", "eager")
     result = cell(family, "ragged batch 2", call, "sdpa", vidsieve.load("random", retention=0.3))
     assert result.passed, result
 

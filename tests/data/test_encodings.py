@@ -6,8 +6,6 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 
 import pytest
@@ -270,16 +268,12 @@ def test_a_prompt_that_cannot_be_made_again_is_refused(data, tmp_path):
         made.choice(0)
 
 
-@pytest.mark.slow
-def test_the_command(data, tmp_path):
-    def run(name, *more, code=0):
-        command = [sys.executable, "-c", "from vidsieve.cli import main; main()", "train", "score", tmp_path / name]
+def test_the_command(run, data, tmp_path):
+    def train(name, *more, code=0):
         settings = ["--steps", 1, "--prompts-per-step", 2, "--rollouts", 2, "--threads", 1]
-        done = subprocess.run([*map(str, [*command, *settings, *more])], capture_output=True, text=True, check=False)
-        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
-        return " ".join((done.stdout + done.stderr).split())
+        return " ".join(run("train", "score", tmp_path / name, *settings, *more, code=code))
 
-    said = run("a", "--data", data, "--cache", tmp_path / "cache")
+    said = train("a", "--data", data, "--cache", tmp_path / "cache")
     assert "has 0 of 3 videos encoded; the others take about" in said and "are free" in said
-    assert "none was given" in run("c", "--cache", tmp_path / "cache", code=2)
-    assert "is a file" in run("d", "--data", data, "--cache", data / "x", code=2)
+    assert "none was given" in train("c", "--cache", tmp_path / "cache", code=2)
+    assert "is a file" in train("d", "--data", data, "--cache", data / "x", code=2)

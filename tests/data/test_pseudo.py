@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
@@ -39,14 +37,6 @@ def listed(folder, count=12):
     path = folder / "images.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def cli(*arguments, code=0):
-    command = [sys.executable, "-c", "from vidsieve.cli import main; main()", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return " ".join((done.stdout + done.stderr).split())
 
 
 def test_videos_are_what_was_asked_for_and_what_the_file_says(tmp_path):
@@ -236,7 +226,7 @@ def test_rows_of_both_kinds_in_one_file_and_line_ends_in_captions(testbed, tmp_p
 
 
 @pytest.mark.slow
-def test_the_command_and_training_on_what_it_makes(testbed, tmp_path):
+def test_the_command_and_training_on_what_it_makes(cli, testbed, tmp_path):
     source = listed(tmp_path)
     with source.open("a") as file:
         file.write('{"image": "images/gone.png", "caption": "x"}\n')
@@ -255,11 +245,11 @@ def test_the_command_and_training_on_what_it_makes(testbed, tmp_path):
     assert record["prompts"] == 4 and torch.isfinite(torch.tensor(record["last_metrics"]["loss"]))
 
 
-def test_the_command_refuses_what_it_cannot_do(tmp_path):
+def test_the_command_refuses_what_it_cannot_do(cli, tmp_path):
     source = listed(tmp_path, 3)
     out = tmp_path / "out.jsonl"
-    assert "images must be two numbers, as 2-4" in cli("data", "pseudo", source, out, "--images", "x", code=2)
-    assert "would overwrite" in cli("data", "pseudo", source, source, code=2)
+    assert "images must be two numbers, as 2-4" in cli("data", "pseudo", source, out, "--images", "x", fails=True)
+    assert "would overwrite" in cli("data", "pseudo", source, source, fails=True)
     source.write_text('{"image": "gone.png", "caption": "x"}')
-    assert "has 0 usable images" in cli("data", "pseudo", source, out, code=2)
+    assert "has 0 usable images" in cli("data", "pseudo", source, out, fails=True)
     assert not out.exists() and os.listdir(tmp_path / "images")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections import Counter
+from operator import itemgetter
 
 import numpy as np
 import pytest
 
+from vidsieve.testbed import tower
 from vidsieve.testbed.questions import KINDS, make_caption, make_questions, place_of
 from vidsieve.testbed.sprites import sprite_bank
 from vidsieve.testbed.vocabulary import FIXTURES, GLYPHS, QUESTION_NAME, SHAPES, VOCABULARY
@@ -131,3 +134,13 @@ def test_objects_are_painted_where_the_cast_says():
         t, row, column = thing.track[0]
         centre = frames[t, row * 24 + 12, column * 24 + 12]
         assert np.abs(centre - np.array(_RGB[thing.colour_at(t)])).max() < 70, thing
+
+
+def test_many_scenes_are_made_by_processes_in_their_order(monkeypatch):
+    used = []
+    monkeypatch.setattr(tower, "get_context", lambda kind: used.append(kind) or multiprocessing.get_context(kind))
+    few, many = (
+        list(tower.rendered("A", 3, 64, work=itemgetter(2))),
+        list(tower.rendered("A", 3, 65, work=itemgetter(2))),
+    )
+    assert few == list(range(64)) and many == list(range(65)) and used == ["spawn"]

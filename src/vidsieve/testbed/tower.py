@@ -54,9 +54,9 @@ def _scene(task: tuple[str, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.in
 def rendered(
     world: str, seed: int, count: int, workers: int = 2, work: Callable[[tuple[str, int, int]], Any] = _scene
 ) -> Iterator[Any]:
-    """Yield `work((world, seed, i))` for scenes 0 … count−1 in order, computed by `workers` processes."""
+    """Yield `work((world, seed, i))` for scenes 0 … count−1 in order, computed by `workers` processes if many."""
     tasks = [(world, seed, index) for index in range(count)]
-    if workers < 2:
+    if workers < 2 or count <= 64:  # a few take less time than processes need to start
         yield from map(work, tasks)
         return
     with get_context("spawn").Pool(workers) as pool:
