@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from vidsieve.eval.runner import Condition
 from vidsieve.pipeline import load_model
 from vidsieve.store import Store
 from vidsieve.testbed.model import shipped_model
+from vidsieve.testbed.talking import open_cast
+from vidsieve.testbed.world import render
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,27 @@ def test_all_tokens_answer_what_they_can(talker, scene):
     right = [right for kind, there, _, right in row["words"] if kind == "absent"]
     assert len(row["words"]) == len(scene.questions) and sum(right) >= 6
     assert row["caption"][0] >= 1
+
+
+def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkeypatch):
+    """All questions of a scene are asked at once; what is said is what each, asked alone, gets for an answer."""
+    monkeypatch.setattr(open_ended, "CAPTION_WORDS", 1)  # captions take their time, and are not looked at
+    adapter, processor = talker
+    method = vidsieve.load("cacovid", "testbed", retention=0.05)
+    few = replace(scene, questions=scene.questions[:8])
+    row = measure_scene(adapter, processor, few, {"cacovid": method}, 0)["rows"]["cacovid"]
+    frames = list(render(open_cast("A", 9001, 0)[0], 9001, 0))
+    alone = []
+    for question in few.questions:
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        with vidsieve.attach(adapter.model, method):
+            out = adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        alone += processor.batch_decode(out[:, -1:])
+    assert [word for _, _, word, _ in row["words"]] == alone
 
 
 def test_a_second_turn_reads_what_the_first_one_kept(talker, scene):
