@@ -27,7 +27,7 @@ from vidsieve.errors import (
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES, IMAGE, VIDEO, default_grid, inputs_for, placeholder
-from vidsieve.types import Selection, TokenGrid
+from vidsieve.types import Need, Selection, TokenGrid
 
 FRAMES = ("internvl", "smolvlm")
 """Families whose frames are images to the model."""
@@ -626,6 +626,26 @@ def test_a_video_and_an_image_in_one_prompt(model, family):
     assert torch.equal(second[:, more.shape[1]], reference.argmax(-1))
 
 
+def test_what_a_method_reads_of_a_prompt_is_what_the_model_reads(model, family):
+    """Words, the video and a still image beside it: the same features at the same places."""
+    grid, read = default_grid(family), []
+    inputs = inputs_for(family, [[grid], [grid]], words=[3, 8], image=True)
+    videos = [(0, grid.frames), (grid.frames + 1, grid.frames)] if family in FRAMES else None
+    adapter = adapter_for(model)
+    hook = adapter.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append((kwargs["inputs_embeds"], kwargs["attention_mask"])), with_kwargs=True
+    )
+    with torch.no_grad(), vidsieve.attach(model, random(1.0), videos=videos):
+        encoded = adapter.encode(inputs, videos)
+        model(**inputs)
+    hook.remove()
+    ((embeds, mask),) = read
+    for number, video in enumerate(encoded.videos):
+        prompt = adapter.video_tokens(encoded, number, frozenset({Need.QUESTION})).prompt
+        assert torch.equal(prompt.embeds, embeds[number][mask[number].bool()])
+        assert torch.equal(prompt.embeds[prompt.video_mask], video.features.embeds)
+
+
 def test_moved_rows_of_a_cache_are_noticed(model, family):
     inputs = configuration(family, "ragged batch 2")
     with vidsieve.attach(model, random()), torch.no_grad():
@@ -713,6 +733,18 @@ def test_a_method_that_misses_its_budget_is_caught(model, inputs, monkeypatch):
     monkeypatch.setattr("vidsieve.compressors.random.Random._select", kept)
     with vidsieve.attach(model, random()), pytest.raises(SelectionError, match="its budget is"):
         generate(model, inputs)
+
+
+def test_a_method_that_drops_nothing_is_caught(model, inputs, monkeypatch):
+    """Of methods whose number of tokens follows from what the video shows: all of them is no pruning."""
+    kept = lambda self, video, budget, generator: Selection(torch.arange(video.num_tokens))  # noqa: E731
+    monkeypatch.setattr("vidsieve.compressors.random.Random._select", kept)
+    monkeypatch.setattr("vidsieve.compressors.random.Random.outcome", True)
+    with vidsieve.attach(model, random()) as session:
+        for call in (generate, lambda model, inputs: model(**inputs)):
+            with pytest.raises(AttachError, match="dropped nothing from a prompt with a video"):
+                call(model, inputs)
+    assert len(session.trace) == 0
 
 
 def test_the_prompt_is_passed_once(model, inputs):
