@@ -18,7 +18,7 @@ from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import BudgetError, PromptError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.testing.equivalence import configuration
-from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
+from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
 
 METHODS = {
     "fastv": vidsieve.load("fastv", retention=0.5, layer=1), "dycoke": vidsieve.load("dycoke", retention=0.5, layer=1)
@@ -157,12 +157,17 @@ def test_a_session_closed_inside_a_call_ends_it_in_good_order():
     assert "generate" not in vars(model)
 
 
-def test_right_padding_with_labels_adds_no_term():
-    """Of two prompts beside each other: the loss of both is that of each alone, weighed by its words."""
+@pytest.mark.parametrize("least", [118, VIDEO], ids=["words", "from the first token on"])
+def test_right_padding_with_labels_adds_no_term(least):
+    """Of two prompts beside each other: the loss of both is that of each alone, weighed by its words.
+
+    A row's first token, labelled or not, has nothing before it that could predict it: no padding either.
+    """
     grid, family = default_grid("llava_onevision"), "llava_onevision"
     model = FAMILIES[family]()
     both = inputs_for(family, [[grid], [grid]], words=[3, 9], pad="right")
-    labels = both["input_ids"].masked_fill((both["input_ids"] >= 118) | (both["attention_mask"] == 0), -100)
+    unsaid = both["input_ids"] >= 118 if least == 118 else both["input_ids"] == VIDEO
+    labels = both["input_ids"].masked_fill(unsaid | (both["attention_mask"] == 0), -100)
     with torch.no_grad(), vidsieve.attach(model, vidsieve.load("uniform", retention=0.3)):
         got = model(**both, labels=labels).loss
         total = count = 0.0
