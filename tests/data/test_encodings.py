@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -192,6 +193,24 @@ def test_a_changed_video_and_another_processor_are_encoded_anew(data, tmp_path, 
     again = FilePrompts(adapter, other, path, frames=6, cache=cache)
     cache.finished(again._inputs(row, "what ?"))
     assert files() == 3
+
+
+def test_a_video_that_changed_at_the_same_size_is_encoded_anew(tmp_path):
+    path, image = tmp_path / "rows.jsonl", tmp_path / "0.bmp"
+    path.write_text(json.dumps({"frames": [[image.name, 3]], "caption": "the home is red"}))
+    Image.new("RGB", (48, 40), "red").save(image)
+    adapter, cached = opened(tmp_path / "cache", "llava_onevision", path)
+    _, plain = opened(None, "llava_onevision", path)
+    size, found = image.stat().st_size, []
+    for seconds, colour in enumerate(["red", "blue"]):
+        Image.new("RGB", (48, 40), colour).save(image)
+        os.utime(image, (seconds, seconds))
+        assert image.stat().st_size == size
+        samples = [made.caption(0) for made in (cached, plain)]
+        one, other = (Rollouts(adapter, sample.inputs).encoded.videos[0].features.embeds for sample in samples)
+        assert torch.equal(one, other)
+        found.append(one)
+    assert not torch.equal(*found)
 
 
 @pytest.mark.parametrize("harm", [
