@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+import torch
 
-from vidsieve.errors import EvaluationError
+import vidsieve
+from vidsieve.errors import BudgetError, EvaluationError
 from vidsieve.eval import testbed as measuring
 from vidsieve.eval.methods import named_methods, rows_for
-from vidsieve.eval.testbed import evaluate, run_config, scene_counts, write_run
+from vidsieve.eval.testbed import compressor_row, evaluate, run_config, scene_counts, write_run
 from vidsieve.store import Store
+from vidsieve.testbed.questions import make_questions
+from vidsieve.testbed.world import make_cast, render
 
-QUESTIONS = 60
-ABOUT = {"world": "A", "seed": 77, "questions": QUESTIONS}
+QUESTIONS, SEED = 60, 77
+ABOUT = {"world": "A", "seed": SEED, "questions": QUESTIONS, "model": "testbed"}
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +40,52 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, testbed, rows):
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder, testbed, rows)
+    """A run's folder, its result, and the options chosen: those of a scene under one condition after another."""
+    folder, judged, said = tmp_path_factory.mktemp("whole"), measuring._right, []
+
+    def noted(scene, logits):
+        chosen = logits.gather(1, scene.options).argmax(1).tolist()
+        said.append([question.options[n] for question, n in zip(scene.questions, chosen, strict=True)])
+        return judged(scene, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_right", noted)
+        return folder, run(folder, testbed, rows), said
+
+
+@torch.no_grad()
+def by_hand(model, processor, methods, questions):
+    """Ask one question after another of a model that a method is attached to, as a reader of the README would.
+
+    Return for each method the options of the highest next-token logit, and whether they are the answers.
+    """
+    found = {name: [] for name in methods}
+    scene = 0
+    while questions > 0:
+        cast = make_cast("A", SEED, scene)
+        frames, ready = list(render(cast, SEED, scene)), None
+        for question in make_questions(cast, SEED, scene)[:questions]:
+            content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True,
+                return_tensors="pt",
+            )  # fmt: skip
+            # The vision tower reads a scene once: its features stand in for the pixels.
+            ready = ready or model.get_video_features(inputs["pixel_values_videos"])
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs["mm_encoder_outputs"] = {"video": ready}
+            for name, method in methods.items():
+                if method is None:
+                    logits = model(**inputs).logits[0, -1]
+                else:
+                    with vidsieve.attach(model, method, seed=SEED + scene):
+                        logits = model(**inputs).logits[0, -1]
+                ids = processor.tokenizer.convert_tokens_to_ids(list(question.options))
+                said = question.options[int(logits[ids].argmax())]
+                found[name].append((said, said == question.answer))
+            questions -= 1
+        scene += 1
+    return found
 
 
 def test_a_folder_changes_no_number(whole, testbed, rows):
@@ -85,3 +134,41 @@ def test_another_policy_is_another_run(tmp_path, testbed, rows):
     object.__setattr__(other["cacovid"], "policy", policy)
     with pytest.raises(EvaluationError, match="rows"):
         Store(tmp_path, run_config(testbed[0], rows_for(other, [0.4, 0.1]), ABOUT))
+
+
+def test_a_method_that_reads_the_question_chooses_for_each(testbed):
+    """Also where all questions of a scene are asked at once: with the first one's tokens the others would go wrong."""
+    method = vidsieve.load("cacovid", "testbed", retention=0.05)
+    result = evaluate(*testbed, [compressor_row(method)], world="A", seed=SEED, questions=8)
+    alone = by_hand(*testbed, {"cacovid": method}, 8)["cacovid"]
+    assert result["right"]["cacovid/ours/0.05"] == [right for _, right in alone]
+
+
+def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_path):
+    """Of every method the answer to every question, whether it is right, and the accuracy, to the last digit."""
+    folder, table = tmp_path / "run", tmp_path / "table.json"
+    shutil.copytree(whole[0], folder)  # the command goes on with it, and finds everything measured
+    cli("eval", "testbed", "--methods", "random,cacovid,fastv", "--retention", "0.4,0.1", "--seed", SEED,
+        "--questions", QUESTIONS, "--out", folder, "--json", table, "--answers")  # fmt: skip
+    result = json.loads(table.read_text())
+    keys, rows = list(result["right"]), result["rows"]
+    methods = {
+        "full/-/1": None, "random/ours/0.1": vidsieve.load("random", retention=0.1),
+        "cacovid/ours/0.1": vidsieve.load("cacovid", "testbed", retention=0.1),
+        "fastv/ours/0.4": vidsieve.load("fastv", retention=0.4),
+    }  # fmt: skip
+    for key, answered in by_hand(*testbed, methods, QUESTIONS).items():
+        number = keys.index(key)
+        right = [right for _, right in answered]
+        assert [word for word, _ in answered] == [word for some in whole[2][number :: len(keys)] for word in some], key
+        assert right == result["right"][key], key
+        assert rows[number]["accuracy"] == sum(right) / QUESTIONS, key
+    assert len({row["accuracy"] for row in rows}) > 3, "conditions that could be taken for one another"
+
+
+def test_what_the_command_refuses_is_refused_by_hand_too(whole, testbed):
+    (refused,) = whole[1]["refused"]
+    method = vidsieve.load(refused["method"], retention=refused["retention"])
+    assert "cannot go below" in refused["reason"]
+    with pytest.raises(BudgetError, match="cannot go below"):
+        by_hand(*testbed, {"refused": method}, 1)
