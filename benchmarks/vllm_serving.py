@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +64,11 @@ class Server:
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
 
-    def ask(self, video: Path | Sequence[Path], text: str, /, tokens: int = TOKENS, **asked: Any) -> Any:
-        """Return the answer of one chat completion about a video, or several."""
+    def ask(
+        self, video: Path | Sequence[Path], text: str, /, tokens: int = TOKENS,
+        options: Mapping[str, Any] | None = None, **asked: Any,
+    ) -> Any:  # fmt: skip
+        """Return the answer of one chat completion about a video, or several; `options` are the client's own."""
         videos = [video] if isinstance(video, Path) else video
         content: list[dict[str, Any]] = [
             {"type": "video_url", "video_url": {"url": one.resolve().as_uri()}} for one in videos
@@ -73,7 +76,7 @@ class Server:
         content.append({"type": "text", "text": text})
         extra: dict[str, Any] = {"mm_processor_kwargs": {"vidsieve": asked}} if asked else {}
         return self.client.chat.completions.create(
-            model=self.client.models.list().data[0].id, temperature=0, max_tokens=tokens,
+            model=self.client.models.list().data[0].id, max_tokens=tokens, **{"temperature": 0, **(options or {})},
             messages=[{"role": "user", "content": content}], extra_body=extra | {"ignore_eos": False},
         )  # fmt: skip
 
@@ -99,9 +102,15 @@ class Server:
         return sum(rss for pid, _, rss in rows if pid in known) / 1024
 
 
+def environment(plugins: Path | None) -> dict[str, str]:
+    """Return the variables of a server that finds packages in the folder `plugins` too."""
+    paths = [path for path in (plugins and str(plugins), os.environ.get("PYTHONPATH")) if path]
+    return os.environ | SERVER | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+
+
 @contextlib.contextmanager
-def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
-    """Run `vidsieve serve` until the block ends."""
+def serving(model: str, folder: Path, *options: str, plugins: Path | None = None) -> Iterator[Server]:
+    """Run `vidsieve serve` until the block ends; it finds packages in the folder `plugins` too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -113,7 +122,7 @@ def serving(model: str, folder: Path, *options: str) -> Iterator[Server]:
         "--media-io-kwargs", json.dumps({"video": {"num_frames": FRAMES, "video_backend": "opencv"}}), *options,
     ]  # fmt: skip
     with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | SERVER)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(plugins))
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         for _ in range(600):
@@ -336,6 +345,104 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
     return found
 
 
+FRAGILE = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vidsieve.compressors.divprune import DivPrune
+
+
+@dataclass(frozen=True)
+class Fragile(DivPrune):
+    name: ClassVar[str] = "fragile"
+
+    def _select(self, video, budget, generator):
+        if video.grid.frames < 8:
+            raise ZeroDivisionError("a marked video")
+        return super()._select(video, budget, generator)
+"""
+
+
+OFFLINE = """
+import json
+import sys
+from pathlib import Path
+
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    model, question, *videos = sys.argv[1:]
+    llm = LLM(
+        model, dtype="float32", enforce_eager=True, skip_mm_profiling=True, allowed_local_media_path="/",
+        limit_mm_per_prompt={"video": 1, "image": 0}, hf_overrides={"vidsieve": {"method": "fragile"}},
+        media_io_kwargs={"video": {"num_frames": 16, "video_backend": "opencv"}},
+    )
+    ask = [{"type": "text", "text": question}]
+    prompts = [
+        [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": Path(video).as_uri()}}, *ask]}]
+        for video in videos
+    ]
+    answers = [answer.outputs[0] for answer in llm.chat(prompts, SamplingParams(temperature=0, max_tokens=8))]
+    del llm
+    print(json.dumps([[answer.text, answer.finish_reason, answer.stop_reason] for answer in answers]))
+"""
+
+
+def failing(where: str, folder: Path) -> dict[str, Any]:
+    """Return what requests get whose method raises: DivPrune that does so on short videos, installed as a plug-in."""
+    plugins = folder / "plugins"
+    about = plugins / "fragile-0.dist-info"
+    about.mkdir(parents=True)
+    (plugins / "fragile.py").write_text(FRAGILE)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vidsieve.compressors]\nfragile = fragile:Fragile\n")
+    ordinary, marked, second = (folder / f"{name}.mp4" for name in ("ordinary", "marked", "second"))
+    write_scene(ordinary, world="A", seed=93, index=0)
+    frames = np.random.default_rng(4).integers(0, 255, (2, 4, 144, 144, 3), np.uint8)
+    write_video(marked, frames[0], 8.0)
+    write_video(second, frames[1], 8.0)
+    question, found = "what colour is the new seal ?", {}
+
+    def asked(server: Server, video: Path | Sequence[Path], **options: Any) -> Any:
+        """Return the answer, or status and message, or of a stream what came before its error, and the message."""
+        pieces: list[str] = []
+        try:
+            answer = server.ask(video, question, options=options)
+            if not options.get("stream"):
+                return answer.choices[0].message.content
+            for piece in answer:
+                pieces += [choice.delta.content or "" for choice in piece.choices]
+            return "".join(pieces)
+        except openai.APIStatusError as error:
+            return [error.status_code, str(error.message)[:200]]
+        except openai.APIError as error:
+            return ["".join(pieces), str(error.message)[:200]]
+
+    for on_error, options in (("fail", ()), ("uniform", ("--on-error", "uniform"))):
+        with serving(where, folder, "--method", "fragile", *options, plugins=plugins) as server:
+            row = found[on_error] = {}
+            for name, video, more in (
+                ("ordinary", ordinary, {}), ("marked", marked, {}), ("marked, from the caches", marked, {}),
+                ("marked, streamed", marked, {"stream": True}),
+                ("marked, two answers", marked, {"n": 2, "temperature": 1}),
+                ("ordinary and another marked one", [ordinary, second], {}), ("ordinary again", ordinary, {}),
+            ):  # fmt: skip
+                got = asked(server, video, **more)
+                row[name] = {"got": got, "counted": server.metric("vidsieve_selection_errors_total")}
+            with ThreadPoolExecutor(4) as pool:  # in one batch
+                got = list(pool.map(lambda video, server=server: asked(server, video), [marked, ordinary] * 2))
+            row["at once"] = {"got": got, "counted": server.metric("vidsieve_selection_errors_total")}
+            said = re.findall(r"request (chatcmpl-\w+): fragile failed .*ZeroDivisionError", server.log.read_text())
+            row["requests named in the log"] = len(said)
+            print(on_error, json.dumps(row))
+    (plugins / "offline.py").write_text(OFFLINE)
+    command = [sys.executable, plugins / "offline.py", where, question, ordinary, marked, ordinary]
+    done = subprocess.run(command, env=environment(plugins), stdout=subprocess.PIPE, text=True, check=True)
+    found["fail, offline"] = json.loads(done.stdout.splitlines()[-1])
+    print("offline", found["fail, offline"])
+    return found
+
+
 def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str, Any]:
     """Return throughput, latencies and memory of many requests, all tokens against a tenth."""
     from transformers import LlavaOnevisionForConditionalGeneration
@@ -400,7 +507,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--requests", type=int, default=20)
     parser.add_argument("--load", type=int, default=200)
-    parser.add_argument("--only", choices=("testbed", "qwen2_5_vl", "qwen3_vl", "load"))
+    parser.add_argument("--only", choices=("testbed", "qwen2_5_vl", "qwen3_vl", "failing", "load"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     import transformers
@@ -430,6 +537,8 @@ def main() -> None:
                 model, processor = qwen(family, folder / family)
                 made = policies(model, folder / family)
                 result[family] = parity(said, model, processor, str(folder / family), made, videos, folder)
+        if options.only in (None, "failing"):
+            result["failing"] = failing(str(shipped_model("model")), folder)
         if options.only in (None, "load"):
             result["load"] = load(folder, options.load, 16, layers=4)
     if options.json:

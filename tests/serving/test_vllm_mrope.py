@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.serving.vllm_failures import KEY_BYTES
 from vidsieve.serving.vllm_mrope import RATE, CarriesPositions, Stands, read, written
-from vidsieve.serving.vllm_shared import COUNT, PROMPT, check_engine, retention_of
+from vidsieve.serving.vllm_shared import COUNT, PROMPT, REPORT_KEY, check_engine, retention_of
 from vidsieve.testing.tiny_models import FAMILIES, IMAGE, VIDEO, inputs_for
 from vidsieve.types import TokenGrid
 
@@ -54,7 +55,8 @@ def served(model, **settings):
 
 
 def asked(count):
-    return {COUNT: torch.tensor([count]), PROMPT: torch.empty(1, 0, dtype=torch.int64)}
+    key = torch.zeros(1, KEY_BYTES, dtype=torch.uint8)
+    return {COUNT: torch.tensor([count]), PROMPT: torch.empty(1, 0, dtype=torch.int64), REPORT_KEY: key}
 
 
 class Request:

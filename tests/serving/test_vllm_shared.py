@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from vidsieve.errors import (
     UnknownNameError,
 )
 from vidsieve.pipeline import chat, chat_text
+from vidsieve.serving.vllm_failures import Failure, Failures, report_key, video_key
 from vidsieve.serving.vllm_shared import (
     Selector,
     Settings,
@@ -53,11 +55,13 @@ def test_settings_come_from_the_models_configuration():
     assert settings_of(config(method="uniform", retention="64t")).method.retention == Tokens(64)
     assert settings_of(config(method="cacovid", policy="testbed")).asks
     assert settings_of(config(method="score", policy="testbed")).method.retention == 0.25
+    assert found.on_error == "fail" and settings_of(config(method="divprune", on_error="uniform")).on_error == "uniform"
 
 
 @pytest.mark.parametrize(("settings", "error", "said"), [
     ({"retention": 0.1}, UnknownNameError, "method is missing"),
     ({"method": "divprune", "retantion": 0.1}, UnknownNameError, "Did you mean 'retention'"),
+    ({"method": "divprune", "on_error": "unifrom"}, UnknownNameError, "unknown on_error.*Did you mean 'uniform'"),
     ({"method": "divprun"}, UnknownNameError, "Did you mean 'divprune'"),
     ({"method": "divprune", "retention": 0}, RetentionError, "fraction in"),
     ({"method": "fastv"}, StageError, "acts inside LLM layers: vLLM runs methods that act before"),
@@ -167,19 +171,35 @@ def test_a_question_without_a_word_is_told_before_a_policy_reads_it():
             mask(question)
 
 
-def test_a_method_that_fails_in_vllms_worker_does_not_end_it(monkeypatch, caplog):
-    """It would end the server and every request in it: tokens are kept evenly, and the log says so."""
+@pytest.mark.parametrize("on_error", ["fail", "uniform"])
+def test_a_method_that_fails_in_vllms_worker_does_not_end_it(on_error, monkeypatch, caplog, tmp_path):
+    """It would end the server and every request in it: tokens are kept evenly, and the front end is told."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    failures = Failures()
     model = FAMILIES["qwen2_5_vl"]()
-    method = vidsieve.load("divprune", retention=0.5)
-    shadow = Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings())
-    selector = Selector(Settings(method), shadow)
-    monkeypatch.setattr(type(method), "compress", lambda *_, **__: 1 / 0)
+    settings = settings_of(config(method="divprune", retention=0.5, on_error=on_error))
+    selector = Selector(settings, Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings()))
     placed = {"video_grid_thw": torch.tensor([[2, 4, 4]])}
+
+    def select(**more):
+        return selector(torch.randn(8, 64), TokenGrid(2, 2, 2), 4, None, inputs=placed, **more)
+
+    select(report_key=report_key("video"))
+    assert not failures.known()
+
+    def broken(*_, **__):
+        raise ZeroDivisionError("a marked video")
+
+    monkeypatch.setattr(type(settings.method), "compress", broken)
     with caplog.at_level("ERROR"):
-        indices, kept, _ = selector(torch.randn(8, 64), TokenGrid(2, 2, 2), 4, None, inputs=placed)
+        indices, kept, _ = select(report_key=report_key("video"))
     assert len(indices) == len(kept) == 4 and len(set(indices.tolist())) == 4
     assert "divprune failed: of these 8 tokens 4 are kept evenly instead" in caplog.text
     assert "ZeroDivisionError" in caplog.text
+    wanted = Failure("divprune", "ZeroDivisionError: a marked video", on_error)
+    assert failures.known() == {video_key("video"): wanted}
+    with pytest.raises(ZeroDivisionError):
+        select()  # nobody to tell
 
 
 def test_the_command_is_vllms_own(cli, tmp_path):
@@ -196,6 +216,11 @@ def test_the_command_is_vllms_own(cli, tmp_path):
     settings = json.loads(said.split("--hf-overrides ")[1].split("'")[1])["vidsieve"]
     assert settings == {"method": "divprune", "variant": "official", "retention": "64t", "seed": 0}
     assert "--hf-overrides" not in cli("serve", "testbed", "--method", "full", "--print")
+    said = cli("serve", "testbed", "--method", "divprune", "--on-error", "uniform", "--print")
+    assert json.loads(said.split("--hf-overrides ")[1].split("'")[1])["vidsieve"]["on_error"] == "uniform"
+    assert "unknown on_error 'x'" in cli(
+        "serve", "testbed", "--method", "divprune", "--on-error", "x", "--print", fails=True
+    )
 
 
 def test_options_of_vllms_that_would_undo_the_pruning(cli):
@@ -214,6 +239,7 @@ def test_options_of_vllms_that_would_undo_the_pruning(cli):
         (["--method", "divprune", "--video_pruning_rate=0.5"], "vLLM's own pruning"),
         (["--method", "divprune", "--retention", "0.5,0.1"], "got '0.5,0.1'"),
         (["--retention", "0.5"], "--retention 0.5 needs --method"), (["--seed", "3"], "--seed 3 needs --method"),
+        (["--on-error", "uniform"], "--on-error uniform needs --method"),
         (["--model", "other"], "the first argument here"),
     ]:  # fmt: skip
         assert told in serve(*options, fails=True), options

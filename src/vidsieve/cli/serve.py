@@ -37,13 +37,21 @@ def serve(
         ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of methods that draw.", show_default="0")] = None,
+    on_error: Annotated[
+        str | None,
+        typer.Option(
+            help="When the method raises on a request's video: 'fail' answers with an error, 'uniform' from the tokens "
+            "that uniform keeps. Both are logged and counted.",
+            show_default="fail",
+        ),
+    ] = None,
     dry: Annotated[bool, typer.Option("--print", help="Print vLLM's command, start nothing.")] = False,
 ) -> None:
     """Serve a model by vLLM, videos pruned before the LLM reads them; all further options are vLLM's own.
 
     vidsieve serve Qwen/Qwen2.5-VL-7B-Instruct --method score --policy runs/score/policy --retention 0.25 --port 8000
     """
-    command = server_command(model, method, policy, retention, seed, context.args)
+    command = server_command(model, method, policy, retention, seed, on_error, context.args)
     if dry:
         out.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
         return
@@ -55,7 +63,13 @@ def serve(
 
 
 def server_command(
-    model: str, method: str | None, policy: str | None, retention: str | None, seed: int | None, extra: list[str]
+    model: str,
+    method: str | None,
+    policy: str | None,
+    retention: str | None,
+    seed: int | None,
+    on_error: str | None,
+    extra: list[str],
 ) -> list[str]:
     """Return vLLM's command line: its own server, the plug-in's settings in ``--hf-overrides``.
 
@@ -72,7 +86,7 @@ def server_command(
     if method is None:
         if policy is not None:
             raise PolicyError(f"--policy {policy} needs --method, cacovid or score")
-        for name, value in (("--retention", retention), ("--seed", seed)):
+        for name, value in (("--retention", retention), ("--seed", seed), ("--on-error", on_error)):
             if value is not None:
                 raise UnsupportedCallError(f"{name} {value} needs --method: without one nothing is pruned")
         return [*command, *extra]
@@ -86,6 +100,8 @@ def server_command(
     if variant:
         settings["variant"] = variant
     settings |= {"retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed or 0}
+    if on_error is not None:
+        settings["on_error"] = on_error
     if policy is None and model == "testbed" and method in ("cacovid", "score"):
         policy = "testbed"
     if policy is not None:

@@ -61,8 +61,8 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
         for place, video in enumerate(whole):
             tokens = video.reshape(-1, video.shape[-1])
             grid = TokenGrid((len(tokens) - 1) // side**2, side, side)
-            count, prompt = carried(self._asked, place)
-            _, kept, _ = self._selector(tokens[:-1], grid, count, prompt, tail=tokens[-1:])
+            count, prompt, key = carried(self._asked, place)
+            _, kept, _ = self._selector(tokens[:-1], grid, count, prompt, tail=tokens[-1:], report_key=key)
             found.append(torch.cat([kept, tokens[-1:]]))
         return found
 

@@ -91,11 +91,13 @@ class CarriesPositions:
 
     def _cut(self, selector: Selector, video: Tensor, place: int, stands: Stands) -> Tensor:
         """Return what is left of video `place` of a batch: embeddings of kept tokens and of all text, positions."""
-        count, prompt = carried(self._asked, place)
+        count, prompt, key = carried(self._asked, place)
         ids = stands.ids.to(video.device)
         in_grid = ids == self.config.video_token_id
         width = selector.adapter.hidden_size
-        indices, kept, positions = selector(video[:, :width], stands.grid, count, prompt, ids, inputs=stands.placed_by)
+        indices, kept, positions = selector(
+            video[:, :width], stands.grid, count, prompt, ids, inputs=stands.placed_by, report_key=key
+        )
         stays = ~in_grid
         stays[in_grid.nonzero().flatten()[indices]] = True
         embeds = video.new_zeros(int(stays.sum()), video.shape[1])

@@ -18,13 +18,34 @@ MODELS = {
 
 
 def register() -> None:
-    """Register the models; vLLM calls this in each of its processes (entry point ``vllm.general_plugins``)."""
+    """Register the models, and mend what is around them; vLLM calls this in each of its processes.
+
+    Entry point ``vllm.general_plugins``.
+    """
     from vllm import ModelRegistry, __version__
 
     warn_untested("vllm", __version__)
     for name, place in MODELS.items():
         ModelRegistry.register_model(name, place)
     _mend_cpu_runner()
+    _watch_failures()
+
+
+def _watch_failures() -> None:
+    """Have the front end answer a request whose method raised with an error."""
+    from functools import partial
+    from http import HTTPStatus
+
+    from vllm.exceptions import GracefulHTTPError
+    from vllm.v1.engine import FinishReason
+    from vllm.v1.engine.output_processor import OutputProcessor
+
+    from vidsieve.serving.vllm_failures import server_name, watch
+
+    server_name()  # made up by the first process, inherited by those it starts
+
+    refusal = partial(GracefulHTTPError, http_status=HTTPStatus.INTERNAL_SERVER_ERROR)
+    watch(OutputProcessor, refusal, FinishReason.ERROR)
 
 
 def _mend_cpu_runner() -> None:

@@ -17,11 +17,13 @@ from vllm.multimodal.processing import PromptReplacement
 from vidsieve.adapters.batch import template_of
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.pipeline import chat_text
+from vidsieve.serving.vllm_failures import KEY_BYTES, report_key
 from vidsieve.serving.vllm_shared import (
     CARRIED,
     COUNT,
     KEY,
     PROMPT,
+    REPORT_KEY,
     TOTAL,
     Asked,
     Settings,
@@ -36,7 +38,7 @@ REMEMBERED = 10_000
 
 
 class PruningProcessor:
-    """Mixed in before a processor of vLLM's; every video carries its count, and the prompt that a method reads."""
+    """Mixed in before a processor of vLLM's; a video carries its count, the prompt that a method reads, and its key."""
 
     info: Any
 
@@ -92,8 +94,23 @@ class PruningProcessor:
             sizes = [self.tokens_of(place, mm_items, made) for place in range(videos)]
             made[COUNT] = torch.tensor([kept_of(settings, asked, grid) for grid, _ in sizes])
             made[TOTAL] = torch.tensor(sizes)
+            made[REPORT_KEY] = torch.zeros(videos, KEY_BYTES, dtype=torch.uint8)  # see _write_keys
             made[PROMPT] = self._prompt(asked).expand(videos, -1)
         return made
+
+    def _apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        made = super()._apply_hf_processor(inputs, timing_ctx)  # type: ignore[misc]
+        _write_keys(made.kwargs, made.hashes.get("video", []))
+        return made
+
+    def _merge_mm_kwargs(
+        self, cache: Any, mm_hashes: Any, mm_is_cached: Any, mm_missing_kwargs: Any, mm_missing_prompt_updates: Any
+    ) -> Any:
+        found = zip(mm_hashes.get("video", []), mm_is_cached.get("video", []), strict=True)
+        _write_keys(mm_missing_kwargs, [name for name, is_cached in found if not is_cached])
+        return super()._merge_mm_kwargs(  # type: ignore[misc]
+            cache, mm_hashes, mm_is_cached, mm_missing_kwargs, mm_missing_prompt_updates
+        )
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
         config = dict(super()._get_mm_fields_config(hf_inputs, _without(hf_processor_mm_kwargs)))  # type: ignore[misc]
@@ -180,6 +197,13 @@ def counted(kept: int, total: int) -> None:
     all_of_them, those_kept = _counters()
     all_of_them.inc(total)
     those_kept.inc(kept)
+
+
+def _write_keys(items: Any, names: Sequence[str]) -> None:
+    """Write the report keys of videos, given with their names in vLLM's caches, before they are cached themselves."""
+    for item, name in zip(items.get("video", []), names, strict=True):
+        if REPORT_KEY in item:
+            item[REPORT_KEY].data.copy_(report_key(name))
 
 
 def _without(kwargs: Mapping[str, object]) -> dict[str, object]:

@@ -1,7 +1,8 @@
 """What the vLLM models share: settings, what a request may ask, and selecting with the same code as under transformers.
 
-A server's settings are ``--hf-overrides '{"vidsieve": {"method": …, "policy": …, "retention": …}}'``; a request's are
-``"mm_processor_kwargs": {"vidsieve": {"question": …, "retention": …}}``, which are part of vLLM's cache key.
+A server's settings are ``--hf-overrides '{"vidsieve": {"method": …, "policy": …, "retention": …}}'`` (all of them:
+`SETTINGS`); a request's are ``"mm_processor_kwargs": {"vidsieve": {"question": …, "retention": …}}``, which are part of
+vLLM's cache key.
 """
 
 from __future__ import annotations
@@ -32,22 +33,27 @@ from vidsieve.errors import (
 )
 from vidsieve.loading import load
 from vidsieve.selection import kept_tokens
+from vidsieve.serving.vllm_failures import Failure, report
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid, Tokens
 
 LOG = logging.getLogger("vllm.vidsieve")
 KEY = "vidsieve"
-SETTINGS = ("method", "policy", "retention", "variant", "seed")
+SETTINGS = ("method", "policy", "retention", "variant", "seed", "on_error")
+ON_ERROR = ("fail", "uniform")
+"""What a request gets whose method raises: an error, or an answer from evenly kept tokens."""
 FIELDS = ("question", "retention")
-CARRIED = COUNT, PROMPT, TOTAL = "vidsieve_count", "vidsieve_prompt", "vidsieve_total"
+COUNT, PROMPT, TOTAL, REPORT_KEY = "vidsieve_count", "vidsieve_prompt", "vidsieve_total", "vidsieve_report_key"
+CARRIED = COUNT, PROMPT, TOTAL, REPORT_KEY
 """What each video has with it on its way from vLLM's processor to the model."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a server prunes by: a method at a retention, and the seed of methods that draw."""
+    """What a server prunes by: a method at a retention, the seed of methods that draw, what happens when it raises."""
 
     method: Compressor
     seed: int = 0
+    on_error: str = "fail"
 
     @property
     def asks(self) -> bool:
@@ -86,7 +92,10 @@ def settings_of(config: Any) -> Settings | None:
         raise NeedError(f"{method.name} needs {said}: vLLM gives nothing of the inside of its vision encoder")
     if method.outcome:
         raise BudgetError(f"{method.name} decides while it runs how much it keeps: vLLM must know beforehand")
-    return Settings(method, int(given.get("seed", 0)))
+    on_error = given.get("on_error", "fail")
+    if on_error not in ON_ERROR:
+        raise UnknownNameError("on_error", on_error, ON_ERROR)
+    return Settings(method, int(given.get("seed", 0)), on_error)
 
 
 def retention_of(value: Any) -> float | Tokens:
@@ -197,10 +206,10 @@ def retention_in(settings: Settings, asked: Asked) -> float | Tokens:
     return settings.method.retention if asked.retention is None else asked.retention
 
 
-def carried(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None]:
-    """Return how many tokens of video `place` of a batch stay, and the prompt that its method reads, if any."""
+def carried(fields: Mapping[str, Any], place: int) -> tuple[int, Tensor | None, Tensor]:
+    """Return how many tokens of video `place` of a batch stay, its method's prompt, if any, and its report key."""
     prompt = fields[PROMPT][place].flatten()
-    return int(fields[COUNT][place]), prompt if len(prompt) else None
+    return int(fields[COUNT][place]), prompt if len(prompt) else None, fields[REPORT_KEY][place].flatten()
 
 
 def digest(indices: Tensor) -> str:
@@ -260,7 +269,7 @@ class Selector:
     @torch.no_grad()
     def __call__(
         self, embeds: Tensor, grid: TokenGrid, count: int, prompt: Tensor | None, stands: Tensor | None = None,
-        tail: Tensor | None = None, inputs: Mapping[str, Any] | None = None,
+        tail: Tensor | None = None, inputs: Mapping[str, Any] | None = None, report_key: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """Return raster indices (K,) of what stays, the embeddings (K, D) there, and positions (rows, M) of all ids.
 
@@ -278,6 +287,9 @@ class Selector:
             Tokens outside the grid, which always stay.
         inputs : mapping, optional
             What else the adapter places tokens by, as ``video_grid_thw``.
+        report_key : Tensor, (KEY_BYTES,), uint8, optional
+            If the method raises, vLLM's front end is told under this key, and K tokens are kept evenly. Default: the
+            exception is raised.
         """
         adapter = self.adapter
         token, outside = adapter.video_token_id, embeds[:0] if tail is None else tail
@@ -297,9 +309,13 @@ class Selector:
         method = self.settings.method.with_retention(Tokens(count))
         try:
             (selection,), _ = adapter.select(encoded, method, Generator().manual_seed(self.settings.seed))
-        except Exception:  # in vLLM's worker it would end the server, and every request that it has
+        except Exception as error:  # in vLLM's worker it would end the server, and every request that it has
+            if report_key is None:
+                raise
             LOG.exception("%s failed: of these %d tokens %d are kept evenly instead", method.name, len(embeds), count)
-            selection = load("uniform", retention=Tokens(count)).compress(adapter.video_tokens(encoded, 0))
+            report(report_key, Failure.of(method.name, error, self.settings.on_error))
+            method = load("uniform", retention=Tokens(count))
+            selection = method.compress(adapter.video_tokens(encoded, 0))
         indices = selection.indices.to(embeds.device)
         LOG.info("%s kept %d of %d video tokens, %s", method.name, count, grid.num_tokens, digest(indices))
         kept = embeds[indices] if selection.embeds is None else selection.embeds.to(embeds)
