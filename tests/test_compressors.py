@@ -85,6 +85,14 @@ def test_divprune_with_duplicates():
     assert len(set(released)) < 60
 
 
+def test_divprune_takes_the_lowest_of_equal_tokens():
+    embeds = torch.eye(3).repeat(4, 1)  # every frame shows the same three tokens
+    video = VideoTokens(embeds, TokenGrid(4, 1, 3), torch.arange(12)[None])
+    assert load("divprune", retention=Tokens(3)).compress(video).indices.tolist() == [0, 1, 2]
+    assert load("divprune", retention=Tokens(5)).compress(video).indices.tolist() == [0, 1, 2, 3, 4]
+    assert diverse_picks(embeds, 5, repeat=True).tolist() == [0, 1, 2, 0, 0], "the release stays at the first"
+
+
 def test_divprune_official_rounds_half_to_even():
     video = make_video(TokenGrid(1, 5, 5))
     official, ours = load("divprune", retention=0.1, variant="official"), load("divprune", retention=0.1)

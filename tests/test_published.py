@@ -20,7 +20,7 @@ from vidsieve.compressors._stages import scaled_counts
 from vidsieve.errors import BudgetError, SelectionError
 from vidsieve.testing import make_video
 from vidsieve.testing.oracles import run_file
-from vidsieve.types import LayerView, TokenGrid, Tokens
+from vidsieve.types import EncoderOutputs, LayerView, TokenGrid, Tokens, VideoTokens
 
 GRID = TokenGrid(8, 5, 7)
 ORACLES = Path(__file__).parent / "oracles"
@@ -132,6 +132,23 @@ def test_vidcom2_gives_an_odd_frame_more():
     chosen = load("vidcom2", retention=0.2).compress(replace(video, embeds=rows.flatten(0, 1)))
     counts = torch.bincount(chosen.indices // 35, minlength=8)
     assert int(counts.argmax()) == 5 and int(counts[5]) >= 10 and int(counts.sum()) == 56
+
+
+# -- VisionZip ----------------------------------------------------------------------------------------------
+
+
+def test_visionzip_merges_to_means():
+    """Of eight tokens 0 and 1 are dominant; 3 and 7 have the key of 2, 4 and 6 that of 5."""
+    grid, embeds = TokenGrid(1, 2, 4), torch.tensor([1.0, 2, 4, 8, 16, 32, 64, 128])[:, None]
+    keys = torch.eye(3)[[2, 2, 0, 0, 1, 1, 1, 0]]
+    encoder = EncoderOutputs(torch.tensor([0.9, 0.8, 0.1, 0.2, 0.1, 0.0, 0.2, 0.1]), keys)
+    video = VideoTokens(embeds, grid, torch.arange(8)[None], encoder=encoder)
+    for variant, first, second in (
+        ("ours", (4 + 8 + 128) / 3, (32 + 16 + 64) / 3), ("official", 4 + (8 + 128) / 2, 32 + (16 + 64) / 2)
+    ):  # fmt: skip
+        chosen = load("visionzip", retention=Tokens(4), contextual=0.5, variant=variant).compress(video)
+        assert chosen.indices.tolist() == [0, 1, 2, 5]
+        assert chosen.embeds.flatten().tolist() == pytest.approx([1, 2, first, second])
 
 
 # -- FastVID ------------------------------------------------------------------------------------------------

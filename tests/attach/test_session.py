@@ -187,6 +187,8 @@ def test_trace_says_what_was_kept(model, inputs, family):
     (video,) = session.trace
     assert (video.kept, video.total, video.grid) == (grid.num_tokens // 2, grid.num_tokens, grid)
     assert sum(video.per_frame) == video.kept == len(video.indices) and video.select_ms > 0
+    of_frames = torch.arange(grid.num_tokens).reshape(grid.frames, -1).tolist()
+    assert video.per_frame == tuple(len(set(frame) & set(video.indices)) for frame in of_frames)
     assert f"kept {video.kept} of {video.total}" in str(session.trace) and "installed" in str(session.trace)
     before, after = session.trace.prompt_tokens
     shorter = before - after

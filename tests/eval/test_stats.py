@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -55,6 +56,12 @@ def test_differences_are_taken_question_by_question():
     found = paired_difference(values, others, videos)
     assert found.mean == pytest.approx((values - others).mean())
     assert found.stderr < 0.5 * math.hypot(clustered_mean(values, videos).stderr, clustered_mean(others, videos).stderr)
+
+
+def test_of_videos_with_one_question_it_is_the_textbook_error_however_few_they_are():
+    for values in ([1.0, 0.0], [1.0, 1.0, 0.0, 0.5]):
+        wanted = statistics.stdev(values) / math.sqrt(len(values))
+        assert clustered_mean(values, range(len(values))).stderr == pytest.approx(wanted)
 
 
 def test_one_video_gives_no_error():

@@ -413,6 +413,27 @@ def test_the_entropy_floor_looks_at_what_is_drawn_from(testbed, tmp_path):
     assert lines[0]["loss"] == pytest.approx(0.6 - lines[0]["entropy"] * math.log(2), abs=0.02)
 
 
+def test_cacovids_entropy_floor_adds_what_is_missing_below_it(testbed, tmp_path):
+    settings = {"steps": 1, "prompts_per_step": 1, "objective": "distil"}
+    _, (plain,) = run(testbed, tmp_path / "a", "cacovid", **settings)
+    _, (floor,) = run(testbed, tmp_path / "b", "cacovid", entropy_floor=0.69, entropy_weight=100.0, **settings)
+    missing = 0.69 - floor["entropy"] * math.log(2)
+    assert missing > 0.001, "else this test sees nothing"
+    assert floor["loss"] - plain["loss"] == pytest.approx(100 * missing, rel=0.01)
+
+
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+def test_a_prompt_taken_twice_in_a_step_teaches_what_it_teaches_once(testbed, tmp_path, monkeypatch, method):
+    """The gradient of a step is the mean over its prompts: `grad_clip` means the same whatever their number."""
+    for name in ("choice", "caption"):
+        own = getattr(ScenePrompts, name)
+        monkeypatch.setattr(ScenePrompts, name, lambda self, number, own=own: own(self, 0))
+    once, twice = (
+        run(testbed, tmp_path / str(n), method, steps=1, prompts_per_step=n, objective="distil")[1][0] for n in (1, 2)
+    )
+    assert once["gradient_norm"] > 0.001 and twice["gradient_norm"] == pytest.approx(once["gradient_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("make", "settings", "said"),
     [
