@@ -76,8 +76,9 @@ def copied(folder: Path) -> Path:
 
 def first_failure(folder: Path, tests: Iterable[str]) -> str:
     """Return the first of some tests that fails in a copy, empty where all pass."""
-    # As in CI: hypothesis draws the same examples every time, and messages are not cut off.
-    settings = os.environ | {"PYTHONPATH": str(folder / "src"), "CI": "1"}
+    # As in CI: hypothesis draws the same examples every time, and messages are not cut off. One thread: the models are
+    # tiny, and threads that wait for each other on a busy machine are many times slower.
+    settings = os.environ | {"PYTHONPATH": str(folder / "src"), "CI": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*PYTEST, *tests], cwd=folder, env=settings, capture_output=True, text=True)
     summary = done.stdout.rpartition("short test summary info")[2]
     failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - (.*))?$", summary, re.MULTILINE)
