@@ -16,8 +16,8 @@ SERVING := .venv-vllm
 VLLM ?= vllm==0.32.0
 # Set it (LMMS_EVAL=lmms-eval) to test with the newest and not with the one in the lock.
 LMMS_EVAL ?=
-# One process a core, whole files each: they share what they build.
-PARALLEL := -n auto --dist loadfile
+# One process a core, whole files each, in the order of collection: they share what they build.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-oldest test-newest test-lmms test-vllm check format lock clean
 

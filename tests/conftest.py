@@ -67,6 +67,12 @@ def cli(run):
     return lambda *arguments, fails=False: " ".join(run(*arguments, code=2 if fails else 0)).strip()
 
 
+def pytest_collection_modifyitems(items):
+    """Put files with slow tests first: with one file at a time for each process, none of them is left for the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_report_header():
     import transformers
 

@@ -69,7 +69,7 @@ def test_training_options_are_the_settings_with_their_texts(run):
 @pytest.mark.slow
 def test_ask(run, scene, tmp_path):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "cacovid", "--retention", "0.1",
-                 "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png", "--threads", 2)  # fmt: skip
+                 "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png", "--threads", 1)  # fmt: skip
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["videos"][0]["kept"] == 57 and len(result["videos"][0]["indices"]) == 57
     assert result["answer"] and result["answer"] in out and "57 of 576" in out
@@ -102,7 +102,7 @@ def test_compare(run, scene, tmp_path):
 @pytest.mark.slow
 def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
     run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
-        "--world", "B", "--json", tmp_path / "e.json", "--threads", 2)  # fmt: skip
+        "--world", "B", "--json", tmp_path / "e.json", "--threads", 1)  # fmt: skip
     result = json.loads((tmp_path / "e.json").read_text())
     assert {"world", "seed", "n_questions", "n_scenes", "versions", "rows"} <= result.keys()
     assert (result["world"], result["seed"], result["n_questions"]) == ("B", 3, 60)
@@ -116,7 +116,7 @@ def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
     assert rows["random"]["vs_random"] == {"diff": 0.0, "stderr": 0.0, "mcnemar": 1.0}
     again = tmp_path / "again.json"
     run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
-        "--world", "B", "--json", again, "--threads", 2)  # fmt: skip
+        "--world", "B", "--json", again, "--threads", 1)  # fmt: skip
     first, second = (
         [{k: v for k, v in row.items() if k != "select_ms"} for row in json.loads(path.read_text())["rows"]]
         for path in (tmp_path / "e.json", again)
@@ -150,7 +150,7 @@ def test_policies_of_one_method_are_rows_of_their_own(run, tmp_path):
 
 @pytest.mark.slow
 def test_demo(run, tmp_path):
-    out, _ = run("demo", "--out", tmp_path / "d", "--questions", 40, "--json", tmp_path / "d.json", "--threads", 2)
+    out, _ = run("demo", "--out", tmp_path / "d", "--questions", 40, "--json", tmp_path / "d.json", "--threads", 1)
     result = json.loads((tmp_path / "d.json").read_text())
     assert (tmp_path / "d" / "scene.mp4").stat().st_size > 1000
     assert (tmp_path / "d" / "kept.png").read_bytes().startswith(b"\x89PNG")
@@ -237,7 +237,7 @@ def test_ask_with_a_method_that_acts_while_decoding(run, scene, tmp_path):
 
 @pytest.mark.slow
 def test_more_frames_than_exist_are_all_used_with_a_note(run, scene):
-    out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 2)
+    out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 1)
     assert "note:" in out and "all are used" in out
 
 

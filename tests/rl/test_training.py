@@ -203,7 +203,7 @@ def test_score_learns_what_objects_are(testbed, tmp_path):
     """Never told what an object is, only how well captions are predicted."""
     model, processor = testbed
     prompts = ScenePrompts(adapter_for(model), processor, seed=61)
-    train(testbed, tmp_path, steps=30, prompts_per_step=8, log_every=10, save_every=30)
+    train(testbed, tmp_path, steps=12, prompts_per_step=8, log_every=4, save_every=12)
     start = ScorePolicy.start(128, "llava_onevision", hidden=256, seed=5).eval()
     before, after = (object_share(p, prompts, 61) for p in (start, load(tmp_path / "policy").policy))
     assert after > max(0.7, before + 0.15), (before, after)
