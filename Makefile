@@ -51,25 +51,25 @@ test-vllm: $(SERVING)/.installed
 	$(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 
 check: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests benchmarks
-	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(VENV)/.installed-dev
-	$(BIN)/ruff check --fix src tests benchmarks
-	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 $(BIN)/python:
 	$(PYTHON) requirements/check_python.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: $(BIN)/python $(LOCKS)/run.txt
+$(VENV)/.installed: $(BIN)/python $(LOCKS)/run.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement $(LOCKS)/run.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(BIN)/python $(LOCKS)/dev.txt
+$(VENV)/.installed-dev: $(BIN)/python $(LOCKS)/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --requirement $(LOCKS)/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@ $(VENV)/.installed

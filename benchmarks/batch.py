@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vidsieve.benchmarking import machine, write_result
+from vidsieve.io.machine import machine, write_result
 from vidsieve.serving.batch import Paths
 from vidsieve.testbed.files import write_scenes
 
@@ -77,11 +77,12 @@ def counted(target: Path) -> dict[str, Any]:
     answers, failed = ([json.loads(line) for line in text.splitlines()] for text in outputs(target))
     times = Counter(row["id"] for row in answers + failed)
     return {
-        "answers": len(answers), "reasons": len(failed), "doubled": sum(count > 1 for count in times.values()),
-        "different": len(times), "in_order": all(
-            [row["id"] for row in rows] == sorted(row["id"] for row in rows) for rows in (answers, failed)
-        ),
-    }  # fmt: skip
+        "answers": len(answers),
+        "reasons": len(failed),
+        "doubled": sum(count > 1 for count in times.values()),
+        "different": len(times),
+        "in_order": all([row["id"] for row in rows] == sorted(row["id"] for row in rows) for rows in (answers, failed)),
+    }
 
 
 def questions(folder: Path, clips: int, broken: int) -> Path:
@@ -140,9 +141,14 @@ def main() -> None:
             memory.append(finish(file, folder / f"many-{count}.jsonl", *MANY))
             print(memory[-1], flush=True)
     result = {
-        "machine": machine(), "seed": options.seed, "clips": options.clips, "broken": options.broken,
-        "options": " ".join(OPTIONS), "runs": runs, "memory": {"options": " ".join(MANY), "runs": memory},
-    }  # fmt: skip
+        "machine": machine(),
+        "seed": options.seed,
+        "clips": options.clips,
+        "broken": options.broken,
+        "options": " ".join(OPTIONS),
+        "runs": runs,
+        "memory": {"options": " ".join(MANY), "runs": memory},
+    }
     write_result(options.json, result)
 
 

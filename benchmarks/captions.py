@@ -13,16 +13,16 @@ from typing import Any
 import torch
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
-from vidsieve.eval.methods import named_methods
-from vidsieve.eval.stats import clustered_mean, paired_difference
-from vidsieve.pipeline import load_model
-from vidsieve.rl.rollouts import Rollouts
-from vidsieve.testbed.data import ScenePrompts
+from vidsieve.evaluation.methods import named_methods
+from vidsieve.evaluation.stats import clustered_mean, paired_difference
+from vidsieve.io.machine import machine, write_result
+from vidsieve.loading import load_model
 from vidsieve.testbed.world import TOKENS
+from vidsieve.training.data.scenes import ScenePrompts
+from vidsieve.training.rollouts import Rollouts
 from vidsieve.types import Selection, Stage
 
 

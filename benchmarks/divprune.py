@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from vidsieve.benchmarking import machine, spread, write_result
 from vidsieve.compressors.divprune import diverse_picks
+from vidsieve.io.machine import machine, spread, write_result
 
 
 def video_like(frames: int, per_frame: int, width: int, seed: int) -> torch.Tensor:

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import vidsieve
-from vidsieve.benchmarking import machine, write_result
-from vidsieve.files import writing
-from vidsieve.testing.equivalence import CONFIGURATIONS, STEPS, TOLERANCE, Cell, refusals, table
+from vidsieve.io.files import writing
+from vidsieve.io.machine import machine, write_result
+from vidsieve.testing.equivalence import CONFIGURATIONS, STEPS, TOLERANCE, EquivalenceCell, refusals, table
 from vidsieve.testing.tiny_models import FAMILIES
 
 METHODS = {"random": 0.3, "visionzip": 0.4, "fastv": 0.8}
@@ -55,19 +55,28 @@ def main() -> None:
     refused = {family: refusals(family, vidsieve.load("random", retention=0.3)) for family in FAMILIES}
     exact = [row for row in rows if row["error"] is None]
     worst, passed = max(row["difference"] for row in exact), sum(row["passed"] for row in exact)
-    print(f"{passed} of {len(exact)} cells within {TOLERANCE:g}; largest difference {worst:.1e}; "
-          f"{len(rows) - len(exact)} refused as they should be")  # fmt: skip
+    print(
+        f"{passed} of {len(exact)} cells within {TOLERANCE:g}; largest difference {worst:.1e}; "
+        f"{len(rows) - len(exact)} refused as they should be"
+    )
     result: dict[str, Any] = {
-        "machine": machine(), "steps": STEPS, "tolerance": TOLERANCE, "largest": worst, "passed": passed,
-        "compared": len(exact), "seconds": round(time.perf_counter() - start), "refused": refused, "cells": rows,
-    }  # fmt: skip
+        "machine": machine(),
+        "steps": STEPS,
+        "tolerance": TOLERANCE,
+        "largest": worst,
+        "passed": passed,
+        "compared": len(exact),
+        "seconds": round(time.perf_counter() - start),
+        "refused": refused,
+        "cells": rows,
+    }
     write_result(options.json, result)
     options.page.parent.mkdir(parents=True, exist_ok=True)
     with writing(options.page) as temporary:
         temporary.write_text(page(found, refused), encoding="utf-8")
 
 
-def outcome(cells: list[Cell]) -> str:
+def outcome(cells: list[EquivalenceCell]) -> str:
     """Return what the cells of one call show: exact, refused, or how far off."""
     if any(cell.error for cell in cells):
         return f"error: {cells[0].error}"
@@ -75,13 +84,17 @@ def outcome(cells: list[Cell]) -> str:
     return f"exact, {worst:.0e}" if all(cell.passed for cell in cells) else f"WRONG by {worst:.0e}"
 
 
-def page(found: dict[str, list[Cell]], refused: dict[str, dict[str, str]]) -> str:
+def page(found: dict[str, list[EquivalenceCell]], refused: dict[str, dict[str, str]]) -> str:
     """Return the tables as Markdown."""
     parts = [INTRODUCTION]
     for name, cells in found.items():
         notes: list[str] = []
-        lines = [f"## `{name}`, retention {METHODS[name]}", "", "| call | " + " | ".join(FAMILIES) + " |",
-                 "|---" * (len(FAMILIES) + 1) + "|"]  # fmt: skip
+        lines = [
+            f"## `{name}`, retention {METHODS[name]}",
+            "",
+            "| call | " + " | ".join(FAMILIES) + " |",
+            "|---" * (len(FAMILIES) + 1) + "|",
+        ]
         for call in dict.fromkeys(cell.call for cell in cells):
             shown = []
             for family in FAMILIES:

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-ROOT, PACKAGE, LIST = Path(__file__).resolve().parents[1], Path("src/vidsieve"), Path(__file__).with_suffix(".toml")
-FOLDERS = ("src", "tests", "benchmarks", "docs", "recipes", "requirements")
+ROOT, LIST = Path(__file__).resolve().parents[1], Path(__file__).with_suffix(".toml")
+FOLDERS = ("src", "tests", "benchmarks", "workbench", "docs", "recipes", "requirements")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "Makefile")
 SURVIVED = "SURVIVED"
 PYTEST = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider", "--timeout=600"]
@@ -42,7 +42,7 @@ class ListError(Exception):
 
 @dataclass(frozen=True)
 class Fault:
-    """What breaks, in which file of the package, what is replaced there by what, and the tests nearest to it."""
+    """What breaks, in which file, what is replaced there by what, and the tests nearest to it."""
 
     name: str
     file: str
@@ -52,7 +52,7 @@ class Fault:
 
     def made(self) -> str:
         """Return the file's text with the fault in it; an error unless the list is right about it."""
-        text = (ROOT / PACKAGE / self.file).read_text("utf-8")
+        text = (ROOT / self.file).read_text("utf-8")
         if text.count(self.old) != 1 or self.old == self.new:
             raise ListError(f"{self.name}: its text is {text.count(self.old)} times in {self.file}, must be once")
         if gone := [test for test in self.tests if not (ROOT / test.partition("::")[0]).is_file()]:
@@ -108,7 +108,7 @@ def main() -> int:
 
     def attempt(fault: Fault) -> None:
         folder, start = copies.get(), time.perf_counter()
-        path = folder / PACKAGE / fault.file
+        path = folder / fault.file
         before = path.read_bytes()
         path.write_text(fault.made(), "utf-8")
         try:

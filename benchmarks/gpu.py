@@ -20,8 +20,8 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.benchmarking import machine, spread, write_result
 from vidsieve.compressors.base import LayerCompressor
+from vidsieve.io.machine import machine, spread, write_result
 from vidsieve.testing.calls import CALLS, STEPS, Case
 from vidsieve.testing.equivalence import TOLERANCE, cell
 from vidsieve.testing.reference import masked_greedy, masked_logits
@@ -43,17 +43,31 @@ def llava_onevision_7b() -> Any:
 
     return LlavaOnevisionConfig(
         vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-            "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
             "vision_use_head": False,
         },
         text_config={
-            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152000,
-            "max_position_embeddings": 32768, "rope_theta": 1e6, "tie_word_embeddings": False,
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152000,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": False,
         },
-        image_token_index=151646, video_token_index=151647, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        image_token_index=151646,
+        video_token_index=151647,
+        vision_feature_select_strategy="full",
+    )
 
 
 def qwen2_5_vl_7b() -> Any:
@@ -61,18 +75,34 @@ def qwen2_5_vl_7b() -> Any:
 
     return Qwen2_5_VLConfig(
         vision_config={
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
-            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31], "tokens_per_second": 2,
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": 3584,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
         },
         text_config={
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 128000,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 128000,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
             "tie_word_embeddings": False,
         },
-        video_token_id=151656, image_token_id=151655, vision_start_token_id=151652, vision_end_token_id=151653,
-    )  # fmt: skip
+        video_token_id=151656,
+        image_token_id=151655,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
 
 
 LARGE = {"llava_onevision": llava_onevision_7b, "qwen2_5_vl": qwen2_5_vl_7b}
@@ -165,9 +195,14 @@ def exactness(model: Any, family: str, inputs: Mapping[str, Any], small: bool) -
     agree = float((plain.argmax(-1) == eager.argmax(-1)).float().mean())
     del plain, eager
     yield {
-        "family": family, "dtype": dtype, "what": "unpruned, sdpa against eager", "difference": noise,
-        "prompt": inputs["input_ids"].shape[1], "logit_std": scale, "argmax_agrees": agree,
-    }  # fmt: skip
+        "family": family,
+        "dtype": dtype,
+        "what": "unpruned, sdpa against eager",
+        "difference": noise,
+        "prompt": inputs["input_ids"].shape[1],
+        "logit_std": scale,
+        "argmax_agrees": agree,
+    }
     for name, retention in methods(small):
         case, overlap = Case(adapter, inputs, vidsieve.load(name, retention=retention)), None
         if isinstance(case.compressor, LayerCompressor):
@@ -176,9 +211,14 @@ def exactness(model: Any, family: str, inputs: Mapping[str, Any], small: bool) -
         difference, _ = CALLS["prefill logits"](case)
         _, equal = CALLS["8 greedy tokens"](case)
         yield {
-            "family": family, "dtype": dtype, "what": f"{name} at {retention}, pruned against masked",
-            "difference": difference, "logit_std": scale, "greedy_tokens_equal": equal, "choices_agree": overlap,
-        }  # fmt: skip
+            "family": family,
+            "dtype": dtype,
+            "what": f"{name} at {retention}, pruned against masked",
+            "difference": difference,
+            "logit_std": scale,
+            "greedy_tokens_equal": equal,
+            "choices_agree": overlap,
+        }
 
 
 def with_own_choice(case: Case) -> tuple[Case, float]:
@@ -225,9 +265,18 @@ def speed(model: Any, family: str, inputs: Mapping[str, Any], device: str, small
     def row(method: str, retention: float, **fields: Any) -> dict[str, Any]:
         first, peak = timed(generate(1), device)
         whole, _ = timed(generate(32), device)
-        return {"family": family, "batch": batch, "method": method, "retention": retention,
-                "prompt": inputs["input_ids"].shape[1], "first_token_s": first, "32_tokens_s": whole,
-                "peak_bytes": peak, "peak_beyond_weights": peak - held, **fields}  # fmt: skip
+        return {
+            "family": family,
+            "batch": batch,
+            "method": method,
+            "retention": retention,
+            "prompt": inputs["input_ids"].shape[1],
+            "first_token_s": first,
+            "32_tokens_s": whole,
+            "peak_bytes": peak,
+            "peak_beyond_weights": peak - held,
+            **fields,
+        }
 
     full = row("full", 1.0)
     adapter = adapter_for(model)
@@ -276,12 +325,18 @@ def compiled(model: Any, family: str, inputs: Mapping[str, Any], device: str) ->
     chosen, _ = adapter.select(adapter.encode(inputs), method, torch.Generator().manual_seed(0))
     wanted = masked_greedy(adapter, inputs, chosen, 1)
     last = masked_logits(adapter, inputs, chosen)[:, -1].float().topk(2).values
-    yield {"family": family, "backend": backend, "compile_s": took, "graphs": stats.get("unique_graphs"),
-           "tokens_equal_uncompiled": float((made == plain).float().mean()),
-           "first_token_equals_masked": bool((made[:, :1] == wanted).all()),
-           "masked_gap_of_best_two": float((last[:, 0] - last[:, 1]).min()),
-           "32_tokens_s": after, "32_tokens_uncompiled_s": before,
-           "speedup": before["median"] / after["median"]}  # fmt: skip
+    yield {
+        "family": family,
+        "backend": backend,
+        "compile_s": took,
+        "graphs": stats.get("unique_graphs"),
+        "tokens_equal_uncompiled": float((made == plain).float().mean()),
+        "first_token_equals_masked": bool((made[:, :1] == wanted).all()),
+        "masked_gap_of_best_two": float((last[:, 0] - last[:, 1]).min()),
+        "32_tokens_s": after,
+        "32_tokens_uncompiled_s": before,
+        "speedup": before["median"] / after["median"],
+    }
 
 
 def main() -> None:

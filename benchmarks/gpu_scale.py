@@ -30,18 +30,18 @@ import torch
 import torch.nn.functional as F
 
 from gpu import build, prompts, synchronise
-from vidsieve.adapters.batch import on_device
+from vidsieve.adapters.encoded import on_device
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.benchmarking import machine, spread, write_result
+from vidsieve.answering import Clock, generated
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVID, CaCoVIDPolicy
 from vidsieve.compressors.score import Score, ScorePolicy
-from vidsieve.pipeline import Clock, generated
-from vidsieve.rl.cacovid import CaCoVIDTrainer
-from vidsieve.rl.samples import Caption, Choice
-from vidsieve.rl.score import ScoreTrainer
-from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.io.machine import machine, spread, write_result
 from vidsieve.testing.checks import make_video
+from vidsieve.training.cacovid import CaCoVIDTrainer
+from vidsieve.training.data.samples import Caption, Choice
+from vidsieve.training.score import ScoreTrainer
+from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from vidsieve.types import TokenGrid, VideoTokens
 
 QWEN2_7B = BlockShape(3584, 28, 4, 128, 18944, rope_theta=1e6)
@@ -83,8 +83,11 @@ def ceilings(device: str, small: bool) -> Iterator[dict[str, Any]]:
     length = 512 if small else 6272
     q = torch.randn(1, 28, length, 128, device=device, dtype=torch.bfloat16)
     ms, _ = timed(lambda: F.scaled_dot_product_attention(q, q, q), device, 10)
-    yield {"what": f"attention, 28 heads of 128, {length} tokens", "ms": ms,
-           "tflops": 4 * 28 * 128 * length**2 / ms["median"] / 1e9}  # fmt: skip
+    yield {
+        "what": f"attention, 28 heads of 128, {length} tokens",
+        "ms": ms,
+        "tflops": 4 * 28 * 128 * length**2 / ms["median"] / 1e9,
+    }
 
 
 # -- selecting --------------------------------------------------------------------------------------------------------
@@ -97,8 +100,17 @@ def least_flops(policy: CaCoVIDPolicy | ScorePolicy, video: VideoTokens) -> floa
         return 2 * n * 2 * width * policy.out.in_features
     if policy.body == "question":
         s = policy.scorer
-        return 2 * n * width * (s.key.out_features + s.content.out_features + s.change.out_features + (
-            s.first_look.self_attn.k_proj.out_features if s.first_look is not None else 0))  # fmt: skip
+        return (
+            2
+            * n
+            * width
+            * (
+                s.key.out_features
+                + s.content.out_features
+                + s.change.out_features
+                + (s.first_look.self_attn.k_proj.out_features if s.first_look is not None else 0)
+            )
+        )
     shape, length = policy.layers[0].shape, video.prompt.embeds.shape[0]
     projections = sum(p.numel() for name, p in policy.layers.named_parameters() if name.endswith("proj.weight"))
     heads = sum(p.numel() for name, p in policy.token_compress.named_parameters() if name.endswith("weight"))
@@ -137,8 +149,12 @@ def select(device: str, small: bool, rate: float) -> Iterator[dict[str, Any]]:
                 except torch.cuda.OutOfMemoryError as error:
                     yield row | {"out_of_memory": str(error).partition(". GPU")[0]}
                     continue
-                yield row | {"scoring_ms": scoring, "selection_ms": whole, "times_limit": scoring["median"] / limit,
-                             "extra_MiB": extra / 2**20}  # fmt: skip
+                yield row | {
+                    "scoring_ms": scoring,
+                    "selection_ms": whole,
+                    "times_limit": scoring["median"] / limit,
+                    "extra_MiB": extra / 2**20,
+                }
                 del policy, method
 
 
@@ -147,8 +163,13 @@ def on(video: VideoTokens, device: str) -> VideoTokens:
     from dataclasses import replace
 
     p = video.prompt
-    prompt = replace(p, embeds=p.embeds.to(device), positions=p.positions.to(device),
-                     video_mask=p.video_mask.to(device), question_mask=p.question_mask.to(device))  # fmt: skip
+    prompt = replace(
+        p,
+        embeds=p.embeds.to(device),
+        positions=p.positions.to(device),
+        video_mask=p.video_mask.to(device),
+        question_mask=p.question_mask.to(device),
+    )
     return replace(
         video, embeds=video.embeds.to(device), positions=video.positions.to(device), prompt=prompt, encoder=None
     )
@@ -192,14 +213,19 @@ def stages_of(model: Any, family: str) -> dict[str, list[Any]]:
     if family == "llava_onevision":
         tower = model.model.vision_tower
         tower = getattr(tower, "vision_model", tower)
-        return {"tower: embed": [tower.embeddings], "tower: blocks": list(tower.encoder.layers),
-                "projector": [model.model.multi_modal_projector]}  # fmt: skip
+        return {
+            "tower: embed": [tower.embeddings],
+            "tower: blocks": list(tower.encoder.layers),
+            "projector": [model.model.multi_modal_projector],
+        }
     tower = model.model.visual
     full = set(tower.fullatt_block_indexes)
-    return {"tower: embed": [tower.patch_embed],
-            "tower: blocks, windows": [b for i, b in enumerate(tower.blocks) if i not in full],
-            "tower: blocks, full": [b for i, b in enumerate(tower.blocks) if i in full],
-            "projector": [tower.merger]}  # fmt: skip
+    return {
+        "tower: embed": [tower.patch_embed],
+        "tower: blocks, windows": [b for i, b in enumerate(tower.blocks) if i not in full],
+        "tower: blocks, full": [b for i, b in enumerate(tower.blocks) if i in full],
+        "projector": [tower.merger],
+    }
 
 
 def preprocessed(family: str, frames: np.ndarray, device: str) -> dict[str, Any]:
@@ -244,10 +270,17 @@ def first_token(model: Any, family: str, device: str, small: bool, runs: int) ->
                     inner.append(dict(stages.ms))
                 tokens = encoded.videos[0].features.grid.num_tokens
                 parts = {part: median(row[part] for row in rows[1:]) for part in rows[0]}
-                yield {"family": family, "frames": count, "preprocess_on": where, "retention": retention,
-                       "video_tokens": tokens, "prompt": result.pruned.inputs["input_ids"].shape[1], "ms": parts,
-                       "encoder_stages_ms": {p: median(row[p] for row in inner[1:]) for p in inner[0]},
-                       "first_token_ms": spread([sum(row.values()) for row in rows[1:]])}  # fmt: skip
+                yield {
+                    "family": family,
+                    "frames": count,
+                    "preprocess_on": where,
+                    "retention": retention,
+                    "video_tokens": tokens,
+                    "prompt": result.pruned.inputs["input_ids"].shape[1],
+                    "ms": parts,
+                    "encoder_stages_ms": {p: median(row[p] for row in inner[1:]) for p in inner[0]},
+                    "first_token_ms": spread([sum(row.values()) for row in rows[1:]]),
+                }
 
 
 @torch.no_grad()
@@ -271,10 +304,17 @@ def prefill(model: Any, family: str, device: str, small: bool, runs: int) -> Ite
             rows.append(clock.ms["select"] + clock.ms["prefill"])
             chosen = clock.ms["select"]
         full = full or median(rows[1:])
-        yield {"family": family, "frames": frames, "retention": retention, "encode_ms": encoding,
-               "prompt": made.pruned.inputs["input_ids"].shape[1], "select_ms": chosen,
-               "select_and_prefill_ms": spread(rows[1:]), "times_faster": full / median(rows[1:]),
-               "peak_GiB": (torch.cuda.max_memory_allocated() - held) / 2**30 if device == "cuda" else 0}  # fmt: skip
+        yield {
+            "family": family,
+            "frames": frames,
+            "retention": retention,
+            "encode_ms": encoding,
+            "prompt": made.pruned.inputs["input_ids"].shape[1],
+            "select_ms": chosen,
+            "select_and_prefill_ms": spread(rows[1:]),
+            "times_faster": full / median(rows[1:]),
+            "peak_GiB": (torch.cuda.max_memory_allocated() - held) / 2**30 if device == "cuda" else 0,
+        }
 
 
 def steps(model: Any, family: str, device: str, small: bool) -> Iterator[dict[str, Any]]:
@@ -299,8 +339,13 @@ def steps(model: Any, family: str, device: str, small: bool) -> Iterator[dict[st
             ).to(device)
             policy.float()
             with tempfile.TemporaryDirectory() as folder:
-                trainer = CaCoVIDTrainer(adapter, policy, CaCoVIDConfig(**settings),
-                                         lambda i: Choice(sample_inputs, options, 0), Path(folder) / "run")  # fmt: skip
+                trainer = CaCoVIDTrainer(
+                    adapter,
+                    policy,
+                    CaCoVIDConfig(**settings),
+                    lambda i: Choice(sample_inputs, options, 0),
+                    Path(folder) / "run",
+                )
                 yield {"method": f"cacovid {variant}", "family": family} | clocked(trainer, device)
             del trainer, policy
             free(device)
@@ -309,8 +354,12 @@ def steps(model: Any, family: str, device: str, small: bool) -> Iterator[dict[st
         inputs["labels"] = inputs["input_ids"].clone()
         inputs["labels"][:, :-60] = -100
         settings = SETTINGS["score", "paper"] | {
-            "steps": 3, "precision": "bf16", "log_every": 1, "prompts_per_step": 1, "eval_prompts": 0,
-        }  # fmt: skip
+            "steps": 3,
+            "precision": "bf16",
+            "log_every": 1,
+            "prompts_per_step": 1,
+            "eval_prompts": 0,
+        }
         width = model.config.get_text_config().hidden_size
         policy = ScorePolicy.start(width, adapter.family, variant="paper").to(device)
         with tempfile.TemporaryDirectory() as folder:
@@ -334,10 +383,15 @@ def clocked(trainer: Any, device: str) -> dict[str, Any]:
     trainer.fit()
     seconds = [after - before for before, after in pairwise(times)]
     prompts_a_step, rollouts = trainer.config.prompts_per_step, trainer.rollouts * trainer.iterations
-    return {"prompts_per_step": prompts_a_step, "rollouts_per_prompt": rollouts, "first_step_s": seconds[0],
-            "step_s": spread(seconds[1:]), "rollouts_per_s": prompts_a_step * rollouts / median(seconds[1:]),
-            "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0,
-            "packing": trainer.packing.record()}  # fmt: skip
+    return {
+        "prompts_per_step": prompts_a_step,
+        "rollouts_per_prompt": rollouts,
+        "first_step_s": seconds[0],
+        "step_s": spread(seconds[1:]),
+        "rollouts_per_s": prompts_a_step * rollouts / median(seconds[1:]),
+        "peak_GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0,
+        "packing": trainer.packing.record(),
+    }
 
 
 def free(device: str) -> None:

@@ -23,10 +23,10 @@ from typing import Any
 
 import torch
 
-from vidsieve.benchmarking import machine, write_result
-from vidsieve.checkpoints import read_header
+from vidsieve.io.checkpoints import read_header
+from vidsieve.io.machine import machine, write_result
 from vidsieve.policies import CONFIG, read_config, read_weights
-from vidsieve.rl.runs import CHECKPOINT, METRICS, POLICY, read_metrics
+from vidsieve.training.runs import CHECKPOINT, METRICS, POLICY, read_metrics
 
 METHODS = ("score", "cacovid")
 CLOCK = frozenset({"minutes", "prompts_per_second", "rollouts_per_second"})
@@ -93,10 +93,13 @@ def kill_once(method: str, folder: Path, moment: str, draw: random.Random) -> di
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
     return {
-        "method": method, "moment": moment, "seconds": round(time.perf_counter() - begun, 2),
+        "method": method,
+        "moment": moment,
+        "seconds": round(time.perf_counter() - begun, 2),
         "step": read_header(folder / CHECKPOINT)["step"] if (folder / CHECKPOINT).exists() else None,
-        "half_written": len(halves(folder)), "faults": faults(folder),
-    }  # fmt: skip
+        "half_written": len(halves(folder)),
+        "faults": faults(folder),
+    }
 
 
 def mtime(path: Path) -> int:
@@ -128,10 +131,12 @@ def killed(method: str, folder: Path, kills: int, draw: random.Random) -> dict[s
     finish(method, broken, *(["--resume"] if (broken / CHECKPOINT).exists() else []))
     a, b = (read_weights(folder / name / POLICY) for name in ("straight", "broken"))
     return {
-        "kills": events, "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
+        "kills": events,
+        "weights_equal": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
         "metrics_equal": without_clock(folder / "straight") == without_clock(broken),
-        "left_half_written": len(halves(broken)), "faults": [f for event in events for f in event["faults"]],
-    }  # fmt: skip
+        "left_half_written": len(halves(broken)),
+        "faults": [f for event in events for f in event["faults"]],
+    }
 
 
 def two_against_one(method: str, folder: Path) -> float:
@@ -157,9 +162,12 @@ def main() -> None:
         runs = {method: killed(method, Path(folder) / method, options.kills, draw) for method in METHODS}
         apart = {method: two_against_one(method, Path(folder) / f"{method}-processes") for method in METHODS}
     result = {
-        "machine": machine(), "seed": options.seed, "runs": runs, "two_processes_largest_loss_difference": apart,
+        "machine": machine(),
+        "seed": options.seed,
+        "runs": runs,
+        "two_processes_largest_loss_difference": apart,
         "minutes": round((time.perf_counter() - begun) / 60, 1),
-    }  # fmt: skip
+    }
     write_result(options.json, result)
     print(Counter(event["moment"] for run in runs.values() for event in run["kills"]))
     print({m: {k: v for k, v in run.items() if k != "kills"} for m, run in runs.items()}, apart, result["minutes"])

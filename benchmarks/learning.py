@@ -22,19 +22,18 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
-from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
-from vidsieve.eval.methods import named_methods, rows_for
-from vidsieve.eval.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.eval.testbed import FULL, Row, compressor_row, evaluate
-from vidsieve.loading import shipped_policy
-from vidsieve.pipeline import load_model
+from vidsieve.evaluation.methods import named_methods, rows_for
+from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
+from vidsieve.evaluation.testbed import FULL, TestbedRow, compressor_row, evaluate
+from vidsieve.io.machine import machine, write_result
+from vidsieve.loading import load_model, shipped_policy
 from vidsieve.policies import Policy
 from vidsieve.selection import kept_tokens
-from vidsieve.testbed.study import first_look_row, question_oracle
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Stage, VideoTokens
+from workbench.testbed.study import first_look_row, question_oracle
 
 WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
 PROBED = (0.1, 0.05)
@@ -68,18 +67,23 @@ def remembering(method: Compressor) -> Compressor:
 
 
 COMMON = (
-    "eval/testbed.py", "eval/methods.py", "testbed", "adapters", "selection.py", "types.py", "compressors/base.py",
-)  # fmt: skip
+    "evaluation/testbed.py",
+    "evaluation/methods.py",
+    "testbed",
+    "adapters",
+    "selection.py",
+    "types.py",
+    "compressors/base.py",
+)
 """Code under the package that every mark depends on."""
 AT_ONCE = 64
 """Rows that are measured before they are put away: what a stop can lose."""
 
 
-def fingerprint(row: Row, method: Compressor | None) -> str:
+def fingerprint(row: TestbedRow, method: Compressor | None) -> str:
     """Return a hash of all that made a row's marks: the measuring code, the model, the method's code and policy."""
     package = Path(vidsieve.__file__).parent
     found = [path for name in COMMON for path in _files(package / name)]
-    found = [path for path in found if path.name not in ("ablations.py", "ablating.py")]
     found.append(package / "testbed/assets/model/model.safetensors")
     if method is not None:
         found += [Path(inspect.getfile(k)) for k in type(method).__mro__ if k.__module__.startswith("vidsieve")]
@@ -96,7 +100,7 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[Row, str]]:
+def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[TestbedRow, str]]:
     """Return (row, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
     methods = named_methods(["all"], prefill=True)
     moved = [
@@ -104,7 +108,7 @@ def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[Row, str]]:
         for method in methods.values()
         if earliest and method.acts is Stage.LAYER and (hasattr(method, "earliest") or hasattr(method, "layer"))
     ]
-    found: list[tuple[Row, Compressor | None]] = [(FULL, None)]
+    found: list[tuple[TestbedRow, Compressor | None]] = [(FULL, None)]
     for retention in RETENTIONS:
         for name, method in methods.items():
             rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
@@ -112,7 +116,9 @@ def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[Row, str]]:
         for method, field, value in moved:
             at = dataclasses.replace(method.with_retention(retention), **{field: value})  # type: ignore[arg-type]
             found.append((compressor_row(at, f"{method.name}[earliest]"), method))
-        found.append((Row("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None))
+        found.append(
+            (TestbedRow("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None)
+        )
         found.append((first_look_row(model, retention), None))
     return {f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found}
 
@@ -241,9 +247,7 @@ def differences(result: dict[str, Any], methods: Sequence[tuple[str, str]], rete
             row = rows.get((method, variant, at), {})
             for name in names:
                 found = row.get(f"vs_{name}") if (method, variant) != (name, "ours") else None
-                cells.append(
-                    f"{100 * found['mean']:+.1f} ± {196 * found['stderr']:.1f}" if found else "–"
-                )  # fmt: skip
+                cells.append(f"{100 * found['mean']:+.1f} ± {196 * found['stderr']:.1f}" if found else "–")
         if any(cell != "–" for cell in cells):
             lines.append(f"| {_label(method, variant)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -257,21 +261,38 @@ def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Seque
     )
     refused = result["worlds"]["A"]["floors"].items()
     floors = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in refused}
-    return "\n".join([
-        "# Accuracy of every method on the testbed", "",
-        f"Written by `python benchmarks/learning.py`: {said}, seed {', '.join(map(str, result['seeds']))}, none of "
-        "them seen in training; world B's objects and backgrounds are never trained on. Kept: what the LLM's layers "
-        "see on average, exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in "
-        "SCORE's tables; `[earliest]` moves methods inside the LLM to earlier layers than their papers', so that the "
-        "budget can be met. This world is made so that cheap heuristics fail (`vidsieve testbed separation`): an order "
-        "of methods here is no order on real videos.", "",
-        markdown(result, plain), "", "## Differences, question by question", "",
-        "World A, percentage points with 95 % intervals, clustered by scene.", "",
-        differences(result, plain, (0.25, 0.1)), "", "## Another question, other budgets", "",
-        "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to share the "
-        "budget out among frames.", "", markdown(result, probes), "", "## Below what a method can keep", "",
-        *(f"- `{name}`: {reason}" for name, reason in floors.items()), "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Accuracy of every method on the testbed",
+            "",
+            f"Written by `python benchmarks/learning.py`: {said}, seed {', '.join(map(str, result['seeds']))}, none of "
+            "them seen in training; world B's objects and backgrounds are never trained on. Kept: what the LLM's "
+            "layers see on average, exactly (`docs/retention.md`). Methods with two parts run by the one before the "
+            "LLM, as in SCORE's tables; `[earliest]` moves methods inside the LLM to earlier layers than their "
+            "papers', so that the budget can be met. This world is made so that cheap heuristics fail "
+            "(`python -m workbench separation`): an order of methods here is no order on real videos.",
+            "",
+            markdown(result, plain),
+            "",
+            "## Differences, question by question",
+            "",
+            "World A, percentage points with 95 % intervals, clustered by scene.",
+            "",
+            differences(result, plain, (0.25, 0.1)),
+            "",
+            "## Another question, other budgets",
+            "",
+            "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to share the "
+            "budget out among frames.",
+            "",
+            markdown(result, probes),
+            "",
+            "## Below what a method can keep",
+            "",
+            *(f"- `{name}`: {reason}" for name, reason in floors.items()),
+            "",
+        ]
+    )
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from vidsieve import registry
-from vidsieve.benchmarking import machine, write_result
-from vidsieve.eval.items import Item
+from vidsieve.evaluation.items import Item
+from vidsieve.io.machine import machine, write_result
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testbed.world import FRAMES
 

@@ -1,4 +1,4 @@
-"""Both worlds of `vidsieve eval open` in one result file, from two of its own."""
+"""Both worlds of `python -m workbench open` in one result file, from two of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vidsieve.benchmarking import machine, write_result
+from vidsieve.io.machine import machine, write_result
 
 
 def main() -> None:

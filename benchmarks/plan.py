@@ -22,16 +22,16 @@ import torch
 import vidsieve
 from pages import inserted, table
 from vidsieve.adapters import adapter_for
-from vidsieve.benchmarking import machine as setup
-from vidsieve.benchmarking import spread, write_result
-from vidsieve.data.video import Video
-from vidsieve.eval.blueprints import random_model
-from vidsieve.files import writing
-from vidsieve.pipeline import Clock, generated
+from vidsieve.answering import Clock, generated
+from vidsieve.evaluation.blueprints import random_model
+from vidsieve.io.files import writing
+from vidsieve.io.machine import machine as setup
+from vidsieve.io.machine import spread, write_result
 from vidsieve.serving.machines import GPUS, Machine, measured_cpu
 from vidsieve.serving.models import clip_of, read_model
 from vidsieve.serving.plan import Load, row
 from vidsieve.serving.plan import plan as planned
+from vidsieve.video.reading import Video
 
 CASES = (("llava-onevision-0.1b", 16), ("qwen2.5-vl-0.1b", 32), ("llava-onevision-0.5b", 3))
 """Sizes, and frames that take seconds."""
@@ -139,15 +139,34 @@ def worked() -> list[str]:
             for one in planned(read_model(name), GPUS["H100"], Load(frames=frames), RETENTIONS)["rows"]:
                 ms = (f"{1e3 * one[key]:.1f}" for key in ("encoder_s", "prefill_s", "decode_s"))
                 share = f"{100 * one['encoder_s'] / one['busy_s']:.0f} %"
-                cells.append((
-                    f"`{name}`", frames, f"{100 * one['retention']:g} %", f"{one['llm_tokens']:,}",
-                    f"{one['kv_bytes'] / 1e6:.0f}", *ms, share, f"{one['per_second']:.2f}",
-                    f"{one['machine_hours']:.0f}", one["machines"],
-                ))  # fmt: skip
+                cells.append(
+                    (
+                        f"`{name}`",
+                        frames,
+                        f"{100 * one['retention']:g} %",
+                        f"{one['llm_tokens']:,}",
+                        f"{one['kv_bytes'] / 1e6:.0f}",
+                        *ms,
+                        share,
+                        f"{one['per_second']:.2f}",
+                        f"{one['machine_hours']:.0f}",
+                        one["machines"],
+                    )
+                )
     heads = (
-        "model", "frames", "kept", "LLM tokens", "cache, MB", "encoder, ms", "prefill, ms", "decode step, ms",
-        "encoder's share", "requests/s", "GPU hours", "H100s",
-    )  # fmt: skip
+        "model",
+        "frames",
+        "kept",
+        "LLM tokens",
+        "cache, MB",
+        "encoder, ms",
+        "prefill, ms",
+        "decode step, ms",
+        "encoder's share",
+        "requests/s",
+        "GPU hours",
+        "H100s",
+    )
     title = "## 10⁶ videos a day on H100: predicted, never measured on a GPU here"
     return [title, "", *table(heads, [[str(cell) for cell in line] for line in cells])]
 
@@ -187,9 +206,12 @@ def run(repeats: int) -> dict[str, Any]:
         for one in models[name]["rows"]:
             print(name, one["retention"], {part: round(one[part]["ratio"], 3) for part in PARTS})
     return {
-        "machine": setup(), "load_average": [before, os.getloadavg()[0]], "repeats": repeats,
-        "measured": asdict(best), "models": models,
-    }  # fmt: skip
+        "machine": setup(),
+        "load_average": [before, os.getloadavg()[0]],
+        "repeats": repeats,
+        "measured": asdict(best),
+        "models": models,
+    }
 
 
 if __name__ == "__main__":

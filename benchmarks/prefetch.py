@@ -22,14 +22,14 @@ import numpy as np
 import torch
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.benchmarking import machine, spread, write_result
-from vidsieve.data.encodings import EncodingCache
-from vidsieve.data.prefetch import Prefetch
-from vidsieve.data.prompts import FilePrompts
-from vidsieve.files import writing
-from vidsieve.pipeline import load_model
-from vidsieve.rl.rollouts import Rollouts
-from vidsieve.rl.samples import Choice
+from vidsieve.io.files import writing
+from vidsieve.io.machine import machine, spread, write_result
+from vidsieve.loading import load_model
+from vidsieve.training.data.encodings import EncodingCache
+from vidsieve.training.data.prefetch import Prefetch
+from vidsieve.training.data.prompts import FilePrompts
+from vidsieve.training.data.samples import Choice
+from vidsieve.training.rollouts import Rollouts
 
 HEIGHT, WIDTH, FPS = 360, 640, 25
 FRAMES, ROLLOUTS, KEPT = 16, 32, 0.1

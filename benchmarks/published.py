@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-from vidsieve.data.checking import check_file
-from vidsieve.data.filtering import filter_file
-from vidsieve.data.pseudo import pseudo_file
-from vidsieve.data.skipped import Skipped
-from vidsieve.pipeline import load_model
-from vidsieve.rl.recipes import train_policy
+from vidsieve.loading import load_model, shipped_model
 from vidsieve.testbed.files import LAYOUTS, write_scenes
-from vidsieve.testbed.model import shipped_model
+from vidsieve.training.data.checking import check_file
+from vidsieve.training.data.filtering import filter_file
+from vidsieve.training.data.pseudo import pseudo_file
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.recipes import train_policy
 
 QUICK = {"prompts_per_step": 8, "workers": 2}
 CHOICE, CAPTION = QUICK | {"token_rollouts": 2, "frame_rollouts": 0}, QUICK | {"rollouts": 2}
@@ -94,13 +93,20 @@ def filters(folder: Path, scenes: int, models: dict[str, Any]) -> list[dict[str,
                     (Path(row["video"]).relative_to("leaky").as_posix(), row["question"])
                     for row in listed(folder / "left.jsonl.dropped.jsonl")
                 }
-                rows.append({
-                    "models": names, "rule": rule, "seeds": seeds, "questions": found.questions,
-                    "planted": len(planted), "dropped": len(gone), "recall": len(gone & planted) / len(planted),
-                    "precision": len(gone & planted) / len(gone),
-                    "good_dropped": len(gone - planted) / (found.questions - len(planted)),
-                    "blind_accuracy": found.blind_accuracy,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "models": names,
+                        "rule": rule,
+                        "seeds": seeds,
+                        "questions": found.questions,
+                        "planted": len(planted),
+                        "dropped": len(gone),
+                        "recall": len(gone & planted) / len(planted),
+                        "precision": len(gone & planted) / len(gone),
+                        "good_dropped": len(gone - planted) / (found.questions - len(planted)),
+                        "blind_accuracy": found.blind_accuracy,
+                    }
+                )
                 print(json.dumps(rows[-1]))
     return rows
 
@@ -117,8 +123,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         layouts = [
             layout_row(Path(name), layout, options.scenes, options.broken, testbed)
-            for layout in LAYOUTS if layout != "vidsieve"
-        ]  # fmt: skip
+            for layout in LAYOUTS
+            if layout != "vidsieve"
+        ]
         filtered = filters(Path(name), options.scenes, models)
     result = {"scenes": options.scenes, "broken": options.broken, "layouts": layouts, "filter": filtered}
     if options.json:

@@ -24,11 +24,11 @@ from pathlib import Path
 from types import SimpleNamespace
 sys.path.insert(0, {src!r})
 import torch
-from vidsieve.data.prompts import FilePrompts, load_prompts
-from vidsieve.data.checking import check_file
-from vidsieve.data.filtering import _rows_of
-from vidsieve.data.rows import Remembered
-from vidsieve.data.skipped import Skipped
+from vidsieve.training.data.prompts import FilePrompts, load_prompts
+from vidsieve.training.data.checking import check_file
+from vidsieve.training.data.filtering import _rows_of
+from vidsieve.training.data.rows import Remembered
+from vidsieve.training.data.skipped import Skipped
 from vidsieve.testbed.model import build_tokenizer
 torch.set_num_threads(1)
 path, way = Path(sys.argv[1]), sys.argv[2]

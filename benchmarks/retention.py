@@ -17,12 +17,12 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
-from vidsieve.benchmarking import machine, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import VidsieveError
-from vidsieve.files import writing
-from vidsieve.pipeline import load_model
+from vidsieve.io.files import writing
+from vidsieve.io.machine import machine, write_result
+from vidsieve.loading import load_model
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
@@ -113,11 +113,14 @@ def kept(model: Any, method: Compressor, batches: list[dict[str, Any]]) -> dict[
     return {
         "real": sum(trace.real_retention for trace in found) / count,
         "layers": sum(trace.layer_retention for trace in found) / count,
-        "alive": sum(trace.kept for trace in found) / count, "total": total,
+        "alive": sum(trace.kept for trace in found) / count,
+        "total": total,
         "newlines": sum(trace.newlines for trace in found) / count,
-        "from": sorted({layer for trace in found for layer in trace.layers}), "acts": method.acts.value,
-        "exact": not method.outcome, "decoded": sum(decoded) / len(decoded) if decoded else None,
-    }  # fmt: skip
+        "from": sorted({layer for trace in found for layer in trace.layers}),
+        "acts": method.acts.value,
+        "exact": not method.outcome,
+        "decoded": sum(decoded) / len(decoded) if decoded else None,
+    }
 
 
 def refusals() -> dict[str, dict[str, str]]:
@@ -157,9 +160,11 @@ def page(result: dict[str, Any]) -> str:
             reasons += [f"- {row['refused']}" for row in by.values() if "refused" in row]
         lines += ["", *dict.fromkeys(reasons), ""]
     lines += [
-        f"## Which family refuses which method ({DEPTH} layers, retention 0.5)", "",
-        f"| method | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES),
-    ]  # fmt: skip
+        f"## Which family refuses which method ({DEPTH} layers, retention 0.5)",
+        "",
+        f"| method | {' | '.join(FAMILIES)} |",
+        "|---|" + "---|" * len(FAMILIES),
+    ]
     reasons = list(dict.fromkeys(why for by in result["refused"].values() for why in by.values() if why))
     for label, by in result["refused"].items():
         cells = [f"[{reasons.index(by[family]) + 1}]" if by[family] else "runs" for family in FAMILIES]

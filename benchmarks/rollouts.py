@@ -22,23 +22,23 @@ import torch
 from torch import Tensor
 
 import vidsieve
-from vidsieve.adapters.base import Adapter
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.benchmarking import machine, spread, write_result
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
-from vidsieve.pipeline import load_model
-from vidsieve.rl.answers import judge
-from vidsieve.rl.packing import Packing
-from vidsieve.rl.rewards import choice_reward, margin_reward
-from vidsieve.rl.rollouts import Rollouts
-from vidsieve.rl.sampling import bernoulli_masks, frame_masks, token_masks
-from vidsieve.rl.settings import CaCoVIDConfig
+from vidsieve.io.machine import machine, spread, write_result
+from vidsieve.loading import load_model
 from vidsieve.selection import mask_to_indices
-from vidsieve.testbed.data import ScenePrompts
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
+from vidsieve.training.answers import judge
+from vidsieve.training.data.scenes import ScenePrompts
+from vidsieve.training.packing import Packing
+from vidsieve.training.rewards import choice_reward, margin_reward
+from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.sampling import bernoulli_masks, frame_masks, token_masks
+from vidsieve.training.settings import CaCoVIDConfig
 from vidsieve.types import Need, Selection, TokenGrid
 
 SEED = 9001
@@ -72,9 +72,12 @@ def testbed_prompts() -> tuple[Adapter, Any, Iterator[Prompt]]:
             ids = processor.tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
             caption = dict(prompts.caption(scene).inputs)
             yield Prompt(
-                chat_inputs(processor, frames, [question.text]), caption, torch.tensor(ids).flatten(),
-                question.options.index(question.answer), question.answer,
-            )  # fmt: skip
+                chat_inputs(processor, frames, [question.text]),
+                caption,
+                torch.tensor(ids).flatten(),
+                question.options.index(question.answer),
+                question.answer,
+            )
             scene += 1
 
     return prompts.adapter, processor.tokenizer, questions()
@@ -86,16 +89,32 @@ def larger_prompts() -> tuple[Adapter, Any, Iterator[Prompt]]:
 
     config = LlavaOnevisionConfig(
         vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 4,
-            "num_attention_heads": 4, "image_size": 384, "patch_size": 14, "vision_use_head": False,
+            "model_type": "siglip_vision_model",
+            "hidden_size": 192,
+            "intermediate_size": 576,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
         },
         text_config={
-            "model_type": "qwen2", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
-            "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 8192, "tie_word_embeddings": True,
-            "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
+            "model_type": "qwen2",
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "vocab_size": 8192,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 0,
         },
-        image_token_index=8001, video_token_index=8000, vision_feature_select_strategy="full",
-    )  # fmt: skip
+        image_token_index=8001,
+        video_token_index=8000,
+        vision_feature_select_strategy="full",
+    )
     torch.manual_seed(0)
     model = LlavaOnevisionForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
@@ -180,9 +199,10 @@ def forms(
             f"generate {longest}": (count, lambda n=longest: decode(ready.generate(masks, n))),
             f"generate {longest}, one by one": (len(some), lambda n=longest: decode(ready_alone.generate(some, n))),
             f"generate {longest}, the release's form": (
-                len(few), lambda n=longest: release(adapter, prompt, few, n, decode)
+                len(few),
+                lambda n=longest: release(adapter, prompt, few, n, decode),
             ),
-        }  # fmt: skip
+        }
     return made
 
 
@@ -211,10 +231,11 @@ def speed(
             f"margin / generate {longest}, same batch": ("margin", said),
             f"choice / generate {longest}, the release's form, both whole": (dense, f"{said}, the release's form"),
             f"margin / generate {longest}, the release's form, both whole": (
-                "margin, whole", f"{said}, the release's form"
+                "margin, whole",
+                f"{said}, the release's form",
             ),
             f"generate {longest} packed / one by one": (said, f"{said}, one by one"),
-        }  # fmt: skip
+        }
     return {
         "rollouts_per_second": {name: spread(values) for name, values in rates.items()},
         "times": {

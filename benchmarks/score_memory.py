@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from vidsieve.benchmarking import machine, peak_memory, spread, write_result
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.io.machine import machine, peak_memory, spread, write_result
 from vidsieve.types import TokenGrid
 
 GRID, WIDTH, HIDDEN = TokenGrid(64, 19, 35), 3584, 512

@@ -40,12 +40,12 @@ import plain.visionzip
 import vidsieve
 from plain._shared import eager_attention
 from vidsieve import registry
-from vidsieve.adapters.layers import block_shape
-from vidsieve.adapters.passes import attention_rows, rotated
-from vidsieve.adapters.probe import received
-from vidsieve.benchmarking import machine, peak_memory, spread, write_result
+from vidsieve.adapters.families.probe import received
+from vidsieve.adapters.inside.layers import block_shape
+from vidsieve.adapters.inside.passes import attention_rows, rotated
 from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.compressors.framefusion import excess
+from vidsieve.io.machine import machine, peak_memory, spread, write_result
 from vidsieve.selection import exact_ratio
 from vidsieve.testing import make_video
 from vidsieve.types import EncoderOutputs, LayerView, Stage, TokenGrid, VideoTokens
@@ -177,9 +177,15 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
     asked = words if method.reads_text else words[-1:]
     entered = tokens + 0.01
     base = LayerView(
-        at, grid, alive, torch.zeros(28, count), hidden=tokens, history=history,
-        depth=config.num_hidden_layers, before=entered if method.reads_before else None,
-    )  # fmt: skip
+        at,
+        grid,
+        alive,
+        torch.zeros(28, count),
+        hidden=tokens,
+        history=history,
+        depth=config.num_hidden_layers,
+        before=entered if method.reads_before else None,
+    )
 
     def ours() -> Tensor:
         rows = cache(lambda: attention_rows(layer, config, hidden, positions, asked)[..., span])
@@ -224,8 +230,14 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
         over = excess([seen] * at, exact_ratio(method.retention, grid.num_tokens), config.num_hidden_layers)
         return plain.framefusion.merge(tokens, alive % grid.per_frame, 0.6, float(over))
 
-    forms = {"fastv": fastv, "pyramiddrop": pyramiddrop, "sparsevlm": sparsevlm, "holitom": holitom,
-             "prunevid": prunevid, "framefusion": framefusion}  # fmt: skip
+    forms = {
+        "fastv": fastv,
+        "pyramiddrop": pyramiddrop,
+        "sparsevlm": sparsevlm,
+        "holitom": holitom,
+        "prunevid": prunevid,
+        "framefusion": framefusion,
+    }
     return ours, forms.get(name.partition(",")[0])
 
 
@@ -318,8 +330,11 @@ def page(result: dict[str, Any]) -> str:
     missed = [name for name, row in rows.items() if row["seconds"][small].get("times_faster", 9) < aim(name)]
     lines += [
         "",
-        "Aims, as times of the published form: " + ", ".join(f"`{name}` {value:g}" for name, value in AIMS.items())
-        + "; all others 1. Missed: " + (", ".join(f"`{name}`" for name in missed) or "none") + ".",
+        "Aims, as times of the published form: "
+        + ", ".join(f"`{name}` {value:g}" for name, value in AIMS.items())
+        + "; all others 1. Missed: "
+        + (", ".join(f"`{name}`" for name in missed) or "none")
+        + ".",
         "",
         "## Memory",
         "",
@@ -329,7 +344,7 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"| method | {small} | published | {large} | " + " | ".join(f"{k}k" for k in GROWING) + " |",
         "|---|---|---|---|" + "---|" * len(GROWING),
-    ]  # fmt: skip
+    ]
     for name, row in held.items():
         extra = [row["extra_MiB"].get(key) for key in (small, f"{small}, published form", large)]
         cells = ["–" if value is None else f"{value:.0f}" for value in (*extra, *row["growing_MiB"].values())]

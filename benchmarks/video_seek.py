@@ -21,9 +21,9 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from vidsieve.data.decoding import ONE_THREAD
-from vidsieve.data.video import read_video
-from vidsieve.files import writing
+from vidsieve.io.files import writing
+from vidsieve.video.decoding import ONE_THREAD
+from vidsieve.video.reading import read_video
 
 HEIGHT, WIDTH, FPS = 1080, 1920, 25
 CYCLE, CYCLES = 2500, 6  # frames that are encoded, and how often they follow each other in the file

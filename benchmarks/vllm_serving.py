@@ -33,23 +33,25 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.data.video import write_video
-from vidsieve.pipeline import load_model
-from vidsieve.serving.vllm_shared import digest
+from vidsieve.loading import load_model, shipped_model
+from vidsieve.serving.vllm.shared import digest
 from vidsieve.testbed.files import write_scene
-from vidsieve.testbed.model import shipped_model
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.video.reading import write_video
 
 FRAMES, TOKENS = 16, 8
 CHUNK = 160  # tokens a step, of all requests: prompts are cut in the middle of a video, and go on in another batch
 RETENTIONS = (1.0, 0.25, 0.1)
 SERVER = {
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -65,9 +67,14 @@ class Server:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
 
     def ask(
-        self, video: Path | Sequence[Path], text: str, /, tokens: int = TOKENS,
-        options: Mapping[str, Any] | None = None, **asked: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        video: Path | Sequence[Path],
+        text: str,
+        /,
+        tokens: int = TOKENS,
+        options: Mapping[str, Any] | None = None,
+        **asked: Any,
+    ) -> Any:
         """Return the answer of one chat completion about a video, or several; `options` are the client's own."""
         videos = [video] if isinstance(video, Path) else video
         content: list[dict[str, Any]] = [
@@ -76,9 +83,12 @@ class Server:
         content.append({"type": "text", "text": text})
         extra: dict[str, Any] = {"mm_processor_kwargs": {"vidsieve": asked}} if asked else {}
         return self.client.chat.completions.create(
-            model=self.client.models.list().data[0].id, max_tokens=tokens, **{"temperature": 0, **(options or {})},
-            messages=[{"role": "user", "content": content}], extra_body=extra | {"ignore_eos": False},
-        )  # fmt: skip
+            model=self.client.models.list().data[0].id,
+            max_tokens=tokens,
+            **{"temperature": 0, **(options or {})},
+            messages=[{"role": "user", "content": content}],
+            extra_body=extra | {"ignore_eos": False},
+        )
 
     def said(self) -> list[tuple[str, int, int, str]]:
         """Return every selection in the log: method, kept, of, digest."""
@@ -116,11 +126,25 @@ def serving(model: str, folder: Path, *options: str, plugins: Path | None = None
         port = free.getsockname()[1]
     log = folder / f"server-{port}.log"
     command = [
-        sys.executable, "-m", "vidsieve", "serve", model, "--port", str(port), "--dtype", "float32",
-        "--enforce-eager", "--limit-mm-per-prompt", '{"video": 2, "image": 0}', "--skip-mm-profiling",
-        "--allowed-local-media-path", str(folder),
-        "--media-io-kwargs", json.dumps({"video": {"num_frames": FRAMES, "video_backend": "opencv"}}), *options,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vidsieve",
+        "serve",
+        model,
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--limit-mm-per-prompt",
+        '{"video": 2, "image": 0}',
+        "--skip-mm-profiling",
+        "--allowed-local-media-path",
+        str(folder),
+        "--media-io-kwargs",
+        json.dumps({"video": {"num_frames": FRAMES, "video_backend": "opencv"}}),
+        *options,
+    ]
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment(plugins))
     server = Server(f"http://127.0.0.1:{port}", log, process)
@@ -146,9 +170,14 @@ def qwen(family: str, folder: Path) -> tuple[Any, Any]:
     tiny = FAMILIES[family]()
     config, rope = tiny.config, dict(tiny.config.text_config.rope_parameters)
     # Heads of 32, the least that vLLM's CPU kernels take.
-    config.text_config.update({
-        "hidden_size": 128, "intermediate_size": 256, "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
-    } | ({"head_dim": 32} if family == "qwen3_vl" else {}))  # fmt: skip
+    config.text_config.update(
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
+        }
+        | ({"head_dim": 32} if family == "qwen3_vl" else {})
+    )
     config.vision_config.update({"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128})
     torch.manual_seed(0)
     model = type(tiny)(config).eval()
@@ -234,17 +263,31 @@ def locally(model: Any, processor: Any, paths: Sequence[Path], question: str, me
 
 
 def parity(
-    name: str, model: Any, processor: Any, where: str, folders: dict[str, str], videos: list[tuple[Path, str]],
+    name: str,
+    model: Any,
+    processor: Any,
+    where: str,
+    folders: dict[str, str],
+    videos: list[tuple[Path, str]],
     folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return how the server's answers compare with those of transformers."""
     result: dict[str, Any] = {"model": name, "rows": []}
     for method in ("score", "cacovid"):
         options = (
-            "--method", method, "--policy", folders[method], "--retention", "0.25",
-            "--mm-processor-kwargs", json.dumps({"do_sample_frames": False}),  # the reader has sampled
-            "--max-num-batched-tokens", str(CHUNK), "--max-num-seqs", "8",
-        )  # fmt: skip
+            "--method",
+            method,
+            "--policy",
+            folders[method],
+            "--retention",
+            "0.25",
+            "--mm-processor-kwargs",
+            json.dumps({"do_sample_frames": False}),  # the reader has sampled
+            "--max-num-batched-tokens",
+            str(CHUNK),
+            "--max-num-seqs",
+            "8",
+        )
         with serving(where, folder, *options) as server:
             jobs = [((video,), question, kept) for video, question in videos for kept in RETENTIONS]
             last = {question: video for video, question in videos}  # two videos in a prompt, of which one comes twice
@@ -276,10 +319,12 @@ def parity(
                 if said != text:
                     differ.append([[clip.name for clip in clips], question, kept, said, text])
             row: dict[str, Any] = {
-                "method": method, "by_retention": {kept: tally[1, kept] for kept in RETENTIONS},
-                "two_videos": {kept: tally[2, kept] for kept in RETENTIONS}, "different_texts": len(texts),
+                "method": method,
+                "by_retention": {kept: tally[1, kept] for kept in RETENTIONS},
+                "two_videos": {kept: tally[2, kept] for kept in RETENTIONS},
+                "different_texts": len(texts),
                 "differ": differ[:5],
-            }  # fmt: skip
+            }
             video = videos[0][0]
             first = [question for where, question in videos if where == video][:2]
             before = len(server.said())
@@ -318,17 +363,22 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
     for name, where, text, fields in (
         ("wrong field", video, question, good | {"retension": 0.1}),
         ("wrong retention", video, question, good | {"retention": 3}),
-        ("too long", fresh, "what " * 10_000, good), ("unreadable video", broken, question, good),
+        ("too long", fresh, "what " * 10_000, good),
+        ("unreadable video", broken, question, good),
         # Fits but for the video's tokens: refused when vLLM has the video in its cache, and its engine has not.
         ("too long with the video", fresh, "what " * (limit - 50), good | {"retention": 1.0}),
         ("placeholder in the text", video, f"what is {mark} ?", good),
-        *([] if method != "cacovid" else [
-            ("no question", video, question, {}),
-            ("question without a word", video, question, {"question": "<|im_end|> what"}),
-            ("long question", video, question, {"question": "what " * 10_000}),
-            ("placeholder in the question", video, question, {"question": f"what is {mark} ?"}),
-        ]),
-    ):  # fmt: skip
+        *(
+            []
+            if method != "cacovid"
+            else [
+                ("no question", video, question, {}),
+                ("question without a word", video, question, {"question": "<|im_end|> what"}),
+                ("long question", video, question, {"question": "what " * 10_000}),
+                ("placeholder in the question", video, question, {"question": f"what is {mark} ?"}),
+            ]
+        ),
+    ):
         try:
             server.ask(where, text, **fields)
             found[name] = "answered"
@@ -422,11 +472,14 @@ def failing(where: str, folder: Path) -> dict[str, Any]:
         with serving(where, folder, "--method", "fragile", *options, plugins=plugins) as server:
             row = found[on_error] = {}
             for name, video, more in (
-                ("ordinary", ordinary, {}), ("marked", marked, {}), ("marked, from the caches", marked, {}),
+                ("ordinary", ordinary, {}),
+                ("marked", marked, {}),
+                ("marked, from the caches", marked, {}),
                 ("marked, streamed", marked, {"stream": True}),
                 ("marked, two answers", marked, {"n": 2, "temperature": 1}),
-                ("ordinary and another marked one", [ordinary, second], {}), ("ordinary again", ordinary, {}),
-            ):  # fmt: skip
+                ("ordinary and another marked one", [ordinary, second], {}),
+                ("ordinary again", ordinary, {}),
+            ):
                 got = asked(server, video, **more)
                 row[name] = {"got": got, "counted": server.metric("vidsieve_selection_errors_total")}
             with ThreadPoolExecutor(4) as pool:  # in one batch
@@ -450,10 +503,17 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
     model, processor = load_model("testbed")
     config = model.config
     # The testbed's eyes, an LLM that takes time, and frames enough for two thousand tokens and more.
-    config.text_config.update({
-        "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": layers, "num_attention_heads": 8,
-        "num_key_value_heads": 8, "layer_types": ["full_attention"] * layers, "max_position_embeddings": 8192,
-    })  # fmt: skip
+    config.text_config.update(
+        {
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "layer_types": ["full_attention"] * layers,
+            "max_position_embeddings": 8192,
+        }
+    )
     torch.manual_seed(0)
     where = folder / "load"
     LlavaOnevisionForConditionalGeneration(config).save_pretrained(where)
@@ -468,9 +528,15 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
     for name, options in (("all tokens", ()), ("10 %", ("--method", "divprune", "--retention", "0.1"))):
         # The cache of pixels, four gigabytes by default, would grow all through the run.
         more = (
-            "--mm-processor-cache-gb", "0.3", "--max-num-batched-tokens", "4096", "--max-model-len", "4096",
-            "--media-io-kwargs", json.dumps({"video": {"num_frames": 64, "video_backend": "opencv"}}),
-        )  # fmt: skip
+            "--mm-processor-cache-gb",
+            "0.3",
+            "--max-num-batched-tokens",
+            "4096",
+            "--max-model-len",
+            "4096",
+            "--media-io-kwargs",
+            json.dumps({"video": {"num_frames": 64, "video_backend": "opencv"}}),
+        )
         with serving(str(where), folder, *options, *more) as server:
             server.ask(clips[0], "what colour is the new seal ?")
             grown: list[float] = []
@@ -492,11 +558,14 @@ def load(folder: Path, requests: int, concurrency: int, layers: int) -> dict[str
             wall = time.perf_counter() - start
             times = sorted(seconds for seconds, _ in spent)
             rows[name] = {
-                "requests": len(spent), "errors": sum(t is None for _, t in spent),
+                "requests": len(spent),
+                "errors": sum(t is None for _, t in spent),
                 "prompt_tokens": statistics.median(t for _, t in spent if t is not None),
-                "requests_per_second": len(spent) / wall, "p50_s": times[len(times) // 2],
-                "p95_s": times[int(0.95 * len(times))], "megabytes": grown,
-            }  # fmt: skip
+                "requests_per_second": len(spent) / wall,
+                "p50_s": times[len(times) // 2],
+                "p95_s": times[int(0.95 * len(times))],
+                "megabytes": grown,
+            }
             print(name, json.dumps(rows[name]))
     ratio = rows["10 %"]["requests_per_second"] / rows["all tokens"]["requests_per_second"]
     return {"concurrency": concurrency, "rows": rows, "throughput_ratio": ratio}
@@ -513,9 +582,14 @@ def main() -> None:
     import transformers
     import vllm
 
-    result: dict[str, Any] = {"tokens_a_step": CHUNK, "versions": {
-        "vllm": vllm.__version__, "torch": torch.__version__, "transformers": transformers.__version__,
-    }}  # fmt: skip
+    result: dict[str, Any] = {
+        "tokens_a_step": CHUNK,
+        "versions": {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
     if options.json and options.json.exists():
         result = json.loads(options.json.read_text()) | result
     with tempfile.TemporaryDirectory() as name:

@@ -31,5 +31,5 @@ each train cacovid "$OUT/run" --data "$OUT/filtered.jsonl" --model "$MODEL" "${T
 if [ -n "$TESTBED" ]; then
   run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25 --questions 24 --threads 1 --out "$OUT/eval"
 else
-  run $VIDSIEVE reproduce cacovid:table1 --data "$DATA" --policy "llava-onevision:cacovid=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
+  run $WORKBENCH reproduce cacovid:table1 --data "$DATA" --policy "llava-onevision:cacovid=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
 fi

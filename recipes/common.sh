@@ -3,7 +3,10 @@ set -euo pipefail
 
 VIDSIEVE=${VIDSIEVE:-vidsieve}
 TORCHRUN=${TORCHRUN:-torchrun}
-GPUS=8 DATA="" OUT="" TEACHER="" TEACHER_MODEL="Qwen/Qwen3-VL-235B-A22B-Instruct" TESTBED="" PRINT=""
+# The papers' tables are made by the workbench of this checkout.
+export PYTHONPATH="$(cd "$(dirname "$0")/.." && pwd)${PYTHONPATH:+:$PYTHONPATH}"
+WORKBENCH=${WORKBENCH:-python -m workbench}
+GPUS="" DATA="" OUT="" TEACHER="" TEACHER_MODEL="Qwen/Qwen3-VL-235B-A22B-Instruct" TESTBED="" PRINT=""
 
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
@@ -11,7 +14,7 @@ usage() {
 Options:
   --data DIR           the published sets (recipes/README.md says what lies where)
   --out DIR            where everything goes; the same command goes on there
-  --gpus N             processes, one a GPU (8)
+  --gpus N             processes, one a GPU (8; 2 with --testbed)
   --teacher URL        OpenAI-compatible server that re-writes captions (score.sh); without it they stay as published
   --teacher-model NAME its model (Qwen/Qwen3-VL-235B-A22B-Instruct)
   --testbed            the whole recipe in small, on files of the testbed in the published layouts: no download, minutes
@@ -36,7 +39,7 @@ done
 [ -n "$OUT" ] || { echo "--out is needed; see $0 --help" >&2; exit 2; }
 [ -n "$DATA" ] || [ -n "$TESTBED" ] || { echo "--data is needed, or --testbed; see $0 --help" >&2; exit 2; }
 [ -n "$DATA" ] || DATA=$OUT/data
-[ -z "$TESTBED" ] || GPUS=2
+[ -n "$GPUS" ] || GPUS=$([ -n "$TESTBED" ] && echo 2 || echo 8)
 
 # Print a command, and run it.
 run() {

@@ -51,7 +51,7 @@ each train score "$OUT/run" --data "$REAL" --pseudo "$PSEUDO" --model "$MODEL" "
 
 # 5. Evaluation.
 if [ -n "$TESTBED" ]; then
-  run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.4,0.25,0.1 --questions 48 --threads 1 --out "$OUT/eval"
+  run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25,0.1 --questions 24 --threads 1 --out "$OUT/eval"
 else
-  run $VIDSIEVE reproduce score:table1 --data "$DATA" --policy "qwen2.5-vl:score=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
+  run $WORKBENCH reproduce score:table1 --data "$DATA" --policy "qwen2.5-vl:score=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
 fi

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:  # one thread for each, and for the programs they start
@@ -21,7 +22,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(scope="session")
 def testbed():
     """The shipped tiny model and its processor."""
-    from vidsieve.pipeline import load_model
+    from vidsieve.loading import load_model
 
     return load_model("testbed")
 
@@ -36,21 +37,26 @@ def ctrl_c():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a command in this process; return what it printed to stdout and stderr, blanks made one."""
-    from vidsieve import faults
+    """Run a command in this process; return what it printed to stdout and stderr, blanks made one.
+
+    `run("workbench", …)` is `python -m workbench …`.
+    """
     from vidsieve.cli.main import main
+    from vidsieve.io import faults
+    from workbench import __main__ as workbench
 
     def run(*arguments, code=0, cwd=None):
         threads = torch.get_num_threads()
         with monkeypatch.context() as patch:
-            patch.setattr("sys.argv", ["vidsieve", *map(str, arguments)])
+            own = arguments[:1] == ("workbench",)
+            patch.setattr("sys.argv", [*([] if own else ["vidsieve"]), *map(str, arguments)])
             patch.setattr(faults, "seen", False)
             patch.setattr(faults, "debug", False)
             if cwd is not None:
                 patch.chdir(cwd)
             ended = 0
             try:
-                main()
+                main(*([workbench.app] if own else []))
             except SystemExit as end:
                 ended = end.code or 0
         torch.set_num_threads(threads)
@@ -65,6 +71,19 @@ def run(monkeypatch, capsys):
 def cli(run):
     """Run a command in this process and return all that it printed; `fails`: it ends with an error."""
     return lambda *arguments, fails=False: " ".join(run(*arguments, code=2 if fails else 0)).strip()
+
+
+@pytest.fixture
+def topv(monkeypatch):
+    """TopV, of the workbench, among the methods."""
+    from vidsieve import registry
+
+    registry.compressors.names()
+    monkeypatch.setitem(registry.compressors._table, "topv", "workbench.topv:TopV")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--oracles", type=Path, metavar="DIR", help="recorded cases to compare with, of tests/oracles")
 
 
 def pytest_collection_modifyitems(items):

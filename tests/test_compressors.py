@@ -17,9 +17,10 @@ from vidsieve.testing.checks import WIDTH, example
 from vidsieve.types import Stage, TokenGrid, Tokens, VideoTokens
 
 METHODS = [
-    name for name, method in ((name, registry.compressors.get(name)) for name in registry.compressors)
+    name
+    for name, method in ((name, registry.compressors.get(name)) for name in registry.compressors)
     if method.stage is not Stage.LAYER or hasattr(method, "inner")
-]  # fmt: skip
+]
 FLOORS = {"dycoke": lambda grid: -(-grid.frames // 4), "evs": lambda grid: 1, "framefusion": lambda grid: 1}
 """Frames that a method keeps whole, whatever the retention."""
 grids = st.builds(TokenGrid, st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))

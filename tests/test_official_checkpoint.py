@@ -32,9 +32,14 @@ from vidsieve.types import Prompt, TokenGrid, VideoTokens
 GRID = TokenGrid(4, 3, 3)
 HEADS, KV_HEADS, INNER, THETA, EPS = 4, 2, 48, 1e6, 1e-5
 TEXT = {
-    "model_type": "qwen2", "hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS,
-    "num_key_value_heads": KV_HEADS, "rope_theta": THETA, "rms_norm_eps": EPS,
-}  # fmt: skip
+    "model_type": "qwen2",
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "rope_theta": THETA,
+    "rms_norm_eps": EPS,
+}
 SHAPE = BlockShape(WIDTH, HEADS, KV_HEADS, WIDTH // HEADS, INNER, EPS, THETA)
 RELEASE = "compression_policy."
 ORACLE = Path(__file__).parent / "oracles" / "cacovid.npz"
@@ -53,8 +58,9 @@ def made_up(shape: BlockShape = SHAPE) -> dict[str, torch.Tensor]:
 def rest_of_the_model() -> dict[str, torch.Tensor]:
     return {
         "language_model.model.layers.0.self_attn.q_proj.weight": torch.randn(WIDTH, WIDTH),
-        "language_model.lm_head.weight": torch.randn(100, WIDTH), "image_newline": torch.randn(WIDTH),
-    }  # fmt: skip
+        "language_model.lm_head.weight": torch.randn(100, WIDTH),
+        "image_newline": torch.randn(WIDTH),
+    }
 
 
 def write(folder, weights, *, prefix=RELEASE, text=TEXT, others=True, name="model.safetensors"):
@@ -130,10 +136,13 @@ def test_names_and_shapes_of_the_7b_model_are_those_of_our_policy():
     ours = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
     assert {name: sizes for name, sizes in official.items() if not name.startswith("mode_selection")} == ours
     for name, sizes in {
-        "layers.0.self_attn.q_proj.weight": (3584, 3584), "layers.0.self_attn.k_proj.bias": (512,),
-        "layers.0.mlp.down_proj.weight": (3584, 18944), "token_compress.0.weight": (1792, 3584),
-        "frame_compress.8.weight": (2, 224), "mode_selection.8.bias": (3,),
-    }.items():  # fmt: skip
+        "layers.0.self_attn.q_proj.weight": (3584, 3584),
+        "layers.0.self_attn.k_proj.bias": (512,),
+        "layers.0.mlp.down_proj.weight": (3584, 18944),
+        "token_compress.0.weight": (1792, 3584),
+        "frame_compress.8.weight": (2, 224),
+        "mode_selection.8.bias": (3,),
+    }.items():
         assert official[name] == sizes
     layer = sum(math.prod(sizes) for name, sizes in official.items() if name.startswith("layers"))
     assert layer == 233_057_792, "as many parameters as a layer of Qwen2-7B"
@@ -148,9 +157,12 @@ def test_the_recorded_official_network(tmp_path):
     expected = official_shapes(BlockShape(hidden, heads, kv_heads, hidden // heads, inner))
     assert expected == {name: tuple(value.shape) for name, value in weights.items()}
     text = {
-        "hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "rope_theta": float(oracle["policy/rope_theta"]), "rms_norm_eps": float(oracle["policy/rms_eps"]),
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "rope_theta": float(oracle["policy/rope_theta"]),
+        "rms_norm_eps": float(oracle["policy/rms_eps"]),
+    }
     policy = read_official(write(tmp_path, weights, text=text))
     for case in ("p0", "p1"):
         embeds, mask = (torch.from_numpy(oracle[f"policy/{case}/{key}"]) for key in ("inputs_embeds", "video_mask"))
@@ -247,8 +259,9 @@ def test_names_are_mapped_without_the_unused_head():
     names = ["a.layernorm.weight", "a.mode_selection.0.bias", "a.token_compress.0.weight", "b.layernorm.weight"]
     assert policy_prefix(names) == "a."
     assert policy_names(names, "a.") == {
-        "a.layernorm.weight": "layernorm.weight", "a.token_compress.0.weight": "token_compress.0.weight"
-    }  # fmt: skip
+        "a.layernorm.weight": "layernorm.weight",
+        "a.token_compress.0.weight": "token_compress.0.weight",
+    }
     assert policy_prefix(["token_compress.0.weight"]) == ""
     with pytest.raises(PolicyError, match=r"holds no CaCoVID policy: no name ends with token_compress\.0\.weight"):
         policy_prefix(["my_token_compress.0.weight", "language_model.lm_head.weight"])
@@ -278,17 +291,20 @@ def test_configurations_of_both_transformers_generations(tmp_path):
         assert (shape["rms_norm_eps"], shape["rope_theta"]) == wanted
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (NEW, "rope_theta is missing in text_config"),
-    (TEXT | {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
-    (TEXT | {"num_key_value_heads": 2.5}, r"num_key_value_heads is 2\.5 .*whole number"),
-    (TEXT | {"num_key_value_heads": 3}, "4 query heads cannot share 3 key heads"),
-    (TEXT | {"num_key_value_heads": 1}, r"layers\.0\.self_attn\.k_proj\.weight is \(16, 32\), not \(8, 32\)"),
-    (TEXT | {"hidden_size": 64}, "is of width 64, the policy of 32"),
-    (TEXT | {"rope_scaling": {"type": "yarn"}}, "rotary positions of type 'yarn'"),
-    (TEXT | {"rope_scaling": "linear"}, "rotary positions of type 'linear'"),
-    (["qwen2"], "is no JSON object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (NEW, "rope_theta is missing in text_config"),
+        (TEXT | {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
+        (TEXT | {"num_key_value_heads": 2.5}, r"num_key_value_heads is 2\.5 .*whole number"),
+        (TEXT | {"num_key_value_heads": 3}, "4 query heads cannot share 3 key heads"),
+        (TEXT | {"num_key_value_heads": 1}, r"layers\.0\.self_attn\.k_proj\.weight is \(16, 32\), not \(8, 32\)"),
+        (TEXT | {"hidden_size": 64}, "is of width 64, the policy of 32"),
+        (TEXT | {"rope_scaling": {"type": "yarn"}}, "rotary positions of type 'yarn'"),
+        (TEXT | {"rope_scaling": "linear"}, "rotary positions of type 'linear'"),
+        (["qwen2"], "is no JSON object"),
+    ],
+)
 def test_configurations_that_do_not_fit(tmp_path, text, message):
     with pytest.raises(PolicyError, match=message):
         read_official(write(tmp_path, made_up(), text=text))

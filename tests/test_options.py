@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidsieve.data.rows import ask, relettered, wrong_in
 from vidsieve.errors import TrainingError
 from vidsieve.options import Options, OptionsError, chosen, said_letter
-from vidsieve.rl.answers import judge
+from vidsieve.training.answers import judge
+from vidsieve.training.data.rows import ask, relettered, wrong_in
 
 ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
 
@@ -21,16 +21,32 @@ ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
 @pytest.mark.parametrize(
     ("options", "answer", "number"),
     [
-        (ANIMALS, "D", 3), (ANIMALS, "Dog", 0), (ANIMALS, "d", 3), (ANIMALS, "B.", 1), (ANIMALS, "(C)", 2),
-        (ANIMALS, "C. Bird", 2), (ANIMALS, " c. bird ", None), (ANIMALS, "C. bird", 2), (ANIMALS, "Fox", None),
-        (ANIMALS, "E", None), (ANIMALS, "", None), (ANIMALS, "A. Cat", None),
-        (["A. Red", "B. Apple"], "Apple", 1), (["(A) Dog", "(B) Cat"], "(A) Dog", 0), (["A: Dog", "C: Cat"], "C", 1),
-        (["A. B", "B. A"], "B", 1), (["A. C", "B. D", "C. A", "D. B"], "A", 0),  # beside letters a letter is a letter
-        (["red", "blue"], "Blue", 1), (["red", "blue"], "b", None), (["A", "B", "C"], "C", 2),
-        (["J. Smith", "J. Jones", "A. Brown", "M. Lee"], "J. Jones", 1), (["T. rex", "T. bataar"], "T. bataar", 1),
-        (["J. Smith", "M. Lee"], "J", None), (["A. red", "A. blue", "C. green"], "A. blue", 1),
+        (ANIMALS, "D", 3),
+        (ANIMALS, "Dog", 0),
+        (ANIMALS, "d", 3),
+        (ANIMALS, "B.", 1),
+        (ANIMALS, "(C)", 2),
+        (ANIMALS, "C. Bird", 2),
+        (ANIMALS, " c. bird ", None),
+        (ANIMALS, "C. bird", 2),
+        (ANIMALS, "Fox", None),
+        (ANIMALS, "E", None),
+        (ANIMALS, "", None),
+        (ANIMALS, "A. Cat", None),
+        (["A. Red", "B. Apple"], "Apple", 1),
+        (["(A) Dog", "(B) Cat"], "(A) Dog", 0),
+        (["A: Dog", "C: Cat"], "C", 1),
+        (["A. B", "B. A"], "B", 1),
+        (["A. C", "B. D", "C. A", "D. B"], "A", 0),  # beside letters a letter is a letter
+        (["red", "blue"], "Blue", 1),
+        (["red", "blue"], "b", None),
+        (["A", "B", "C"], "C", 2),
+        (["J. Smith", "J. Jones", "A. Brown", "M. Lee"], "J. Jones", 1),
+        (["T. rex", "T. bataar"], "T. bataar", 1),
+        (["J. Smith", "M. Lee"], "J", None),
+        (["A. red", "A. blue", "C. green"], "A. blue", 1),
     ],
-)  # fmt: skip
+)
 def test_an_answer_is_a_letter_an_option_or_its_text(options, answer, number):
     if number is None:
         with pytest.raises(OptionsError, match="is none of its options"):
@@ -39,10 +55,16 @@ def test_an_answer_is_a_letter_an_option_or_its_text(options, answer, number):
         assert Options.parse(options).index(answer) == number
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["red", "RED"], "options 1 and 2 are the same"), (["A. dog", "B. cat", "C. Dog"], "options 1 and 3 are the same"),
-    (["red", " "], "option 2 is empty"), (["red"], "two or more"), ([str(n) for n in range(27)], "at most 26"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["red", "RED"], "options 1 and 2 are the same"),
+        (["A. dog", "B. cat", "C. Dog"], "options 1 and 3 are the same"),
+        (["red", " "], "option 2 is empty"),
+        (["red"], "two or more"),
+        ([str(n) for n in range(27)], "at most 26"),
+    ],
+)
 def test_options_that_no_answer_can_tell_apart_are_refused(options, message):
     with pytest.raises(OptionsError, match=message):
         Options.parse(options)
@@ -64,11 +86,16 @@ class Tokenizer:
         return {"input_ids": [hash(word) % 10**6 + 300 for word in text.split()]}
 
 
-@pytest.mark.parametrize(("options", "answer", "letters", "right", "truth", "listed"), [
-    (ANIMALS, "Cat", True, 1, "B", True), (ANIMALS, "Cat", False, 1, "Cat", False),
-    (["red", "blue"], "blue", True, 1, "blue", False), (["J. Smith", "J. Jones"], "J. Jones", True, 1, "B", True),
-    (["a red cup", "a blue hat"], "a red cup", True, 0, "A", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "answer", "letters", "right", "truth", "listed"),
+    [
+        (ANIMALS, "Cat", True, 1, "B", True),
+        (ANIMALS, "Cat", False, 1, "Cat", False),
+        (["red", "blue"], "blue", True, 1, "blue", False),
+        (["J. Smith", "J. Jones"], "J. Jones", True, 1, "B", True),
+        (["a red cup", "a blue hat"], "a red cup", True, 0, "A", True),
+    ],
+)
 def test_options_are_asked_by_tokens_that_tell_them_apart(options, answer, letters, right, truth, listed):
     row = {"video": "a.mp4", "question": "which ?", "options": options, "answer": answer}
     asked = ask(row, Tokenizer(letters))
@@ -104,27 +131,83 @@ def test_shuffled_options_keep_the_right_one(order):
 
 # Said, and the letter that everybody reads in it ("": none).
 MEANT = {
-    "B": "B", "b": "B", "(B)": "B", "(C)": "C", "b.": "B", "B)": "B", "**B**": "B", '"B"': "B", "B。": "B", "“D”": "D",
-    "B. a blue hat": "B", " B. a red cup.": "B", "C: Nobody": "C", "(b) a dog": "B", "C) a green leaf": "C",
-    "B\nbecause it is red": "B", "A\n\nExplanation: B is wrong": "A", "C, because A is wrong": "C", "D - nothing": "D",
-    "<answer>C</answer>": "C", "<think>A.</think><answer>D": "D", "The final answer is \\boxed{B}": "B",
-    "The answer is B.": "B", "The answer is B because it is red": "B", "The answer is option B": "B",
-    "The answer is B. Option A is wrong because the cup is not red.": "B", "The answer is B, not option A.": "B",
-    "The answer is B. Note that A shows up": "B", "Choice: B\nExplanation: choice A shows a cup.": "B",
-    "The answer is A, no: the answer is B": "B", "The correct option is (C).": "C", "Best option: (B) a red cup": "B",
-    "The correct answer is: **C**": "C", "Answer: D": "D", "Answer\n\nB": "B", "answer: b": "B", "ANSWER: B": "B",
-    "Answer: (D) nothing": "D", "Final answer: C": "C", "So the answer is A.": "A", "答案是B": "B",
+    "B": "B",
+    "b": "B",
+    "(B)": "B",
+    "(C)": "C",
+    "b.": "B",
+    "B)": "B",
+    "**B**": "B",
+    '"B"': "B",
+    "B。": "B",
+    "“D”": "D",
+    "B. a blue hat": "B",
+    " B. a red cup.": "B",
+    "C: Nobody": "C",
+    "(b) a dog": "B",
+    "C) a green leaf": "C",
+    "B\nbecause it is red": "B",
+    "A\n\nExplanation: B is wrong": "A",
+    "C, because A is wrong": "C",
+    "D - nothing": "D",
+    "<answer>C</answer>": "C",
+    "<think>A.</think><answer>D": "D",
+    "The final answer is \\boxed{B}": "B",
+    "The answer is B.": "B",
+    "The answer is B because it is red": "B",
+    "The answer is option B": "B",
+    "The answer is B. Option A is wrong because the cup is not red.": "B",
+    "The answer is B, not option A.": "B",
+    "The answer is B. Note that A shows up": "B",
+    "Choice: B\nExplanation: choice A shows a cup.": "B",
+    "The answer is A, no: the answer is B": "B",
+    "The correct option is (C).": "C",
+    "Best option: (B) a red cup": "B",
+    "The correct answer is: **C**": "C",
+    "Answer: D": "D",
+    "Answer\n\nB": "B",
+    "answer: b": "B",
+    "ANSWER: B": "B",
+    "Answer: (D) nothing": "D",
+    "Final answer: C": "C",
+    "So the answer is A.": "A",
+    "答案是B": "B",
     "B is the answer": "B",
-    "Option B is correct, option A is wrong": "B", "Option A is incorrect; the answer is C.": "C",
-    "It is not A. The answer is B.": "B", "Option A": "A", "C. it is B": "C", "A: a red cup": "A",
-    "Based on the video, it is a dog.": "", "Dogs and cats": "", "A man walks in": "", "Can not be determined": "",
-    "A man enters the room": "", "A red cup": "", "In the end": "", "I think so": "", "I think it's (C)": "", "": "",
-    "The answer is a dog.": "", "Answer: A man walks": "", "Answer: I don't know": "", "A cat's answer isn't known": "",
-    "A or B": "", "Both A and B": "", "A, B": "", "Neither A nor B": "", "The answer could be A or B": "",
-    "Answer: A, B": "", "Option C or D": "", "Both options A and C are wrong": "", "Not A but B": "",
+    "Option B is correct, option A is wrong": "B",
+    "Option A is incorrect; the answer is C.": "C",
+    "It is not A. The answer is B.": "B",
+    "Option A": "A",
+    "C. it is B": "C",
+    "A: a red cup": "A",
+    "Based on the video, it is a dog.": "",
+    "Dogs and cats": "",
+    "A man walks in": "",
+    "Can not be determined": "",
+    "A man enters the room": "",
+    "A red cup": "",
+    "In the end": "",
+    "I think so": "",
+    "I think it's (C)": "",
+    "": "",
+    "The answer is a dog.": "",
+    "Answer: A man walks": "",
+    "Answer: I don't know": "",
+    "A cat's answer isn't known": "",
+    "A or B": "",
+    "Both A and B": "",
+    "A, B": "",
+    "Neither A nor B": "",
+    "The answer could be A or B": "",
+    "Answer: A, B": "",
+    "Option C or D": "",
+    "Both options A and C are wrong": "",
+    "Not A but B": "",
     "A. So the answer is B.": "",
-    "The answer is not A": "", "The answer isn't B": "", "(A) is wrong. (B)": "", "the man is in A. He": "",
-}  # fmt: skip
+    "The answer is not A": "",
+    "The answer isn't B": "",
+    "(A) is wrong. (B)": "",
+    "the man is in A. He": "",
+}
 
 
 @pytest.mark.parametrize(("said", "letter"), MEANT.items())
@@ -147,10 +230,19 @@ def test_sentences_of_words_say_no_letter_and_a_declared_one_is_read_whatever_st
         assert said_letter(f"{sentence}. So the answer is {letter}.") == letter
 
 
-@pytest.mark.parametrize(("said", "letter"), [
-    ("a red cup", "B"), ("nobody.", "C"), ("B a red cup", "B"), ("A man", "A"), ("A man enters the room", ""),
-    ("E", ""), ("The answer is E", ""), ("<answer>Nobody</answer>", "C"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("a red cup", "B"),
+        ("nobody.", "C"),
+        ("B a red cup", "B"),
+        ("A man", "A"),
+        ("A man enters the room", ""),
+        ("E", ""),
+        ("The answer is E", ""),
+        ("<answer>Nobody</answer>", "C"),
+    ],
+)
 def test_an_option_s_own_text_counts_too(said, letter):
     assert chosen(said, ("A man", "a red cup.", "Nobody", "The answer"), "ABCD") == letter
 

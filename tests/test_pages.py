@@ -15,8 +15,8 @@ import typer
 import vidsieve
 from vidsieve import registry
 from vidsieve.cli.main import app, method_rows
-from vidsieve.eval.methods import check_known
-from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.evaluation.methods import check_known
+from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
@@ -82,10 +82,10 @@ def test_a_trainer_s_page_has_its_variants_and_metrics(config):
     wanted = {key: [str((defaults | changed[v])[key]) for v in variants] for key in set().union(*changed.values())}
     assert set(variants) == {variant for name, variant in SETTINGS if name == method}
     assert {key: values for key, *values in rows(text)} == wanted
-    source = "".join(file.read_text("utf-8") for file in (ROOT / "src" / "vidsieve" / "rl").glob("*.py"))
+    source = "".join(file.read_text("utf-8") for file in (ROOT / "src" / "vidsieve" / "training").glob("*.py"))
     metrics = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section(path, "Metrics"), re.MULTILINE)))
     assert metrics and all(f'"{metric}"' in source for metric in metrics)
-    own = (ROOT / "src" / "vidsieve" / "rl" / f"{method}.py").read_text("utf-8")
+    own = (ROOT / "src" / "vidsieve" / "training" / f"{method}.py").read_text("utf-8")
     logged = set(re.findall(r'"(\w+)": ', own)) | set(re.findall(r'(?:figures|metrics)\["(\w+)"\]', own))
     assert logged - {"packing", "params", "lr", "tokens", "frames"} <= set(metrics)
 

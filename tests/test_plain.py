@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vidsieve.testing.oracles import groups, noise_pieces, same_indices, with_newlines
+from replays import groups, noise_pieces, same_indices, with_newlines
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -61,9 +61,12 @@ def test_visionzip():
     for case in recorded.cases(2, "cls_attn_rows"):
         dominant, contextual = (int(recorded.of(case, key)) for key in ("dominant_excl_cls", "contextual"))
         best, made = plain.visionzip.select(
-            recorded.of(case, "cls_attn_rows"), recorded.of(case, "metric"), recorded.of(case, "hidden"), dominant,
+            recorded.of(case, "cls_attn_rows"),
+            recorded.of(case, "metric"),
+            recorded.of(case, "hidden"),
+            dominant,
             contextual,
-        )  # fmt: skip
+        )
         assert torch.equal(best.sort(1).values, recorded.of(case, "all_indices").sort(1).values)
         assert close(made, recorded.of(case, "output"))
 
@@ -84,11 +87,14 @@ def test_sparsevlm():
     recorded = Recorded("sparsevlm")
     for case in recorded.cases(2, "attn_rows_raters"):
         rows, (start, length) = recorded.of(case, "attn_rows_raters"), recorded.of(case, "pre_img").tolist()
-        scores, kept = plain.sparsevlm.select(rows, start, length, torch.arange(rows.shape[1]),
-                                              int(recorded.of(case, "budget")))  # fmt: skip
+        scores, kept = plain.sparsevlm.select(
+            rows, start, length, torch.arange(rows.shape[1]), int(recorded.of(case, "budget"))
+        )
         assert close(scores, recorded.of(case, "score")) and torch.equal(kept, recorded.of(case, "kept").long())
-    close_ones = [close(plain.sparsevlm.clusters(recorded.of(case, "x"), int(recorded.of(case, "K"))),
-                        recorded.of(case, "out")) for case in recorded.cases(2, "K")]  # fmt: skip
+    close_ones = [
+        close(plain.sparsevlm.clusters(recorded.of(case, "x"), int(recorded.of(case, "K"))), recorded.of(case, "out"))
+        for case in recorded.cases(2, "K")
+    ]
     assert sum(close_ones) >= len(close_ones) - 1  # equal tokens follow rounding
 
 
@@ -140,9 +146,12 @@ def test_fastvid():
             continue
         before, after = recorded.of(case, "text_before"), recorded.of(case, "text_after")
         kept, made = plain.fastvid.select(
-            recorded.of(case, "x"), recorded.of(case, "frame_global"), recorded.of(case, "saliency"),
-            settings["retention_ratio"], iter(noise_pieces(recorded.archive, case)),
-        )  # fmt: skip
+            recorded.of(case, "x"),
+            recorded.of(case, "frame_global"),
+            recorded.of(case, "saliency"),
+            settings["retention_ratio"],
+            iter(noise_pieces(recorded.archive, case)),
+        )
         if f"{case}/newline" in recorded.archive:
             kept, made = with_newlines(kept, made, recorded.of(case, "newline"), int(recorded.of(case, "grid")[1]))
         theirs = recorded.of(case, "keep_idx_seq").long()
@@ -157,10 +166,15 @@ def test_holitom():
     for case in recorded.cases(1, "token_rows"):
         frames, size = recorded.of(case, "x"), recorded.of(case, "x").shape[1]
         kept, made = plain.holitom.select(
-            frames, recorded.of(case, "attn").reshape(frames.shape[:2]), float(recorded.of(case, "ratio")),
-            float(recorded.of(case, "tau")), int(recorded.of(case, "max_window")), int(recorded.of(case, "K")),
-            float(recorded.of(case, "Beta")), iter(noise_pieces(recorded.archive, case)),
-        )  # fmt: skip
+            frames,
+            recorded.of(case, "attn").reshape(frames.shape[:2]),
+            float(recorded.of(case, "ratio")),
+            float(recorded.of(case, "tau")),
+            int(recorded.of(case, "max_window")),
+            int(recorded.of(case, "K")),
+            float(recorded.of(case, "Beta")),
+            iter(noise_pieces(recorded.archive, case)),
+        )
         rows = recorded.of(case, "token_rows").long()
         theirs = rows[:, 2] * size + rows[:, 3]
         assert torch.equal(kept.sort().values, theirs.sort().values)
@@ -189,13 +203,22 @@ def test_prunevid():
     recorded = Recorded("prunevid")
     for case in recorded.cases(1, "features"):
         parts = plain.prunevid.select(
-            recorded.of(case, "x"), float(recorded.of(case, "temporal_segment_ratio")), float(recorded.of(case, "tau")),
-            float(recorded.of(case, "cluster_ratio")), iter(noise_pieces(recorded.archive, case)),
-        )  # fmt: skip
+            recorded.of(case, "x"),
+            float(recorded.of(case, "temporal_segment_ratio")),
+            float(recorded.of(case, "tau")),
+            float(recorded.of(case, "cluster_ratio")),
+            iter(noise_pieces(recorded.archive, case)),
+        )
         assert close(torch.cat(parts), recorded.of(case, "features"))
         attention = recorded.of(case, "text2img_attn")
-        kept = plain.prunevid.inside(attention, 0, attention.shape[-1], torch.arange(attention.shape[1]),
-                                     [len(part) for part in parts], float(recorded.of(case, "alpha")))  # fmt: skip
+        kept = plain.prunevid.inside(
+            attention,
+            0,
+            attention.shape[-1],
+            torch.arange(attention.shape[1]),
+            [len(part) for part in parts],
+            float(recorded.of(case, "alpha")),
+        )
         assert same_indices(kept, recorded.of(case, "llm_keep_idx_unsorted")) == 0
 
 

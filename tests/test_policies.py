@@ -51,11 +51,14 @@ def test_weights_that_are_not_numbers_are_refused(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: ScorePolicy.start(WIDTH, "llava_onevision", hidden=16),
-    lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="paper"),
-    lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="ours"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ScorePolicy.start(WIDTH, "llava_onevision", hidden=16),
+        lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="paper"),
+        lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="ours"),
+    ],
+)
 def test_a_saved_policy_scores_the_same(make, tmp_path):
     policy, video = make().eval(), make_video(GRID)
     policy.save_pretrained(tmp_path)
@@ -103,11 +106,13 @@ def test_corrupt_configurations_are_refused(folder):
     path = folder / "config.json"
     good = json.loads(path.read_text())
     for text, message in [
-        ("{", "not JSON"), ("[1]", "not the configuration"), (json.dumps({"a": 1}), "not the configuration"),
+        ("{", "not JSON"),
+        ("[1]", "not the configuration"),
+        (json.dumps({"a": 1}), "not the configuration"),
         (json.dumps({k: v for k, v in good.items() if k != "family"}), "lacks family"),
         (json.dumps(good | {"hidden_size": 16}), "do not fit"),
         (json.dumps(good | {"network": {"hidden": 99}}), "do not fit"),
-    ]:  # fmt: skip
+    ]:
         path.write_text(text)
         with pytest.raises(PolicyError, match=message):
             load("score", folder)

@@ -15,10 +15,12 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 def recipe(name, *arguments, code=0, **changed):
     settings = os.environ | {
-        "VIDSIEVE": f"{sys.executable} -m vidsieve", "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
+        "VIDSIEVE": f"{sys.executable} -m vidsieve",
+        "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(RECIPES.parent / "src"), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1", **changed,
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        **changed,
+    }
     done = subprocess.run(
         ["bash", str(RECIPES / name), *map(str, arguments)], env=settings, capture_output=True, text=True, timeout=600
     )
@@ -59,7 +61,9 @@ def test_cacovid_from_the_file_to_the_table(tmp_path):
 
 @pytest.mark.slow
 def test_score_through_both_stages_and_a_teacher(tmp_path, teacher):
-    said = recipe("score.sh", "--testbed", "--out", tmp_path, "--teacher", teacher, "--teacher-model", "tiny")
+    said = recipe(
+        "score.sh", "--testbed", "--gpus", 1, "--out", tmp_path, "--teacher", teacher, "--teacher-model", "tiny"
+    )
     real = [json.loads(line) for line in (tmp_path / "real-annotated.jsonl").read_text().splitlines()]
     assert len(real) + said.count("aside") >= 29 and all(row["caption"] != row["original_caption"] for row in real)
     pseudo = [json.loads(line) for line in (tmp_path / "pseudo-annotated.jsonl").read_text().splitlines()]

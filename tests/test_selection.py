@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vidsieve.errors import BudgetError, RetentionError, SelectionError
+from vidsieve.retention import check_retention
 from vidsieve.selection import (
     allocate_frames,
-    check_retention,
     even_counts,
     evenly_spaced,
     indices_to_mask,
@@ -127,9 +127,11 @@ def test_shapes_are_checked_at_the_boundary():
     grid, positions = TokenGrid(2, 2, 2), torch.arange(8)[None]
     VideoTokens(torch.zeros(8, 4), grid, positions)
     for embeds, where in [
-        (torch.zeros(7, 4), positions), (torch.zeros(8, 4, dtype=torch.int64), positions),
-        (torch.zeros(8, 4), positions[:, :7]), (torch.zeros(8, 4), positions.int()),
-    ]:  # fmt: skip
+        (torch.zeros(7, 4), positions),
+        (torch.zeros(8, 4, dtype=torch.int64), positions),
+        (torch.zeros(8, 4), positions[:, :7]),
+        (torch.zeros(8, 4), positions.int()),
+    ]:
         with pytest.raises(SelectionError):
             VideoTokens(embeds, grid, where)
     with pytest.raises(SelectionError):

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from vidsieve.data.video import Video, read_video, write_video
+from vidsieve.answering import chat, timed
 from vidsieve.errors import PromptError
-from vidsieve.eval.blueprints import random_model
-from vidsieve.pipeline import chat, timed
+from vidsieve.evaluation.blueprints import random_model
 from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.video.reading import Video, read_video, write_video
 
-ASKED = [{"frames": 8}, {"frames": 7}, {"frames": 1}, {"fps": 1}, {"fps": 1, "max_frames": 6},
-         {"times": [0.0, 0.5, 9.5, 10.0, 28.5, 29.0]}]  # fmt: skip
+ASKED = [
+    {"frames": 8},
+    {"frames": 7},
+    {"frames": 1},
+    {"fps": 1},
+    {"fps": 1, "max_frames": 6},
+    {"times": [0.0, 0.5, 9.5, 10.0, 28.5, 29.0]},
+]
 
 
 @pytest.fixture(scope="module")

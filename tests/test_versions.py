@@ -9,13 +9,13 @@ import tomllib
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vidsieve import versions
+from vidsieve.io import versions
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -104,13 +104,14 @@ def open_cluster():
 
 
 def register_models():
-    from vidsieve.serving.vllm_plugin import register
+    from vidsieve.serving.vllm import plugin
 
-    register()
+    with patch.object(plugin, "_watch_failures"):
+        plugin.register()
 
 
 def name_model():
-    from vidsieve.eval.lmms import manifest
+    from vidsieve.evaluation.lmms import manifest
 
     manifest()
 
@@ -124,6 +125,6 @@ def test_what_uses_a_dependency_warns_of_an_untested_one(name, work, monkeypatch
     monkeypatch.setitem(versions.TESTED, name, ("0.1", "0.1"))
     for module in ("gradio", "ray", "ray.data", "vllm", "lmms_eval.models.registry_v2"):
         monkeypatch.setitem(sys.modules, module, MagicMock(__version__="0.99.0"))
-    monkeypatch.setattr("vidsieve.eval.lmms.installed", lambda name: "0.99.0")
+    monkeypatch.setattr("vidsieve.evaluation.lmms.installed", lambda name: "0.99.0")
     with pytest.warns(UserWarning, match=rf"{name} \S+ is untested .* passed with 0\.1"):
         work()

@@ -30,9 +30,15 @@ def windows(same: Tensor, longest: int) -> list[tuple[int, int]]:
 
 
 def select(
-    frames: Tensor, attention: Tensor, ratio: float, threshold: float = 0.8, longest: int = 1024, neighbours: int = 7,
-    weight: float = 0.6, noise: Iterator[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    frames: Tensor,
+    attention: Tensor,
+    ratio: float,
+    threshold: float = 0.8,
+    longest: int = 1024,
+    neighbours: int = 7,
+    weight: float = 0.6,
+    noise: Iterator[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return kept raster indices and tokens, window by window, of frames (T, n, D) and their attention (T, n)."""
     count, size = frames.shape[:2]
     same = F.cosine_similarity(frames[:-1], frames[1:], dim=-1) > threshold

@@ -56,9 +56,12 @@ def clustered(tokens: Tensor, ratio: float, noise: Iterator[Tensor] | None) -> T
 
 
 def select(
-    frames: Tensor, segments: float = 0.25, threshold: float = 0.8, cluster: float = 0.5,
+    frames: Tensor,
+    segments: float = 0.25,
+    threshold: float = 0.8,
+    cluster: float = 0.5,
     noise: Iterator[Tensor] | None = None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """Return the tokens of every part, segment by segment, of frames (T, n, D)."""
     count = int(len(frames) * segments)
     piece = next(noise) if noise is not None else None

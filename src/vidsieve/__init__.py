@@ -9,27 +9,46 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
+from vidsieve._moved import MovedFinder
 from vidsieve._version import __version__
 
 if TYPE_CHECKING:
     from vidsieve.adapters import Adapter, Session, Template, attach, prune
     from vidsieve.compressors.base import Compressor, ScoreCompressor
     from vidsieve.compressors.pipeline import Pipeline
-    from vidsieve.data.video import read_video
     from vidsieve.errors import VidsieveError
     from vidsieve.loading import load
     from vidsieve.registry import compressors, families
     from vidsieve.types import Need, Prompt, Selection, Stage, TokenGrid, Tokens, VideoTokens
+    from vidsieve.video.reading import read_video
+
+sys.meta_path.append(MovedFinder())
 
 _HOME = {
-    "Adapter": "adapters", "Compressor": "compressors.base", "Need": "types", "Pipeline": "compressors.pipeline",
-    "Prompt": "types", "ScoreCompressor": "compressors.base", "Selection": "types", "Session": "adapters",
-    "Stage": "types", "Template": "adapters", "TokenGrid": "types", "Tokens": "types", "VideoTokens": "types",
-    "VidsieveError": "errors", "attach": "adapters", "compressors": "registry", "families": "registry",
-    "load": "loading", "prune": "adapters", "read_video": "data.video",
-}  # fmt: skip
+    "Adapter": "adapters",
+    "Compressor": "compressors.base",
+    "Need": "types",
+    "Pipeline": "compressors.pipeline",
+    "Prompt": "types",
+    "ScoreCompressor": "compressors.base",
+    "Selection": "types",
+    "Session": "adapters",
+    "Stage": "types",
+    "Template": "adapters",
+    "TokenGrid": "types",
+    "Tokens": "types",
+    "VideoTokens": "types",
+    "VidsieveError": "errors",
+    "attach": "adapters",
+    "compressors": "registry",
+    "families": "registry",
+    "load": "loading",
+    "prune": "adapters",
+    "read_video": "video.reading",
+}
 
 __all__ = [
     "Adapter",

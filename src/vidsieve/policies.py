@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vidsieve._version import __version__
 from vidsieve.errors import PolicyError, PolicyMismatchError
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

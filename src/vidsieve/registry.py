@@ -106,7 +106,6 @@ compressors = Registry(
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",
         "sparsevlm": "vidsieve.compressors.sparsevlm:SparseVLM",
-        "topv": "vidsieve.compressors.topv:TopV",
     },
 )
 
@@ -114,12 +113,12 @@ families = Registry(
     "model family",
     "vidsieve.families",
     {
-        "LlavaOnevisionForConditionalGeneration": "vidsieve.adapters.llava_onevision:LlavaOnevisionAdapter",
-        "LlavaOnevisionForConditionalGeneration:grid": "vidsieve.adapters.llava_video:LlavaVideoAdapter",
-        "Qwen2_5_VLForConditionalGeneration": "vidsieve.adapters.qwen2_5_vl:Qwen25VLAdapter",
-        "Qwen3VLForConditionalGeneration": "vidsieve.adapters.qwen3_vl:Qwen3VLAdapter",
-        "InternVLForConditionalGeneration": "vidsieve.adapters.internvl:InternVLAdapter",
-        "SmolVLMForConditionalGeneration": "vidsieve.adapters.smolvlm:SmolVLMAdapter",
+        "LlavaOnevisionForConditionalGeneration": "vidsieve.adapters.families.llava_onevision:LlavaOnevisionAdapter",
+        "LlavaOnevisionForConditionalGeneration:grid": "vidsieve.adapters.families.llava_video:LlavaVideoAdapter",
+        "Qwen2_5_VLForConditionalGeneration": "vidsieve.adapters.families.qwen2_5_vl:Qwen25VLAdapter",
+        "Qwen3VLForConditionalGeneration": "vidsieve.adapters.families.qwen3_vl:Qwen3VLAdapter",
+        "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
+        "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },
 )
 
@@ -127,11 +126,11 @@ benchmarks = Registry(
     "benchmark",
     "vidsieve.benchmarks",
     {
-        "longvideobench": "vidsieve.eval.benchmarks.longvideobench:LONGVIDEOBENCH",
-        "mlvu": "vidsieve.eval.benchmarks.mlvu:MLVU",
-        "mlvu-test": "vidsieve.eval.benchmarks.mlvu:MLVU_TEST",
-        "videomme": "vidsieve.eval.benchmarks.videomme:VIDEOMME",
-        "lvbench": "vidsieve.eval.benchmarks.lvbench:LVBENCH",
-        "questions": "vidsieve.eval.benchmarks.questions:QUESTIONS",
+        "longvideobench": "vidsieve.evaluation.benchmarks.longvideobench:LONGVIDEOBENCH",
+        "mlvu": "vidsieve.evaluation.benchmarks.mlvu:MLVU",
+        "mlvu-test": "vidsieve.evaluation.benchmarks.mlvu:MLVU_TEST",
+        "videomme": "vidsieve.evaluation.benchmarks.videomme:VIDEOMME",
+        "lvbench": "vidsieve.evaluation.benchmarks.lvbench:LVBENCH",
+        "questions": "vidsieve.evaluation.benchmarks.questions:QUESTIONS",
     },
 )

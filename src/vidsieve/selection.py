@@ -9,25 +9,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from vidsieve.errors import BudgetError, RetentionError
-from vidsieve.types import TokenGrid, Tokens
-
-
-def check_retention(retention: object) -> float | Tokens:
-    """Return `retention` if it is `Tokens` or a number in (0, 1].
-
-    Raises
-    ------
-    RetentionError
-        For anything else, NaN, booleans and text included.
-    """
-    if isinstance(retention, Tokens):
-        return retention
-    if isinstance(retention, bool) or not isinstance(retention, int | float) or not 0 < retention <= 1:
-        raise RetentionError(
-            f"retention is the fraction of video tokens kept, a number in (0, 1], or Tokens(count); got {retention!r}"
-        )
-    return float(retention)
+from vidsieve.errors import BudgetError
+from vidsieve.retention import Tokens, check_retention
+from vidsieve.types import TokenGrid
 
 
 def kept_tokens(retention: float | Tokens, num_tokens: int) -> int:

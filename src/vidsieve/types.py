@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.errors import SelectionError
+from vidsieve.retention import Tokens as Tokens
 
 
 class Stage(Enum):
@@ -290,17 +291,3 @@ class Selection:
     def num_kept(self) -> int:
         """K."""
         return int(self.indices.shape[0])
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A budget as a token count instead of a fraction: ``retention=Tokens(512)``."""
-
-    count: int
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:
-            raise SelectionError(f"Tokens(...) needs a whole number ≥ 1, got {self.count!r}")
-
-    def __repr__(self) -> str:
-        return f"Tokens({self.count})"

@@ -13,8 +13,9 @@ from vidsieve.testing.tiny_models import FAMILIES
 
 FREE = [name for name in registry.compressors if not registry.compressors.get(name).trained]
 SHALLOW = {
-    "pyramiddrop": {"layers": (1, 2), "fractions": (0.5, 0.25)}, "topv": {"layer": 2}, "dycoke": {"layer": 1},
-}  # fmt: skip
+    "pyramiddrop": {"layers": (1, 2), "fractions": (0.5, 0.25)},
+    "dycoke": {"layer": 1},
+}
 """Settings for models of three layers."""
 DEEP = "adds visual features after its first 2 layers"
 REFUSED = {

@@ -21,8 +21,9 @@ from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
 
 METHODS = {
-    "fastv": vidsieve.load("fastv", retention=0.5, layer=1), "dycoke": vidsieve.load("dycoke", retention=0.5, layer=1)
-}  # fmt: skip
+    "fastv": vidsieve.load("fastv", retention=0.5, layer=1),
+    "dycoke": vidsieve.load("dycoke", retention=0.5, layer=1),
+}
 inside = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
@@ -81,10 +82,16 @@ def test_a_decoding_method_that_drops_nothing_is_its_outer_part(family):
             talk = torch.cat([first.sequences, torch.tensor([[41, 42]] * 2)], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, prompt:])], 1)
             mask[0, prompt + 2 : prompt + 6] = 0
-            outs.append(model.generate(
-                input_ids=talk, attention_mask=mask, **cache_kwargs(model, output_cache(first)), **GREEDY,
-                return_dict_in_generate=True, output_logits=True,
-            ))  # fmt: skip
+            outs.append(
+                model.generate(
+                    input_ids=talk,
+                    attention_mask=mask,
+                    **cache_kwargs(model, output_cache(first)),
+                    **GREEDY,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            )
     gap = torch.stack(outs[0].logits) - torch.stack(outs[1].logits)
     assert float(gap.abs().max()) < 1e-4 and torch.equal(outs[0].sequences, outs[1].sequences)
 
@@ -182,9 +189,13 @@ def test_right_padding_with_labels_adds_no_term(least):
 
 
 WRONG_FIELDS = [
-    ("fastv", {"layer": 1.5}), ("fastv", {"layer": True}), ("dycoke", {"layer": "2"}), ("dycoke", {"dropped": "0.8"}),
-    ("dycoke", {"similarity": 2}), ("dycoke", {"inner": "no"}),
-]  # fmt: skip
+    ("fastv", {"layer": 1.5}),
+    ("fastv", {"layer": True}),
+    ("dycoke", {"layer": "2"}),
+    ("dycoke", {"dropped": "0.8"}),
+    ("dycoke", {"similarity": 2}),
+    ("dycoke", {"inner": "no"}),
+]
 
 
 def test_mistakes_are_named():
@@ -289,7 +300,9 @@ def test_flash_attention_gets_masks_that_it_takes(method, name):
             first = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
             talk = torch.cat([first.sequences, torch.tensor([[41, 42]] * len(first.sequences))], 1)
             whole = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, inputs["input_ids"].shape[1] :])], 1)
-            outs.append(model.generate(
-                input_ids=talk, attention_mask=whole, **cache_kwargs(model, output_cache(first)), **GREEDY
-            ))  # fmt: skip
+            outs.append(
+                model.generate(
+                    input_ids=talk, attention_mask=whole, **cache_kwargs(model, output_cache(first)), **GREEDY
+                )
+            )
     assert torch.equal(*outs)

@@ -52,9 +52,12 @@ def test_the_next_turn_is_answered_as_by_the_masked_reference(family, at):
         assert int(answer[0, at]) == placeholder(family)
         talk = torch.cat([out.sequences, WORDS], 1)
         again = model.generate(
-            input_ids=talk, attention_mask=torch.ones_like(talk), **cache_kwargs(model, output_cache(out)),
-            max_new_tokens=3, do_sample=False,
-        )  # fmt: skip
+            input_ids=talk,
+            attention_mask=torch.ones_like(talk),
+            **cache_kwargs(model, output_cache(out)),
+            max_new_tokens=3,
+            do_sample=False,
+        )
         wanted = masked_greedy(
             adapter_for(model), inputs, selections(model, inputs, method), 3, extra_ids=torch.cat([answer, WORDS], 1)
         )

@@ -258,9 +258,14 @@ def test_hooks_of_generate_see_the_callers_prompt(model, inputs):
 
     with vidsieve.attach(model, random()):
         generate(
-            model, inputs, logits_processor=LogitsProcessorList([Watch()]), prefix_allowed_tokens_fn=allowed,
-            stopping_criteria=StoppingCriteriaList([stop]), streamer=Streamer(), max_new_tokens=2,
-        )  # fmt: skip
+            model,
+            inputs,
+            logits_processor=LogitsProcessorList([Watch()]),
+            prefix_allowed_tokens_fn=allowed,
+            stopping_criteria=StoppingCriteriaList([stop]),
+            streamer=Streamer(),
+            max_new_tokens=2,
+        )
     for name in ("processor", "criteria", "prefix"):
         shown = [value for kind, value in seen if kind == name]
         assert shown and all(torch.equal(value[:, : ids.shape[1]], ids) for value in shown), name

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, LlavaOnevisionConfig, Qwen
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.adapters.layers import block_shape
+from vidsieve.adapters.inside.layers import block_shape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import BudgetError, PolicyMismatchError
 from vidsieve.selection import least_retention
@@ -17,25 +17,51 @@ from vidsieve.selection import least_retention
 def _qwen(hidden, layers, heads, kv, inner, tied):
     return Qwen2_5_VLConfig(
         text_config={
-            "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "num_key_value_heads": kv, "intermediate_size": inner, "vocab_size": 151936, "tie_word_embeddings": tied,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "intermediate_size": inner,
+            "vocab_size": 151936,
+            "tie_word_embeddings": tied,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
         },
-        vision_config={"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-                       "out_hidden_size": hidden, "patch_size": 14, "window_size": 112,
-                       "fullatt_block_indexes": [7, 15, 23, 31]},
+        vision_config={
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "num_heads": 16,
+            "out_hidden_size": hidden,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+        },
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 def _llava():
     return LlavaOnevisionConfig(
-        vision_config={"model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304,
-                       "num_hidden_layers": 26, "num_attention_heads": 16, "image_size": 384, "patch_size": 14,
-                       "vision_use_head": False},
-        text_config={"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                     "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152000},
-    )  # fmt: skip
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152000,
+        },
+    )
 
 
 SIZES = {

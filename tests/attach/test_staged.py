@@ -16,9 +16,11 @@ from vidsieve.errors import BudgetError, NeedError
 from vidsieve.testing.equivalence import CALLS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
-SIGNALS = [family for family in FAMILIES if "attention inside the vision encoder" in {
-    need.value for need in adapter_for(FAMILIES[family]()).provides
-}]  # fmt: skip
+SIGNALS = [
+    family
+    for family in FAMILIES
+    if "attention inside the vision encoder" in {need.value for need in adapter_for(FAMILIES[family]()).provides}
+]
 
 
 MAIN = ("prefill logits", "8 greedy tokens")
@@ -130,19 +132,24 @@ def test_sparsevlm_behind_another_method_is_told_all_it_reads(version):
 
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_topv_equals_the_masks(family, name):
+def test_topv_equals_the_masks(topv, family, name):
     method = vidsieve.load("topv", retention=0.8, layer=2)
     for call in MAIN:
         result = cell(family, name, call, "sdpa", method)
         assert result.passed, result
 
 
-@pytest.mark.parametrize(("name", "fields", "times"), [
-    ("topv", {"layer": 2}, 0), ("fastv", {"layer": 1}, 1), ("framefusion", {"threshold": 0.99}, 1),
-])  # fmt: skip
-def test_attention_is_computed_where_it_is_read_and_once(monkeypatch, name, fields, times):
+@pytest.mark.parametrize(
+    ("name", "fields", "times"),
+    [
+        ("topv", {"layer": 2}, 0),
+        ("fastv", {"layer": 1}, 1),
+        ("framefusion", {"threshold": 0.99}, 1),
+    ],
+)
+def test_attention_is_computed_where_it_is_read_and_once(topv, monkeypatch, name, fields, times):
     """TopV never reads it, FrameFusion where it drops; two videos of one prompt share one computation."""
-    from vidsieve.adapters import choosing
+    from vidsieve.adapters.inside import choosing
 
     asked = []
     rows = choosing.attention_rows
@@ -208,8 +215,9 @@ def test_pyramiddrops_release_counts_positions_anew():
     for variant in ("ours", "official"):
         method = vidsieve.load("pyramiddrop", retention=0.75, variant=variant, **fields)
         with torch.no_grad(), vidsieve.attach(model, method) as session:
-            out = model.generate(**inputs, max_new_tokens=4, do_sample=False, output_logits=True,
-                                 return_dict_in_generate=True)  # fmt: skip
+            out = model.generate(
+                **inputs, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
         kept.append((session.trace.videos[0].indices, out.logits[0]))
     assert len(kept[1][0]) == int(0.25 * session.trace.videos[0].total)
     assert not torch.equal(kept[0][1], kept[1][1])

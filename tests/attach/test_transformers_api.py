@@ -10,11 +10,12 @@ import transformers
 from transformers import DynamicCache
 
 import vidsieve
-from vidsieve import versions
-from vidsieve.adapters import passes, transformers_api
-from vidsieve.adapters.decoding import DecodeRun
+from vidsieve.adapters import transformers_api
+from vidsieve.adapters.inside import passes
+from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.transformers_api import cache_argument, output_cache
 from vidsieve.errors import UnsupportedCallError, UnsupportedTransformersError
+from vidsieve.io import versions
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 
 METHODS = {"divprune": {"retention": 0.3}, "fastv": {"retention": 0.8}, "dycoke": {"retention": 0.4, "layer": 1}}
@@ -31,9 +32,15 @@ def renamed(forward, name):
         raise AssertionError("a call that an error at attach should have stopped")
 
     def with_name(
-        self, hidden_states=None, attention_mask=None, position_ids=None, input_ids=None, kv_store=None,
-        mm_encoder_outputs=None, **kwargs,
-    ):  # fmt: skip
+        self,
+        hidden_states=None,
+        attention_mask=None,
+        position_ids=None,
+        input_ids=None,
+        kv_store=None,
+        mm_encoder_outputs=None,
+        **kwargs,
+    ):
         raise AssertionError("a call that an error at attach should have stopped")
 
     return with_name if name else newer

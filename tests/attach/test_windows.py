@@ -42,11 +42,18 @@ def test_a_cut_behind_the_last_sliding_layer_equals_the_masked_reference(kinds, 
         assert difference < 1e-4 and equal is not False, call
 
 
-@pytest.mark.parametrize(("kinds", "layer", "said"), [
-    ((F, S, F), 1, "would drop tokens from layer 1 on, and this model has sliding_attention in layer 1: layers from 2"),
-    ((S, F, S), 1, "the last layer of this model has sliding_attention"),
-    ((S, S, S), 2, "the last layer of this model has sliding_attention"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kinds", "layer", "said"),
+    [
+        (
+            (F, S, F),
+            1,
+            "would drop tokens from layer 1 on, and this model has sliding_attention in layer 1: layers from 2",
+        ),
+        ((S, F, S), 1, "the last layer of this model has sliding_attention"),
+        ((S, S, S), 2, "the last layer of this model has sliding_attention"),
+    ],
+)
 def test_dropping_at_or_before_a_sliding_layer_is_refused_by_name(kinds, layer, said):
     with pytest.raises(UnsupportedCallError, match=f"fastv .*{said}"):
         vidsieve.attach(sliding(*kinds), fastv(layer))
@@ -93,9 +100,11 @@ def test_before_the_llm_the_result_is_the_stock_model_s_on_the_shortened_prompt(
         for row, columns in enumerate(kept):
             real = columns[columns >= 0]
             out = model.model.language_model(
-                inputs_embeds=embeds[row, real][None], position_ids=counted[row, real][None],
-                attention_mask=torch.ones(1, len(real), dtype=torch.int64), use_cache=False,
-            )  # fmt: skip
+                inputs_embeds=embeds[row, real][None],
+                position_ids=counted[row, real][None],
+                attention_mask=torch.ones(1, len(real), dtype=torch.int64),
+                use_cache=False,
+            )
             wanted = model.lm_head(out.last_hidden_state)[0]
             torch.testing.assert_close(logits[row, columns >= 0], wanted, atol=1e-4, rtol=1e-4)
             assert float((wanted[-1] - masked[row, -1]).abs().max()) > 1e-3  # a mask would count what it hides

@@ -19,9 +19,24 @@ def scenes(tmp_path_factory):
 
 def test_a_table_with_its_baselines_and_what_could_not_run(cli, scenes, tmp_path):
     made = [
-        "eval", "questions", str(scenes), "--model", "testbed", "--methods", "score,fastv", "--retention", "0.2,64t",
-        "--frames", "8,16", "--subset", "5", "--max-new-tokens", "2", "--out", str(tmp_path / "run"),
-    ]  # fmt: skip
+        "eval",
+        "questions",
+        str(scenes),
+        "--model",
+        "testbed",
+        "--methods",
+        "score,fastv",
+        "--retention",
+        "0.2,64t",
+        "--frames",
+        "8,16",
+        "--subset",
+        "5",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     out = cli(*made, "--json", str(tmp_path / "r.json"))
     assert "5 questions about 2 videos" in out and "fastv (variant ours, retention 0.2)" in out
     result = json.loads((tmp_path / "r.json").read_text())
@@ -36,17 +51,20 @@ def test_a_table_with_its_baselines_and_what_could_not_run(cli, scenes, tmp_path
     assert "seed: 0 there, 1 now): give another folder" in cli(*made, "--seed", "1", fails=True)
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["--model", "testbed", "--protocol", "score:qwen"], "Did you mean 'score:qwen2.5-vl'"),
-    (["--model", "testbed", "--protocol", "score:qwen2.5-vl", "--frames", "8"], "leave those options out"),
-    ([], "which model? Give --model, or a paper's --protocol"),
-    (["--model", "testbed", "--frames", "0"], "a whole number from 1 on"),
-    (["--model", "testbed", "--share", "3/2"], "--share is the number of a process"),
-    (["--model", "testbed", "--tokens-per-frame", "9"], "have a fixed number of tokens"),
-    (["--model", "testbed", "--retention", "1.2"], "retention"),
-    (["--model", "testbed", "--methods", "scor"], "Did you mean 'score'"),
-    (["--model", "testbed", "--answer", "guess"], "unknown way to answer 'guess'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--model", "testbed", "--protocol", "score:qwen"], "Did you mean 'score:qwen2.5-vl'"),
+        (["--model", "testbed", "--protocol", "score:qwen2.5-vl", "--frames", "8"], "leave those options out"),
+        ([], "which model? Give --model, or a paper's --protocol"),
+        (["--model", "testbed", "--frames", "0"], "a whole number from 1 on"),
+        (["--model", "testbed", "--share", "3/2"], "--share is the number of a process"),
+        (["--model", "testbed", "--tokens-per-frame", "9"], "have a fixed number of tokens"),
+        (["--model", "testbed", "--retention", "1.2"], "retention"),
+        (["--model", "testbed", "--methods", "scor"], "Did you mean 'score'"),
+        (["--model", "testbed", "--answer", "guess"], "unknown way to answer 'guess'"),
+    ],
+)
 def test_mistakes_are_told(cli, scenes, tmp_path, given, said):
     assert said in cli("eval", "questions", str(scenes), "--out", str(tmp_path), *given, fails=True)
     assert not list(tmp_path.glob("units*"))
@@ -70,3 +88,17 @@ def test_missing_videos_stop_a_run_or_count_as_failures(cli, scenes, tmp_path):
 def test_the_command_is_told_without_the_share(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "eval", "mlvu", "a b", "--share", "2/4", "--share=1/4", "--seed", "3"])
     assert command_line() == "vidsieve eval mlvu 'a b' --seed 3"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("testbed", "--fps", "2"), "--fps means nothing for testbed: leave it out"),
+        (("questions", "x.jsonl", "--model", "testbed", "--probes"), "--probes means nothing for questions"),
+        (("testbed", "here"), "testbed makes its own scenes: leave here out"),
+        (("mlvu", "--model", "testbed"), "where is mlvu? Give its folder as published"),
+        (("mvlu", "x"), "Did you mean 'mlvu'"),
+    ],
+)
+def test_options_that_mean_nothing_for_a_task_are_refused(cli, given, said):
+    assert said in cli("eval", *given, fails=True)

@@ -16,8 +16,8 @@ import pytest
 from vidsieve.cli.main import main, method_markdown
 from vidsieve.cli.shared import write_json
 from vidsieve.cli.train import field_docs, shown_default
-from vidsieve.rl.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.testbed.files import write_scene, write_scenes
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,10 +30,21 @@ def scene(tmp_path_factory):
 
 
 COMMANDS = [
-    [], ["demo"], ["ask"], ["compare"], ["list"], ["oracles"], ["train", "cacovid"], ["train", "score"],
-    ["eval", "testbed"], ["eval", "mlvu"], ["bench", "pipeline"], ["bench", "select"],
-    ["testbed", "build"], ["testbed", "render"], ["testbed", "separation"],
-]  # fmt: skip
+    [],
+    ["demo"],
+    ["ask"],
+    ["compare"],
+    ["list"],
+    ["train", "cacovid"],
+    ["train", "score"],
+    ["eval", "testbed"],
+    ["eval", "mlvu"],
+    ["bench", "pipeline"],
+    ["bench", "select"],
+    ["testbed", "render"],
+    ["workbench", "build"],
+    ["workbench", "separation"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -68,8 +79,21 @@ def test_training_options_are_the_settings_with_their_texts(run):
 
 @pytest.mark.slow
 def test_ask(run, scene, tmp_path):
-    out, _ = run("ask", scene, "what colour is the home ?", "--method", "cacovid", "--retention", "0.1",
-                 "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png", "--threads", 1)  # fmt: skip
+    out, _ = run(
+        "ask",
+        scene,
+        "what colour is the home ?",
+        "--method",
+        "cacovid",
+        "--retention",
+        "0.1",
+        "--json",
+        tmp_path / "a.json",
+        "--picture",
+        tmp_path / "a.png",
+        "--threads",
+        1,
+    )
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["videos"][0]["kept"] == 57 and len(result["videos"][0]["indices"]) == 57
     assert result["answer"] and result["answer"] in out and "57 of 576" in out
@@ -78,11 +102,23 @@ def test_ask(run, scene, tmp_path):
 
 
 @pytest.mark.slow
-def test_compare(run, scene, tmp_path):
+def test_compare(run, topv, scene, tmp_path):
     out, _ = run(
-        "compare", scene, "what colour is the home ?", "--methods", "divprune,fastv,holitom,topv", "--threads", 1,
-        "--earliest", "--repeats", 2, "--picture", tmp_path / "k.png", "--json", tmp_path / "r.json",
-    )  # fmt: skip
+        "compare",
+        scene,
+        "what colour is the home ?",
+        "--methods",
+        "divprune,fastv,holitom,topv",
+        "--threads",
+        1,
+        "--earliest",
+        "--repeats",
+        2,
+        "--picture",
+        tmp_path / "k.png",
+        "--json",
+        tmp_path / "r.json",
+    )
     result = json.loads((tmp_path / "r.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["full", "divprune", "fastv", "holitom"] and result["tokens"] == 576
@@ -101,22 +137,63 @@ def test_compare(run, scene, tmp_path):
 
 @pytest.mark.slow
 def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
-    run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
-        "--world", "B", "--json", tmp_path / "e.json", "--threads", 1)  # fmt: skip
+    run(
+        "eval",
+        "testbed",
+        "--methods",
+        "uniform,score",
+        "--retention",
+        "0.1",
+        "--seed",
+        3,
+        "--questions",
+        60,
+        "--world",
+        "B",
+        "--json",
+        tmp_path / "e.json",
+        "--threads",
+        1,
+    )
     result = json.loads((tmp_path / "e.json").read_text())
     assert {"world", "seed", "n_questions", "n_scenes", "versions", "rows"} <= result.keys()
     assert (result["world"], result["seed"], result["n_questions"]) == ("B", 3, 60)
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {"full", "random", "uniform", "score"}
     for name, row in rows.items():
-        assert {"method", "variant", "retention", "real_retention", "layer_retention", "accuracy", "stderr",
-                "vs_random", "select_ms"} <= row.keys()  # fmt: skip
+        assert {
+            "method",
+            "variant",
+            "retention",
+            "real_retention",
+            "layer_retention",
+            "accuracy",
+            "stderr",
+            "vs_random",
+            "select_ms",
+        } <= row.keys()
         assert row["real_retention"] == (1.0 if name == "full" else 57 / 576)
         assert set(row["select_ms"]) == {"min", "median", "max"}
     assert rows["random"]["vs_random"] == {"diff": 0.0, "stderr": 0.0, "mcnemar": 1.0}
     again = tmp_path / "again.json"
-    run("eval", "testbed", "--methods", "uniform,score", "--retention", "0.1", "--seed", 3, "--questions", 60,
-        "--world", "B", "--json", again, "--threads", 1)  # fmt: skip
+    run(
+        "eval",
+        "testbed",
+        "--methods",
+        "uniform,score",
+        "--retention",
+        "0.1",
+        "--seed",
+        3,
+        "--questions",
+        60,
+        "--world",
+        "B",
+        "--json",
+        again,
+        "--threads",
+        1,
+    )
     first, second = (
         [{k: v for k, v in row.items() if k != "select_ms"} for row in json.loads(path.read_text())["rows"]]
         for path in (tmp_path / "e.json", again)
@@ -125,8 +202,20 @@ def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
 
 
 def test_a_retention_out_of_reach_is_a_dash_with_its_reason(run, tmp_path):
-    out, _ = run("eval", "testbed", "--methods", "evs,fastv", "--retention", "0.4,0.05", "--questions", 24, "--json",
-                 tmp_path / "e.json", "--threads", 1)  # fmt: skip
+    out, _ = run(
+        "eval",
+        "testbed",
+        "--methods",
+        "evs,fastv",
+        "--retention",
+        "0.4,0.05",
+        "--questions",
+        24,
+        "--json",
+        tmp_path / "e.json",
+        "--threads",
+        1,
+    )
     result = json.loads((tmp_path / "e.json").read_text())
     assert [(row["method"], row["retention"]) for row in result["refused"]] == [("evs", 0.05), ("fastv", 0.05)]
     assert [row["method"] for row in result["rows"]] == ["full", "random", "evs", "fastv", "random"]
@@ -139,8 +228,21 @@ def test_policies_of_one_method_are_rows_of_their_own(run, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         shutil.copytree(shipped_policy("score"), folder / "policy")
-    out, _ = run("eval", "testbed", "--methods", ",".join(["score", *map(str, folders)]), "--retention", "0.1",
-                 "--questions", 20, "--answers", "--json", tmp_path / "e.json", "--threads", 1)  # fmt: skip
+    out, _ = run(
+        "eval",
+        "testbed",
+        "--methods",
+        ",".join(["score", *map(str, folders)]),
+        "--retention",
+        "0.1",
+        "--questions",
+        20,
+        "--answers",
+        "--json",
+        tmp_path / "e.json",
+        "--threads",
+        1,
+    )
     text = (tmp_path / "e.json").read_text()
     result = json.loads(text)
     assert [row["policy"] for row in result["rows"]] == ["", "", "", *map(str, folders)]
@@ -159,39 +261,6 @@ def test_demo(run, tmp_path):
     assert "full against compressed" in out
 
 
-def test_oracles(run, tmp_path):
-    out, _ = run("oracles", ROOT / "tests" / "oracles", "--json", tmp_path / "o.json")
-    result = json.loads((tmp_path / "o.json").read_text())
-    passed = {c["method"] for c in result["cases"] if c["status"] == "pass"}
-    done = {
-        "cacovid",
-        "divprune",
-        "dycoke",
-        "evs",
-        "fastv",
-        "fastvid",
-        "framefusion",
-        "holitom",
-        "prunevid",
-        "pyramiddrop",
-        "sparsevlm",
-        "vidcom2",
-        "visionzip",
-    }
-    assert passed == done and result["count"]["fail"] == 0
-    assert "unstable ties" in out and "scores compared" in out
-
-
-def test_oracles_exit_1_on_a_failure(run, tmp_path):
-    import numpy as np
-
-    data = dict(np.load(ROOT / "tests" / "oracles" / "divprune.npz"))
-    data["sel/one/selected_in_order"] = (data["sel/one/selected_in_order"] + 1) % 30
-    np.savez(tmp_path / "divprune.npz", **data)
-    out, _ = run("oracles", tmp_path, code=1)
-    assert "1 fail" in out
-
-
 @pytest.mark.slow
 def test_render_and_ask_about_a_rendered_scene(run, tmp_path):
     run("testbed", "render", tmp_path / "r", "--scenes", 2, "--json", tmp_path / "r.json")
@@ -206,9 +275,12 @@ def bad_videos(folder, scene):
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     (folder / "cut.mp4").write_bytes(scene.read_bytes()[:200])
     return [
-        (folder / "missing.mp4", "does not exist"), (folder / "empty.mp4", "empty"), (folder / "text.mp4", "text.mp4"),
-        (folder / "cut.mp4", "cut.mp4"), (folder, "is no file"),
-    ]  # fmt: skip
+        (folder / "missing.mp4", "does not exist"),
+        (folder / "empty.mp4", "empty"),
+        (folder / "text.mp4", "text.mp4"),
+        (folder / "cut.mp4", "cut.mp4"),
+        (folder, "is no file"),
+    ]
 
 
 def test_bad_videos_exit_2_with_a_sentence(run, tmp_path, scene):
@@ -226,8 +298,19 @@ def test_ask_with_a_method_inside_the_llm(run, scene):
 
 @pytest.mark.slow
 def test_ask_with_a_method_that_acts_while_decoding(run, scene, tmp_path):
-    out, _ = run("ask", scene, "what colour is the home ?", "--method", "dycoke", "--retention", "0.5", "--threads", 1,
-                 "--json", tmp_path / "a.json")  # fmt: skip
+    out, _ = run(
+        "ask",
+        scene,
+        "what colour is the home ?",
+        "--method",
+        "dycoke",
+        "--retention",
+        "0.5",
+        "--threads",
+        1,
+        "--json",
+        tmp_path / "a.json",
+    )
     assert "dycoke (variant ours, retention 0.5): 288 of 576 video tokens (50.0%)" in out
     (video,) = json.loads((tmp_path / "a.json").read_text())["videos"]
     assert 0 < video["decode_share"] < 0.5
@@ -278,8 +361,7 @@ def test_mistakes_of_other_commands(run, tmp_path):
         (["eval", "testbed", "--world", "C"], "world"),
         (["eval", "testbed", "--methods", "dycoke"], "read off the prefill"),
         (["eval", "testbed", "--retention", ","], "retention ratios"),
-        (["oracles", tmp_path], "no .npz files"),
-        (["testbed", "separation", "--world", "C"], "world"),
+        (["workbench", "separation", "--world", "C"], "world"),
         (["train", "score", tmp_path / "run", "--steps", "0"], "steps must be at least 1"),
         (["train", "score", tmp_path / "run", "--resume"], "holds no run"),
         (["testbed", "render", "/proc/nowhere"], "cannot write"),
@@ -324,18 +406,21 @@ def test_data_filter(run, tmp_path):
     assert "any" in err and "all" in err
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["ask", "{v}", "hi", "--overlay", "{v}"], "scene-0000.mp4 would overwrite the file that is read"),
-    (["compare", "{v}", "hi", "--overlay", "{v}"], "would overwrite the file that is read"),
-    (["ask", "{v}", "hi", "--json", "{v}"], "would overwrite the file that is read"),
-    (["ask", "{v}", "hi", "--report", "page.txt"], "its name must end in .html or .htm"),
-    (["ask", "{v}", "hi", "--picture", "k.xyz"], "its name must end in .png or .svg"),
-    (["ask", "{v}", "hi", "--overlay", "o.gif"], "its name must end in .mp4"),
-    (["eval", "questions", "{q}", "--model", "testbed", "--json", "{q}"], "would overwrite the file that is read"),
-    (["eval", "testbed", "--share", "1/2"], "give --out FOLDER too"),
-    (["eval", "testbed", "--share", "3/2", "--out", "x"], "--share is the number of a process"),
-    (["ask", "{v}", "hi", "--model", "nomodel"], "no model 'nomodel': give its folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["ask", "{v}", "hi", "--overlay", "{v}"], "scene-0000.mp4 would overwrite the file that is read"),
+        (["compare", "{v}", "hi", "--overlay", "{v}"], "would overwrite the file that is read"),
+        (["ask", "{v}", "hi", "--json", "{v}"], "would overwrite the file that is read"),
+        (["ask", "{v}", "hi", "--report", "page.txt"], "its name must end in .html or .htm"),
+        (["ask", "{v}", "hi", "--picture", "k.xyz"], "its name must end in .png or .svg"),
+        (["ask", "{v}", "hi", "--overlay", "o.gif"], "its name must end in .mp4"),
+        (["eval", "questions", "{q}", "--model", "testbed", "--json", "{q}"], "would overwrite the file that is read"),
+        (["eval", "testbed", "--share", "1/2"], "give --out FOLDER too"),
+        (["eval", "testbed", "--share", "3/2", "--out", "x"], "--share is the number of a process"),
+        (["ask", "{v}", "hi", "--model", "nomodel"], "no model 'nomodel': give its folder"),
+    ],
+)
 def test_outputs_never_replace_what_is_read_and_mistakes_come_early(cli, tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(tmp_path)
     write_scenes(tmp_path, world="A", seed=5, scenes=1)
@@ -349,7 +434,7 @@ def test_a_stopped_evaluation_says_what_is_kept(monkeypatch, tmp_path, capsys):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vidsieve.eval.testbed.evaluate", stop)
+    monkeypatch.setattr("vidsieve.evaluation.testbed.evaluate", stop)
     for more, said in (([], "nothing is kept without --out"), (["--out", str(tmp_path)], "the same command goes on")):
         monkeypatch.setattr(
             "sys.argv", ["vidsieve", "eval", "testbed", "--methods", "random", "--questions", "4", *more]
@@ -383,3 +468,16 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
 def test_plan_takes_names_in_any_case_and_numbers_that_are_some(cli):
     assert "qwen2.5-vl-7b" in cli("plan", "--model", "Qwen2.5-VL-7B", "--gpu", "h100").lower()
     assert "got inf" in cli("plan", "--model", "qwen2.5-vl-7b", "--gpu", "h100", "--videos-per-day", "inf", fails=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "now"),
+    [
+        (("reproduce", "cacovid:table1", "--plan"), "python -m workbench reproduce"),
+        (("eval", "open"), "python -m workbench open"),
+        (("testbed", "build", "x"), "python -m workbench build"),
+        (("oracles", "x"), "pytest tests/oracles --oracles DIR"),
+    ],
+)
+def test_commands_that_moved_say_where_they_went(cli, given, now):
+    assert f"not in the package any more: run `{now}` in a checkout" in cli(*given, fails=True)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vidsieve import doctor, registry, versions
+from vidsieve import registry
 from vidsieve.adapters.session import Session
 from vidsieve.cli import main
+from vidsieve.io import versions
+from vidsieve.testing import doctor
 
 ROOT = Path(__file__).parents[2]
 

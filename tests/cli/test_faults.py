@@ -42,10 +42,10 @@ COMMANDS = {
     "compare": ("compare", VIDEO, "what colour is the old mark ?", "--repeats", "1"),
     "eval testbed": ("eval", "testbed", "--questions", "6"),
     "eval questions": ("eval", "questions", QUESTIONS, "--model", "testbed", "--subset", "6"),
-    "eval open": ("eval", "open", "--scenes", "2"),
+    "eval open": ("workbench", "open", "--scenes", "2"),
     "bench select": ("bench", "select", "--grid", "2x4x4", "--width", "16", "--repeats", "1"),
     "bench pipeline": ("bench", "pipeline", VIDEO, "--lengths", "4", "--repeats", "1", "--new-tokens", "1"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

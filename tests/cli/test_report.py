@@ -19,9 +19,25 @@ def scenes(tmp_path_factory):
 
 def _run(cli, scenes, folder, *more):
     cli(
-        "eval", "questions", str(scenes), "--model", "testbed", "--methods", "divprune", "--retention", "64t",
-        "--frames", "16", "--subset", "4", "--max-new-tokens", "2", "--out", str(folder), *more,
-    )  # fmt: skip
+        "eval",
+        "questions",
+        str(scenes),
+        "--model",
+        "testbed",
+        "--methods",
+        "divprune",
+        "--retention",
+        "64t",
+        "--frames",
+        "16",
+        "--subset",
+        "4",
+        "--max-new-tokens",
+        "2",
+        "--out",
+        str(folder),
+        *more,
+    )
 
 
 def test_a_runs_page_shows_what_was_kept_on_its_videos(cli, scenes, tmp_path):
@@ -33,9 +49,10 @@ def test_a_runs_page_shows_what_was_kept_on_its_videos(cli, scenes, tmp_path):
     methods = {method["name"]: method["kept"] for method in data[0]["methods"]}
     assert set(methods) == {f"{name}, 64t" for name in ("random", "uniform", "downsample", "divprune")}
     line = next(
-        s for s in map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
+        s
+        for s in map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
         if s["condition"].startswith("divprune") and s["indices"][0] == methods["divprune, 64t"]
-    )  # fmt: skip
+    )
     assert len(line["indices"][0]) == 64 and "scene-000" in text
 
 

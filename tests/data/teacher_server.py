@@ -19,10 +19,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 FAILURES = ("429", "500", "drop", "half")
 """Replies that are no answers: too many requests, server error, no reply, a body that breaks off."""
 LIES = {
-    "empty": "empty", "null": "empty", "no-choices": "no choices", "no-message": "no choices", "not-json": "not JSON",
-    "refusal": "refusal", "refused": "refusal", "filter": "refusal", "length": "cut off", "parts": "not text",
-    "surrogate": "not text", "loop": "repetition", "short": "too short", "parrot": "the instruction itself",
-}  # fmt: skip
+    "empty": "empty",
+    "null": "empty",
+    "no-choices": "no choices",
+    "no-message": "no choices",
+    "not-json": "not JSON",
+    "refusal": "refusal",
+    "refused": "refusal",
+    "filter": "refusal",
+    "length": "cut off",
+    "parts": "not text",
+    "surrogate": "not text",
+    "loop": "repetition",
+    "short": "too short",
+    "parrot": "the instruction itself",
+}
 """Answers with status 200 that are no captions, and for what they are to be taken."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 
@@ -77,9 +88,14 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 do = lie_for(row, args.lie)
             line = {
-                "time": time.time(), "row": row, "key": self.headers["Idempotency-Key"], "does": do, "images": images,
-                "model": asked["model"], "text": text,
-            }  # fmt: skip
+                "time": time.time(),
+                "row": row,
+                "key": self.headers["Idempotency-Key"],
+                "does": do,
+                "images": images,
+                "model": asked["model"],
+                "text": text,
+            }
             with open(args.log, "a") as file:
                 file.write(json.dumps(line) + "\n")
         time.sleep(args.slow)
@@ -109,13 +125,19 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, json.dumps(body).replace("-", "\\u002d").encode())
         else:
             said = {
-                "empty": "  \n", "null": None, "refused": None,
+                "empty": "  \n",
+                "null": None,
+                "refused": None,
                 "refusal": "I'm sorry, but I can't help with describing this video today.",
-                "filter": caption_of(row), "length": caption_of(row), "short": "A red square.",
-                "parts": [{"type": "text", "text": caption_of(row)}], "surrogate": f"{caption_of(row)} \ud83d",
-                "loop": caption_of(row) + " and it goes on and on in the same way" * 12, "parrot": text,
+                "filter": caption_of(row),
+                "length": caption_of(row),
+                "short": "A red square.",
+                "parts": [{"type": "text", "text": caption_of(row)}],
+                "surrogate": f"{caption_of(row)} \ud83d",
+                "loop": caption_of(row) + " and it goes on and on in the same way" * 12,
+                "parrot": text,
                 "echo": f"{caption_of(row)} {self.headers['Authorization']}",
-            }.get(do, caption_of(row))  # fmt: skip
+            }.get(do, caption_of(row))
             body = self.answer(said)
             body["choices"][0]["finish_reason"] = {"filter": "content_filter", "length": "length"}.get(do, "stop")
             if do == "refused":
@@ -126,9 +148,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, said):
         return {
-            "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": "tiny-teacher", "usage": USAGE,
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "tiny-teacher",
+            "usage": USAGE,
             "choices": [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}],
-        }  # fmt: skip
+        }
 
     def say(self, status, body):
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -19,16 +19,16 @@ import teacher_server
 from teacher_server import LIES, caption_of, fails, lie_for
 
 from vidsieve.cli.annotate import annotate
-from vidsieve.data.layouts import read_records
-from vidsieve.data.teaching import pacing
-from vidsieve.data.teaching.annotating import annotate_file, plan_file
-from vidsieve.data.teaching.asking import Server
-from vidsieve.data.teaching.captions import Captions
-from vidsieve.data.teaching.judging import judge, repeats
-from vidsieve.data.teaching.pacing import Pace
-from vidsieve.data.teaching.teacher import Failure, Prices, Teacher, data_urls, redact, retry_after
-from vidsieve.data.video import write_video
 from vidsieve.errors import OutputError, TrainingError
+from vidsieve.training.data.layouts import read_records
+from vidsieve.training.data.teaching import pacing
+from vidsieve.training.data.teaching.annotating import annotate_file, plan_file
+from vidsieve.training.data.teaching.asking import Server
+from vidsieve.training.data.teaching.captions import Captions
+from vidsieve.training.data.teaching.judging import judge, repeats
+from vidsieve.training.data.teaching.pacing import Pace
+from vidsieve.training.data.teaching.teacher import Prices, RequestFailure, Teacher, data_urls, redact, retry_after
+from vidsieve.video.reading import write_video
 
 KEY = "sk-secret-0123456789"
 TEACHER = Teacher("tiny-teacher", frames=2)
@@ -37,7 +37,7 @@ import sys, typer
 from rich.markup import escape
 from vidsieve.cli.annotate import annotate
 from vidsieve.cli.shared import err
-from vidsieve.data.teaching import pacing
+from vidsieve.training.data.teaching import pacing
 from vidsieve.errors import VidsieveError
 pacing.FIRST_WAIT = 0.05
 app = typer.Typer(pretty_exceptions_enable=False)
@@ -127,9 +127,12 @@ def lines_of(path):
 def begin(host, source, target, *options, key=KEY):
     command = [sys.executable, "-c", RUN, str(source), str(target), "--base-url", host.url, "--model", "tiny-teacher"]
     process = subprocess.Popen(
-        [*command, "--frames", "2", *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*command, "--frames", "2", *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         env=os.environ | {"OPENAI_API_KEY": key},
-    )  # fmt: skip
+    )
     host.clients.append(process)
     return process
 
@@ -150,8 +153,11 @@ def test_no_row_is_lost_doubled_or_paid_twice_by_a_bad_server_and_kills_of_both_
     (tmp_path / "broken.mp4").write_bytes(b"not a video")
     question = {"video": str(videos / "0.mp4"), "question": "What?", "options": ["A. x", "B. y"], "answer": "A"}
     others = [
-        question, {"video": "gone.mp4", "caption": "row 9001"}, "{torn", {"video": "broken.mp4", "caption": "row 9002"},
-    ]  # fmt: skip
+        question,
+        {"video": "gone.mp4", "caption": "row 9001"},
+        "{torn",
+        {"video": "broken.mp4", "caption": "row 9002"},
+    ]
     source, target = listed(tmp_path, videos, 200, *others), tmp_path / "out" / "new.jsonl"
     options = ("--slow", 0.02, "--fail", 0.3, "--lie", 0.2)
     host.start(*options)
@@ -267,10 +273,12 @@ def test_a_server_that_says_the_key_back_gets_it_into_no_file(tmp_path, videos, 
 @pytest.mark.parametrize(
     "does, extra, said",
     [
-        ("404", (), "has no tiny-teacher, or is not the address"), ("403", (), "does not let this key use tiny-teach"),
-        ("402", (), "wants to be paid first"), ("429", ("--quota",), "wants to be paid first"),
+        ("404", (), "has no tiny-teacher, or is not the address"),
+        ("403", (), "does not let this key use tiny-teach"),
+        ("402", (), "wants to be paid first"),
+        ("429", ("--quota",), "wants to be paid first"),
     ],
-)  # fmt: skip
+)
 def test_errors_that_every_row_would_meet_end_the_run_at_once(tmp_path, videos, host, does, extra, said):
     host.start("--always", does, *extra)
     source, target = listed(tmp_path, videos, 9), tmp_path / "out.jsonl"
@@ -532,9 +540,16 @@ def test_small_parts():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 25 < retry_after({"retry-after": date}) <= 30
     assert redact("a none b", "none") == "a none b" and redact(f"x{KEY}x", KEY) == "x[key]x"
-    assert [Failure(status, "").again for status in (0, 400, 408, 409, 422, 429, 500, 503)] == [
-        True, False, True, True, False, True, True, True,
-    ]  # fmt: skip
+    assert [RequestFailure(status, "").again for status in (0, 400, 408, 409, 422, 429, 500, 503)] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
     import base64
     import io
 
@@ -553,10 +568,12 @@ def test_commands_that_cannot_be_meant_are_refused_before_anything_is_sent(tmp_p
         annotate(source, source, **where)
     (tmp_path / "empty.txt").write_text(" \n")
     for options, said in (
-        ({"budget": 1.0}, "--budget needs --price-in"), ({"price_in": 1.0}, "go together"),
-        ({"prompt": "a", "prompt_file": source}, "one of"), ({"prompt_file": tmp_path / "no.txt"}, "cannot read"),
+        ({"budget": 1.0}, "--budget needs --price-in"),
+        ({"price_in": 1.0}, "go together"),
+        ({"prompt": "a", "prompt_file": source}, "one of"),
+        ({"prompt_file": tmp_path / "no.txt"}, "cannot read"),
         ({"prompt_file": tmp_path / "empty.txt"}, "the prompt is empty"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(TrainingError, match=said):
             annotate(source, target, **where, **options)
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY} \ttoo")

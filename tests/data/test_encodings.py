@@ -15,17 +15,17 @@ from PIL import Image
 
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.data import encodings, prompts
-from vidsieve.data.encodings import MANIFEST, EncodingCache
-from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.video import read_video
+from vidsieve.answering import chat
 from vidsieve.errors import OutputError, TrainingError, UnsupportedCallError
-from vidsieve.pipeline import chat
-from vidsieve.rl.recipes import train_policy
-from vidsieve.rl.rollouts import Rollouts
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.training.data import encodings, prompts
+from vidsieve.training.data.encodings import MANIFEST, EncodingCache
+from vidsieve.training.data.prompts import FilePrompts
+from vidsieve.training.recipes import train_policy
+from vidsieve.training.rollouts import Rollouts
+from vidsieve.video.reading import read_video
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,16 @@ def test_a_policy_trained_from_the_cache_is_the_same(family, method, data, tmp_p
     for name, cache in (("plain", None), ("first", tmp_path / "cache"), ("second", tmp_path / "cache")):
         reads.clear()
         train_policy(
-            method, FAMILIES[family](), processor_for(family), tmp_path / name,
-            few | {"steps": 3, "prompts_per_step": 2}, data=data, model_name="tiny", cache=cache, announce=said.append,
-        )  # fmt: skip
+            method,
+            FAMILIES[family](),
+            processor_for(family),
+            tmp_path / name,
+            few | {"steps": 3, "prompts_per_step": 2},
+            data=data,
+            model_name="tiny",
+            cache=cache,
+            announce=said.append,
+        )
         weights.append(load(tmp_path / name).policy.state_dict())
     assert not reads, "the second run decodes nothing"
     assert all(torch.equal(weights[0][key], other[key]) for other in weights[1:] for key in weights[0])
@@ -213,10 +220,15 @@ def test_a_video_that_changed_at_the_same_size_is_encoded_anew(tmp_path):
     assert not torch.equal(*found)
 
 
-@pytest.mark.parametrize("harm", [
-    lambda whole: whole[: len(whole) // 2], lambda whole: b"", lambda whole: b"\xff" * 300,
-    lambda whole: whole.replace(b'"grid', b'"grad'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: b"",
+        lambda whole: b"\xff" * 300,
+        lambda whole: whole.replace(b'"grid', b'"grad'),
+    ],
+)
 def test_a_broken_file_is_made_again(data, tmp_path, reads, harm):
     _, made = opened(tmp_path, "qwen2_5_vl", data)
     number = next(n for n in range(4) if made._row(made.choices, n, "")[1]["video"].endswith("scene-0000.mp4"))
@@ -275,14 +287,13 @@ def test_a_prompt_that_cannot_be_made_again_is_refused(data, tmp_path):
     """A processor that writes of the video behind the question, too."""
     processor = processor_for("llava_onevision")
     processor.get_text_with_replacements = lambda text, *args: (
-        [some.replace("<|video_pad|>", "<|video_pad|>" * 97) + " w50" for some in text], None
-    )  # fmt: skip
+        [some.replace("<|video_pad|>", "<|video_pad|>" * 97) + " w50" for some in text],
+        None,
+    )
     video = read_video(data.parent / "scene-0000.mp4", frames=6)
     assert chat(processor, video, "what ?")["input_ids"][0, -1] == 50
     adapter = adapter_for(FAMILIES["llava_onevision"]())
-    made = FilePrompts(
-        adapter, processor, data, frames=6, cache=EncodingCache(tmp_path, adapter, processor, 6)
-    )  # fmt: skip
+    made = FilePrompts(adapter, processor, data, frames=6, cache=EncodingCache(tmp_path, adapter, processor, 6))
     with pytest.raises(UnsupportedCallError, match="cannot be made again without the video's pixels"):
         made.choice(0)
 

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
-from vidsieve.data import filtering
-from vidsieve.data.filtering import blind_answers, filter_file
-from vidsieve.data.layouts import read_all
-from vidsieve.data.rows import ask, options_of, relettered
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.testbed.files import write_scenes
+from vidsieve.training.data import filtering
+from vidsieve.training.data.filtering import blind_answers, filter_file
+from vidsieve.training.data.layouts import read_all
+from vidsieve.training.data.rows import ask, options_of, relettered
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch,
     second = [number % 3 == 0 for number in range(len(asked))]  # another model's answers
     answers = iter([*first, *second])
     monkeypatch.setattr(
-        "vidsieve.data.filtering.blind_answers", lambda model, processor, rows, **options: [next(answers) for _ in rows]
+        "vidsieve.training.data.filtering.blind_answers",
+        lambda model, processor, rows, **options: [next(answers) for _ in rows],
     )
     out = tmp_path / "deep" / "filtered.jsonl"
     out.parent.mkdir()
@@ -67,7 +68,7 @@ def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch,
 
 def test_nothing_left_and_nothing_to_ask_are_errors(testbed, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "vidsieve.data.filtering.blind_answers", lambda model, processor, rows, **options: [True] * len(rows)
+        "vidsieve.training.data.filtering.blind_answers", lambda model, processor, rows, **options: [True] * len(rows)
     )
     with pytest.raises(TrainingError, match="none would teach anything"):
         filter_file(questions, tmp_path / "out.jsonl", [testbed])
@@ -93,8 +94,10 @@ def leaky(tmp_path_factory):
 def dropped(out, source):
     lines = (out.parent / f"{out.name}.dropped.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    return {((out.parent / r["video"]).resolve().relative_to(source.parent.resolve()).as_posix(), r["question"])
-            for r in rows}, rows  # fmt: skip
+    return {
+        ((out.parent / r["video"]).resolve().relative_to(source.parent.resolve()).as_posix(), r["question"])
+        for r in rows
+    }, rows
 
 
 def test_several_answers_tell_leaks_from_luck(testbed, leaky, tmp_path):

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from vidsieve import load
-from vidsieve.data.prefetch import Prefetch
 from vidsieve.errors import TrainingError, VideoError
-from vidsieve.rl.recipes import train_policy
 from vidsieve.testbed.files import write_scenes
+from vidsieve.training.data.prefetch import Prefetch
+from vidsieve.training.recipes import train_policy
 
 
 def alive():
@@ -37,9 +37,15 @@ def nothing_is_left():
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize("numbers", [
-    range(20), range(7, 30, 3), range(30, 0, -4), [5, 5, 6, 7, 3, 4, 100, 102, 104, 104, 2],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        range(20),
+        range(7, 30, 3),
+        range(30, 0, -4),
+        [5, 5, 6, 7, 3, 4, 100, 102, 104, 104, 2],
+    ],
+)
 def test_values_are_those_of_load(workers, numbers):
     def load(number):
         time.sleep(random.random() / 500)
@@ -173,17 +179,24 @@ def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, met
     model, processor = testbed
     used = []
     monkeypatch.setattr(
-        "vidsieve.rl.sources.Prefetch", lambda take, workers: used.append(workers) or Prefetch(take, workers)
+        "vidsieve.training.sources.Prefetch", lambda take, workers: used.append(workers) or Prefetch(take, workers)
     )
 
     few = {"rollouts": 4} if method == "score" else {"token_rollouts": 4, "frame_rollouts": 0}
 
     def train(name, workers, *, stop=0, data=tmp_path / "questions.jsonl"):
-        settings = few | {"steps": 4, "prompts_per_step": 2, "workers": workers, "log_every": 1}
+        settings = few | {"steps": 4, "prompts_per_step": 1, "workers": workers, "log_every": 1}
         train_policy(
-            method, model, processor, tmp_path / name, settings, data=data, model_name="testbed", resume=name == "cut",
+            method,
+            model,
+            processor,
+            tmp_path / name,
+            settings,
+            data=data,
+            model_name="testbed",
+            resume=name == "cut",
             report=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == stop else None,
-        )  # fmt: skip
+        )
         return load(tmp_path / name).policy.state_dict()
 
     inline, ahead = train("inline", 0), train("ahead", 2)

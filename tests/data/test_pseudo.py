@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.data.filtering import filter_file
-from vidsieve.data.layouts import read_all
-from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.pseudo import pseudo_file
-from vidsieve.data.video import read_frames
 from vidsieve.errors import TrainingError, VideoError
-from vidsieve.rl.recipes import train_policy
-from vidsieve.rl.rollouts import Rollouts
 from vidsieve.testbed.files import write_scenes
+from vidsieve.training.data.filtering import filter_file
+from vidsieve.training.data.layouts import read_all
+from vidsieve.training.data.prompts import FilePrompts
+from vidsieve.training.data.pseudo import pseudo_file
+from vidsieve.training.recipes import train_policy
+from vidsieve.training.rollouts import Rollouts
+from vidsieve.video.reading import read_frames
 
 
 def paint(path, colour, size=(40, 30), mode="RGB"):
@@ -93,10 +93,16 @@ def test_bad_rows_are_left_out_with_reasons_and_each_image_is_opened_once(tmp_pa
     (tmp_path / "images" / "cut.png").write_bytes(whole[:50])
     (tmp_path / "images" / "text.png").write_text("no image")
     bad = [
-        '{"image": "images/gone.png", "caption": "x"}', '{"image": "images/cut.png", "caption": "x"}',
-        '{"image": "images/text.png", "caption": "x"}', '{"image": "images/0.png", "caption": " \\n"}',
-        '{"image": "images/0.png"}', '{"caption": "x"}', "[1]", "{", '{"image": "images/text.png", "caption": "y"}',
-    ]  # fmt: skip
+        '{"image": "images/gone.png", "caption": "x"}',
+        '{"image": "images/cut.png", "caption": "x"}',
+        '{"image": "images/text.png", "caption": "x"}',
+        '{"image": "images/0.png", "caption": " \\n"}',
+        '{"image": "images/0.png"}',
+        '{"caption": "x"}',
+        "[1]",
+        "{",
+        '{"image": "images/text.png", "caption": "y"}',
+    ]
     with source.open("a") as file:
         file.write("\n".join(bad))
     opened, real = [], Image.open
@@ -104,17 +110,28 @@ def test_bad_rows_are_left_out_with_reasons_and_each_image_is_opened_once(tmp_pa
     made = pseudo_file(source, tmp_path / "out.jsonl")
     assert made.images == 4 and max(Counter(opened).values()) == 1
     assert [(row.record, row.reason) for row in made.left_out] == [
-        (5, "missing image"), (6, "unreadable image"), (7, "unreadable image"), (8, "empty caption"),
-        (9, "no caption"), (10, "no image named"), (11, "not a JSON object"), (12, "not a JSON object"),
+        (5, "missing image"),
+        (6, "unreadable image"),
+        (7, "unreadable image"),
+        (8, "empty caption"),
+        (9, "no caption"),
+        (10, "no image named"),
+        (11, "not a JSON object"),
+        (12, "not a JSON object"),
         (13, "unreadable image"),
-    ]  # fmt: skip
+    ]
     assert made.as_dict()["skipped"]["unreadable image"] == 3
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"images": (0, 2)}, "images must be from 1 up"), ({"frames": (4, 3)}, "frames must be .*the least first"),
-    ({"count": 0}, "count must be at least 1"), ({"images": (2, 5)}, "has 4 usable images, and a video needs up to 5"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"images": (0, 2)}, "images must be from 1 up"),
+        ({"frames": (4, 3)}, "frames must be .*the least first"),
+        ({"count": 0}, "count must be at least 1"),
+        ({"images": (2, 5)}, "has 4 usable images, and a video needs up to 5"),
+    ],
+)
 def test_what_cannot_be_is_refused_before_a_file_is_written(tmp_path, settings, message):
     with pytest.raises(TrainingError, match=message):
         pseudo_file(listed(tmp_path, 4), tmp_path / "out.jsonl", **settings)
@@ -190,10 +207,12 @@ def test_a_model_reads_short_and_long_ones(testbed, tmp_path):
     path = tmp_path / "rows.jsonl"
     images = [f"images/{number}.png" for number in range(4)]
     lengths = [[3, 3], [6, 6], [6, 6, 6, 6]]
-    path.write_text("".join(
-        json.dumps({"frames": [list(pair) for pair in zip(images, some, strict=False)], "caption": "red ."}) + "\n"
-        for some in lengths
-    ))  # fmt: skip
+    path.write_text(
+        "".join(
+            json.dumps({"frames": [list(pair) for pair in zip(images, some, strict=False)], "caption": "red ."}) + "\n"
+            for some in lengths
+        )
+    )
     adapter = adapter_for(model)
     for limit, expected in ((16, [6, 12, 16]), (24, [6, 12, 24])):
         prompts = FilePrompts(adapter, processor, path, frames=limit)
@@ -231,8 +250,24 @@ def test_the_command_and_training_on_what_it_makes(cli, testbed, tmp_path):
     with source.open("a") as file:
         file.write('{"image": "images/gone.png", "caption": "x"}\n')
     out = tmp_path / "pseudo.jsonl"
-    said = cli("data", "pseudo", source, out, "--count", 5, "--images", "2-3", "--frames", 3, "--seed", 7,
-               "--preview", tmp_path / "sheet.png", "--json", tmp_path / "made.json")  # fmt: skip
+    said = cli(
+        "data",
+        "pseudo",
+        source,
+        out,
+        "--count",
+        5,
+        "--images",
+        "2-3",
+        "--frames",
+        3,
+        "--seed",
+        7,
+        "--preview",
+        tmp_path / "sheet.png",
+        "--json",
+        tmp_path / "made.json",
+    )
     assert "5 pseudo-videos of" in said and "left out: 1 × missing image: record 13 (images/gone.png)" in said
     made = json.loads((tmp_path / "made.json").read_text())
     assert made["videos"] == 5 and made["images"] == 12 and made["seed"] == 7

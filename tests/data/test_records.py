@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidsieve.data import reading
-from vidsieve.data.layouts import LAYOUTS, files_of, layout_of, read_all, read_records
 from vidsieve.errors import TrainingError
+from vidsieve.training.data import reading
+from vidsieve.training.data.layouts import LAYOUTS, files_of, layout_of, read_all, read_records
 
 
 def turns(*said):
@@ -44,19 +44,27 @@ def test_a_conversation_gives_a_row_for_each_pair(write, tmp_path):
     assert layout_of(path).name == "llava"
     video = {"source": "0_30_s_academic", "video": str(tmp_path / "academic/x.mp4")}
     assert read_all(path) == [
-        video | {"question": "What is it?", "options": ["A. a dog", "B. a cat"], "answer": "B",
-                 "problem_type": "multiple choice"},
+        video
+        | {
+            "question": "What is it?",
+            "options": ["A. a dog", "B. a cat"],
+            "answer": "B",
+            "problem_type": "multiple choice",
+        },
         video | {"question": "What does it do?", "answer": "It sleeps.", "problem_type": "free-form"},
-    ]  # fmt: skip
+    ]
     assert read_all(path, tmp_path / "root")[0]["video"] == str(tmp_path / "root" / "academic/x.mp4")
 
 
-@pytest.mark.parametrize(("name", "asked", "answer", "caption"), [
-    ("rows.json", "<image>\nPlease describe the video in detail.", "A dog runs.", True),
-    ("rows.json", "<video>Give a summary of it.", "A dog runs.", True),
-    ("rows.json", "What runs?", "A dog runs.", False),
-    ("0_30_s_academic_v0_1_cap_processed.json", "What runs?", "A dog runs.", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "asked", "answer", "caption"),
+    [
+        ("rows.json", "<image>\nPlease describe the video in detail.", "A dog runs.", True),
+        ("rows.json", "<video>Give a summary of it.", "A dog runs.", True),
+        ("rows.json", "What runs?", "A dog runs.", False),
+        ("0_30_s_academic_v0_1_cap_processed.json", "What runs?", "A dog runs.", True),
+    ],
+)
 def test_what_is_a_caption(write, name, asked, answer, caption):
     (row,) = read_all(write(VIDEO | {"conversations": turns(asked, answer)}, name=name))
     assert ("caption" in row) is caption and row.get("caption", row.get("answer")) == answer
@@ -68,12 +76,18 @@ def test_a_description_among_other_turns_is_a_question(write):
     assert [row["problem_type"] for row in rows] == ["free-form", "free-form"]
 
 
-@pytest.mark.parametrize(("said", "fault"), [
-    (turns(CHOICE, "D. a fox"), "is none of the options"), (turns("only a question"), "two turns or more"),
-    (turns(CHOICE, "A", "and"), "one after the other"), (turns("what ?", "  "), "an answer in conversations is empty"),
-    (turns("<image>", "It sleeps."), "a question in conversations is empty"),
-    ([{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}], "no text as its value"), ("x", "a list of two"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("said", "fault"),
+    [
+        (turns(CHOICE, "D. a fox"), "is none of the options"),
+        (turns("only a question"), "two turns or more"),
+        (turns(CHOICE, "A", "and"), "one after the other"),
+        (turns("what ?", "  "), "an answer in conversations is empty"),
+        (turns("<image>", "It sleeps."), "a question in conversations is empty"),
+        ([{"from": "human", "value": 3}, {"from": "gpt", "value": "x"}], "no text as its value"),
+        ("x", "a list of two"),
+    ],
+)
 def test_wrong_conversations_are_named_and_the_others_read(write, said, fault):
     good = VIDEO | {"conversations": turns(CHOICE, "A")}
     records = list(read_records(write(good, VIDEO | {"conversations": said}, good)))
@@ -88,17 +102,23 @@ def test_images_with_captions_and_what_is_none(write, tmp_path):
     records = list(read_records(write(image, short, text, many)))
     assert records[0].rows == ({"image": str(tmp_path / "a.png"), "caption": ("word " * 10).strip()},)
     assert [record.left_out for record in records[1:]] == [
-        {"an answer of fewer than 10 words, no caption": 1}, {"neither a video nor an image": 1}, {"several images": 1},
-    ]  # fmt: skip
+        {"an answer of fewer than 10 words, no caption": 1},
+        {"neither a video nor an image": 1},
+        {"several images": 1},
+    ]
 
 
 def test_parquet_has_its_images_inside(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [
-        {"id": str(n), "image": {"bytes": bytes([n]) if n else b"", "path": None}, "data_source": "coco",
-         "conversations": turns("<image>\nDescribe.", "word " * 12)}
+        {
+            "id": str(n),
+            "image": {"bytes": bytes([n]) if n else b"", "path": None},
+            "data_source": "coco",
+            "conversations": turns("<image>\nDescribe.", "word " * 12),
+        }
         for n in range(150)
-    ]  # fmt: skip
+    ]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     records = list(read_records(tmp_path / "train.parquet"))
     assert records[0].fault == "image holds no bytes" and len(records) == 150
@@ -120,8 +140,10 @@ def test_clips_are_found_by_their_name(tmp_path):
     (root / "part" / "b_1.mkv").touch()
     records = list(read_records(tmp_path / "Koala_36M_1.csv", root))
     assert [record.rows[0]["video"] for record in records[:3]] == [
-        str(root / "a_0.mp4"), str(root / "part" / "b_1.mkv"), str(root / "gone_2.mp4"),
-    ]  # fmt: skip
+        str(root / "a_0.mp4"),
+        str(root / "part" / "b_1.mkv"),
+        str(root / "gone_2.mp4"),
+    ]
     assert records[0].rows[0]["caption"] == "A dog,\nrunning."
     assert [record.fault for record in records[3:]] == ["caption is empty", "videoID is empty"]
 
@@ -145,8 +167,9 @@ def test_lines_that_are_no_json_are_faults_and_a_list_that_breaks_off_is_an_erro
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=8,
-)  # fmt: skip
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 @given(st.lists(JSON, max_size=6), st.integers(1, 9), st.sampled_from([None, 1]))

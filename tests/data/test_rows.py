@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from vidsieve.data.filtering import filter_file
-from vidsieve.data.layouts import read_all
-from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.table import held_out, keys_of, load_rows
 from vidsieve.errors import TrainingError
+from vidsieve.training.data.filtering import filter_file
+from vidsieve.training.data.layouts import read_all
+from vidsieve.training.data.prompts import FilePrompts
+from vidsieve.training.data.table import held_out, keys_of, load_rows
 
 
 def rows_file(tmp_path, *rows):
@@ -29,11 +29,13 @@ ASKED = {"video": "a.mp4", "question": "?", "options": ["red", "blue"], "answer"
         ({"video": 5, "caption": "c"}, "video must be a path, got 5"),
         ({"video": "a.mp4", "caption": None}, "caption must be a text that is not empty, got None"),
         ({"video": "a.mp4", "caption": "  "}, "caption must be a text"),
-        ({"video": "a.mp4"}, "a row needs"), (["a"], "a row needs"), ({"caption": "c"}, "a row needs"),
+        ({"video": "a.mp4"}, "a row needs"),
+        (["a"], "a row needs"),
+        ({"caption": "c"}, "a row needs"),
         (ASKED | {"options": ["red"]}, "two or more"),
         ({"frames": [["a.png", 0]], "caption": "c"}, "frames must be"),
     ],
-)  # fmt: skip
+)
 def test_malformed_rows_are_named_by_line(tmp_path, row, said):
     with pytest.raises(TrainingError, match=f"1 of 2 records in .* are malformed.*: record 2: .*{said}"):
         read_all(rows_file(tmp_path, ASKED, row))
@@ -51,8 +53,11 @@ def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
 
 
 def test_images_that_rows_share_are_held_out_together(tmp_path):
-    rows = [{"frames": [[f"{group}{i}.png", 3], [f"{group}{i + 1}.png", 3]], "caption": "c"}
-            for group in "abcdefgh" for i in range(3)]  # fmt: skip
+    rows = [
+        {"frames": [[f"{group}{i}.png", 3], [f"{group}{i + 1}.png", 3]], "caption": "c"}
+        for group in "abcdefgh"
+        for i in range(3)
+    ]
     path = rows_file(tmp_path, *rows)
     for share in (0.05, 0.25, 0.5):
         view = load_rows(path, present=False)
@@ -66,8 +71,11 @@ def test_images_that_rows_share_are_held_out_together(tmp_path):
 
 def test_a_filter_keeps_other_kinds_of_question(testbed, tmp_path):
     counted = {"video": "a.mp4", "question": "how many ?", "answer": "3", "problem_type": "numerical"}
-    lines = [ASKED | {"question": f"what colour is the {name} ?", "answer": right} for name in ("home", "disc", "wedge")
-             for right in ("red", "blue")]  # fmt: skip
+    lines = [
+        ASKED | {"question": f"what colour is the {name} ?", "answer": right}
+        for name in ("home", "disc", "wedge")
+        for right in ("red", "blue")
+    ]
     path = rows_file(tmp_path, *lines, counted, {"video": "a.mp4", "caption": "c"})
     found = filter_file(path, tmp_path / "out.jsonl", [testbed])
     assert (found.questions, found.captions, found.others) == (6, 1, 1)

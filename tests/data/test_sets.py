@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.data.checking import check_file
-from vidsieve.data.encodings import EncodingCache
-from vidsieve.data.prompts import FilePrompts
-from vidsieve.data.skipped import Skipped
-from vidsieve.data.table import Table, load_rows
 from vidsieve.errors import TrainingError
-from vidsieve.rl.recipes import train_policy
 from vidsieve.testbed.files import LAYOUTS, write_scenes
+from vidsieve.training.data.checking import check_file
+from vidsieve.training.data.encodings import EncodingCache
+from vidsieve.training.data.prompts import FilePrompts
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.data.table import RecordTable, load_rows
+from vidsieve.training.recipes import train_policy
 
 SCENES, BROKEN = 10, 0.3  # one missing, one cut short, one no video
-QUICK = {"steps": 3, "prompts_per_step": 4, "workers": 2}
+QUICK = {"steps": 3, "prompts_per_step": 2, "workers": 2}
 CHOICE, CAPTION = QUICK | {"token_rollouts": 2, "frame_rollouts": 0}, QUICK | {"rollouts": 2}
 
 
@@ -102,8 +102,9 @@ def test_the_check_says_what_is_there(rendered, cli, tmp_path):
     assert found["rows"] == rows and f"of {rows} rows can be used; 7 of 10 videos and images are readable" in said
     assert "left out: 10 × image" in said and "left out: 1 missing video of" in said
     assert {group["kind"]: group["rows"] for group in found["groups"]} == {
-        "multiple choice": truth["questions"], "free-form": SCENES,
-    }  # fmt: skip
+        "multiple choice": truth["questions"],
+        "free-form": SCENES,
+    }
     assert len(listed(tmp_path / "l.jsonl")) == 3
     quick = cli("data", "check", folder / truth["files"][0], "--quick")
     assert "9 of 10 videos and images are there" in quick
@@ -172,7 +173,7 @@ def test_faults_are_listed_once_however_often_they_are_met(tmp_path):
 def test_rows_come_back_from_any_thread_as_they_went_in(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
-    table = Table()
+    table = RecordTable()
     rows = [{"video": str(tmp_path / f"{n % 7}.mp4"), "caption": "ä" * (n % 50) + str(n)} for n in range(500)]
     for row in rows:
         table.append(row)
@@ -200,18 +201,19 @@ def test_wanted_rows_and_wrong_ones(tmp_path):
     view = load_rows(tmp_path / "rows.jsonl", wanted=wanted, skipped=skipped)
     assert [row["caption"] for row in view] == ["one", "three"]
     assert skipped.as_dict() == {
-        "faults": {"question that cannot be asked": 1, "missing video": 1}, "videos": {"missing": 1},
+        "faults": {"question that cannot be asked": 1, "missing video": 1},
+        "videos": {"missing": 1},
         "left_out": {"a two": 1},
-    }  # fmt: skip
+    }
     assert "1 question that cannot be asked, first record 4: it is bad" in skipped.summary()
 
 
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_what_is_written_is_read_again_word_for_word(tmp_path, layout):
     """Every question and caption of the scenes, and which options they have."""
-    from vidsieve.data.layouts import read_records
     from vidsieve.testbed.questions import make_caption, make_questions
     from vidsieve.testbed.world import make_cast
+    from vidsieve.training.data.layouts import read_records
 
     write_scenes(tmp_path, world="A", seed=5, scenes=2, layout=layout)
     truth = (
@@ -231,8 +233,10 @@ def test_what_is_written_is_read_again_word_for_word(tmp_path, layout):
         bare = [[option.split(". ")[-1] for option in row["options"]] for row in choices]
         assert [row["question"] for row in choices] == [question.text for question in asked]
         assert bare == [list(question.options) for question in asked]
-        right = ["ABCD".index(row["answer"]) if len(row["answer"]) == 1 else bare[n].index(row["answer"])
-                 for n, row in enumerate(choices)]  # fmt: skip
+        right = [
+            "ABCD".index(row["answer"]) if len(row["answer"]) == 1 else bare[n].index(row["answer"])
+            for n, row in enumerate(choices)
+        ]
         assert [question.options[n] for n, question in zip(right, asked, strict=True)] == [q.answer for q in asked]
 
 

@@ -15,9 +15,9 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from vidsieve.data import decoding as module
-from vidsieve.data.video import Video, read_image, read_video, write_video
 from vidsieve.errors import OutputError, VideoError
+from vidsieve.video import decoding as module
+from vidsieve.video.reading import Video, read_image, read_video, write_video
 
 BITS = 10
 
@@ -775,7 +775,7 @@ def test_failing_half_way_keeps_the_old_file(tmp_path, monkeypatch, error):
         return frame(*arguments, **how)
 
     frame = av.VideoFrame.from_ndarray
-    monkeypatch.setattr("vidsieve.data.video.VideoFrame", type("Failing", (), {"from_ndarray": staticmethod(fail)}))
+    monkeypatch.setattr("vidsieve.video.reading.VideoFrame", type("Failing", (), {"from_ndarray": staticmethod(fail)}))
     with pytest.raises(OutputError, match=r"cannot write .*a\.mp4: No space left"):
         write_video(path, pictures(range(5)), 25)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]

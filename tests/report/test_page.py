@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from vidsieve.cli.shared import write_report
-from vidsieve.data.video import read_video
 from vidsieve.errors import OutputError
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, TableOf, page, write_page
@@ -24,6 +23,7 @@ from vidsieve.report.sections import (
     training_sections,
 )
 from vidsieve.types import TokenGrid
+from vidsieve.video.reading import read_video
 
 NASTY = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \"quoted\" 'too'"
 GRID = TokenGrid(2, 2, 3)
@@ -117,19 +117,28 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path):
 def test_reports_of_answers_and_comparisons():
     trace = {"grid": [2, 2, 3], "indices": [1, 2], "kept": 2}
     said = {
-        "answer": NASTY, "method": "m", "prompt_tokens_before": 20, "prompt_tokens_after": 10, "videos": [trace],
+        "answer": NASTY,
+        "method": "m",
+        "prompt_tokens_before": 20,
+        "prompt_tokens_after": 10,
+        "videos": [trace],
         "ms": {"select": 2.0, "prefill": 3.5},
-    }  # fmt: skip
+    }
     made = Parsed(page("q", answer_sections(video(), NASTY, said, np.ones(12), ("select", "prefill", "decode"))))
     assert "20 → 10 tokens" in made.text and made.text.count(NASTY) == 2 and "5.5" in made.text
     row = {
-        "name": "full", "layer_retention": 1.0, "real_retention": 1.0, "answer": "red", "same": True, "indices": None,
-        "scores": None, "select_ms": {"median": 0.0}, "ms": {"prefill": {"median": 9.0}, "total": {"median": 9.0}},
-    }  # fmt: skip
+        "name": "full",
+        "layer_retention": 1.0,
+        "real_retention": 1.0,
+        "answer": "red",
+        "same": True,
+        "indices": None,
+        "scores": None,
+        "select_ms": {"median": 0.0},
+        "ms": {"prefill": {"median": 9.0}, "total": {"median": 9.0}},
+    }
     other = row | {"name": "m", "indices": [3], "same": False, "answer": NASTY}
-    result = {
-        "question": "?", "rows": [row, other], "grid": [2, 2, 3], "refused": [{"name": "n", "reason": NASTY}]
-    }  # fmt: skip
+    result = {"question": "?", "rows": [row, other], "grid": [2, 2, 3], "refused": [{"name": "n", "reason": NASTY}]}
     made = Parsed(page("c", comparison_sections(video(), result)))
     assert made.text.count(NASTY) == 2 and sum(tag == "option" for tag, _ in made.elements) == 2
 
@@ -140,7 +149,7 @@ def evaluated(**more):
         base | {"method": "full", "variant": "-", "retention": "1", "accuracy": 0.9, "layer_retention": 1.0},
         base | {"method": "m", "retention": "0.25", "accuracy": 0.8, "layer_retention": 0.25},
         base | {"method": "m", "retention": "0.1", "accuracy": 0.7, "layer_retention": 0.1},
-    ]  # fmt: skip
+    ]
     by = {"kind": {"colour": {"accuracy": 0.5, "stderr": 0.1}, "count": {"accuracy": 0.4, "stderr": float("nan")}}}
     rows = [row | {"real_retention": row["layer_retention"], "frames": 16, "by": by} for row in rows]
     refused = [base | {"method": "f", "retention": "0.1", "frames": 16, "reason": NASTY}]
@@ -152,9 +161,12 @@ def test_reports_of_evaluations():
     sections = evaluation_sections(evaluated(failed=failed))
     titles = [section.title for section in sections]
     assert titles == [
-        "Accuracy", "Accuracy against retention, 16 frames", "Accuracy by kind", "Not possible",
+        "Accuracy",
+        "Accuracy against retention, 16 frames",
+        "Accuracy by kind",
+        "Not possible",
         "Questions that could not be asked",
-    ]  # fmt: skip
+    ]
     cells = {tuple(row[:2]): row for row in sections[0].table.rows}
     assert cells["m", "0.1"][4] == "70.0" and cells["f", "0.1"][2] == "–"
     assert sections[2].table.rows[0][1:] == ("50.0 ± 10.0", "40.0")
@@ -174,10 +186,19 @@ def test_reports_of_training(tmp_path):
 def test_reports_of_the_pipeline():
     spread = {"mean": 2.0, "p50": 2.0, "p95": 3.0}
     row = {
-        "method": "full", "variant": "-", "part": "", "policy": "", "retention": "1", "visual": [9, 9],
-        "prompt": [12, 12], "flops": {"paper": 1e12, "counted": 3e12}, "peak_MiB": 5.0, "pays_from": None,
-        "times_faster": {"prefill": 1.0, "all": 1.0}, "ms": {"prefill": spread, "all": spread},
-    }  # fmt: skip
+        "method": "full",
+        "variant": "-",
+        "part": "",
+        "policy": "",
+        "retention": "1",
+        "visual": [9, 9],
+        "prompt": [12, 12],
+        "flops": {"paper": 1e12, "counted": 3e12},
+        "peak_MiB": 5.0,
+        "pays_from": None,
+        "times_faster": {"prefill": 1.0, "all": 1.0},
+        "ms": {"prefill": spread, "all": spread},
+    }
     other = row | {
         "method": "m",
         "variant": "ours",
@@ -186,9 +207,16 @@ def test_reports_of_the_pipeline():
         "pays_from": 16,
     }
     result = {
-        "rows": [row, other], "refused": [], "model": "x", "device": "cpu", "dtype": "float32", "attention": "sdpa",
-        "lengths": [16], "repeats": 3, "new_tokens": 8,
-    }  # fmt: skip
+        "rows": [row, other],
+        "refused": [],
+        "model": "x",
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "sdpa",
+        "lengths": [16],
+        "repeats": 3,
+        "new_tokens": 8,
+    }
     table = pipeline_sections(result)[1].table
     assert table.rows[1][5] == "3.00×" and (table.rows[0][-1], table.rows[1][-1]) == ("–", 16)
 

@@ -14,18 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from vidsieve import pipeline
+from vidsieve import answering
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
-from vidsieve.eval.methods import method_for
+from vidsieve.evaluation.methods import method_for
 from vidsieve.serving import batch
 from vidsieve.serving.batch import Paths, answer_file
 from vidsieve.serving.batching.ahead import read_ahead
-from vidsieve.serving.batching.journal import Journal
+from vidsieve.serving.batching.journal import BatchJournal
 from vidsieve.serving.batching.model import Answerer, stacked
-from vidsieve.serving.batching.rows import BatchError, Row, Rows, line_of, read_row
-from vidsieve.serving.batching.settings import Settings
+from vidsieve.serving.batching.rows import BatchError, BatchRow, Rows, line_of, read_row
+from vidsieve.serving.batching.settings import BatchSettings
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Tokens
@@ -77,7 +77,7 @@ class Fake:
 @pytest.fixture
 def fake(monkeypatch):
     monkeypatch.setattr(batch, "Answerer", Fake)
-    monkeypatch.setattr(Settings, "read", lambda self, row: row.fault or ("gone" if "gone" in row.video else ""))
+    monkeypatch.setattr(BatchSettings, "read", lambda self, row: row.fault or ("gone" if "gone" in row.video else ""))
     Fake.die, Fake.error, Fake.wait, Fake.asked = None, KeyboardInterrupt, 0.0, []
     return Fake
 
@@ -94,35 +94,52 @@ def check_whole(target, count=23):
     assert [row["n"] for row in lines(target)] == [n for n in range(count) if n not in failed]
     assert [row["n"] for row in lines(Paths(target).failed)] == failed
     assert all(row["answer"] == f"line {row['n'] + 1}" for row in lines(target))
-    assert {path.name for path in target.parent.iterdir()} <= {"in.jsonl", *(
-        path.name for path in (target, Paths(target).failed, Paths(target).journal))}  # fmt: skip
+    assert {path.name for path in target.parent.iterdir()} <= {
+        "in.jsonl",
+        *(path.name for path in (target, Paths(target).failed, Paths(target).journal)),
+    }
 
 
 def test_answers_are_those_of_one_question_asked_alone(testbed, scenes, tmp_path):
-    report = answer_file(scenes / "in.jsonl", tmp_path / "out.jsonl", Settings(**QUICK))
+    report = answer_file(scenes / "in.jsonl", tmp_path / "out.jsonl", BatchSettings(**QUICK))
     rows, failed = lines(tmp_path / "out.jsonl"), lines(tmp_path / "out.failed.jsonl")
     assert (report.rows, report.answered, report.failed) == (len(rows) + 3, len(rows), 3) and report.written
     assert [row["id"] for row in rows] == list(range(len(rows)))
-    assert [sorted(row) for row in failed] == [["question", "reason", "video"], ["line", "reason"],
-                                               ["question", "reason", "video"]]  # fmt: skip
+    assert [sorted(row) for row in failed] == [
+        ["question", "reason", "video"],
+        ["line", "reason"],
+        ["question", "reason", "video"],
+    ]
     assert "does not exist" in failed[0]["reason"] and failed[1]["line"] == 10 and "not JSON" in failed[1]["reason"]
     for row in rows[::4]:
-        video = pipeline.read(scenes / row["video"], pipeline.Clock(), frames=4, fps=None, max_frames=None)
+        video = answering.read(scenes / row["video"], answering.Clock(), frames=4, fps=None, max_frames=None)
         method = method_for("divprune", "testbed", retention=0.25)
-        alone = pipeline.answer(*testbed, video, row["question"], method, max_new_tokens=3)
-        said = {"answer": alone.text, "kept": alone.traces[0].kept, "total": alone.traces[0].total,
-                "prompt_tokens": alone.prompt_tokens[1], "frames": 4}  # fmt: skip
+        alone = answering.answer(*testbed, video, row["question"], method, max_new_tokens=3)
+        said = {
+            "answer": alone.text,
+            "kept": alone.traces[0].kept,
+            "total": alone.traces[0].total,
+            "prompt_tokens": alone.prompt_tokens[1],
+            "frames": 4,
+        }
         assert said.items() <= row.items() and row["given"].keys() == {"answer"}
 
 
-@pytest.mark.parametrize(("method", "retention"), [
-    ("full", 0.25), ("random", 0.1), ("cacovid", Tokens(9)), ("fastv", 0.6), ("dycoke", 0.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "retention"),
+    [
+        ("full", 0.25),
+        ("random", 0.1),
+        ("cacovid", Tokens(9)),
+        ("fastv", 0.6),
+        ("dycoke", 0.5),
+    ],
+)
 def test_neither_batch_nor_readers_change_an_answer(scenes, tmp_path, method, retention):
     found = []
     for size, readers in ((1, 1), (4, 3)):
         target = tmp_path / str(size) / "out.jsonl"
-        settings = Settings(**QUICK, method=method, retention=retention, batch=size)
+        settings = BatchSettings(**QUICK, method=method, retention=retention, batch=size)
         answer_file(scenes / "in.jsonl", target, settings, readers=readers)
         found.append((target.read_bytes(), Paths(target).failed.read_bytes()))
     assert found[0] == found[1]
@@ -147,8 +164,8 @@ def test_prompts_encoded_one_by_one_make_a_batch(family):
 
 
 def test_a_prompt_past_the_models_window_fails_alone(scenes, monkeypatch):
-    answerer = Answerer(Settings(**QUICK))
-    row = Row(1, {"n": 1}, str(scenes / "scene-0000.mp4"), "what ?")
+    answerer = Answerer(BatchSettings(**QUICK))
+    row = BatchRow(1, {"n": 1}, str(scenes / "scene-0000.mp4"), "what ?")
     video = answerer.settings.read(row)
     assert answerer([(row, video)])[0][0]
     answerer.window = 100
@@ -157,8 +174,8 @@ def test_a_prompt_past_the_models_window_fails_alone(scenes, monkeypatch):
 
 
 def test_one_poisoned_prompt_does_not_take_its_batch_along(scenes, monkeypatch):
-    answerer = Answerer(Settings(**QUICK, batch=3))
-    rows = [Row(n, {"n": n}, str(scenes / "scene-0000.mp4"), "what ?") for n in (1, 2, 3)]
+    answerer = Answerer(BatchSettings(**QUICK, batch=3))
+    rows = [BatchRow(n, {"n": n}, str(scenes / "scene-0000.mp4"), "what ?") for n in (1, 2, 3)]
     video = answerer.settings.read(rows[0])
     real = type(answerer)._said
 
@@ -173,11 +190,12 @@ def test_one_poisoned_prompt_does_not_take_its_batch_along(scenes, monkeypatch):
     assert outcomes[1][1] == {"n": 2, "reason": "no such shape"}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: lost"),
-                                   MemoryError()])  # fmt: skip
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: lost"), MemoryError()]
+)
 def test_a_device_that_fails_ends_the_run(scenes, monkeypatch, error):
-    answerer = Answerer(Settings(**QUICK))
-    row = Row(1, {}, str(scenes / "scene-0000.mp4"), "what ?")
+    answerer = Answerer(BatchSettings(**QUICK))
+    row = BatchRow(1, {}, str(scenes / "scene-0000.mp4"), "what ?")
     video = answerer.settings.read(row)
 
     def fail(ready):
@@ -188,12 +206,20 @@ def test_a_device_that_fails_ends_the_run(scenes, monkeypatch, error):
         answerer([(row, video)])
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    (b"[]", "holds list"), (b"\xff", "not UTF-8"), (b"[" * 9999, "not JSON"), (b"{}", "it has no video"),
-    (b'{"video": "", "question": "a"}', "video must be a text"), (b'{"video": "a", "question": 3}', "question must be"),
-    (b'{"video": "a", "question": "b", "options": "c"}', "options must be"),
-    (b'{"video": "a", "question": "\\ud800"}', "surrogate"), (b'{"video": "a\\u0000", "question": "b"}', "zero byte"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (b"[]", "holds list"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 9999, "not JSON"),
+        (b"{}", "it has no video"),
+        (b'{"video": "", "question": "a"}', "video must be a text"),
+        (b'{"video": "a", "question": 3}', "question must be"),
+        (b'{"video": "a", "question": "b", "options": "c"}', "options must be"),
+        (b'{"video": "a", "question": "\\ud800"}', "surrogate"),
+        (b'{"video": "a\\u0000", "question": "b"}', "zero byte"),
+    ],
+)
 def test_rows_that_cannot_be_asked(text, reason):
     row = read_row(text, 7, Path())
     answered, said = row.failed(row.fault)
@@ -202,8 +228,12 @@ def test_rows_that_cannot_be_asked(text, reason):
 
 
 def test_fields_are_copied_and_options_listed():
-    row = read_row(b'\xef\xbb\xbf{"video": "a.mp4", "question": "b?", "options": ["A. x", "B. y"], "n": [1.5, null],'
-                   b'"answer": "B", "given": 1}', 1, Path("/r"))  # fmt: skip
+    row = read_row(
+        b'\xef\xbb\xbf{"video": "a.mp4", "question": "b?", "options": ["A. x", "B. y"], "n": [1.5, null],'
+        b'"answer": "B", "given": 1}',
+        1,
+        Path("/r"),
+    )
     assert row.video == "/r/a.mp4" and row.prompt.startswith("b?\nA. x\nB. y\n")
     said = row.answered("A", frames=2)[1]
     assert said["n"] == [1.5, None] and said["given"] == {"answer": "B", "given": 1} and said["answer"] == "A"
@@ -212,7 +242,7 @@ def test_fields_are_copied_and_options_listed():
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_path, size):
-    source, target, settings = made(tmp_path), tmp_path / "out.jsonl", Settings(batch=size)
+    source, target, settings = made(tmp_path), tmp_path / "out.jsonl", BatchSettings(batch=size)
     journal = Paths(target).journal
     fake.die = 23
     with pytest.raises(KeyboardInterrupt):
@@ -234,7 +264,7 @@ def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_p
 
 def test_a_kill_between_any_two_writes_loses_and_doubles_nothing(fake, tmp_path, monkeypatch):
     """Every fsync and every rename fails once, before and after it is done."""
-    source, settings = made(tmp_path, 9), Settings(batch=4)
+    source, settings = made(tmp_path, 9), BatchSettings(batch=4)
     calls, moment = [0], [0, False]
 
     def dying(real):
@@ -279,7 +309,7 @@ def test_decoding_waits_for_the_model(fake, tmp_path):
 
     for readers in (1, 3):
         decoded = taken = most = 0
-        rows = ((n, Row(n, {}, f"{n}.mp4", "")) for n in range(40))
+        rows = ((n, BatchRow(n, {}, f"{n}.mp4", "")) for n in range(40))
         for number, (group, _, _) in enumerate(read_ahead(rows, read, readers)):
             assert group == number, "in order"
             with lock:
@@ -290,74 +320,77 @@ def test_decoding_waits_for_the_model(fake, tmp_path):
 
 def test_rows_of_one_video_share_its_decoding():
     decoded = []
-    rows = [(0, Row(n, {}, f"{n // 4}.mp4", "")) for n in range(12)]
+    rows = [(0, BatchRow(n, {}, f"{n // 4}.mp4", "")) for n in range(12)]
     found = list(read_ahead(rows, lambda row: decoded.append(row.video) or row.video, 2))
     assert [video for _, _, video in found] == [row.video for _, row in rows] and len(decoded) == 3
 
 
 def test_a_finished_run_is_left_alone(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
-    assert answer_file(source, target, Settings()).written
+    assert answer_file(source, target, BatchSettings()).written
     assert len(lines(Paths(target).journal)) == 1
     fake.asked.clear()
-    again = answer_file(source, target, Settings())
+    again = answer_file(source, target, BatchSettings())
     assert (again.written, again.before, again.answered) == (False, 23, 19) and not fake.asked
     target.write_text("")
     with pytest.raises(OutputError, match=r"is not what the finished run wrote: remove .*out.journal.jsonl"):
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
     Paths(target).journal.unlink()
     with pytest.raises(OutputError, match=r"is there, and no out.journal.jsonl says of what: name another output"):
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
 
 
 def test_another_run_is_refused_by_what_differs(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         fake.die = 1
-        answer_file(source, target, Settings(seed=1))
+        answer_file(source, target, BatchSettings(seed=1))
     fake.die = 2
     with pytest.raises(KeyboardInterrupt):  # nothing was settled: begun anew
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
     with pytest.raises(BatchError, match=r"another run \(frames: 16 there, 8 now; seed: 0 there, 3 now\): name"):
-        answer_file(source, target, Settings(frames=8, seed=3))
+        answer_file(source, target, BatchSettings(frames=8, seed=3))
     with pytest.raises(BatchError, match=r'method: "divprune .* there, "full" now'):
-        answer_file(source, target, Settings(method="full"))
+        answer_file(source, target, BatchSettings(method="full"))
     with pytest.raises(BatchError, match="video_root"):
-        answer_file(source, target, Settings(), root=tmp_path / "other")
+        answer_file(source, target, BatchSettings(), root=tmp_path / "other")
     made(tmp_path, 24)
     with pytest.raises(BatchError, match=r"input_digest.*rows: 23 there, 24 now"):
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
     made(tmp_path)
-    with Journal(tmp_path / "held.journal.jsonl", {}, 1), pytest.raises(BatchError, match="another process is writing"):
-        answer_file(source, tmp_path / "held.jsonl", Settings())
+    with (
+        BatchJournal(tmp_path / "held.journal.jsonl", {}, 1),
+        pytest.raises(BatchError, match="another process is writing"),
+    ):
+        answer_file(source, tmp_path / "held.jsonl", BatchSettings())
     Paths(target).journal.write_text("something else\n")
     with pytest.raises(BatchError, match=r"is no journal of `vidsieve batch`"):
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
 
 
 def test_a_damaged_line_is_named(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     fake.die = 9
     with pytest.raises(KeyboardInterrupt):
-        answer_file(source, target, Settings())
+        answer_file(source, target, BatchSettings())
     journal = Paths(target).journal
     text = journal.read_text().splitlines(keepends=True)
     for number, wrong in ((3, "}\n"), (4, text[2])):  # the second: a group twice
         journal.write_text("".join([*text[: number - 1], wrong, *text[number:]]))
         with pytest.raises(BatchError, match=f"line {number} of .* is damaged: remove that line"):
-            answer_file(source, target, Settings())
+            answer_file(source, target, BatchSettings())
     journal.write_text("".join([*text[:2], *text[3:]]))
     fake.die = None
-    assert answer_file(source, target, Settings()).written
+    assert answer_file(source, target, BatchSettings()).written
     check_whole(target)
 
 
 def test_what_a_worker_hands_over_twice_is_noted_once(tmp_path):
-    with Journal(tmp_path / "j.jsonl", {}, 2) as journal:
+    with BatchJournal(tmp_path / "j.jsonl", {}, 2) as journal:
         for answer in ("first", "second"):
-            journal.add(1, [Row(2, {}).answered(answer)])
+            journal.add(1, [BatchRow(2, {}).answered(answer)])
         assert list(journal.pending()) == [0] and journal.answered == 1
-        journal.add(0, [Row(1, {}).failed("gone")])
+        journal.add(0, [BatchRow(1, {}).failed("gone")])
         assert [row for _, row in journal.outcomes()] == [{"reason": "gone"}, {"answer": "first"}]
         assert journal.fault == "gone" and len(journal) == 2
 
@@ -365,23 +398,23 @@ def test_what_a_worker_hands_over_twice_is_noted_once(tmp_path):
 def test_an_input_that_changes_meanwhile(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(BatchError, match="was changed while its rows were answered"):
-        answer_file(source, target, Settings(), progress=lambda done, total: os.utime(source, (0, 0)))
-    assert not target.exists() and answer_file(source, target, Settings()).before == 23
+        answer_file(source, target, BatchSettings(), progress=lambda done, total: os.utime(source, (0, 0)))
+    assert not target.exists() and answer_file(source, target, BatchSettings()).before == 23
     check_whole(target)
     with pytest.raises(BatchError, match="holds no rows"):
-        answer_file(write(tmp_path / "empty.jsonl", [b"\n"]), tmp_path / "e.jsonl", Settings())
+        answer_file(write(tmp_path / "empty.jsonl", [b"\n"]), tmp_path / "e.jsonl", BatchSettings())
     with pytest.raises(BatchError, match=r"cannot read .*none.jsonl: No such file"):
-        answer_file(tmp_path / "none.jsonl", tmp_path / "e.jsonl", Settings())
+        answer_file(tmp_path / "none.jsonl", tmp_path / "e.jsonl", BatchSettings())
 
 
 def test_fifty_rows_without_an_answer_are_enough(fake, tmp_path):
     target = tmp_path / "out.jsonl"
     source = write(tmp_path / "in.jsonl", [{"video": "gone.mp4", "question": "what ?"}] * 120)
     with pytest.raises(BatchError, match=r"none of the first 52 rows .* because: gone; nothing is kept\. Is --vid"):
-        answer_file(source, target, Settings(batch=4))
+        answer_file(source, target, BatchSettings(batch=4))
     assert len(fake.asked) == 52 and [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
     write(source, [{"video": "v.mp4", "question": "what ?"}, *[{"video": "gone.mp4", "question": "what ?"}] * 60])
-    assert answer_file(source, target, Settings()).failed == 60, "one answer: it is not all of them"
+    assert answer_file(source, target, BatchSettings()).failed == 60, "one answer: it is not all of them"
 
 
 def test_memory_holds_three_numbers_a_group(tmp_path):
@@ -419,7 +452,8 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
     check = json.loads((tmp_path / "r" / "r.json").read_text())
     assert (check["rows"], check["answered"], check["failed"], check["before"]) == (23, 19, 4, 8)
     assert "is finished already: 19 of 23 rows answered, 4 failed; nothing was done" in cli(
-        "batch", source, target, "--batch", 4)  # fmt: skip
+        "batch", source, target, "--batch", 4
+    )
 
     def twice(self, read):
         signal.raise_signal(signal.SIGINT)
@@ -430,15 +464,20 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
     assert "what was answered is in the journal" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["out.json"], "its name ends in .jsonl"), (["in.jsonl"], "would overwrite the file that is read"),
-    (["out.jsonl", "--workers", "2"], "are for --ray: give it too"),
-    (["out.jsonl", "--ray", "--device", "cuda:1"], "Ray gives each worker its GPU"),
-    (["out.jsonl", "--method", "evz"], "'evs'"),
-    (["out.jsonl", "--fps", "0"], "--fps must be a finite number above 0, got 0"),
-    (["out.jsonl", "--policy", "testbed"], "divprune is not trained and takes no policy"),
-    (["out.jsonl", "--model", "nothing"], "no model 'nothing'"), (["out.jsonl", "--retention", "2"], "retention"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["out.json"], "its name ends in .jsonl"),
+        (["in.jsonl"], "would overwrite the file that is read"),
+        (["out.jsonl", "--workers", "2"], "are for --ray: give it too"),
+        (["out.jsonl", "--ray", "--device", "cuda:1"], "Ray gives each worker its GPU"),
+        (["out.jsonl", "--method", "evz"], "'evs'"),
+        (["out.jsonl", "--fps", "0"], "--fps must be a finite number above 0, got 0"),
+        (["out.jsonl", "--policy", "testbed"], "divprune is not trained and takes no policy"),
+        (["out.jsonl", "--model", "nothing"], "no model 'nothing'"),
+        (["out.jsonl", "--retention", "2"], "retention"),
+    ],
+)
 def test_mistakes_are_told(cli, tmp_path, given, said):
     source = made(tmp_path)
     assert said in cli("batch", source, tmp_path / given[0], *given[1:], fails=True)
@@ -460,8 +499,20 @@ def test_ray_that_is_not_there(cli, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_for_real(scenes, tmp_path):
     """The command as a user runs it, kill -9 when some rows are settled, and once more."""
-    command = [sys.executable, "-m", "vidsieve", "batch", scenes / "in.jsonl", tmp_path / "out.jsonl", "--frames", "4",
-               "--max-new-tokens", "3", "--threads", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "vidsieve",
+        "batch",
+        scenes / "in.jsonl",
+        tmp_path / "out.jsonl",
+        "--frames",
+        "4",
+        "--max-new-tokens",
+        "3",
+        "--threads",
+        "1",
+    ]
     journal = tmp_path / "out.journal.jsonl"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") > 4):
@@ -470,9 +521,9 @@ def test_killed_for_real(scenes, tmp_path):
     process.wait()
     settled = journal.read_bytes().count(b"\n") - 1
     assert settled >= 4 and not (tmp_path / "out.jsonl").exists()
-    report = answer_file(scenes / "in.jsonl", tmp_path / "out.jsonl", Settings(**QUICK, device="auto"))
+    report = answer_file(scenes / "in.jsonl", tmp_path / "out.jsonl", BatchSettings(**QUICK, device="auto"))
     assert report.before == settled and report.written
-    answer_file(scenes / "in.jsonl", tmp_path / "straight.jsonl", Settings(**QUICK))
+    answer_file(scenes / "in.jsonl", tmp_path / "straight.jsonl", BatchSettings(**QUICK))
     for name in ("", ".failed"):
         assert (tmp_path / f"out{name}.jsonl").read_bytes() == (tmp_path / f"straight{name}.jsonl").read_bytes()
 
@@ -483,7 +534,7 @@ def test_ray_gives_the_same_files_and_goes_on(scenes, tmp_path):
     ray = pytest.importorskip("ray")
     from vidsieve.serving.batching.cluster import Cluster, on_cluster
 
-    source, target, settings = scenes / "in.jsonl", tmp_path / "ray.jsonl", Settings(**QUICK, batch=2)
+    source, target, settings = scenes / "in.jsonl", tmp_path / "ray.jsonl", BatchSettings(**QUICK, batch=2)
     answer_file(source, tmp_path / "here.jsonl", settings)
     rows = Rows(source, scenes.resolve(), 2)
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
@@ -495,7 +546,7 @@ def test_ray_gives_the_same_files_and_goes_on(scenes, tmp_path):
         with pytest.raises(BatchError, match="3 workers need a CPU each, and Ray has 2"):
             next(on_cluster(Cluster(workers=3), rows, [0], settings, 2))
         with pytest.raises(VidsieveError, match="no model 'nothing'"):
-            next(on_cluster(Cluster(), rows, [0], Settings(model="nothing"), 2))
+            next(on_cluster(Cluster(), rows, [0], BatchSettings(model="nothing"), 2))
     finally:
         ray.shutdown()
     for name in ("", ".failed"):

@@ -9,13 +9,13 @@ import sys
 import pytest
 
 import vidsieve
-from vidsieve.data.video import read_video
+from vidsieve.answering import answer
 from vidsieve.errors import NeedError, PromptError, RetentionError, UnknownNameError, VideoError
-from vidsieve.eval.methods import method_for
-from vidsieve.pipeline import answer
+from vidsieve.evaluation.methods import method_for
 from vidsieve.serving import desk as module
 from vidsieve.serving.desk import Desk
 from vidsieve.testbed.files import write_scene
+from vidsieve.video.reading import read_video
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +47,12 @@ def test_a_second_question_and_another_retention_decode_and_encode_nothing(testb
     first = asked.ask(clips / "0.mp4", "what colour is the old mark ?", "cacovid", 0.25)
     assert work == ["0.mp4", "tower"] and not first.reused and "decode" in first.answer.ms
     for question, method, retention in [
-        ("what colour is the old mark ?", "cacovid", 0.1), ("where is the chime ?", "cacovid", 0.25),
-        ("where is the chime ?", "divprune", 0.05), ("where is the chime ?", "full", 0.3),
+        ("what colour is the old mark ?", "cacovid", 0.1),
+        ("where is the chime ?", "cacovid", 0.25),
+        ("where is the chime ?", "divprune", 0.05),
+        ("where is the chime ?", "full", 0.3),
         ("where is the chime ?", "visionzip", 0.2),
-    ]:  # fmt: skip
+    ]:
         found = asked.ask(clips / "0.mp4", question, method, retention)
         assert found.reused and work == ["0.mp4", "tower"] and "decode" not in found.answer.ms
         chosen = None if method == "full" else method_for(method, "testbed", retention=retention)
@@ -73,11 +75,16 @@ def test_a_changed_file_is_another_video_and_old_ones_go(testbed, clips, tmp_pat
     assert len(asked._known) == module.REMEMBERED and not asked.ask(path, question, "uniform", 0.25).reused
 
 
-@pytest.mark.parametrize(("change", "error", "said"), [
-    ({"question": " "}, PromptError, "the question is empty"), ({"retention": 0}, RetentionError, "retention"),
-    ({"method": "unifrm"}, UnknownNameError, "Did you mean 'uniform'"), ({"path": "gone.mp4"}, VideoError, "gone.mp4"),
-    ({"path": "text.mp4"}, VideoError, "is no video"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"question": " "}, PromptError, "the question is empty"),
+        ({"retention": 0}, RetentionError, "retention"),
+        ({"method": "unifrm"}, UnknownNameError, "Did you mean 'uniform'"),
+        ({"path": "gone.mp4"}, VideoError, "gone.mp4"),
+        ({"path": "text.mp4"}, VideoError, "is no video"),
+    ],
+)
 def test_what_cannot_be_asked(testbed, clips, tmp_path, change, error, said):
     (tmp_path / "text.mp4").write_text("no video")
     path = tmp_path / change.pop("path") if "path" in change else clips / "0.mp4"
@@ -95,7 +102,7 @@ def test_methods_that_do_not_fit_are_told_at_once(testbed):
     except VideoError:
         pass
     finally:
-        from vidsieve.pipeline import load_model
+        from vidsieve.loading import load_model
 
         model.config.vidsieve_template = load_model("testbed")[0].config.vidsieve_template
 
@@ -106,8 +113,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from vidsieve.eval.methods import method_for
-from vidsieve.pipeline import load_model
+from vidsieve.evaluation.methods import method_for
+from vidsieve.loading import load_model
 from vidsieve.serving.desk import Desk
 from vidsieve.serving.page import build
 

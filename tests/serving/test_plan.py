@@ -18,14 +18,14 @@ from vidsieve import errors
 from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.cli.plan import plan as command
-from vidsieve.data.video import Video
-from vidsieve.eval.blueprints import BLUEPRINTS, RandomModel
-from vidsieve.eval.flops import prefill_flops
+from vidsieve.evaluation.blueprints import BLUEPRINTS, RandomModel
+from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.serving.machines import GPUS, Machine, machine_of, measured_cpu
 from vidsieve.serving.models import Clip, clip_of, encoder_flops, model_of, read_model
 from vidsieve.serving.plan import Load, kv_bytes, plan, row, selecting, step_flops
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import TokenGrid
+from vidsieve.video.reading import Video
 
 H100 = GPUS["H100"]
 
@@ -59,10 +59,13 @@ def test_grids_and_newlines_are_those_of_the_adapter(family):
 
 
 @pytest.mark.parametrize("size", [(360, 640), (64, 48), (1080, 1920), (300, 200)])
-@pytest.mark.parametrize(("name", "kind", "limits", "frames"), [
-    ("qwen2.5-vl-0.1b", "Qwen2VLVideoProcessor", {}, 3),
-    ("qwen3-vl-0.1b", "Qwen3VLVideoProcessor", {"shortest_edge": 4096, "longest_edge": 25165824}, 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind", "limits", "frames"),
+    [
+        ("qwen2.5-vl-0.1b", "Qwen2VLVideoProcessor", {}, 3),
+        ("qwen3-vl-0.1b", "Qwen3VLVideoProcessor", {"shortest_edge": 4096, "longest_edge": 25165824}, 4),
+    ],
+)
 def test_frames_are_scaled_as_by_the_real_processors(name, kind, limits, frames, size):
     import transformers
 

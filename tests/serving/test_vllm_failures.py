@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vidsieve.serving import vllm_failures
-from vidsieve.serving.vllm_failures import (
+from vidsieve.serving.vllm import failures
+from vidsieve.serving.vllm.failures import (
     KEY_BYTES,
     VARIABLE,
-    Failure,
     Failures,
+    SelectionFailure,
     report,
     report_key,
     server_name,
@@ -26,7 +26,7 @@ MESSAGE = "fragile failed on a video of this request: ZeroDivisionError: a marke
 
 
 def failure(on_error="fail"):
-    return Failure.of("fragile", ZeroDivisionError("a marked video\nand more"), on_error)
+    return SelectionFailure.of("fragile", ZeroDivisionError("a marked video\nand more"), on_error)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +46,7 @@ def test_failures_are_told_under_the_keys_of_their_videos(folder):
     assert torch.equal(key, report_key("../a name that a request chose"))
     report(key, failure())
     report(report_key("other"), failure("uniform"))
-    wanted = Failure("fragile", "ZeroDivisionError: a marked video", "fail")
+    wanted = SelectionFailure("fragile", "ZeroDivisionError: a marked video", "fail")
     assert failures.known() == {
         video_key("../a name that a request chose"): wanted,
         video_key("other"): failure("uniform"),
@@ -88,8 +88,8 @@ def test_a_worker_that_no_front_end_would_hear_raises():
 
 
 def test_an_error_is_one_short_line():
-    assert Failure.of("fragile", ValueError(), "fail").error == "ValueError"
-    assert len(Failure.of("fragile", ValueError("x" * 10_000), "fail").error) == vllm_failures.LONGEST
+    assert SelectionFailure.of("fragile", ValueError(), "fail").error == "ValueError"
+    assert len(SelectionFailure.of("fragile", ValueError("x" * 10_000), "fail").error) == failures.LONGEST
 
 
 def test_the_processes_of_a_server_share_its_name(monkeypatch):
@@ -98,7 +98,7 @@ def test_the_processes_of_a_server_share_its_name(monkeypatch):
     first = server_name()
     assert first != "00" * 8 and os.environ[VARIABLE] == first, "another server's, started from this one's process"
     server_name.cache_clear()
-    monkeypatch.setattr(vllm_failures, "parent_process", lambda: "the first process")
+    monkeypatch.setattr(failures, "parent_process", lambda: "the first process")
     assert server_name() == first
 
 
@@ -117,9 +117,11 @@ class Processor:
 
     def add_request(self, request, prompt, parent_req=None, request_index=0, queue=None):
         self.request_states[request.request_id] = SimpleNamespace(
-            request_id=request.request_id, external_req_id=request.request_id.split("-")[0], parent_req=parent_req,
+            request_id=request.request_id,
+            external_req_id=request.request_id.split("-")[0],
+            parent_req=parent_req,
             queue=queue,
-        )  # fmt: skip
+        )
 
     def abort_requests(self, names, internal):
         assert internal
@@ -144,7 +146,7 @@ def served(monkeypatch):
     watch(kind, RuntimeError, "error")  # vLLM may load plug-ins more than once
     assert kind.process_outputs is process
     told = []
-    monkeypatch.setattr(vllm_failures, "count", told.append)
+    monkeypatch.setattr(failures, "count", told.append)
     return kind(), told
 
 
@@ -228,7 +230,7 @@ def test_the_metric_says_method_and_outcome(monkeypatch):
         def inc(self):
             seen.append("one")
 
-    monkeypatch.setattr(vllm_failures, "_counter", Counter)
-    vllm_failures.count(failure())
-    vllm_failures.count(failure("uniform"))
+    monkeypatch.setattr(failures, "_counter", Counter)
+    failures.count(failure())
+    failures.count(failure("uniform"))
     assert seen == [("fragile", "error"), "one", ("fragile", "uniform"), "one"]

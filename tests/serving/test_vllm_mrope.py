@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.errors import UnsupportedCallError
-from vidsieve.serving.vllm_failures import KEY_BYTES
-from vidsieve.serving.vllm_mrope import RATE, CarriesPositions, Stands, read, written
-from vidsieve.serving.vllm_shared import COUNT, PROMPT, REPORT_KEY, check_engine, retention_of
+from vidsieve.serving.vllm.failures import KEY_BYTES
+from vidsieve.serving.vllm.positions import RATE, CarriesPositions, Stands, read, written
+from vidsieve.serving.vllm.shared import COUNT, PROMPT, REPORT_KEY, check_engine, retention_of
 from vidsieve.testing.tiny_models import FAMILIES, IMAGE, VIDEO, inputs_for
 from vidsieve.types import TokenGrid
 
@@ -46,9 +46,10 @@ def served(model, **settings):
     rate = SimpleNamespace(video_pruning_rate=None)
     compiled = SimpleNamespace(cudagraph_mm_encoder=False)
     config = SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=model.config, multimodal_config=rate), compilation_config=compiled,
+        model_config=SimpleNamespace(hf_config=model.config, multimodal_config=rate),
+        compilation_config=compiled,
         language_model=SimpleNamespace(embed_input_ids=model.get_input_embeddings()),
-    )  # fmt: skip
+    )
     made = type("Served", (Served,), {"transformers_class": type(model).__name__})(vllm_config=config)
     assert rate.video_pruning_rate == RATE
     return made

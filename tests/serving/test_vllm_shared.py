@@ -11,8 +11,8 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.answering import chat, chat_text
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
-from vidsieve.data.video import Video
 from vidsieve.errors import (
     BudgetError,
     NeedError,
@@ -22,12 +22,11 @@ from vidsieve.errors import (
     StageError,
     UnknownNameError,
 )
-from vidsieve.pipeline import chat, chat_text
-from vidsieve.serving.vllm_failures import Failure, Failures, report_key, video_key
-from vidsieve.serving.vllm_shared import (
+from vidsieve.serving.vllm.failures import Failures, SelectionFailure, report_key, video_key
+from vidsieve.serving.vllm.shared import (
     Selector,
-    Settings,
     Shadow,
+    VllmSettings,
     asked_of,
     digest,
     kept_of,
@@ -37,11 +36,13 @@ from vidsieve.serving.vllm_shared import (
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.testing.tiny_processors import processor_for
 from vidsieve.types import TokenGrid, Tokens
+from vidsieve.video.reading import Video
 
 CLASSES = {
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration", "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
-}  # fmt: skip
+}
 
 
 def config(**settings):
@@ -58,16 +59,19 @@ def test_settings_come_from_the_models_configuration():
     assert found.on_error == "fail" and settings_of(config(method="divprune", on_error="uniform")).on_error == "uniform"
 
 
-@pytest.mark.parametrize(("settings", "error", "said"), [
-    ({"retention": 0.1}, UnknownNameError, "method is missing"),
-    ({"method": "divprune", "retantion": 0.1}, UnknownNameError, "Did you mean 'retention'"),
-    ({"method": "divprune", "on_error": "unifrom"}, UnknownNameError, "unknown on_error.*Did you mean 'uniform'"),
-    ({"method": "divprun"}, UnknownNameError, "Did you mean 'divprune'"),
-    ({"method": "divprune", "retention": 0}, RetentionError, "fraction in"),
-    ({"method": "fastv"}, StageError, "acts inside LLM layers: vLLM runs methods that act before"),
-    ({"method": "visionzip"}, NeedError, "vLLM gives nothing of the inside of its vision encoder"),
-    ({"method": "score"}, PolicyError, "needs a trained policy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"retention": 0.1}, UnknownNameError, "method is missing"),
+        ({"method": "divprune", "retantion": 0.1}, UnknownNameError, "Did you mean 'retention'"),
+        ({"method": "divprune", "on_error": "unifrom"}, UnknownNameError, "unknown on_error.*Did you mean 'uniform'"),
+        ({"method": "divprun"}, UnknownNameError, "Did you mean 'divprune'"),
+        ({"method": "divprune", "retention": 0}, RetentionError, "fraction in"),
+        ({"method": "fastv"}, StageError, "acts inside LLM layers: vLLM runs methods that act before"),
+        ({"method": "visionzip"}, NeedError, "vLLM gives nothing of the inside of its vision encoder"),
+        ({"method": "score"}, PolicyError, "needs a trained policy"),
+    ],
+)
 def test_what_vllm_cannot_run_is_told_before_a_model_is_loaded(settings, error, said):
     with pytest.raises(error, match=said):
         settings_of(config(**settings))
@@ -102,11 +106,14 @@ def test_a_request_asks_beside_its_prompt():
     assert kept_of(blind, asked_of({}, blind), 576) == 144 and kept_of(None, asked_of({}, None), 576) == 576
     assert asked_of({"vidsieve": {"retention": 1.0}}, reads).question is None, "nothing is dropped, nothing to read"
     for wrong, settings, said in [
-        ({"vidsieve": {"question": "?"}}, None, "does not prune"), ({"vidsieve": "x"}, blind, "must be an object"),
-        ({"vidsieve": {"quest": "?"}}, blind, "Did you mean 'question'"), ({}, reads, "cacovid reads the question"),
+        ({"vidsieve": {"question": "?"}}, None, "does not prune"),
+        ({"vidsieve": "x"}, blind, "must be an object"),
+        ({"vidsieve": {"quest": "?"}}, blind, "Did you mean 'question'"),
+        ({}, reads, "cacovid reads the question"),
         ({"vidseive": {"retention": 0.1}}, blind, "Did you mean 'vidsieve'"),
-        ({"vidsieve": {"question": " "}}, reads, "not empty"), ({"vidsieve": {"retention": 2}}, blind, "fraction in"),
-    ]:  # fmt: skip
+        ({"vidsieve": {"question": " "}}, reads, "not empty"),
+        ({"vidsieve": {"retention": 2}}, blind, "fraction in"),
+    ]:
         with pytest.raises((PromptError, UnknownNameError, RetentionError), match=said):
             asked_of(wrong, settings)
 
@@ -138,10 +145,10 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     shadow = Shadow(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids))
     assert all(weight.is_meta for weight in shadow.adapter.model.parameters())
     assert shadow.adapter.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
-    selector = Selector(Settings(method, seed=7), shadow)
+    selector = Selector(VllmSettings(method, seed=7), shadow)
     prompt = processor.tokenizer(chat_text(processor, question), return_tensors="pt")["input_ids"][0]
     placed = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts") if key in inputs}
-    grid, settings = features.grid, Settings(method)
+    grid, settings = features.grid, VllmSettings(method)
     count = kept_of(settings, asked_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
     whole, columns = inputs["input_ids"][0], encoded.videos[0].columns
     before = 3 if family == "qwen3_vl" else 0  # the first frame's time, in two words, and mark
@@ -196,7 +203,7 @@ def test_a_method_that_fails_in_vllms_worker_does_not_end_it(on_error, monkeypat
     assert len(indices) == len(kept) == 4 and len(set(indices.tolist())) == 4
     assert "divprune failed: of these 8 tokens 4 are kept evenly instead" in caplog.text
     assert "ZeroDivisionError" in caplog.text
-    wanted = Failure("divprune", "ZeroDivisionError: a marked video", on_error)
+    wanted = SelectionFailure("divprune", "ZeroDivisionError: a marked video", on_error)
     assert failures.known() == {video_key("video"): wanted}
     with pytest.raises(ZeroDivisionError):
         select()  # nobody to tell
@@ -238,9 +245,10 @@ def test_options_of_vllms_that_would_undo_the_pruning(cli):
         (["--method", "divprune", "--video-pruning-rate", "0.5"], "vLLM's own pruning"),
         (["--method", "divprune", "--video_pruning_rate=0.5"], "vLLM's own pruning"),
         (["--method", "divprune", "--retention", "0.5,0.1"], "got '0.5,0.1'"),
-        (["--retention", "0.5"], "--retention 0.5 needs --method"), (["--seed", "3"], "--seed 3 needs --method"),
+        (["--retention", "0.5"], "--retention 0.5 needs --method"),
+        (["--seed", "3"], "--seed 3 needs --method"),
         (["--on-error", "uniform"], "--on-error uniform needs --method"),
         (["--model", "other"], "the first argument here"),
-    ]:  # fmt: skip
+    ]:
         assert told in serve(*options, fails=True), options
     assert "--video-pruning-rate 0.5" in serve("--video-pruning-rate", "0.5"), "without us it is vLLM's own affair"

@@ -10,11 +10,11 @@ from operator import itemgetter
 import numpy as np
 import pytest
 
-from vidsieve.testbed import tower
 from vidsieve.testbed.questions import KINDS, make_caption, make_questions, place_of
 from vidsieve.testbed.sprites import sprite_bank
 from vidsieve.testbed.vocabulary import FIXTURES, GLYPHS, QUESTION_NAME, SHAPES, VOCABULARY
 from vidsieve.testbed.world import FRAMES, GRID, SIDE, TOKENS, make_cast, render
+from workbench.testbed import tower
 
 FROZEN = {"A": "9d4c547d685fab387462ecb31fb742c6", "B": "7ee29439ba3acfb60a4601f644b8dee9"}
 

@@ -1,7 +1,7 @@
 """Where models are known: one file per family, and the mechanism that prunes their inputs."""
 
-from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import Encoded, Pruned, Template, VideoFeatures, VideoSpan
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import Encoded, Pruned, Template, VideoFeatures, VideoSpan
 from vidsieve.adapters.pruning import adapter_for, prune
 from vidsieve.adapters.session import Session, attach
 

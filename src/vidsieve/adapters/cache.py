@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import Pruned
-from vidsieve.adapters.decoding import DecodeRun
-from vidsieve.adapters.layered import LayerRun
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import Pruned
+from vidsieve.adapters.inside.decoding import DecodeRun
+from vidsieve.adapters.inside.layered import LayerRun
 from vidsieve.adapters.transformers_api import CACHE, first_keys
 from vidsieve.errors import UnsupportedCallError
 
@@ -76,10 +76,14 @@ class CacheRecord:
         """Return the record after more tokens; prompts are repeated where several sequences came of each."""
         times = short_ids.shape[0] // self.mask.shape[0]
         return replace(
-            self, full_ids=full_ids, short_ids=short_ids, full_mask=self.full_mask.repeat_interleave(times, 0),
-            mask=self.mask.repeat_interleave(times, 0), positions=self.positions.repeat_interleave(times, 1),
+            self,
+            full_ids=full_ids,
+            short_ids=short_ids,
+            full_mask=self.full_mask.repeat_interleave(times, 0),
+            mask=self.mask.repeat_interleave(times, 0),
+            positions=self.positions.repeat_interleave(times, 1),
             beams=self.beams or beams,
-        )  # fmt: skip
+        )
 
     def continuation(self, call: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
         """Return ids, mask and positions of a later turn of `generate`.
@@ -138,9 +142,10 @@ class CacheRecord:
         mask, positions = self._later(mask, total)
         drop = {*adapter.video_keys, *adapter.image_keys, "mm_token_type_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | {
-            "input_ids": ids, "attention_mask": mask,
+            "input_ids": ids,
+            "attention_mask": mask,
             "position_ids": adapter.pack_positions(positions[..., -ids.shape[1] :]),
-        }  # fmt: skip
+        }
         full = torch.cat([self.full_ids[:, :held].to(ids.device), ids], 1)
         short = torch.cat([self.short_ids[:, : cache.get_seq_length()].to(ids.device), ids], 1)
         return new, self.grown(full, short)

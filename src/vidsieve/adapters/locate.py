@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.batch import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.errors import PromptError
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.batch import Encoded, Pruned, kept_newlines
+from vidsieve.adapters.encoded import Encoded, Pruned, kept_newlines
 from vidsieve.types import Selection, TokenGrid
 
 

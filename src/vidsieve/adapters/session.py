@@ -13,8 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.base import Adapter, Videos
-from vidsieve.adapters.batch import Pruned, Template
+from vidsieve.adapters.adapter import Adapter, Videos
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
@@ -28,7 +27,8 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Pruned, Template
+from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.adapters.transformers_api import (
@@ -74,9 +74,14 @@ class Session:
     """
 
     def __init__(
-        self, model: Any, adapter: Adapter, compressor: Compressor, seed: int, videos: Videos = None,
+        self,
+        model: Any,
+        adapter: Adapter,
+        compressor: Compressor,
+        seed: int,
+        videos: Videos = None,
         reselect: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.compressor, self.seed, self.videos, self.reselect = compressor, seed, videos, reselect
         self.trace = Trace(adapter.convention)
         self.kept_positions: Tensor | None = None

@@ -46,9 +46,17 @@ class VideoTrace:
         """Return the record of one selection."""
         frames = torch.bincount(kept.indices.cpu() // grid.per_frame, minlength=grid.frames)
         return cls(
-            row, grid, method, variant, nominal, kept.num_kept, tuple(frames.tolist()),
-            tuple(kept.indices.tolist()), kept.embeds is not None, select_ms,
-        )  # fmt: skip
+            row,
+            grid,
+            method,
+            variant,
+            nominal,
+            kept.num_kept,
+            tuple(frames.tolist()),
+            tuple(kept.indices.tolist()),
+            kept.embeds is not None,
+            select_ms,
+        )
 
     @property
     def total(self) -> int:
@@ -75,12 +83,23 @@ class VideoTrace:
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
         return {
-            "row": self.row, "grid": [self.grid.frames, self.grid.height, self.grid.width], "method": self.method,
-            "variant": self.variant, "nominal_retention": self.nominal, "real_retention": self.real_retention,
-            "kept": self.kept, "total": self.total, "per_frame": list(self.per_frame), "indices": list(self.indices),
-            "merged": self.merged, "select_ms": self.select_ms, "layer_retention": self.layer_retention,
-            "newlines": self.newlines, "stage_layers": list(self.layers), "decode_share": self.decoded,
-        }  # fmt: skip
+            "row": self.row,
+            "grid": [self.grid.frames, self.grid.height, self.grid.width],
+            "method": self.method,
+            "variant": self.variant,
+            "nominal_retention": self.nominal,
+            "real_retention": self.real_retention,
+            "kept": self.kept,
+            "total": self.total,
+            "per_frame": list(self.per_frame),
+            "indices": list(self.indices),
+            "merged": self.merged,
+            "select_ms": self.select_ms,
+            "layer_retention": self.layer_retention,
+            "newlines": self.newlines,
+            "stage_layers": list(self.layers),
+            "decode_share": self.decoded,
+        }
 
 
 @dataclass

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vidsieve.errors import UnsupportedCallError, UnsupportedTransformersError
-from vidsieve.versions import minor, tested_range, warn_untested
+from vidsieve.io.versions import minor, tested_range, warn_untested
 
 CACHE = "cache"
 """How a cache is called among the arguments of a call inside this package, whatever the caller called it."""

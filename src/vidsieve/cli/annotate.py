@@ -13,9 +13,9 @@ from vidsieve.cli.shared import Json, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
 
 if TYPE_CHECKING:
-    from vidsieve.data.teaching.annotating import Plan, Report
-    from vidsieve.data.teaching.captions import Captions
-    from vidsieve.data.teaching.teacher import Prices
+    from vidsieve.training.data.teaching.annotating import AnnotationPlan, AnnotationReport
+    from vidsieve.training.data.teaching.captions import Captions
+    from vidsieve.training.data.teaching.teacher import Prices
 
 
 def annotate(
@@ -69,10 +69,10 @@ def annotate(
     where a run was stopped or killed, and asks about nothing twice that was answered. OUT is written when all rows are
     accounted for, with those set aside, and why, in OUT.aside.jsonl.
     """
-    from vidsieve.data.teaching.annotating import annotate_file, plan_file
-    from vidsieve.data.teaching.asking import Server
-    from vidsieve.data.teaching.captions import Captions
-    from vidsieve.data.teaching.teacher import PROMPT, Teacher, api_key, check_url
+    from vidsieve.training.data.teaching.annotating import annotate_file, plan_file
+    from vidsieve.training.data.teaching.asking import Server
+    from vidsieve.training.data.teaching.captions import Captions
+    from vidsieve.training.data.teaching.teacher import PROMPT, Teacher, api_key, check_url
 
     prices = _prices(price_in, price_out)
     if budget is not None and prices is None:
@@ -93,9 +93,16 @@ def annotate(
         total = plan.requests if limit is None else min(limit, plan.requests)
         with Bar("rows", total) as update:
             report = annotate_file(
-                source, target, teacher, server, root=video_root, limit=limit, again=again,
-                progress=lambda done: update(done, total), note=lambda said: err.print(said, soft_wrap=True),
-            )  # fmt: skip
+                source,
+                target,
+                teacher,
+                server,
+                root=video_root,
+                limit=limit,
+                again=again,
+                progress=lambda done: update(done, total),
+                note=lambda said: err.print(said, soft_wrap=True),
+            )
     except KeyboardInterrupt:
         err.print("stopped; what was answered is in the journal: the same command goes on from there", soft_wrap=True)
         raise typer.Exit(130) from None
@@ -106,7 +113,7 @@ def annotate(
 
 
 def _prices(tokens_in: float | None, tokens_out: float | None) -> Prices | None:
-    from vidsieve.data.teaching.teacher import Prices
+    from vidsieve.training.data.teaching.teacher import Prices
 
     if tokens_in is None and tokens_out is None:
         return None
@@ -129,7 +136,7 @@ def _prompt(text: str | None, path: Path | None) -> str | None:
     return text.strip() if text is not None else None
 
 
-def _print_plan(plan: Plan, limit: int | None) -> None:
+def _print_plan(plan: AnnotationPlan, limit: int | None) -> None:
     others = [(plan.unchanged, "have no caption"), (plan.settled, "are done"), (plan.faulty, "cannot be asked about")]
     said = "".join(f", {count:,} {what}" for count, what in others if count)
     out.print(f"{plan.rows:,} rows: {plan.requests:,} to ask about{said}")
@@ -141,7 +148,7 @@ def _print_plan(plan: Plan, limit: int | None) -> None:
     )
 
 
-def _print_report(report: Report, captions: Captions, model: str) -> None:
+def _print_report(report: AnnotationReport, captions: Captions, model: str) -> None:
     out.print(f"{report.rewritten:,} of {report.rows:,} rows rewritten by {model}", markup=False)
     if report.unchanged:
         out.print(f"{report.unchanged:,} without a caption unchanged")
@@ -165,8 +172,9 @@ def _print_report(report: Report, captions: Captions, model: str) -> None:
         out.print(
             f"{report.left:,} rows are left ({why}), so {captions.target} is not written yet: the same "
             f"command goes on from {journal}{more}",
-            soft_wrap=True, markup=False,
-        )  # fmt: skip
+            soft_wrap=True,
+            markup=False,
+        )
         return
     listed = f", those set aside in {aside}" if report.aside else ""
     out.print(f"the rows are in {captions.target}{listed}", soft_wrap=True, markup=False)

@@ -29,7 +29,6 @@ from vidsieve.cli.shared import (
     check_question,
     frames_asked,
     out,
-    parse_retention,
     quiet,
     set_threads,
     write_json,
@@ -37,6 +36,8 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import OutputError
+from vidsieve.retention import parse_retention
+from vidsieve.video import check_file
 
 
 def ask(
@@ -76,6 +77,7 @@ def ask(
     json: Json = None,
 ) -> None:
     """Ask a question about a video, and see what was kept and where the time went."""
+    check_file(video)
     amount = parse_retention(retention)
     check_question(question)
     check_output(json, reads=[video])
@@ -88,8 +90,8 @@ def ask(
     if contributions and report is None and figures is None:
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
     set_threads(threads)
-    from vidsieve import pipeline
-    from vidsieve.eval.methods import check_known, known_fields, method_for
+    from vidsieve import answering, loading
+    from vidsieve.evaluation.methods import check_known, known_fields, method_for
 
     quiet()
     check_known(method)
@@ -97,10 +99,10 @@ def ask(
     if method != "full":
         moved = known_fields(method, earliest=earliest)
         compressor = method_for(method, model, policy, retention=amount, **moved)
-    clock = pipeline.Clock()
-    loaded = pipeline.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
-    network, processor = pipeline.load_model(model, layout)
-    result = pipeline.answer(
+    clock = answering.Clock()
+    loaded = answering.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
+    network, processor = loading.load_model(model, layout)
+    result = answering.answer(
         network, processor, loaded, question, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock
     )
     for note in loaded.notes:
@@ -109,7 +111,7 @@ def ask(
     before, after = result.prompt_tokens
     kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
     out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in pipeline.PARTS), highlight=False)
+    out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False)
     if result.traces:
         trace = result.traces[0]
         write_pictures(loaded, trace.grid, {result.method: trace.indices}, question, picture, overlay)
@@ -119,18 +121,19 @@ def ask(
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
     write_report(
-        report, question, lambda: answer_sections(
-            loaded, question, result.as_dict(), scores, pipeline.PARTS, measured
-        ),
-        f"{video.name}, {model}", figures,
-    )  # fmt: skip
+        report,
+        question,
+        lambda: answer_sections(loaded, question, result.as_dict(), scores, answering.PARTS, measured),
+        f"{video.name}, {model}",
+        figures,
+    )
     write_json(json, result.as_dict() | {"video": str(video), "question": question, "model": model})
 
 
 def _contributions(network: Any, processor: Any, video: Any, question: str, subsets: int, seed: int) -> Any:
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.eval.contributions import contributions
-    from vidsieve.pipeline import chat
+    from vidsieve.answering import chat
+    from vidsieve.evaluation.contributions import contributions
 
     with Bar("subsets", subsets) as advance:
         return contributions(

@@ -24,15 +24,15 @@ from vidsieve.cli.shared import (
     check_output,
     err,
     out,
-    parse_retention,
     quiet,
     set_threads,
     write_json,
 )
 from vidsieve.errors import ModelError, OutputError
+from vidsieve.retention import parse_retention
 
 if TYPE_CHECKING:
-    from vidsieve.serving.batch import Paths, Report
+    from vidsieve.serving.batch import BatchReport, Paths
     from vidsieve.serving.batching.cluster import Cluster
 
 
@@ -87,20 +87,26 @@ def batch(
     if ray and device not in ("auto", "cpu", "cuda"):
         raise ModelError(f"Ray gives each worker its GPU: --device is auto, cuda or cpu, got {device!r}")
     set_threads(threads)
-    from vidsieve.eval.methods import check_known
+    from vidsieve.evaluation.methods import check_known
     from vidsieve.serving.batch import answer_file, as_dict
-    from vidsieve.serving.batching.settings import Settings
+    from vidsieve.serving.batching.settings import BatchSettings
 
     quiet()
     check_known(method)
-    settings = Settings(
+    settings = BatchSettings(
         model, method, policy, amount, earliest, frames, fps, max_new_tokens, size, seed, layout, device
-    )  # fmt: skip
+    )
     with _stoppable() as stop, Bar("rows", None) as update:
         report = answer_file(
-            source, target, settings, root=video_root, readers=readers, cluster=_cluster(ray, ray_address, workers),
-            progress=update, stop=stop,
-        )  # fmt: skip
+            source,
+            target,
+            settings,
+            root=video_root,
+            readers=readers,
+            cluster=_cluster(ray, ray_address, workers),
+            progress=update,
+            stop=stop,
+        )
     _print(report, paths)
     write_json(json, as_dict(report, paths, settings))
     if report.stopped:
@@ -137,7 +143,7 @@ def _stoppable() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _print(report: Report, paths: Paths) -> None:
+def _print(report: BatchReport, paths: Paths) -> None:
     failed = f", {report.failed:,} failed" if report.failed else ""
     settled = f"{report.answered:,} of {report.rows:,} rows answered{failed}"
     if report.stopped:

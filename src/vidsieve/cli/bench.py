@@ -22,7 +22,6 @@ from vidsieve.cli.shared import (
     Threads,
     check_output,
     out,
-    parse_retention,
     quiet,
     set_threads,
     table,
@@ -31,6 +30,8 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import EvaluationError, UnknownNameError
+from vidsieve.retention import parse_retention
+from vidsieve.video import check_file
 
 app = typer.Typer(no_args_is_help=True, help="Measure time and memory: the whole pipeline, or selecting alone.")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,9 +62,6 @@ def bench_pipeline(
     attention: Annotated[
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
-    form: Annotated[
-        str | None, typer.Option("--as", help="Also as cacovid:table2 or score:table3 has it.", show_default=False)
-    ] = None,
     layout: Layout = None,
     dtype: Dtype = "float32",
     device: Device = "auto",
@@ -76,24 +74,24 @@ def bench_pipeline(
     """Time every part from the file to the answer, methods in turns beside all tokens, random and downsample."""
     check_output(json, reads=[video])
     check_output(report, PAGE, [video])
+    if video is not None:
+        check_file(video)
     counts = [_count(word, "--lengths") for word in words(lengths)]
     amounts = [parse_retention(word) for word in words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")
-    if form not in (None, *FORMS):
-        raise UnknownNameError("table", form, FORMS)
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
     set_threads(threads)
     import torch
 
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.benchmarking import machine
-    from vidsieve.eval.measuring import conditions_of
-    from vidsieve.eval.methods import check_known, named_methods
-    from vidsieve.eval.running import versions
-    from vidsieve.eval.stopwatch import measure
+    from vidsieve.evaluation.measuring import conditions_of
+    from vidsieve.evaluation.methods import check_known, named_methods
+    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.stopwatch import measure
+    from vidsieve.io.machine import machine
 
     names = [*(name for name in ("random", "downsample") if name not in words(methods)), *words(methods)]
     for name in names:
@@ -108,16 +106,27 @@ def bench_pipeline(
         path = video if video is not None else made_clip(Path(folder) / "clip.mp4", *size)
         with Bar("passes", (warm_up + repeats) * len(counts) * len(conditions)) as advance:
             result = measure(
-                adapter_for(network), path, counts, prompts, conditions, repeats=repeats, warm_up=warm_up,
-                new_tokens=new_tokens, seed=seed, progress=advance,
-            )  # fmt: skip
+                adapter_for(network),
+                path,
+                counts,
+                prompts,
+                conditions,
+                repeats=repeats,
+                warm_up=warm_up,
+                new_tokens=new_tokens,
+                seed=seed,
+                progress=advance,
+            )
     result |= {
-        "model": asked, "dtype": dtype, "attention": attention, "device": str(network.device), "machine": machine(),
-        "versions": versions(), "video": str(video) if video is not None else clip,
-    }  # fmt: skip
+        "model": asked,
+        "dtype": dtype,
+        "attention": attention,
+        "device": str(network.device),
+        "machine": machine(),
+        "versions": versions(),
+        "video": str(video) if video is not None else clip,
+    }
     print_pipeline(result)
-    if form is not None:
-        FORMS[form](result)
     from vidsieve.report.sections import pipeline_sections
 
     write_report(report, f"Where the time goes: {asked}", lambda: pipeline_sections(result), result["device"], figures)
@@ -134,7 +143,8 @@ def _loaded(
     model: str, random_weights: str | None, layout: str | None, dtype: Any, device: str, seed: int
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
     """Return a model, and what makes its inputs of a video."""
-    from vidsieve.pipeline import chat, load_model
+    from vidsieve.answering import chat
+    from vidsieve.loading import load_model
 
     if random_weights is None:
         network, processor = load_model(model, layout, dtype, device)
@@ -146,8 +156,8 @@ def timed_model(
     size: str, dtype: Any, device: str, seed: int, layout: str | None = None
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
     """Return a model of a published size with random weights, and what makes its inputs of a video."""
-    from vidsieve.eval.blueprints import random_model
-    from vidsieve.pipeline import own_device
+    from vidsieve.evaluation.blueprints import random_model
+    from vidsieve.loading import own_device
 
     made = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
     if layout is not None:
@@ -159,14 +169,12 @@ def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:
     """Write a video of soft waves that move, 24 frames a second."""
     import numpy as np
 
-    from vidsieve.data.video import write_video
+    from vidsieve.video.reading import write_video
 
     height, width = height // 2 * 2, width // 2 * 2
     down, across = np.linspace(0, 6, height)[:, None, None], np.linspace(0, 9, width)[None, :, None]
     colours = np.array([0.0, 2.1, 4.2])
-    frames = [
-        127 + 120 * np.sin(down + across * (1 + colours / 9) + colours + t / 8) for t in range(24 * seconds)
-    ]  # fmt: skip
+    frames = [127 + 120 * np.sin(down + across * (1 + colours / 9) + colours + t / 8) for t in range(24 * seconds)]
     write_video(path, np.asarray(frames, np.uint8), 24.0)
     return path
 
@@ -188,10 +196,17 @@ def print_pipeline(result: Mapping[str, Any]) -> None:
     for row in result["rows"]:
         faster = row["times_faster"]
         pays = "–" if row["method"] == "full" else row["pays_from"] or "no"
-        lines.append((
-            _named(row), row["retention"], *(f"{row['ms'][part]['mean']:.1f}" for part in parts),
-            f"{faster['prefill']:.2f}×", f"{faster['all']:.2f}×", pays, f"{row['peak_MiB']:.0f}",
-        ))  # fmt: skip
+        lines.append(
+            (
+                _named(row),
+                row["retention"],
+                *(f"{row['ms'][part]['mean']:.1f}" for part in parts),
+                f"{faster['prefill']:.2f}×",
+                f"{faster['all']:.2f}×",
+                pays,
+                f"{row['peak_MiB']:.0f}",
+            )
+        )
     columns = ("method", "kept", *(SHORT.get(part, part) for part in parts), "× LLM", "× all", "pays", "MiB")
     lengths = ", ".join(map(str, result["lengths"]))
     title = f"{result['model']}, {lengths} frames, {result['device']}: ms, means over lengths"
@@ -200,66 +215,32 @@ def print_pipeline(result: Mapping[str, Any]) -> None:
     full = result["rows"][0]
     lines = [
         (
-            _named(row), row["retention"], f"{row['visual'][1]:.0f}", f"{row['prompt'][1]:.0f}",
+            _named(row),
+            row["retention"],
+            f"{row['visual'][1]:.0f}",
+            f"{row['prompt'][1]:.0f}",
             *(f"{row['flops'][way] / 1e12:.4g}" for way in ("paper", "counted")),
             f"{full['flops']['counted'] / row['flops']['counted']:.2f}×",
             f"{full['ms']['prefill']['mean'] / row['ms']['prefill']['mean']:.2f}×",
             *(f"{row['ms']['all'][which]:.0f}" for which in ("p50", "p95")),
         )
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     columns = (
-        "method", "kept", "video tokens", "prompt", "TFLOP, papers' formula", "TFLOP, counted", "fewer",
-        "prefill faster", "all p50 ms", "p95",
-    )  # fmt: skip
+        "method",
+        "kept",
+        "video tokens",
+        "prompt",
+        "TFLOP, papers' formula",
+        "TFLOP, counted",
+        "fewer",
+        "prefill faster",
+        "all p50 ms",
+        "p95",
+    )
     out.print(table("the LLM's work", columns, lines, right=range(1, len(columns))))
     for row in result["refused"]:
         out.print(f"{_named(row)}: {row['reason']}", markup=False, highlight=False)
-
-
-def _cacovid(result: Mapping[str, Any]) -> None:
-    """Print CaCoVID's Table 2, published beside ours."""
-    from vidsieve.eval.published import value
-
-    lines = []
-    for row in result["rows"]:
-        theirs = [
-            value("cacovid:table2", row["method"], row["retention"], column)
-            for column in ("compression ms", "prefill ms")
-        ]
-        lines.append((
-            _named(row), row["retention"], "–" if row["method"] == "full" else f"{row['ms']['select']['mean']:.1f}",
-            theirs[0] or "–", f"{row['ms']['prefill']['mean']:.1f}", theirs[1] or "–",
-        ))  # fmt: skip
-    columns = ("method", "kept", "compression ms", "published", "prefill ms", "published")
-    out.print(table("as CaCoVID, Table 2 (LLaVA-OneVision-7B, 32 frames, 25 %)", columns, lines, right=(1, 2, 3, 4, 5)))
-
-
-def _score(result: Mapping[str, Any]) -> None:
-    """Print SCORE's Table 3, published beside ours."""
-    from vidsieve.eval.published import value
-
-    whole = result["rows"][0]
-    base = whole["ms"]["select"]["mean"] + whole["ms"]["prefill"]["mean"]
-    lines = []
-    for row in result["rows"]:
-        select, prefill = row["ms"]["select"], row["ms"]["prefill"]
-        total = select["mean"] + prefill["mean"]
-        theirs = [
-            value("score:table3", row["method"], row["retention"], column)
-            for column in ("visual tokens", "tokens", "prefill ms")
-        ]
-        lines.append((
-            _named(row), row["retention"], f"{row['visual'][1]:.0f} / {row['prompt'][1]:.0f}",
-            f"{select['mean']:.1f} ± {select['sd']:.1f}", f"{prefill['mean']:.0f} ± {prefill['sd']:.0f}",
-            f"{total:.0f} ({base / total:.1f}×)",
-            f"{theirs[0]} / {theirs[1]}, {theirs[2]}" if theirs[0] else "–",
-        ))  # fmt: skip
-    columns = ("method", "R", "tokens, visual / all", "compressor ms", "LLM ms", "total ms", "published: tokens, total")
-    out.print(table("as SCORE, Table 3 (Qwen2.5-VL-7B, ≤ 128 frames)", columns, lines, right=(1, 2, 3, 4, 5, 6)))
-
-
-FORMS = {"cacovid:table2": _cacovid, "score:table3": _score}
 
 
 @app.command("select")
@@ -285,10 +266,10 @@ def bench_select(
     set_threads(threads)
     import torch
 
-    from vidsieve.benchmarking import machine
-    from vidsieve.eval.methods import check_known, named_methods
-    from vidsieve.eval.selecting import select_times
-    from vidsieve.pipeline import own_device
+    from vidsieve.evaluation.methods import check_known, named_methods
+    from vidsieve.evaluation.selecting import select_times
+    from vidsieve.io.machine import machine
+    from vidsieve.loading import own_device
     from vidsieve.types import TokenGrid
 
     for name in words(methods):
@@ -297,9 +278,15 @@ def bench_select(
     where = own_device() if device == "auto" else device
     with Bar("methods", len(found)) as advance:
         rows, refused = select_times(
-            found, TokenGrid(*sides), width, amount, repeats=repeats, dtype=getattr(torch, dtype), device=where,
+            found,
+            TokenGrid(*sides),
+            width,
+            amount,
+            repeats=repeats,
+            dtype=getattr(torch, dtype),
+            device=where,
             progress=advance,
-        )  # fmt: skip
+        )
     lines = [
         (escape(row["name"]), row["kept"], *(f"{row['ms'][key]:.2f}" for key in ("min", "median", "max")))
         for row in rows
@@ -310,7 +297,16 @@ def bench_select(
     out.print(table(title, columns, lines, right=(1, 2, 3, 4)))
     for row in refused:
         out.print(f"{row['name']}: {row['reason']}", markup=False, highlight=False)
-    write_json(json, {
-        "grid": sides, "width": width, "retention": retention, "dtype": dtype, "device": where, "machine": machine(),
-        "rows": rows, "refused": refused,
-    })  # fmt: skip
+    write_json(
+        json,
+        {
+            "grid": sides,
+            "width": width,
+            "retention": retention,
+            "dtype": dtype,
+            "device": where,
+            "machine": machine(),
+            "rows": rows,
+            "refused": refused,
+        },
+    )

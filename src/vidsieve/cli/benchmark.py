@@ -1,33 +1,20 @@
-"""vidsieve eval BENCHMARK: accuracy on a published set of questions, every method in one run."""
+"""`vidsieve eval` on a published set of questions, every method in one run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.markup import escape
 
 from vidsieve import registry
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Figures,
-    Json,
-    Layout,
-    Report,
-    Seed,
-    Share,
-    Threads,
     check_output,
     command_line,
     err,
     note_few,
     out,
-    parse_retention,
-    parse_share,
     quiet,
     set_threads,
     stoppable,
@@ -38,94 +25,49 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import EvaluationError, RetentionError
+from vidsieve.retention import parse_retention
 
 BASELINES = ("random", "uniform", "downsample")
 """Measured in every run, beside the model with all tokens."""
 
 
-def command(name: str) -> Callable[..., None]:
-    """Return the command of one benchmark."""
-
-    def measure(
-        data: Annotated[Path, typer.Argument(help="Its folder as published; of 'questions' a file.")],
-        model: Annotated[
-            str | None, typer.Option(help="Folder or hub id of a model; a protocol names its own.", show_default=False)
-        ] = None,
-        methods: Annotated[
-            str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
-        ] = "",
-        retention: Annotated[
-            str, typer.Option(help="Fractions of video tokens kept, or counts such as 512t, comma-separated.")
-        ] = "0.25,0.1",
-        frames: Annotated[
-            str | None,
-            typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32"),
-        ] = None,
-        fps: Annotated[
-            float | None, typer.Option(help="Frames a second; --frames is then the most.", show_default=False)
-        ] = None,
-        tokens_per_frame: Annotated[
-            int | None,
-            typer.Option(help="At most so many, where the model lets one choose.", min=1, show_default=False),
-        ] = None,
-        protocol: Annotated[
-            str | None,
-            typer.Option(help="A paper's model, frames and tokens a frame, as cacovid:qwen2.5-vl.", show_default=False),
-        ] = None,
-        answer: Annotated[
-            str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
-        ] = "generate",
-        max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 16,
-        subset: Annotated[
-            int | None, typer.Option(help="So many questions, drawn by the seed.", min=1, show_default=False)
-        ] = None,
-        allow_missing: Annotated[
-            bool, typer.Option("--allow-missing", help="Count questions about missing videos as failures.")
-        ] = False,
-        indices: Annotated[bool, typer.Option("--indices", help="Store which tokens each method kept.")] = False,
-        earliest: Earliest = False,
-        folder: Annotated[
-            Path | None,
-            typer.Option("--out", help="Folder of the run, to be gone on with.", show_default="in runs/eval"),
-        ] = None,
-        share: Share = None,
-        layout: Layout = None,
-        device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
-        seed: Seed = 0,
-        threads: Threads = 0,
-        report: Report = None,
-        figures: Figures = None,
-        json: Json = None,
-    ) -> None:
-        check_output(json, reads=[data])
-        check_output(report, PAGE, [data])
-        _run(
-            name, data, words(methods), words(retention), folder=folder or Path("runs/eval", name),
-            share=parse_share(share), model=model, frames=frames, fps=fps, tokens_per_frame=tokens_per_frame,
-            protocol=protocol, answer=answer, max_new_tokens=max_new_tokens, subset=subset, allow_missing=allow_missing,
-            indices=indices, earliest=earliest, layout=layout, device=device, seed=seed, threads=threads, report=report,
-            figures=figures, json=json,
-        )  # fmt: skip
-
-    return measure
-
-
-def _run(
-    name: str, data: Path, names: list[str], retentions: list[str], *, folder: Path, share: tuple[int, int],
-    model: str | None, frames: str | None, fps: float | None, tokens_per_frame: int | None, protocol: str | None,
-    answer: str, max_new_tokens: int, subset: int | None, allow_missing: bool, indices: bool, earliest: bool,
-    layout: str | None, device: str, seed: int, threads: int,
-    report: Path | None, figures: Path | None, json: Path | None,
-) -> None:  # fmt: skip
+def run_benchmark(
+    name: str,
+    data: Path,
+    names: list[str],
+    retentions: list[str],
+    *,
+    folder: Path,
+    share: tuple[int, int],
+    model: str | None,
+    frames: str | None,
+    fps: float | None,
+    tokens_per_frame: int | None,
+    protocol: str | None,
+    answer: str,
+    max_new_tokens: int,
+    subset: int | None,
+    allow_missing: bool,
+    indices: bool,
+    earliest: bool,
+    layout: str | None,
+    device: str,
+    seed: int,
+    threads: int,
+    report: Path | None,
+    figures: Path | None,
+    json: Path | None,
+) -> None:
+    """Measure every method on a published set of questions, and print, keep and report the table."""
     counts = [_count(word) for word in words(frames or "32")]
     amounts = [parse_retention(word) for word in retentions]
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
     check_output(folder / "run.json")
     set_threads(threads)
-    from vidsieve.eval.measuring import Asking, conditions_of, items_of, measured
-    from vidsieve.eval.methods import check_known, named_methods
-    from vidsieve.eval.protocols import protocol as protocol_of
+    from vidsieve.evaluation.measuring import AskSettings, conditions_of, items_of, measured
+    from vidsieve.evaluation.methods import check_known, named_methods
+    from vidsieve.evaluation.protocols import protocol as protocol_of
     from vidsieve.report.sections import evaluation_sections
 
     if protocol is not None:
@@ -140,21 +82,42 @@ def _run(
         check_known(word)
     benchmark = registry.benchmarks.get(name)
     items = items_of(
-        benchmark, data, subset=subset, seed=seed, allow_missing=allow_missing,
+        benchmark,
+        data,
+        subset=subset,
+        seed=seed,
+        allow_missing=allow_missing,
         note=lambda text: err.print(f"note: {text}", markup=False, soft_wrap=True),
-    )  # fmt: skip
+    )
     quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
     methods = named_methods(listed, model, earliest=earliest)
-    asking = Asking(
-        model, tuple(counts), fps, tokens_per_frame, layout, protocol, answer, max_new_tokens, seed, indices, earliest,
+    asking = AskSettings(
+        model,
+        tuple(counts),
+        fps,
+        tokens_per_frame,
+        layout,
+        protocol,
+        answer,
+        max_new_tokens,
+        seed,
+        indices,
+        earliest,
         device,
-    )  # fmt: skip
+    )
     with stoppable(folder), Bar("videos", len({item.video for item in items})) as advance:
         result = measured(
-            benchmark, items, conditions_of(counts, methods, amounts), asking, folder,
-            about={"data": data.name, "subset": subset}, share=share, command=command_line(), progress=advance,
-        )  # fmt: skip
+            benchmark,
+            items,
+            conditions_of(counts, methods, amounts),
+            asking,
+            folder,
+            about={"data": data.name, "subset": subset},
+            share=share,
+            command=command_line(),
+            progress=advance,
+        )
     if result is None:
         out.print(f"this share is done; the table is made when the others are, in {folder}")
         return
@@ -177,18 +140,30 @@ def print_table(result: dict[str, Any]) -> None:
     several = len({row["frames"] for row in result["rows"]}) > 1
     lines = []
     for row in result["rows"]:
-        lines.append((
-            escape(named(row)), *([row["frames"]] if several else []), row["retention"],
-            *(_number(row[key], "{:.4f}") for key in ("layer_retention", "real_retention")),
-            with_error(f"{100 * row['accuracy']:.1f}", 100 * row["stderr"], 1), f"{100 * row['figure']:.1f}",
-            *(_difference(row[f"vs_{other}"] if other != row["method"] else None) for other in ("random", "full")),
-        ))  # fmt: skip
+        lines.append(
+            (
+                escape(named(row)),
+                *([row["frames"]] if several else []),
+                row["retention"],
+                *(_number(row[key], "{:.4f}") for key in ("layer_retention", "real_retention")),
+                with_error(f"{100 * row['accuracy']:.1f}", 100 * row["stderr"], 1),
+                f"{100 * row['figure']:.1f}",
+                *(_difference(row[f"vs_{other}"] if other != row["method"] else None) for other in ("random", "full")),
+            )
+        )
     for row in result["refused"]:
         lines.append((escape(row["method"]), *([row["frames"]] if several else []), row["retention"], *"––––––"))
     columns = (
-        "method", *(["frames"] if several else []), "retention", "of layers", "left", "accuracy % ± s.e.", "figure %",
-        "− random, 95 %", "− all tokens, 95 %",
-    )  # fmt: skip
+        "method",
+        *(["frames"] if several else []),
+        "retention",
+        "of layers",
+        "left",
+        "accuracy % ± s.e.",
+        "figure %",
+        "− random, 95 %",
+        "− all tokens, 95 %",
+    )
     size = f"{result['questions']} questions about {result['videos']} videos"
     out.print(table(f"{result['benchmark']}: {size}", columns, lines, right=range(1, len(columns))))
     out.print(f"figure: {result['figure']}", highlight=False)
@@ -201,8 +176,10 @@ def print_table(result: dict[str, Any]) -> None:
         what = "1 question" if lost == 1 else f"{lost} questions"
         out.print(
             f"{what} could not be asked and count as answered wrongly; samples.jsonl names each. First: "
-            f"{Path(first['video']).name}: {first['reason']}", markup=False, highlight=False,
-        )  # fmt: skip
+            f"{Path(first['video']).name}: {first['reason']}",
+            markup=False,
+            highlight=False,
+        )
 
 
 def _number(value: float | None, form: str) -> str:

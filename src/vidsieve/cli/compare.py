@@ -29,7 +29,6 @@ from vidsieve.cli.shared import (
     check_question,
     frames_asked,
     out,
-    parse_retention,
     quiet,
     set_threads,
     table,
@@ -38,6 +37,8 @@ from vidsieve.cli.shared import (
     write_pictures,
     write_report,
 )
+from vidsieve.retention import parse_retention
+from vidsieve.video import check_file
 
 
 def compare(
@@ -68,6 +69,7 @@ def compare(
     json: Json = None,
 ) -> None:
     """Ask one question under every method: what each keeps, answers and costs, beside the model with all tokens."""
+    check_file(video)
     amount = parse_retention(retention)
     check_question(question)
     check_output(json, reads=[video])
@@ -75,9 +77,9 @@ def compare(
     check_output(overlay, MOVIE, [video])
     check_output(report, PAGE, [video])
     set_threads(threads)
-    from vidsieve import pipeline
-    from vidsieve.eval import comparing
-    from vidsieve.eval.methods import check_known, named_methods
+    from vidsieve import answering, loading
+    from vidsieve.evaluation import comparing
+    from vidsieve.evaluation.methods import check_known, named_methods
 
     names = words(methods)
     for name in names:
@@ -86,13 +88,20 @@ def compare(
     chosen = {
         name: method.with_retention(amount) for name, method in named_methods(names, model, earliest=earliest).items()
     }
-    loaded = pipeline.read(video, pipeline.Clock(), frames=frames_asked(frames, fps), fps=fps, max_frames=None)
-    network, processor = pipeline.load_model(model, layout)
+    loaded = answering.read(video, answering.Clock(), frames=frames_asked(frames, fps), fps=fps, max_frames=None)
+    network, processor = loading.load_model(model, layout)
     with Bar("answers", (repeats + 1) * (len(chosen) + 1)) as advance:
         result = comparing.compare(
-            network, processor, loaded, question, chosen, max_new_tokens=max_new_tokens, seed=seed, repeats=repeats,
+            network,
+            processor,
+            loaded,
+            question,
+            chosen,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            repeats=repeats,
             progress=advance,
-        )  # fmt: skip
+        )
     for note in loaded.notes:
         out.print(f"note: {escape(note)}")
     print_comparison(result)
@@ -116,11 +125,18 @@ def print_comparison(result: dict[str, Any]) -> None:
     lines = []
     for row in result["rows"]:
         spent = row["ms"]["total"]["median"]
-        lines.append((
-            escape(row["name"]), f"{row['layer_retention']:.3f}", f"{row['real_retention']:.3f}",
-            ("= " if row["same"] else "≠ ") + escape(row["answer"]), f"{row['select_ms']['median']:.1f}",
-            f"{row['ms']['prefill']['median']:.1f}", f"{spent:.1f}", f"{whole / spent:.2f}×",
-        ))  # fmt: skip
+        lines.append(
+            (
+                escape(row["name"]),
+                f"{row['layer_retention']:.3f}",
+                f"{row['real_retention']:.3f}",
+                ("= " if row["same"] else "≠ ") + escape(row["answer"]),
+                f"{row['select_ms']['median']:.1f}",
+                f"{row['ms']['prefill']['median']:.1f}",
+                f"{spent:.1f}",
+                f"{whole / spent:.2f}×",
+            )
+        )
     lines += [(escape(row["name"]), *"–––––––") for row in result["refused"]]
     columns = (
         "method",

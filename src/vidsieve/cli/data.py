@@ -28,7 +28,7 @@ from vidsieve.cli.shared import (
     write_json,
 )
 from vidsieve.errors import TrainingError, UnknownNameError
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 
 app = typer.Typer(no_args_is_help=True, help="Check and prepare files of training prompts.")
 
@@ -69,8 +69,8 @@ def check(
     """Say what a file of prompts holds and what of it can be used, before anything runs."""
     check_output(json, reads=(source,))
     check_output(listed, (".jsonl",), reads=(source,))
-    from vidsieve.data.checking import check_file
-    from vidsieve.data.skipped import Skipped
+    from vidsieve.training.data.checking import check_file
+    from vidsieve.training.data.skipped import Skipped
 
     if listed is not None:  # a list without lines says that nothing is wrong
         with writing(listed):
@@ -153,9 +153,9 @@ def filter_prompts(
     check_output(target, (".jsonl",), reads=(source,))
     mine = parse_share(share)
     set_threads(threads)
-    from vidsieve.data.filtering import Rule, filter_file
-    from vidsieve.data.skipped import Skipped
-    from vidsieve.pipeline import load_model
+    from vidsieve.loading import load_model
+    from vidsieve.training.data.filtering import Rule, filter_file
+    from vidsieve.training.data.skipped import Skipped
 
     if rule not in get_args(Rule):
         raise UnknownNameError("rule", rule, get_args(Rule))
@@ -164,26 +164,43 @@ def filter_prompts(
     work, skipped = target.with_name(f"{target.name}.blind"), Skipped()
     with stoppable(work), Bar("answers") as update:
         found = filter_file(
-            source, target, [partial(load_model, name, device=device) for name in names], rule,  # type: ignore[arg-type]
-            root=video_root, seeds=seeds, right_in=right_in, temperature=temperature, batch=batch, work=work,
-            names=names, share=mine, skipped=skipped, progress=update,
-        )  # fmt: skip
+            source,
+            target,
+            [partial(load_model, name, device=device) for name in names],
+            rule,  # type: ignore[arg-type]
+            root=video_root,
+            seeds=seeds,
+            right_in=right_in,
+            temperature=temperature,
+            batch=batch,
+            work=work,
+            names=names,
+            share=mine,
+            skipped=skipped,
+            progress=update,
+        )
     if found is None:
         err.print(f"share {mine[0] + 1} of {mine[1]} is done; the last one to end writes {target}", highlight=False)
         return
     columns = ("source", "type", "questions", "dropped", *(f"{name}, blind" for name in names))
     lines = [
         (
-            escape(group["source"] or "–"), escape(group["type"]), f"{group['questions']:,}", f"{group['dropped']:,}",
+            escape(group["source"] or "–"),
+            escape(group["type"]),
+            f"{group['questions']:,}",
+            f"{group['dropped']:,}",
             *(f"{accuracy:.1%}" for accuracy in group["blind_accuracy"]),
         )
         for group in found.groups
-    ]  # fmt: skip
+    ]
     out.print(table(f"{source}: without the video", columns, lines, right=range(2, len(columns))))
     for name, accuracy in zip(names, found.blind_accuracy, strict=True):
         out.print(f"{name}: {accuracy:.1%} of blind answers are right, guessing would come to {found.chance:.1%}")
-    out.print(f"{found.kept:,} of {found.questions:,} questions are left in {target}; those that are not, in "
-              f"{target.name}.dropped.jsonl", highlight=False)  # fmt: skip
+    out.print(
+        f"{found.kept:,} of {found.questions:,} questions are left in {target}; those that are not, in "
+        f"{target.name}.dropped.jsonl",
+        highlight=False,
+    )
     if seeds == 1 and found.chance > 0.05:
         out.print(
             f"note: of one answer each, guesses drop about {found.chance:.0%} of the good questions too; --seeds 3 "
@@ -229,17 +246,22 @@ def merge(
         raise TrainingError(f"--video-root is given {len(roots)} times, and there are {len(files)} files")
     check_output(json, reads=files)
     check_output(target, (".jsonl",), reads=files)
-    from vidsieve.data.merging import Only, merge_files
-    from vidsieve.data.skipped import Skipped
+    from vidsieve.training.data.merging import Only, merge_files
+    from vidsieve.training.data.skipped import Skipped
 
     if only not in get_args(Only):
         raise UnknownNameError("kind of row", only, get_args(Only))
     skipped = Skipped()
     with Bar("records", None) as update:
         found = merge_files(
-            list(zip(files, roots, strict=True)), target, only=only, count=count, seed=seed, skipped=skipped,  # type: ignore[arg-type]
+            list(zip(files, roots, strict=True)),
+            target,
+            only=only,  # type: ignore[arg-type]
+            count=count,
+            seed=seed,
+            skipped=skipped,
             progress=update,
-        )  # fmt: skip
+        )
     for name, rows in found.items():
         out.print(f"{rows:,} rows of {name}", highlight=False, soft_wrap=True)
     tell(skipped, None)
@@ -278,13 +300,19 @@ def pseudo_videos(
         raise TrainingError("name the file of captioned images and, last, the one to write")
     for path, kinds in ((json, ()), (target, (".jsonl",)), (preview, PICTURES)):
         check_output(path, kinds, reads=files)
-    from vidsieve.data.pseudo import pseudo_file
+    from vidsieve.training.data.pseudo import pseudo_file
 
     with Bar("records", None) as update:
         made = pseudo_file(
-            files, target, root=image_root, count=count, images=_bounds("images", images),
-            frames=_bounds("frames", frames), seed=seed, progress=update,
-        )  # fmt: skip
+            files,
+            target,
+            root=image_root,
+            count=count,
+            images=_bounds("images", images),
+            frames=_bounds("frames", frames),
+            seed=seed,
+            progress=update,
+        )
     result = made.as_dict()
     length = result["frames"]
     out.print(
@@ -296,8 +324,8 @@ def pseudo_videos(
         lines = ", ".join(f"record {row.record}" + (f" ({row.image})" if row.image else "") for row in first)
         out.print(f"left out: {number} × {reason}: {lines}{', …' if number > len(first) else ''}", markup=False)
     if preview is not None:
-        from vidsieve.data.video import read_frames
         from vidsieve.report.pictures import contact_sheet
+        from vidsieve.video.reading import read_frames
 
         shown = made.videos[:6]
         contact_sheet(preview, [(read_frames(video.frames).pixels, video.caption) for video in shown])

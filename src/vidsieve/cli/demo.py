@@ -9,18 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import (
-    Json,
-    Threads,
-    check_output,
-    err,
-    out,
-    parse_retention,
-    quiet,
-    set_threads,
-    table,
-    write_json,
-)
+from vidsieve.cli.shared import Json, Threads, check_output, err, out, quiet, set_threads, table, write_json
+from vidsieve.retention import parse_retention
 
 _ASKED = 3
 _METHODS = ("random", "uniform", "downsample", "divprune", "score", "cacovid")
@@ -43,11 +33,11 @@ def demo(
     if folder is not None:
         check_output(folder / "scene.mp4")
     set_threads(threads)
-    from vidsieve import pipeline
+    from vidsieve import answering, loading
     from vidsieve.cli.evaluate import print_result
     from vidsieve.cli.progress import Bar
-    from vidsieve.eval.methods import named_methods, rows_for
-    from vidsieve.eval.testbed import MARKS, evaluate
+    from vidsieve.evaluation.methods import named_methods, rows_for
+    from vidsieve.evaluation.testbed import MARKS, evaluate
     from vidsieve.report.pictures import kept_picture
     from vidsieve.testbed.files import write_scene
     from vidsieve.testbed.questions import make_questions
@@ -58,24 +48,24 @@ def demo(
     video_path, picture_path = place / "scene.mp4", place / "kept.png"
     write_scene(video_path, world="A", seed=seed, index=0)
     out.print(f"a fresh scene in {video_path}")
-    model, processor = pipeline.load_model("testbed")
+    model, processor = loading.load_model("testbed")
     methods = {name: method.with_retention(amount) for name, method in named_methods(list(_METHODS)).items()}
     asked = make_questions(make_cast("A", seed, 0), seed, 0)[:_ASKED]
     kept, record = {}, []
-    warm_up = pipeline.read(video_path, pipeline.Clock(), frames=FRAMES, fps=None, max_frames=None)
-    pipeline.answer(model, processor, warm_up, asked[0].text, methods["random"], max_new_tokens=4)
-    pipeline.answer(model, processor, warm_up, asked[0].text, max_new_tokens=4)
-    columns = ("method", "answer", "tokens", *pipeline.PARTS)
+    warm_up = answering.read(video_path, answering.Clock(), frames=FRAMES, fps=None, max_frames=None)
+    answering.answer(model, processor, warm_up, asked[0].text, methods["random"], max_new_tokens=4)
+    answering.answer(model, processor, warm_up, asked[0].text, max_new_tokens=4)
+    columns = ("method", "answer", "tokens", *answering.PARTS)
     for question in asked:
         lines = []
         for method in (None, *methods.values()):
-            clock = pipeline.Clock()
-            video = pipeline.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
-            said = pipeline.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
+            clock = answering.Clock()
+            video = answering.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
+            said = answering.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
             name = "full" if method is None else method.name
             share = ", ".join(f"{t.kept}/{t.total}" for t in said.traces) or "all"
             mark = "✓" if said.text == question.answer else "✗"
-            times = (f"{said.ms.get(part, 0.0):.0f}" for part in pipeline.PARTS)
+            times = (f"{said.ms.get(part, 0.0):.0f}" for part in answering.PARTS)
             lines.append((name, f"{said.text} {mark}", share, *times))
             record.append(said.as_dict() | {"question": question.text, "right_answer": question.answer})
             if method is not None and question is asked[0]:

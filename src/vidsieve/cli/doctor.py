@@ -16,13 +16,15 @@ def doctor(json: Json = None) -> None:
     Every family and every method generates two tokens from a tiny model with random weights. Exit code 1 if one of
     them, or an installed extra, does not work.
     """
-    from vidsieve import doctor
+    from vidsieve.testing import doctor
 
     check_output(json)
     parts: dict[str, Callable[[], list[doctor.Finding]]] = {
-        "versions": doctor.found_versions, "extras": doctor.found_extras, "model families": doctor.found_families,
+        "versions": doctor.found_versions,
+        "extras": doctor.found_extras,
+        "model families": doctor.found_families,
         "methods": doctor.found_methods,
-    }  # fmt: skip
+    }
     found = []
     for title, look in parts.items():
         rows = look()

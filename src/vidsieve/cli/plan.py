@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import Json, Layout, check_output, out, parse_retentions, positive, quiet, table, write_json
+from vidsieve.cli.shared import Json, Layout, check_output, out, positive, quiet, table, write_json
 from vidsieve.errors import EvaluationError
+from vidsieve.retention import parse_retentions
 
 
 def plan(

@@ -13,10 +13,17 @@ from rich.table import Table
 from vidsieve.cli.shared import err
 
 SHOWN = (
-    ("reward", "reward"), ("right", "right"), ("ce", "cross-entropy"), ("dead_groups", "dead groups"),
-    ("kept", "kept"), ("entropy", "entropy, bits"), ("loss", "loss"), ("rollouts_per_second", "rollouts a second"),
-    ("eval_accuracy", "held-out accuracy"), ("eval_ce_excess", "held-out cross-entropy above all tokens'"),
-)  # fmt: skip
+    ("reward", "reward"),
+    ("right", "right"),
+    ("ce", "cross-entropy"),
+    ("dead_groups", "dead groups"),
+    ("kept", "kept"),
+    ("entropy", "entropy, bits"),
+    ("loss", "loss"),
+    ("rollouts_per_second", "rollouts a second"),
+    ("eval_accuracy", "held-out accuracy"),
+    ("eval_ce_excess", "held-out cross-entropy above all tokens'"),
+)
 """Figures in the table, by their names in the metrics."""
 
 

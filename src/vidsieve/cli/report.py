@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval`, `reproduce` or `train`.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval` or `train`.")],
     page: Annotated[Path, typer.Argument(help="The page to write (HTML, one file).")],
     videos: Annotated[
         int, typer.Option(help="Also show kept tokens on the first so many videos, of a run with --indices.", min=0)
@@ -30,18 +30,11 @@ def report(
 
 def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
     """Return the title and the sections of whatever run is in a folder."""
-    from vidsieve.eval.bundles import read_bundle
     from vidsieve.report import sections
-    from vidsieve.report.bundles import bundle_sections
     from vidsieve.report.runs import finished, kept_sections
 
     if os.path.isfile(folder / "metrics.jsonl"):
         return "Training", sections.training_sections(folder / "metrics.jsonl")
-    if os.path.isfile(folder / "bundle.json"):
-        bundle = read_bundle(folder / "bundle.json")
-        return f"{bundle['table']}, published and measured", bundle_sections(bundle)
     result = finished(folder)
-    if "scenes" in result:
-        return "Beyond multiple choice", sections.open_sections(result)
     kept = kept_sections(folder, result, videos) if videos else []
     return result.get("benchmark", "Accuracy on the testbed"), [*sections.evaluation_sections(result), *kept]

@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import out, parse_retention
+from vidsieve.cli.shared import out
 from vidsieve.errors import PluginError, PolicyError, UnsupportedCallError
+from vidsieve.retention import parse_retention
 
 SERVER = "vllm.entrypoints.openai.api_server"
 
@@ -92,7 +93,7 @@ def server_command(
         return [*command, *extra]
     from types import SimpleNamespace
 
-    from vidsieve.serving.vllm_shared import settings_of
+    from vidsieve.serving.vllm.shared import settings_of
     from vidsieve.types import Tokens
 
     kept, (method, _, variant) = parse_retention(retention or "0.25"), method.partition(":")
@@ -150,6 +151,6 @@ def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
 def _folder(model: str) -> str:
     if model != "testbed":
         return model
-    from vidsieve.testbed.model import shipped_model
+    from vidsieve.loading import shipped_model
 
-    return str(shipped_model("model"))
+    return str(shipped_model())

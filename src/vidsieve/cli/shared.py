@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vidsieve.errors import EvaluationError, OutputError, PromptError, RetentionError, UnknownNameError
-from vidsieve.files import writing
+from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
+from vidsieve.io.files import writing
 
 if TYPE_CHECKING:
-    from vidsieve.data.video import Video
+    from vidsieve.io.store import Store
     from vidsieve.report.page import Section
-    from vidsieve.store import Store
-    from vidsieve.types import TokenGrid, Tokens
+    from vidsieve.types import TokenGrid
+    from vidsieve.video.reading import Video
 
 # Files and pipes have no width of their own; rich would cut tables at 80.
 out = Console(width=None if sys.stdout.isatty() else 120)
@@ -78,6 +78,16 @@ NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer
 
 PAGE, MOVIE, PICTURES = (".html", ".htm"), (".mp4",), (".png", ".svg", ".pdf", ".jpg", ".jpeg")
 """Endings of the files that commands write."""
+
+
+def moved(app: typer.Typer, name: str, now: str = "python -m workbench {name}") -> None:
+    """Give an app a command that says what to run instead, in a checkout."""
+
+    def gone() -> None:
+        raise VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
+
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+    app.command(name, hidden=True, context_settings=anything)(gone)
 
 
 def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[Path | None] = ()) -> None:
@@ -136,16 +146,20 @@ def store_in(
     if folder is None:
         yield None
         return
-    from vidsieve.store import Store
+    from vidsieve.io.store import Store
 
     with Store(folder, config(), share) as store:
         yield store
 
 
 def write_pictures(
-    video: Video, grid: TokenGrid, kept: Mapping[str, Sequence[int]], title: str, picture: Path | None,
+    video: Video,
+    grid: TokenGrid,
+    kept: Mapping[str, Sequence[int]],
+    title: str,
+    picture: Path | None,
     overlay: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Write what methods keep of a video as a picture, as a video, or both, where these are given."""
     from vidsieve.report.pictures import kept_picture, overlay_video
 
@@ -181,7 +195,7 @@ def write_report(
     """Write a page of what `sections` returns to `path`, and its charts into `figures`, where these are given."""
     if path is None and figures is None:
         return
-    from vidsieve.eval.running import versions
+    from vidsieve.evaluation.runs import versions
     from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
@@ -239,7 +253,7 @@ def check_world(world: str) -> None:
 
 def note_few(videos: int) -> None:
     """Say that errors are not to be trusted where there are few videos."""
-    from vidsieve.eval.stats import FEW
+    from vidsieve.evaluation.stats import FEW
 
     if videos < FEW:
         out.print(f"note: {videos} videos are too few for these errors and intervals: from {FEW} on they hold")
@@ -262,40 +276,6 @@ def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:
     return int(first) - 1, int(second)
 
 
-def parse_retention(text: str) -> float | Tokens:
-    """Return the retention in a word such as ``0.25`` or ``512t`` (a token count).
-
-    Raises
-    ------
-    RetentionError
-    """
-    from vidsieve.selection import check_retention
-    from vidsieve.types import Tokens
-
-    word = text.strip()
-    if word.endswith("t") and word[:-1].isdigit() and int(word[:-1]) > 0:
-        return Tokens(int(word[:-1]))
-    try:
-        number = float(word)
-    except ValueError:
-        raise RetentionError(f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}") from None
-    return check_retention(number)
-
-
-def parse_retentions(text: str) -> list[float]:
-    """Return the retention ratios in a list such as ``0.25,0.1``.
-
-    Raises
-    ------
-    RetentionError
-    """
-    values = [parse_retention(word) for word in words(text)]
-    ratios = [v for v in values if isinstance(v, float)]
-    if not ratios or len(ratios) != len(values):
-        raise RetentionError(f"give one or more retention ratios, as 0.25,0.1; got {text!r}")
-    return ratios
-
-
 def words(text: str) -> list[str]:
     """Return the parts of a comma-separated list."""
     return [word.strip() for word in text.split(",") if word.strip()]
@@ -310,7 +290,7 @@ def set_threads(count: int) -> None:
 
 
 def quiet() -> None:
-    """Keep transformers' progress bars out of a command's output."""
+    """Keep transformers' progress bars and notes out of a command's output."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

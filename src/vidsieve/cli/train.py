@@ -29,7 +29,7 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import TrainingError
-from vidsieve.rl.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
@@ -68,14 +68,16 @@ def with_settings(config: type) -> Callable[[Callable[..., None]], Callable[...,
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
         extra = [
             inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
                 annotation=Annotated[
                     type(field.default) | None,
                     typer.Option(help=docs[field.name], show_default=shown_default(config, field)),
                 ],
             )
             for field in dataclasses.fields(config)
-        ]  # fmt: skip
+        ]
 
         def run(**values: Any) -> None:
             given = {field.name: values.pop(field.name) for field in dataclasses.fields(config)}
@@ -175,12 +177,12 @@ def _run(
 ) -> None:
     import torch
 
-    from vidsieve.data.encodings import MANIFEST
-    from vidsieve.pipeline import load_model
+    from vidsieve.loading import load_model
     from vidsieve.report.sections import training_sections
-    from vidsieve.rl.loggers import check_trackers
-    from vidsieve.rl.processes import is_main
-    from vidsieve.rl.recipes import train_policy
+    from vidsieve.training.data.encodings import MANIFEST
+    from vidsieve.training.loggers import check_trackers
+    from vidsieve.training.processes import is_main
+    from vidsieve.training.recipes import train_policy
 
     settings = settings or {}
     refuse_sharding()
@@ -200,10 +202,20 @@ def _run(
     try:
         with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
             record = train_policy(
-                method, network, processor, folder, settings, model_name=model, log_to=words(log_to),
-                report=progress.report, tick=progress.tick, warn=warning, cache=cache,
-                announce=lambda text: out.print(text, highlight=False, soft_wrap=True), **options,
-            )  # fmt: skip
+                method,
+                network,
+                processor,
+                folder,
+                settings,
+                model_name=model,
+                log_to=words(log_to),
+                report=progress.report,
+                tick=progress.tick,
+                warn=warning,
+                cache=cache,
+                announce=lambda text: out.print(text, highlight=False, soft_wrap=True),
+                **options,
+            )
     except KeyboardInterrupt as stop:
         err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
@@ -221,30 +233,84 @@ def _run(
 @app.command("cacovid")
 @with_settings(CaCoVIDConfig)
 def train_cacovid(
-    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, video_root: VideoRoot = None,
+    folder: Out,
+    model: Model = "testbed",
+    data: Data = None,
+    eval_data: EvalData = None,
+    video_root: VideoRoot = None,
     cache: Cache = None,
-    variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
-    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
-    report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    variant: Variant = "ours",
+    resume: Resume = False,
+    force: Force = False,
+    log_to: LogTo = "",
+    device: Device = "auto",
+    threads: ThreadCount = 0,
+    json: JsonFile = None,
+    report: Report = None,
+    figures: Figures = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
     _run(
-        "cacovid", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
-        eval_data=eval_data, root=video_root, variant=variant, resume=resume, force=force,
-    )  # fmt: skip
+        "cacovid",
+        settings,
+        folder,
+        threads,
+        json,
+        model,
+        log_to,
+        cache,
+        device,
+        report,
+        figures,
+        data=data,
+        eval_data=eval_data,
+        root=video_root,
+        variant=variant,
+        resume=resume,
+        force=force,
+    )
 
 
 @app.command("score")
 @with_settings(ScoreConfig)
 def train_score(
-    folder: Out, model: Model = "testbed", data: Data = None, eval_data: EvalData = None, video_root: VideoRoot = None,
+    folder: Out,
+    model: Model = "testbed",
+    data: Data = None,
+    eval_data: EvalData = None,
+    video_root: VideoRoot = None,
     pseudo: Pseudo = None,
-    cache: Cache = None, variant: Variant = "ours", resume: Resume = False, force: Force = False, log_to: LogTo = "",
-    device: Device = "auto", threads: ThreadCount = 0, json: JsonFile = None,
-    report: Report = None, figures: Figures = None, settings: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    cache: Cache = None,
+    variant: Variant = "ours",
+    resume: Resume = False,
+    force: Force = False,
+    log_to: LogTo = "",
+    device: Device = "auto",
+    threads: ThreadCount = 0,
+    json: JsonFile = None,
+    report: Report = None,
+    figures: Figures = None,
+    settings: dict[str, Any] | None = None,
+) -> None:
     """Train SCORE: question-free keep probabilities by group rollouts on captions."""
     _run(
-        "score", settings, folder, threads, json, model, log_to, cache, device, report, figures, data=data,
-        eval_data=eval_data, root=video_root, pseudo=pseudo, variant=variant, resume=resume, force=force,
-    )  # fmt: skip
+        "score",
+        settings,
+        folder,
+        threads,
+        json,
+        model,
+        log_to,
+        cache,
+        device,
+        report,
+        figures,
+        data=data,
+        eval_data=eval_data,
+        root=video_root,
+        pseudo=pseudo,
+        variant=variant,
+        resume=resume,
+        force=force,
+    )

@@ -33,8 +33,8 @@ def ui(
     set_threads(threads)
     quiet()
     from vidsieve.compressors.base import Compressor
-    from vidsieve.eval.methods import check_known, method_for
-    from vidsieve.pipeline import load_model
+    from vidsieve.evaluation.methods import check_known, method_for
+    from vidsieve.loading import load_model
     from vidsieve.serving.desk import Desk
     from vidsieve.serving.page import build
 
@@ -53,9 +53,14 @@ def ui(
         page = build(desk, model, examples)
         out.print(f"http://{host}:{port}", highlight=False)
         page.queue(max_size=16).launch(
-            server_name=host, server_port=port, share=False, quiet=True, show_error=True,
-            max_file_size=max_upload * 2**20, allowed_paths=[folder],
-        )  # fmt: skip
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            show_error=True,
+            max_file_size=max_upload * 2**20,
+            allowed_paths=[folder],
+        )
 
 
 def _check_address(host: str, port: int) -> None:

@@ -53,9 +53,14 @@ class QuestionScorer(nn.Module):
     """
 
     def __init__(
-        self, shape: BlockShape, heads: int = 8, head_width: int = 32, width: int = 64, trust: float = 0.25,
+        self,
+        shape: BlockShape,
+        heads: int = 8,
+        head_width: int = 32,
+        width: int = 64,
+        trust: float = 0.25,
         looks: Looks = "all",
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.heads, self.head_width = heads, head_width
         size = shape.hidden_size

@@ -60,9 +60,14 @@ def scaled_layers(layers: Sequence[int], scale: Fraction, num_layers: int) -> li
 
 
 def scaled_counts(
-    shares: Sequence[Fraction], layers: Sequence[int], num_layers: int, num_tokens: int, budget: Fraction, name: str,
+    shares: Sequence[Fraction],
+    layers: Sequence[int],
+    num_layers: int,
+    num_tokens: int,
+    budget: Fraction,
+    name: str,
     earliest: bool,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Return how many of a video's tokens are left from each of `layers` on, for all layers to see `budget` on average.
 
     They are `shares` of the video, all times one factor, but at least one token and at most all.

@@ -12,7 +12,8 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.errors import BudgetError, NeedError, SelectionError, StageError, UnknownNameError
-from vidsieve.selection import check_retention, kept_tokens, top_indices
+from vidsieve.retention import check_retention
+from vidsieve.selection import kept_tokens, top_indices
 from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 

@@ -87,10 +87,17 @@ class CaCoVIDPolicy(Policy):
 
     @classmethod
     def start(
-        cls, shape: BlockShape, family: str, *, variant: str = "ours",
+        cls,
+        shape: BlockShape,
+        family: str,
+        *,
+        variant: str = "ours",
         layers: Sequence[dict[str, Tensor]] | None = None,
-        seed: int = 0, base_model: str = "", body: Body | None = None, **network: Any,
-    ) -> CaCoVIDPolicy:  # fmt: skip
+        seed: int = 0,
+        base_model: str = "",
+        body: Body | None = None,
+        **network: Any,
+    ) -> CaCoVIDPolicy:
         """Return an untrained policy; `layers` are the states of the LLM's first decoder layers (paper's start).
 
         Their number is the policy's depth, 1 without them.
@@ -106,9 +113,13 @@ class CaCoVIDPolicy(Policy):
         body = body or ("question" if variant == "ours" else "layer")
         shape_dict = {key: getattr(shape, key) for key in shape.__dataclass_fields__}
         config = PolicyConfig(
-            cls.method, variant, shape.hidden_size, family, base_model=base_model,
+            cls.method,
+            variant,
+            shape.hidden_size,
+            family,
+            base_model=base_model,
             network={"body": body, "causal": variant == "official", "shape": shape_dict, "depth": depth} | network,
-        )  # fmt: skip
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             policy = cls(config)

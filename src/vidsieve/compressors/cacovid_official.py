@@ -285,12 +285,15 @@ def _block_shape(folder: Path, shapes: Mapping[str, Shape]) -> BlockShape:
         raise PolicyError(f"{where} asks for rotary positions of type {kind!r}, which our policy does not know")
     heads = _whole(text, "num_attention_heads", where)
     return BlockShape(
-        width, heads, _whole(text, "num_key_value_heads", where),
-        _whole({"head_dim": text.get("head_dim") or width // heads}, "head_dim", where), inner,
+        width,
+        heads,
+        _whole(text, "num_key_value_heads", where),
+        _whole({"head_dim": text.get("head_dim") or width // heads}, "head_dim", where),
+        inner,
         # transformers does not write what equals its default, here 1e-6.
         rms_norm_eps=_number({"rms_norm_eps": 1e-6} | text, "rms_norm_eps", where),
         rope_theta=_number(text | rope, "rope_theta", where),
-    )  # fmt: skip
+    )
 
 
 def _number(table: Mapping[str, Any], key: str, where: str) -> float:

@@ -196,9 +196,14 @@ def exact_plan(spans: Sequence[tuple[int, int]], budget: int, size: int, context
 
 
 def merged_segments(
-    frames: Tensor, saliency: Tensor, spans: Sequence[tuple[int, int]], plan: Sequence[Shares], weight: float,
-    included: bool, noise: Iterator[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    frames: Tensor,
+    saliency: Tensor,
+    spans: Sequence[tuple[int, int]],
+    plan: Sequence[Shares],
+    weight: float,
+    included: bool,
+    noise: Iterator[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return what is kept of frames (T, n, D): raster indices (K,) int64, sorted, and tokens (K, D).
 
     Parameters

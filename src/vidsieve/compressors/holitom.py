@@ -178,9 +178,13 @@ def official_counts(groups: list[Group], ratio: float) -> list[int]:
 
 
 def kept_of_groups(
-    groups: list[Group], counts: list[int], attention: Tensor, neighbours: int, weight: float,
+    groups: list[Group],
+    counts: list[int],
+    attention: Tensor,
+    neighbours: int,
+    weight: float,
     noise: Iterator[Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Return raster indices (K,) and tokens (K, D) of what is kept, group by group, in the release's order.
 
     Parameters

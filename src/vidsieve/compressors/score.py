@@ -78,9 +78,15 @@ class ScorePolicy(Policy):
 
     @classmethod
     def start(
-        cls, hidden_size: int, family: str, *, variant: str = "ours", seed: int = 0, base_model: str = "",
+        cls,
+        hidden_size: int,
+        family: str,
+        *,
+        variant: str = "ours",
+        seed: int = 0,
+        base_model: str = "",
         **network: Any,
-    ) -> ScorePolicy:  # fmt: skip
+    ) -> ScorePolicy:
         """Return an untrained policy."""
         defaults = {"normalise": True} if variant == "ours" else {}
         config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.report.pictures import new_figure
 
 _MARKS = "os^Dv<>Phx*"
@@ -51,9 +51,13 @@ def _panel(figure: Any, x: str, y: str) -> Any:
 
 
 def against(
-    lines: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str,
-    level: tuple[str, float] | None = None, log: bool = False,
-) -> Any:  # fmt: skip
+    lines: Mapping[str, Sequence[tuple[float, float, float]]],
+    *,
+    x: str,
+    y: str,
+    level: tuple[str, float] | None = None,
+    log: bool = False,
+) -> Any:
     """Return a figure of lines of points (x, y, half an interval) by name.
 
     `level` is a name and a height drawn across, such as all tokens' accuracy; `log` spaces x by ratios.
@@ -63,15 +67,20 @@ def against(
     for number, (name, points) in enumerate(lines.items()):
         places, heights, errors = zip(*sorted(points), strict=True)
         panel.errorbar(
-            places, heights, yerr=errors if any(errors) else None, label=name.replace("$", r"\$"),
-            marker=_MARKS[number % len(_MARKS)], markersize=4, linewidth=1.3,
-            capsize=2, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3],
-        )  # fmt: skip
+            places,
+            heights,
+            yerr=errors if any(errors) else None,
+            label=name.replace("$", r"\$"),
+            marker=_MARKS[number % len(_MARKS)],
+            markersize=4,
+            linewidth=1.3,
+            capsize=2,
+            color=f"C{number % 10}",
+            linestyle=("-", "--", ":")[number // 10 % 3],
+        )
     if level is not None:
         panel.axhline(level[1], linestyle="--", linewidth=1, color="#808080")
-        panel.annotate(
-            level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-        )  # fmt: skip
+        panel.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
     if log:
         panel.set_xscale("log")
         shown: list[float] = []
@@ -92,9 +101,15 @@ def cloud(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str,
     for number, (name, own) in enumerate(points.items()):
         places, heights, _ = zip(*own, strict=True)
         panel.scatter(
-            places, heights, s=9, alpha=0.55, label=name.replace("$", r"\$"), color=f"C{number}",
-            marker=_MARKS[number % len(_MARKS)], linewidths=0,
-        )  # fmt: skip
+            places,
+            heights,
+            s=9,
+            alpha=0.55,
+            label=name.replace("$", r"\$"),
+            color=f"C{number}",
+            marker=_MARKS[number % len(_MARKS)],
+            linewidths=0,
+        )
     panel.axhline(0, linewidth=1, color="#808080")
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure

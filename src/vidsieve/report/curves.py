@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.report.pictures import new_figure
 
 SHOWN = (("right", "rollouts answered rightly"), ("dead_groups", "groups with equal rewards"), ("ratio", "rate kept"))
@@ -19,7 +19,7 @@ def curves_picture(path: str | Path, tables: Sequence[dict[str, Any]]) -> None:
     Parameters
     ----------
     tables : sequence of dict
-        As `vidsieve.testbed.ablating.tabulated` makes them; rows without a ``curve`` are left out.
+        As `workbench.testbed.ablating.tabulated` makes them; rows without a ``curve`` are left out.
 
     Raises
     ------

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.report.charts import svg
 from vidsieve.types import TokenGrid
 
@@ -121,9 +121,13 @@ def _jpeg(frame: NDArray[np.uint8]) -> str:
 
 
 def page(
-    title: str, sections: Sequence[Section], *, lead: str = "", command: str = "",
+    title: str,
+    sections: Sequence[Section],
+    *,
+    lead: str = "",
+    command: str = "",
     about: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
+) -> str:
     """Return the HTML of a report; every text is escaped.
 
     Parameters
@@ -138,16 +142,23 @@ def page(
     environment = Environment(loader=PackageLoader("vidsieve.report", ""), autoescape=True, undefined=StrictUndefined)
     ready = [
         {
-            "title": part.title, "text": part.text, "table": part.table, "said": part.said,
+            "title": part.title,
+            "text": part.text,
+            "table": part.table,
+            "said": part.said,
             "chart": Markup("" if part.figure is None else svg(part.figure)),
             "frames": part.frames and {**vars(part.frames), "data": Markup(part.frames.data)},
         }
         for part in sections
-    ]  # fmt: skip
+    ]
     made: str = environment.get_template("page.html.j2").render(
-        title=title, lead=lead, sections=ready, command=command, about=dict(about or {}),
+        title=title,
+        lead=lead,
+        sections=ready,
+        command=command,
+        about=dict(about or {}),
         viewer=any(part.frames for part in sections),
-    )  # fmt: skip
+    )
     return made
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.types import TokenGrid
 
 _DIM = 0.22
@@ -49,9 +49,13 @@ def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) 
 
 
 def kept_picture(
-    path: str | Path, frames: NDArray[np.uint8], grid: TokenGrid, kept: Mapping[str, Sequence[int]],
-    title: str = "", columns: int = 8,
-) -> None:  # fmt: skip
+    path: str | Path,
+    frames: NDArray[np.uint8],
+    grid: TokenGrid,
+    kept: Mapping[str, Sequence[int]],
+    title: str = "",
+    columns: int = 8,
+) -> None:
     """Write `kept_figure` as PNG, or by the path's ending as SVG or PDF.
 
     Raises
@@ -112,7 +116,7 @@ def overlay_video(
     OutputError
         If the file cannot be written.
     """
-    from vidsieve.data.video import write_video
+    from vidsieve.video.reading import write_video
 
     times = max(1, -(-_SMALLEST // frames.shape[1]))
     parts = []
@@ -159,9 +163,14 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], st
             axis.imshow(frame[:: max(1, frame.shape[0] // 300), :: max(1, frame.shape[1] // 300)], aspect="auto")
             axis.set_axis_off()
         figure.text(
-            margin / width, (top - high - 0.1) / total, "\n".join(text), va="top", fontsize=8.5, linespacing=1.25,
+            margin / width,
+            (top - high - 0.1) / total,
+            "\n".join(text),
+            va="top",
+            fontsize=8.5,
+            linespacing=1.25,
             parse_math=False,
-        )  # fmt: skip
+        )
         top -= height
     with writing(Path(path)) as temporary:
         figure.savefig(temporary, dpi=110, format="png")

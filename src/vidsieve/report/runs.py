@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import EvaluationError
-from vidsieve.eval.runner import frames_of
+from vidsieve.evaluation.examiner import frames_of
 from vidsieve.report.page import Kept, Section
 from vidsieve.report.sections import frames_section, named
 from vidsieve.types import TokenGrid
@@ -24,13 +24,13 @@ def finished(folder: Path) -> dict[str, Any]:
     """
     path = folder / "result.json"
     if not os.path.isfile(path):
-        raise EvaluationError(
-            f"{folder} has no finished run: a page is made of result.json, bundle.json or metrics.jsonl"
-        )  # fmt: skip
+        raise EvaluationError(f"{folder} has no finished run: a page is made of result.json or metrics.jsonl")
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EvaluationError(f"{path} is damaged ({error}): give the command of the run again") from None
+    if "benchmark" not in found and "n_questions" not in found:
+        raise EvaluationError(f"{folder} is no run of `eval` or `train`: give that command again with --report")
     return found
 
 
@@ -52,7 +52,7 @@ def kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Sec
     if not settings["indices_kept"]:
         raise EvaluationError(
             f"{folder} has no kept indices: run its command again with --indices, into another folder"
-        )  # fmt: skip
+        )
     conditions, fps = settings["conditions"], settings["fps"]
     most = max(condition["frames"] for condition in conditions.values())
     found = []

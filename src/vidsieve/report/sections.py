@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vidsieve.data.video import Video
 from vidsieve.errors import OutputError
-from vidsieve.eval.contributions import Contributions, rank_correlation, ranks
-from vidsieve.eval.stats import FEW
+from vidsieve.evaluation.contributions import Contributions, rank_correlation, ranks
+from vidsieve.evaluation.stats import FEW
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, TableOf
 from vidsieve.report.pictures import kept_figure
 from vidsieve.types import TokenGrid
+from vidsieve.video.reading import Video
 
 Row = Mapping[str, Any]
 
@@ -54,11 +54,12 @@ def contributions_sections(
     sure, total = measured.sure, len(measured.contribution)
     lines = [
         (
-            name, f"{rank_correlation(v, measured.contribution):+.3f}",
+            name,
+            f"{rank_correlation(v, measured.contribution):+.3f}",
             f"{100 * ranks(v)[sure].mean() / total:.0f} %" if sure.any() else "–",
         )
         for name, v in rivals.items()
-    ]  # fmt: skip
+    ]
     text = (
         f"Log-odds of “{answer}” with a token less without it, over {measured.subsets} random subsets of "
         f"{100 * measured.share:g} % of the tokens. {int(sure.sum())} of {total} tokens surely contribute (3.5 "
@@ -79,9 +80,13 @@ def contributions_sections(
 
 
 def answer_sections(
-    video: Video, question: str, said: Row, scores: NDArray[np.floating[Any]] | None, parts: Sequence[str],
+    video: Video,
+    question: str,
+    said: Row,
+    scores: NDArray[np.floating[Any]] | None,
+    parts: Sequence[str],
     measured: Contributions | None = None,
-) -> list[Section]:  # fmt: skip
+) -> list[Section]:
     """Return the report of one answer, as `Answer.as_dict` has it, with the method's scores where it has them.
 
     With `measured`, what tokens contribute is beside what the LLM's attention says of them.
@@ -106,21 +111,29 @@ def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where th
     lines = [(name, *(f"{ms:.1f}" for ms in row.values()), f"{sum(row.values()):.1f}") for name, row in rows.items()]
     chart = charts.stacks(rows, x="ms")
     return Section(
-        title, "Milliseconds. Select: choosing tokens, and making the shorter prompt of them.",
-        TableOf(columns, lines), chart, "Bars of the milliseconds in the table above.",
-    )  # fmt: skip
+        title,
+        "Milliseconds. Select: choosing tokens, and making the shorter prompt of them.",
+        TableOf(columns, lines),
+        chart,
+        "Bars of the milliseconds in the table above.",
+    )
 
 
 def comparison_sections(video: Video, result: Row) -> list[Section]:
-    """Return the report of a comparison, as `eval.comparing.compare` returns it."""
+    """Return the report of a comparison, as `evaluation.comparing.compare` returns it."""
     columns = ("method", "of layers", "left", "answer", "as all tokens", "choosing ms", "total ms")
     lines = [
         (
-            row["name"], f"{row['layer_retention']:.3f}", f"{row['real_retention']:.3f}", row["answer"],
-            "yes" if row["same"] else "no", f"{row['select_ms']['median']:.1f}", f"{row['ms']['total']['median']:.1f}",
+            row["name"],
+            f"{row['layer_retention']:.3f}",
+            f"{row['real_retention']:.3f}",
+            row["answer"],
+            "yes" if row["same"] else "no",
+            f"{row['select_ms']['median']:.1f}",
+            f"{row['ms']['total']['median']:.1f}",
         )
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     lines += [(row["name"], "–", "–", row["reason"], "–", "–", "–") for row in result["refused"]]
     found = [Section("Answers", f"Asked: {result['question']}", TableOf(columns, lines, frozenset({3})))]
     kept = [Kept(row["name"], row["indices"], row["scores"]) for row in result["rows"] if row["indices"] is not None]
@@ -130,7 +143,7 @@ def comparison_sections(video: Video, result: Row) -> list[Section]:
     parts = {
         row["name"]: {part: row["ms"][part]["median"] for part in row["ms"] if part != "total"}
         for row in result["rows"]
-    }  # fmt: skip
+    }
     return [*found, time_section(parts)]
 
 
@@ -141,18 +154,35 @@ def pipeline_sections(result: Row) -> list[Section]:
     full = result["rows"][0]
     lines = [
         (
-            name, f"{row['visual'][1]:.0f}", f"{row['prompt'][1]:.0f}", f"{row['flops']['paper'] / 1e12:.4g}",
-            f"{row['flops']['counted'] / 1e12:.4g}", f"{full['flops']['counted'] / row['flops']['counted']:.2f}×",
-            f"{row['times_faster']['prefill']:.2f}×", f"{row['times_faster']['all']:.2f}×",
-            f"{row['ms']['all']['p50']:.0f}", f"{row['ms']['all']['p95']:.0f}", f"{row['peak_MiB']:.0f}",
+            name,
+            f"{row['visual'][1]:.0f}",
+            f"{row['prompt'][1]:.0f}",
+            f"{row['flops']['paper'] / 1e12:.4g}",
+            f"{row['flops']['counted'] / 1e12:.4g}",
+            f"{full['flops']['counted'] / row['flops']['counted']:.2f}×",
+            f"{row['times_faster']['prefill']:.2f}×",
+            f"{row['times_faster']['all']:.2f}×",
+            f"{row['ms']['all']['p50']:.0f}",
+            f"{row['ms']['all']['p95']:.0f}",
+            f"{row['peak_MiB']:.0f}",
             "–" if row is full else row["pays_from"] or "no length",
         )
         for name, row in rows.items()
-    ]  # fmt: skip
+    ]
     columns = (
-        "", "video tokens", "prompt", "TFLOP, papers' formula", "TFLOP, counted", "fewer",
-        "LLM faster, with selecting", "all faster", "p50 ms", "p95 ms", "peak MiB", "pays from (frames)",
-    )  # fmt: skip
+        "",
+        "video tokens",
+        "prompt",
+        "TFLOP, papers' formula",
+        "TFLOP, counted",
+        "fewer",
+        "LLM faster, with selecting",
+        "all faster",
+        "p50 ms",
+        "p95 ms",
+        "peak MiB",
+        "pays from (frames)",
+    )
     text = (
         f"{result['model']} on {result['device']}, {result['dtype']}, attention {result['attention']}; "
         f"{', '.join(map(str, result['lengths']))} frames, {result['repeats']} rounds, {result['new_tokens']} new "
@@ -176,12 +206,17 @@ def evaluation_sections(result: Row) -> list[Section]:
     columns += ["− random", "− all tokens"]
     lines = []
     for row in rows:
-        lines.append([
-            named(row), *([row["frames"]] if several else []), row["retention"],
-            *(_figure(row[key], 1, 4) for key in ("layer_retention", "real_retention")),
-            _figure(row["accuracy"], 100, 1), _figure(row["stderr"], 100, 1),
-            *(_versus(row[f"vs_{name}"] if row["method"] != name else None) for name in ("random", "full")),
-        ])  # fmt: skip
+        lines.append(
+            [
+                named(row),
+                *([row["frames"]] if several else []),
+                row["retention"],
+                *(_figure(row[key], 1, 4) for key in ("layer_retention", "real_retention")),
+                _figure(row["accuracy"], 100, 1),
+                _figure(row["stderr"], 100, 1),
+                *(_versus(row[f"vs_{name}"] if row["method"] != name else None) for name in ("random", "full")),
+            ]
+        )
     for row in result["refused"]:
         lines.append([named(row), *([row["frames"]] if several else []), row["retention"], *"––––––"])
     found = [Section("Accuracy", _about(result), TableOf(columns, lines))]
@@ -198,34 +233,15 @@ def evaluation_sections(result: Row) -> list[Section]:
     return found
 
 
-def open_sections(result: Row) -> list[Section]:
-    """Return the report of tasks beyond multiple choice, as `eval.open_ended.evaluate_open` returns it."""
-    from vidsieve.eval.open_ended import TASKS
-
-    lines, lost = [], []
-    for row in result["rows"]:
-        tasks = [row["tasks"][name] for name in TASKS]
-        shown = (f"{_figure(task['mean'], 100, 1)} ± {_figure(task['stderr'], 100, 1)}" for task in tasks)
-        lines.append((named(row), row["retention"], *shown))
-        if row["method"] != "full":
-            lost.append((named(row), row["retention"], *(_versus(task["vs_full"]) for task in tasks)))
-    text = f"World {result['world']}, {result['scenes']} scenes. Percent, errors clustered by scene."
-    said = [Section("What it is", table=TableOf(("", ""), list(TASKS.items()), frozenset({1})))]
-    columns = ("method", "kept", *TASKS)
-    found = [Section("Tasks", text, TableOf(columns, lines)), *said]
-    text = "Points, paired scene by scene with 95 % intervals; of “false” and “made up” more is worse."
-    found.append(Section("What pruning costs", text, TableOf(columns, lost)))
-    notes = [(named(row), row["retention"], row["reason"]) for row in result["refused"]]
-    if notes:
-        found.append(Section("Not possible", table=TableOf(("method", "retention", "why"), notes, frozenset({2}))))
-    return found
-
-
 def _known(row: Row) -> dict[str, Any]:
     """Return a row of either kind of evaluation with the fields of both."""
     by = row.get("by") or {"kind": {k: {"accuracy": v, "stderr": math.nan} for k, v in row.get("by_kind", {}).items()}}
-    return {"frames": None, **row, "by": by, "retention": f"{float(row['retention']):g}"
-            if not str(row["retention"]).endswith("t") else row["retention"]}  # fmt: skip
+    return {
+        "frames": None,
+        **row,
+        "by": by,
+        "retention": f"{float(row['retention']):g}" if not str(row["retention"]).endswith("t") else row["retention"],
+    }
 
 
 def _about(result: Row) -> str:
@@ -313,11 +329,17 @@ def _cell(found: Row | None) -> str:
 # -- training -----------------------------------------------------------------------------------------------
 
 CURVES = (
-    ("reward", "mean reward"), ("right", "rollouts answered rightly"), ("ce", "cross-entropy"),
-    ("dead_groups", "groups with equal rewards"), ("kept", "share kept"), ("entropy", "entropy, bits"),
-    ("ratio", "rate"), ("loss", "loss"), ("eval_accuracy", "held-out accuracy"),
+    ("reward", "mean reward"),
+    ("right", "rollouts answered rightly"),
+    ("ce", "cross-entropy"),
+    ("dead_groups", "groups with equal rewards"),
+    ("kept", "share kept"),
+    ("entropy", "entropy, bits"),
+    ("ratio", "rate"),
+    ("loss", "loss"),
+    ("eval_accuracy", "held-out accuracy"),
     ("eval_ce_excess", "held-out cross-entropy above all tokens'"),
-)  # fmt: skip
+)
 
 
 def training_sections(metrics: Path) -> list[Section]:

@@ -16,20 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import OutputError
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.serving.batching.ahead import settle
 from vidsieve.serving.batching.cluster import Cluster, on_cluster
-from vidsieve.serving.batching.journal import Journal
+from vidsieve.serving.batching.journal import BatchJournal
 from vidsieve.serving.batching.model import Answerer
 from vidsieve.serving.batching.rows import BatchError, Rows, Settled, line_of, numbered
-from vidsieve.serving.batching.settings import Settings
+from vidsieve.serving.batching.settings import BatchSettings
 
 HOPELESS = 50
 """Rows without one answer after which a run ends: something is wrong with all of them."""
 
 
 @dataclass(frozen=True)
-class Report:
+class BatchReport:
     """What a run did.
 
     Parameters
@@ -70,10 +70,16 @@ class Paths:
 
 
 def answer_file(
-    source: Path, target: Path, settings: Settings, *, root: Path | None = None, readers: int = 2,
-    cluster: Cluster | None = None, progress: Callable[[int, int], None] | None = None,
+    source: Path,
+    target: Path,
+    settings: BatchSettings,
+    *,
+    root: Path | None = None,
+    readers: int = 2,
+    cluster: Cluster | None = None,
+    progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> Report:  # fmt: skip
+) -> BatchReport:
     """Answer the questions of a file that are not answered yet, and write all answers when there is none left.
 
     Parameters
@@ -104,7 +110,7 @@ def answer_file(
     told = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
     if not os.path.exists(paths.journal):
         _check_free(paths)
-    with Journal(paths.journal, told | settings.described(), rows.groups) as journal:
+    with BatchJournal(paths.journal, told | settings.described(), rows.groups) as journal:
         if journal.finished is not None:
             return _done(paths, journal.finished, rows.count)
         before, stopped = len(journal), False
@@ -129,10 +135,10 @@ def answer_file(
             rows.check()
             _check_hope(journal, rows.count)
             _write(paths, journal)
-        return Report(rows.count, journal.answered, journal.failed, before, stopped, not stopped)
+        return BatchReport(rows.count, journal.answered, journal.failed, before, stopped, not stopped)
 
 
-def here(rows: Rows, groups: Iterable[int], settings: Settings, readers: int) -> Settled:
+def here(rows: Rows, groups: Iterable[int], settings: BatchSettings, readers: int) -> Settled:
     """Yield what becomes of the rows of some groups, answered in this process; the model is loaded for the first."""
     yield from settle(numbered(rows, groups), Answerer(settings), settings.read, readers)
 
@@ -149,7 +155,7 @@ def _check_free(paths: Paths) -> None:
             raise OutputError(f"{path} is there, and no {paths.journal.name} says of what: name another output")
 
 
-def _check_hope(journal: Journal, rows: int) -> None:
+def _check_hope(journal: BatchJournal, rows: int) -> None:
     """End a run that answers nothing of its first rows, or of all, and leave nothing of it.
 
     Raises
@@ -165,7 +171,7 @@ def _check_hope(journal: Journal, rows: int) -> None:
         )
 
 
-def _write(paths: Paths, journal: Journal) -> None:
+def _write(paths: Paths, journal: BatchJournal) -> None:
     """Write the outputs, then what they are into the journal; killed in between, the next run writes them again."""
     written: dict[str, Any] = {"answered": journal.answered, "failed": journal.failed, "digests": {}}
     for path, kind in ((paths.failed, False), (paths.out, True)):
@@ -187,7 +193,7 @@ def _written(path: Path, lines: Iterable[bytes]) -> str:
     return found.hexdigest()
 
 
-def _done(paths: Paths, finished: dict[str, Any], rows: int) -> Report:
+def _done(paths: Paths, finished: dict[str, Any], rows: int) -> BatchReport:
     """Return the report of a run that was through before.
 
     Raises
@@ -201,7 +207,7 @@ def _done(paths: Paths, finished: dict[str, Any], rows: int) -> Report:
             raise OutputError(
                 f"{path} is not what the finished run wrote: remove {paths.journal} and the outputs to answer anew"
             )
-    return Report(rows, finished["answered"], finished["failed"], rows)
+    return BatchReport(rows, finished["answered"], finished["failed"], rows)
 
 
 def _digest(path: Path) -> str:
@@ -209,7 +215,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
-def as_dict(report: Report, paths: Paths, settings: Settings) -> dict[str, Any]:
+def as_dict(report: BatchReport, paths: Paths, settings: BatchSettings) -> dict[str, Any]:
     """Return a report as plain values for JSON."""
     files = {"out": str(paths.out), "failed_rows": str(paths.failed) if report.failed else None}
     return asdict(report) | files | {"settings": settings.described()}

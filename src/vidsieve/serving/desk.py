@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from vidsieve.adapters.batch import Encoded, on_device
+from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.answering import Answer, Clock, chat, reply
 from vidsieve.compressors.base import Compressor
-from vidsieve.data.video import Video, read_video
-from vidsieve.data.wording import prompt_about, worded
 from vidsieve.errors import PromptError, UnknownNameError, UnsupportedCallError
-from vidsieve.pipeline import Answer, Clock, chat, reply
+from vidsieve.training.data.wording import prompt_about, worded
 from vidsieve.types import ENCODER_NEEDS, Need
+from vidsieve.video.reading import Video, read_video
 
 REMEMBERED = 4
 """Videos that stay encoded."""
@@ -53,9 +53,14 @@ class Desk:
     """
 
     def __init__(
-        self, model: Any, processor: Any, methods: Mapping[str, Compressor | None], *, frames: int = 16,
+        self,
+        model: Any,
+        processor: Any,
+        methods: Mapping[str, Compressor | None],
+        *,
+        frames: int = 16,
         max_new_tokens: int = 64,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.adapter, self.processor, self.methods = adapter_for(model), processor, dict(methods)
         self.frames, self.max_new_tokens = frames, max_new_tokens
         needs: frozenset[Need] = frozenset()

@@ -70,9 +70,14 @@ GPUS = {
 
 
 def machine_of(
-    name: str, dtype: str, *, peak_tflops: float | None = None, bandwidth: float | None = None,
-    memory: float | None = None, efficiency: float | None = None,
-) -> Machine:  # fmt: skip
+    name: str,
+    dtype: str,
+    *,
+    peak_tflops: float | None = None,
+    bandwidth: float | None = None,
+    memory: float | None = None,
+    efficiency: float | None = None,
+) -> Machine:
     """Return a machine of the table, ``cpu`` measured now, or any other whose three figures are given.
 
     Raises

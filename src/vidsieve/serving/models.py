@@ -12,7 +12,7 @@ import torch
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import ModelError, SelectionError, UnknownNameError, UnsupportedModelError
-from vidsieve.eval.blueprints import BLUEPRINTS
+from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.types import TokenGrid
 
 
@@ -117,7 +117,7 @@ def model_of(name: str, config: Any, layout: str | None = None) -> Model:
 def _config(name: str) -> Any:
     from transformers import AutoConfig
 
-    from vidsieve.testbed.model import shipped_model
+    from vidsieve.loading import shipped_model
 
     source = str(shipped_model()) if name == "testbed" else name
     if "/" not in source and not os.path.exists(Path(source)):  # no hub id: asking the hub would only take long
@@ -229,9 +229,11 @@ def _pairs(model: Model, clip: Clip, depth: int, seen: int) -> int:
 
     vision = model.config.vision_config
     ends = get_vision_window_index(
-        torch.tensor([[1, *clip.patches[1:]]]), spatial_merge_size=vision.spatial_merge_size,
-        window_size=vision.window_size, patch_size=vision.patch_size,
-    )[1]  # fmt: skip
+        torch.tensor([[1, *clip.patches[1:]]]),
+        spatial_merge_size=vision.spatial_merge_size,
+        window_size=vision.window_size,
+        patch_size=vision.patch_size,
+    )[1]
     whole = len([index for index in set(vision.fullatt_block_indexes) if index < depth])
     return whole * seen**2 + (depth - whole) * int(ends.diff().long().square().sum())
 

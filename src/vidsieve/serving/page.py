@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vidsieve.answering import PARTS
 from vidsieve.errors import VidsieveError
-from vidsieve.pipeline import PARTS
+from vidsieve.io.versions import warn_untested
 from vidsieve.report.pictures import kept_figure
 from vidsieve.serving.desk import Desk, Reply
-from vidsieve.versions import warn_untested
 
 
 def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:

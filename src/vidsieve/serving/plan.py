@@ -13,7 +13,7 @@ from typing import Any
 
 from vidsieve import registry
 from vidsieve.errors import ModelError, UnknownNameError
-from vidsieve.eval.flops import prefill_flops
+from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.selection import kept_tokens
 from vidsieve.serving.machines import DTYPES, Machine
 from vidsieve.serving.models import Clip, Model, clip_of, encoder_flops
@@ -58,7 +58,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """What one retention takes.
 
     Parameters
@@ -125,9 +125,10 @@ def selecting(method: str | None, clip: Clip, kept: int, text: Any) -> tuple[flo
     count, width = clip.grid.num_tokens, text.hidden_size
     size = getattr(text, "head_dim", None) or width // text.num_attention_heads
     products = {
-        "divprune": 2 * count * kept * width, "score": 4 * count * width * SCORE_WIDTH,
+        "divprune": 2 * count * kept * width,
+        "score": 4 * count * width * SCORE_WIDTH,
         "cacovid": 2 * count * width * (text.num_key_value_heads * size + LOOK_WIDTH),
-    }  # fmt: skip
+    }
     return float(products.get(method, 0)), 1.0 if method in products else PASSES
 
 
@@ -165,7 +166,7 @@ def free_bytes(model: Model, machine: Machine, dtype: str) -> float:
     return usable - size
 
 
-def row(model: Model, machine: Machine, load: Load, retention: float) -> Row:
+def row(model: Model, machine: Machine, load: Load, retention: float) -> PlanRow:
     """Return what one retention takes.
 
     Raises
@@ -197,14 +198,46 @@ def row(model: Model, machine: Machine, load: Load, retention: float) -> Row:
     busy = encode + select + prefill + steps * step / batch
     hours, latency = load.videos_per_day * busy / 3600, encode + select + prefill + steps * step
     if not concurrent:
-        return Row(
-            retention, kept, prompt, first, seen, cache, encode, select, prefill, step, 0, batch, None, busy,
-            cache - free, None, None, None,
-        )  # fmt: skip
-    return Row(
-        retention, kept, prompt, first, seen, cache, encode, select, prefill, step, concurrent, batch, latency, busy,
-        0.0, 1 / busy, hours, math.ceil(hours / 24),
-    )  # fmt: skip
+        return PlanRow(
+            retention,
+            kept,
+            prompt,
+            first,
+            seen,
+            cache,
+            encode,
+            select,
+            prefill,
+            step,
+            0,
+            batch,
+            None,
+            busy,
+            cache - free,
+            None,
+            None,
+            None,
+        )
+    return PlanRow(
+        retention,
+        kept,
+        prompt,
+        first,
+        seen,
+        cache,
+        encode,
+        select,
+        prefill,
+        step,
+        concurrent,
+        batch,
+        latency,
+        busy,
+        0.0,
+        1 / busy,
+        hours,
+        math.ceil(hours / 24),
+    )
 
 
 def plan(model: Model, machine: Machine, load: Load, retentions: Sequence[float]) -> dict[str, Any]:
@@ -218,10 +251,15 @@ def plan(model: Model, machine: Machine, load: Load, retentions: Sequence[float]
     free_bytes(model, machine, load.dtype)
     rows = [row(model, machine, load, retention) for retention in retentions]
     return {
-        "model": model.name, "family": model.family, "parameters": model.parameters,
-        "weights_bytes": weights_bytes(model, load.dtype), "machine": asdict(machine), "load": asdict(load),
-        "rows": [asdict(one) for one in rows], "assumptions": assumptions(model, machine, load),
-    }  # fmt: skip
+        "model": model.name,
+        "family": model.family,
+        "parameters": model.parameters,
+        "weights_bytes": weights_bytes(model, load.dtype),
+        "machine": asdict(machine),
+        "load": asdict(load),
+        "rows": [asdict(one) for one in rows],
+        "assumptions": assumptions(model, machine, load),
+    }
 
 
 def assumptions(model: Model, machine: Machine, load: Load) -> list[str]:

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vidsieve.data.video import write_video
 from vidsieve.errors import OutputError, TrainingError, UnknownNameError
-from vidsieve.files import writing
+from vidsieve.io.files import writing
 from vidsieve.testbed.pseudo import make_still
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, SHAPES
 from vidsieve.testbed.world import FRAMES, make_cast, render, scene_rng
+from vidsieve.video.reading import write_video
 
 FPS = 4.0
 """Frame rate of written scenes: four seconds each, slow enough to watch."""
@@ -28,7 +28,7 @@ CLASSES = (COLOURS, (*SHAPES, *FIXTURES), PLACES, DIRECTIONS)
 
 
 @dataclass(frozen=True)
-class Scene:
+class SceneFile:
     """A written scene: its number, its video from the folder, its questions, which of them give themselves away."""
 
     index: int
@@ -50,9 +50,16 @@ def write_scene(path: Path, *, world: str, seed: int, index: int) -> None:
 
 
 def write_scenes(
-    folder: Path, *, world: str, seed: int, scenes: int, layout: str = "vidsieve", broken: float = 0.0,
-    leaked: float = 0.0, progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    folder: Path,
+    *,
+    world: str,
+    seed: int,
+    scenes: int,
+    layout: str = "vidsieve",
+    broken: float = 0.0,
+    leaked: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Write scenes with their questions and captions; return how many of what, and where.
 
     Parameters
@@ -97,8 +104,10 @@ def write_scenes(
     summary = {"world": world, "seed": seed, "scenes": scenes, "frames": FRAMES, "questions": questions}
     told = [
         {"video": scene.video, "question": question.text}
-        for scene in made for question, known in zip(scene.questions, scene.leaked, strict=True) if known
-    ]  # fmt: skip
+        for scene in made
+        for question, known in zip(scene.questions, scene.leaked, strict=True)
+        if known
+    ]
     if broken or leaked or layout != "vidsieve":
         truth = summary | {"layout": layout, "files": files, "broken": wrong, "leaked": told}
         with writing(folder / "truth.json") as temporary:
@@ -107,7 +116,7 @@ def write_scenes(
     return summary
 
 
-def _scene(world: str, seed: int, index: int, name: str, leaked: float, asks: bool) -> Scene:
+def _scene(world: str, seed: int, index: int, name: str, leaked: float, asks: bool) -> SceneFile:
     cast = make_cast(world, seed, index)
     if not name.endswith(".mp4"):
         cast = make_still(world, seed, index)[0]
@@ -115,7 +124,7 @@ def _scene(world: str, seed: int, index: int, name: str, leaked: float, asks: bo
     rng = scene_rng(world, seed, index, salt=5)
     known = tuple(bool(rng.random() < leaked) for _ in questions)
     asked = tuple(_given_away(question, rng) if k else question for question, k in zip(questions, known, strict=True))
-    return Scene(index, name, asked, known, make_caption(cast))
+    return SceneFile(index, name, asked, known, make_caption(cast))
 
 
 def _given_away(question: Question, rng: np.random.Generator) -> Question:
@@ -158,14 +167,19 @@ def _write_json(path: Path, value: Any) -> None:
 # -- layouts --------------------------------------------------------------------------------------------------
 
 
-def _vidsieve(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _vidsieve(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     lines: list[dict[str, Any]] = []
     for scene in scenes:
         for question in scene.questions:
-            lines.append({
-                "video": scene.video, "question": question.text, "options": list(question.options),
-                "answer": question.answer, "kind": question.kind,
-            })  # fmt: skip
+            lines.append(
+                {
+                    "video": scene.video,
+                    "question": question.text,
+                    "options": list(question.options),
+                    "answer": question.answer,
+                    "kind": question.kind,
+                }
+            )
         lines.append({"video": scene.video, "caption": scene.caption})
     with writing(folder / "questions.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -178,17 +192,25 @@ def _lettered(question: Question) -> tuple[list[str], str]:
     return options, "ABCD"[question.options.index(question.answer)]
 
 
-def _video_r1(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _video_r1(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     """Write multiple choice, one free-form question a scene, and one question on an image, as the set mixes them."""
     records: list[dict[str, Any]] = []
 
-    def add(scene: Scene, problem: str, kind: str, options: list[str], answer: str, medium: str = "video") -> None:
+    def add(scene: SceneFile, problem: str, kind: str, options: list[str], answer: str, medium: str = "video") -> None:
         path = scene.video if medium == "video" else f"images/scene-{scene.index:04d}.png"
-        records.append({
-            "problem_id": len(records), "problem": problem, "data_type": medium, "problem_type": kind,
-            "options": options, "process": "", "solution": f"<answer>{answer}</answer>", "path": f"./{path}",
-            "data_source": "testbed",
-        })  # fmt: skip
+        records.append(
+            {
+                "problem_id": len(records),
+                "problem": problem,
+                "data_type": medium,
+                "problem_type": kind,
+                "options": options,
+                "process": "",
+                "solution": f"<answer>{answer}</answer>",
+                "path": f"./{path}",
+                "data_source": "testbed",
+            }
+        )
 
     for scene in scenes:
         for question in scene.questions:
@@ -203,10 +225,10 @@ def _video_r1(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> l
 _SUBSET = "0_30_s_testbed_v0_1"
 
 
-def _llava_video(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _llava_video(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     """Write captions, multiple choice and open questions in a file each, several turns about a video."""
 
-    def record(scene: Scene, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    def record(scene: SceneFile, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
         said = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]
@@ -231,7 +253,7 @@ def _llava_video(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -
     return [f"{_SUBSET}/{name}" for name in parts]
 
 
-def _koala(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _koala(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     columns = ("videoID", "url", "timestamp", "caption", "clarity_score", "aesthetic_score", "motion_score")
     with writing(folder / "Koala_36M_1.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -242,7 +264,7 @@ def _koala(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list
     return ["Koala_36M_1.csv"]
 
 
-def _image_records(folder: Path, scenes: Sequence[Scene], inside: bool) -> list[dict[str, Any]]:
+def _image_records(folder: Path, scenes: Sequence[SceneFile], inside: bool) -> list[dict[str, Any]]:
     """Return a captioned image of each scene, and a question answered in a word, as the set mixes them."""
     records: list[dict[str, Any]] = []
     for scene in scenes:
@@ -252,18 +274,23 @@ def _image_records(folder: Path, scenes: Sequence[Scene], inside: bool) -> list[
         pairs = [("caption", "Describe the image.", scene.caption), ("vqa", "What is it?", "a scene")]
         for what, asked, answer in pairs[: 2 if scene.index % 4 == 0 else 1]:
             turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
-            records.append({
-                "id": f"{what}-{scene.index:04d}", "image": image, "conversations": turns, "data_source": "testbed",
-            })  # fmt: skip
+            records.append(
+                {
+                    "id": f"{what}-{scene.index:04d}",
+                    "image": image,
+                    "conversations": turns,
+                    "data_source": "testbed",
+                }
+            )
     return records
 
 
-def _llava_images(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _llava_images(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     _write_json(folder / "images.json", _image_records(folder, scenes, inside=False))
     return ["images.json"]
 
 
-def _llava_onevision(folder: Path, scenes: Sequence[Scene], world: str, seed: int) -> list[str]:
+def _llava_onevision(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -276,7 +303,7 @@ def _llava_onevision(folder: Path, scenes: Sequence[Scene], world: str, seed: in
 
 
 Place = Callable[[int], str]
-Write = Callable[[Path, Sequence[Scene], str, int], list[str]]
+Write = Callable[[Path, Sequence[SceneFile], str, int], list[str]]
 LAYOUTS: dict[str, tuple[Place, Write]] = {
     "vidsieve": (lambda index: f"scene-{index:04d}.mp4", _vidsieve),
     "video-r1": (lambda index: f"testbed/scene-{index:04d}.mp4", _video_r1),

@@ -22,8 +22,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vidsieve.adapters.batch import VideoFeatures
-from vidsieve.files import writing
+from vidsieve.adapters.encoded import VideoFeatures
+from vidsieve.io.files import writing
 from vidsieve.testbed.vocabulary import SPECIAL, TALK_WORDS, VOCABULARY
 from vidsieve.testbed.world import SIDE
 
@@ -36,7 +36,7 @@ CHAT_TEMPLATE = (
 )
 WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
 TALK_ID = {word: i for i, word in enumerate((*VOCABULARY, *TALK_WORDS))}
-"""Ids of the words that the model of `vidsieve.testbed.talking` knows: the same ones, and a few more."""
+"""Ids of the words that the model of `workbench.testbed.talking` knows: the same ones, and a few more."""
 
 
 def build_tokenizer(words: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
@@ -77,21 +77,42 @@ def build_config(
     """Return the model's configuration, with the template's ids under `vidsieve_template`."""
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
-            hidden_size=vision_width, intermediate_size=3 * vision_width, num_hidden_layers=vision_layers,
-            num_attention_heads=4, image_size=SIDE, patch_size=PATCH, vision_use_head=False,
-        ).to_dict() | {"model_type": "siglip_vision_model"},
+            hidden_size=vision_width,
+            intermediate_size=3 * vision_width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
+            vision_use_head=False,
+        ).to_dict()
+        | {"model_type": "siglip_vision_model"},
         text_config=Qwen2Config(
-            vocab_size=len(VOCABULARY), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096, rope_theta=1e4,
-            tie_word_embeddings=True, bos_token_id=None, eos_token_id=WORD_ID["<|im_end|>"], pad_token_id=0,
-        ).to_dict() | {"model_type": "qwen2"},
-        image_token_index=WORD_ID["<image>"], video_token_index=WORD_ID["<video>"],
-        vision_feature_layer=-1, tie_word_embeddings=True, image_grid_pinpoints=[[SIDE, SIDE]],
-    )  # fmt: skip
+            vocab_size=len(VOCABULARY),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            rope_theta=1e4,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=WORD_ID["<|im_end|>"],
+            pad_token_id=0,
+        ).to_dict()
+        | {"model_type": "qwen2"},
+        image_token_index=WORD_ID["<image>"],
+        video_token_index=WORD_ID["<video>"],
+        vision_feature_layer=-1,
+        tie_word_embeddings=True,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+    )
     config.vidsieve_template = {
-        "turn_start": WORD_ID["<|im_start|>"], "turn_end": WORD_ID["<|im_end|>"], "user": WORD_ID["user"],
+        "turn_start": WORD_ID["<|im_start|>"],
+        "turn_end": WORD_ID["<|im_end|>"],
+        "user": WORD_ID["user"],
         "ignore": [WORD_ID[word] for word in SPECIAL],
-    }  # fmt: skip
+    }
     return config
 
 
@@ -113,29 +134,26 @@ def chat_inputs(processor: Any, frames: NDArray[np.uint8], questions: list[str])
     texts = [
         processor.apply_chat_template(
             [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
-            add_generation_prompt=True, tokenize=False,
+            add_generation_prompt=True,
+            tokenize=False,
         )
         for question in questions
-    ]  # fmt: skip
+    ]
     inputs = processor(text=texts[:1], videos=[frames], return_tensors="pt")
     placeholders = int((inputs["input_ids"] == processor.video_token_id).sum())
     expanded = [text.replace(processor.video_token, processor.video_token * placeholders) for text in texts]
     words = processor.tokenizer(expanded, return_tensors="pt", padding=True, padding_side="left")
     return {
-        "input_ids": words["input_ids"], "attention_mask": words["attention_mask"],
+        "input_ids": words["input_ids"],
+        "attention_mask": words["attention_mask"],
         "pixel_values_videos": inputs["pixel_values_videos"],
-    }  # fmt: skip
+    }
 
 
 def repeated_features(features: VideoFeatures, times: int) -> BaseModelOutputWithPooling:
     """Return ready features of one video for `times` prompts, as `mm_encoder_outputs` takes them."""
     tokens = torch.cat([features.embeds, features.tail])
     return BaseModelOutputWithPooling(pooler_output=tokens.expand(times, -1, -1))
-
-
-def shipped_model(name: str = "model") -> Path:
-    """Return the folder of a trained model that comes with the package: ``"model"``, or ``"talker"``."""
-    return Path(__file__).with_name("assets") / name
 
 
 def save_model(model: Any, folder: Path, record: dict[str, Any], words: Sequence[str] = VOCABULARY) -> None:

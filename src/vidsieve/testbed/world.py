@@ -25,9 +25,15 @@ TOKENS = FRAMES * GRID * GRID
 WORLD_VERSION = 1
 
 _RGB = {
-    "red": (225, 35, 35), "green": (30, 165, 50), "blue": (45, 75, 235), "yellow": (240, 225, 40),
-    "purple": (165, 45, 190), "cyan": (45, 215, 225), "orange": (250, 140, 20), "white": (248, 248, 248),
-}  # fmt: skip
+    "red": (225, 35, 35),
+    "green": (30, 165, 50),
+    "blue": (45, 75, 235),
+    "yellow": (240, 225, 40),
+    "purple": (165, 45, 190),
+    "cyan": (45, 215, 225),
+    "orange": (250, 140, 20),
+    "white": (248, 248, 248),
+}
 _HUES = np.array([*_RGB.values(), (20, 20, 20), (128, 128, 128)], np.float64)
 _STEP = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
@@ -133,11 +139,15 @@ def make_cast(world: str, seed: int, index: int, settings: WorldSettings | None 
     shapes = [str(v) for v in rng.permutation(SHAPES)]
     colours = [str(v) for v in rng.permutation(COLOURS)]
     mover_shapes, lone_shapes, shared_shapes = (
-        shapes[: s.movers], shapes[s.movers : s.movers + s.unique_shapes], shapes[s.movers + s.unique_shapes :],
-    )  # fmt: skip
+        shapes[: s.movers],
+        shapes[s.movers : s.movers + s.unique_shapes],
+        shapes[s.movers + s.unique_shapes :],
+    )
     lone_colours, rare_colour, common = (
-        colours[: s.unique_colours], colours[s.unique_colours], colours[s.unique_colours + 1 :],
-    )  # fmt: skip
+        colours[: s.unique_colours],
+        colours[s.unique_colours],
+        colours[s.unique_colours + 1 :],
+    )
     objects: list[SceneObject] = []
 
     for shape in [str(v) for v in rng.permutation(FIXTURES)][: s.fixtures]:

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import vidsieve
-from vidsieve.adapters.base import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.session import Session, attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.errors import VidsieveError
 from vidsieve.selection import indices_to_mask
 from vidsieve.testing.reference import chosen_inside, masked_greedy, masked_logits
 from vidsieve.types import Selection, Stage
@@ -45,13 +46,17 @@ class Case:
         ids: Tensor = self.inputs["input_ids"]
         return ids
 
-    def attached(self, **options: Any) -> vidsieve.Session:
+    def attached(self, **options: Any) -> Session:
         """Return an open session of the method."""
         adapter = self.adapter
-        return vidsieve.attach(
-            adapter.model, self.compressor, positions=adapter.convention, layout=adapter.layout, videos=self.videos,
+        return attach(
+            adapter.model,
+            self.compressor,
+            positions=adapter.convention,
+            layout=adapter.layout,
+            videos=self.videos,
             **options,
-        )  # fmt: skip
+        )
 
     def chosen(self, gradients: bool = False) -> list[Selection]:
         """Return what the method keeps of each video."""
@@ -87,7 +92,7 @@ def prefill(case: Case) -> Outcome:
             got = case.adapter.model(**case.inputs).logits
         kept = session.kept_positions
         if kept is None:
-            raise vidsieve.VidsieveError("nothing was pruned")
+            raise VidsieveError("nothing was pruned")
         if isinstance(case.compressor, LayerCompressor):
             # Its dropped tokens went through the first layers: their rows mean nothing.
             for span, selection in zip(case.adapter.encode(case.inputs, case.videos).videos, chosen, strict=True):

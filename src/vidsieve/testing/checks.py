@@ -277,9 +277,16 @@ def check_layer_choice(method: Method) -> None:
         weights = torch.rand(4, len(alive), generator=draw)
         for attention in (weights, torch.ones_like(weights)):
             view = LayerView(
-                3, grid, alive, attention.clone(), torch.rand(len(alive), 8), attention[:, None].repeat(1, 2, 1),
-                told=torch.tensor([True, False]), rope_bias=torch.ones(2, len(alive)), before=torch.rand(len(alive), 8),
-            )  # fmt: skip
+                3,
+                grid,
+                alive,
+                attention.clone(),
+                torch.rand(len(alive), 8),
+                attention[:, None].repeat(1, 2, 1),
+                told=torch.tensor([True, False]),
+                rope_bias=torch.ones(2, len(alive)),
+                before=torch.rand(len(alive), 8),
+            )
             for keep in (1, len(alive) // 3, len(alive)):
                 chosen = compressor.choose(view, keep)
                 _expect(len(chosen) == keep and chosen.dtype == torch.int64, f"{keep} asked for, not {chosen.shape}")
@@ -313,17 +320,32 @@ def check_read(method: Method) -> None:
 
 
 CHECKS: tuple[Check, ...] = (
-    check_exact_budget, check_token_count_budget, check_indices_in_range, check_deterministic,
-    check_full_retention_is_identity, check_dtype_and_device, check_one_frame_and_one_token,
-    check_inputs_not_changed, check_duplicate_tokens, check_picklable, check_default_constructible,
-    check_bad_fields_refused, check_documented, check_needs_enforced, check_blind_unless_declared,
-)  # fmt: skip
+    check_exact_budget,
+    check_token_count_budget,
+    check_indices_in_range,
+    check_deterministic,
+    check_full_retention_is_identity,
+    check_dtype_and_device,
+    check_one_frame_and_one_token,
+    check_inputs_not_changed,
+    check_duplicate_tokens,
+    check_picklable,
+    check_default_constructible,
+    check_bad_fields_refused,
+    check_documented,
+    check_needs_enforced,
+    check_blind_unless_declared,
+)
 
 
 LAYER_CHECKS: tuple[Check, ...] = (
-    check_layer_budget, check_layer_choice, check_picklable, check_default_constructible, check_bad_fields_refused,
+    check_layer_budget,
+    check_layer_choice,
+    check_picklable,
+    check_default_constructible,
+    check_bad_fields_refused,
     check_documented,
-)  # fmt: skip
+)
 
 
 def checks_of(method: Method) -> tuple[Check, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import vidsieve
-from vidsieve.adapters.base import Videos
+from vidsieve.adapters.adapter import Videos
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.loading import load
 from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, STEPS, Case
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
@@ -30,18 +30,18 @@ __all__ = [
     "STEPS",
     "TOLERANCE",
     "Case",
-    "Cell",
+    "EquivalenceCell",
     "cell",
     "check_family",
     "configuration",
     "refusals",
     "table",
     "videos_of",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
-class Cell:
+class EquivalenceCell:
     """One cell of the table: the largest difference, and whether generated tokens are equal (None: none made).
 
     `error` is the message of a call that this method cannot serve, where it says so before anything runs.
@@ -83,9 +83,15 @@ def videos_of(family: str, name: str) -> Videos:
 
 
 def cell(
-    family: str, name: str, call: str, attention: str, compressor: Compressor, model: Any = None,
-    positions: str = "installed", device: str = "cpu",
-) -> Cell:  # fmt: skip
+    family: str,
+    name: str,
+    call: str,
+    attention: str,
+    compressor: Compressor,
+    model: Any = None,
+    positions: str = "installed",
+    device: str = "cpu",
+) -> EquivalenceCell:
     """Return one cell of the table on this family's tiny model."""
     model = model if model is not None else FAMILIES[family]().to(device)
     model.set_attn_implementation(attention)
@@ -95,7 +101,7 @@ def cell(
     return _cell(case, name, call, attention)
 
 
-def _cell(case: Case, name: str, call: str, attention: str) -> Cell:
+def _cell(case: Case, name: str, call: str, attention: str) -> EquivalenceCell:
     family = case.adapter.family
     try:
         difference, equal = (CALLS | SLOW_CALLS)[call](case)
@@ -103,16 +109,16 @@ def _cell(case: Case, name: str, call: str, attention: str) -> Cell:
         # One length for all layers is not what a method inside the LLM leaves behind: the one refusal among these.
         if call != "static cache" or case.compressor.stage is Stage.PRE_LLM:
             raise
-        return Cell(family, name, call, attention, None, None, str(error))
-    return Cell(family, name, call, attention, difference, equal)
+        return EquivalenceCell(family, name, call, attention, None, None, str(error))
+    return EquivalenceCell(family, name, call, attention, difference, equal)
 
 
-def table(compressor: Compressor | None = None) -> Iterator[Cell]:
+def table(compressor: Compressor | None = None) -> Iterator[EquivalenceCell]:
     """Yield every cell: families × configurations × calls × {eager, sdpa}; default method: random at 0.3.
 
     Calls that change the model first, `SLOW_CALLS`, are run on the ragged batch with sdpa.
     """
-    method = compressor or vidsieve.load("random", retention=0.3)
+    method = compressor or load("random", retention=0.3)
     for family in FAMILIES:
         for attention in ("eager", "sdpa"):
             model = FAMILIES[family]()
@@ -163,7 +169,7 @@ def _check_own_answers(case: Case) -> None:
 
 def check_family(
     model: Any, inputs: Mapping[str, Any], compressor: Compressor | None = None, videos: Videos = None
-) -> list[Cell]:
+) -> list[EquivalenceCell]:
     """Check a model family of your own: all tokens against the model itself, every call against the masked reference.
 
     Parameters
@@ -178,7 +184,7 @@ def check_family(
 
     Returns
     -------
-    list of Cell, one a call
+    list of EquivalenceCell, one a call
 
     Raises
     ------
@@ -186,7 +192,7 @@ def check_family(
         If the adapter's inputs with every token kept give other logits than the model's own, or a call differs from the
         reference by more than `TOLERANCE`, or generates other tokens.
     """
-    method = compressor or vidsieve.load("random", retention=0.3)
+    method = compressor or load("random", retention=0.3)
     case = Case(adapter_for(model), inputs, method, videos)
     family = case.adapter.family
     if case.adapter.layout == "installed":

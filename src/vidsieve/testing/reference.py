@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.base import Adapter, Videos
-from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.testing.staged import (
@@ -25,9 +25,12 @@ from vidsieve.types import Selection
 
 
 def masked_logits(
-    adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], extra_ids: Tensor | None = None,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    selections: Sequence[Selection],
+    extra_ids: Tensor | None = None,
     videos: Videos = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return the logits (B, L + E, V) of a full forward without cache in which dropped tokens are masked out.
 
     Parameters
@@ -67,9 +70,13 @@ def chosen_inside(
 
 
 def _through(
-    adapter: Adapter, encoded: Encoded, selections: Sequence[Selection], extra_ids: Tensor | None,
-    masks: dict[int, Tensor], acts: Mapping[int, Act],
-) -> Tensor:  # fmt: skip
+    adapter: Adapter,
+    encoded: Encoded,
+    selections: Sequence[Selection],
+    extra_ids: Tensor | None,
+    masks: dict[int, Tensor],
+    acts: Mapping[int, Act],
+) -> Tensor:
     """Return the logits of whole prompts, of which `selections` are seen from the first layer on."""
     model = adapter.model
     embeds = model.get_input_embeddings()(encoded.input_ids)
@@ -100,9 +107,12 @@ def _through(
     # What was compiled does not see the hooks that mask and act.
     with torch.compiler.set_stance("force_eager"), masked_from(adapter, masks, acts):
         hidden = adapter.language_model(
-            inputs_embeds=embeds, position_ids=adapter.pack_positions(positions), attention_mask=masks[0],
-            use_cache=False, **deep,
-        ).last_hidden_state  # fmt: skip
+            inputs_embeds=embeds,
+            position_ids=adapter.pack_positions(positions),
+            attention_mask=masks[0],
+            use_cache=False,
+            **deep,
+        ).last_hidden_state
     logits: Tensor = model.get_output_embeddings()(hidden)
     return logits
 
@@ -143,9 +153,13 @@ def _deep(encoded: Encoded) -> dict[str, Any]:
 
 
 def masked_greedy(
-    adapter: Adapter, inputs: Mapping[str, Any], selections: Sequence[Selection], steps: int, videos: Videos = None,
+    adapter: Adapter,
+    inputs: Mapping[str, Any],
+    selections: Sequence[Selection],
+    steps: int,
+    videos: Videos = None,
     extra_ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return `steps` greedy tokens (B, steps) of the masked reference, recomputed from scratch at each step.
 
     They follow the prompts, and `extra_ids` (B, E) where given.

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.adapters.base import Adapter
-from vidsieve.adapters.batch import Encoded
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.transformers_api import eager_attention, window_of
 from vidsieve.compressors.base import LayerCompressor
 from vidsieve.types import LayerView, Selection
@@ -40,10 +40,11 @@ class LayeredSelections(list[Selection]):
         """Return how many of a video's tokens each layer before `layer` sees."""
         left = {at: kept[video].num_kept for at, kept in self.stages.items()}
         return tuple(
-            left[max(at for at in left if at <= number)] if any(at <= number for at in left)
+            left[max(at for at in left if at <= number)]
+            if any(at <= number for at in left)
             else self.entering[video].num_kept
             for number in range(layer)
-        )  # fmt: skip
+        )
 
     def take(self, layer: int, kept: list[Selection]) -> None:
         """Note what is left from `layer` on."""

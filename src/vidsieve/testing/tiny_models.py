@@ -16,10 +16,18 @@ TEMPLATE = {"turn_start": START, "turn_end": END, "user": USER, "ignore": [VIDEO
 
 def _text(layers: int, **changes: Any) -> dict[str, Any]:
     return {
-        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
-        "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0,
-    } | changes  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    } | changes
 
 
 def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
@@ -28,12 +36,20 @@ def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
 
     config = LlavaOnevisionConfig(
         vision_config={
-            "model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "image_size": 56, "patch_size": 8, "vision_use_head": False,
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 56,
+            "patch_size": 8,
+            "vision_use_head": False,
         },
-        text_config=_text(layers, model_type="qwen2"), image_token_index=IMAGE, video_token_index=VIDEO,
+        text_config=_text(layers, model_type="qwen2"),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
         image_grid_pinpoints=[[56, 56]],
-    )  # fmt: skip
+    )
     return _made(LlavaOnevisionForConditionalGeneration, config, seed)
 
 
@@ -50,15 +66,26 @@ def qwen2_5_vl(seed: int = 0, layers: int = 3) -> Any:
 
     config = Qwen2_5_VLConfig(
         vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 16,
-            "fullatt_block_indexes": [1], "tokens_per_second": 2,
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
         },
         text_config=_text(
             layers, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
         ),
-        video_token_id=VIDEO, image_token_id=IMAGE, vision_start_token_id=118, vision_end_token_id=119,
-    )  # fmt: skip
+        video_token_id=VIDEO,
+        image_token_id=IMAGE,
+        vision_start_token_id=118,
+        vision_end_token_id=119,
+    )
     return _made(Qwen2_5_VLForConditionalGeneration, config, seed)
 
 
@@ -67,19 +94,34 @@ def qwen3_vl(seed: int = 0, layers: int = 3) -> Any:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     text = _text(
-        layers,         head_dim=16, rope_parameters={
-            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True
+        layers,
+        head_dim=16,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [4, 2, 2],
+            "mrope_interleaved": True,
         },
-    )  # fmt: skip
+    )
     config = Qwen3VLConfig(
         vision_config={
-            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-            "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 64,
+            "depth": 3,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        text_config=text, video_token_id=VIDEO, image_token_id=IMAGE, vision_start_token_id=118,
+        text_config=text,
+        video_token_id=VIDEO,
+        image_token_id=IMAGE,
+        vision_start_token_id=118,
         vision_end_token_id=119,
-    )  # fmt: skip
+    )
     return _made(Qwen3VLForConditionalGeneration, config, seed)
 
 
@@ -89,12 +131,18 @@ def internvl(seed: int = 0, layers: int = 3) -> Any:
 
     config = InternVLConfig(
         vision_config={
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": [32, 32], "patch_size": [4, 4],
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": [32, 32],
+            "patch_size": [4, 4],
         },
-        text_config=_text(layers, model_type="qwen2"), image_token_id=IMAGE, image_seq_length=16,
+        text_config=_text(layers, model_type="qwen2"),
+        image_token_id=IMAGE,
+        image_seq_length=16,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     return _made(InternVLForConditionalGeneration, config, seed)
 
 
@@ -104,11 +152,17 @@ def smolvlm(seed: int = 0, layers: int = 3) -> Any:
 
     config = SmolVLMConfig(
         vision_config={
-            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "image_size": 32, "patch_size": 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 4,
         },
-        text_config=_text(layers, model_type="llama"), image_token_id=IMAGE, scale_factor=2,
-    )  # fmt: skip
+        text_config=_text(layers, model_type="llama"),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
     return _made(SmolVLMForConditionalGeneration, config, seed)
 
 
@@ -129,15 +183,24 @@ def _made(kind: Any, config: Any, seed: int) -> Any:
 
 
 FAMILIES = {
-    "llava_onevision": llava_onevision, "llava_video": llava_video, "qwen2_5_vl": qwen2_5_vl, "qwen3_vl": qwen3_vl,
-    "internvl": internvl, "smolvlm": smolvlm,
-}  # fmt: skip
+    "llava_onevision": llava_onevision,
+    "llava_video": llava_video,
+    "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "internvl": internvl,
+    "smolvlm": smolvlm,
+}
 
 
 def inputs_for(
-    family: str, videos: list[list[TokenGrid]], *, words: list[int] | None = None, seed: int = 1, pad: str = "left",
+    family: str,
+    videos: list[list[TokenGrid]],
+    *,
+    words: list[int] | None = None,
+    seed: int = 1,
+    pad: str = "left",
     image: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """Return processor-like inputs: one list of video grids per prompt, random pixels and words.
 
     InternVL and SmolVLM read all frames of a prompt as one video, unless `prune` is told otherwise.
@@ -197,9 +260,10 @@ def _pixels(
         return {"pixel_values": black}
     grids = torch.tensor([[g.frames, 2 * g.height, 2 * g.width] for g in flat])
     made = {
-        "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, generator=draw), "video_grid_thw": grids,
+        "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, generator=draw),
+        "video_grid_thw": grids,
         "mm_token_type_ids": 2 * (ids == VIDEO).long() + (ids == IMAGE).long(),
-    }  # fmt: skip
+    }
     if family == "qwen2_5_vl":
         made["second_per_grid_ts"] = torch.full((len(flat),), 1.0)
     if image:

@@ -8,14 +8,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import groupby
 
-from vidsieve.serving.batching.rows import Outcome, Row, Settled
+from vidsieve.serving.batching.rows import BatchRow, Outcome, Settled
 from vidsieve.serving.batching.settings import Frames
 
 
 def settle(
-    rows: Iterable[tuple[int, Row]], answer: Callable[[Iterable[tuple[Row, Frames]]], list[Outcome]],
-    read: Callable[[Row], Frames], readers: int,
-) -> Settled:  # fmt: skip
+    rows: Iterable[tuple[int, BatchRow]],
+    answer: Callable[[Iterable[tuple[BatchRow, Frames]]], list[Outcome]],
+    read: Callable[[BatchRow], Frames],
+    readers: int,
+) -> Settled:
     """Yield what becomes of the rows of each group, their videos read ahead."""
     with closing(read_ahead(rows, read, readers)) as coming:
         for group, part in groupby(coming, key=lambda one: one[0]):
@@ -23,13 +25,13 @@ def settle(
 
 
 def read_ahead(
-    rows: Iterable[tuple[int, Row]], read: Callable[[Row], Frames], readers: int
-) -> Generator[tuple[int, Row, Frames], None, None]:
+    rows: Iterable[tuple[int, BatchRow]], read: Callable[[BatchRow], Frames], readers: int
+) -> Generator[tuple[int, BatchRow, Frames], None, None]:
     """Yield rows with their videos, decoded in threads: at most 2 × `readers` wait or are under way.
 
     Rows of one video that follow each other share what is read.
     """
-    waiting: deque[tuple[int, Row, Future[Frames]]] = deque()
+    waiting: deque[tuple[int, BatchRow, Future[Frames]]] = deque()
     pool = ThreadPoolExecutor(readers, "vidsieve-batch")
     try:
         for group, row in rows:
@@ -44,6 +46,6 @@ def read_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[int, Row, Future[Frames]]]) -> tuple[int, Row, Frames]:
+def _first(waiting: deque[tuple[int, BatchRow, Future[Frames]]]) -> tuple[int, BatchRow, Frames]:
     group, row, coming = waiting.popleft()
     return group, row, coming.result()

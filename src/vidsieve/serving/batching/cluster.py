@@ -15,11 +15,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from vidsieve.io.versions import warn_untested
 from vidsieve.serving.batching.ahead import settle
 from vidsieve.serving.batching.model import Answerer
-from vidsieve.serving.batching.rows import BatchError, Row, Rows, Settled, line_of, read_group
-from vidsieve.serving.batching.settings import Settings
-from vidsieve.versions import warn_untested
+from vidsieve.serving.batching.rows import BatchError, BatchRow, Rows, Settled, line_of, read_group
+from vidsieve.serving.batching.settings import BatchSettings
 
 PIECE, PIECES = 32, 1024
 """Rows in a piece of work, within which a worker decodes ahead, unless that makes more than so many pieces."""
@@ -40,12 +40,11 @@ class Cluster:
 class Worker:
     """A model on a worker; called with places of groups, it yields what becomes of each group's rows."""
 
-    def __init__(self, settings: Settings, path: str, root: str, readers: int, threads: int) -> None:
+    def __init__(self, settings: BatchSettings, path: str, root: str, readers: int, threads: int) -> None:
         import torch
+        from transformers.utils.logging import disable_progress_bar
 
-        from vidsieve.cli.shared import quiet
-
-        quiet()
+        disable_progress_bar()
         torch.set_num_threads(threads)  # as where the run was begun: sums in another order are other sums
         self.settings, self.path, self.root, self.readers = settings, Path(path), Path(root), readers
         self.answer = Answerer(settings)
@@ -55,13 +54,13 @@ class Worker:
         for group, outcomes in settle(self._rows(places), self.answer, self.settings.read, self.readers):
             yield {"group": [group], "outcomes": [line_of(outcomes).decode()]}
 
-    def _rows(self, places: Mapping[str, Any]) -> Iterator[tuple[int, Row]]:
+    def _rows(self, places: Mapping[str, Any]) -> Iterator[tuple[int, BatchRow]]:
         for group, start, line in zip(places["group"], places["start"], places["line"], strict=True):
             for row in read_group(self.path, self.root, self.settings.batch, int(start), int(line)):
                 yield int(group), row
 
 
-def on_cluster(cluster: Cluster, rows: Rows, groups: Iterable[int], settings: Settings, readers: int) -> Settled:
+def on_cluster(cluster: Cluster, rows: Rows, groups: Iterable[int], settings: BatchSettings, readers: int) -> Settled:
     """Yield what becomes of the rows of some groups, in the order in which workers are through with them.
 
     Raises
@@ -84,11 +83,20 @@ def on_cluster(cluster: Cluster, rows: Rows, groups: Iterable[int], settings: Se
         with warnings.catch_warnings():  # retries have no other place before Ray 2.64
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             answered = places.map_batches(
-                Worker, batch_size=None, concurrency=cluster.workers, num_cpus=1, num_gpus=1 if on_gpu else 0,
-                max_task_retries=RETRIES, fn_constructor_args=(
-                    settings, str(rows.path.resolve()), str(rows.root), readers, torch.get_num_threads()
+                Worker,
+                batch_size=None,
+                concurrency=cluster.workers,
+                num_cpus=1,
+                num_gpus=1 if on_gpu else 0,
+                max_task_retries=RETRIES,
+                fn_constructor_args=(
+                    settings,
+                    str(rows.path.resolve()),
+                    str(rows.root),
+                    readers,
+                    torch.get_num_threads(),
                 ),
-            )  # fmt: skip
+            )
         for found in answered.iter_rows():
             yield int(found["group"]), [(bool(well), row) for well, row in json.loads(found["outcomes"])]
     except ray.exceptions.RayError as error:

@@ -16,11 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from vidsieve.errors import OutputError
-from vidsieve.files import append, writing
+from vidsieve.io.files import append, writing
 from vidsieve.serving.batching.rows import BatchError, Outcome, line_of
 
 
-class Journal:
+class BatchJournal:
     """The journal of a run; entered as a context manager it is this process's alone.
 
     Parameters
@@ -52,7 +52,7 @@ class Journal:
         self._places = array("Q", bytes(8 * self._groups))
         self._end = 0
 
-    def __enter__(self) -> Journal:
+    def __enter__(self) -> BatchJournal:
         self._file = self._open()
         try:
             self._read()

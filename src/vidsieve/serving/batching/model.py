@@ -11,15 +11,16 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 
-from vidsieve.adapters.batch import Encoded, on_device
-from vidsieve.adapters.inside import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Encoded, on_device
+from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.data.video import Video
+from vidsieve.answering import chat
 from vidsieve.errors import PromptError, VidsieveError
-from vidsieve.pipeline import chat, load_model
-from vidsieve.serving.batching.rows import BatchError, Outcome, Row
-from vidsieve.serving.batching.settings import Frames, Settings, reason
+from vidsieve.loading import load_model
+from vidsieve.serving.batching.rows import BatchError, BatchRow, Outcome
+from vidsieve.serving.batching.settings import BatchSettings, Frames, reason
 from vidsieve.types import Selection
+from vidsieve.video.reading import Video
 
 Made = TypeVar("Made")
 
@@ -28,7 +29,7 @@ Made = TypeVar("Made")
 class Ready:
     """A prompt that the LLM can read: its row, how many frames it shows, its video tokens, and what is kept of them."""
 
-    row: Row
+    row: BatchRow
     frames: int
     encoded: Encoded
     selection: Selection | None
@@ -50,7 +51,7 @@ class Answerer:
         If the model cannot serve the method.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: BatchSettings) -> None:
         self.settings, self.method = settings, settings.compressor()
         model, self.processor = load_model(settings.model, settings.layout, device=settings.device)
         self.adapter = adapter_for(model)
@@ -59,7 +60,7 @@ class Answerer:
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
 
     @torch.no_grad()
-    def __call__(self, read: Iterable[tuple[Row, Frames]]) -> list[Outcome]:
+    def __call__(self, read: Iterable[tuple[BatchRow, Frames]]) -> list[Outcome]:
         """Return what becomes of each row of a group; a video is let go of when its prompt is encoded.
 
         Raises
@@ -71,14 +72,14 @@ class Answerer:
         answers = iter(self._answers([made for _, made in prompts if isinstance(made, Ready)]))
         return [next(answers) if isinstance(made, Ready) else row.failed(made) for row, made in prompts]
 
-    def _prompts(self, read: Iterable[tuple[Row, Frames]]) -> Iterator[tuple[Row, Ready | str]]:
+    def _prompts(self, read: Iterable[tuple[BatchRow, Frames]]) -> Iterator[tuple[BatchRow, Ready | str]]:
         for row, video in read:
             yield row, self._prompt(row, video)
 
-    def _prompt(self, row: Row, video: Frames) -> Ready | str:
+    def _prompt(self, row: BatchRow, video: Frames) -> Ready | str:
         return video if isinstance(video, str) else _tried(lambda: self._ready(row, video))
 
-    def _ready(self, row: Row, video: Video) -> Ready:
+    def _ready(self, row: BatchRow, video: Video) -> Ready:
         device, method = self.adapter.device, self.method
         inputs = on_device(chat(self.processor, video, row.prompt), device)
         encoded = self.adapter.encode(inputs, needs=frozenset() if method is None else method.needs)
@@ -92,7 +93,7 @@ class Answerer:
             (selection,), _ = self.adapter.select(encoded, method, self._drawing(row))
         return Ready(row, len(video.pixels), encoded, selection)
 
-    def _drawing(self, row: Row) -> Generator:
+    def _drawing(self, row: BatchRow) -> Generator:
         """Return a row's own generator: what is drawn for it does not depend on the rows before."""
         drawn = hashlib.blake2b(f"{self.settings.seed} {row.line}".encode(), digest_size=4).digest()
         return Generator().manual_seed(int.from_bytes(drawn, "little"))
@@ -147,20 +148,27 @@ def stacked(prompts: Sequence[Encoded]) -> Encoded:
         shift = length - prompt.input_ids.shape[1]
         videos += [
             replace(
-                span, row=row, columns=span.columns + shift, tail_columns=span.tail_columns + shift,
+                span,
+                row=row,
+                columns=span.columns + shift,
+                tail_columns=span.tail_columns + shift,
                 surplus_columns=span.surplus_columns + shift,
             )
             for span in prompt.videos
-        ]  # fmt: skip
+        ]
         images += [replace(image, row=row, columns=image.columns + shift) for image in prompt.images]
 
     def joined(parts: Iterable[Tensor], dim: int) -> Tensor:
         return torch.cat([pad(part, (length - part.shape[-1], 0)) for part in parts], dim)
 
     return Encoded(
-        joined((p.input_ids for p in prompts), 0), joined((p.attention_mask for p in prompts), 0),
-        joined((p.positions for p in prompts), 1), tuple(videos), {}, tuple(images),
-    )  # fmt: skip
+        joined((p.input_ids for p in prompts), 0),
+        joined((p.attention_mask for p in prompts), 0),
+        joined((p.positions for p in prompts), 1),
+        tuple(videos),
+        {},
+        tuple(images),
+    )
 
 
 def _tried(work: Callable[[], Made]) -> Made | str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import VidsieveError
-from vidsieve.eval.items import Item
+from vidsieve.evaluation.items import Item
 from vidsieve.options import Options, OptionsError
 
 GIVEN = "given"
@@ -32,7 +32,7 @@ class BatchError(VidsieveError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """One row of the input.
 
     Parameters
@@ -135,7 +135,7 @@ class Rows:
         """Return where in the file a group begins, and the number of that line."""
         return self._starts[group], self._lines[group]
 
-    def group(self, number: int) -> list[Row]:
+    def group(self, number: int) -> list[BatchRow]:
         """Return the rows of a group.
 
         Raises
@@ -158,7 +158,7 @@ class Rows:
             )
 
 
-def read_group(path: Path, root: Path, size: int, start: int, line: int) -> list[Row]:
+def read_group(path: Path, root: Path, size: int, start: int, line: int) -> list[BatchRow]:
     """Return at most `size` rows of a file from a place in it on, which is the beginning of a line.
 
     Raises
@@ -166,7 +166,7 @@ def read_group(path: Path, root: Path, size: int, start: int, line: int) -> list
     BatchError
         If there is none.
     """
-    rows: list[Row] = []
+    rows: list[BatchRow] = []
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -186,20 +186,20 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no number of JSON's")
 
 
-def read_row(text: bytes, line: int, root: Path) -> Row:
+def read_row(text: bytes, line: int, root: Path) -> BatchRow:
     """Return the row in a line of a file."""
     try:
         fields = json.loads(text.decode("utf-8-sig"), parse_constant=_no_number)
     except UnicodeDecodeError as error:
-        return Row(line, None, fault=f"line {line} is not UTF-8: {error}")
+        return BatchRow(line, None, fault=f"line {line} is not UTF-8: {error}")
     except (ValueError, RecursionError) as error:
-        return Row(line, None, fault=f"line {line} is not JSON: {error}")
+        return BatchRow(line, None, fault=f"line {line} is not JSON: {error}")
     if not isinstance(fields, dict):
-        return Row(line, None, fault=f"line {line} holds {type(fields).__name__}, must be an object")
+        return BatchRow(line, None, fault=f"line {line} holds {type(fields).__name__}, must be an object")
     wrong = _wrong(fields)
     if wrong:
-        return Row(line, fields, fault=wrong)
-    return Row(line, fields, str(root / fields["video"]), _prompt(fields["question"], fields.get("options") or []))
+        return BatchRow(line, fields, fault=wrong)
+    return BatchRow(line, fields, str(root / fields["video"]), _prompt(fields["question"], fields.get("options") or []))
 
 
 def _wrong(fields: Mapping[str, Any]) -> str:
@@ -231,7 +231,7 @@ def _prompt(question: str, options: list[str]) -> str:
     return Item("", Path(), question, parsed.texts, "").prompt()
 
 
-def numbered(rows: Rows, groups: Iterable[int]) -> Iterator[tuple[int, Row]]:
+def numbered(rows: Rows, groups: Iterable[int]) -> Iterator[tuple[int, BatchRow]]:
     """Yield the rows of some groups, each with the number of its group."""
     for number in groups:
         for row in rows.group(number):

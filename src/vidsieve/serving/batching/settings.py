@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.compressors.base import Compressor
-from vidsieve.data.video import Video
 from vidsieve.errors import VidsieveError
-from vidsieve.eval.methods import known_fields, method_for
-from vidsieve.eval.runner import frames_of
-from vidsieve.serving.batching.rows import Row
+from vidsieve.evaluation.examiner import frames_of
+from vidsieve.evaluation.methods import known_fields, method_for
+from vidsieve.serving.batching.rows import BatchRow
 from vidsieve.types import Tokens
+from vidsieve.video.reading import Video
 
 Frames = Video | str
 """A decoded video, or why there is none."""
@@ -22,7 +22,7 @@ _PIECE = 2**20
 
 
 @dataclass(frozen=True)
-class Settings:
+class BatchSettings:
     """What answers depend on beside rows and videos.
 
     Parameters
@@ -66,17 +66,18 @@ class Settings:
 
     def described(self) -> dict[str, Any]:
         """Return the settings as values for JSON, and what tells the files of a model in a folder from others'."""
-        from vidsieve.eval.running import policy_digest, versions
+        from vidsieve.evaluation.runs import policy_digest, versions
 
         method, kept = self.compressor(), self.retention
         named = {
             "method": "full" if method is None else method.describe(),
             "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
-            "policy": "" if method is None else policy_digest(method), "model_digest": files_digest(self.model),
-        }  # fmt: skip
+            "policy": "" if method is None else policy_digest(method),
+            "model_digest": files_digest(self.model),
+        }
         return asdict(self) | named | {"versions": versions()}
 
-    def read(self, row: Row) -> Frames:
+    def read(self, row: BatchRow) -> Frames:
         """Return the frames of a row's video, or why it has none."""
         if row.fault:
             return row.fault

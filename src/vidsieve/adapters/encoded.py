@@ -1,0 +1,204 @@
+"""What the mechanism hands around: the chat template's ids, encoded videos and their places, pruned inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.errors import NeedError, PromptError
+from vidsieve.types import EncoderOutputs, Selection, TokenGrid
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template as token ids: enough to find the question of a prompt.
+
+    Parameters
+    ----------
+    turn_start, turn_end : int
+        Ids that open and close a turn.
+    user : int
+        Id of the role word that follows `turn_start` in a user's turn.
+    ignore : frozenset of int
+        Ids that are never part of a question: blanks, vision markers, placeholders.
+    """
+
+    turn_start: int
+    turn_end: int
+    user: int
+    ignore: frozenset[int] = frozenset()
+
+    def question_mask(self, input_ids: Tensor) -> Tensor:
+        """Return (L,) bool: the words of the last user turn of one prompt (L,) int64, options included.
+
+        Raises
+        ------
+        NeedError
+            If the prompt holds no user turn in this template.
+        PromptError
+            If its turn has no word: nothing but blanks, markers and words unknown to the tokenizer.
+        """
+        ids = input_ids.tolist()
+        starts = [i for i in range(len(ids) - 1) if ids[i] == self.turn_start and ids[i + 1] == self.user]
+        if not starts:
+            raise NeedError("the prompt has no user turn of the model's chat template: render it with the template")
+        first = starts[-1] + 2
+        last = next((i for i in range(first, len(ids)) if ids[i] == self.turn_end), len(ids))
+        mask = torch.zeros(len(ids), dtype=torch.bool, device=input_ids.device)
+        mask[[i for i in range(first, last) if ids[i] not in self.ignore]] = True
+        if not mask.any():
+            raise PromptError("the question has no word that the model knows: a method that reads it cannot choose")
+        return mask
+
+
+QWEN_TEMPLATE = Template(
+    turn_start=151644,
+    turn_end=151645,
+    user=872,
+    # newline, two newlines, blank, and the vision markers and placeholders of Qwen's tokenizers
+    ignore=frozenset({198, 271, 220, *range(151643, 151675)}),
+)
+
+
+def template_of(config: Any) -> Template:
+    """Return the template that a model's configuration states, or Qwen's where its vocabulary is Qwen's.
+
+    Raises
+    ------
+    NeedError
+        If neither is so.
+    """
+    stated = getattr(config, "vidsieve_template", None)
+    if stated is not None:
+        return Template(
+            int(stated["turn_start"]), int(stated["turn_end"]), int(stated["user"]), frozenset(stated["ignore"])
+        )
+    text = config.get_text_config()
+    if text.model_type.startswith("qwen") and text.vocab_size > max(QWEN_TEMPLATE.ignore):
+        return QWEN_TEMPLATE
+    raise NeedError(
+        "this method reads the question, and the chat template of this model is not known: pass "
+        "template=vidsieve.Template(turn_start=…, turn_end=…, user=…) with the tokenizer's ids"
+    )
+
+
+def kept_newlines(indices: Tensor, count: int, grid: TokenGrid, per_row: bool) -> Tensor:
+    """Return which of `count` newlines (count,) bool stay beside grid tokens `indices` (K,): all, or their rows'."""
+    keep = torch.full((count,), not per_row, dtype=torch.bool, device=indices.device)
+    if per_row:
+        keep[indices // grid.width] = True
+    return keep
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """One encoded video: grid tokens (N, D), and tokens outside the grid (E, D), the newlines.
+
+    `deep` are further features of the grid tokens, (N, D) each, which the model adds inside its first layers;
+    `encoder` holds signals of the vision encoder where a method needs them. Where `per_row` is set, one newline closes
+    each row of the grid (E = T·H) and stays where its row keeps a token; otherwise newlines follow the whole video and
+    always stay. `surplus` placeholders of the prompt stand for nothing: they are left out.
+    """
+
+    embeds: Tensor
+    grid: TokenGrid
+    tail: Tensor
+    deep: tuple[Tensor, ...] = ()
+    encoder: EncoderOutputs | None = None
+    per_row: bool = False
+    surplus: int = 0
+
+    def kept_tail(self, indices: Tensor) -> Tensor:
+        """Return which of the tail's tokens (E,) bool stay beside the grid tokens `indices` (K,)."""
+        return kept_newlines(indices, len(self.tail), self.grid, self.per_row)
+
+
+@dataclass(frozen=True)
+class VideoSpan:
+    """Where one video stands in a batch: its row, the columns of its grid tokens (N,), tail (E,) and surplus (S,)."""
+
+    row: int
+    columns: Tensor
+    tail_columns: Tensor
+    features: VideoFeatures
+    surplus_columns: Tensor
+
+
+@dataclass(frozen=True)
+class ImageSpan:
+    """Still images of one prompt, never pruned: row, columns (M,), features (M, D), deep features (M, D) each."""
+
+    row: int
+    columns: Tensor
+    embeds: Tensor
+    deep: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A batch whose videos went through the vision encoder once.
+
+    Parameters
+    ----------
+    input_ids, attention_mask : Tensor, (B, L), int64 and bool
+    positions : Tensor, (rows, B, L), int64
+        As the model takes them (1 row, or text, temporal, height and width).
+    videos : tuple of VideoSpan
+        In placeholder order.
+    rest : dict
+        Arguments of the call that have nothing to do with videos.
+    images : tuple of ImageSpan
+        At most one per prompt.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    positions: Tensor
+    videos: tuple[VideoSpan, ...]
+    rest: dict[str, Any] = field(default_factory=dict)
+    images: tuple[ImageSpan, ...] = ()
+
+    def of_row(self, row: int) -> list[int]:
+        """Return the numbers of the videos in one prompt of the batch."""
+        return [i for i, video in enumerate(self.videos) if video.row == row]
+
+    def per_row(self, selections: Sequence[Selection]) -> list[list[Selection]]:
+        """Return selections, one a video, by the prompts of the batch, as `Adapter.build` takes them."""
+        return [[selections[i] for i in self.of_row(row)] for row in range(self.input_ids.shape[0])]
+
+    def everything(self) -> list[Selection]:
+        """Return for each video the selection that keeps all of its tokens."""
+        return [Selection(torch.arange(v.features.grid.num_tokens, device=v.columns.device)) for v in self.videos]
+
+    def with_signals(self, signals: EncoderOutputs | None) -> Encoded:
+        """Return the batch with the vision encoder's signals of one video, which all of its prompts are about."""
+        videos = (replace(v, features=replace(v.features, encoder=signals)) for v in self.videos)
+        return replace(self, videos=tuple(videos))
+
+
+def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a processor's outputs with their tensors on `device`; ready features are where their model made them."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """Inputs of the unmodified model, and what they leave out.
+
+    Parameters
+    ----------
+    inputs : dict
+        Arguments for `model.generate` or `model.forward`.
+    kept_positions : Tensor, (B', L'), int64
+        The column of the unpruned prompt behind each column; −1 on padding.
+    traces : tuple of VideoTrace
+    """
+
+    inputs: dict[str, Any]
+    kept_positions: Tensor
+    traces: tuple[VideoTrace, ...] = ()

@@ -1,0 +1,1 @@
+"""What each model family says of itself; one file a family."""

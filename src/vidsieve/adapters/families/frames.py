@@ -1,0 +1,147 @@
+"""Families whose video frames are images to the model: placeholders alone do not tell a video from some images."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.families.probe import block_mean
+from vidsieve.adapters.inside.counted import CountedPositions
+from vidsieve.adapters.locate import check_count
+from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.errors import PromptError, UnsupportedCallError
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+
+
+class FrameAdapter(CountedPositions, Adapter):
+    """Base of families that read a video as images, each a square of tokens; positions are 1-D.
+
+    The images of a prompt are one video if there are two or more, unless ``videos=[(first, count), …]`` says which
+    runs of images (counted over the batch, in order) are videos; the others are then kept whole.
+    """
+
+    provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
+    modality: ClassVar[Literal["video", "image"]] = "image"
+    image_keys: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return every image of a batch (F, n, D) through the model's own vision tower and projector, in order."""
+
+    @property
+    @abstractmethod
+    def frame_side(self) -> int:
+        """Tokens along one side of a frame."""
+
+    @property
+    def video_token_id(self) -> int:
+        """The id of an image placeholder: frames are images."""
+        return self.image_token_id
+
+    def carries_video(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether pixels or ready features of two or more images of a prompt are in a call."""
+        ready = encoder_features(inputs, "image")
+        ids = inputs.get("input_ids")
+        pixels = inputs.get(self.video_keys[0])
+        if ids is None:  # one image alone is no video
+            return ready is not None or (pixels is not None and math.prod(pixels.shape[:-3]) > 1)
+        given = ready is not None or pixels is not None
+        # Pixels without any placeholder are a mistake to report.
+        return given and (self.holds_video(ids) or not bool((ids == self.image_token_id).any()))
+
+    def holds_video(self, ids: Tensor) -> bool:
+        """Return whether a prompt holds two or more images."""
+        return bool(((ids == self.image_token_id).sum(-1) >= 2 * self.frame_side**2).any())
+
+    def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
+        """Return False: every image is looked after as a frame."""
+        return False
+
+    def holds_image(self, ids: Tensor) -> bool:
+        """Return False: every image is looked after as a frame."""
+        return False
+
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return all images of the batch as if they were one video."""
+        frames = self.frame_features(inputs)
+        grid = TokenGrid(len(frames), self.frame_side, self.frame_side)
+        return [VideoFeatures(frames.flatten(0, 1), grid, frames[:0, 0])]
+
+    def locate(
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
+    ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
+        """Return the videos and the images outside them, found by their placeholders."""
+        frames, found = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
+        count, size = len(frames), self.frame_side**2
+        rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
+        check_count(len(rows), count * size, "image", count)
+        first, last, where = rows.view(count, size)[:, 0], rows.view(count, size)[:, -1], columns.view(count, size)
+        if not torch.equal(first, last):
+            raise PromptError("an image's placeholders run from one prompt of the batch into the next")
+        chosen = _runs(first.tolist()) if videos is None else _checked(videos, first.tolist())
+        side, spans = self.frame_side, []
+        outside = torch.ones(count, dtype=torch.bool, device=ids.device)
+        for start, length in chosen:
+            outside[start : start + length] = False
+            tokens = frames[start : start + length].flatten(0, 1)
+            signals = found.part(start * size, length * size) if found is not None else None
+            video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
+            span = where[start : start + length].flatten()
+            spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))
+        images = []
+        for row in sorted(set(first[outside].tolist())):
+            mine = outside & (first == row)
+            images.append(ImageSpan(row, where[mine].flatten(), frames[mine.to(frames.device)].flatten(0, 1)))
+        return tuple(spans), tuple(images)
+
+    def check_videos(self, videos: Videos) -> None:
+        """Refuse what is no list of (first, count)."""
+        given: Any = videos
+        pairs = given is None or (
+            isinstance(given, list | tuple)
+            and all(isinstance(v, list | tuple) and len(v) == 2 and all(isinstance(n, int) for n in v) for v in given)
+        )
+        if not pairs:
+            raise UnsupportedCallError(f"videos must be a list of (first, count) pairs, as [(0, 8)]; got {videos!r}")
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean of the patches that pixel shuffle puts into each token."""
+        patches = torch.cat(values).float()
+        side = math.isqrt(patches.shape[1])
+        return block_mean(patches, side, side // self.frame_side).flatten(0, 1)
+
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
+        """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
+
+
+def _runs(rows: list[int]) -> list[tuple[int, int]]:
+    """Return (first, count) of the images of every prompt that has two or more."""
+    starts = {row: rows.index(row) for row in dict.fromkeys(rows)}
+    return [(start, rows.count(row)) for row, start in starts.items() if rows.count(row) > 1]
+
+
+def _checked(videos: Sequence[tuple[int, int]], rows: list[int]) -> list[tuple[int, int]]:
+    end = 0
+    for first, count in videos:
+        if first < end or count < 1 or first + count > len(rows):
+            raise UnsupportedCallError(
+                f"videos={list(videos)!r} must be (first, count) pairs in order that do not overlap, among the "
+                f"{len(rows)} images of the call"
+            )
+        if rows[first] != rows[first + count - 1]:
+            raise UnsupportedCallError(f"video ({first}, {count}) runs from one prompt of the batch into the next")
+        end = first + count
+    if not videos:
+        raise UnsupportedCallError("videos=[] names no video: leave it out, or call the model as it is")
+    return list(videos)

@@ -1,0 +1,1 @@
+"""Methods that act inside the LLM's layers, or while decoding."""

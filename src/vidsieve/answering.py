@@ -1,0 +1,314 @@
+"""From a video file and a question to an answer, every part on the clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import Encoded, Pruned, on_device
+from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import PromptError
+
+if TYPE_CHECKING:  # a machine that only computes may have no decoder
+    from vidsieve.video.reading import Video
+
+PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
+
+
+@dataclass
+class Clock:
+    """Milliseconds spent in each part of one answer."""
+
+    ms: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str, device: Any = None) -> Iterator[None]:
+        """Measure a block, device synchronised."""
+        _synchronise(device)
+        start = time.perf_counter()
+        yield
+        _synchronise(device)
+        self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
+
+    @property
+    def total(self) -> float:
+        """Milliseconds in all parts."""
+        return sum(self.ms.values())
+
+
+def _synchronise(device: Any) -> None:
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said, what it read, and how long each part took."""
+
+    text: str
+    method: str
+    prompt_tokens: tuple[int, int]
+    traces: tuple[VideoTrace, ...]
+    ms: dict[str, float]
+    scores: tuple[Tensor | None, ...] = ()
+    """Of every video, what a method before the LLM gave its tokens (N,), where it scores them."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the answer as plain values for JSON."""
+        return {
+            "answer": self.text,
+            "method": self.method,
+            "prompt_tokens_before": self.prompt_tokens[0],
+            "prompt_tokens_after": self.prompt_tokens[1],
+            "videos": [t.as_dict() for t in self.traces],
+            "ms": self.ms,
+        }
+
+
+class _FirstToken(LogitsProcessor):  # type: ignore[misc]
+    """Notes when the prefill has given its logits."""
+
+    def __init__(self, device: Any) -> None:
+        self.device, self.at = device, 0.0
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not self.at:
+            _synchronise(self.device)
+            self.at = time.perf_counter()
+        return scores
+
+
+def check_question(processor: Any, question: str) -> None:
+    """Refuse a question that cannot be asked of a model.
+
+    Raises
+    ------
+    PromptError
+        If it is empty, or holds the model's own placeholder of a video or image.
+    """
+    if not question.strip():
+        raise PromptError("the question is empty")
+    for name in ("video_token", "image_token"):
+        token = getattr(processor, name, None)
+        if isinstance(token, str) and token in question:
+            raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
+
+
+def chat_text(processor: Any, question: str) -> str:
+    """Return the prompt that asks one question about one video, the video still a single placeholder.
+
+    Raises
+    ------
+    PromptError
+        As `check_question`.
+    """
+    check_question(processor, question)
+    text: str = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return text
+
+
+def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about one video.
+
+    Raises
+    ------
+    PromptError
+        As `chat_text`, and if the processor refuses the question or the frames.
+    """
+    text = chat_text(processor, question)
+    try:
+        inputs = processor(
+            text=[text],
+            videos=[video.pixels],
+            video_metadata=[timed(video)],
+            do_sample_frames=False,
+            return_tensors="pt",
+        )
+    except ValueError as error:
+        raise PromptError(f"{type(processor).__name__} refuses the prompt: {str(error).splitlines()[0]}") from error
+    return dict(inputs)
+
+
+def timed(video: Video) -> Any:
+    """Return transformers' metadata of a video from which every processor reads the times of its frames.
+
+    Frames are named by their milliseconds, at 1000 frames a second, so that ``frames_indices / fps`` are
+    `Video.timestamps` however they were chosen. Processors that take one rate alone compute it as
+    ``len(frames_indices) / total_num_frames · fps``: that gives the mean rate of these frames.
+    """
+    from transformers.video_utils import VideoMetadata
+
+    times, count = video.timestamps, len(video.pixels)
+    spacing = float(times[-1] - times[0]) / (count - 1) if count > 1 else video.duration
+    return VideoMetadata(
+        total_num_frames=max(count, round(1000 * count * spacing)),
+        fps=1000.0,
+        frames_indices=[round(1000 * second) for second in times.tolist()],
+        duration=video.duration,
+    )
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    processor: Any,
+    video: Video,
+    question: str,
+    compressor: Compressor | None = None,
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Answer:
+    """Return the greedy answer to a question about a video, pruned by `compressor` (None: all tokens).
+
+    Raises
+    ------
+    UnsupportedModelError, NeedError, PolicyMismatchError, PromptError
+    """
+    clock = clock or Clock()
+    adapter = adapter_for(model)
+    if compressor is not None:
+        adapter.check(compressor)
+    device = adapter.device
+    with clock.part("preprocess", device):
+        inputs = on_device(chat(processor, video, question), device)
+    with clock.part("encode", device):
+        encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
+    return reply(adapter, processor, encoded, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock)
+
+
+@torch.no_grad()
+def reply(
+    adapter: Adapter,
+    processor: Any,
+    encoded: Encoded,
+    compressor: Compressor | None = None,
+    *,
+    max_new_tokens: int = 64,
+    seed: int = 0,
+    clock: Clock | None = None,
+) -> Answer:
+    """Return the greedy answer to one encoded prompt, pruned by `compressor` (None: all tokens).
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    made = generated(adapter, encoded, compressor, clock or Clock(), tokens=max_new_tokens, seed=seed)
+    short = made.pruned.inputs["input_ids"].shape[1]
+    text = processor.batch_decode(made.ids[:, short:], skip_special_tokens=True)[0].strip()
+    name = compressor.describe() if compressor is not None else "full"
+    return Answer(text, name, (int(encoded.input_ids.shape[1]), short), made.traces, made.ms, made.scores)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Prompt and answer as ids (B, L), what the LLM read of the prompt, what was kept, and milliseconds of each part.
+
+    `scores`: of every video, what a method before the LLM gave its tokens (N,), where it scores them.
+    """
+
+    ids: Tensor
+    pruned: Pruned
+    traces: tuple[VideoTrace, ...]
+    scores: tuple[Tensor | None, ...]
+    ms: dict[str, float]
+
+
+@torch.no_grad()
+def generated(
+    adapter: Adapter,
+    encoded: Encoded,
+    compressor: Compressor | None,
+    clock: Clock,
+    *,
+    tokens: int,
+    seed: int = 0,
+    exactly: bool = False,
+) -> Generated:
+    """Generate greedily at most `tokens` tokens after an encoded prompt, or exactly so many, with each part on `clock`.
+
+    What a method does inside the LLM is part of the prefill.
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    device = adapter.device
+    with clock.part("select", device):
+        pruned, traces, run, scores = _pruned(adapter, encoded, compressor, seed)
+    first = _FirstToken(device)
+    start = time.perf_counter()
+    with running(adapter, run):
+        out = adapter.model.generate(
+            **pruned.inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([first]),
+            **({"min_new_tokens": tokens} if exactly else {}),
+        )
+    _synchronise(device)
+    clock.ms["prefill"] = 1e3 * (first.at - start)
+    clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
+    traces = run.traces() if run is not None else traces
+    return Generated(out, pruned, tuple(traces), scores, dict(clock.ms))
+
+
+@torch.no_grad()
+def choice(
+    adapter: Adapter, encoded: Encoded, option_ids: Tensor, compressor: Compressor | None = None, *, seed: int = 0
+) -> tuple[int, tuple[int, int], tuple[VideoTrace, ...]]:
+    """Return which of some next tokens (options,) int64 is likeliest after one encoded prompt, by a single prefill.
+
+    Beside it the prompt's tokens before and after pruning, and what was kept.
+
+    Raises
+    ------
+    BudgetError, NeedError
+    """
+    pruned, traces, run, _ = _pruned(adapter, encoded, compressor, seed)
+    with running(adapter, run):
+        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[0, -1]
+    best = int(logits[option_ids.to(logits.device)].argmax())
+    tokens = int(encoded.input_ids.shape[1]), int(pruned.inputs["input_ids"].shape[1])
+    return best, tokens, tuple(run.traces() if run is not None else traces)
+
+
+def _pruned(
+    adapter: Adapter, encoded: Encoded, compressor: Compressor | None, seed: int
+) -> tuple[Pruned, list[VideoTrace], InnerRun | None, tuple[Tensor | None, ...]]:
+    """Return the prompt as the LLM reads it, what goes on in a method while the LLM runs, and tokens' scores."""
+    generator = torch.Generator().manual_seed(seed)
+    if compressor is None:
+        return adapter.build(encoded, encoded.per_row(encoded.everything())), [], None, ()
+    if acts_inside(compressor):
+        pruned, run = begin(adapter, encoded, compressor, generator)
+        return pruned, [], run, ()
+    chosen, traces = adapter.select(encoded, compressor, generator)
+    scores = tuple(selection.scores for selection in chosen)
+    return adapter.build(encoded, encoded.per_row(chosen)), traces, None, scores
+
+
+def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:
+    """Return a video's frames, the reading on the clock."""
+    from vidsieve.video.reading import read_video
+
+    with clock.part("decode"):
+        return read_video(path, frames=frames, fps=fps, max_frames=max_frames)

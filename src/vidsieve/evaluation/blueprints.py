@@ -1,0 +1,298 @@
+"""Models of published sizes with random weights: what takes time is there, and nothing has to be downloaded.
+
+Answers of such a model mean nothing; times, memory and tokens do. Frames go through the family's own video processor
+from transformers with its published settings; the text around them is random words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vidsieve.answering import timed
+from vidsieve.errors import UnknownNameError
+from vidsieve.video.reading import Video
+
+_WORDS = (1000, 100_000)
+_QWEN = {"vocab_size": 152064, "tie_word_embeddings": False}
+
+
+def _text(width: int, inner: int, layers: int, heads: int, shared: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "max_position_embeddings": 131072,
+        **_QWEN,
+        **more,
+    }
+
+
+def _llava(width: int, inner: int, layers: int, heads: int, shared: int, tower: tuple[int, int, int, int]) -> Any:
+    from transformers import LlavaOnevisionConfig
+
+    hidden, mlp, depth, eyes = tower
+    return LlavaOnevisionConfig(
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": depth,
+            "num_attention_heads": eyes,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        text_config=_text(width, inner, layers, heads, shared, model_type="qwen2", rope_theta=1e6),
+        image_token_index=151646,
+        video_token_index=151647,
+        vision_feature_select_strategy="full",
+    )
+
+
+def _qwen(width: int, inner: int, layers: int, heads: int, shared: int, tower: tuple[int, int, int, int]) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    hidden, mlp, depth, eyes = tower
+    third = width // heads // 16
+    return Qwen2_5_VLConfig(
+        vision_config={
+            "depth": depth,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_heads": eyes,
+            "out_hidden_size": width,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [(i + 1) * depth // 4 - 1 for i in range(4)],
+            "tokens_per_second": 2,
+        },
+        text_config=_text(
+            width,
+            inner,
+            layers,
+            heads,
+            shared,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [2 * third, 3 * third, 3 * third],
+            },
+        ),
+        video_token_id=151656,
+        image_token_id=151655,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+_DEEP = {27: [8, 16, 24], 24: [5, 11, 17], 8: [1, 3, 5]}
+"""Blocks of Qwen3-VL's towers, by depth, whose features go into the LLM's first layers."""
+
+
+def _qwen3(width: int, inner: int, layers: int, heads: int, shared: int, tower: tuple[int, int, int, int]) -> Any:
+    from transformers import Qwen3VLConfig
+
+    hidden, mlp, depth, eyes = tower
+    return Qwen3VLConfig(
+        vision_config={
+            "depth": depth,
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_heads": eyes,
+            "out_hidden_size": width,
+            "patch_size": 16,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": _DEEP[depth],
+        },
+        text_config=_text(
+            width,
+            inner,
+            layers,
+            heads,
+            shared,
+            head_dim=128,
+            vocab_size=151936,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        ),
+        video_token_id=151656,
+        image_token_id=151655,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+    )
+
+
+def _internvl(width: int, inner: int, layers: int, heads: int, shared: int, tower: tuple[int, int, int, int]) -> Any:
+    from transformers import InternVLConfig
+
+    hidden, mlp, depth, eyes = tower
+    return InternVLConfig(
+        vision_config={
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": depth,
+            "num_attention_heads": eyes,
+            "image_size": [448, 448],
+            "patch_size": [14, 14],
+        },
+        text_config=_text(width, inner, layers, heads, shared, model_type="qwen2", rope_theta=1e6),
+        image_token_id=151667,
+        image_seq_length=256,
+        tie_word_embeddings=False,
+    )
+
+
+def _smolvlm(width: int, inner: int, layers: int, heads: int, shared: int, tower: tuple[int, int, int, int]) -> Any:
+    from transformers import SmolVLMConfig
+
+    hidden, mlp, depth, eyes = tower
+    config = SmolVLMConfig(
+        vision_config={
+            "hidden_size": hidden,
+            "intermediate_size": mlp,
+            "num_hidden_layers": depth,
+            "num_attention_heads": eyes,
+            "image_size": 384,
+            "patch_size": 14,
+        },
+        text_config=_text(width, inner, layers, heads, shared, model_type="llama", vocab_size=49280),
+        image_token_id=49190,
+        scale_factor=3,
+    )
+    # What surrounds the random words of `RandomModel.inputs`.
+    config.vidsieve_template = {"turn_start": 9, "turn_end": 10, "user": 872, "ignore": [49190]}
+    return config
+
+
+def _grid(config: Any) -> Any:
+    config.vidsieve_layout = "grid"
+    return config
+
+
+_SIGLIP, _EYES = (1152, 4304, 26, 16), (1280, 3420, 32, 16)
+BLUEPRINTS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "llava-onevision-0.1b": ("llava_onevision", lambda: _llava(512, 1408, 8, 8, 2, (384, 1536, 6, 6))),
+    "llava-onevision-0.5b": ("llava_onevision", lambda: _llava(896, 4864, 24, 14, 2, _SIGLIP)),
+    "llava-onevision-7b": ("llava_onevision", lambda: _llava(3584, 18944, 28, 28, 4, _SIGLIP)),
+    "llava-video-7b": ("llava_onevision", lambda: _grid(_llava(3584, 18944, 28, 28, 4, _SIGLIP))),
+    "qwen2.5-vl-0.1b": ("qwen2_5_vl", lambda: _qwen(512, 1408, 8, 8, 2, (320, 856, 8, 4))),
+    "qwen2.5-vl-3b": ("qwen2_5_vl", lambda: _qwen(2048, 11008, 36, 16, 2, _EYES)),
+    "qwen2.5-vl-7b": ("qwen2_5_vl", lambda: _qwen(3584, 18944, 28, 28, 4, _EYES)),
+    "qwen3-vl-0.1b": ("qwen3_vl", lambda: _qwen3(512, 1408, 8, 8, 2, (320, 856, 8, 4))),
+    "qwen3-vl-4b": ("qwen3_vl", lambda: _qwen3(2560, 9728, 36, 32, 8, (1024, 4096, 24, 16))),
+    "qwen3-vl-8b": ("qwen3_vl", lambda: _qwen3(4096, 12288, 36, 32, 8, (1152, 4304, 27, 16))),
+    "internvl3-0.1b": ("internvl", lambda: _internvl(512, 1408, 8, 8, 2, (384, 1536, 6, 6))),
+    "internvl3-2b": ("internvl", lambda: _internvl(1536, 8960, 28, 12, 2, (1024, 4096, 24, 16))),
+    "internvl3-8b": ("internvl", lambda: _internvl(3584, 18944, 28, 28, 4, (1024, 4096, 24, 16))),
+    "smolvlm2-0.1b": ("smolvlm", lambda: _smolvlm(512, 1408, 8, 8, 8, (384, 1536, 6, 6))),
+    "smolvlm2-2.2b": ("smolvlm", lambda: _smolvlm(2048, 8192, 24, 32, 32, (1152, 4304, 27, 16))),
+}
+"""Family and configuration by name; those ending in 0.1b are no published models."""
+
+
+@dataclass(frozen=True)
+class RandomModel:
+    """A model with random weights, and what makes its prompts.
+
+    Parameters
+    ----------
+    name, family : str
+    model : the model, in evaluation mode
+    frames_to_pixels : the family's video processor
+    """
+
+    name: str
+    family: str
+    model: Any
+    frames_to_pixels: Any
+
+    def inputs(self, video: Video, words: int, seed: int = 0) -> dict[str, Tensor]:
+        """Return the inputs of one prompt about a video with so many random words behind it."""
+        draw = torch.Generator().manual_seed(seed)
+        made = dict(self.frames_to_pixels([video.pixels], do_sample_frames=False, return_tensors="pt"))
+        if self.family == "internvl":  # its frames are images
+            made = {"pixel_values": made["pixel_values_videos"][0]}
+        config, known = self.model.config, self.model.config.get_text_config().vocab_size
+        most = min(_WORDS[1], known - 1000)  # below what stands for pixels
+        asked = torch.randint(_WORDS[0], most, (words,), generator=draw).tolist()
+        holder = self._placeholders(made)
+        start, end, assistant = (9, 10, 11) if known < _WORDS[1] else (151644, 151645, 77091)
+        ids = torch.tensor([[start, 872, 198, *holder, *asked, end, 198, start, assistant, 198]])
+        made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.family == "qwen2_5_vl":
+            made["second_per_grid_ts"] = torch.tensor([2 / timed(video).sampled_fps])
+        if self.family in ("qwen2_5_vl", "qwen3_vl"):
+            made["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
+        return made
+
+    def _placeholders(self, made: Mapping[str, Tensor]) -> list[int]:
+        config = self.model.config
+        if self.family in ("internvl", "smolvlm"):
+            frames, each = made["pixel_values"].shape[-4], 256 if self.family == "internvl" else 81
+            return [int(config.image_token_id)] * (frames * each)
+        token = int(config.video_token_id)
+        if self.family == "qwen3_vl":  # every frame stands behind its time
+            frames, height, width = made["video_grid_thw"][0].tolist()
+            return [*[27, 15, 13, 20, 6486, 29, 151652, *[token] * (height * width // 4), 151653] * frames]
+        if self.family == "qwen2_5_vl":
+            frames, height, width = made["video_grid_thw"][0].tolist()
+            return [151652, *[token] * (frames * height * width // 4), 151653]
+        return [token] * (made["pixel_values_videos"].shape[1] * 14 * 14 + 1)
+
+
+def random_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> RandomModel:
+    """Return a model of a blueprint with random weights, made where it is to run.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    from transformers import AutoModelForImageTextToText
+
+    if name not in BLUEPRINTS:
+        raise UnknownNameError("model size", name, BLUEPRINTS)
+    family, config = BLUEPRINTS[name]
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config(), dtype=dtype, attn_implementation="sdpa")
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return RandomModel(name, family, model.eval(), _video_processor(family))
+
+
+def _video_processor(family: str) -> Any:
+    """Return a family's own video processor with its published settings."""
+    import transformers
+
+    side = {"longest_edge": 384}
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "llava_onevision": ("LlavaOnevisionVideoProcessor", {}),
+        "qwen2_5_vl": ("Qwen2VLVideoProcessor", {}),
+        "qwen3_vl": ("Qwen3VLVideoProcessor", {}),
+        "internvl": ("InternVLVideoProcessor", {"size": {"height": 448, "width": 448}}),
+        "smolvlm": (
+            "SmolVLMVideoProcessor",
+            {
+                "size": side,
+                "max_image_size": side,
+                "video_sampling": {"fps": 1, "max_frames": 64, "video_size": side},
+            },
+        ),
+    }
+    name, settings = kinds[family]
+    return getattr(transformers, name)(**settings)

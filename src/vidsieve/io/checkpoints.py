@@ -1,0 +1,93 @@
+"""A run's state as one safetensors file: networks, optimiser, and a header of plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vidsieve.errors import TrainingError
+from vidsieve.io.files import writing
+
+_HEADER = "vidsieve"
+
+
+def save_state(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, header: Mapping[str, Any]
+) -> None:
+    """Write the state of a run, complete or not at all.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in modules.items():
+        for key, value in module.state_dict().items():
+            if value.data_ptr() in seen:  # a tied weight is stored once
+                continue
+            seen.add(value.data_ptr())
+            tensors[f"{name}.{key}"] = value.detach().contiguous().clone()
+    state = optimizer.state_dict()["state"] if optimizer is not None else {}
+    for number, entry in state.items():
+        for key, value in entry.items():
+            tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).contiguous().clone()
+    with writing(path) as temporary:
+        save_file(tensors, temporary, metadata={_HEADER: json.dumps(dict(header))})
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the plain values stored with a run's state.
+
+    Raises
+    ------
+    TrainingError
+        If the file is no readable checkpoint.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle, no dict)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise TrainingError(f"{path} is no readable checkpoint ({error}); begin anew in another folder") from None
+    return header, tensors
+
+
+def load_state(
+    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Any]:
+    """Restore the state of a run into `modules` and `optimizer`; return its header.
+
+    Raises
+    ------
+    TrainingError
+        If the file is no readable checkpoint, or belongs to other networks.
+    """
+    header, tensors = _read(path)
+    for name, module in modules.items():
+        state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        stored = {module.state_dict()[key].data_ptr() for key in state if key not in unexpected}
+        lacking = [key for key in missing if module.state_dict()[key].data_ptr() not in stored]
+        if unexpected or lacking:
+            raise TrainingError(f"{path} belongs to another network: {', '.join([*lacking, *unexpected][:5])}")
+    if optimizer is not None:
+        restored = optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".", 2)
+                restored["state"].setdefault(int(number), {})[key] = value
+        optimizer.load_state_dict(restored)
+    return header

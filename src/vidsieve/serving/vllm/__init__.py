@@ -1,0 +1,1 @@
+"""vLLM with a method: plug-in, processors and models."""

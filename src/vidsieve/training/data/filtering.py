@@ -1,0 +1,339 @@
+"""Leaving out what teaches nothing: questions that a model answers without seeing the video.
+
+A rollout's reward tells which tokens an answer depends on only where the answer depends on the video at all
+(ineffective-sample filtering, CaCoVID §3.3). One blind answer is right by luck in a quarter of the questions with four
+options; several, with the options in other orders, are not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vidsieve.errors import TrainingError
+from vidsieve.io.files import writing
+from vidsieve.io.store import Store, measure_all
+from vidsieve.training.data.layouts import moved
+from vidsieve.training.data.rows import Remembered, ask, kind_of, relettered
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.data.table import View, load_rows
+
+Rule = Literal["any", "all"]
+Loaded = tuple[Any, Any]
+BLOCK = 32
+"""Questions of a unit: what is asked again where a run is killed."""
+
+
+@torch.no_grad()
+def blind_answers(
+    model: Any,
+    processor: Any,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    batch: int = 16,
+    seed: int = 0,
+    temperature: float = 1.0,
+    progress: Callable[[int], None] | None = None,
+) -> list[bool]:
+    """Return for each multiple-choice row whether the model picks the right option without the video.
+
+    Parameters
+    ----------
+    batch : int
+        Questions in one call.
+    seed : int
+        0: the likeliest option, options as they are. Else listed options come in an order, and the answer is drawn from
+        the model's probabilities of the options, both by this seed and the question.
+    temperature : float
+        Of drawn answers; below 1 likely options become likelier.
+    progress : callable, optional
+        Called with the number of questions done.
+
+    Raises
+    ------
+    TrainingError
+        As `ask`.
+    """
+    found: list[bool] = []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        chances = [random.Random(zlib.crc32(f"{seed} {row['question']}".encode())) for row in part]
+        asked = [
+            ask(relettered(row, chance) if seed else row, processor.tokenizer)
+            for row, chance in zip(part, chances, strict=True)
+        ]
+        texts = [
+            processor.apply_chat_template(
+                [{"role": "user", "content": [{"type": "text", "text": question.text}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for question in asked
+        ]
+        made = processor.tokenizer(
+            texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
+        )
+        inputs = {key: made[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        # One step of generate, so that positions of padded rows are the model's own.
+        out = model.generate(
+            **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for logits, question, chance in zip(out.logits[0].double().cpu(), asked, chances, strict=True):
+            options = logits[question.option_ids]
+            if seed:
+                weights = (options / temperature).softmax(0).tolist()
+                picked = chance.choices(range(len(weights)), weights)[0]
+            else:
+                picked = int(options.argmax())
+            found.append(picked == question.answer)
+        if progress is not None:
+            progress(len(found))
+    return found
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """What a filter left.
+
+    Parameters
+    ----------
+    questions, kept : int
+        Multiple-choice questions before and after.
+    captions, others : int
+        Rows without a question, and questions of other kinds: kept as they are.
+    blind_accuracy : tuple of float
+        By model: share of right answers, over all seeds.
+    chance : float
+        What guessing would come to.
+    groups : list of dict
+        By source and type of question: questions, dropped, blind accuracy by model.
+    missing : tuple of (int, str)
+        Videos that are not there, which the blind test does not need: how many, and the first.
+    """
+
+    questions: int
+    kept: int
+    captions: int
+    others: int
+    blind_accuracy: tuple[float, ...]
+    chance: float
+    groups: list[dict[str, Any]]
+    missing: tuple[int, str] = (0, "")
+
+
+def filter_file(
+    path: Path,
+    out: Path,
+    models: Sequence[Loaded | Callable[[], Loaded]],
+    rule: Rule = "any",
+    *,
+    root: Path | None = None,
+    seeds: int = 1,
+    right_in: int | None = None,
+    temperature: float = 1.0,
+    batch: int = 16,
+    work: Path | None = None,
+    names: Sequence[str] = (),
+    share: tuple[int, int] = (0, 1),
+    skipped: Skipped | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Filtered | None:
+    """Write the rows of a file of prompts that need their video, as JSON lines with paths from `out`.
+
+    Rows that are left out, with what each model answered how often, go to ``<out>.dropped.jsonl``.
+
+    Parameters
+    ----------
+    path, root : Path
+        As `read_records`.
+    models : sequence of (model, processor), or of callables that load one
+        One is in memory at a time, if they are callables.
+    rule : {"any", "all"}
+        A question goes when any of the models answers it blindly, or when all of them do.
+    seeds : int
+        Answers of each model to each question; the first as `blind_answers` has it under seed 0.
+    right_in : int, optional
+        How many of them must be right for a model to answer blindly; default: all.
+    work : Path, optional
+        A folder where answers are kept as they come: the same call goes on there, and processes with other shares put
+        theirs beside. Default: memory.
+    names : sequence of str
+        What the models are called.
+    share : (int, int)
+        Which of how many processes this is.
+    skipped : Skipped, optional
+        Told of malformed records, which are left out too.
+    progress : callable, optional
+        Called with (answers done, answers in all) of this share.
+
+    Returns
+    -------
+    Filtered, or None while other shares have not answered theirs.
+
+    Raises
+    ------
+    TrainingError
+        If the file has no question, or none of them needs its video.
+    EvaluationError
+        If `work` holds answers to something else.
+    """
+    needed = seeds if right_in is None else right_in
+    if seeds < 1 or temperature <= 0:
+        raise TrainingError(f"seeds must be at least 1 and temperature above 0; got {seeds} and {temperature}")
+    if not 1 <= needed <= seeds:
+        raise TrainingError(f"right_in must be from 1 to seeds: {needed} of {seeds} answers cannot be right")
+    if len(set(names)) < len(names):
+        raise TrainingError(f"each model must be another one, or its answers count twice: {', '.join(names)}")
+    names = [*names] or [f"model {number}" for number in range(1, len(models) + 1)]
+    loaded = _OneAtATime(models)
+    skipped = Skipped() if skipped is None else skipped
+    rows = _rows_of(path, root, Remembered(loaded(0)[1].tokenizer), skipped)
+    asked = View(rows.table, rows.numbers[np.array([kind_of(row) == "multiple choice" for row in rows], bool)])
+    if not len(asked):
+        raise TrainingError(f"{path} has no multiple-choice questions to filter")
+    blocks = -(-len(asked) // BLOCK)
+    units = [f"{model}/{block}" for model in range(len(models)) for block in range(blocks)]
+    total = len(units[share[0] :: share[1]]) * BLOCK * seeds
+
+    def measure(unit: str) -> dict[str, Any]:
+        number, block = (int(part) for part in unit.split("/"))
+        model, processor = loaded(number)
+        part = [asked[place] for place in range(block * BLOCK, min((block + 1) * BLOCK, len(asked)))]
+        marks = [
+            blind_answers(model, processor, part, batch=batch, seed=seed, temperature=temperature)
+            for seed in range(seeds)
+        ]
+        return {"right": ["".join("01"[mark] for mark in answers) for answers in marks]}
+
+    def step(done: int, count: int) -> None:
+        if progress is not None:
+            progress(done * BLOCK * seeds, total)
+
+    if work is None:
+        records = measure_all(None, units, measure, step)
+    else:
+        config = {
+            "file": str(path.resolve()),
+            "questions": len(asked),
+            "text": _digest(asked),
+            "models": names,
+            "seeds": seeds,
+            "temperature": temperature,
+        }
+        with Store(work, config, share) as store:
+            records = measure_all(store, units, measure, step)
+    if len(records) < len(units):
+        return None
+    right = np.array(
+        [
+            [
+                [mark == "1" for block in range(blocks) for mark in records[f"{model}/{block}"]["right"][seed]]
+                for seed in range(seeds)
+            ]
+            for model in range(len(models))
+        ],
+        bool,
+    )
+    blind = right.sum(1) >= needed
+    gone = blind.any(0) if rule == "any" else blind.all(0)
+    if gone.all():
+        raise TrainingError(
+            f"all {len(asked)} questions of {path} are answered rightly without the video: none would teach anything. "
+            "Take other questions, more seeds, or rule 'all' with a second model"
+        )
+    _write(out, rows, asked, gone, right, names)
+    return _filtered(rows, asked, gone, right)
+
+
+class _OneAtATime:
+    """Models by number; of those that must be loaded, only the last one asked for is in memory."""
+
+    def __init__(self, models: Sequence[Loaded | Callable[[], Loaded]]) -> None:
+        self.models, self.number = models, -1
+        self.model: Loaded | None = None
+
+    def __call__(self, number: int) -> Loaded:
+        if number != self.number or self.model is None:
+            self.model = None  # the one before goes first
+            model = self.models[number]
+            self.number, self.model = number, model() if callable(model) else model
+        return self.model
+
+
+def _rows_of(path: Path, root: Path | None, tokenizer: Any, skipped: Skipped) -> View:
+    def wanted(row: Mapping[str, Any]) -> str:
+        if kind_of(row) == "multiple choice":
+            ask(row, tokenizer)
+        return ""
+
+    return load_rows(path, root, wanted=wanted, skipped=skipped, present=False)
+
+
+def _digest(rows: View) -> int:
+    """Return a number that stands for the questions and their order."""
+    found = 0
+    for row in rows:
+        found = zlib.crc32(f"{row['question']} {row['options']} {row['answer']}".encode(), found)
+    return found
+
+
+def _write(
+    out: Path, rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_], names: Sequence[str]
+) -> None:
+    """Write the rows that are left, and beside them those that are not."""
+    place = {int(number): index for index, number in enumerate(asked.numbers) if gone[index]}
+    dropped = out.with_name(f"{out.name}.dropped.jsonl")
+    with (
+        writing(out) as temporary,
+        temporary.open("w", encoding="utf-8") as kept,
+        writing(dropped) as other,
+        other.open("w", encoding="utf-8") as left,
+    ):
+        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
+            index = place.get(number)
+            if index is None:
+                kept.write(json.dumps(row | moved(row, out), ensure_ascii=False) + "\n")
+                continue
+            blind = {name: int(right[model, :, index].sum()) for model, name in enumerate(names)}
+            said = row | moved(row, out) | {"right_blindly": blind, "of": right.shape[1]}
+            left.write(json.dumps(said, ensure_ascii=False) + "\n")
+
+
+def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_]) -> Filtered:
+    groups: dict[tuple[str, str], list[int]] = {}
+    chance = 0.0
+    for index, row in enumerate(asked):
+        groups.setdefault((str(row.get("source", "")), str(row.get("kind", kind_of(row)))), []).append(index)
+        chance += 1 / len(row["options"])
+    table = [
+        {
+            "source": source,
+            "type": kind,
+            "questions": len(members),
+            "dropped": int(gone[members].sum()),
+            "blind_accuracy": right[:, :, members].mean((1, 2)).tolist(),
+        }
+        for (source, kind), members in sorted(groups.items())
+    ]
+    captions = sum("question" not in row for row in rows)
+    gone_videos = [name for _, name, *_ in rows.table.files() if not os.path.isfile(name)]
+    return Filtered(
+        len(asked),
+        len(asked) - int(gone.sum()),
+        captions,
+        len(rows) - len(asked) - captions,
+        tuple(right.mean((1, 2)).tolist()),
+        chance / len(asked),
+        table,
+        (len(gone_videos), (gone_videos or [""])[0]),
+    )

@@ -1,0 +1,235 @@
+"""Training prompts from files of videos with questions or captions, in any layout of `layouts`.
+
+Options that begin with a letter ("A. a dog") are listed in the prompt and answered by letter; other options must each
+be one token of the model's vocabulary. An answer is an option or its letter. Questions without options are rewarded by
+their generated answer alone.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.answering import chat, check_question
+from vidsieve.errors import PromptError, TrainingError, VideoError
+from vidsieve.training.data.encodings import EncodingCache, Source
+from vidsieve.training.data.layouts import files_of
+from vidsieve.training.data.rows import Remembered, ask, kind_of
+from vidsieve.training.data.samples import Caption, Choice
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.data.table import View, keys_of, load_rows
+from vidsieve.training.data.video_r1 import Kind
+from vidsieve.video.reading import Video, read_frames, read_video
+
+Sample = TypeVar("Sample", Choice, Caption)
+CAPTION_PROMPT = "Describe the video."
+
+
+def load_prompts(
+    processor: Any,
+    path: Path,
+    root: Path | None = None,
+    *,
+    kinds: Kind | None = "multiple choice",
+    skipped: Skipped | None = None,
+    captions: bool | None = None,
+) -> View:
+    """Return the rows of a file that a model can be trained on, captions, questions, or both; see `FilePrompts`.
+
+    Raises
+    ------
+    TrainingError
+        As `load_rows`.
+    """
+    words = Remembered(processor.tokenizer)
+
+    def wanted(row: Mapping[str, Any]) -> str:
+        kind = kind_of(row)
+        if kind == "image":
+            return "a still image: `vidsieve data pseudo` makes pseudo-videos of them"
+        if captions is not None and captions != (kind == "caption"):
+            return "a caption" if kind == "caption" else "a question"
+        if kind != "caption" and kinds is not None and kind != kinds:
+            return f"a question of kind {kind!r}"
+        # A row that cannot be asked is told now, not when its turn comes.
+        check_question(processor, str(row.get("prompt", CAPTION_PROMPT)) if kind == "caption" else ask(row, words).text)
+        return ""
+
+    return load_rows(path, root, wanted=wanted, skipped=skipped)
+
+
+class FilePrompts:
+    """Prompts of a file in a seeded order, again and again.
+
+    A video that proves broken when its turn comes, or a prompt that the processor or the model refuses, is listed in
+    `skipped`, and the next row takes its place: so the same number gives the same prompt in every process and sitting,
+    whatever was met before.
+
+    Parameters
+    ----------
+    adapter, processor : of the frozen model
+    path : Path
+        Of any layout in `vidsieve.training.data.layouts`.
+    seed : int
+        Order of the rows; every pass has its own.
+    frames : int
+        Frames taken evenly from each video; a pseudo-video that has no more is taken whole.
+    kinds : str, optional
+        The kind of question that is taken; None: every kind.
+    cache : EncodingCache, optional
+        Where encoded videos are kept.
+    only : callable, optional
+        Says of the keys of the files that a row shows (`keys_of`) whether it is taken; default: every row is.
+    root : Path, optional
+        The folder that paths in the file start from; default: the folder of the file.
+    skipped : Skipped, optional
+        Where malformed records, missing and broken videos are counted and listed.
+    rows : View, optional
+        The file's rows, where `load_prompts` has read them already.
+
+    Raises
+    ------
+    TrainingError
+        If the file is unreadable, or nothing in it can be used.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        processor: Any,
+        path: Path,
+        *,
+        seed: int = 0,
+        frames: int = 16,
+        kinds: Kind | None = "multiple choice",
+        cache: EncodingCache | None = None,
+        only: Callable[[frozenset[int]], bool] | None = None,
+        root: Path | None = None,
+        skipped: Skipped | None = None,
+        rows: View | None = None,
+    ) -> None:
+        self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
+        self.cache, self.skipped = cache, Skipped() if skipped is None else skipped
+        if rows is None:
+            rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
+        taken = {"question": array("q"), "caption": array("q")}
+        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
+            if only is None or only(rows.table.shown(number)):
+                for field, numbers in taken.items():
+                    if field in row:
+                        numbers.append(number)
+        self.choices, self.captions = (View(rows.table, np.array(numbers, np.int64)) for numbers in taken.values())
+        keys, shown = rows.table.keys()
+        self.videos = np.unique(keys[np.isin(shown, np.concatenate([self.choices.numbers, self.captions.numbers]))])
+        self._broken: set[frozenset[int]] = set()
+        self._refused: set[int] = set()
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
+        self.template = adapter.known_template() if adapter is not None else None
+
+    def first_of(self, keys: Sequence[int]) -> str:
+        """Return the path of the first file that has one of these keys, in the order of the rows."""
+        known = set(keys)
+        return next(name for key, name, *_ in self.choices.table.files() if key in known)
+
+    def _row(self, rows: View, number: int, what: str, place: int = 0) -> tuple[int, dict[str, Any]]:
+        """Return a row and its place in the file's order; `place` rows further on if that many were broken."""
+        if not len(rows):
+            raise TrainingError(f"{self.path} has no rows with {what}")
+        turn, start = divmod(number, len(rows))
+        if (turn, len(rows)) not in self._orders:
+            self._orders = {key: order for key, order in self._orders.items() if key[0] >= turn - 1}
+            generator = torch.Generator().manual_seed(self.seed + turn)
+            self._orders[turn, len(rows)] = torch.randperm(len(rows), generator=generator)
+        index = int(self._orders[turn, len(rows)][(start + place) % len(rows)])
+        return index, rows[index]
+
+    def _readable(self, rows: View, number: int, what: str, read: Callable[[int, dict[str, Any]], Sample]) -> Sample:
+        """Return what `read` makes of row `number`, or of the next one whose video can be read."""
+        for place in range(max(1, len(rows))):
+            index, row = self._row(rows, number, what, place)
+            keys = keys_of(row)
+            if keys in self._broken or int(rows.numbers[index]) in self._refused:
+                continue
+            try:
+                return read(index, row)
+            except PromptError as error:
+                record = int(rows.numbers[index])
+                if record not in self._refused:
+                    self._refused.add(record)
+                    where = f"row {record + 1}, {Path(files_of(row)[0]).name}"
+                    self.skipped.add("prompt that cannot be asked", where, str(error), file=self.path, later=True)
+            except VideoError as error:
+                if keys not in self._broken:  # another thread may have met it meanwhile
+                    self._broken.add(keys)
+                    shown = int(np.isin(rows.table.keys()[0], np.array(list(keys), np.uint64)).sum())
+                    self.skipped.broken(files_of(row)[0], shown, str(error), file=self.path, later=True)
+        raise TrainingError(f"no row of {self.path} can be used: {self.skipped.summary()}")
+
+    def _source(self, row: Mapping[str, Any]) -> Source:
+        pairs = row["frames"] if "frames" in row else [[row["video"], 1]]
+        return tuple((Path(name), times) for name, times in pairs)
+
+    def _video(self, row: Mapping[str, Any]) -> Video:
+        source = self._source(row)
+        if "frames" in row:
+            return read_frames(source, frames=self.frames)
+        return read_video(source[0][0], frames=self.frames)
+
+    def _inputs(self, row: dict[str, Any], question: str) -> dict[str, Any]:
+        if self.cache is not None:
+            return self.cache.inputs(self._source(row), lambda: self._video(row), question)
+        return chat(self.processor, self._video(row), question)
+
+    def videos_to_encode(self, captions: bool) -> Iterator[tuple[Source, Callable[[], Video]]]:
+        """Yield what a cache encodes for the rows with captions, or with questions: its name, and how it is read."""
+        for row in self.captions if captions else self.choices:
+            yield self._source(row), partial(self._video, row)
+
+    def choice(self, number: int) -> Choice:
+        """Return question `number`."""
+        return self.finished(self.read_choice(number))
+
+    def caption(self, number: int) -> Caption:
+        """Return caption prompt `number`."""
+        return self.finished(self.read_caption(number))
+
+    def finished(self, sample: Sample) -> Sample:
+        """Return a sample that was read, ready for use; with a cache, the thread that runs the model calls this."""
+        return sample if self.cache is None else replace(sample, inputs=self.cache.finished(sample.inputs))
+
+    def read_choice(self, number: int) -> Choice:
+        """Return question `number`, for `finished`; any thread may call this."""
+        return self._readable(self.choices, number, "a question", self._choice)
+
+    def read_caption(self, number: int) -> Caption:
+        """Return caption prompt `number`, for `finished`; any thread may call this."""
+        return self._readable(self.captions, number, "a caption", self._caption)
+
+    def _choice(self, index: int, row: dict[str, Any]) -> Choice:
+        asked = ask(row, self.processor.tokenizer)
+        inputs = self._inputs(row, asked.text)
+        if self.template is not None:
+            self.template.question_mask(inputs["input_ids"][0])  # a question without a known word has no policy
+        return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind)
+
+    def _caption(self, index: int, row: dict[str, Any]) -> Caption:
+        inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
+        end = self.processor.tokenizer.eos_token or ""
+        text = f" {row['caption']} {end}"
+        answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = torch.cat([inputs["input_ids"], answer], 1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -answer.shape[1] :] = answer
+        extended = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        kinds = inputs.get("mm_token_type_ids")
+        if kinds is not None:
+            extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
+        return Caption(inputs | extended, key=f"{self.path}:{index}")

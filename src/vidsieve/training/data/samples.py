@@ -1,0 +1,52 @@
+"""What a training prompt is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from vidsieve.training.data.video_r1 import Kind
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question about one video, with options or without.
+
+    Parameters
+    ----------
+    inputs : mapping
+        Processor outputs of one prompt, ending where the answer begins.
+    option_ids : Tensor, (options,), int64
+        The next token under each option: its letter, or its word. Empty for a question without options.
+    answer : int
+        The number of the right option; −1 without options.
+    truth : str
+        The right answer as text: letter or word of the right option, a number, …
+    kind : str
+        How a generated answer is judged.
+    """
+
+    inputs: Mapping[str, Any]
+    option_ids: Tensor
+    answer: int
+    truth: str = ""
+    kind: Kind = "multiple choice"
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A video with its caption.
+
+    Parameters
+    ----------
+    inputs : mapping
+        Processor outputs of prompt and caption, ``labels`` on the caption only.
+    key : str
+        What tells this row from all others of the data, pass after pass; empty where nothing does.
+    """
+
+    inputs: Mapping[str, Any]
+    key: str = ""

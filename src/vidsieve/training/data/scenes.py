@@ -1,0 +1,129 @@
+"""Endless training prompts from fresh scenes of the testbed; the same number gives the same prompt."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import VideoFeatures, on_device
+from vidsieve.testbed.model import WORD_ID, chat_inputs
+from vidsieve.testbed.pseudo import make_pseudo
+from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
+from vidsieve.testbed.vocabulary import COLOURS, PLACES
+from vidsieve.testbed.world import make_cast, render
+from vidsieve.training.data.filtering import blind_answers
+from vidsieve.training.data.samples import Caption, Choice
+
+_KEPT_SCENES = 64
+
+
+class ScenePrompts:
+    """Scenes under one seed, rendered and encoded on first use; the last few stay in memory.
+
+    Parameters
+    ----------
+    adapter, processor : of the testbed's model
+    world : {"A", "B"}
+    seed : int
+        Training seeds and evaluation seeds must differ.
+    per_scene : int
+        Prompts taken from a scene; neighbours in the order of samples come from different scenes.
+    blind_filter : bool
+        Leave out questions that the model answers without the video (ineffective-sample filtering).
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        processor: Any,
+        world: str = "A",
+        seed: int = 1,
+        per_scene: int = 8,
+        blind_filter: bool = False,
+    ) -> None:
+        self.adapter, self.processor, self.world, self.seed, self.per_scene = adapter, processor, world, seed, per_scene
+        self.blind_filter = blind_filter
+        self._scenes: OrderedDict[int, tuple[VideoFeatures, list[Question], str]] = OrderedDict()
+
+    def _scene(self, index: int) -> tuple[VideoFeatures, list[Question], str]:
+        if index not in self._scenes:
+            cast = make_cast(self.world, self.seed, index)
+            features = self._features(render(cast, self.seed, index))
+            questions = make_questions(cast, self.seed, index)
+            self._scenes[index] = features, self._seeing(questions), make_caption(cast)
+            if len(self._scenes) > _KEPT_SCENES:
+                self._scenes.popitem(last=False)
+        self._scenes.move_to_end(index)
+        return self._scenes[index]
+
+    @torch.no_grad()
+    def _features(self, frames: NDArray[np.uint8]) -> VideoFeatures:
+        inputs = chat_inputs(self.processor, frames, [CAPTION_PROMPT])
+        (features,) = self.adapter.video_features(on_device(inputs, self.adapter.device))
+        return features
+
+    def _seeing(self, questions: list[Question]) -> list[Question]:
+        """Return the questions that take part: all, or those whose answer the model does not know beforehand."""
+        if not self.blind_filter:
+            return questions
+        rows = [{"question": q.text, "options": list(q.options), "answer": q.answer} for q in questions]
+        known = blind_answers(self.adapter.model, self.processor, rows, batch=len(rows))
+        return [q for q, right in zip(questions, known, strict=True) if not right] or questions
+
+    def choice(self, number: int) -> Choice:
+        """Return multiple-choice prompt `number`: question ⌊number / 32⌋ mod `per_scene` of one of 32 scenes."""
+        block, place = divmod(number, 32 * self.per_scene)
+        features, questions, _ = self._scene(block * 32 + place % 32)
+        question = questions[(place // 32) % len(questions)]
+        inputs = self._inputs(features, question.text, "")
+        options = torch.tensor([WORD_ID[word] for word in question.options])
+        return Choice(inputs, options, question.options.index(question.answer), question.answer)
+
+    def caption(self, number: int) -> Caption:
+        """Return caption prompt `number`, one a scene."""
+        features, _, caption = self._scene(number)
+        return self._captioned(features, caption, str(number))
+
+    def pseudo(self, number: int) -> Caption:
+        """Return caption prompt `number` of a pseudo-video."""
+        cast, frames = make_pseudo(self.world, self.seed, number)
+        features = self._features(frames)
+        # The model never saw such captions. Colours and places it reads off the video all the same; how sentences
+        # follow each other it cannot know, and no token kept or dropped would help.
+        return self._captioned(features, make_caption(cast), f"pseudo {number}", scored=(*COLOURS, *PLACES))
+
+    def _captioned(
+        self, features: VideoFeatures, caption: str, key: str, scored: Sequence[str] | None = None
+    ) -> Caption:
+        inputs = self._inputs(features, CAPTION_PROMPT, caption)
+        ids = inputs["input_ids"]
+        labels = torch.full_like(ids, -100)
+        length = len(caption.split()) + 1
+        labels[:, -length:] = ids[:, -length:]
+        if scored is not None:
+            labels[~torch.isin(labels, torch.tensor([WORD_ID[word] for word in scored]))] = -100
+        return Caption(inputs | {"labels": labels}, key=key)
+
+    def _inputs(self, features: VideoFeatures, question: str, answer: str) -> dict[str, Any]:
+        """Return one prompt's inputs with ready features; an answer is followed by the end of its turn."""
+        text = self.processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        video = self.processor.video_token
+        count = features.grid.num_tokens + features.tail.shape[0]
+        text = text.replace(video, video * count) + (f" {answer} <|im_end|>" if answer else "")
+        ids: Tensor = self.processor.tokenizer(text, return_tensors="pt")["input_ids"]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_encoder_outputs": self.adapter.ready_features(features),
+        }

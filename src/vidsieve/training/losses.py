@@ -1,0 +1,102 @@
+"""Policy-gradient losses. Pure functions; G or K rollouts over N tokens."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def action_log_probs(logits: Tensor, keep_masks: Tensor) -> Tensor:
+    """Return log π of what was done with each token (G, N): two-class log-softmax of logits (N, 2).
+
+    Parameters
+    ----------
+    logits : Tensor, (N, 2), column 0 = drop, 1 = keep
+    keep_masks : Tensor, (G, N), bool
+    """
+    both = logits.float().log_softmax(-1)
+    return torch.where(keep_masks, both[:, 1], both[:, 0])
+
+
+def clipped_surrogate(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
+) -> Tensor:
+    """Return −min(ρ·A, clip(ρ)·A) for each rollout and token (G, N) (CaCoVID Eq. 17-19).
+
+    The minimum is taken before the exponential: min(ρ·A, clip(ρ)·A) is min(ρ, 1 + high)·A where A ≥ 0 and
+    max(ρ, 1 − low)·A where A < 0. Taken after it, an overflowing ρ would turn the gradient of the side that is
+    not chosen, 0 · ∞, into NaN.
+    """
+    weight = advantages[:, None].float()
+    gap = log_probs - old_log_probs
+    gap = torch.where(weight >= 0, gap.clamp(max=math.log1p(clip_high)), gap.clamp(min=math.log1p(-clip_low)))
+    return -gap.exp() * weight
+
+
+def cpo_loss(
+    logits: Tensor,
+    old_log_probs: Tensor,
+    keep_masks: Tensor,
+    advantages: Tensor,
+    *,
+    balanced: bool = False,
+    kl_weight: float = 0.0,
+    clip_low: float = 0.2,
+    clip_high: float = 0.28,
+) -> Tensor:
+    """Return the combinatorial policy optimisation loss (CaCoVID Eq. 16), a scalar.
+
+    Parameters
+    ----------
+    logits : Tensor, (N, 2)
+    old_log_probs : Tensor, (G, N)
+        `action_log_probs` under the policy that drew the masks.
+    keep_masks : Tensor, (G, N), bool
+    advantages : Tensor, (G,)
+    balanced : bool
+        Weigh kept tokens by the dropped share and dropped ones by the kept share of each mask, as the release
+        does for tokens; otherwise a plain mean over tokens (Eq. 16).
+    kl_weight : float
+        Weight of the k3 estimate of the divergence from a fair coin, under the same weights.
+    """
+    log_probs = action_log_probs(logits, keep_masks)
+    loss = clipped_surrogate(log_probs, old_log_probs, advantages, clip_low, clip_high)
+    if kl_weight:
+        gap = math.log(0.5) - log_probs
+        loss = loss + kl_weight * (gap.exp() - gap - 1)
+    if not balanced:
+        return loss.mean()
+    kept = keep_masks.float().mean(1, keepdim=True)
+    weight = torch.where(keep_masks, 1 - kept, kept)
+    return ((loss * weight).sum(1) / (weight.sum(1) + 1e-7)).mean()
+
+
+def reinforce_loss(logits: Tensor, keep_masks: Tensor, advantages: Tensor) -> Tensor:
+    """Return −mean_k A_k · mean_n log π(m_n) (SCORE Eq. 8-9) of Bernoulli logits (N,), a scalar."""
+    log_probs = torch.where(keep_masks, F.logsigmoid(logits.float()), F.logsigmoid(-logits.float()))
+    return -(advantages[:, None].float() * log_probs).mean()
+
+
+def entropy(keep_logits: Tensor) -> Tensor:
+    """Return the mean entropy, in nats, of keep probabilities with logits (N,), a scalar."""
+    logits = keep_logits.float()
+    return (F.softplus(logits) - logits * logits.sigmoid()).mean()
+
+
+def entropy_shortfall(keep_logits: Tensor, floor: float) -> Tensor:
+    """Return how far the mean entropy of keep logits (N,) is below `floor` nats, 0 above it."""
+    return (floor - entropy(keep_logits)).clamp(min=0)
+
+
+def band_distance(keep_logits: Tensor, low: float, high: float) -> Tensor:
+    """Return how far the mean keep probability of logits (N,) is outside [`low`, `high`], a scalar."""
+    mean = keep_logits.float().sigmoid().mean()
+    return (low - mean).clamp(min=0) + (mean - high).clamp(min=0)
+
+
+def distillation_loss(scores: Tensor, teacher: Tensor) -> Tensor:
+    """Return the cross-entropy of softmax(scores) against softmax(teacher), both (N,), a scalar."""
+    return -(teacher.float().softmax(0) * scores.float().log_softmax(0)).sum()

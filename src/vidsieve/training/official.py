@@ -1,0 +1,187 @@
+"""CaCoVID's released sampling, step by step (LivingFutureLab/CaCoVID @ 384752da), for variant "official".
+
+The release draws masks in three modes: "token" (its OCSS), "frame", and "content" (a reference by density
+peaks whose reward trains nothing). Probabilities and draws are separate functions here, so that the
+probabilities can be checked against the release and the draws against the probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor
+
+from vidsieve.types import TokenGrid
+
+
+def clip_max_probability(probability: Tensor, cap: float) -> Tensor:
+    """Return probabilities whose largest entries are cut to `cap`, the rest rescaled (water-filling).
+
+    Entries are first raised to at least 1/len². The release passes one row (n,), or by mistake a matrix (G, T),
+    which it then normalises as a whole with len = G, so that the cap hardly ever binds.
+
+    Parameters
+    ----------
+    probability : Tensor, (n,) or (G, T), floating, not negative
+    cap : float
+    """
+    floor = 1 / probability.shape[0] ** 2
+    free = torch.ones_like(probability)
+    result = torch.zeros_like(probability)
+    p, scale, limit = probability, 1.0, cap
+    while True:
+        p = p.clamp(min=floor) * free
+        p = p / p.sum()
+        limit = min(limit, 0.999)
+        if float(p.max()) <= limit or int(free.sum()) == 1:
+            return result + scale * p
+        largest = int(p.argmax())
+        result.view(-1)[largest] = scale * limit
+        free.view(-1)[largest] = 0
+        p = p * free
+        scale, limit = scale * (1 - limit), limit / (1 - limit)
+
+
+def group_count(ratio: float, group_size: float = 2.0) -> int:
+    """Return g, the number of sub-spaces of a frame: ⌊1/ratio/group_size⌋, at least 1."""
+    return max(int(1 / ratio / group_size), 1)
+
+
+def group_of_tokens(probability: Tensor, groups: int) -> Tensor:
+    """Return the sub-space (T, n) int64 of each token: tokens sorted by probability, cut into equal parts.
+
+    The first n mod g parts get one token more.
+    """
+    tokens = probability.shape[1]
+    sizes = torch.full((groups,), tokens // groups)
+    sizes[: tokens % groups] += 1
+    order = probability.sort(dim=1, descending=True, stable=True).indices
+    parts = torch.repeat_interleave(torch.arange(groups), sizes)
+    return torch.empty_like(order).scatter_(1, order, parts.expand_as(order))
+
+
+def group_probability(probability: Tensor, members: Tensor, groups: int, max_group_prob: float = 2.0) -> Tensor:
+    """Return the capped probability (T, g) of each sub-space of each frame."""
+    mass = torch.zeros(probability.shape[0], groups).scatter_add_(1, members, probability.float())
+    cap = min(max(max_group_prob / groups, 0.1), 0.9) if groups > 1 else 1.0
+    return torch.stack([clip_max_probability(row, cap) for row in mass])
+
+
+def member_probability(probability: Tensor, members: Tensor, drawn: Tensor, groups: int) -> Tensor:
+    """Return within-group probabilities (G, n) of one frame, given the sub-space drawn by each rollout.
+
+    Probabilities inside the group are clamped to half and twice 1/⌊n/g⌋ and renormalised.
+
+    Parameters
+    ----------
+    probability, members : Tensor, (n,)
+    drawn : Tensor, (G,), int64
+    """
+    inside = (members[None] == drawn[:, None]).float()
+    part = probability[None].float() * inside
+    part = part / (part.sum(1, keepdim=True) + 1e-8)
+    size = probability.shape[0] // groups
+    part = part.clamp(0.5 / size, 2.0 / size) * inside
+    return part / part.sum(1, keepdim=True)
+
+
+def token_masks(scores: Tensor, grid: TokenGrid, ratio: float, groups: int, generator: Generator) -> Tensor:
+    """Return the masks (G, N) bool of the release's "token" mode; the first one is greedy.
+
+    Parameters
+    ----------
+    scores : Tensor, (N,), logit of keep minus logit of drop
+    groups : int, G
+    """
+    probability = scores.detach().float().reshape(grid.frames, grid.per_frame).softmax(1)
+    count = drawn_tokens(grid, ratio)
+    # The release has frames of 196 tokens; in smaller ones a sub-space must still hold what is drawn from it.
+    parts = min(group_count(ratio), grid.per_frame // count)
+    members = group_of_tokens(probability, parts)
+    mass = group_probability(probability, members, parts)
+    masks = torch.zeros(groups, grid.frames, grid.per_frame, dtype=torch.bool)
+    for frame in range(grid.frames):
+        drawn = torch.multinomial(mass[frame], groups, replacement=True, generator=generator)
+        inside = member_probability(probability[frame], members[frame], drawn, parts)
+        chosen = torch.multinomial(inside, count, generator=generator)
+        chosen[0] = probability[frame].sort(descending=True, stable=True).indices[:count]
+        masks[:, frame].scatter_(1, chosen, True)
+    return masks.flatten(1)
+
+
+def frame_probability(frame_scores: Tensor, groups: int) -> Tensor:
+    """Return the matrix (G, T) from which the release draws frames: softmax repeated, then clipped as a whole."""
+    row = frame_scores.detach().float().softmax(0)
+    return clip_max_probability(row.repeat(groups, 1), 3 / row.shape[0])
+
+
+def drawn_frames(grid: TokenGrid, share: float) -> int:
+    """Return how many frames a "frame" rollout keeps, ⌈T·share⌉."""
+    return max(math.ceil(grid.frames * share), 1)
+
+
+def drawn_tokens(grid: TokenGrid, ratio: float) -> int:
+    """Return how many tokens of each frame a rollout keeps, r·H·W rounded half to even; at least 1, unlike there."""
+    return max(round(ratio * grid.per_frame), 1)
+
+
+def density_peaks(embeds: Tensor, noise: Tensor) -> Tensor:
+    """Return the density-peak score (…, n) of tokens (…, n, D): density times distance to a denser token.
+
+    Parameters
+    ----------
+    embeds : Tensor, (…, n, D)
+    noise : Tensor, (…, n), in [0, 1); a millionth of it breaks ties of density
+    """
+    distance = torch.cdist(embeds.float(), embeds.float()) / math.sqrt(embeds.shape[-1])
+    nearest = distance.topk(min(4, distance.shape[-1]), dim=-1, largest=False).values
+    density = (-nearest.square().mean(-1)).exp() + noise * 1e-6
+    denser = density[..., None, :] > density[..., :, None]
+    farthest = distance.flatten(-2).amax(-1)[..., None, None]
+    gap = torch.where(denser, distance, farthest).amin(-1)
+    return gap * density
+
+
+def content_mask(embeds: Tensor, grid: TokenGrid, ratio: float, noise: Tensor) -> Tensor:
+    """Return the mask (N,) bool of the release's "content" mode: density peaks inside every frame."""
+    count = drawn_tokens(grid, ratio)
+    frames = embeds.reshape(grid.frames, grid.per_frame, -1)
+    chosen = density_peaks(frames, noise.reshape(grid.frames, grid.per_frame)).topk(count, dim=1).indices
+    return torch.zeros(grid.frames, grid.per_frame, dtype=torch.bool).scatter_(1, chosen, True).flatten()
+
+
+def frame_rollout_mask(embeds: Tensor, grid: TokenGrid, ratio: float, drawn: Tensor, noise: Tensor) -> Tensor:
+    """Return the mask (N,) bool of one "frame" rollout: density peaks over all tokens of the drawn frames.
+
+    Parameters
+    ----------
+    drawn : Tensor, (T,), bool
+    noise : Tensor, (drawn tokens,), in [0, 1)
+    """
+    budget = grid.frames * drawn_tokens(grid, ratio)
+    tokens = drawn[:, None].expand(-1, grid.per_frame).flatten().nonzero().flatten()
+    chosen = density_peaks(embeds[tokens], noise).topk(budget).indices
+    mask = torch.zeros(grid.num_tokens, dtype=torch.bool)
+    mask[tokens[chosen]] = True
+    return mask
+
+
+def frame_masks(
+    embeds: Tensor,
+    frame_scores: Tensor,
+    grid: TokenGrid,
+    ratio: float,
+    groups: int,
+    generator: Generator,
+    share: float = 0.125,
+) -> tuple[Tensor, Tensor]:
+    """Return frame masks (G, T) bool and keep-masks (G, N) bool of the "frame" mode; the first one is greedy."""
+    # As many frames as hold the budget: the release's 32 frames at a ratio of at most 0.12 always do.
+    count = max(drawn_frames(grid, share), -(-grid.frames * drawn_tokens(grid, ratio) // grid.per_frame))
+    chosen = torch.multinomial(frame_probability(frame_scores, groups), count, generator=generator)
+    chosen[0] = frame_scores.sort(descending=True, stable=True).indices[:count]
+    frames = torch.zeros(groups, grid.frames, dtype=torch.bool).scatter_(1, chosen, True)
+    noise = torch.rand(groups, count * grid.per_frame, generator=generator)
+    masks = [frame_rollout_mask(embeds, grid, ratio, frames[i], noise[i]) for i in range(groups)]
+    return frames, torch.stack(masks)

@@ -1,0 +1,175 @@
+"""The folder of a training run: metrics line by line, the checkpoint, and what a resumed run must share with it.
+
+Everything but a line of metrics is written beside its place and renamed into it, so that a run killed at any moment
+leaves a checkpoint that is whole. Metrics may be ahead of it; going on cuts them back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vidsieve.errors import OutputError, TrainingError
+from vidsieve.io.checkpoints import load_state, read_header, save_state
+from vidsieve.io.files import writing
+from vidsieve.policies import Policy
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+POLICY, BEST = "policy", "best"
+
+FREE = frozenset({"steps", "max_minutes", "log_every", "save_every", "eval_every", "workers", "rollout_tokens"})
+"""Settings that may change from one sitting to the next; the record says when they did."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its files."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The last checkpoint."""
+        return self.path / CHECKPOINT
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / METRICS
+
+    def begin(self, resume: bool) -> bool:
+        """Make the folder ready, clear what a killed process left half-written; return whether a run is there to go on.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written, holds a run and `resume` is not set, or holds none and it is.
+        """
+        there = os.path.exists(self.checkpoint)
+        if there and not resume:
+            raise OutputError(f"{self.path} holds a run already: go on with --resume, or choose another folder")
+        # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
+        if not there and resume and not os.path.exists(self.metrics):
+            raise OutputError(f"{self.path} holds no run to go on with: leave --resume out to begin one")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.path / POLICY, self.path / BEST):
+                for half in folder.glob(".*.part"):
+                    half.unlink()
+            if not there:
+                self.metrics.write_text("", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"cannot write into {self.path}: {error.strerror or error}") from None
+        return there
+
+    def discard(self) -> None:
+        """Remove a run that came to nothing, and the folder if nothing else is in it."""
+        for path in (self.checkpoint, self.metrics):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: it was there before
+            self.path.rmdir()
+
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
+        """Write the checkpoint.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written; the one before stays.
+        """
+        try:
+            save_state(self.checkpoint, {"policy": policy}, optimizer, header)
+        except OutputError as error:
+            left = (
+                f"the last good checkpoint is {self.checkpoint}"
+                if os.path.exists(self.checkpoint)
+                else "nothing was saved"
+            )
+            advice = (
+                "make room and go on with --resume" if os.path.exists(self.checkpoint) else "make room and begin again"
+            )
+            raise OutputError(f"{error}; {left}: {advice}") from error
+
+    def load(
+        self,
+        policy: Policy,
+        optimizer: torch.optim.Optimizer,
+        ours: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        force: bool = False,
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Restore a run; return its header, and what has changed since it was written, allowed or forced.
+
+        Parameters
+        ----------
+        ours : mapping
+            Settings and circumstances of this sitting.
+        defaults : mapping
+            What a run had that was begun before there was such a setting.
+        force : bool
+            Go on even with other settings.
+
+        Raises
+        ------
+        TrainingError
+            If the checkpoint is unreadable, of another network, or of other settings without `force`.
+        """
+        header = read_header(self.checkpoint)
+        theirs = {**defaults, **header["config"], **header.get("origin", {})}
+        changed = {
+            name: f"{name} was {theirs[name]!r}, is {value!r}"
+            for name, value in ours.items()
+            if name in theirs and theirs[name] != value
+        }
+        refused = [text for name, text in changed.items() if name not in FREE]
+        if refused and not force:
+            raise TrainingError(
+                f"the run in {self.path} was begun with other settings, and would not go on as it began: "
+                f"{'; '.join(refused)}. Go back to those, or go on regardless with --force"
+            )
+        load_state(self.checkpoint, {"policy": policy}, optimizer)
+        return header, list(changed.values())
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line of metrics.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        try:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OutputError(
+                f"cannot write {self.metrics}: {error.strerror or error}; the last good checkpoint is "
+                f"{self.checkpoint}: make room and go on with --resume"
+            ) from None
+
+    def cut(self, step: int) -> None:
+        """Drop metrics that were logged after `step`, so that no step appears twice."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if os.path.exists(self.metrics) else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        with writing(self.metrics) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run, one dict per logged step."""
+    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]

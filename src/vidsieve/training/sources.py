@@ -1,0 +1,202 @@
+"""Where training prompts come from, which others are held out from training, and how they are read ahead."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.errors import TrainingError
+from vidsieve.training.answers import decoded
+from vidsieve.training.data.prefetch import Prefetch
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.heldout import HeldOut
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, TrainConfig
+
+TRAINING_SEED = 100_000
+"""Scenes of the testbed come under this plus the run's seed; below it are the seeds of evaluation."""
+HELD_OUT_SEED = 77_001
+"""Scenes of held-out evaluation: the same for every run, and none that benchmarks measure on."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run reads, as `train_policy` has it; all None: fresh scenes of the testbed."""
+
+    data: Path | None = None
+    eval_data: Path | None = None
+    pseudo: Path | None = None
+    cache: Path | None = None
+    root: Path | None = None
+    """The folder that paths in `data` and `eval_data` start from; None: the folder of each file."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Prompts of a run, pseudo-videos that come before them, `count` prompts held out, and what names all of it."""
+
+    prompts: Any
+    pseudo: Any
+    held_out: Any
+    count: int
+    origin: dict[str, str]
+    captions: bool
+    first: int
+    """Prompts taken from `pseudo` before those of `prompts`."""
+    workers: int
+
+    def plan(self) -> str:
+        """Return in words what the cache of encodings will take, one video of it encoded; empty without one.
+
+        Raises
+        ------
+        OutputError
+            If it does not fit on the disk.
+        """
+        cache = getattr(self.prompts, "cache", None)
+        if cache is None:
+            return ""
+        read = [prompts for prompts in (self.prompts, self.pseudo, self.held_out) if prompts is not None]
+        return str(cache.plan(chain.from_iterable(prompts.videos_to_encode(self.captions) for prompts in read)))
+
+    @contextmanager
+    def samples(self) -> Iterator[Callable[[int], Any]]:
+        """Give samples by number, read ahead by threads where they come from files, until the block ends."""
+        if self.workers == 0:
+            yield self._in_turn("caption" if self.captions else "choice")
+            return
+        with Prefetch(self._in_turn("read_caption" if self.captions else "read_choice"), self.workers) as ahead:
+            yield lambda number: self.prompts.finished(ahead(number))
+
+    def _in_turn(self, what: str) -> Callable[[int], Any]:
+        """Return a source of samples that gives `first` pseudo-videos, then the prompts from their beginning."""
+        then = getattr(self.prompts, what)
+        if not self.first:
+            return then  # type: ignore[no-any-return]
+        # The testbed makes pseudo-videos of its own scenes.
+        before = getattr(self.pseudo, what) if self.pseudo is not None else self.prompts.pseudo
+        return lambda number: before(number) if number < self.first else then(number - self.first)
+
+
+def source(
+    adapter: Adapter, processor: Any, config: TrainConfig, files: Files, skipped: Skipped | None = None
+) -> Source:
+    """Return the prompts of a run, and others that are held out; what of the files is not used is told `skipped`.
+
+    Raises
+    ------
+    TrainingError
+        If a file is unreadable, a share is held out of what is no file, a video is in two files, or a file is given
+        that nothing would read.
+    """
+    from vidsieve.training.data.encodings import EncodingCache
+    from vidsieve.training.data.prompts import FilePrompts, load_prompts
+    from vidsieve.training.data.scenes import ScenePrompts
+    from vidsieve.training.data.table import View, held_out
+
+    data, eval_data = files.data, files.eval_data
+    captions = not isinstance(config, CaCoVIDConfig)
+    kinds: Any = None if isinstance(config, CaCoVIDConfig) and config.reward == "generate" else "multiple choice"
+    first = config.pseudo_steps * config.prompts_per_step if isinstance(config, ScoreConfig) else 0
+    _check(config, files, first)
+    skipped = Skipped() if skipped is None else skipped
+    cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
+
+    def rows_of(path: Path, root: Path | None = files.root) -> View:
+        return load_prompts(processor, path, root, kinds=kinds, skipped=skipped, captions=captions)
+
+    def read(
+        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None
+    ) -> FilePrompts:
+        found = FilePrompts(
+            adapter,
+            processor,
+            path,
+            seed=seed,
+            frames=config.frames,
+            cache=cache,
+            only=only,
+            skipped=skipped,
+            rows=rows,
+        )
+        if not (found.captions if captions else found.choices):
+            part = "" if only is None else " (in a part of it: hold_out)"
+            raise TrainingError(f"{path} has no rows with {'a caption' if captions else 'a question'}{part}")
+        return found
+
+    prompts: Any
+    held: Any = None
+    if data is None:
+        filtered = isinstance(config, CaCoVIDConfig) and config.blind_filter
+        prompts = ScenePrompts(adapter, processor, seed=TRAINING_SEED + config.seed, blind_filter=filtered)
+        held = ScenePrompts(adapter, processor, seed=HELD_OUT_SEED) if eval_data is None else None
+    else:
+        rows = rows_of(data)
+        apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()
+        prompts = read(data, rows, config.seed, lambda shown: not shown & apart)
+        if apart:
+            held = read(data, rows, only=lambda shown: bool(shown & apart))
+    pseudo = read(files.pseudo, rows_of(files.pseudo, None), config.seed) if files.pseudo is not None else None
+    if eval_data is not None:
+        held = read(eval_data, rows_of(eval_data))
+        for trained in (part for part in (prompts, pseudo) if isinstance(part, FilePrompts)):
+            both = np.intersect1d(trained.videos, held.videos).tolist()
+            if both:
+                raise TrainingError(
+                    f"{len(both)} videos of {eval_data} are in {trained.path} too, first "
+                    f"{Path(held.first_of(both)).name}: take them out of one"
+                )
+    count = 0 if held is None else config.eval_prompts
+    if isinstance(held, FilePrompts):
+        count = min(count, len(held.captions if captions else held.choices))
+    origin = {"data": digest(data), "eval_data": digest(eval_data)}
+    origin |= {"pseudo": digest(files.pseudo)} if first else {}
+    # Scenes of the testbed are encoded by the model itself: no work for other threads.
+    return Source(prompts, pseudo, held, count, origin, captions, first, config.workers if data is not None else 0)
+
+
+def _check(config: TrainConfig, files: Files, first: int) -> None:
+    """Refuse settings and files that do not go together."""
+    if files.data is None:
+        given_ones = (("hold_out", config.hold_out), ("a cache", files.cache), ("--pseudo", files.pseudo))
+        for name, given in (*given_ones, ("--video-root", files.root if files.eval_data is None else None)):
+            if given:
+                raise TrainingError(f"{name} is for the videos of --data, and none was given: leave it out")
+    elif isinstance(config, CaCoVIDConfig) and config.blind_filter:
+        raise TrainingError(
+            "blind_filter is for the testbed's scenes: make a filtered file with `vidsieve data filter`"
+        )
+    elif first and files.pseudo is None:
+        raise TrainingError(
+            "pseudo_steps needs pseudo-videos: make some with `vidsieve data pseudo`, pass --pseudo FILE"
+        )
+    elif files.pseudo is not None and not first:
+        raise TrainingError(f"{files.pseudo} is for the first pseudo_steps, and there are none: set pseudo_steps")
+    if config.hold_out and files.eval_data is not None:
+        raise TrainingError("hold_out and --eval-data both say what is held out: give one of them")
+
+
+def digest(data: Path | None) -> str:
+    """Return what names a file of prompts: a hash of it, or the testbed."""
+    if data is None:
+        return "testbed"
+    with data.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def held_out(found: Source, adapter: Adapter, processor: Any, config: TrainConfig) -> HeldOut | None:
+    """Return what a run is evaluated on, if anything is held out."""
+    if not found.count:
+        return None
+    if not isinstance(config, CaCoVIDConfig):
+        return HeldOut(adapter, found.held_out.caption, found.count, config.eval_retention)
+    decode = partial(decoded, processor.tokenizer)
+    return HeldOut(adapter, found.held_out.choice, found.count, config.eval_retention, decode, config.answer_tokens)

@@ -1,0 +1,243 @@
+"""Frames of video files, read with PyAV: an index of timestamps first, then only the frames that are wanted.
+
+The index comes from the packets, so nothing is decoded for it; `decoding` then decodes what is needed. Videos made of
+still images are read here too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av import VideoFrame
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from vidsieve.errors import VideoError
+from vidsieve.io.files import writing
+from vidsieve.video.decoding import File, Index, Ints, Notes, Pixels, count_frames, decode_all, decode_groups
+
+TOLERANCE = 1e-6  # seconds: a moment this little before a frame's timestamp is on that frame
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """Frames of a video, upright, and what had to be assumed to get them.
+
+    Parameters
+    ----------
+    pixels : array, (T, H, W, 3), uint8, RGB
+    timestamps : array, (T,), float64, seconds at which each appears; the first frame of the file appears at 0
+    notes : tuple of str, what was skipped, clamped or assumed
+    duration : float, seconds from the appearance of the file's first frame to the end of its last
+    fps : float, average rate of the file's frames
+    num_frames : int, how many frames of the file a player shows
+    size : tuple of int, height and width as shown
+    """
+
+    pixels: Pixels
+    timestamps: NDArray[np.float64]
+    notes: tuple[str, ...]
+    duration: float
+    fps: float
+    num_frames: int
+    size: tuple[int, int]
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    times: Sequence[float] | None = None,
+    max_frames: int | None = None,
+    seek: bool | None = None,
+) -> Video:
+    """Return the frames of a video file that one of `frames`, `fps` and `times` asks for.
+
+    Parameters
+    ----------
+    path : a local file of any kind that FFmpeg reads; of several video streams the default one, cover art aside
+    frames : so many frames uniformly over the file, its first and last included; 1 is the middle one
+    fps : the frames on screen at 0, 1/fps, 2/fps, … seconds, each once
+    times : the frame on screen at each of these seconds, in the given order: the last that appeared by then
+    max_frames : where `fps` comes to more frames than this, so many uniform ones are returned instead
+    seek : whether to jump to the keyframes needed or to read the file through; None jumps where that passes over
+        half of the file; the frames are the same
+
+    Raises
+    ------
+    VideoError
+        If the file holds no readable video, or the request cannot be met.
+    """
+    asked = _Request(Path(path), frames, fps, times, max_frames)
+    notes: Notes = {}
+    reel = None
+    with closing(File(asked.path, notes)) as file:
+        index = file.index()
+    if index is not None:
+        chosen, remarks = asked.choose(index)
+        reel = decode_groups(asked.path, index, index.pts[chosen], seek, notes)
+        reel = reel or decode_all(asked.path, index.pts[chosen], notes, counting=False)
+    if index is None or reel is None:  # the packets do not tell what is shown, the frames themselves do
+        index = count_frames(asked.path, notes)
+        chosen, remarks = asked.choose(index)
+        reel = decode_all(asked.path, chosen, notes, counting=True)
+    if reel is None:
+        raise VideoError(f"{path} changed while it was being read: read it again")
+    size, rate = (reel.pixels.shape[1], reel.pixels.shape[2]), len(index.pts) / index.duration
+    return Video(reel.pixels, index.seconds[chosen], (*notes, *remarks), index.duration, rate, len(index.pts), size)
+
+
+def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames: int | None = None) -> Video:
+    """Return the video of one frame a second that shows still images one after another, each for some frames.
+
+    Images are turned upright, made RGB, and scaled to the size of the first.
+
+    Parameters
+    ----------
+    images : (path, how many frames it stays), at least one
+    frames : at most so many frames, uniformly over the video; None: all
+
+    Raises
+    ------
+    VideoError
+        If there is no image, or one cannot be read.
+    """
+    shown = np.repeat(np.arange(len(images)), [times for _, times in images])
+    if not len(shown):
+        raise VideoError("a video of still images needs at least one image, shown for at least one frame")
+    chosen = np.arange(len(shown)) if frames is None else _uniform(len(shown), frames)
+    first = read_image(images[shown[0]][0])
+    size = first.shape[1], first.shape[0]
+    # An image that subsampling passes over is not opened.
+    pictures = {0: first} | {n: read_image(images[n][0], size) for n in set(shown[chosen].tolist()) - {0}}
+    pixels = np.stack([pictures[n] for n in shown[chosen].tolist()])
+    return Video(pixels, chosen.astype(np.float64), (), float(len(shown)), 1.0, len(shown), (size[1], size[0]))
+
+
+def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Pixels:
+    """Return a still image (H, W, 3) uint8 RGB, upright, scaled to `size` (width, height) where one is given.
+
+    Raises
+    ------
+    VideoError
+        If it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(
+            f"{path} cannot be read as an image ({error}): fetch it again, save it as 8-bit RGB, or leave it out"
+        ) from None
+    if size is not None and upright.size != size:
+        upright = upright.resize(size, Image.Resampling.BICUBIC)
+    return np.asarray(upright)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return an image of at most eight bits a channel: 16-bit and float grey are scaled, not cut off.
+
+    Raises
+    ------
+    ValueError
+        If it does not say what is white: numbers beyond 16 bits, or floats outside [0, 1].
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 65535
+    if not (low >= 0 and high <= white):
+        raise ValueError(f"its pixels are numbers from {low:g} to {high:g}, and nothing says which of them is white")
+    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+
+
+def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf: int = 12) -> None:
+    """Write pixels (T, H, W, 3) uint8 RGB, H and W even, as an H.264 mp4 that is complete or not there at all.
+
+    `crf` is the quality, from 0 (nothing lost but colour resolution) to 51.
+
+    Raises
+    ------
+    VideoError
+        If the pixels, rate or quality are not of that kind.
+    OutputError
+        If the path cannot be written.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.size == 0:
+        raise VideoError(f"{path}: pixels must be uint8 (T, H, W, 3), T at least 1; got {pixels.dtype} {pixels.shape}")
+    if pixels.shape[1] % 2 or pixels.shape[2] % 2:
+        raise VideoError(f"{path}: yuv420p needs an even height and width, got {pixels.shape[1:3]}: crop or pad by one")
+    if not (math.isfinite(fps) and fps > 0 and 0 <= crf <= 51):
+        raise VideoError(f"{path}: fps must be above 0 and crf between 0 and 51; got fps={fps!r}, crf={crf!r}")
+    rate = Fraction(fps).limit_denominator(1001)
+    with writing(Path(path)) as temporary:
+        try:
+            with av.open(str(temporary), "w", format="mp4") as container:
+                # With mbtree, x264 gives the same pixels other bytes from run to run.
+                options = {"crf": str(crf), "x264-params": "mbtree=0"}
+                stream = container.add_stream("libx264", rate=rate, options=options)
+                stream.height, stream.width = pixels.shape[1:3]
+                stream.pix_fmt, stream.thread_count = "yuv420p", 1
+                for count, picture in enumerate(pixels):
+                    frame = VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+                    frame.pts, frame.time_base = count, 1 / rate
+                    container.mux(stream.encode(frame))
+                container.mux(stream.encode(None))
+        except av.FFmpegError as error:
+            raise OSError(error.errno, error.strerror) from error
+
+
+@dataclass(frozen=True)
+class _Request:
+    path: Path
+    frames: int | None
+    fps: float | None
+    times: Sequence[float] | None
+    max_frames: int | None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("frames", "fps", "times") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise VideoError(f"{self.path}: give one of frames, fps and times; got {' and '.join(given) or 'none'}")
+        for name in ("frames", "max_frames"):
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
+                raise VideoError(f"{self.path}: {name} must be a whole number of at least 1; got {count!r}")
+        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
+            raise VideoError(f"{self.path}: fps must be a number above 0; got {self.fps!r}")
+        if self.max_frames is not None and self.fps is None:
+            raise VideoError(f"{self.path}: max_frames limits fps; leave it out with {given[0]}")
+        if self.times is not None and (np.ndim(self.times) != 1 or len(self.times) == 0):
+            raise VideoError(f"{self.path}: times must be a sequence of at least one number; got {self.times!r}")
+
+    def choose(self, index: Index) -> tuple[Ints, list[str]]:
+        """Return which of the shown frames to return, (T,) int64, and what to note."""
+        seconds, n = index.seconds, len(index.pts)
+        if self.frames is not None:
+            notes = [f"asked for {self.frames} frames, the video has {n}: all are used"] if self.frames > n else []
+            return _uniform(n, self.frames), notes
+        if self.fps is not None:
+            # A frame is on screen at a moment k/fps if one lies between its appearance and that of the next.
+            moments = np.ceil((np.append(seconds, index.duration) - TOLERANCE) * self.fps)
+            chosen, asked = np.flatnonzero(np.diff(moments) > 0), f"{self.fps:g} fps asks for {moments[-1]:.0f} moments"
+            if self.max_frames is not None and len(chosen) > self.max_frames:
+                return _uniform(n, self.max_frames), [f"{asked}: {self.max_frames} uniform frames are used instead"]
+            return chosen, [f"{asked}, with {len(chosen)} different frames"] * int(moments[-1] > len(chosen))
+        wanted = np.asarray(self.times, dtype=np.float64)
+        inside = (wanted >= -TOLERANCE) & (wanted <= index.duration + TOLERANCE)  # false for NaN
+        if not inside.all():
+            raise VideoError(f"{self.path} shows nothing at {wanted[~inside][0]:g} s: give 0 to {index.duration:.3f} s")
+        return (np.searchsorted(seconds, wanted + TOLERANCE, side="right") - 1).clip(0), []
+
+
+def _uniform(n: int, count: int) -> Ints:
+    return np.array([(n - 1) // 2]) if count == 1 else np.linspace(0, n - 1, min(n, count)).round().astype(np.int64)

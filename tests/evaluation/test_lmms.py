@@ -1,0 +1,331 @@
+"""The plug-in of lmms-eval beside as much of lmms-eval as it touches: arguments, answers, order, and refusals."""
+
+from __future__ import annotations
+
+import abc
+import subprocess
+import sys
+import tomllib
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from vidsieve._version import __version__
+from vidsieve.adapters import adapter_for
+from vidsieve.answering import answer
+from vidsieve.errors import (
+    BudgetError,
+    EvaluationError,
+    ModelError,
+    PolicyError,
+    PromptError,
+    RetentionError,
+    UnknownNameError,
+    UnsupportedCallError,
+    VideoError,
+)
+from vidsieve.evaluation.benchmarks.questions import QUESTIONS
+from vidsieve.evaluation.examiner import Condition, Examiner
+from vidsieve.evaluation.lmms import ModelArguments, Wish
+from vidsieve.evaluation.methods import method_for
+from vidsieve.testbed.files import write_scenes
+from vidsieve.types import Tokens
+from vidsieve.video.reading import read_video
+
+ROOT = Path(__file__).parents[2]
+TASK, SPLIT = "vidsieve_testbed", "test"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    model_id: str
+    simple_class_path: str
+
+
+@dataclass
+class Result:
+    text: str
+    token_counts: object = None
+
+
+class Base(abc.ABC):
+    """What lmms-eval demands of a model."""
+
+    def __init__(self):
+        self._rank, self.task_dict = 0, {}
+
+    @property
+    def rank(self):
+        return self._rank
+
+    @abc.abstractmethod
+    def generate_until(self, requests): ...
+
+    @abc.abstractmethod
+    def loglikelihood(self, requests): ...
+
+    @abc.abstractmethod
+    def generate_until_multi_round(self, requests): ...
+
+    def clean(self):
+        self.cleaned = True
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """Stand-ins for modules of lmms-eval; what is logged through them."""
+    lines = []
+
+    def module(name, **contents):
+        made = ModuleType(name)
+        vars(made).update(contents)
+        monkeypatch.setitem(sys.modules, name, made)
+
+    for parent in ("", ".api", ".models", ".models.model_utils"):
+        module(f"lmms_eval{parent}")
+    module("lmms_eval.api.model", lmms=Base)
+    module("lmms_eval.api.instance", GenerationResult=Result)
+    module("lmms_eval.models.registry_v2", ModelManifest=Manifest)
+    module("lmms_eval.models.model_utils.gen_metrics", log_metrics=lambda *values: lines.append(values))
+    return lines
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Three questions about each of two scenes."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, world="A", seed=77, scenes=2)
+    items = QUESTIONS.read(folder / "questions.jsonl")
+    videos = sorted({item.video for item in items})
+    return [item for video in videos for item in [i for i in items if i.video == video][:3]]
+
+
+@pytest.fixture(scope="module")
+def task():
+    """The functions of the task that `make test-lmms` gives lmms-eval."""
+    spec = spec_from_file_location("lmms_task", ROOT / "tests/lmms/utils.py")
+    made = module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def loaded(**arguments):
+    """Make the model as lmms-eval does: from the entry point in pyproject.toml to an instance."""
+    points = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["lmms_eval.models"]
+    module, _, function = points["vidsieve"].partition(":")
+    manifest = getattr(import_module(module), function)()
+    path, _, name = manifest.simple_class_path.rpartition(".")
+    made = getattr(import_module(path), name)
+    assert issubclass(made, Base) and made.is_simple and manifest.model_id == "vidsieve"
+    given = {"pretrained": "testbed", "device": "cpu", "frames": 16, **arguments}
+    return made(batch_size="1", **{name: value for name, value in given.items() if value is not None})
+
+
+def asked(model, items, task, settings=None, order=None, show=None):
+    """Return what the model says to requests about the items."""
+    docs = [{"video": str(item.video), "question": item.question, "answer": item.answer} for item in items]
+    model.task_dict[TASK] = {SPLIT: docs}
+    requests = [
+        SimpleNamespace(args=(docs[n]["question"], dict(settings or {}), show or task.doc_to_visual, n, TASK, SPLIT))
+        for n in (order or range(len(docs)))
+    ]
+    return model.generate_until(requests)
+
+
+METHODS = (("full", None), ("cacovid", 0.1), ("score:paper", 0.25), ("divprune", "100t"), ("fastv", 0.5))
+
+
+@pytest.mark.parametrize(("method", "retention"), METHODS)
+def test_answers_are_those_of_the_pipeline_and_of_eval_in_the_order_of_the_requests(
+    logged, scenes, task, testbed, method, retention
+):
+    arguments = {} if retention is None else {"retention": retention}
+    order = [3, 0, 5, 1, 4, 2, 0]
+    said = asked(loaded(method=method, **arguments), scenes, task, {"max_new_tokens": 3, "until": ["\n\n"]}, order)
+    amount = Tokens(100) if retention == "100t" else retention
+    compressor = None if retention is None else method_for(method, "testbed", retention=amount)
+    model, processor = testbed
+    examiner = Examiner(adapter_for(model), processor, [Condition(16, compressor)], max_new_tokens=3)
+    samples = [sample for part in (scenes[:3], scenes[3:]) for sample in examiner.measure(part)["samples"]]
+    for place, result in zip(order, said, strict=True):
+        video = read_video(scenes[place].video, frames=16)
+        one = answer(model, processor, video, scenes[place].question, compressor, max_new_tokens=3)
+        counts = result.token_counts.to_dict()
+        assert result.text == one.text == samples[place]["said"]
+        assert (counts["prompt_tokens_before"], counts["input_tokens"]) == one.prompt_tokens
+        assert counts["video_tokens"] == 576 and counts["vidsieve"] == __version__
+        assert counts["video_tokens_kept"] == (one.traces[0].kept if one.traces else 576)
+        assert counts["method"] == one.method
+        assert (
+            task.process_results({"answer": scenes[place].answer}, [result.text])["accuracy"]
+            == (samples[place]["score"])
+        )
+    ((_, new, _, means),) = logged
+    kept = [result.token_counts.kept / 576 for result in said]
+    assert means["retention"] == pytest.approx(sum(kept) / len(kept))
+    assert means["layer_retention"] == pytest.approx(
+        {"full": 1, "divprune": 100 / 576}.get(method, retention), abs=2e-3
+    )
+    assert new == sum(result.token_counts.new for result in said) > 0
+
+
+def test_a_task_ends_answers_by_length_and_by_text(logged, scenes, task):
+    model = loaded(method="full")
+    whole = [result.text for result in asked(model, scenes, task, {"max_new_tokens": 4})]
+    first = [result.text for result in asked(model, scenes, task, {"max_new_tokens": 1})]
+    assert all(text.startswith(start) for text, start in zip(whole, first, strict=True)) and all(first)
+    middle = whole[0][1:3]
+    cut = [result.text for result in asked(model, scenes, task, {"max_new_tokens": 4, "until": ["$", middle]})]
+    assert cut == [text.partition(middle)[0].rstrip() for text in whole] and cut[0] == whole[0][0]
+    assert [result.text for result in asked(model, scenes, task, {"max_new_tokens": 4, "until": ""})] == whole
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("full", {}), ("divprune", {"retention": 0.2}), ("fastv", {"retention": 0.5})]
+)
+def test_drawn_answers_follow_the_temperature_and_torchs_seed(logged, scenes, task, method, arguments):
+    model, scenes = loaded(method=method, **arguments), scenes[1:4]
+    greedy = asked(model, scenes, task, {"max_new_tokens": 2})
+
+    def drawn(seed, **settings):
+        torch.manual_seed(seed)
+        return asked(model, scenes, task, {"max_new_tokens": 2, **settings})
+
+    def texts(results):
+        return [result.text for result in results]
+
+    surest = drawn(0, temperature=1.0, top_k=1)
+    assert texts(surest) == texts(greedy)
+    assert [r.token_counts for r in surest] == [r.token_counts for r in greedy], "the same tokens are read"
+    assert texts(drawn(1, temperature=50.0)) == texts(drawn(1, temperature=50.0))
+    assert len({tuple(texts(drawn(seed, temperature=50.0))) for seed in range(3)}) == 3
+    for settings in ({"temperature": 0, "do_sample": True}, {"temperature": 50.0, "do_sample": False}):
+        assert texts(drawn(1, **settings)) == texts(greedy)
+    assert texts(drawn(1, do_sample=True, temperature=50.0, top_p=1e-6)) == texts(greedy)
+    assert all(texts(drawn(1, num_beams=2)))
+
+
+def test_settings_without_a_meaning_are_named(logged, scenes, task):
+    with pytest.warns(UserWarning, match="mean nothing here: image_aspect_ratio"):
+        asked(loaded(method="full"), scenes[:1], task, {"max_new_tokens": 1, "image_aspect_ratio": "original"})
+    assert Wish.read({}) == Wish(1024)
+    with pytest.raises(EvaluationError, match="until is a text or a list of texts"):
+        Wish.read({"until": [7]})
+    with pytest.raises(EvaluationError, match="max_new_tokens is a whole number"):
+        Wish.read({"max_new_tokens": 0})
+
+
+def test_frames_by_rate(logged, scenes, task, testbed):
+    model = loaded(method="uniform", frames=None, fps=2, max_frames=6)
+    (result,) = asked(model, scenes[:1], task, {"max_new_tokens": 2})
+    video = read_video(scenes[0].video, fps=2.0, max_frames=6)
+    one = answer(
+        *testbed, video, scenes[0].question, method_for("uniform", "testbed", retention=0.25), max_new_tokens=2
+    )
+    assert result.text == one.text and result.token_counts.total == one.traces[0].total == 6 * 36
+
+
+WRONG = [
+    ({"metod": "random"}, UnknownNameError, "unknown model argument 'metod'. Did you mean 'method'"),
+    ({"method": "divprun"}, UnknownNameError, "unknown compressor 'divprun'. Did you mean 'divprune'"),
+    ({"method": "runs/none/policy"}, PolicyError, "no policy in runs/none/policy"),
+    ({"method": "divprune:offical"}, UnknownNameError, "Did you mean 'official'"),
+    ({"method": ""}, EvaluationError, "lacks method: give method=divprune, or full"),
+    ({"method": "all"}, EvaluationError, "one run of lmms-eval measures one method"),
+    ({"pretrained": ""}, EvaluationError, "lacks pretrained"),
+    ({"pretrained": "no/such/folder"}, ModelError, "no/such/folder"),
+    ({"retention": "half"}, RetentionError, "a number in \\(0, 1\\], or a token count such as 512t"),
+    ({"retention": 1.5}, RetentionError, "1.5"),
+    ({"retention": True}, RetentionError, "True"),
+    ({"method": "full", "retention": 0.5}, EvaluationError, "keeps all tokens: leave retention out"),
+    ({"policy": "somewhere"}, PolicyError, "not trained and takes no policy"),
+    ({"frames": "many"}, EvaluationError, "frames is a whole number from 1 on; got 'many'"),
+    ({"fps": 2}, EvaluationError, "frames, or fps"),
+    ({"max_frames": 9}, EvaluationError, "max_frames limits fps"),
+    ({"fps": 0, "frames": 1}, EvaluationError, "fps is a number above 0"),
+    ({"dtype": "float64"}, UnknownNameError, "unknown dtype 'float64'"),
+    ({"earliest": "yes"}, EvaluationError, "earliest is true or false"),
+    ({"earliest": True}, UnknownNameError, "earliest"),
+    ({"layout": "gird"}, UnknownNameError, "unknown token layout 'gird'. Did you mean 'grid'"),
+    ({"method": "fastv", "retention": 0.01}, BudgetError, "0.01"),
+    ({"tokens_per_frame": 9}, UnsupportedCallError, "fixed number of tokens"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"), WRONG, ids=lambda value: None if callable(value) else str(value)
+)
+def test_arguments_that_cannot_be_right_are_refused(logged, arguments, error, text):
+    with pytest.raises(error, match=text):
+        loaded(**{"method": "random", **arguments})
+
+
+def test_a_batch_is_one_question(logged):
+    with pytest.raises(EvaluationError, match="batch_size=8"):
+        ModelArguments.read({"pretrained": "testbed", "method": "full", "batch_size": "8"})
+
+
+def test_words_are_read_as_lmms_eval_hands_them_over(logged):
+    """It makes numbers of what looks like one."""
+    given = {"pretrained": 7, "method": "random", "retention": 1, "seed": 0, "fps": 1, "max_frames": 64}
+    read = ModelArguments.read(given)
+    assert (read.pretrained, read.retention, read.seed, read.fps, read.most_frames) == ("7", 1.0, 0, 1.0, 64)
+    assert ModelArguments.read({"pretrained": "a", "method": "random"}).most_frames == 32
+    assert ModelArguments.read({"pretrained": "a", "method": "random", "retention": "64t"}).retention == Tokens(64)
+
+
+def test_documents_that_show_anything_but_one_video_are_refused(logged, scenes, task, tmp_path):
+    model = loaded(method="random")
+    path = str(scenes[0].video)
+    assert asked(model, scenes[:1], task, {"max_new_tokens": 1}, show=lambda doc: path)[0].text
+    picture = Image.new("RGB", (8, 8))
+    for shown, what in ((None, "a NoneType"), ([], "0 things"), ([path, path], "2 things"), ([picture], "a Image")):
+        with pytest.raises(UnsupportedCallError, match=f"document 0 of {TASK} \\({SPLIT}\\) shows {what}"):
+            asked(model, scenes[:1], task, show=lambda doc, shown=shown: shown)
+    (tmp_path / "cut.mp4").write_bytes(b"no video")
+    with pytest.raises(VideoError, match=r"cut\.mp4"):
+        asked(model, scenes[:1], task, show=lambda doc: [tmp_path / "cut.mp4"])
+    with pytest.raises(PromptError, match="stands for pixels"):
+        asked(model, [SimpleNamespace(video=path, question="what is <video> ?", answer="")], task)
+
+
+def test_a_budget_out_of_reach_is_an_error_and_earlier_layers_reach_it(logged, scenes, task):
+    with pytest.raises(BudgetError, match=r"0\.3334"):
+        asked(loaded(method="fastv", retention=0.1), scenes[:1], task)
+    model = loaded(method="fastv", retention=0.2, earliest=True)
+    (result,) = asked(model, scenes[:1], task, {"max_new_tokens": 1})
+    assert result.token_counts.layers == pytest.approx(0.2, abs=2e-3)
+
+
+def test_other_kinds_of_request_say_why_not(logged):
+    model = loaded(method="random")
+    with pytest.raises(NotImplementedError, match="output_type generate_until"):
+        model.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="output_type generate_until"):
+        model.generate_until_multi_round([])
+    assert model.generate_until([]) == [] and not logged
+    assert model.device == torch.device("cpu")
+    model.clean()
+    assert model.cleaned and not any("xaminer" in name for name in vars(model))
+
+
+def test_nothing_in_vidsieve_imports_lmms_eval():
+    code = """
+import pkgutil, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        assert name.partition('.')[0] != 'lmms_eval', 'lmms_eval is imported'
+sys.meta_path.insert(0, Refuse())
+import vidsieve
+for module in pkgutil.walk_packages(vidsieve.__path__, 'vidsieve.'):
+    if not module.name.startswith('vidsieve.serving.vllm.'):
+        __import__(module.name)
+assert 'vidsieve.evaluation.lmms_model' in sys.modules
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,224 @@
+"""A benchmark from files to its table, on videos of the testbed: right, repeatable, and whole after every stop."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import vidsieve
+from vidsieve import registry
+from vidsieve.adapters import adapter_for
+from vidsieve.answering import answer
+from vidsieve.errors import BudgetError, EvaluationError, UnknownNameError
+from vidsieve.evaluation import runs
+from vidsieve.evaluation.examiner import Condition, Examiner
+from vidsieve.evaluation.items import Item
+from vidsieve.evaluation.tables import summary
+from vidsieve.testbed.files import write_scenes
+from vidsieve.video.reading import read_video
+
+ASKED = 4
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Four questions about each of three scenes, one of which is no video."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, world="A", seed=31, scenes=3)
+    items = registry.benchmarks.get("questions").read(folder / "questions.jsonl")
+    videos = sorted({item.video for item in items})
+    videos[1].write_bytes(b"no video")
+    return [item for video in videos for item in [i for i in items if i.video == video][:ASKED]]
+
+
+@pytest.fixture(scope="module")
+def examiner(testbed):
+    model, processor = testbed
+    methods = [vidsieve.load("random"), vidsieve.load("cacovid", "testbed"), vidsieve.load("fastv", layer=1)]
+    conditions = [Condition(16)] + [Condition(16, method.with_retention(0.3)) for method in methods]
+    return Examiner(adapter_for(model), processor, conditions, max_new_tokens=2, keep=True)
+
+
+BENCHMARK = registry.benchmarks.get("questions")
+
+
+def run(folder, questions, examiner, **options):
+    config = runs.configuration(BENCHMARK, questions, examiner, "testbed", {})
+    return runs.run(folder, BENCHMARK, questions, examiner, config, **options)
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in ("result.json", "samples.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, questions, examiner):
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run(folder, questions, examiner)
+
+
+def test_answers_are_those_of_a_single_call(questions, examiner, testbed, whole):
+    """What `ask` says of a video file and a question, under every condition; the same tokens are kept."""
+    samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
+    by = {(s["item"], s["condition"]): s for s in samples if "condition" in s}
+    assert len(by) == 2 * ASKED * 4
+    for item in (questions[0], questions[-1]):
+        video = read_video(item.video, frames=16)
+        for condition in examiner.conditions:
+            said = answer(*testbed, video, item.question, condition.compressor, max_new_tokens=2)
+            sample = by[item.id, condition.key]
+            assert (sample["said"], tuple(sample["prompt"])) == (said.text, said.prompt_tokens)
+            assert sample["score"] == float(said.text.split()[:1] == [item.answer])
+            assert sample["indices"] == [list(trace.indices) for trace in said.traces]
+
+
+def test_the_table_counts_what_failed(whole, questions):
+    result = whole[1]
+    assert (result["questions"], result["videos"], len(result["rows"])) == (3 * ASKED, 3, 4)
+    assert [(row["video"], row["questions"]) for row in result["failed"]] == [(str(questions[ASKED].video), ASKED)]
+    full, random, learned, inside = result["rows"]
+    assert full["accuracy"] == pytest.approx(full["of_answered"] * 2 / 3)
+    assert full["vs_full"]["diff"] == 0 and full["vs_random"] is None
+    assert learned["vs_random"]["diff"] == pytest.approx(learned["accuracy"] - random["accuracy"])
+    assert learned["real_retention"] == pytest.approx(172 / 576) and full["kept"] == 576
+    assert inside["real_retention"] < 0.3 and inside["layer_retention"] == pytest.approx(0.3, abs=0.002)
+    assert sum(group["questions"] for group in full["by"]["kind"].values()) == 3 * ASKED
+    assert result["settings"]["policies"].keys() == {"cacovid:ours"}
+
+
+def test_the_same_twice_and_after_a_stop_gives_the_same_files(tmp_path, questions, examiner, whole, monkeypatch):
+    wanted = files(whole[0])
+    run(tmp_path / "again", questions, examiner)
+    assert files(tmp_path / "again") == wanted
+    measure, asked = Examiner.measure, []
+
+    def stopped(self, items):
+        asked.append(items[0].video)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure(self, items)
+
+    monkeypatch.setattr(Examiner, "measure", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", questions, examiner)
+    with (tmp_path / "stopped/units-1-of-1.jsonl").open("a") as file:
+        file.write('{"unit": "half a li')
+    assert not (tmp_path / "stopped/result.json").exists()
+    run(tmp_path / "stopped", questions, examiner)
+    assert len(asked) == 4 and asked.count(asked[0]) == 1, "the first video is not asked about again"
+    assert files(tmp_path / "stopped") == wanted
+
+
+def test_several_processes_make_the_same_files(tmp_path, questions, examiner, whole):
+    assert run(tmp_path, questions, examiner, share=(1, 2)) is None
+    assert not (tmp_path / "result.json").exists()
+    run(tmp_path, questions, examiner, share=(0, 2))
+    assert files(tmp_path) == files(whole[0])
+
+
+def test_another_question_or_policy_is_another_run(tmp_path, questions, examiner):
+    run(tmp_path, questions[:1], examiner)
+    with pytest.raises(EvaluationError, match="questions_digest"):
+        run(tmp_path, [replace(questions[0], answer=questions[0].options[0] + "x")], examiner)
+    with pytest.raises(EvaluationError, match="conditions"):
+        run(tmp_path, questions[:1], replace(examiner, conditions=examiner.conditions[:2]))
+    model = examiner.adapter.model
+    head = model.get_output_embeddings().weight
+    with pytest.raises(EvaluationError, match="model_digest"):
+        try:
+            head.data.neg_()
+            run(tmp_path, questions[:1], examiner)
+        finally:
+            head.data.neg_()
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_one_question_that_cannot_be_asked_is_counted_and_costs_the_others_nothing(
+    tmp_path, questions, examiner, whole, place
+):
+    asked = [replace(item) for item in questions]
+    asked[place] = replace(asked[place], question=f"{examiner.processor.video_token} what colour is it ?")
+    fault = Item(
+        "record 99", questions[0].video.parent / "record 99", "", (), "", fault="the answer is none of its options"
+    )
+    result = run(tmp_path / "run", [*asked, fault], examiner)
+    lost = {row["video"].split(" on ")[0]: row["reason"] for row in result["failed"] if row["questions"] == 1}
+    assert lost[f"question {asked[place].id}"].startswith("the question holds '<video>'")
+    assert any(reason == fault.fault for reason in lost.values()) and result["questions"] == len(questions) + 1
+    before, after = (
+        {(s["item"], s["condition"]): s["said"] for s in map(json.loads, path.read_text().splitlines()) if "said" in s}
+        for path in (whole[0] / "samples.jsonl", tmp_path / "run" / "samples.jsonl")
+    )
+    assert after == {key: said for key, said in before.items() if key[0] != asked[place].id}
+    listed = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert {line["item"] for line in listed if "failed" in line} >= {asked[place].id, "record 99"}
+    clusters = len({str(item.video) for item in [*asked, fault]})
+    assert result["videos"] == clusters
+    hits = sum(s["score"] for s in listed if s.get("condition") == examiner.conditions[0].key)
+    assert result["rows"][0]["accuracy"] == pytest.approx(hits / (len(questions) + 1))
+
+
+def test_choice_is_the_likeliest_option(tmp_path, questions, examiner, whole):
+    """For a model that says one word, the same answers wherever what it generates is an option."""
+    samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
+    said = {(s["item"], s["condition"]): s["said"] for s in samples if "condition" in s}
+    chosen = replace(examiner, way="choice")
+    record = chosen.measure(questions[:ASKED])
+    options = {item.id: item.answers for item in questions}
+    pairs = [(s["said"], said[s["item"], s["condition"]].split()[0], s["item"]) for s in record["samples"]]
+    alike = [(a, b) for a, b, item in pairs if b in options[item]]
+    assert len(pairs) == 4 * ASKED and len(alike) > 2 * ASKED and all(a == b for a, b in alike)
+    unclear = replace(questions[0], listed=True, options=("red",) * 3 + ("blue",))
+    assert "cannot be answered by one token each" in chosen.measure([unclear])["faults"][unclear.id]
+    with pytest.raises(EvaluationError, match="none of the 1 questions could be asked, first because question"):
+        run(tmp_path / "none", [unclear], chosen)
+    with pytest.raises(UnknownNameError):
+        replace(examiner, way="guess")
+
+
+def test_a_method_that_a_video_refuses_has_no_row(tmp_path, questions, testbed):
+    model, processor = testbed
+    low = vidsieve.load("fastv", retention=0.1)
+    conditions = [Condition(16), Condition(16, low), Condition(8, vidsieve.load("uniform", retention=0.1))]
+    asking = Examiner(adapter_for(model), processor, conditions, max_new_tokens=1)
+    result = run(tmp_path, questions[:1], asking)
+    assert [(row["method"], row["frames"]) for row in result["rows"]] == [("full", 16), ("uniform", 8)]
+    assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.3334" in result["refused"][0]["reason"]
+    assert result["rows"][1]["vs_full"] is None, "all tokens of as many frames were not asked for"
+    with pytest.raises(BudgetError):
+        answer(model, processor, read_video(questions[0].video, frames=16), "Colour?", low)
+
+
+def test_scores_between_0_and_1_have_no_mcnemar(questions):
+    conditions = {"a": Condition(16).described(), "b": Condition(16, vidsieve.load("random")).described()}
+    samples = [
+        {"item": item.id, "condition": key, "score": 0.5, "kept": 1, "total": 2, "layers": 0.5, "prompt": [3, 2]}
+        for item in questions
+        for key in conditions
+    ]
+    table = summary(questions, conditions, [{"unit": "", "samples": samples, "refused": {}}])
+    assert table["rows"][1]["vs_full"]["mcnemar"] is None and table["rows"][1]["vs_full"]["diff"] == 0
+
+
+def test_frames_of_qwen_take_as_many_tokens_as_they_may(testbed):
+    from types import SimpleNamespace
+
+    import torch
+    from transformers import Qwen2VLVideoProcessor
+
+    from vidsieve.errors import UnsupportedCallError
+    from vidsieve.testing.tiny_models import FAMILIES
+
+    adapter = adapter_for(FAMILIES["qwen2_5_vl"]())
+    for most in (4, 64, 256):
+        processor = SimpleNamespace(video_processor=Qwen2VLVideoProcessor(do_sample_frames=False))
+        adapter.limit_frames(processor, most)
+        for size in ((3, 480, 854), (3, 1080, 608), (3, 56, 56)):
+            made = processor.video_processor([torch.zeros(4, *size, dtype=torch.uint8)], return_tensors="pt")
+            frames, height, width = made["video_grid_thw"][0].tolist()
+            assert frames == 2 and height * width // 4 <= most
+            assert height * width // 4 >= min(most, 4) // 2
+    with pytest.raises(UnsupportedCallError, match="fixed number of tokens"):
+        adapter_for(testbed[0]).limit_frames(testbed[1], 9)

@@ -1,0 +1,83 @@
+"""Results in a folder: whole lines only, nothing twice, nothing of another run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from vidsieve.errors import EvaluationError
+from vidsieve.io.store import Store, measure_all
+
+CONFIG = {"task": "t", "versions": {"vidsieve": "1"}}
+
+
+def test_a_line_that_was_being_written_is_measured_again(tmp_path):
+    with Store(tmp_path, CONFIG) as store:
+        store.add("a", {"x": 1})
+        store.add("b", {"x": "ü\u2028"})
+    path = tmp_path / "units-1-of-1.jsonl"
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with Store(tmp_path, CONFIG) as store:
+            asked = []
+            found = measure_all(store, ["a", "b"], lambda unit, asked=asked: asked.append(unit) or {"x": unit})
+        assert list(found) == ["a", "b"] and len(asked) == 2 - whole[:cut].count(b"\n")
+        assert [json.loads(line)["unit"] for line in path.read_text().split("\n")[:-1]] == ["a", "b"]
+
+
+def test_shares_measure_every_unit_once_whatever_their_number(tmp_path):
+    units, asked = [f"video {n}" for n in range(11)], []
+
+    def measure(unit):
+        asked.append(unit)
+        return {"length": len(unit)}
+
+    for share in ((0, 3), (1, 3)):
+        with Store(tmp_path, CONFIG, share) as store:
+            found = measure_all(store, units, measure)
+    assert len(found) == 8
+    for share in ((0, 2), (1, 2)):  # the third process never came; two others go on
+        with Store(tmp_path, CONFIG, share) as store:
+            found = measure_all(store, units, measure)
+    assert list(found) == units and sorted(asked) == sorted(units)
+
+
+def test_another_runs_folder_is_refused_and_says_what_differs(tmp_path):
+    with Store(tmp_path, CONFIG) as store:
+        store.add("a", {})
+    with pytest.raises(EvaluationError, match=r'versions: \{"vidsieve": "1"\} there, \{"vidsieve": "2"\} now'):
+        Store(tmp_path, CONFIG | {"versions": {"vidsieve": "2"}})
+    with pytest.raises(EvaluationError, match="seed: null there, 1 now"):
+        Store(tmp_path, CONFIG | {"seed": 1})
+
+
+def test_two_processes_with_one_share_and_damaged_lines_are_refused(tmp_path):
+    with Store(tmp_path, CONFIG) as store:
+        with pytest.raises(EvaluationError, match="another process is writing"):
+            Store(tmp_path, CONFIG)
+        store.add("a", {})
+    (tmp_path / "units-1-of-1.jsonl").write_text('{"unit": "a"}\n{"unit": \n')
+    with Store(tmp_path, CONFIG) as store, pytest.raises(EvaluationError, match=r"line 2 of .* is damaged"):
+        store.records()
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(EvaluationError, match="says nothing of the results"):
+        Store(tmp_path, CONFIG)
+
+
+def test_without_a_folder_everything_is_measured_in_memory():
+    seen = []
+    found = measure_all(None, ["a", "b"], lambda unit: {"x": unit}, lambda *done: seen.append(done))
+    assert [record["x"] for record in found.values()] == ["a", "b"] and seen == [(1, 2), (2, 2)]
+
+
+def test_of_long_settings_what_differs_is_told(tmp_path):
+    many = {f"condition number {n}": {"kept": n} for n in range(9)}
+    with Store(tmp_path, {"conditions": many, "rows": list(range(99))}):
+        pass
+    other = {**many, "divprune": {"kept": 1}}
+    with pytest.raises(EvaluationError, match=r'conditions: \[\] there, \[\["divprune", \{"kept": 1\}\]\] now'):
+        Store(tmp_path, {"conditions": other, "rows": list(range(99))})
+    with pytest.raises(EvaluationError, match=r"rows: \[\] there, \[-1\] now"):
+        Store(tmp_path, {"conditions": many, "rows": [*range(99), -1]})

@@ -1,0 +1,193 @@
+"""The testbed in a folder: stopped, shared out and repeated, it gives the same files and the same table."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.errors import BudgetError, EvaluationError
+from vidsieve.evaluation import testbed as measuring
+from vidsieve.evaluation.methods import named_methods, rows_for
+from vidsieve.evaluation.testbed import compressor_row, evaluate, run_config, scene_counts, write_run
+from vidsieve.io.store import Store
+from vidsieve.testbed.questions import make_questions
+from vidsieve.testbed.world import make_cast, render
+
+QUESTIONS, SEED = 60, 77
+ABOUT = {"world": "A", "seed": SEED, "questions": QUESTIONS, "model": "testbed"}
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return rows_for(named_methods(["random", "cacovid", "fastv"], prefill=True), [0.4, 0.1])
+
+
+def run(folder, testbed, rows, share=(0, 1)):
+    with Store(folder, run_config(testbed[0], rows, ABOUT), share) as store:
+        result = evaluate(*testbed, rows, world="A", seed=77, questions=QUESTIONS, store=store)
+    if result["n_questions"] == QUESTIONS:
+        write_run(folder, result, "vidsieve eval testbed")
+    return result
+
+
+def files(folder):
+    return {name: (folder / name).read_bytes() for name in ("result.json", "samples.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, testbed, rows):
+    """A run's folder, its result, and the options chosen: those of a scene under one condition after another."""
+    folder, judged, said = tmp_path_factory.mktemp("whole"), measuring._right, []
+
+    def noted(scene, logits):
+        chosen = logits.gather(1, scene.options).argmax(1).tolist()
+        said.append([question.options[n] for question, n in zip(scene.questions, chosen, strict=True)])
+        return judged(scene, logits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_right", noted)
+        return folder, run(folder, testbed, rows), said
+
+
+@torch.no_grad()
+def by_hand(model, processor, methods, questions):
+    """Ask one question after another of a model that a method is attached to, as a reader of the README would.
+
+    Return for each method the options of the highest next-token logit, and whether they are the answers.
+    """
+    found = {name: [] for name in methods}
+    scene = 0
+    while questions > 0:
+        cast = make_cast("A", SEED, scene)
+        frames, ready = list(render(cast, SEED, scene)), None
+        for question in make_questions(cast, SEED, scene)[:questions]:
+            content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            # The vision tower reads a scene once: its features stand in for the pixels.
+            ready = ready or model.get_video_features(inputs["pixel_values_videos"])
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs["mm_encoder_outputs"] = {"video": ready}
+            for name, method in methods.items():
+                if method is None:
+                    logits = model(**inputs).logits[0, -1]
+                else:
+                    with vidsieve.attach(model, method, seed=SEED + scene):
+                        logits = model(**inputs).logits[0, -1]
+                ids = processor.tokenizer.convert_tokens_to_ids(list(question.options))
+                said = question.options[int(logits[ids].argmax())]
+                found[name].append((said, said == question.answer))
+            questions -= 1
+        scene += 1
+    return found
+
+
+def test_a_folder_changes_no_number(whole, testbed, rows):
+    plain = evaluate(*testbed, rows, world="A", seed=77, questions=QUESTIONS)
+    for one, other in zip(plain["rows"], whole[1]["rows"], strict=True):
+        assert {**one, "select_ms": 0} == {**other, "select_ms": 0}
+    assert plain["right"] == whole[1]["right"]
+    samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == QUESTIONS * len(plain["rows"])
+    for row, (key, marks) in zip(plain["rows"], plain["right"].items(), strict=True):
+        mine = [sample["right"] for sample in samples if sample["condition"] == key]
+        assert mine == marks and row["accuracy"] == sum(mine) / QUESTIONS
+    assert len({sample["item"] for sample in samples}) == QUESTIONS
+    assert [row["method"] for row in plain["refused"]] == ["fastv"]
+
+
+def test_stopped_and_shared_runs_give_the_same_files(tmp_path, whole, testbed, rows, monkeypatch):
+    scenes = len(scene_counts("A", 77, QUESTIONS))
+    assert scenes == 3 and sum(scene_counts("A", 77, QUESTIONS)) == QUESTIONS
+    real, asked = measuring._measured, []
+
+    def stopped(*arguments):
+        asked.append(1)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(measuring, "_measured", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", testbed, rows)
+    run(tmp_path / "stopped", testbed, rows)
+    assert len(asked) == scenes + 1, "the scene that was measured is not measured again"
+    assert files(tmp_path / "stopped") == files(whole[0])
+    assert run(tmp_path / "shared", testbed, rows, (1, 2))["n_questions"] < QUESTIONS
+    run(tmp_path / "shared", testbed, rows, (0, 2))
+    assert files(tmp_path / "shared") == files(whole[0])
+
+
+def test_another_policy_is_another_run(tmp_path, testbed, rows):
+    with Store(tmp_path, run_config(testbed[0], rows, ABOUT)):
+        pass
+    policy = next(method for method in named_methods(["cacovid"]).values()).policy
+    for weight in policy.parameters():
+        weight.data.add_(0.1)
+    other = named_methods(["random", "cacovid", "fastv"], prefill=True)
+    object.__setattr__(other["cacovid"], "policy", policy)
+    with pytest.raises(EvaluationError, match="rows"):
+        Store(tmp_path, run_config(testbed[0], rows_for(other, [0.4, 0.1]), ABOUT))
+
+
+def test_a_method_that_reads_the_question_chooses_for_each(testbed):
+    """Also where all questions of a scene are asked at once: with the first one's tokens the others would go wrong."""
+    method = vidsieve.load("cacovid", "testbed", retention=0.05)
+    result = evaluate(*testbed, [compressor_row(method)], world="A", seed=SEED, questions=8)
+    alone = by_hand(*testbed, {"cacovid": method}, 8)["cacovid"]
+    assert result["right"]["cacovid/ours/0.05"] == [right for _, right in alone]
+
+
+def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_path):
+    """Of every method the answer to every question, whether it is right, and the accuracy, to the last digit."""
+    folder, table = tmp_path / "run", tmp_path / "table.json"
+    shutil.copytree(whole[0], folder)  # the command goes on with it, and finds everything measured
+    cli(
+        "eval",
+        "testbed",
+        "--methods",
+        "random,cacovid,fastv",
+        "--retention",
+        "0.4,0.1",
+        "--seed",
+        SEED,
+        "--questions",
+        QUESTIONS,
+        "--out",
+        folder,
+        "--json",
+        table,
+        "--answers",
+    )
+    result = json.loads(table.read_text())
+    keys, rows = list(result["right"]), result["rows"]
+    methods = {
+        "full/-/1": None,
+        "random/ours/0.1": vidsieve.load("random", retention=0.1),
+        "cacovid/ours/0.1": vidsieve.load("cacovid", "testbed", retention=0.1),
+        "fastv/ours/0.4": vidsieve.load("fastv", retention=0.4),
+    }
+    for key, answered in by_hand(*testbed, methods, QUESTIONS).items():
+        number = keys.index(key)
+        right = [right for _, right in answered]
+        assert [word for word, _ in answered] == [word for some in whole[2][number :: len(keys)] for word in some], key
+        assert right == result["right"][key], key
+        assert rows[number]["accuracy"] == sum(right) / QUESTIONS, key
+    assert len({row["accuracy"] for row in rows}) > 3, "conditions that could be taken for one another"
+
+
+def test_what_the_command_refuses_is_refused_by_hand_too(whole, testbed):
+    (refused,) = whole[1]["refused"]
+    method = vidsieve.load(refused["method"], retention=refused["retention"])
+    assert "cannot go below" in refused["reason"]
+    with pytest.raises(BudgetError, match="cannot go below"):
+        by_hand(*testbed, {"refused": method}, 1)

@@ -1,0 +1,156 @@
+"""The ablation tables: runs shared and resumed, differences with their errors, words for differences that are none."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from vidsieve.errors import UnknownNameError
+from workbench.testbed import ablating
+from workbench.testbed.ablating import RESULT, chosen_tables, difference, markdown, perform, runs_of, tabulated
+from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
+from workbench.testbed.search import beam_search, upper_bound
+
+TINY = {"steps": 1, "prompts_per_step": 1, "token_rollouts": 4, "frame_rollouts": 0, "log_every": 1}
+
+
+def test_every_condition_is_one_that_can_be_trained():
+    from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+
+    for table in TABLES:
+        labels = [condition.label for condition in table.conditions]
+        assert len(set(labels)) == len(labels) > 1
+        for condition in table.conditions:
+            make = CaCoVIDConfig if table.method == "cacovid" else ScoreConfig
+            make(**(SETTINGS[table.method, condition.variant] | condition.settings))
+    assert len({table.name for table in TABLES}) == len(TABLES)
+
+
+def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed():
+    runs = runs_of(TABLES, 3, 24)
+    assert len({run.folder for run in runs}) == len(runs)
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    single = sum(len(table.conditions) for table in TABLES)
+    assert len([run for run in runs if run.seed == 0]) < single, "the base is run once"
+    limited = [table for table in TABLES if table.seeds == 3]
+    assert limited and len(runs_of(limited, 5, 24)) == 3 * len(limited[0].conditions)
+    assert len(runs_of(limited, 1, 24)) == len(limited[0].conditions) == limited[0].count(1) * 3
+
+
+def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch):
+    table = AblationTable("t", "cacovid", "", (AblationCondition("a", TINY, probes=True),), probes=True)
+    (run,) = runs_of([table], 1, 24)
+    result = perform(run, tmp_path)
+    assert len(result["clusters"]) == 24 and {len(marks) for marks in result["marks"].values()} == {24}
+    assert {"cacovid/0.1", "cacovid[other question]/0.05"} <= result["marks"].keys()
+    (tmp_path / run.folder / RESULT).unlink()
+    again = perform(run, tmp_path)
+    assert again["marks"] == result["marks"]
+    monkeypatch.setattr(ablating, "train_policy", lambda *a, **k: pytest.fail("trained again"))
+    assert perform(run, tmp_path) == json.loads((tmp_path / run.folder / RESULT).read_text())
+
+
+def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
+    """Simulated: gaps with a known spread over seeds and over scenes; 95 % of intervals hold the truth."""
+    draw = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(30), 10)
+    held = 0
+    for _ in range(300):
+        seeds, scenes = draw.normal(0, 0.03, 5), draw.normal(0, 0.05, 30)
+        chance = 0.6 + 0.1 + seeds[:, None] + scenes[clusters][None]
+        ours = draw.random((5, 300)) < chance
+        base = draw.random((5, 300)) < 0.6
+        gap = difference(ours, base, clusters.tolist())
+        held += gap.interval[0] <= 0.1 <= gap.interval[1]
+    assert 0.9 <= held / 300 <= 0.99
+    one = difference(ours[:1], base[:1], clusters.tolist())
+    assert one.mean == pytest.approx(float(ours[0].mean() - base[0].mean())) and np.isnan(one.stderr)
+
+
+def test_tables_name_differences_that_are_none():
+    table = AblationTable(
+        "t", "cacovid", "why", (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2})), curves=True
+    )
+    clusters = [i // 4 for i in range(80)]
+    right = {"cacovid/0.1": [True] * 80, "cacovid/0.05": [i % 2 == 0 for i in range(80)]}
+    wrong = {"cacovid/0.1": [False] * 80, "cacovid/0.05": [i % 2 == 1 for i in range(80)]}
+    results = {}
+    for run in runs_of([table], 2, 80):
+        marks = right if run.condition.label == "a" else wrong
+        curve = [{"step": 1, "right": 0.5 + 0.1 * run.seed}]
+        results[run.folder] = {"marks": marks, "clusters": clusters, "curve": curve, "minutes": 1.0}
+    made = tabulated(table, 2, 80, results)
+    assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
+    assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
+    text = markdown([made])
+    assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
+    assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
+
+
+def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
+    table = AblationTable(
+        "t", "cacovid", "why", (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2}))
+    )
+    results = {}
+    for run in runs_of([table], 1, 80):
+        marks = [run.condition.label == "a"] * 80
+        results[run.folder] = {
+            "marks": {"cacovid/0.1": marks, "cacovid/0.05": marks},
+            "clusters": [i // 4 for i in range(80)],
+            "curve": [],
+            "minutes": 1.0,
+        }
+    assert "| b | 0.000 | -1.000 (one seed) |" in markdown([tabulated(table, 1, 80, results)])
+    before = runs_of([table], 1, 80)[0].folder
+    monkeypatch.setitem(ablating.SETTINGS, ("cacovid", "ours"), ablating.SETTINGS["cacovid", "ours"] | {"head_lr": 0.5})
+    assert runs_of([table], 1, 80)[0].folder != before
+
+
+def test_unknown_tables_are_named():
+    assert chosen_tables([]) == list(TABLES)
+    with pytest.raises(UnknownNameError, match="sampling"):
+        chosen_tables(["samplin"])
+
+
+def test_a_beam_finds_the_best_pair_that_greed_misses():
+    """Worth by hand: token 5 is best alone, but the pair (1, 2) beats every pair with 5."""
+
+    def worth(masks):
+        single = 0.5 * masks[:, 1] + 0.5 * masks[:, 2] + 1.0 * masks[:, 5]
+        return single + 3.0 * (masks[:, 1] & masks[:, 2])
+
+    assert beam_search(worth, 2, 1) == [(5,), (1, 5)]
+    assert beam_search(worth, 2, 3) == [(5,), (1, 2)]
+
+
+def test_an_upper_bound_is_one(testbed):
+    result = upper_bound(*testbed, seed=9101, questions=2, tokens=1, width=2)
+    by = {row["method"]: row for row in result["rows"]}
+    assert by["greedy"]["margin"] == by["beam of 2"]["margin"] == max(row["margin"] for row in result["rows"])
+    assert {"question_oracle", "cacovid", "score", "first_look"} < by.keys()
+
+
+def test_no_two_conditions_of_a_table_are_the_same_run():
+    for table in TABLES:
+        assert len(runs_of([table], 1, 24)) == len(table.conditions), table.name
+
+
+def test_curves_are_drawn_where_conditions_log_them(tmp_path):
+    from PIL import Image
+
+    from vidsieve.report.curves import curves_picture
+
+    curve = [{"step": step, "right": 0.3 + step / 50, "dead_groups": 0.1, "ratio": 0.03} for step in range(1, 11)]
+    bare = [{"step": 1, "right": 0.4}, {"step": 2, "right": 0.5}]
+    rows = [{"label": "OCSS", "curve": curve}, {"label": "without rewards", "curve": bare}, {"label": "no curve"}]
+    tables = [{"name": "sampling", "rows": rows}, {"name": "bodies", "rows": [{"label": "no curve"}]}]
+    for name in ("curves.png", "curves.svg"):
+        curves_picture(tmp_path / name, tables)
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size[0] > 1000
+        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) > 50
+    text = (tmp_path / "curves.svg").read_text()
+    assert "OCSS" in text and "without rewards" in text and "bodies" not in text and "no curve" not in text

@@ -1,0 +1,125 @@
+"""Tasks beyond multiple choice: what is asked, how it is judged, and what a method is charged with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.evaluation.examiner import Condition
+from vidsieve.io.store import Store
+from vidsieve.loading import load_model
+from vidsieve.testbed.world import render
+from workbench.testbed import open_ended
+from workbench.testbed.open_ended import dialogue_pairs, evaluate_open, measure_scene, prompts, read_scene, statements
+from workbench.testbed.open_ended_command import TALKER
+from workbench.testbed.talking import open_cast
+
+
+@pytest.fixture(scope="module")
+def talker():
+    model, processor = load_model(str(TALKER))
+    model = model.float()
+    return adapter_for(model), processor
+
+
+@pytest.fixture(scope="module")
+def scene(talker):
+    return read_scene(*talker, "A", 9001, 0)
+
+
+def test_a_caption_is_judged_sentence_by_sentence(talker, scene):
+    true = sorted(scene.statements)
+    assert statements("a b . c .") == ["a b", "c"] and statements("a b . c") == ["a b"], "half a sentence is none"
+    said = f"{true[0]} . {true[0]} . the moon is green . {true[1]} . the"
+    assert open_ended._judged(said, scene) == [2, 1, len(true)]
+
+
+def test_all_tokens_answer_what_they_can(talker, scene):
+    row = measure_scene(*talker, scene, {"full": None}, 0)["rows"]["full"]
+    right = [right for kind, there, _, right in row["words"] if kind == "absent"]
+    assert len(row["words"]) == len(scene.questions) and sum(right) >= 6
+    assert row["caption"][0] >= 1
+
+
+def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkeypatch):
+    """All questions of a scene are asked at once; what is said is what each, asked alone, gets for an answer."""
+    monkeypatch.setattr(open_ended, "CAPTION_WORDS", 1)  # captions take their time, and are not looked at
+    adapter, processor = talker
+    method = vidsieve.load("cacovid", "testbed", retention=0.05)
+    few = replace(scene, questions=scene.questions[:8])
+    row = measure_scene(adapter, processor, few, {"cacovid": method}, 0)["rows"]["cacovid"]
+    frames = list(render(open_cast("A", 9001, 0)[0], 9001, 0))
+    alone = []
+    for question in few.questions:
+        content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        with vidsieve.attach(adapter.model, method):
+            out = adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        alone += processor.batch_decode(out[:, -1:])
+    assert [word for _, _, word, _ in row["words"]] == alone
+
+
+def test_a_second_turn_reads_what_the_first_one_kept(talker, scene):
+    """Of a method before the LLM: with the cache of the first turn, and by choosing for the first and asking both."""
+    adapter, processor = talker
+    method = vidsieve.load("cacovid", "testbed", retention=0.1)
+    pairs = dialogue_pairs(scene.questions)[:4]
+    texts = [(scene.questions[a].text, scene.questions[b].text) for a, b in pairs]
+    cached = open_ended._second_words(adapter, processor, scene, texts, method, 0)
+    first = prompts(adapter, processor, scene, [(a,) for a, _ in texts])
+    chosen = open_ended.selected(adapter, first, method, 0)
+    said = processor.batch_decode(
+        open_ended.first_words(adapter, adapter.build(first, [[s] for s in chosen]), None)[:, None]
+    )
+    both = prompts(adapter, processor, scene, [(a, word, b) for (a, b), word in zip(texts, said, strict=True)])
+    whole = open_ended.first_words(adapter, adapter.build(both, [[s] for s in chosen]), None)
+    assert torch.equal(cached, whole)
+
+
+def test_questions_of_a_dialogue_are_of_one_length_and_asked_second_once(scene):
+    pairs = dialogue_pairs(scene.questions)
+    assert len({len(scene.questions[n].text.split()) for pair in pairs for n in pair}) == 1
+    assert sorted(second for _, second in pairs) == sorted(first for first, _ in pairs)
+    assert all(a != b for a, b in pairs)
+
+
+def test_a_run_is_gone_on_with_and_differences_are_paired(topv, talker, tmp_path):
+    conditions = {"full": Condition(16)} | {
+        name: Condition(16, vidsieve.load(name, retention=0.25)) for name in ("random", "topv")
+    }
+    conditions["early"] = Condition(16, vidsieve.load("fastv", retention=0.25, earliest=True))
+    asked = {"world": "A", "seed": 9001, "scenes": 2}
+    with Store(tmp_path, {"a": 1}) as store:
+        evaluate_open(talker[0].model, talker[1], conditions, **asked | {"scenes": 1}, store=store)
+    seen = []
+    with Store(tmp_path, {"a": 1}) as store:
+        result = evaluate_open(
+            talker[0].model, talker[1], conditions, **asked, store=store, progress=lambda *done: seen.append(done)
+        )
+    assert seen == [(2, 2)], "the first scene was there"
+    assert json.dumps(result) == json.dumps(evaluate_open(talker[0].model, talker[1], conditions, **asked))
+    rows = {row["method"]: row["tasks"] for row in result["rows"]}
+    assert set(rows) == {"full", "random", "fastv"} and "cannot go below" in result["refused"][0]["reason"]
+    for name in ("count", "there", "second turn"):
+        gap = rows["random"][name]["vs_full"]["diff"]
+        assert gap == pytest.approx(rows["random"][name]["mean"] - rows["full"][name]["mean"])
+    assert rows["full"]["count"]["vs_full"] is None
+    assert {task["asked"] for task in (rows["full"]["there"], rows["full"]["made up"])} == {8}
+
+
+def test_random_tokens_make_the_model_worse(talker):
+    kept = {"full": Condition(16), "few": Condition(16, vidsieve.load("random", retention=0.05))}
+    result = evaluate_open(talker[0].model, talker[1], kept, world="A", seed=9001, scenes=2)
+    full, few = (row["tasks"] for row in result["rows"])
+    assert few["there"]["mean"] < full["there"]["mean"] - 0.2 and few["found"]["mean"] < full["found"]["mean"]

@@ -1,0 +1,158 @@
+"""What the papers' tables are made of: benchmarks and methods, trainings that differ in one thing, or times."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vidsieve.errors import UnknownNameError
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A row whose policy is trained in a way of its own.
+
+    Parameters
+    ----------
+    method : str
+    options : str
+        What `vidsieve train METHOD FOLDER` is given to train it.
+    fields : dict
+        Fields of the method, where rows differ in how one policy's scores are spent.
+    ablation, label, view : str
+        Its row of the testbed's own ablations: table, condition, and what is behind the condition's name.
+    """
+
+    method: str
+    options: str = ""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    ablation: str = ""
+    label: str = ""
+    view: str = ""
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """One table.
+
+    Parameters
+    ----------
+    kind : {"accuracy", "training", "time"}
+    protocols : dict
+        By model, the name of the protocol by which it is evaluated.
+    benchmarks : tuple of str
+        Columns.
+    fields : dict
+        What methods are given where they have such a field: SCORE's tables have the parts before the LLM alone.
+    trained : dict
+        By row, for tables of trainings.
+    blueprint, small : str
+        Of tables of times: the size measured, and a small one of the same family.
+    lengths : tuple of int
+        Frames of the videos that are timed.
+    """
+
+    kind: str
+    protocols: Mapping[str, str]
+    benchmarks: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    trained: Mapping[str, Trained] = field(default_factory=dict)
+    blueprint: str = ""
+    small: str = ""
+    lengths: tuple[int, ...] = ()
+
+
+_OV = {"llava-onevision": "cacovid:llava-onevision"}
+_QWEN = {"qwen2.5-vl": "score:qwen2.5-vl"}
+_PAIRS, _ONE = "OCSS, per frame, two tokens a frame, λ 2", "OCSS, per frame, one token a frame, λ 2"
+_SPENT = {"FrameAvg": "frame_avg", "FrameAda": "frame_ada", "FrameAda+ST": "frame_ada_st"}
+
+
+def _sampled(options: str, table: str, label: str) -> Trained:
+    return Trained("cacovid", f"--variant paper {options}".strip(), ablation=table, label=label)
+
+
+PAPER_TABLES: dict[str, PaperTable] = {
+    "cacovid:table1": PaperTable(
+        "accuracy", _OV | {"qwen2.5-vl": "cacovid:qwen2.5-vl"}, ("longvideobench", "mlvu", "mlvu-test", "videomme")
+    ),
+    "cacovid:table2": PaperTable(
+        "time", _OV, blueprint="llava-onevision-7b", small="llava-onevision-0.1b", lengths=(32,)
+    ),
+    "cacovid:table3": PaperTable(
+        "training",
+        _OV,
+        ("mlvu", "videomme"),
+        trained={
+            "OCSS, video, 2 %": _sampled("--over video", "sampling", "OCSS over the whole video, as many tokens"),
+            "OCSS, frame, 2 %": _sampled("", "sampling", _PAIRS),
+            "random, frame, 2 %": _sampled("--sampler random", "sampling", "random"),
+            "multinomial, frame, 2 %": _sampled("--sampler multinomial", "sampling", "multinomial"),
+            "OCSS, frame, 1 %": _sampled("--ratio 0.01", "ratio", _ONE),
+            "OCSS, frame, 5 %": _sampled("--ratio 0.05", "ratio", "four tokens a frame"),
+        },
+    ),
+    "cacovid:table4": PaperTable(
+        "training",
+        _OV,
+        ("mlvu", "videomme"),
+        trained={
+            "none": _sampled("--iterations 1 --no-dynamic-ratio", "exploration", _ONE),
+            "ISF": _sampled("--blind-filter --iterations 1 --no-dynamic-ratio", "exploration", "ISF"),
+            "ISF, ER": _sampled("--blind-filter --no-dynamic-ratio", "exploration", "ISF + ER"),
+            "ISF, ER, DSR": _sampled("--blind-filter", "exploration", "ISF + ER + DSR"),
+        },
+    ),
+    "cacovid:table5": PaperTable(
+        "training",
+        _OV,
+        ("mlvu", "videomme"),
+        trained={
+            row: Trained(
+                "cacovid",
+                "--variant paper",
+                {"allocation": way},
+                "allocation",
+                "first look, trust .25 (ours)",
+                f"[{way}]",
+            )
+            for row, way in _SPENT.items()
+        },
+    ),
+    "score:table1": PaperTable("accuracy", _QWEN, ("lvbench", "mlvu", "videomme"), {"inner": False}),
+    "score:table2": PaperTable("accuracy", {"llava-video": "score:llava-video"}, ("videomme",), {"inner": False}),
+    "score:table3": PaperTable(
+        "time", _QWEN, blueprint="qwen2.5-vl-7b", small="qwen2.5-vl-0.1b", lengths=(32, 64, 96, 128)
+    ),
+    "score:table4": PaperTable(
+        "training",
+        _QWEN,
+        ("lvbench", "mlvu", "videomme"),
+        trained={
+            "pseudo": Trained("score", "--variant paper", ablation="curriculum", label="pseudo"),
+            "pseudo + real": Trained("score", "--variant paper", ablation="curriculum", label="half pseudo, then real"),
+        },
+    ),
+    "score:table5": PaperTable(
+        "training",
+        _QWEN,
+        ("videomme",),
+        trained={
+            "without residual": Trained("score", "--variant paper --no-residual", ablation="residual", label="X alone"),
+            "with residual": Trained("score", "--variant paper", ablation="residual", label="[X; ΔX]"),
+        },
+    ),
+}
+
+
+def paper_table(name: str) -> PaperTable:
+    """Return what a table is made of.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if name not in PAPER_TABLES:
+        raise UnknownNameError("table", name, PAPER_TABLES)
+    return PAPER_TABLES[name]

@@ -1,0 +1,185 @@
+"""python -m workbench reproduce: a table of either paper, published beside measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vidsieve.cli.shared import (
+    PAGE,
+    Report,
+    Seed,
+    Threads,
+    check_output,
+    command_line,
+    err,
+    out,
+    quiet,
+    set_threads,
+    table,
+    words,
+    write_json,
+    write_report,
+)
+from vidsieve.errors import EvaluationError, UnknownNameError
+from workbench.papers.bundles import bundled, read_bundle
+from workbench.papers.paper_tables import PAPER_TABLES, PaperTable, paper_table
+from workbench.papers.running import Part, evaluated, on_testbed, timed, trained
+
+
+def reproduce(
+    name: Annotated[
+        str | None, typer.Argument(metavar="TABLE", help="cacovid:table1 … 5, score:table1 … 5.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with longvideobench, mlvu, mlvu-test, videomme and lvbench in it, as published."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="MODEL=FOLDER, as qwen2.5-vl=…; default: the paper's, from the hub."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None, typer.Option("--policy", help="ROW=FOLDER or MODEL:ROW=FOLDER, for rows that are trained.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="These rows only, comma-separated.")] = "",
+    subset: Annotated[
+        int | None, typer.Option(help="So many questions of each benchmark, drawn by the seed.", min=1)
+    ] = None,
+    testbed: Annotated[
+        bool, typer.Option("--testbed", help="The whole table on the testbed: no download, minutes.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what would run and what is missing.")] = False,
+    check: Annotated[
+        Path | None, typer.Option(help="Instead: check a result bundle, or all of a folder.", show_default=False)
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the runs, to be gone on with.", show_default="in runs")
+    ] = None,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Result bundle to write.", show_default="bundle.json in that folder")
+    ] = None,
+    device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Of timed models.")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Counted rounds of timed tables.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Training seeds of the testbed's trainings.", min=1)] = 2,
+    seed: Seed = 0,
+    threads: Threads = 0,
+    report: Report = None,
+) -> None:
+    """Run what a table of either paper takes, and print published against measured, cell by cell."""
+    if check is not None:
+        _check(check)
+        return
+    if name is None:
+        raise EvaluationError(f"which table? There are {', '.join(PAPER_TABLES)}")
+    spec, folder = paper_table(name), folder or Path("runs/reproduce", name.replace(":", "-"))
+    target = bundle or folder / "bundle.json"
+    check_output(target)
+    check_output(report, PAGE)
+    models, policies = _pairs("--model", model), _pairs("--policy", policy)
+    for known in models:
+        if known not in spec.protocols:
+            raise UnknownNameError("model of this table", known, spec.protocols)
+    rows = _rows(name, spec, words(only))
+    set_threads(threads)
+    quiet()
+    missing: list[str] = []
+    settings: dict[str, Any] = {}
+    cells: dict[Any, Any] = {}
+    for family, protocol in spec.protocols.items():
+        part = Part(name, spec, family, rows[family], folder / family, device, seed, plan, missing)
+        if spec.kind == "time":
+            cells |= timed(part, testbed, dtype, repeats)
+        elif testbed and spec.kind == "training":
+            cells |= trained(part, seeds)
+        elif testbed:
+            cells |= on_testbed(part, subset or 480)
+        else:
+            cells |= evaluated(part, data, models.get(family), policies, subset, protocol)
+        settings |= {family: part.settings} if part.settings else {}
+    for line in missing:
+        err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
+    if plan:
+        return
+    if not any(cell.get("measured") is not None for cell in cells.values()):
+        raise EvaluationError(f"nothing of {name} can be measured here: see what is missing above, or use --testbed")
+    from vidsieve.evaluation.runs import versions
+    from vidsieve.io.machine import machine
+
+    made = bundled(
+        name,
+        cells,
+        testbed=testbed,
+        command=command_line(),
+        settings=settings,
+        missing=missing,
+        versions=versions(),
+        machine=machine(),
+    )
+    _print(made)
+    if testbed and spec.kind == "accuracy":
+        out.print(
+            f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
+            "policies that come with the package",
+            soft_wrap=True,
+        )
+    write_json(target, made)
+    read_bundle(target)
+    out.print(f"written: {target}")
+    from workbench.papers.report import bundle_sections
+
+    write_report(report, f"{name}, published and measured", lambda: bundle_sections(made))
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    found = {}
+    for word in given or []:
+        left, sign, right = word.partition("=")
+        if not (left and sign and right):
+            raise EvaluationError(f"{option} is a name and a folder, as NAME=FOLDER; got {word!r}")
+        found[left] = right
+    return found
+
+
+def _rows(name: str, spec: PaperTable, only: list[str]) -> dict[str, list[tuple[str, list[float]]]]:
+    from workbench.papers.reproducing import rows_of
+
+    found = {family: rows_of(name, family) for family in spec.protocols}
+    known = dict.fromkeys(row for rows in found.values() for row, _ in rows)
+    for row in only:
+        if row not in known:
+            raise UnknownNameError("row", row, known)
+    return {family: [(r, at) for r, at in rows if not only or r in only] for family, rows in found.items()}
+
+
+def _check(path: Path) -> None:
+    """Print what the bundles of a folder are, or one; the first unsound one is an error."""
+    files = sorted(path.glob("*.json")) if os.path.isdir(path) else [path]
+    if not files:
+        raise EvaluationError(f"no bundles in {path}: they are files that end in .json")
+    lines = []
+    for file in files:
+        made = read_bundle(file)
+        told = sum(cell["measured"] is not None for cell in made["cells"])
+        models = ", ".join(dict.fromkeys(cell["model"] for cell in made["cells"] if cell["measured"] is not None))
+        where = "testbed" if made["testbed"] else models
+        lines.append((file.name, made["table"], where, told, made["versions"].get("vidsieve", "–")))
+    out.print(table("sound result bundles", ("file", "table", "of", "cells measured", "vidsieve"), lines, right=(3,)))
+
+
+def _print(made: Mapping[str, Any]) -> None:
+    """Print a bundle, one line a row, published / measured in every column."""
+    from workbench.papers.report import lines_of, measured_columns
+
+    for model in dict.fromkeys(cell["model"] for cell in made["cells"]):
+        own = [cell for cell in made["cells"] if cell["model"] == model]
+        columns = measured_columns(own)  # a terminal is narrow; the bundle and the report have the others
+        rows = [(escape(row), *line) for row, *line in lines_of(own, columns)]
+        title = f"{made['table']}, {model}: published | measured" + (" on the testbed" if made["testbed"] else "")
+        out.print(table(title, ("", "kept", *columns), rows, right=range(1, 2 + len(columns))))

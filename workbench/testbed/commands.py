@@ -1,0 +1,166 @@
+"""Commands about the testbed: build its models, measure the world itself, run the ablations."""
+
+from __future__ import annotations
+
+import os
+from json import dumps, loads
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vidsieve.cli.evaluate import print_result
+from vidsieve.cli.progress import Bar
+from vidsieve.cli.shared import Json, Threads, check_output, check_world, out, quiet, set_threads, write_json
+from vidsieve.io.files import writing
+from vidsieve.loading import load_model
+from vidsieve.retention import parse_retentions
+
+
+def build(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
+    seed: Annotated[int, typer.Option(help="Seed of scenes and weights.")] = 11,
+    scenes: Annotated[int, typer.Option(help="Training scenes of the language model.", min=1)] = 4000,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps of each stage, to see that it runs; no usable model.")
+    ] = False,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Train the testbed's model from nothing by the committed recipe; goes on where it was stopped."""
+    check_output(json)
+    check_output(folder / "model" / "config.json")
+    set_threads(threads)
+    from workbench.testbed.build import build_testbed
+
+    quiet()
+    record = build_testbed(
+        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: out.print(line, highlight=False)
+    )
+    write_json(json, record)
+
+
+def talker(
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
+    seed: Annotated[int, typer.Option(help="Seed of scenes and order.")] = 21,
+    scenes: Annotated[int, typer.Option(help="Training scenes.", min=1)] = 2500,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Teach the shipped model to count and to say what is not there, for `python -m workbench open`."""
+    check_output(json)
+    check_output(folder / "model" / "config.json")
+    set_threads(threads)
+    from workbench.testbed.talking import build_talker
+
+    quiet()
+    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: out.print(line, highlight=False))
+    out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
+    write_json(json, record)
+
+
+def separation(
+    retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1,0.05,0.025",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    questions: Annotated[int, typer.Option(help="Questions.", min=2)] = 2400,
+    world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    model: Annotated[str, typer.Option(help="Folder of a testbed model, or 'testbed'.")] = "testbed",
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
+    ] = False,
+    threads: Threads = 0,
+    json: Json = None,
+) -> None:
+    """Measure the world before any policy: oracles that know the scene against heuristics without training."""
+    ratios = parse_retentions(retention)
+    check_output(json)
+    check_world(world)
+    set_threads(threads)
+    from vidsieve.evaluation.testbed import MARKS
+    from workbench.testbed.study import measure, targets
+
+    quiet()
+    network, processor = load_model(model)
+    with Bar("scenes", 1) as advance:
+        result = measure(
+            network,
+            processor,
+            ratios,
+            world=world,
+            seed=seed,
+            questions=questions,
+            attention=attention,
+            progress=advance,
+        )
+    print_result(result)
+    for line in targets(result):
+        out.print(line, highlight=False)
+    shown = {key: value for key, value in result.items() if key not in MARKS}
+    write_json(json, shown | {"targets": targets(result)})
+
+
+def ablate(
+    folder: Annotated[Path, typer.Argument(help="Where runs go; the same folder goes on where it was stopped.")],
+    tables: Annotated[str, typer.Option(help="Names of tables, comma-separated.", show_default="all")] = "",
+    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 5,
+    questions: Annotated[int, typer.Option(help="Questions each policy is measured on.", min=24)] = 480,
+    processes: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    search: Annotated[
+        int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
+    ] = 50,
+    json: Json = None,
+    write: Annotated[
+        Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
+    ] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Also draw learning curves here, .png or .svg.", show_default=False)
+    ] = None,
+) -> None:
+    """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
+    check_output(json)
+    check_output(write)
+    check_output(figure)
+    searched = folder / f"search-{search}.json"
+    check_output(searched)
+    from vidsieve.evaluation.runs import versions
+    from vidsieve.report.curves import curves_picture
+    from workbench.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
+    from workbench.testbed.search import markdown as search_table
+
+    chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
+    runs = runs_of(chosen, seeds, questions)
+
+    def report(done: int, count: int, run: Run, minutes: float) -> None:
+        out.print(
+            f"{done}/{count}  {run.method}, seed {run.seed}, {run.condition.label}: {minutes:.1f} min of training"
+        )
+
+    results = perform_all(runs, folder, processes, report)
+    made = [tabulated(table, seeds, questions, results) for table in chosen]
+    text = markdown(made)
+    about: dict[str, Any] = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
+    if search:
+        bound = _searched(searched, EVAL_SEED, search)
+        about["search"] = bound
+        text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
+    out.print(text, markup=False, highlight=False)
+    if write is not None:
+        with writing(write) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    if figure is not None:
+        curves_picture(figure, made)
+    write_json(json, about | {"tables": made})
+
+
+def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
+    """Return the search over sets of tokens, from an earlier call if there was one."""
+    if not os.path.exists(path):
+        from workbench.testbed.search import upper_bound
+
+        quiet()
+        with Bar("questions searched", questions) as advance:
+            found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
+        with writing(path) as temporary:
+            temporary.write_text(dumps(found), encoding="utf-8")
+    result: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
+    return result
