@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib.util
 import re
@@ -145,3 +146,16 @@ def check_command(words):
             for method in value.split(",") if word in ("--method", "--methods") else ():
                 if "/" not in method:
                     check_known(method)
+
+
+def test_functions_that_the_architecture_names_are_where_it_says():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    named = re.findall(r"\[`(\w+(?:\.\w+)?)`\]\(\.\./(src/\S+?\.py)\)", text)
+    assert len(named) > 40
+    for name, place in named:
+        if name.endswith(".py"):
+            continue
+        body = ast.parse((ROOT / place).read_text("utf-8")).body
+        for part in name.split("."):
+            (node,) = (node for node in body if getattr(node, "name", None) == part)
+            body = node.body

@@ -13,8 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter, Videos
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.families.counted import CountedPositions
 from vidsieve.adapters.families.probe import block_mean
-from vidsieve.adapters.inside.counted import CountedPositions
 from vidsieve.adapters.locate import check_count
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError

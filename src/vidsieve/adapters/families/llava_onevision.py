@@ -11,8 +11,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
+from vidsieve.adapters.families.counted import CountedPositions
 from vidsieve.adapters.families.probe import attention_modules
-from vidsieve.adapters.inside.counted import CountedPositions
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
