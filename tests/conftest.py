@@ -48,8 +48,8 @@ def run(monkeypatch, capsys):
     def run(*arguments, code=0, cwd=None):
         threads = torch.get_num_threads()
         with monkeypatch.context() as patch:
-            own = arguments[:1] == ("workbench",)
-            patch.setattr("sys.argv", [*([] if own else ["vidsieve"]), *map(str, arguments)])
+            own = "workbench" in arguments[:2]
+            patch.setattr("sys.argv", ["vidsieve", *(str(word) for word in arguments if word != "workbench")])
             patch.setattr(faults, "seen", False)
             patch.setattr(faults, "debug", False)
             if cwd is not None:

@@ -18,7 +18,7 @@ from vidsieve.training.data.table import RecordTable, load_rows
 from vidsieve.training.recipes import train_policy
 
 SCENES, BROKEN = 10, 0.3  # one missing, one cut short, one no video
-QUICK = {"steps": 3, "prompts_per_step": 2, "workers": 2}
+QUICK = {"steps": 3, "prompts_per_step": 4, "workers": 2}
 CHOICE, CAPTION = QUICK | {"token_rollouts": 2, "frame_rollouts": 0}, QUICK | {"rollouts": 2}
 
 
