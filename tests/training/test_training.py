@@ -217,7 +217,7 @@ def test_score_learns_what_objects_are(testbed, tmp_path):
     """Never told what an object is, only how well captions are predicted."""
     model, processor = testbed
     prompts = ScenePrompts(adapter_for(model), processor, seed=61)
-    train(testbed, tmp_path, rollouts=16, steps=12, prompts_per_step=8, log_every=4, save_every=12)
+    train(testbed, tmp_path, rollouts=16, steps=8, prompts_per_step=8, log_every=4, save_every=8)
     start = ScorePolicy.start(128, "llava_onevision", hidden=256, seed=5).eval()
     before, after = (object_share(p, prompts, 61) for p in (start, load(tmp_path / "policy").policy))
     assert after > max(0.7, before + 0.15), (before, after)
@@ -225,9 +225,10 @@ def test_score_learns_what_objects_are(testbed, tmp_path):
 
 @pytest.mark.slow
 def test_cacovid_learns_to_be_right_more_often(testbed, tmp_path):
-    train(testbed, tmp_path, "cacovid", steps=60, prompts_per_step=8, log_every=15, save_every=60)
+    rates = {"head_lr": 0.02, "body_lr": 3e-4}
+    train(testbed, tmp_path, "cacovid", steps=24, prompts_per_step=8, log_every=8, save_every=24, **rates)
     lines = read_metrics(tmp_path)
-    assert lines[-1]["right"] > lines[0]["right"] + 0.05
+    assert lines[-1]["right"] > lines[0]["right"] + 0.1
 
 
 def test_the_rate_of_a_group_is_not_the_policys_to_choose(testbed, tmp_path):
