@@ -73,7 +73,9 @@ def evaluate(
     ] = None,
     retention: Annotated[
         str | None,
-        typer.Option(help="Fractions of video tokens kept, or counts as 512t.", show_default="0.25,0.1"),
+        typer.Option(
+            help="Fractions of video tokens kept, or counts as 512t.", show_default="0.25,0.1; testbed: also 0.05"
+        ),
     ] = None,
     frames: Annotated[
         str | None, typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32")
@@ -95,7 +97,11 @@ def evaluate(
     subset: Annotated[
         int | None,
         typer.Option(
-            "--subset", "--questions", help="So many questions, drawn by the seed.", min=1, show_default=False
+            "--subset",
+            "--questions",
+            help="So many questions, drawn by the seed.",
+            min=1,
+            show_default="all; testbed: 2000",
         ),
     ] = None,
     allow_missing: Annotated[
@@ -113,12 +119,14 @@ def evaluate(
     earliest: Earliest = False,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the run, to be gone on with.", show_default="runs/eval/TASK"),
+        typer.Option(
+            "--out", help="Folder of the run, to be gone on with.", show_default="runs/eval/TASK; testbed: none"
+        ),
     ] = None,
     share: Share = None,
     layout: Layout = None,
     device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
-    seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
     threads: Threads = 0,
     report: Report = None,
     figures: Figures = None,
