@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vidsieve.report.page import Section, TableOf
-from vidsieve.report.sections import Row, _figure, _versus, named
+from vidsieve.report.sections import Row, as_difference, as_figure, named
 from workbench.testbed.open_ended import TASKS
 
 
@@ -12,10 +12,10 @@ def open_sections(result: Row) -> list[Section]:
     lines, lost = [], []
     for row in result["rows"]:
         tasks = [row["tasks"][name] for name in TASKS]
-        shown = (f"{_figure(task['mean'], 100, 1)} ± {_figure(task['stderr'], 100, 1)}" for task in tasks)
+        shown = (f"{as_figure(task['mean'], 100, 1)} ± {as_figure(task['stderr'], 100, 1)}" for task in tasks)
         lines.append((named(row), row["retention"], *shown))
         if row["method"] != "full":
-            lost.append((named(row), row["retention"], *(_versus(task["vs_full"]) for task in tasks)))
+            lost.append((named(row), row["retention"], *(as_difference(task["vs_full"]) for task in tasks)))
     text = f"World {result['world']}, {result['scenes']} scenes. Percent, errors clustered by scene."
     said = [Section("What it is", table=TableOf(("", ""), list(TASKS.items()), frozenset({1})))]
     columns = ("method", "kept", *TASKS)

@@ -23,6 +23,7 @@ from vidsieve.cli.shared import (
     check_output,
     check_world,
     command_line,
+    gone_error,
     note_few,
     out,
     parse_share,
@@ -36,7 +37,7 @@ from vidsieve.cli.shared import (
     write_json,
     write_report,
 )
-from vidsieve.errors import EvaluationError, UnknownNameError, VidsieveError
+from vidsieve.errors import EvaluationError, UnknownNameError
 from vidsieve.retention import parse_retentions
 
 TESTBED = {"methods": "all", "retention": "0.25,0.1,0.05", "seed": 9001, "subset": 2000, "model": "testbed"}
@@ -134,7 +135,7 @@ def evaluate(
 ) -> None:
     """Measure methods side by side, beside the model with all tokens: accuracy with errors clustered by video."""
     if task == "open":
-        raise VidsieveError("open is not in the package any more: run `python -m workbench open` in a checkout")
+        raise gone_error("open")
     if task != "testbed" and task not in registry.benchmarks:
         raise UnknownNameError("task", task, ["testbed", *registry.benchmarks])
     for name in ONLY_BENCHMARKS if task == "testbed" else ONLY_TESTBED:

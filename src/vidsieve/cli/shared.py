@@ -80,11 +80,16 @@ PAGE, MOVIE, PICTURES = (".html", ".htm"), (".mp4",), (".png", ".svg", ".pdf", "
 """Endings of the files that commands write."""
 
 
+def gone_error(name: str, now: str = "python -m workbench {name}") -> VidsieveError:
+    """Return the error that says what to run instead of a command, in a checkout."""
+    return VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
+
+
 def moved(app: typer.Typer, name: str, now: str = "python -m workbench {name}") -> None:
     """Give an app a command that says what to run instead, in a checkout."""
 
     def gone() -> None:
-        raise VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
+        raise gone_error(name, now)
 
     anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(name, hidden=True, context_settings=anything)(gone)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vidsieve.errors import EvaluationError
-from vidsieve.options import LETTERS as LETTERS
+from vidsieve.options import LETTERS
 from vidsieve.training.data.video_r1 import ASKED, Kind
 
 

@@ -24,7 +24,10 @@ def finished(folder: Path) -> dict[str, Any]:
     """
     path = folder / "result.json"
     if not os.path.isfile(path):
-        raise EvaluationError(f"{folder} has no finished run: a page is made of result.json or metrics.jsonl")
+        raise EvaluationError(
+            f"{folder} has no finished run: a page is made of result.json or metrics.jsonl; of a paper's table, by "
+            "`python -m workbench reproduce … --report`"
+        )
     try:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -211,10 +211,10 @@ def evaluation_sections(result: Row) -> list[Section]:
                 named(row),
                 *([row["frames"]] if several else []),
                 row["retention"],
-                *(_figure(row[key], 1, 4) for key in ("layer_retention", "real_retention")),
-                _figure(row["accuracy"], 100, 1),
-                _figure(row["stderr"], 100, 1),
-                *(_versus(row[f"vs_{name}"] if row["method"] != name else None) for name in ("random", "full")),
+                *(as_figure(row[key], 1, 4) for key in ("layer_retention", "real_retention")),
+                as_figure(row["accuracy"], 100, 1),
+                as_figure(row["stderr"], 100, 1),
+                *(as_difference(row[f"vs_{name}"] if row["method"] != name else None) for name in ("random", "full")),
             ]
         )
     for row in result["refused"]:
@@ -254,14 +254,16 @@ def _about(result: Row) -> str:
     return f"{asked}. Errors are clustered by video; differences are paired, with 95 % intervals.{few}"
 
 
-def _figure(value: float | None, times: float, digits: int) -> str:
+def as_figure(value: float | None, times: float, digits: int) -> str:
+    """Return a number as tables have it; a dash for none."""
     return "–" if value is None or not math.isfinite(value) else f"{times * value:.{digits}f}"
 
 
-def _versus(found: Row | None) -> str:
+def as_difference(found: Row | None) -> str:
+    """Return a paired difference in points with its 95 % interval."""
     if found is None:
         return "–"
-    return f"{100 * found['diff']:+.1f} ± {_figure(found['stderr'], 196, 1)}"
+    return f"{100 * found['diff']:+.1f} ± {as_figure(found['stderr'], 196, 1)}"
 
 
 def _interval(error: float | None) -> float:
@@ -322,7 +324,7 @@ def _categories(rows: Sequence[dict[str, Any]]) -> list[Section]:
 def _cell(found: Row | None) -> str:
     if found is None:
         return "–"
-    error = _figure(found["stderr"], 100, 1)
+    error = as_figure(found["stderr"], 100, 1)
     return f"{100 * found['accuracy']:.1f}" + ("" if error == "–" else f" ± {error}")
 
 

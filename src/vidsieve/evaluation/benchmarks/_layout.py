@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.items import LETTERS
+from vidsieve.options import LETTERS
 
 T = TypeVar("T")
 

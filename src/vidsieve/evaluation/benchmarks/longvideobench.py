@@ -6,7 +6,8 @@ from pathlib import Path
 
 from vidsieve.errors import EvaluationError
 from vidsieve.evaluation.benchmarks._layout import Videos, one_file, read_json, rows_of
-from vidsieve.evaluation.items import LETTERS, Benchmark, Item, checked
+from vidsieve.evaluation.items import Benchmark, Item, checked
+from vidsieve.options import LETTERS
 
 _DURATIONS = {15: "8–15 s", 60: "15–60 s", 600: "180–600 s", 3600: "900–3600 s"}
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from vidsieve.errors import EvaluationError
 from vidsieve.evaluation.benchmarks._layout import Fields, Videos, one_file, one_folder, read_lines, rows_of
-from vidsieve.evaluation.items import LETTERS, Benchmark, Item, checked
+from vidsieve.evaluation.items import Benchmark, Item, checked
+from vidsieve.options import LETTERS
 
 _OPTION = re.compile(r"^\(([A-Z])\)\s*(.*)$", re.MULTILINE)
 
