@@ -13,7 +13,7 @@ from vidsieve.errors import BudgetError, EvaluationError
 from vidsieve.evaluation import testbed as measuring
 from vidsieve.evaluation.methods import named_methods, rows_for
 from vidsieve.evaluation.testbed import compressor_row, evaluate, run_config, scene_counts, write_run
-from vidsieve.io.store import Store
+from vidsieve.io.journal import Store
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
 

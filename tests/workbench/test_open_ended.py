@@ -11,7 +11,7 @@ import torch
 import vidsieve
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.evaluation.examiner import Condition
-from vidsieve.io.store import Store
+from vidsieve.io.journal import Store
 from vidsieve.loading import load_model
 from vidsieve.testbed.world import render
 from workbench.testbed import open_ended

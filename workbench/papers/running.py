@@ -111,7 +111,7 @@ def evaluated(
 def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
     """Evaluate the methods of a table on the testbed's two worlds."""
     from vidsieve.evaluation.testbed import compressor_row, evaluate, run_config, write_run
-    from vidsieve.io.store import Store
+    from vidsieve.io.journal import Store
     from vidsieve.loading import load, load_model
     from workbench.papers.reproducing import method_of, testbed_cells
 

@@ -27,7 +27,7 @@ from vidsieve.errors import BudgetError
 from vidsieve.evaluation.examiner import Condition
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
 from vidsieve.io.faults import contained
-from vidsieve.io.store import Store, measure_all
+from vidsieve.io.journal import Store, measure_all
 from vidsieve.testbed.model import chat_inputs, repeated_features
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.world import TOKENS, render

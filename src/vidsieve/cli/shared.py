@@ -20,7 +20,7 @@ from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNa
 from vidsieve.io.files import writing
 
 if TYPE_CHECKING:
-    from vidsieve.io.store import Store
+    from vidsieve.io.journal import Store
     from vidsieve.report.page import Section
     from vidsieve.types import TokenGrid
     from vidsieve.video.reading import Video
@@ -151,7 +151,7 @@ def store_in(
     if folder is None:
         yield None
         return
-    from vidsieve.io.store import Store
+    from vidsieve.io.journal import Store
 
     with Store(folder, config(), share) as store:
         yield store

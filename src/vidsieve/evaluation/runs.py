@@ -25,8 +25,8 @@ from vidsieve.evaluation.examiner import Condition, Examiner
 from vidsieve.evaluation.items import Benchmark, Item
 from vidsieve.evaluation.tables import summary
 from vidsieve.io.files import writing
+from vidsieve.io.journal import Store, measure_all
 from vidsieve.io.machine import spread
-from vidsieve.io.store import Store, measure_all
 
 SAMPLES, RESULT, TIMING = "samples.jsonl", "result.json", "timing.json"
 

@@ -25,7 +25,7 @@ from vidsieve.evaluation.runs import RESULT, SAMPLES, TIMING, policy_digest, ver
 from vidsieve.evaluation.stats import clustered_mean, mcnemar, paired_difference
 from vidsieve.io.faults import contained
 from vidsieve.io.files import writing
-from vidsieve.io.store import Store, measure_all
+from vidsieve.io.journal import Store, measure_all
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render

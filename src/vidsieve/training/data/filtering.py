@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
-from vidsieve.io.store import Store, measure_all
+from vidsieve.io.journal import Store, measure_all
 from vidsieve.training.data.layouts import moved
 from vidsieve.training.data.rows import Remembered, ask, kind_of, relettered
 from vidsieve.training.data.skipped import Skipped

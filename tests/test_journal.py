@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from vidsieve.errors import EvaluationError
-from vidsieve.io.store import Store, measure_all
+from vidsieve.errors import EvaluationError, OutputError, TrainingError
+from vidsieve.io.journal import Journal, Store, measure_all
 
 CONFIG = {"task": "t", "versions": {"vidsieve": "1"}}
 
@@ -62,7 +62,7 @@ def test_two_processes_with_one_share_and_damaged_lines_are_refused(tmp_path):
     with Store(tmp_path, CONFIG) as store, pytest.raises(EvaluationError, match=r"line 2 of .* is damaged"):
         store.records()
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(EvaluationError, match="says nothing of the results"):
+    with pytest.raises(EvaluationError, match=r"run\.json cannot be read"):
         Store(tmp_path, CONFIG)
 
 
@@ -81,3 +81,68 @@ def test_of_long_settings_what_differs_is_told(tmp_path):
         Store(tmp_path, {"conditions": other, "rows": list(range(99))})
     with pytest.raises(EvaluationError, match=r"rows: \[\] there, \[-1\] now"):
         Store(tmp_path, {"conditions": many, "rows": [*range(99), -1]})
+
+
+HEADER = {"batch": 1, "settings": {"seed": 1, "prompt": "x" * 90 + "a"}}
+
+
+def entries(journal):
+    found = []
+    journal.load(lambda entry, place: found.append((place, entry)))
+    return found
+
+
+def test_a_journal_survives_being_cut_at_any_byte(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, HEADER) as journal:
+        places = [journal.add({"row": row}) for row in ("a", "\udcff")]
+        assert list(journal.read(places[::-1])) == [{"row": "\udcff"}, {"row": "a"}]
+    whole = path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["run.jsonl"]  # the lock is gone
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with Journal(path, HEADER) as journal:
+            kept = [entry["row"] for _, entry in entries(journal)]
+            assert len(kept) == max(0, whole[:cut].count(b"\n") - 1)
+            for row in ("a", "\udcff")[len(kept) :]:
+                journal.add({"row": row})
+        assert path.read_bytes() == whole
+
+
+def test_a_journal_of_another_run_is_refused_once_it_has_entries(tmp_path):
+    path, other = tmp_path / "run.jsonl", {"batch": 1, "settings": {"seed": 1, "prompt": "x" * 90 + "b"}}
+    with Journal(path, HEADER):
+        pass
+    with Journal(path, other) as journal:  # nothing in it yet: it becomes this run's
+        journal.add({})
+    with (
+        pytest.raises(TrainingError, match=r'prompt: …x{20}b" there, …x{20}a" now'),
+        Journal(path, HEADER, error=TrainingError),
+    ):
+        pass
+    with (
+        pytest.raises(EvaluationError, match="not a journal of this command"),
+        Journal(path, {"annotation": 1, "settings": other["settings"]}),
+    ):
+        pass
+
+
+def test_a_journal_is_locked_finished_and_discarded(tmp_path):
+    path = tmp_path / "run.jsonl"
+    with Journal(path, HEADER) as journal:
+        with (
+            pytest.raises(TrainingError, match="another process is writing"),
+            Journal(path, HEADER, error=TrainingError),
+        ):
+            pass
+        journal.add({"row": 1})
+        journal.replace({**HEADER, "finished": {"rows": 1}})
+    with Journal(path, HEADER) as journal:
+        assert journal.header["finished"] == {"rows": 1} and entries(journal) == []
+        journal.discard()
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="enter the journal"):
+        journal.add({})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"), Journal(tmp_path / "file" / "run.jsonl"):
+        pass

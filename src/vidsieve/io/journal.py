@@ -1,0 +1,318 @@
+"""Files of JSON lines that survive being killed at any moment: the one journal of evaluations, batches and annotations.
+
+`Journal` is one file that one process appends to. `Store` is a folder of them, one for each process of a run, with the
+run's settings in ``run.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from filelock import FileLock, Timeout
+
+from vidsieve.errors import EvaluationError, OutputError, VidsieveError
+from vidsieve.io.files import append, writing
+
+RUN = "run.json"
+
+
+class Journal:
+    """A file of JSON lines; entering it locks it, so that no other process appends to it.
+
+    An entry is on the disk when `add` returns. A last line without its end was being written when the process was
+    killed: readers ignore it, and entering removes it.
+
+    Parameters
+    ----------
+    path : Path
+    header : dict, optional
+        First line of the file, as values for JSON: what kind of journal this is, and under ``settings`` what its
+        entries depend on. Without it the first line is an entry.
+    error : type
+        Raised where the file is damaged, of another run, or in use.
+    damaged : str
+        How an error about a damaged line ends: what becomes of its rows once the line is removed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        header: Mapping[str, Any] | None = None,
+        *,
+        error: type[VidsieveError] = EvaluationError,
+        damaged: str = "what it recorded is done again",
+    ) -> None:
+        self.path, self._error, self._damaged = Path(path), error, damaged
+        self.header: dict[str, Any] | None = None if header is None else json.loads(json.dumps(header))
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b", buffering=0)
+            self._lock.acquire()
+        except Timeout:
+            self._close()
+            raise self._error(f"another process is writing {self.path}: wait for it, or name another output") from None
+        except OSError as error:
+            self._close()
+            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+        try:
+            self._file.seek(0)
+            whole = self._file.read().rfind(b"\n") + 1
+            self._file.truncate(whole)
+            if not whole and self.header is not None:
+                self._append(self.header)
+            self.check()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._close()
+        with suppress(OSError):
+            os.unlink(self._lock.lock_file)  # while it is held: a process that waits for it looks again
+        self._lock.release()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def check(self) -> None:
+        """Refuse a file with another header; one that has no entries gets this one instead, where it is locked.
+
+        Raises
+        ------
+        VidsieveError
+            The type given as `error`.
+        """
+        if self.header is None or not os.path.exists(self.path):
+            return
+        with self.path.open("rb") as file:
+            first, second = file.readline(), file.readline()
+        if not first.endswith(b"\n"):
+            return
+        try:
+            known = json.loads(first)
+            changed = differences(known["settings"], self.header["settings"])
+            if known.keys() - {"finished"} != self.header.keys() - {"finished"}:
+                raise ValueError("another kind of journal")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise self._error(
+                f"{self.path} is not a journal of this command: name another output, or move it away"
+            ) from None
+        if changed and (second.endswith(b"\n") or "finished" in known or self._file is None):
+            raise self._error(
+                f"{self.path} is of another run ({changed}): give the same settings, name another output, or remove "
+                "that file and the outputs beside it"
+            )
+        if changed:
+            self.replace(self.header)
+        else:
+            self.header = known
+
+    def add(self, entry: Mapping[str, Any]) -> int:
+        """Append an entry and return the position of its line in bytes; it is on the disk when this returns.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        return self._append(entry)
+
+    def _append(self, entry: Mapping[str, Any]) -> int:
+        if self._file is None:
+            raise RuntimeError("enter the journal before adding to it")
+        place = self._file.seek(0, os.SEEK_END)
+        append(self._file, json.dumps(entry).encode() + b"\n", self.path)
+        return place
+
+    def load(self, take: Callable[[Any, int], object]) -> None:
+        """Call `take` with every entry and the position of its line in bytes; a file that does not exist has none.
+
+        Raises
+        ------
+        VidsieveError
+            If a line is damaged, or `take` cannot read what it holds; the type given as `error`.
+        """
+        if not os.path.exists(self.path):
+            return
+        place = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return  # being written by another process
+                if number > 1 or self.header is None:
+                    try:
+                        take(json.loads(line), place)
+                    except (ValueError, KeyError, TypeError, IndexError):
+                        raise self._error(
+                            f"line {number} of {self.path} is damaged: remove that line, and {self._damaged}"
+                        ) from None
+                place += len(line)
+
+    def read(self, places: Sequence[int]) -> Iterator[Any]:
+        """Yield the entries at positions that `add` or `entries` gave."""
+        with self.path.open("rb") as file:
+            for place in places:
+                file.seek(place)
+                yield json.loads(file.readline())
+
+    def replace(self, header: Mapping[str, Any]) -> None:
+        """Remove all entries, leaving a header.
+
+        Raises
+        ------
+        OutputError
+        """
+        self._close()
+        with writing(self.path) as temporary:
+            temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        self.header = json.loads(json.dumps(header))
+        self._file = self.path.open("a+b", buffering=0)
+
+    def discard(self) -> None:
+        """Remove the file."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+
+class Store:
+    """Results of a run in a folder, one journal for each shard, open for the shard of one process.
+
+    Parameters
+    ----------
+    folder : Path
+    config : dict
+        What the results depend on, as values for JSON. A folder that was begun with another is refused.
+    share : (int, int)
+        Index of this process's shard and number of shards. Units measured in other shards count as done, so that a
+        run can be resumed with another number of processes.
+
+    Raises
+    ------
+    EvaluationError
+        If the folder holds results of another run, another process has this shard open, or a file is damaged.
+    OutputError
+        If the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
+        self.folder, self.share = Path(folder), share
+        path = self.folder / RUN
+        if os.path.exists(path):
+            self._compare(path, config)
+        else:
+            with writing(path) as temporary:
+                temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self._journal = _shard(self.folder / f"units-{share[0] + 1}-of-{share[1]}.jsonl").__enter__()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._journal.__exit__(kind, error, at)
+
+    def _compare(self, path: Path, config: Mapping[str, Any]) -> None:
+        try:
+            changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise EvaluationError(f"{path} cannot be read ({error}): {_ADVICE}") from None
+        if changed:
+            raise EvaluationError(f"{self.folder} holds results of another run ({changed}): {_ADVICE}")
+
+    def add(self, unit: str, record: Mapping[str, Any]) -> None:
+        """Append the record of a unit; it is on the disk when this returns.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
+        """
+        self._journal.add({"unit": unit, **record})
+
+    def records(self) -> dict[str, dict[str, Any]]:
+        """Return the records of all units in all shards; of a unit measured twice, the first.
+
+        Raises
+        ------
+        EvaluationError
+            If a file is damaged.
+        """
+        records: dict[str, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("units-*-of-*.jsonl")):
+            _shard(path).load(lambda record, _: records.setdefault(record["unit"], record))
+        return records
+
+
+def _shard(path: Path) -> Journal:
+    return Journal(path, damaged="its unit is measured again")
+
+
+def measure_all(
+    store: Store | None,
+    units: Sequence[str],
+    measure: Callable[[str], Mapping[str, Any]],
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Measure the units of a store's shard that have no record yet, and return all records in the order of `units`.
+
+    Without a store all units are measured and kept in memory.
+    """
+    records = store.records() if store is not None else {}
+    first, step = store.share if store is not None else (0, 1)
+    mine = units[first::step]
+    done = sum(unit in records for unit in mine)
+    for unit in mine:
+        if unit in records:
+            continue
+        record = dict(measure(unit))
+        if store is not None:
+            store.add(unit, record)
+        records[unit] = {"unit": unit, **record}
+        done += 1
+        if progress:
+            progress(done, len(mine))
+    if store is not None:
+        records = store.records()  # what other processes have measured meanwhile
+    return {unit: records[unit] for unit in units if unit in records}
+
+
+_ADVICE = "give another folder, or remove this one"
+
+
+def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Return in one line which values of two mappings differ, and how; empty where they are equal."""
+    changed = [key for key in {**known, **wanted} if known.get(key) != wanted.get(key)]
+    return "; ".join(f"{key}: {_between(known.get(key), wanted.get(key))}" for key in changed)
+
+
+def _between(known: object, wanted: object) -> str:
+    """Return how two values differ: of tables and lists the entries only one has, of long texts where they part."""
+    if any(len(json.dumps(value)) > _SHORT for value in (known, wanted)):
+        if isinstance(known, dict) and isinstance(wanted, dict):
+            known, wanted = [*map(list, known.items())], [*map(list, wanted.items())]
+        if isinstance(known, list) and isinstance(wanted, list):
+            gone, new = [v for v in known if v not in wanted], [v for v in wanted if v not in known]
+            known, wanted = (gone, new) if gone or new else (known, wanted)
+    texts = [json.dumps(value, ensure_ascii=False) for value in (known, wanted)]
+    start = 0
+    if isinstance(known, str) and isinstance(wanted, str) and max(map(len, texts)) > _SHORT:
+        start = max(0, next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0) - 20)
+    there, now = (
+        f"{'…' * (start > 0)}{text[start : start + _SHORT]}{'…' * (len(text) > start + _SHORT)}" for text in texts
+    )
+    return f"{there} there, {now} now"
+
+
+_SHORT = 60
