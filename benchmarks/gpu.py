@@ -20,7 +20,7 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.compressors.base import LayerCompressor
+from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.io.machine import machine, spread, write_result
 from vidsieve.testing.calls import CALLS, STEPS, Case
 from vidsieve.testing.equivalence import TOLERANCE, cell

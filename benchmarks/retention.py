@@ -118,7 +118,7 @@ def kept(model: Any, method: Compressor, batches: list[dict[str, Any]]) -> dict[
         "newlines": sum(trace.newlines for trace in found) / count,
         "from": sorted({layer for trace in found for layer in trace.layers}),
         "acts": method.acts.value,
-        "exact": not method.outcome,
+        "exact": not method.adaptive_budget,
         "decoded": sum(decoded) / len(decoded) if decoded else None,
     }
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,15 @@ import plain.visionzip
 import vidsieve
 from plain._shared import eager_attention
 from vidsieve import registry
+from vidsieve.adapters.decoder_layer import attention_rows, block_shape, rotated
 from vidsieve.adapters.families.probe import received
-from vidsieve.adapters.inside.layers import block_shape
-from vidsieve.adapters.inside.passes import attention_rows, rotated
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.framefusion import excess
+from vidsieve.compressors.inside import LayerCompressor, Rows
 from vidsieve.io.machine import machine, peak_memory, spread, write_result
 from vidsieve.selection import exact_ratio
-from vidsieve.testing import make_video
-from vidsieve.types import EncoderOutputs, LayerView, Stage, TokenGrid, VideoTokens
+from vidsieve.testing import GivenView, make_video
+from vidsieve.types import EncoderOutputs, Stage, TokenGrid, VideoTokens
 
 WIDTH, RETENTION = 3584, 0.1
 BEFORE, TEXT = 14, 20
@@ -174,29 +174,16 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
     at = min(stages)
     keep, span = stages[at], slice(BEFORE, BEFORE + count)
     history = (count,) * at
-    asked = words if method.reads_text else words[-1:]
-    entered = tokens + 0.01
-    base = LayerView(
-        at,
-        grid,
-        alive,
-        torch.zeros(28, count),
-        hidden=tokens,
-        history=history,
-        depth=config.num_hidden_layers,
-        before=entered if method.reads_before else None,
-    )
+    tensors = {"hidden": tokens, "before": tokens + 0.01, "video": tokens, "text": text[BEFORE:]}
+
+    def attention(rows: Tensor) -> Tensor:
+        return attention_rows(layer, config, hidden, positions, rows)[..., span]
 
     def ours() -> Tensor:
-        rows = cache(lambda: attention_rows(layer, config, hidden, positions, asked)[..., span])
-        view = replace(base, attending=lambda: rows()[:, -1])
-        if method.reads_text:
-            told = method.prepare(tokens, text[BEFORE:]) if method.prepares else None
-            view = replace(view, text_attention=rows(), told=told)
-        chosen = method.choose(view, keep)
-        if method.merges:
-            method.merge(view, chosen)
-        return chosen
+        kinds: dict[Rows, Tensor] = {"last": words[-1:], "text": words}
+        rows = {(kind, at + by): partial(attention, places) for kind, places in kinds.items() for by in (-1, 0)}
+        depth = config.num_hidden_layers
+        return method.step(GivenView(at, depth, grid, alive, history, rows=rows, tensors=tensors), keep).indices
 
     shape = block_shape(config, layer)
     normed, seen = layer.input_layernorm(hidden), Fraction(count, grid.num_tokens)

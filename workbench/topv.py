@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidsieve.compressors._stages import left_for_later
-from vidsieve.compressors.base import LayerCompressor, check_layer, layer_of
-from vidsieve.errors import BudgetError, NeedError
-from vidsieve.selection import even_counts, exact_ratio, top_indices
-from vidsieve.types import LayerView, Need, TokenGrid
+from vidsieve.compressors._budgets import left_for_later
+from vidsieve.compressors.base import within
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView, layer_of
+from vidsieve.errors import BudgetError
+from vidsieve.selection import even_counts, exact_ratio, other_indices, top_indices
+from vidsieve.types import Need, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,19 @@ class TopV(LayerCompressor):
     name: ClassVar[str] = "topv"
     paper: ClassVar[str] = "TopV, CVPR 2025 (unverified)"
     needs: ClassVar[frozenset[Need]] = frozenset()
-    reads_before: ClassVar[bool] = True
-    layer: int = 3
-    feature: float = 1.0
-    place: float = 1.0
-    centre: float = 0.01
-    spread: float = 10.0
-    entropy: float = 0.1
-    iterations: int = 3
-    recovered: float = 0.25
+    layer: int = within(3, "[1, inf)")
+    feature: float = within(1.0, "[0, inf)")
+    place: float = within(1.0, "[0, inf)")
+    centre: float = within(0.01, "[0, inf)")
+    spread: float = within(10.0, "(0, inf)")
+    entropy: float = within(0.1, "(0, inf)")
+    iterations: int = within(3, "[1, inf)")
+    recovered: float = within(0.25, "[0, 1)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layer(self.layer)
-        if min(self.feature, self.place, self.centre) < 0 or max(self.feature, self.place, self.centre) == 0:
-            raise BudgetError("feature, place and centre are weights from 0 on, of which one counts")
-        if self.spread <= 0 or self.entropy <= 0 or self.iterations < 1:
-            raise BudgetError("spread and entropy are above 0, iterations a count from 1 on")
-        if not 0 <= self.recovered < 1:
-            raise BudgetError(f"recovered is a share in [0, 1), got {self.recovered}")
+        if max(self.feature, self.place, self.centre) == 0:
+            raise BudgetError("feature, place and centre must not all be 0")
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (layer, tokens kept from there on)."""
@@ -81,16 +76,14 @@ class TopV(LayerCompressor):
         left = left_for_later(budget, layer, num_layers, num_tokens, self.describe())
         return ((layer, math.floor(left / (num_layers - layer) * num_tokens)),)
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
         """Return the most important tokens, and some of the others, evenly spread."""
-        if view.before is None or view.hidden is None:
-            raise NeedError("topv reads what enters and what leaves a layer: hand over a view that has both")
-        importance = self.importance(view.before, view.hidden, view.indices, view.grid)
+        importance = self.importance(view.before, view.hidden.detach(), view.indices, view.grid)
         even = min(math.floor(self.recovered * keep), len(importance) - keep)
         best = top_indices(importance, keep - even)
-        rest = torch.ones_like(importance, dtype=torch.bool).index_fill(0, best, False).nonzero().flatten()
+        rest = other_indices(best, len(importance))
         steps = even_counts(len(rest), even).cumsum(0) - 1 if even else torch.empty(0, dtype=torch.int64)
-        return torch.cat([best, rest[steps.to(rest.device)]]).sort().values
+        return LayerChoice(torch.cat([best, rest[steps.to(rest.device)]]).sort().values)
 
     def importance(self, sources: Tensor, targets: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
         """Return each token's share of its frame's transport, times the frame's tokens: 1 on average, (n,) float32.
@@ -98,11 +91,11 @@ class TopV(LayerCompressor):
         Parameters
         ----------
         sources, targets : Tensor, (n, D)
-            What enters and what leaves the layer.
+            Hidden states that enter and that leave the layer.
         indices : Tensor, (n,), int64
             Raster indices.
         """
-        found = torch.empty(len(indices), device=sources.device)
+        importance = torch.empty(len(indices), device=sources.device)
         indices = indices.to(sources.device)
         for frame in torch.unique_consecutive(indices // grid.per_frame).tolist():
             own = (indices // grid.per_frame == frame).nonzero().flatten()
@@ -110,8 +103,8 @@ class TopV(LayerCompressor):
             mass = sources[own].float().norm(dim=-1).clamp(min=1e-9)
             wanted = targets[own].float().norm(dim=-1).clamp(min=1e-9)
             plan = sinkhorn(cost, mass / mass.sum(), wanted / wanted.sum(), self.entropy, self.iterations)
-            found[own] = plan.sum(1) * len(own)
-        return found
+            importance[own] = plan.sum(1) * len(own)
+        return importance
 
     def _cost(self, sources: Tensor, targets: Tensor, places: Tensor, grid: TokenGrid) -> Tensor:
         """Return the cost (n, n) of moving each source to each target of one frame."""

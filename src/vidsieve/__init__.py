@@ -18,7 +18,7 @@ from vidsieve._version import __version__
 if TYPE_CHECKING:
     from vidsieve.adapters import Adapter, Session, Template, attach, prune
     from vidsieve.compressors.base import Compressor, ScoreCompressor
-    from vidsieve.compressors.pipeline import Pipeline
+    from vidsieve.compressors.composed import Pipeline
     from vidsieve.errors import VidsieveError
     from vidsieve.loading import load
     from vidsieve.registry import compressors, families
@@ -31,7 +31,7 @@ _HOME = {
     "Adapter": "adapters",
     "Compressor": "compressors.base",
     "Need": "types",
-    "Pipeline": "compressors.pipeline",
+    "Pipeline": "compressors.composed",
     "Prompt": "types",
     "ScoreCompressor": "compressors.base",
     "Selection": "types",

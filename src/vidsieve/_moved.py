@@ -24,6 +24,7 @@ MODULES = {
     "rl.samples": "training.data.samples",
     "adapters.base": "adapters.adapter",
     "adapters.batch": "adapters.encoded",
+    "compressors.pipeline": "compressors.composed",
 }
 """Old and new names below ``vidsieve``; what is in neither table keeps its name in the new package."""
 

@@ -152,6 +152,11 @@ def indices_to_mask(indices: Tensor, num_tokens: int) -> Tensor:
     return mask
 
 
+def other_indices(indices: Tensor, num_tokens: int) -> Tensor:
+    """Return the sorted indices (N − K,) int64 of the tokens that are not among `indices` (K,)."""
+    return mask_to_indices(~indices_to_mask(indices, num_tokens))
+
+
 def mask_to_indices(keep_mask: Tensor) -> Tensor:
     """Return the sorted indices (K,) int64 of a keep mask (N,) bool."""
     return keep_mask.nonzero().flatten()

@@ -6,11 +6,8 @@ P position rows (1, or 3 for temporal, height and width).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,88 +162,6 @@ class VideoTokens:
 
 
 @dataclass(frozen=True)
-class LayerView:
-    """What a method that acts inside the LLM sees of one video before one layer.
-
-    Parameters
-    ----------
-    layer : int
-        The layer that is about to run.
-    grid : TokenGrid
-        Of the whole video.
-    indices : Tensor, (n,), int64
-        Raster indices of the tokens still alive.
-    attending : Tensor or callable
-        `attention`, or what computes it where a method reads it: at its first reading.
-    hidden : Tensor or None, (n, D)
-        What enters the layer; given to methods that merge, or read `before`.
-    text_attention : Tensor or None, (H, Q, n), float32
-        Attention of every text token behind the video to them, in the same layer; given to methods that read it.
-    groups : Tensor or None, (n,), int64
-        What a part before the LLM said of them (`Selection.groups`).
-    history : tuple of int
-        How many of the video's tokens each layer so far has seen.
-    depth : int
-        The LLM's number of layers.
-    told : Tensor or None
-        What the method's `prepare` made of the video and the text behind it.
-    before : Tensor or None, (n, D)
-        What entered the layer before; given to methods that read it, with `hidden`.
-    rope_bias : Tensor or None, (Q, n), float32
-        What a query of ones makes of a key of ones by their rotary positions alone; given to methods that divide by it.
-    notes : dict
-        What a method has worked out in `choose` and needs again in `merge`; both work without.
-    """
-
-    layer: int
-    grid: TokenGrid
-    indices: Tensor
-    attending: Tensor | Callable[[], Tensor]
-    hidden: Tensor | None = None
-    text_attention: Tensor | None = None
-    groups: Tensor | None = None
-    history: tuple[int, ...] = ()
-    depth: int = 0
-    told: Tensor | None = None
-    rope_bias: Tensor | None = None
-    before: Tensor | None = None
-    notes: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @cached_property
-    def attention(self) -> Tensor:
-        """Attention (H, n) float32 of the last prompt token to them, softmax over the whole prompt.
-
-        In the layer before, or in this one for a method with `own_layer`.
-        """
-        return self.attending if isinstance(self.attending, Tensor) else self.attending()
-
-
-@dataclass(frozen=True)
-class DecodeView:
-    """What a method that acts while decoding sees of one video in one step.
-
-    Parameters
-    ----------
-    layer : int
-        The first layer that is to read fewer tokens.
-    grid : TokenGrid
-        Of the whole video.
-    indices : Tensor, (n,), int64
-        Raster indices of the tokens in the cache.
-    attention : Tensor, (H, n), float32
-        Attention of the newest token to them in the layer before, softmax over the whole cache.
-    read : Tensor or None, (m,), int64
-        Of an earlier step: the positions among the n that were read; None: all.
-    """
-
-    layer: int
-    grid: TokenGrid
-    indices: Tensor
-    attention: Tensor
-    read: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Selection:
     """What a compressor keeps of one video.
 
@@ -276,18 +191,23 @@ class Selection:
     groups: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.indices.ndim != 1 or self.indices.dtype != torch.int64:
-            raise SelectionError(f"indices must be (K,) int64, got {tuple(self.indices.shape)} {self.indices.dtype}")
-        if self.indices.numel() == 0:
-            raise SelectionError("a selection keeps at least one token")
-        if not bool((self.indices[1:] > self.indices[:-1]).all()):
-            raise SelectionError("indices must be sorted and unique")
-        if int(self.indices[0]) < 0:
-            raise SelectionError(f"indices must not be negative, got {int(self.indices[0])}")
-        if self.embeds is not None and (self.embeds.ndim != 2 or self.embeds.shape[0] != self.indices.shape[0]):
-            raise SelectionError(f"{self.indices.shape[0]} indices need embeds (K, D), got {tuple(self.embeds.shape)}")
+        check_indices(self.indices, self.embeds)
 
     @property
     def num_kept(self) -> int:
         """K."""
         return int(self.indices.shape[0])
+
+
+def check_indices(indices: Tensor, rows: Tensor | None) -> None:
+    """Raise SelectionError unless `indices` (K,) are sorted, unique int64 and `rows`, if given, are (K, D)."""
+    if indices.ndim != 1 or indices.dtype != torch.int64:
+        raise SelectionError(f"indices must be (K,) int64, got {tuple(indices.shape)} {indices.dtype}")
+    if indices.numel() == 0:
+        raise SelectionError("a selection keeps at least one token")
+    if not bool((indices[1:] > indices[:-1]).all()):
+        raise SelectionError("indices must be sorted and unique")
+    if int(indices[0]) < 0:
+        raise SelectionError(f"indices must not be negative, got {int(indices[0])}")
+    if rows is not None and (rows.ndim != 2 or rows.shape[0] != indices.shape[0]):
+        raise SelectionError(f"{indices.shape[0]} indices need embeds (K, D), got {tuple(rows.shape)}")

@@ -12,11 +12,11 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.dycoke import DyCoke
+from vidsieve.compressors.inside import DecodeView
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.types import DecodeView
 
 STEPS = 8
 LAYER = 1

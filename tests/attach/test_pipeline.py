@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import vidsieve
-from vidsieve.compressors.base import LayerCompressor
 from vidsieve.errors import BudgetError, StageError
 from vidsieve.testing.equivalence import cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
@@ -36,15 +35,6 @@ def test_what_the_second_reads_and_merges_reaches_it(second, fields):
     for name in ("batch 1", "ragged batch 2"):
         result = cell("llava_onevision", name, "8 greedy tokens", "sdpa", two(second, **fields))
         assert result.passed, result
-
-
-@pytest.mark.parametrize("second", ["fastv", "pyramiddrop", "sparsevlm"])
-def test_every_flag_of_the_second_is_the_pipelines(second):
-    flags = [name for name, kind in LayerCompressor.__annotations__.items() if kind == "ClassVar[bool]"]
-    flags += ["reads_bias", "reorders", "renumbers"]
-    assert len(flags) == 9
-    pair, alone = two(second), vidsieve.load(second)
-    assert {name: getattr(pair, name) for name in flags} == {name: getattr(alone, name) for name in flags}
 
 
 def test_the_total_is_the_mean_over_layers():

@@ -746,7 +746,7 @@ def test_a_method_that_drops_nothing_is_caught(model, inputs, monkeypatch):
     """Of methods whose number of tokens follows from what the video shows: all of them is no pruning."""
     kept = lambda self, video, budget, generator: Selection(torch.arange(video.num_tokens))  # noqa: E731
     monkeypatch.setattr("vidsieve.compressors.random.Random._select", kept)
-    monkeypatch.setattr("vidsieve.compressors.random.Random.outcome", True)
+    monkeypatch.setattr("vidsieve.compressors.random.Random.adaptive_budget", True)
     with vidsieve.attach(model, random()) as session:
         for call in (generate, lambda model, inputs: model(**inputs)):
             with pytest.raises(AttachError, match="dropped nothing from a prompt with a video"):

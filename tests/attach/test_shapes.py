@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText, LlavaOnevisionConfig, Qwen
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.adapters.inside.layers import block_shape
+from vidsieve.adapters.decoder_layer import block_shape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import BudgetError, PolicyMismatchError
 from vidsieve.selection import least_retention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,8 +10,11 @@ import torch
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.fastv import FastV
+from vidsieve.compressors.inside import LayerChoice
 from vidsieve.compressors.sparsevlm import SparseVLM
 from vidsieve.errors import BudgetError, NeedError
+from vidsieve.selection import top_indices
+from vidsieve.testing import GivenView
 from vidsieve.testing.equivalence import CALLS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
@@ -37,20 +39,22 @@ class _TwoStages(FastV):
 class _TwoSteps(SparseVLM):
     """SparseVLM in a model of three layers; without version 2's division, which the recorded cases prove."""
 
-    reads_bias = False
-
     def stages(self, num_layers, num_tokens):
         return ((1, max(1, int(0.7 * num_tokens))), (2, max(1, int(0.4 * num_tokens))))
 
     def scores(self, view):
-        ones = None if view.text_attention is None else torch.ones(view.text_attention.shape[1:])
-        return super().scores(replace(view, rope_bias=ones))
+        attention = view.attention("text", view.layer - 1)
+        tensors = {"video": view.video, "text": view.text, "rope_bias": torch.ones(attention.shape[1:])}
+        rows = {("text", view.layer - 1): attention}
+        given = GivenView(view.layer, view.depth, view.grid, view.indices, rows=rows, tensors=tensors)
+        return super().scores(given)
 
 
 class _OwnLayer(_TwoStages):
     """The same by the attention that the stage's own layer would compute."""
 
-    own_layer = True
+    def step(self, view, keep):
+        return LayerChoice(top_indices(view.attention("last", view.layer)[:, 0].mean(0), keep))
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -148,16 +152,16 @@ def test_topv_equals_the_masks(topv, family, name):
 )
 def test_attention_is_computed_where_it_is_read_and_once(topv, monkeypatch, name, fields, times):
     """TopV never reads it, FrameFusion where it drops; two videos of one prompt share one computation."""
-    from vidsieve.adapters.inside import choosing
+    from vidsieve.adapters.inside import view
 
-    asked = []
-    rows = choosing.attention_rows
-    monkeypatch.setattr(choosing, "attention_rows", lambda *args: asked.append(args) or rows(*args))
+    calls = []
+    rows = view.attention_rows
+    monkeypatch.setattr(view, "attention_rows", lambda *args: calls.append(args) or rows(*args))
     model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "two videos")
     with torch.no_grad(), vidsieve.attach(model, vidsieve.load(name, retention=0.7, **fields)) as session:
         model(**inputs)
     assert len(session.trace) == 2 and any(trace.layers for trace in session.trace)
-    assert len(asked) == times
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize("kind", [_TwoStages, _OwnLayer])

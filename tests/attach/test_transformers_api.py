@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import vidsieve
 from vidsieve.adapters import transformers_api
-from vidsieve.adapters.inside import passes
+from vidsieve.adapters.inside import hooks
 from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.transformers_api import cache_argument, output_cache
 from vidsieve.errors import UnsupportedCallError, UnsupportedTransformersError
@@ -81,7 +81,7 @@ def test_a_layer_that_is_called_with_other_names_than_it_declares_is_an_error(me
 @pytest.mark.parametrize("method", ["fastv", "dycoke"])
 def test_hooks_that_never_act_are_an_error(method, monkeypatch):
     model = FAMILIES["llava_onevision"]()
-    monkeypatch.setattr(passes.OwnPasses, "__call__", lambda self, given: False)
+    monkeypatch.setattr(hooks.OwnPasses, "__call__", lambda self, given: False)
     with vidsieve.attach(model, vidsieve.load(method, **METHODS[method])):
         with pytest.raises(UnsupportedTransformersError, match="saw no"):
             model.generate(**prompt("llava_onevision"), max_new_tokens=4, do_sample=False)
@@ -91,8 +91,8 @@ def test_steps_that_are_decoded_unseen_are_an_error(monkeypatch):
     model = FAMILIES["llava_onevision"]()
     before = DecodeRun._before
 
-    def blind(self, number, mine):
-        hook = before(self, number, mine)
+    def blind(self, number):
+        hook = before(self, number)
         return lambda module, args, kwargs: None if args[0].shape[1] == 1 else hook(module, args, kwargs)
 
     monkeypatch.setattr(DecodeRun, "_before", blind)

@@ -80,7 +80,7 @@ def test_what_vllm_cannot_run_is_told_before_a_model_is_loaded(settings, error, 
 def test_no_method_that_decides_on_the_way_how_much_it_keeps(monkeypatch):
     from vidsieve.compressors.uniform import Uniform
 
-    monkeypatch.setattr(Uniform, "outcome", True, raising=False)
+    monkeypatch.setattr(Uniform, "adaptive_budget", True, raising=False)
     with pytest.raises(BudgetError, match="vLLM must know beforehand"):
         settings_of(config(method="uniform"))
 

@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.adapters.decoder_layer import layer_state
 from vidsieve.adapters.drop import rebuild
 from vidsieve.adapters.encoded import Encoded, ImageSpan, Pruned, Template, VideoFeatures, VideoSpan, template_of
 from vidsieve.adapters.families.probe import Probed
 from vidsieve.adapters.fit import check_fit
-from vidsieve.adapters.inside.layers import layer_state
 from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.prompt import prompt_around
 from vidsieve.adapters.trace import VideoTrace
@@ -329,7 +329,7 @@ class Adapter(Probed, ABC):
             selection = compressor.compress(video, generator=generator)
             _synchronise(video.embeds)
             spent = 1e3 * (time.perf_counter() - start)
-            budget = selection.num_kept if compressor.outcome else compressor.budget(video)
+            budget = selection.num_kept if compressor.adaptive_budget else compressor.budget(video)
             if selection.num_kept != budget or int(selection.indices[-1]) >= video.num_tokens:
                 raise SelectionError(
                     f"{compressor.name} kept {selection.num_kept} tokens up to index {int(selection.indices[-1])}; its "

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Pruned
-from vidsieve.adapters.inside.decoding import DecodeRun
-from vidsieve.adapters.inside.layered import LayerRun
+from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.transformers_api import CACHE, first_keys
 from vidsieve.errors import UnsupportedCallError
 
@@ -36,7 +35,7 @@ class CacheRecord:
         Filled by beam search, whose rows are no sequences.
     fingerprint : Tensor or None, (R, short_prompt)
         A trace of each row's content, to notice rows that were moved.
-    layers : LayerRun, DecodeRun or None
+    layers : InnerRun or None
         Of a method that acts inside the LLM: what each layer kept, or what steps read.
     """
 
@@ -47,7 +46,7 @@ class CacheRecord:
     positions: Tensor
     beams: bool = False
     fingerprint: Tensor | None = None
-    layers: LayerRun | DecodeRun | None = None
+    layers: InnerRun | None = None
 
     @property
     def prompt(self) -> int:
@@ -66,7 +65,7 @@ class CacheRecord:
         full_mask: Tensor,
         pruned: Pruned,
         positions: Tensor,
-        layers: LayerRun | DecodeRun | None = None,
+        layers: InnerRun | None = None,
     ) -> CacheRecord:
         """Return the record of a first call."""
         inputs = pruned.inputs

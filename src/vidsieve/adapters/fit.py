@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vidsieve.adapters.inside.layers import block_shape
+from vidsieve.adapters.decoder_layer import block_shape
 from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds
-from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
 from vidsieve.errors import NeedError, PolicyMismatchError, StageError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
 

@@ -1,4 +1,4 @@
-"""DyCoke: drop what repeats between neighbouring frames; while decoding, read what the newest token attends to."""
+"""DyCoke: drop tokens that repeat between frames; while decoding, read those that the newest token attends to."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import DecodeCompressor, check_cosine, check_layer, check_switch, layer_of
+from vidsieve.compressors.base import within
+from vidsieve.compressors.inside import DecodeCompressor, DecodeView, layer_of
 from vidsieve.errors import BudgetError
-from vidsieve.selection import even_counts, least_retention, top_indices, top_indices_per_frame
-from vidsieve.types import DecodeView, Selection, Stage, TokenGrid, Tokens, VideoTokens
+from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
+from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 
 @dataclass(frozen=True)
 class DyCoke(DecodeCompressor):
-    """Of every four frames keep the first whole and of the others what differs most; decode from what is attended to.
+    """Keep every fourth frame and the tokens of the others that differ most; decode from the most attended tokens.
 
     Before the LLM, a token of frames 4i + 1 and 4i + 3 is compared (cosine) with the same place one frame earlier, of
     frame 4i + 2 with frame 4i, and the least similar stay. At every step of decoding, layers from `layer` on read only
@@ -33,9 +34,9 @@ class DyCoke(DecodeCompressor):
     dropped : float
         Share of the cached video tokens that are not read (release's evaluation: 0.8; its README says 0.7).
     similarity : float
-        Cosine to the attention of the step before from which on the choice stays (0.9).
+        Least cosine to the attention of the step before at which the choice stays (0.9).
     inner : bool
-        Whether the part inside the LLM runs. Without it the method acts before the LLM only.
+        Run the part inside the LLM. Without it the method acts before the LLM only.
 
     Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens, the same number of each compared frame to within one, and reuses
     the choice of the step before as the paper has it. Every fourth frame is whole, so R cannot go below their share,
@@ -45,7 +46,7 @@ class DyCoke(DecodeCompressor):
     hands on tokens of compared frames in the order of their similarity and numbers positions anew; here they stay at
     theirs.
 
-    The cache itself is never shortened, as in the release: what is not read now may be read at the next step.
+    The cache itself is never shortened, as in the release: a token that is not read now may be read at the next step.
 
     References
     ----------
@@ -56,18 +57,10 @@ class DyCoke(DecodeCompressor):
     paper: ClassVar[str] = "DyCoke, CVPR 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
     retention: float | Tokens = 0.5
-    layer: int = 3
-    dropped: float = 0.8
-    similarity: float = 0.9
+    layer: int = within(3, "[1, inf)")
+    dropped: float = within(0.8, "[0, 1)")
+    similarity: float = within(0.9, "[-1, 1]")
     inner: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer(self.layer)
-        if not isinstance(self.dropped, int | float) or not 0 <= self.dropped < 1:
-            raise BudgetError(f"dropped is a share in [0, 1), got {self.dropped!r}")
-        check_cosine("similarity", self.similarity)
-        check_switch("inner", self.inner)
 
     @property
     def acts(self) -> Stage:
@@ -80,22 +73,14 @@ class DyCoke(DecodeCompressor):
         Raises
         ------
         BudgetError
-            Below the share of the frames that stay whole; under ``"official"`` for fewer than five frames.
+            Below the share of the frames that stay whole, or under ``"official"`` for fewer than five frames.
         """
         frames, size = video.grid.frames, video.grid.per_frame
         if self.variant == "official":
             if frames < 5:
                 raise BudgetError(f"the release of dycoke needs five frames or more, got {frames}: use variant 'ours'")
             return len(official_tokens(video.grid, None, self.budget_ratio(video.num_tokens)))
-        wanted, whole = super().budget(video), -(-frames // 4) * size
-        if wanted < whole:
-            share = least_retention(whole, video.num_tokens)
-            asked = f"a retention from {share:g} to 1" if share < 1 else "all of it"
-            raise BudgetError(
-                f"{self.describe()}: every fourth frame stays whole, {whole} of {video.num_tokens} tokens in a grid of "
-                f"{video.grid}; ask for {asked}"
-            )
-        return wanted
+        return self.budget_above(video, -(-frames // 4) * size, "every fourth frame stays whole")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         if self.variant == "official":
@@ -132,28 +117,28 @@ class DyCoke(DecodeCompressor):
 
 
 def similarities(frames: Tensor) -> Tensor:
-    """Return (T, n) float32: the cosine of each token of frames (T, n, D) to the one it is compared with.
+    """Return the cosine (T, n) float32 of each token of frames (T, n, D) to the one it is compared with.
 
     Frames 4i are compared with nothing and get −1, so that they come first where the least similar stay.
     """
-    found = torch.full(frames.shape[:2], -1.0, device=frames.device)
+    cosines = torch.full(frames.shape[:2], -1.0, device=frames.device)
     for frame in range(len(frames)):
         place = frame % 4
         if place:
             reference = frames[frame - 2 if place == 2 else frame - 1]
-            found[frame] = F.cosine_similarity(frames[frame].float(), reference.float(), dim=-1)
-    return found
+            cosines[frame] = F.cosine_similarity(frames[frame].float(), reference.float(), dim=-1)
+    return cosines
 
 
 def official_tokens(grid: TokenGrid, embeds: Tensor | None, ratio: float) -> Tensor:
-    """Return what the release keeps of a video, raster indices in its own order (K,) int64.
+    """Return the raster indices (K,) int64 that the release keeps of a video, in its own order.
 
     Parameters
     ----------
     grid : TokenGrid
         Of more than four frames.
     embeds : Tensor or None, (N, D)
-        Without them, K indices of no meaning: their number depends on the grid alone.
+        None gives K meaningless indices: their number depends on the grid alone.
     ratio : float
         1 − k.
     """

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from vidsieve.compressors._stages import left_for_later
-from vidsieve.compressors.base import LayerCompressor, check_layer, layer_of
+from vidsieve.compressors._budgets import left_for_later
+from vidsieve.compressors.base import within
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView, layer_of
 from vidsieve.selection import exact_ratio, top_indices
-from vidsieve.types import LayerView
 
 
 @dataclass(frozen=True)
@@ -25,13 +23,13 @@ class FastV(LayerCompressor):
     layer : int
         K, the first layer that runs on fewer tokens (paper: 2; the release's LLaVA demo: 3).
     earliest : bool
-        Where R is less than the first K layers alone see, drop at an earlier layer instead of refusing, which the trace
-        names.
+        Where R is less than the first K layers alone see, drop at an earlier layer instead of raising an error; the
+        trace names the layer.
 
     Variants: in ``"ours"`` the budget is the mean over all layers, Σ_layers tokens = ⌊R·N·layers⌋ to within one token
     a layer, so that tables compare equal compute; R cannot go below K / layers. In ``"official"`` R is the fraction
-    kept from layer K on, counted round(N·R) half to even as the release's LLaVA port does; its top-k breaks ties in
-    no stated order, ours to the lower index.
+    kept from layer K on, counted as round(N·R) half to even as in the release's LLaVA port. Its top-k breaks ties in
+    no stated order, ours towards the lower index.
 
     The release's cached variant runs layer K − 1 twice on one cache, so that its KV entries are doubled
     (640, 640, 1280, 352, 352 for a prompt of 640) and every later step sees the prompt twice there; that is not
@@ -45,12 +43,8 @@ class FastV(LayerCompressor):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, ECCV 2024"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    layer: int = 2
+    layer: int = within(2, "[1, inf)")
     earliest: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_layer(self.layer)
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (K, tokens kept from there on)."""
@@ -63,6 +57,7 @@ class FastV(LayerCompressor):
         left = left_for_later(budget, layer, num_layers, num_tokens, self.describe(), self.earliest)
         return ((layer, math.floor(left / (num_layers - layer) * num_tokens)),)
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return the tokens of the highest mean attention."""
-        return top_indices(view.attention.mean(0), keep)
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        """Return the tokens of the highest mean attention in the layer before."""
+        attention = view.attention("last", view.layer - 1)[:, 0]
+        return LayerChoice(top_indices(attention.mean(0), keep))

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors._clustering import Distances, centres, most_alike, peak_scores, totals
-from vidsieve.compressors.base import Compressor, received_attention
+from vidsieve.compressors.base import Compressor, encoder_attention, within
 from vidsieve.errors import BudgetError, UnknownNameError
 from vidsieve.selection import even_counts, top_indices
-from vidsieve.types import Need, Selection, Tokens, VideoTokens
+from vidsieve.types import Need, Selection, VideoTokens
 
 Form = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
 FORMS: tuple[Form, ...] = ("llava_onevision", "llava_video", "qwen2_5_vl")
@@ -37,11 +37,11 @@ class FastVID(Compressor):
     Parameters
     ----------
     form : {"llava_onevision", "llava_video", "qwen2_5_vl"}
-        Which of the three releases ``"official"`` is. In the first every frame has the same share, remainders are lost
+        The release that ``"official"`` follows. In the first every frame has the same share, remainders are lost
         and anchors are among what is merged into them; the second spreads a segment's share and remainders over its
         frames; the third cuts segments again at `again` and keeps only the last frame of each run.
     segments : int
-        Segments there are at least.
+        Least number of segments.
     threshold : float
         Cosine of neighbouring frames below which there is always a cut (0.9; Qwen2.5-VL 0.84).
     again : float
@@ -69,38 +69,28 @@ class FastVID(Compressor):
     paper: ClassVar[str] = "FastVID, NeurIPS 2025"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ENCODER_ATTENTION})
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    adaptive_variants: ClassVar[tuple[str, ...]] = ("official",)
     form: Form = "llava_onevision"
-    segments: int = 8
+    segments: int = within(8, "[1, inf)")
     threshold: float = 0.9
     again: float = 0.95
-    context: float = 0.4
-    stride: int = 4
-    anchor_weight: float = 0.6
+    context: float = within(0.4, "[0, 1)")
+    stride: int = within(4, "[1, inf)")
+    anchor_weight: float = within(0.6, "[0, 1]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form not in FORMS:
             raise UnknownNameError("form of fastvid", str(self.form), FORMS)
-        if not 0 <= self.context < 1 or not 0 <= self.anchor_weight <= 1:
-            raise BudgetError(
-                f"context is a share in [0, 1) and anchor_weight in [0, 1], got {self.context} and {self.anchor_weight}"
-            )
-        if self.segments < 1 or self.stride < 1:
-            raise BudgetError(f"segments and stride are counts from 1 on, got {self.segments} and {self.stride}")
-
-    @property
-    def outcome(self) -> bool:
-        """Under ``"official"`` the count is what rounding leaves."""
-        return self.variant == "official" and not isinstance(self.retention, Tokens)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         grid = video.grid
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
-        saliency = received_attention(video, self.name).reshape(grid.frames, grid.per_frame)
+        saliency = encoder_attention(video).reshape(grid.frames, grid.per_frame)
         with torch.no_grad():
             alike = neighbours_alike(frames.float().mean(1))
             spans = cut(alike, self.segments, self.threshold)
-            if self.outcome:
+            if self.adaptive_budget:
                 share = int(grid.per_frame * self.budget_ratio(grid.num_tokens))
                 if not share:
                     raise BudgetError(
@@ -110,7 +100,7 @@ class FastVID(Compressor):
                 plan = official_plan(self, spans, alike, grid.per_frame, share)
             else:
                 plan = exact_plan(spans, budget, grid.per_frame, self.context, self.stride)
-        included = self.outcome and self.form == "llava_onevision"
+        included = self.adaptive_budget and self.form == "llava_onevision"
         kept, merged = merged_segments(frames, saliency, spans, plan, self.anchor_weight, included)
         return Selection(kept, merged, scores=saliency.flatten().float())
 
@@ -119,7 +109,7 @@ class FastVID(Compressor):
 
 
 def neighbours_alike(frames: Tensor) -> Tensor:
-    """Return (T − 1,): the cosine of every frame vector of (T, D) to the next."""
+    """Return the cosine (T − 1,) of every frame vector of (T, D) to the next."""
     unit = F.normalize(frames, dim=-1)
     return (unit[1:] * unit[:-1]).sum(-1)
 
@@ -133,7 +123,7 @@ def cut(alike: Tensor, least: int, threshold: float) -> list[tuple[int, int]]:
 
 
 def anchor_frames(length: int, stride: int) -> list[int]:
-    """Return which frames of a segment have anchors: every `stride`-th, counted from the last, in order."""
+    """Return the frames of a segment that have anchors: every `stride`-th, counted from the last, in order."""
     return list(range((length - 1) % stride, length, stride))
 
 
@@ -167,8 +157,8 @@ def official_plan(
             ends = [*inner.nonzero().flatten().tolist(), length - 1]  # the last frame of every run
             runs = _spread(len(ends), share * length - context, context, method.stride)
             capped = [(salient, min(anchors, size // 2)) for salient, anchors in runs]
-            found = dict(zip(ends, ((min(s, size - c), c) for s, c in capped), strict=True))
-            plan.append([found.get(frame, (0, 0)) for frame in range(length)])
+            last_frames = dict(zip(ends, ((min(s, size - c), c) for s, c in capped), strict=True))
+            plan.append([last_frames.get(frame, (0, 0)) for frame in range(length)])
     return plan
 
 
@@ -204,15 +194,15 @@ def merged_segments(
     included: bool,
     noise: Iterator[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what is kept of frames (T, n, D): raster indices (K,) int64, sorted, and tokens (K, D).
+    """Return raster indices (K,) int64, sorted, and tokens (K, D) kept of frames (T, n, D).
 
     Parameters
     ----------
     saliency : Tensor, (T, n)
     included : bool
-        Whether anchors are among the tokens that are merged into anchors of their own frame, as in the first release.
+        Merge anchors into the anchors of their own frame too, as in the first release.
     noise : iterator of Tensor, optional
-        What releases add to densities, one piece for each frame with anchors.
+        The releases' additions to densities, one piece for each frame with anchors.
     """
     size = frames.shape[1]
     indices: list[Tensor] = []
@@ -252,19 +242,3 @@ def _joined(anchors: Tensor, sources: Tensor, owner: Tensor, weight: float) -> T
     own = (1 / (count + 1)).clamp(min=weight)
     joined = own * anchors.float() + (1 - own) * total / count.clamp(min=1)
     return torch.where(count > 0, joined, anchors.float()).to(anchors.dtype)
-
-
-def saliency_of_queries(query: Tensor, key: Tensor, merge: int) -> Tensor:
-    """Return (T, n): the saliency that the release for Qwen2.5-VL reads in the encoder's last block.
-
-    A frame's mean query attends to the mean keys of the merge cells; softmax over the frame, mean over heads.
-
-    Parameters
-    ----------
-    query, key : Tensor, (T, patches, H, d), after rotation, the patches of a cell behind each other
-    merge : int
-        Patches of a cell.
-    """
-    frames, patches, heads, width = key.shape
-    cells = key.reshape(frames, patches // merge, merge, heads, width).mean(2)
-    return torch.einsum("thd,tnhd->thn", query.mean(1), cells).mul(width**-0.5).softmax(-1).mean(1)

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from vidsieve.compressors._budgets import PartedCompressor
 from vidsieve.compressors._clustering import along_time, totals
-from vidsieve.compressors._parts import PartedCompressor
-from vidsieve.compressors.base import Compressor, check_cosine
-from vidsieve.errors import BudgetError, StageError
-from vidsieve.selection import exact_ratio, kept_tokens, least_retention, top_indices
-from vidsieve.types import LayerView, Selection, TokenGrid, VideoTokens
+from vidsieve.compressors.base import Compressor, within
+from vidsieve.compressors.inside import LayerChoice, LayerView
+from vidsieve.errors import BudgetError
+from vidsieve.selection import exact_ratio, top_indices
+from vidsieve.types import Selection, TokenGrid, VideoTokens
 
 _FIRST = -2.0
 """Similarity of a place's first token, which is compared with nothing."""
@@ -62,21 +63,16 @@ class FrameFusion(PartedCompressor):
     name: ClassVar[str] = "framefusion"
     paper: ClassVar[str] = "FrameFusion, ICCV 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    merges: ClassVar[bool] = True
-    adaptive: ClassVar[bool] = True
-    threshold: float = 0.6
-    least: float = 0.1
+    expected_failures: ClassVar[dict[str, str]] = {
+        "check_layer_step": "the number of tokens that a step leaves depends on the video"
+    }
+    threshold: float = within(0.6, "[-1, 1]")
+    least: float = within(0.1, "[0, 1]")
     depth: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cosine("threshold", self.threshold)
-        if not 0 <= self.least <= 1:
-            raise BudgetError(f"least is a share in [0, 1], got {self.least}")
-
     @property
-    def outcome(self) -> bool:
-        """How much the first of several steps merges follows from the video."""
+    def adaptive_budget(self) -> bool:
+        """True for the first of several steps: the number of tokens that it merges depends on the video."""
         return bool(self.depth) and not self.inner
 
     # -- before the LLM -------------------------------------------------------------------------------------
@@ -112,92 +108,67 @@ class FrameFusion(PartedCompressor):
         BudgetError
             Without the part inside the LLM, if it is less than one frame: every place keeps a token.
         """
-        if self.outcome:
+        if self.adaptive_budget:
             return super().budget(video)
-        wanted = kept_tokens(self.retention, video.num_tokens)
-        if wanted < video.grid.per_frame:
-            raise BudgetError(
-                f"{self.describe()}: every place keeps a token, {video.grid.per_frame} of {video.num_tokens} in a grid "
-                f"of {video.grid}; ask for a retention from "
-                f"{least_retention(video.grid.per_frame, video.num_tokens):g} to 1"
-            )
-        return wanted
+        return self.budget_above(video, video.grid.per_frame, "every place keeps a token")
 
     # -- inside the LLM -------------------------------------------------------------------------------------
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Return all layers but the first: how many tokens each step leaves follows from what it sees."""
+        """Return all layers but the first, with every token: the number that a step leaves depends on the video."""
         if num_layers < 2:
             raise BudgetError("framefusion needs a model of two layers or more")
         return tuple((layer, num_tokens) for layer in range(1, num_layers))
 
-    def settled(self, history: Sequence[int], num_layers: int, grid: TokenGrid) -> bool:
-        """Return whether no step follows: what is there fits the budget."""
-        return self._count(self._excess(history, num_layers, grid), history[-1]) == 0
-
-    def _count(self, over: Fraction, alive: int) -> int:
-        """Return how many of the tokens alive must go; the release leaves a fraction of one."""
-        return int(over * alive) if self.variant == "official" else math.ceil(over * alive)
+    def _count(self, over: Fraction, left: int) -> int:
+        """Return the number of tokens, among those left, that must go; the release rounds down."""
+        return int(over * left) if self.variant == "official" else math.ceil(over * left)
 
     def _excess(self, history: Sequence[int], num_layers: int, grid: TokenGrid) -> Fraction:
         shares = [Fraction(count, grid.num_tokens) for count in history]
         return excess(shares, exact_ratio(self.retention, grid.num_tokens), self._depth(num_layers))
 
     def _affords(self, alive: int, history: Sequence[int], num_layers: int, grid: TokenGrid) -> bool:
-        """Return whether a layer may see `alive` tokens and each later one still one; the release does not ask."""
+        """Return True if a layer may see `alive` tokens and each later one still one; the release does not check."""
         if self.variant == "official":
             return True
         budget = exact_ratio(self.retention, grid.num_tokens) * num_layers * grid.num_tokens
         return sum(history) + alive + num_layers - len(history) - 1 <= budget
 
-    def _step(self, view: LayerView) -> tuple[Tensor, bool]:
-        """Return which tokens (n,) go, and whether they are merged; none where the budget is met."""
-        if view.hidden is None:
-            raise StageError("framefusion reads hidden states: hand over a view that has them")
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        """Return the tokens that are not merged into another, or not dropped; all where the budget is met.
+
+        After a step that merges, hidden states are means of chains.
+        """
+        count = len(view.indices)
         over = self._excess(view.history, view.depth, view.grid)
-        count, gone = len(view.indices), torch.zeros(len(view.indices), dtype=torch.bool, device=view.hidden.device)
         going = self._count(over, count)
         if not going:
-            return gone, False
+            return LayerChoice(torch.arange(count, device=view.indices.device))
         before = [view.grid.num_tokens, *view.history]
-        merged = gone
         drops = before[-2] - before[-1] < self.least * before[-2]  # the last step merged too little
         if not drops:
-            alike = similarity(view.hidden, view.indices, view.grid)
+            alike = similarity(view.hidden.detach(), view.indices, view.grid)
             merged, _ = merged_step(alike, self.threshold, float(over), going)
             drops = not self._affords(count - int(merged.sum()), view.history, view.depth, view.grid)
         if drops:
             kept = round(count * (1 - over)) if self.variant == "official" else count - going
-            gone[:] = True
-            gone[top_indices(view.attention.mean(0), max(1, kept)).to(gone.device)] = False
-            return gone, False
-        return merged, True
-
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return the tokens that are not merged into another, or not dropped."""
-        gone, _ = view.notes["step"] = self._step(view)
-        return (~gone).nonzero().flatten()
-
-    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
-        """Return the hidden states of the tokens that stay: means of their chains after a step that merges."""
-        if view.hidden is None:
-            raise StageError("framefusion reads hidden states: hand over a view that has them")
-        gone, merging = view.notes.get("step") or self._step(replace(view, hidden=view.hidden.detach()))
-        if merging:
-            return collapsed(view.hidden, gone, view.indices.to(gone.device), view.grid)
-        return view.hidden[chosen.to(view.hidden.device)]
+            attention = view.attention("last", view.layer - 1)[:, 0]
+            return LayerChoice(top_indices(attention.mean(0), max(1, kept)))
+        hidden = collapsed(view.hidden, merged, view.indices.to(merged.device), view.grid)
+        return LayerChoice((~merged).nonzero().flatten(), hidden)
 
 
 # -- steps --------------------------------------------------------------------------------------------------
 
 
 def excess(shares: Sequence[Fraction], ratio: Fraction, depth: int) -> Fraction:
-    """Return what share of the tokens that are left must go for a mean of `ratio` over `depth` layers.
+    """Return the share of the tokens left that must go for a mean of `ratio` over `depth` layers.
 
     Parameters
     ----------
     shares : sequence of Fraction
-        What each layer so far has seen of the tokens.
+        Share of the tokens that each layer so far has seen.
 
     Raises
     ------
@@ -220,28 +191,28 @@ def by_place(indices: Tensor, grid: TokenGrid) -> Tensor:
 
 
 def similarity(hidden: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
-    """Return (n,) float32: the cosine of tokens (n, D) to the last one before them at their place; −2 for the first."""
+    """Return the cosine (n,) float32 of tokens (n, D) to the last one before them at their place; −2 for the first."""
     if len(indices) == grid.num_tokens:  # nothing to put in order
         frames = hidden.reshape(grid.frames, grid.per_frame, -1)
         whole = along_time(frames.float())
         return torch.cat([torch.full_like(frames[:1, :, 0], _FIRST, dtype=torch.float32), whole]).flatten()
     order = by_place(indices, grid)
     place = indices[order] % grid.per_frame
-    found = torch.full((len(indices),), _FIRST, device=hidden.device)
+    cosine = torch.full((len(indices),), _FIRST, device=hidden.device)
     for start in range(1, len(order), _BLOCK):  # some at a time: no second copy of all tokens
         tokens = hidden[order[start - 1 : start + _BLOCK]].float()
-        found[start : start + _BLOCK] = F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
+        cosine[start : start + _BLOCK] = F.cosine_similarity(tokens[1:], tokens[:-1], dim=-1)
     first = torch.ones_like(place, dtype=torch.bool)
     first[1:] = place[1:] != place[:-1]
-    made = torch.empty_like(found)
-    made[order] = found.masked_fill(first, _FIRST)
-    return made
+    alike = torch.empty_like(cosine)
+    alike[order] = cosine.masked_fill(first, _FIRST)
+    return alike
 
 
 def merged_step(alike: Tensor, threshold: float, over: float, going: int) -> tuple[Tensor, bool]:
-    """Return which tokens are merged by their similarity (n,), and whether that is all the budget needs.
+    """Return the mask (n,) of tokens that are merged, by their similarity (n,), and True if the budget is then met.
 
-    Those at `threshold` or above, if they are fewer than the share `over`; else the `going` most alike.
+    These are the tokens at `threshold` or above, if they are fewer than the share `over`; else the `going` most alike.
     """
     merged = alike >= threshold
     if float(merged.sum()) / len(alike) < over:
@@ -252,13 +223,13 @@ def merged_step(alike: Tensor, threshold: float, over: float, going: int) -> tup
 
 
 def chain_heads(merged: Tensor) -> Tensor:
-    """Return for each token of a list (n,) bool where its chain begins: the last one before it that is not merged."""
+    """Return the place where each token's chain begins, of a mask (n,): the last one before it that is not merged."""
     places = torch.arange(len(merged), device=merged.device)
     return torch.where(merged, -1, places).cummax(0).values
 
 
 def collapsed(hidden: Tensor, merged: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
-    """Return those of tokens (n, D) that are not merged, in their order (k, D), each the mean of its chain."""
+    """Return the tokens (k, D) that are not merged, among tokens (n, D), each the mean of its chain."""
     order, owner = by_place(indices, grid), torch.empty_like(indices)
     owner[order] = order[chain_heads(merged[order])]
     chain = ((~merged).cumsum(0) - 1)[owner]

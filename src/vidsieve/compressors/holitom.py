@@ -10,12 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.compressors._budgets import TwoPartCompressor
 from vidsieve.compressors._clustering import Distances, Group, along_time, centres, most_alike, peak_scores, totals
-from vidsieve.compressors._parts import TwoPartCompressor
-from vidsieve.compressors.base import check_cosine, received_attention
-from vidsieve.errors import BudgetError, StageError
-from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
-from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
+from vidsieve.compressors.base import encoder_attention, within
+from vidsieve.compressors.inside import LayerChoice, LayerView
+from vidsieve.selection import other_indices, proportional_counts, top_indices
+from vidsieve.types import Need, Selection, VideoTokens
 
 
 @dataclass(frozen=True)
@@ -59,74 +59,54 @@ class HoliTom(TwoPartCompressor):
     paper: ClassVar[str] = "HoliTom, NeurIPS 2025"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.ENCODER_ATTENTION, Need.LAYER_ATTENTION})
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    merges: ClassVar[bool] = True
+    adaptive_variants: ClassVar[tuple[str, ...]] = ("official",)
     default_layer: ClassVar[tuple[int, int]] = (18, 28)
-    threshold: float = 0.8
-    longest: int = 1024
-    neighbours: int = 7
-    centre_weight: float = 0.6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cosine("threshold", self.threshold)
-        if self.longest < 1 or self.neighbours < 1:
-            raise BudgetError(f"longest and neighbours are counts from 1 on, got {self.longest} and {self.neighbours}")
-        if not 0 <= self.centre_weight <= 1:
-            raise BudgetError(f"centre_weight is a share in [0, 1], got {self.centre_weight}")
-
-    @property
-    def outcome(self) -> bool:
-        """Under ``"official"`` the count before the LLM is what rounding leaves."""
-        return self.variant == "official" and not isinstance(self.retention, Tokens)
+    threshold: float = within(0.8, "[-1, 1]")
+    longest: int = within(1024, "[1, inf)")
+    neighbours: int = within(7, "[1, inf)")
+    centre_weight: float = within(0.6, "[0, 1]")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         self.check_outer()
-        grid, attention = video.grid, received_attention(video, self.name)
+        grid, attention = video.grid, encoder_attention(video)
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
             same = along_time(frames.float()) > self.threshold
-            found, reduced = windows(same, self.longest)
-        groups = grouped(frames, same, found)
-        if self.outcome:
+            spans, reduced = windows(same, self.longest)
+        groups = grouped(frames, same, spans)
+        if self.adaptive_budget:
             ratio = adjusted(float(self.budget_ratio(grid.num_tokens)), reduced, grid.num_tokens)
             counts = official_counts(groups, ratio)
         else:
             sizes = [len(group.places) for group in groups]
             counts = proportional_counts(sizes, min(budget, sum(sizes)))
         indices, rows = kept_of_groups(groups, counts, attention, self.neighbours, self.centre_weight)
-        if not self.outcome and len(indices) < budget:
-            rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
+        if not self.adaptive_budget and len(indices) < budget:
+            rest = other_indices(indices, grid.num_tokens)
             more = rest[top_indices(attention[rest], budget - len(indices))]
             indices, rows = torch.cat([indices, more]), torch.cat([rows, video.embeds[more]])
         kept, order = indices.sort()
         return Selection(kept, rows[order], scores=attention.float())
 
-    # -- inside the LLM -------------------------------------------------------------------------------------
-
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return the tokens of the highest mean attention."""
-        return top_indices(view.attention.mean(0), keep)
-
-    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
-        """Return the hidden states of the tokens that stay, each half and half with what joins it, one by one."""
-        if view.hidden is None:
-            raise StageError("holitom merges hidden states: hand over a view that has them")
-        return absorbed(view.hidden, chosen.to(view.hidden.device))
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        """Return the tokens of the highest mean attention, which absorb the others one by one."""
+        chosen = top_indices(view.attention("last", view.layer - 1)[:, 0].mean(0), keep)
+        return LayerChoice(chosen, absorbed(view.hidden, chosen.to(view.hidden.device)))
 
 
 # -- windows ------------------------------------------------------------------------------------------------
 
 
 def windows(same: Tensor, longest: int) -> tuple[list[tuple[int, int]], int]:
-    """Return the windows (first, last frame) in which most tokens vanish, and how many do.
+    """Return the windows (first, last frame) in which most tokens vanish, and the number of tokens that do.
 
     Parameters
     ----------
     same : Tensor, (T − 1, n), bool
-        Whether a place is alike in a frame and the next.
+        True where a place is alike in a frame and the next.
     longest : int
 
-    Of equal windows the shorter wins, and a frame alone before any.
+    Among equal windows the shorter one wins.
     """
     frames = len(same) + 1
     run = torch.zeros(same.shape[1], dtype=torch.int64, device=same.device)
@@ -142,23 +122,23 @@ def windows(same: Tensor, longest: int) -> tuple[list[tuple[int, int]], int]:
                 top, chosen = gain, size
         best.append(top)
         length.append(chosen)
-    found, last = [], frames - 1
+    spans, last = [], frames - 1
     while last >= 0:
-        found.append((last - length[last] + 1, last))
+        spans.append((last - length[last] + 1, last))
         last -= length[last]
-    return found[::-1], best[-1]
+    return spans[::-1], best[-1]
 
 
 def adjusted(ratio: float, reduced: int, total: int) -> float:
-    """Return the share of what merging over time leaves that makes up `ratio` of all, at most 1."""
+    """Return the share of the tokens left by merging over time that makes up `ratio` of all, at most 1."""
     return min(ratio / ((total - reduced) / total), 1.0)
 
 
-def grouped(frames: Tensor, same: Tensor, found: list[tuple[int, int]]) -> list[Group]:
+def grouped(frames: Tensor, same: Tensor, spans: list[tuple[int, int]]) -> list[Group]:
     """Return, window by window, its static tokens and each frame's others; empty groups are left out."""
     size = frames.shape[1]
     groups = []
-    for first, last in found:
+    for first, last in spans:
         static = same[first:last].all(0) if last > first else torch.zeros_like(frames[0, :, 0], dtype=torch.bool)
         still, moving = static.nonzero().flatten(), (~static).nonzero().flatten()
         if len(still):
@@ -172,7 +152,7 @@ def grouped(frames: Tensor, same: Tensor, found: list[tuple[int, int]]) -> list[
 
 
 def official_counts(groups: list[Group], ratio: float) -> list[int]:
-    """Return what the release keeps of each group: rounded half to even where static, else rounded up."""
+    """Return the number of tokens that the release keeps of each group: half to even where static, else rounded up."""
     sizes = [len(group.places) for group in groups]
     return [round(n * ratio) if g.length else math.ceil(n * ratio) for g, n in zip(groups, sizes, strict=True)]
 
@@ -185,14 +165,14 @@ def kept_of_groups(
     weight: float,
     noise: Iterator[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return raster indices (K,) and tokens (K, D) of what is kept, group by group, in the release's order.
+    """Return raster indices (K,) and tokens (K, D) of the kept tokens, group by group, in the release's order.
 
     Parameters
     ----------
     attention : Tensor, (N,)
     neighbours, weight : as in `clustered`
     noise : iterator of Tensor, optional
-        What the release adds to densities, one piece for each static group.
+        The release's additions to densities, one piece for each static group.
     """
     indices, rows = [], []
     for group, count in zip(groups, counts, strict=True):
@@ -227,18 +207,18 @@ def clustered(
 
 
 def absorbed(hidden: Tensor, chosen: Tensor) -> Tensor:
-    """Return hidden states (K, D) of `chosen` among hidden (n, D) with the others in them, each in the most alike one.
+    """Return hidden states (K, D) of `chosen` among hidden (n, D), each merged with the others that it is most like.
 
     A token that takes in others becomes the mean of itself and the first, then of that and the second, and so on: the
     last of m weighs one half, the one before a quarter, the token itself 2⁻ᵐ.
     """
-    others = (~indices_to_mask(chosen, len(hidden))).nonzero().flatten()
+    others = other_indices(chosen, len(hidden))
     owner = most_alike(hidden[others], hidden[chosen])
     count = torch.bincount(owner, minlength=len(chosen))
-    # Which one of its owner's tokens each is, counted from the last: 1 for the last.
+    # Place of each among its owner's tokens, counted from the last: 1 for the last.
     order = owner.argsort(stable=True)
     place = torch.empty_like(owner)
     place[order] = count.cumsum(0)[owner[order]] - torch.arange(len(owner), device=owner.device)
     weighted = hidden[others].float() * torch.exp2(-place.float())[:, None]
-    made = hidden[chosen].float() * torch.exp2(-count.float())[:, None]
-    return made.index_add(0, owner, weighted).to(hidden.dtype)
+    own = hidden[chosen].float() * torch.exp2(-count.float())[:, None]
+    return own.index_add(0, owner, weighted).to(hidden.dtype)

@@ -11,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from vidsieve.compressors._budgets import TwoPartCompressor
 from vidsieve.compressors._clustering import Distances, Group, centres, cosines, peak_scores, totals
-from vidsieve.compressors._parts import TwoPartCompressor
-from vidsieve.compressors.base import check_cosine
-from vidsieve.errors import BudgetError, NeedError
-from vidsieve.selection import indices_to_mask, proportional_counts, top_indices
-from vidsieve.types import LayerView, Need, Selection, Tokens, VideoTokens
+from vidsieve.compressors.base import within
+from vidsieve.compressors.inside import LayerChoice, LayerView
+from vidsieve.errors import BudgetError
+from vidsieve.selection import other_indices, proportional_counts, top_indices
+from vidsieve.types import Selection, VideoTokens
 
 _NEIGHBOURS, _FEW = 7, 14
-"""Neighbours that make a density; as many tokens as this are not clustered."""
+"""Neighbours that make a density; sets of this many tokens are not clustered."""
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,13 @@ class PruneVID(TwoPartCompressor):
 
     name: ClassVar[str] = "prunevid"
     paper: ClassVar[str] = "PruneVID, ACL 2025"
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    reads_text: ClassVar[bool] = True
+    adaptive_variants: ClassVar[tuple[str, ...]] = ("official",)
     default_layer: ClassVar[tuple[int, int]] = (11, 32)
-    inner_kept: float = 0.4
-    threshold: float = 0.8
-    segments: float = 0.25
-    cluster: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_cosine("threshold", self.threshold)
-        if not 0 < self.segments <= 1 or not 0 < self.cluster <= 1:
-            raise BudgetError(f"segments and cluster are shares in (0, 1], got {self.segments} and {self.cluster}")
-
-    @property
-    def outcome(self) -> bool:
-        """Under ``"official"`` the count follows from the video."""
-        return self.variant == "official" and not isinstance(self.retention, Tokens)
+    inner_kept: float = within(0.4, "(0, 1]")
+    threshold: float = within(0.8, "[-1, 1]")
+    segments: float = within(0.25, "(0, 1]")
+    cluster: float = within(0.5, "(0, 1]")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         self.check_outer()
@@ -87,18 +76,18 @@ class PruneVID(TwoPartCompressor):
             spans = runs_of(refined(labels))
         parts = split(frames, spans, self.threshold)
         sizes = [len(part.places) for part in parts]
-        if self.outcome:
+        if self.adaptive_budget:
             share = min(1.0, self.cluster * self.budget_ratio(grid.num_tokens) / 0.25)
             counts = [official_count(size, share) for size in sizes]
             if not any(counts):
                 raise BudgetError(f"the release rounds every cluster of {grid} tokens at {self.retention:g} to none")
         else:
             counts = proportional_counts(sizes, min(budget, sum(sizes)))
-        found = [clustered(part, count) for part, count in zip(parts, counts, strict=True)]
-        indices, rows = torch.cat([places for places, _ in found]), torch.cat([tokens for _, tokens in found])
+        clusters = [clustered(part, count) for part, count in zip(parts, counts, strict=True)]
+        indices, rows = (torch.cat(pieces) for pieces in zip(*clusters, strict=True))
         groups = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor(counts)).to(indices.device)
-        if not self.outcome and len(indices) < budget:
-            rest = (~indices_to_mask(indices, grid.num_tokens)).nonzero().flatten()
+        if not self.adaptive_budget and len(indices) < budget:
+            rest = other_indices(indices, grid.num_tokens)
             alike = likeness(frames, spans).flatten()
             more = rest[top_indices(-alike[rest], budget - len(indices))]
             indices, rows = torch.cat([indices, more]), torch.cat([rows, video.embeds[more]])
@@ -106,17 +95,12 @@ class PruneVID(TwoPartCompressor):
         kept, order = indices.sort()
         return Selection(kept, rows[order], groups=groups[order])
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
         """Return the tokens that some text token attends to most in some head; of every group, in ``"official"``."""
-        if view.text_attention is None:
-            if self.variant == "official" and view.groups is None:
-                raise NeedError("prunevid reads the attention of the text behind the video")
-            scores = view.attention.amax(0)
-        else:
-            scores = view.text_attention.amax((0, 1))
+        scores = view.attention("text", view.layer - 1).amax((0, 1))
         if self.variant != "official" or view.groups is None:
-            return top_indices(scores, keep)
-        return official_choice(scores, view.groups, self.inner_kept).sort().values
+            return LayerChoice(top_indices(scores, keep))
+        return LayerChoice(official_choice(scores, view.groups, self.inner_kept).sort().values)
 
 
 # -- segments -----------------------------------------------------------------------------------------------
@@ -140,29 +124,29 @@ def runs_of(labels: list[int]) -> list[tuple[int, int]]:
 
 
 def refined(labels: list[int]) -> list[int]:
-    """Return labels whose runs are the longest of each cluster; what is left joins the longer of its neighbours.
+    """Return labels whose runs are the longest of each cluster; other frames join the longer neighbouring run.
 
-    A cluster of single frames is given up. From left to right, a run without a label takes that of the longer run
-    beside it, as that is by then; the left of equals; 0 where there is none.
+    Clusters of single frames are given up. From left to right, a run without a label takes the label of the longer of
+    its two neighbours as they are by then, the left one of equals; 0 without neighbours.
     """
     runs = [(labels[start], start, stop) for start, stop in runs_of(labels)]
     longest = {label: max(stop - start for other, start, stop in runs if other == label) for label, _, _ in runs}
-    made = list(labels)
+    refined_labels = list(labels)
     for label, start, stop in runs:
         if longest[label] == 1 or stop - start < longest[label]:
-            made[start:stop] = [-1] * (stop - start)
-    while -1 in made:
-        spans = runs_of(made)
-        place = next(i for i, (start, _) in enumerate(spans) if made[start] == -1)
+            refined_labels[start:stop] = [-1] * (stop - start)
+    while -1 in refined_labels:
+        spans = runs_of(refined_labels)
+        place = next(i for i, (start, _) in enumerate(spans) if refined_labels[start] == -1)
         start, stop = spans[place]
         before, after = spans[place - 1 : place] if place else [], spans[place + 1 : place + 2]
-        beside = [(-(b - a), side, made[a]) for side, (a, b) in enumerate([*before, *after])]
-        made[start:stop] = [min(beside)[2] if beside else 0] * (stop - start)
-    return made
+        neighbours = [(-(b - a), side, refined_labels[a]) for side, (a, b) in enumerate([*before, *after])]
+        refined_labels[start:stop] = [min(neighbours)[2] if neighbours else 0] * (stop - start)
+    return refined_labels
 
 
 def split(frames: Tensor, spans: list[tuple[int, int]], threshold: float) -> list[Group]:
-    """Return, segment by segment, what stands still of frames (T, n, D), and the rest of every frame; no empty ones."""
+    """Return, segment by segment, the static places of frames (T, n, D) and the other places of every frame."""
     size, parts = frames.shape[1], []
     for start, stop in spans:
         width = stop - start
@@ -178,7 +162,7 @@ def split(frames: Tensor, spans: list[tuple[int, int]], threshold: float) -> lis
 
 
 def likeness(frames: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """Return (T, n) float32: how like its place's mean direction in its segment every token of frames (T, n, D) is."""
+    """Return the cosine (T, n) float32 of each token of frames (T, n, D) to its place's mean direction in a segment."""
     means = [_directions(frames[start:stop]).expand(stop - start, -1, -1) for start, stop in spans]
     return torch.cat([cosines(frames[a:b].detach().float(), mean) for (a, b), mean in zip(spans, means, strict=True)])
 
@@ -195,14 +179,14 @@ def _directions(frames: Tensor) -> Tensor:
 
 
 def official_count(size: int, share: float) -> int:
-    """Return how many clusters the release makes of a set."""
+    """Return the number of clusters that the release makes of a set."""
     return int(size * share) if size > _FEW else size
 
 
 def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Return `count` clusters of a set, densest first: the raster indices of their centres, and their means.
 
-    A set of as many tokens stays as it is; `noise` is what the release adds to densities.
+    A set of `count` tokens stays unchanged. `noise` is the release's addition to densities.
     """
     tokens = part.tokens
     if count == len(tokens):
@@ -219,7 +203,7 @@ def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) ->
 
 
 def official_choice(scores: Tensor, groups: Tensor, share: float) -> Tensor:
-    """Return what stays of every group, the highest ⌊n·share⌋ of `scores` (n,), group by group, best first."""
+    """Return the ⌊n·share⌋ tokens of the highest `scores` (n,) in every group, group by group, best first."""
     kept = []
     for group in sorted(set(groups.tolist())):
         members = (groups == group).nonzero().flatten()

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from torch import Tensor
-
-from vidsieve.compressors._stages import scaled_counts, scaled_layers
-from vidsieve.compressors.base import LayerCompressor, check_layer
+from vidsieve.compressors._budgets import check_layers, scaled_counts, scaled_layers
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView
 from vidsieve.errors import BudgetError
 from vidsieve.selection import exact_ratio, top_indices
-from vidsieve.types import LayerView, Tokens
+from vidsieve.types import Tokens
 
 _LAYERS, _DEPTH = (8, 16, 24), 32
 _FRACTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
@@ -24,8 +22,8 @@ _MEAN = Fraction(15, 32)
 class PyramidDrop(LayerCompressor):
     """Before some layers, keep the tokens with the highest attention from the last prompt token in that very layer.
 
-    Attention is averaged over heads, from the layer's own projections of what is about to enter it. Every step keeps
-    half of what the one before left.
+    Attention is averaged over heads and computed by the layer's own projections from the states that are about to enter
+    it. Every step keeps half of the tokens that are left.
 
     Parameters
     ----------
@@ -34,16 +32,16 @@ class PyramidDrop(LayerCompressor):
     fractions : tuple of float or None
         Share of the video's tokens that is left from each of them on; None: the paper's 1/2, 1/4 and 1/8.
     earliest : bool
-        Where R is less than the first layers alone see, drop before earlier layers instead of refusing; the trace says
-        which.
+        Where R is less than the first layers alone see, drop before earlier layers instead of raising an error; the
+        trace names them.
 
     Variants: in ``"ours"`` the budget is the mean over all layers: fractions keep their ratios to each other and are
     scaled by one factor, up to all tokens; R cannot go below the share of the layers before the first step. Kept tokens
-    stay at their positions. In ``"official"`` fractions are as they stand, and without any R is λ, the share that a
-    step keeps: ⌊N·λⁱ⌋ tokens after the i-th; positions are numbered anew after every step, as in the release, where a
-    model has one row of them. The release is for one still image of LLaVA-1.5, newlines among what is ranked; there is
-    no official port to video: here N is every token of the video, newlines excluded, and all videos of a prompt are
-    ranked each for itself.
+    stay at their positions. In ``"official"`` fractions are used as given; without them R is λ, the share that a step
+    keeps: ⌊N·λⁱ⌋ tokens after the i-th. Positions are numbered anew after every step, as in the release, in models that
+    have one row of them. The release is for one still image of LLaVA-1.5 and ranks newlines too. There is no official
+    port to video: here N counts every token of the video without newlines, and each video of a prompt is ranked by
+    itself.
 
     References
     ----------
@@ -53,7 +51,6 @@ class PyramidDrop(LayerCompressor):
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "PyramidDrop, CVPR 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    own_layer: ClassVar[bool] = True
     retention: float | Tokens = 0.5
     layers: tuple[int, ...] | None = None
     fractions: tuple[float, ...] | None = None
@@ -61,24 +58,15 @@ class PyramidDrop(LayerCompressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers is not None:
-            for layer in self.layers:
-                check_layer(layer)
-            if list(self.layers) != sorted(set(self.layers)) or not self.layers:
-                raise BudgetError(f"layers are rising numbers, as (8, 16, 24), got {self.layers}")
+        check_layers(self.layers, _LAYERS)
         shares = self.fractions
         falling = shares is None or (
             shares and all(0 < f <= 1 for f in shares) and list(shares) == sorted(shares)[::-1]
         )
         if not falling:
-            raise BudgetError(f"fractions are falling shares in (0, 1], as (0.5, 0.25, 0.125), got {shares}")
+            raise BudgetError(f"fractions must fall within (0, 1], as (0.5, 0.25, 0.125), got {shares}")
         if len(self.layers or _LAYERS) != len(shares or _FRACTIONS):
             raise BudgetError(f"{len(self.layers or _LAYERS)} layers need as many fractions, got {shares}")
-
-    @property
-    def renumbers(self) -> bool:
-        """Under ``"official"``."""
-        return self.variant == "official"
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return (layer, tokens kept from there on) of every step."""
@@ -91,8 +79,8 @@ class PyramidDrop(LayerCompressor):
                 kept = [int(num_tokens * share) for share in self.fractions]
             return tuple((at, max(1, count)) for at, count in zip(layers, kept, strict=True))
         shares = _FRACTIONS if self.fractions is None else tuple(Fraction(repr(float(f))) for f in self.fractions)
-        found = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
-        return tuple(zip(layers, found, strict=True))
+        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        return tuple(zip(layers, counts, strict=True))
 
     def _layers(self, num_layers: int, ratio: Fraction) -> list[int]:
         """Return the layers of all steps, rising."""
@@ -102,6 +90,7 @@ class PyramidDrop(LayerCompressor):
             scale *= ratio / _MEAN
         return scaled_layers(wanted, scale, num_layers)
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return the tokens of the highest mean attention."""
-        return top_indices(view.attention.mean(0), keep)
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        """Return the tokens of the highest mean attention in the layer that is about to run."""
+        chosen = top_indices(view.attention("last", view.layer)[:, 0].mean(0), keep)
+        return LayerChoice(chosen, order=chosen if self.variant == "official" else None)

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vidsieve.compressors._budgets import check_layers, scaled_counts, scaled_layers
 from vidsieve.compressors._clustering import Distances, centres, peak_scores, totals
-from vidsieve.compressors._stages import scaled_counts, scaled_layers
-from vidsieve.compressors.base import LayerCompressor, check_layer
-from vidsieve.errors import BudgetError, NeedError
-from vidsieve.selection import exact_ratio, top_indices
-from vidsieve.types import LayerView, Tokens
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView
+from vidsieve.errors import BudgetError
+from vidsieve.selection import exact_ratio, other_indices, top_indices
+from vidsieve.types import Tokens
 
 _LAYERS, _DEPTH = (3, 7, 16), 32
 _TOKENS = 576
@@ -22,7 +22,7 @@ _TABLES = {
     1: {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     2: {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
-"""By version and mean over 32 layers: how many of 576 tokens the release keeps at each step."""
+"""By version and mean over 32 layers: tokens of 576 that the release keeps at each step."""
 _HEADS = 14
 
 
@@ -30,9 +30,9 @@ _HEADS = 14
 class SparseVLM(LayerCompressor):
     """After some layers, keep the tokens that the relevant words of the prompt attend to most in that layer.
 
-    Words are relevant if they are more like the video than the average word behind it, by dot products of input
-    embeddings. A token's score is the mean attention of these words, over all heads. Of what is dropped, the first
-    version merges the better part into a few clusters of like hidden states, which go on.
+    Words are relevant if they are more similar to the video than the average word behind it, by dot products of input
+    embeddings. A token's score is the mean attention of these words, over all heads. Version 1 merges the better part
+    of the dropped tokens into a few clusters of similar hidden states, which go on.
 
     Parameters
     ----------
@@ -44,8 +44,8 @@ class SparseVLM(LayerCompressor):
     kept : tuple of int or None
         Tokens kept at each step, clusters not counted, in ``"official"``; None: the release's table for R.
     earliest : bool
-        Where R is less than the first layers alone see, drop at earlier layers instead of refusing; the trace says
-        which.
+        Where R is less than the first layers alone see, drop at earlier layers instead of raising an error; the trace
+        names them.
 
     Variants: in ``"ours"`` R is the mean over all layers, clusters counted: the steps keep the proportions of the
     release's largest table and are scaled by one factor; a cluster stands at its densest token, and all tokens keep
@@ -63,9 +63,6 @@ class SparseVLM(LayerCompressor):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "SparseVLM, ICML 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    merges: ClassVar[bool] = True
-    reads_text: ClassVar[bool] = True
-    prepares: ClassVar[bool] = True
     version: int = 1
     layers: tuple[int, ...] | None = None
     kept: tuple[int, ...] | None = None
@@ -75,28 +72,10 @@ class SparseVLM(LayerCompressor):
         super().__post_init__()
         if self.version not in (1, 2):
             raise BudgetError(f"sparsevlm has versions 1 and 2, got {self.version!r}")
-        for layer in self.layers or ():
-            check_layer(layer)
+        check_layers(self.layers, _LAYERS)
         for counts in (self.layers, self.kept):
             if counts is not None and len(counts) != len(_LAYERS):
                 raise BudgetError(f"sparsevlm has {len(_LAYERS)} steps, got {counts}")
-        if self.layers is not None and list(self.layers) != sorted(set(self.layers)):
-            raise BudgetError(f"layers are rising numbers, as {_LAYERS}, got {self.layers}")
-
-    @property
-    def renumbers(self) -> bool:
-        """In the release's version 1."""
-        return self.variant == "official" and self.version == 1
-
-    @property
-    def reorders(self) -> bool:
-        """In the release's version 1: clusters go behind."""
-        return self.renumbers
-
-    @property
-    def reads_bias(self) -> bool:
-        """In version 2."""
-        return self.version == 2
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return (layer, tokens from there on) of every step; in the release's, clusters come on top."""
@@ -108,8 +87,8 @@ class SparseVLM(LayerCompressor):
         if self.variant == "official":
             return tuple(zip(layers, self._table(num_tokens), strict=True))
         shares = [Fraction(count, _TOKENS) for count in _TABLES[self.version][192]]
-        found = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
-        return tuple(zip(layers, found, strict=True))
+        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        return tuple(zip(layers, counts, strict=True))
 
     def _table(self, num_tokens: int) -> tuple[int, ...]:
         if self.kept is not None:
@@ -123,95 +102,68 @@ class SparseVLM(LayerCompressor):
             )
         return tuple(max(1, count * num_tokens // _TOKENS) for count in _TABLES[self.version][nearest])
 
-    def prepare(self, video: Tensor, text: Tensor) -> Tensor:
-        """Return which words (Q,) bool are relevant, from input embeddings (n, D) and (Q, D)."""
-        return relevant_words(video, text)
-
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        """Return the tokens that stay, and those at which clusters stand."""
-        best, clusters, _ = view.notes["parts"] = self._parts(view, self.scores(view), keep)
-        chosen = torch.cat([best, clusters])
-        return chosen if self.reorders else chosen.sort().values
-
-    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
-        """Return the hidden states of the tokens that stay, clusters as their means."""
-        if view.hidden is None:
-            raise NeedError("sparsevlm reads hidden states: hand over a view that has them")
-        keep = len(chosen) if self.variant == "ours" else dict(self.stages(view.depth, view.history[0]))[view.layer]
-        _, clusters, owner = view.notes.get("parts") or self._parts(view, self.scores(view), keep)
-        made = view.hidden.clone()
-        if len(clusters):
-            members = (owner >= 0).nonzero().flatten()
-            made[clusters] = cluster_means(view.hidden[members], owner[members], len(clusters)).to(made.dtype)
-        return made[chosen.to(made.device)]
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        """Return the tokens with the best scores, and those at which clusters of the recycled rest stand."""
+        scores = self.scores(view)
+        count, ours = len(scores), self.variant == "ours"
+        if ours and keep >= count:
+            return LayerChoice(torch.arange(count, device=scores.device))
+        best = top_indices(scores, self._best(count, keep) if ours else min(keep, count - 1))
+        if self.version == 2:
+            return LayerChoice(best)
+        rest = other_indices(best, count)
+        recycled = rest[top_indices(scores[rest], recycled_count(len(rest)))]
+        states = view.hidden[recycled.to(view.hidden.device)]
+        distance = Distances.of(states)
+        number = keep - len(best) if ours else cluster_count(len(rest))
+        peaks = centres(peak_scores(distance, number), number)
+        chosen = torch.cat([best, recycled[peaks.to(recycled.device)]])
+        means = cluster_means(states, distance.nearest(peaks), number).to(states.dtype)
+        hidden = torch.cat([view.hidden[best.to(states.device)], means])
+        kept, order = chosen.sort()
+        return LayerChoice(kept, hidden[order.to(hidden.device)], None if ours else chosen)
 
     def scores(self, view: LayerView) -> Tensor:
-        """Return the mean attention of the relevant words to each token, (n,)."""
-        attention, words = view.text_attention, view.told
-        if attention is None or words is None:
-            raise NeedError("sparsevlm reads the attention of the text behind the video")
-        words = words.to(attention.device)
-        if not bool(words.any()):  # all words alike: none stands out
+        """Return the mean attention (n,) from the relevant words to each token."""
+        attention = view.attention("text", view.layer - 1)
+        words = relevant_words(view.video, view.text).to(attention.device)
+        if not bool(words.any()):  # all words are alike: none stands out
             words = torch.ones_like(words)
         attention = attention[:, words]
         if self.version == 2:
-            if view.rope_bias is None:
-                raise NeedError("version 2 of sparsevlm divides attention by what rotary positions give: it is missing")
             attention = attention / view.rope_bias[words].to(attention)
             heads = top_indices(attention.sum((1, 2)), min(_HEADS, len(attention)))
             attention = attention[heads]
         return attention.mean(0).mean(0)
 
     def _best(self, count: int, keep: int) -> int:
-        """Return how many of `count` tokens stay as they are, so that with clusters there are `keep`."""
+        """Return the number of tokens, among `count`, that stay unchanged, so that with clusters there are `keep`."""
         best = keep
         while self.version == 1 and best and best + cluster_count(count - best) > keep:
             best -= 1
         return best
 
-    def _parts(self, view: LayerView, scores: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the best tokens (k,) sorted, where clusters stand (c,) densest first, and owners (n,), −1 without."""
-        count = len(scores)
-        owner = torch.full((count,), -1, dtype=torch.int64, device=scores.device)
-        if self.variant == "official":
-            best = top_indices(scores, min(keep, count - 1))
-        elif keep >= count:
-            return torch.arange(count, device=scores.device), owner[:0], owner
-        else:
-            best = top_indices(scores, self._best(count, keep))
-        if self.version == 2:
-            return best, owner[:0], owner
-        rest = torch.ones_like(owner, dtype=torch.bool).index_fill(0, best, False).nonzero().flatten()
-        number = cluster_count(len(rest))
-        if self.variant == "ours":
-            number = keep - len(best)
-        if view.hidden is None:
-            raise NeedError("sparsevlm reads hidden states: hand over a view that has them")
-        recycled = rest[top_indices(scores[rest], recycled_count(len(rest)))]
-        distance = Distances.of(view.hidden[recycled.to(view.hidden.device)])
-        chosen = centres(peak_scores(distance, number), number)
-        owner[recycled] = distance.nearest(chosen).to(owner.device)
-        chosen = chosen.to(recycled.device)
-        return best, recycled[chosen], owner
-
 
 def cluster_means(tokens: Tensor, owner: Tensor, count: int) -> Tensor:
-    """Return (c, D) float32: the sum of each cluster's tokens (n, D), owners (n,), over their number + a millionth."""
+    """Return the sum (c, D) float32 of each cluster's tokens (n, D), by owner (n,), over their number + a millionth."""
     total, members = totals(tokens, owner, count)
     return total / (members + 1e-6)
 
 
 def relevant_words(video: Tensor, text: Tensor) -> Tensor:
-    """Return which words (Q,) bool get more than the mean of softmax over words of video · text, meant over tokens."""
+    """Return the mask (Q,) bool of words with more than the average share of video tokens' similarity.
+
+    Shares are a softmax over words of dot products between `video` (n, D) and `text` (Q, D), averaged over tokens.
+    """
     shares = (video.float() @ text.float().T).softmax(1).mean(0)
     return shares > shares.mean()
 
 
 def recycled_count(dropped: int) -> int:
-    """Return how many of `dropped` tokens are merged instead."""
+    """Return the number of tokens, among `dropped`, that are merged instead."""
     return min(int(dropped * 0.3) + 1, dropped)
 
 
 def cluster_count(dropped: int) -> int:
-    """Return into how many clusters."""
+    """Return the number of clusters that tokens recycled from `dropped` are merged into."""
     return int((int(dropped * 0.3) + 1) / 10) + 1

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
-from vidsieve.selection import frame_ranks, top_indices
-from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
+from vidsieve.selection import frame_ranks, other_indices, top_indices
+from vidsieve.types import Selection, TokenGrid, VideoTokens
 
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _TEMPERATURE = 0.01
@@ -29,7 +29,7 @@ class VidCom2(Compressor):
     many, the ones most like the video and their frame go, where it gives too few, the least alike of the others come
     back (vLLM keeps one token a frame at least; here the budget goes before). Scores are float32. ``"official"``
     rounds the share of every frame half to even, at least one token, so that K is near R·N, and scores in the tokens'
-    own dtype. The release keeps every newline of LLaVA-Video on top (`with_newlines`) and numbers positions anew on
+    own dtype. The release keeps every newline of LLaVA-Video on top and numbers positions anew on
     LLaVA models; here tokens stay at theirs, and newlines are the adapter's.
 
     References
@@ -41,11 +41,7 @@ class VidCom2(Compressor):
     name: ClassVar[str] = "vidcom2"
     paper: ClassVar[str] = "VidCom², EMNLP 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-
-    @property
-    def outcome(self) -> bool:
-        """Under ``"official"`` with a retention ratio, frames are rounded one by one."""
-        return self.variant == "official" and not isinstance(self.retention, Tokens)
+    adaptive_variants: ClassVar[tuple[str, ...]] = ("official",)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         grid = video.grid
@@ -55,7 +51,7 @@ class VidCom2(Compressor):
             shares = frame_shares(to_video, float(self.budget_ratio(grid.num_tokens)))
         alike = to_video + to_frame  # (T, n)
         chosen = kept_by_shares(alike, shares, grid)
-        if not self.outcome:
+        if not self.adaptive_budget:
             chosen = corrected(alike, chosen, budget)
         return Selection(chosen, scores=-alike.flatten().float(), frame_scores=shares.float())
 
@@ -67,7 +63,7 @@ def low_variance_channels(tokens: Tensor) -> Tensor:
 
 
 def likeness(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how like the mean of the video, and of its frame, every token of frames (T, n, D) is, (T, n) each."""
+    """Return the likeness (T, n) of each token of frames (T, n, D) to the video's mean, and to its frame's mean."""
     unit = F.normalize(frames[..., low_variance_channels(frames)], dim=-1)
     return _gaussians(unit, unit.mean((0, 1), keepdim=True)), _gaussians(unit, unit.mean(1, keepdim=True))
 
@@ -79,14 +75,14 @@ def _gaussians(unit: Tensor, centre: Tensor) -> Tensor:
 
 
 def frame_shares(to_video: Tensor, ratio: float) -> Tensor:
-    """Return (T,): the fraction of every frame that is kept, at most 1, from likeness to the video (T, n)."""
+    """Return the fraction (T,) of every frame that is kept, at most 1, from likeness to the video (T, n)."""
     unlike = -to_video.mean(1)
     weights = torch.softmax((unlike - unlike.max()) / _TEMPERATURE, 0)
     return (ratio * (1 + weights - weights.mean())).clamp(max=1)
 
 
 def kept_by_shares(alike: Tensor, shares: Tensor, grid: TokenGrid) -> Tensor:
-    """Return what the release keeps: of every frame its share, rounded half to even, of the least alike (K,) int64."""
+    """Return the tokens (K,) int64 that the release keeps: its share of every frame, half to even, the least alike."""
     counts = (shares * grid.per_frame).round().long().clamp(min=1)
     return (frame_ranks(-alike.flatten(), grid) < counts[:, None]).flatten().nonzero().flatten()
 
@@ -96,20 +92,6 @@ def corrected(alike: Tensor, chosen: Tensor, count: int) -> Tensor:
     scores = -alike.flatten()
     if count <= len(chosen):
         return chosen[top_indices(scores[chosen], count)]
-    others = torch.ones_like(scores, dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+    others = other_indices(chosen, len(scores))
     back = others[top_indices(scores[others], count - len(chosen))]
     return torch.cat([chosen, back]).sort().values
-
-
-def with_newlines(chosen: Tensor, grid: TokenGrid) -> Tensor:
-    """Return what the release hands on of a LLaVA-Video grid, in its order: of each frame what is kept, then newlines.
-
-    Indices (K + T·H,) int64 count tokens of the grid with a newline behind every row, T × H × (W + 1).
-    """
-    frame, place = chosen // grid.per_frame, chosen % grid.per_frame
-    row, column = place // grid.width, place % grid.width
-    width = grid.width + 1
-    tokens = (frame * grid.height + row) * width + column
-    newlines = torch.arange(grid.frames * grid.height, device=chosen.device) * width + grid.width
-    owner = torch.cat([frame, torch.arange(len(newlines), device=chosen.device) // grid.height])
-    return torch.cat([tokens, newlines])[owner.argsort(stable=True)]

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError, NeedError
-from vidsieve.selection import even_counts, top_indices
+from vidsieve.compressors.base import Compressor, within
+from vidsieve.errors import NeedError
+from vidsieve.selection import even_counts, other_indices, top_indices
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
 
 
@@ -41,12 +41,7 @@ class VisionZip(Compressor):
     paper: ClassVar[str] = "VisionZip, CVPR 2025"
     needs: ClassVar[frozenset[Need]] = ENCODER_NEEDS
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    contextual: float = 10 / 64
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.contextual < 1:
-            raise BudgetError(f"contextual is a share of the budget in [0, 1), got {self.contextual}")
+    contextual: float = within(10 / 64, "[0, 1)")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         encoder, size = video.encoder, video.grid.per_frame
@@ -71,7 +66,7 @@ class VisionZip(Compressor):
 
 
 def zipped(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return one frame's dominant tokens, its contextual tokens, and what the others are merged into.
+    """Return one frame's dominant tokens, its contextual tokens, and the owner of each of the others.
 
     Parameters
     ----------
@@ -86,7 +81,7 @@ def zipped(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -> t
     """
     chosen = top_indices(attention, dominant)
     owner = torch.full_like(attention, -1, dtype=torch.int64)
-    rest = torch.ones_like(attention, dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+    rest = other_indices(chosen, len(attention))
     if not contextual:
         return chosen, rest[:0], owner
     step = max(1, len(rest) // contextual)
@@ -110,29 +105,3 @@ def merge(embeds: Tensor, targets: Tensor, owner: Tensor, doubled: bool) -> Tens
     if doubled:
         return embeds[targets] + total / count.clamp(min=1)
     return (embeds[targets] + total) / (count + 1)
-
-
-def stitched(features: Tensor, kept: Tensor, columns: int, side: int = 24) -> Tensor:
-    """Return what the release hands on of a still image cut into crops, in its order (crops·m, D).
-
-    First the dominant tokens of all crops, in raster order over the stitched image, then every crop's class token, then
-    every crop's contextual tokens.
-
-    Parameters
-    ----------
-    features : Tensor, (crops, m, D)
-        Of each crop its class token, its dominant tokens in raster order, its contextual tokens.
-    kept : Tensor, (crops, 1 + k), int64
-        The class token, 0, and the dominant ones in any order, counted from 1.
-    columns : int
-        Crops in a row of the image.
-    side : int
-        Patches on a side of a crop.
-    """
-    crops, count = kept.shape[0], kept.shape[1] - 1
-    patch = kept[:, 1:].sort(1).values - 1  # (crops, k)
-    crop = torch.arange(crops, device=kept.device)[:, None]
-    row, column = crop // columns * side + patch // side, crop % columns * side + patch % side
-    order = (row * columns * side + column).flatten().argsort()
-    dominant = features[:, 1 : 1 + count].flatten(0, 1)[order]
-    return torch.cat([dominant, features[:, 0], features[:, 1 + count :].flatten(0, 1)])

@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.inside.acting import begin, running
-from vidsieve.compressors.base import LayerCompressor
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView
 from vidsieve.errors import EvaluationError
 from vidsieve.training.rollouts import Rollouts
-from vidsieve.types import LayerView, TokenGrid
+from vidsieve.types import TokenGrid
 
 RIVALS = 8
 """Words that compete with the answer: those the model finds likeliest with all tokens."""
@@ -32,9 +32,9 @@ class _Listening(LayerCompressor):
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         return tuple((layer, num_tokens) for layer in range(1, num_layers))
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
-        self.seen.append(view.attention.mean(0).float().cpu())
-        return torch.arange(keep, device=view.indices.device)
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
+        self.seen.append(view.attention("last", view.layer - 1)[:, 0].mean(0).float().cpu())
+        return LayerChoice(torch.arange(keep, device=view.indices.device))
 
 
 @dataclass(frozen=True)

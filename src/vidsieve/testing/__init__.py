@@ -9,8 +9,17 @@
 from typing import Any
 
 from vidsieve.testing.checks import CHECKS, check_compressor, example, make_video, parametrize_with_checks
+from vidsieve.testing.views import GivenView
 
-__all__ = ["CHECKS", "check_compressor", "check_family", "example", "make_video", "parametrize_with_checks"]
+__all__ = [
+    "CHECKS",
+    "GivenView",
+    "check_compressor",
+    "check_family",
+    "example",
+    "make_video",
+    "parametrize_with_checks",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter, Videos
 from vidsieve.adapters.session import Session, attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
-from vidsieve.compressors.base import Compressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.errors import VidsieveError
 from vidsieve.selection import indices_to_mask
 from vidsieve.testing.reference import chosen_inside, masked_greedy, masked_logits

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.inside import DecodeCompressor, DecodeView, LayerCompressor, Rows
 from vidsieve.errors import BudgetError, NeedError, RetentionError, UnknownNameError
 from vidsieve.selection import kept_tokens
+from vidsieve.testing.views import GivenView
 from vidsieve.types import (
-    DecodeView,
     EncoderOutputs,
-    LayerView,
     Need,
     Prompt,
     Selection,
@@ -267,33 +267,30 @@ def check_layer_budget(method: Method) -> None:
             )
 
 
-def check_layer_choice(method: Method) -> None:
-    """`choose` returns sorted unique positions, exactly as many as asked for, the same every time."""
+def check_layer_step(method: Method) -> None:
+    """`step` keeps exactly as many tokens as asked for, the same every time."""
     assert issubclass(method, LayerCompressor)
     compressor = method()
     draw = torch.Generator().manual_seed(0)
     for grid in GRIDS:
         alive = torch.randperm(grid.num_tokens, generator=draw)[: grid.num_tokens // 2].sort().values
-        weights = torch.rand(4, len(alive), generator=draw)
+        count = len(alive)
+        weights = torch.rand(4, 1, count, generator=draw)
+        tensors = {name: torch.rand(count, 8) for name in ("hidden", "before", "video")}
+        tensors |= {"text": torch.rand(2, 8), "rope_bias": torch.ones(2, count)}
         for attention in (weights, torch.ones_like(weights)):
-            view = LayerView(
-                3,
-                grid,
-                alive,
-                attention.clone(),
-                torch.rand(len(alive), 8),
-                attention[:, None].repeat(1, 2, 1),
-                told=torch.tensor([True, False]),
-                rope_bias=torch.ones(2, len(alive)),
-                before=torch.rand(len(alive), 8),
-            )
-            for keep in (1, len(alive) // 3, len(alive)):
-                chosen = compressor.choose(view, keep)
-                _expect(len(chosen) == keep and chosen.dtype == torch.int64, f"{keep} asked for, not {chosen.shape}")
-                _expect(bool((chosen[1:] > chosen[:-1]).all()), "positions are not sorted and unique")
-                _expect(int(chosen[0]) >= 0 and int(chosen[-1]) < len(alive), "positions lie outside the view")
-                _expect(torch.equal(compressor.choose(view, keep), chosen), "two calls differ")
-            _expect(torch.equal(view.attention, attention), "`choose` changed its view")
+            given = attention.clone()
+            rows: dict[tuple[Rows, int], Tensor] = {}
+            for layer in (2, 3):
+                rows |= {("last", layer): given, ("text", layer): given.repeat(1, 2, 1)}
+            before = {key: value.clone() for key, value in rows.items()}
+            view = GivenView(3, 28, grid, alive, (grid.num_tokens, count, count), rows=rows, tensors=tensors)
+            for keep in (1, count // 3, count):
+                choice, again = compressor.step(view, keep), compressor.step(view, keep)
+                _expect(len(choice.indices) == keep, f"{keep} asked for, not {len(choice.indices)}")
+                _expect(int(choice.indices[-1]) < count, "positions lie outside the view")
+                _expect(torch.equal(choice.indices, again.indices), "two calls differ")
+            _expect(all(torch.equal(rows[key], before[key]) for key in rows), "`step` changed its view")
 
 
 def check_read(method: Method) -> None:
@@ -340,7 +337,7 @@ CHECKS: tuple[Check, ...] = (
 
 LAYER_CHECKS: tuple[Check, ...] = (
     check_layer_budget,
-    check_layer_choice,
+    check_layer_step,
     check_picklable,
     check_default_constructible,
     check_bad_fields_refused,
@@ -351,8 +348,7 @@ LAYER_CHECKS: tuple[Check, ...] = (
 def checks_of(method: Method) -> tuple[Check, ...]:
     """Return the checks of a method, by where it acts."""
     if issubclass(method, LayerCompressor):
-        inside = LAYER_CHECKS[2:] if method.adaptive else LAYER_CHECKS  # stages and choices that follow from a video
-        return tuple(dict.fromkeys((*CHECKS, *inside))) if _has_parts(method) else inside
+        return tuple(dict.fromkeys((*CHECKS, *LAYER_CHECKS))) if _has_parts(method) else LAYER_CHECKS
     return (*CHECKS, check_read) if issubclass(method, DecodeCompressor) else CHECKS
 
 

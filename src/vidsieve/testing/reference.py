@@ -11,7 +11,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter, Videos
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.transformers_api import eager_attention
-from vidsieve.compressors.base import LayerCompressor
+from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.testing.staged import (
     Act,
     LayeredSelections,
@@ -51,8 +51,7 @@ def masked_logits(
     masks, acts = {}, {}
     for layer, kept in selections.stages.items():
         masks[layer] = hidden_mask(visible_tokens(encoded, kept, length), embeds)
-        if selections.compressor.merges:
-            acts[layer] = merging(encoded, selections, layer)
+        acts[layer] = merging(encoded, selections, layer)
     return _through(adapter, encoded, selections.entering, extra_ids, masks, acts)
 
 

@@ -6,6 +6,7 @@ the hooks that prune.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,10 @@ from torch import Generator, Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.transformers_api import eager_attention, window_of
-from vidsieve.compressors.base import LayerCompressor
-from vidsieve.types import LayerView, Selection
+from vidsieve.compressors.inside import LayerCompressor, Rows
+from vidsieve.testing.checks import CheckFailure
+from vidsieve.testing.views import GivenView
+from vidsieve.types import Selection
 
 Act = Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
 """What happens before a stage's layer: from hidden states, mask so far and the layer's arguments to hidden states."""
@@ -34,7 +37,7 @@ class LayeredSelections(list[Selection]):
         super().__init__(entering)
         self.compressor, self.entering = compressor, list(entering)
         self.stages: dict[int, list[Selection]] = {}
-        self.views: dict[int, list[LayerView]] = {}
+        self.views: dict[int, list[tuple[GivenView, int]]] = {}
 
     def history(self, video: int, layer: int) -> tuple[int, ...]:
         """Return how many of a video's tokens each layer before `layer` sees."""
@@ -119,18 +122,23 @@ def masked_from(adapter: Adapter, masks: dict[int, Tensor], acts: Mapping[int, A
 
 
 def merging(encoded: Encoded, selections: LayeredSelections, layer: int) -> Act:
-    """Return the act of a stage that merges: what stays at `layer` takes in what is dropped there."""
+    """Return the act of a stage: dropped tokens are merged into those that stay at `layer`, if the method merges.
+
+    The method chooses again, from its view with the hidden states of this pass.
+    """
     earlier = [selections.entering, *(kept for at, kept in sorted(selections.stages.items()) if at < layer)][-1]
 
     def act(hidden: Tensor, mask: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         changed = hidden.clone()
         triples = zip(encoded.videos, earlier, selections.stages[layer], strict=True)
         for number, (span, among, kept) in enumerate(triples):
-            chosen = torch.searchsorted(among.indices, kept.indices)
             tokens = hidden[span.row, span.columns[among.indices.to(span.columns.device)]]
-            view = replace(selections.views[layer][number], hidden=tokens)
-            made = selections.compressor.merge(view, chosen)
-            changed[span.row, span.columns[kept.indices.to(span.columns.device)]] = made.to(hidden.dtype)
+            view, keep = selections.views[layer][number]
+            choice = selections.compressor.step(replace(view, tensors={**view.tensors, "hidden": tokens}), keep)
+            if not torch.equal(among.indices[choice.indices.to(among.indices.device)], kept.indices):
+                raise CheckFailure(f"{selections.compressor.name} chose other tokens at layer {layer} than before")
+            if choice.hidden is not None:
+                changed[span.row, span.columns[kept.indices.to(span.columns.device)]] = choice.hidden.to(hidden.dtype)
         return changed
 
     return act
@@ -156,56 +164,57 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
     entering = encoded.everything()
     if outer is not None:
         entering = adapter.select(encoded, outer, Generator().manual_seed(0))[0]
-    found = LayeredSelections(compressor, entering)
+    selections = LayeredSelections(compressor, entering)
     plans = [dict(compressor.stages(depth, chosen.num_kept)) for chosen in entering]
     masks: dict[int, Tensor] = {}
-    told: list[Tensor] = []
-    noted: dict[int, Tensor] = {}
+    weights: dict[int, Tensor] = {}
     entered: dict[int, Tensor] = {}
 
     def act_at(layer: int) -> Act:
         def act(hidden: Tensor, mask: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-            weights = noted.get(layer - 1)
-            if compressor.own_layer:
+            @functools.cache
+            def own() -> Tensor:
                 module: Any = adapter.decoder_layers[layer]
                 given = {key: kwargs[key] for key in ("position_embeddings", "position_ids") if key in kwargs}
-                weights = module.self_attn(module.input_layernorm(hidden), attention_mask=mask, **given)[1]
-            assert weights is not None
-            kept = []
+                probabilities: Tensor = module.self_attn(module.input_layernorm(hidden), attention_mask=mask, **given)[
+                    1
+                ]
+                return probabilities
+
+            kept, views = [], []
             for number, span in enumerate(encoded.videos):
-                last = int(encoded.attention_mask[span.row].nonzero().max())
-                indices = found[number].indices
-                row = weights[span.row, :, last, span.columns[indices.to(span.columns.device)]].float()
-                tokens = hidden[span.row, span.columns[indices.to(span.columns.device)]]
-                view = LayerView(
-                    layer, span.features.grid, indices, row, tokens, history=found.history(number, layer), depth=depth
-                )
-                if compressor.reads_text:
-                    columns = span.columns[indices.to(span.columns.device)]
-                    text = _behind(encoded, span, columns)
-                    view = replace(view, text_attention=weights[span.row][:, text][:, :, columns].float())
+                indices = selections[number].indices
+                columns = span.columns[indices.to(span.columns.device)]
+                first = span.columns[entering[number].indices.to(span.columns.device)]
+                text = _behind(encoded, span, first)
+                last = encoded.attention_mask[span.row].nonzero().flatten()[-1:]
+
+                def part(of: Callable[[], Tensor], rows: Tensor, row: int, columns: Tensor) -> Tensor:
+                    return of()[row][:, rows][:, :, columns].float()
+
+                rows: dict[tuple[Rows, int], Tensor | Callable[[], Tensor]] = {}
+                for at, of in ((layer - 1, functools.partial(weights.__getitem__, layer - 1)), (layer, own)):
+                    rows["last", at] = functools.partial(part, of, last, span.row, columns)
+                    rows["text", at] = functools.partial(part, of, text, span.row, columns)
+                tensors = {
+                    "hidden": hidden[span.row, columns],
+                    "before": entered[layer - 1][span.row, columns],
+                    "video": entered[0][span.row, first],
+                    "text": entered[0][span.row, text],
+                }
                 groups = entering[number].groups
                 if groups is not None:
-                    view = replace(view, groups=groups[torch.searchsorted(entering[number].indices, indices)])
-                if compressor.reads_before:
-                    view = replace(view, before=entered[layer - 1][span.row, span.columns[indices]])
-                if told:
-                    view = replace(view, told=told[number])
-                found.views.setdefault(layer, []).append(view)
-                kept.append(Selection(indices[compressor.choose(view, plans[number][layer]).to(indices.device)]))
-            found.take(layer, kept)
+                    groups = groups[torch.searchsorted(entering[number].indices, indices)]
+                seen = (layer, depth, span.features.grid, indices, selections.history(number, layer), groups)
+                view, keep = GivenView(*seen, rows=rows, tensors=tensors), plans[number][layer]
+                views.append((view, keep))
+                kept.append(Selection(indices[compressor.step(view, keep).indices.to(indices.device)]))
+            selections.views[layer] = views
+            selections.take(layer, kept)
             masks[layer] = hidden_mask(visible_tokens(encoded, kept, hidden.shape[1]), hidden)
-            return merging(encoded, found, layer)(hidden, mask, kwargs) if compressor.merges else hidden
+            return merging(encoded, selections, layer)(hidden, mask, kwargs)
 
         return act
-
-    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        embeds = args[0] if args else kwargs["hidden_states"]
-        for span, kept in zip(encoded.videos, entering, strict=True):
-            columns = span.columns[kept.indices.to(span.columns.device)]
-            told.append(
-                compressor.prepare(embeds[span.row, columns], embeds[span.row, _behind(encoded, span, columns)])
-            )
 
     def enter(number: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,20 +223,18 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
         return hook
 
     listeners = []
-    for layer in plans[0] if compressor.reads_before else ():
-        before_it = adapter.decoder_layers[layer - 1]
-        listeners.append(before_it.register_forward_pre_hook(enter(layer - 1), with_kwargs=True))
-    for layer in plans[0]:
-        attention: Any = adapter.decoder_layers[layer - 1].self_attn
+    for layer in {0, *(layer - 1 for layer in plans[0])}:
+        module: Any = adapter.decoder_layers[layer]
+        listeners.append(module.register_forward_pre_hook(enter(layer), with_kwargs=True))
         listeners.append(
-            attention.register_forward_hook(lambda module, args, output, at=layer - 1: noted.update({at: output[1]}))
+            module.self_attn.register_forward_hook(
+                lambda module, args, output, at=layer: weights.update({at: output[1]})
+            )
         )
-    if compressor.prepares:
-        listeners.append(adapter.decoder_layers[0].register_forward_pre_hook(look, with_kwargs=True))
     try:
         with eager_attention(adapter.model):
             run(entering, masks, {layer: act_at(layer) for layer in plans[0]})
     finally:
         for listener in listeners:
             listener.remove()
-    return found
+    return selections

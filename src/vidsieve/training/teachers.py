@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.decoder_layer import at_home, block_shape, rotated
 from vidsieve.adapters.encoded import Encoded
-from vidsieve.adapters.inside.layers import block_shape
-from vidsieve.adapters.inside.passes import at_home, rotated
 from vidsieve.errors import NeedError
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.settings import Teacher

@@ -10,10 +10,11 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from replays import Archive
-from vidsieve.adapters.inside.layered import LayerRun
-from vidsieve.adapters.placed import PlacedVideo
+from vidsieve.adapters.decoder_layer import Decoder
+from vidsieve.adapters.inside.layers import LayerRun
+from vidsieve.adapters.inside.view import PlacedVideo
 from vidsieve.adapters.transformers_api import cache_kwargs
-from vidsieve.compressors.base import LayerCompressor
+from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.types import TokenGrid
 
 
@@ -62,8 +63,7 @@ def passed(model: Any, embeds: Tensor, start: int, count: int, method: LayerComp
     video = PlacedVideo(0, columns, TokenGrid(1, 1, count), columns[:0], False, torch.arange(count))
     positions = torch.arange(length)[None]
     real = torch.ones(1, length, dtype=torch.bool)
-    rotary = model.rotary_emb if method.renumbers else None
-    run = LayerRun(depth, method, positions[None], real, (video,), (), rotary)
+    run = LayerRun(method, positions[None], real, (video,), depth)
     cache = DynamicCache(config=model.config)
     entered: dict[int, Tensor] = {}
     numbered: dict[int, Tensor] = {}
@@ -82,7 +82,7 @@ def passed(model: Any, embeds: Tensor, start: int, count: int, method: LayerComp
         return model.layers[layer].self_attn.register_forward_pre_hook(before, with_kwargs=True)
 
     handles = [hook for layer in run.stages for hook in (listen(layer), told(layer))]
-    with torch.no_grad(), run.hooked(list(model.layers), model.config, cache):
+    with torch.no_grad(), run.hooked(Decoder(model.layers, model.config, model.rotary_emb), cache):
         out = model(inputs_embeds=embeds[None], position_ids=positions, **cache_kwargs(model, cache))
     for handle in handles:
         handle.remove()

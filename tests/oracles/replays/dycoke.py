@@ -9,7 +9,8 @@ import torch
 
 from replays import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.compressors.dycoke import DyCoke, official_tokens, similarities
-from vidsieve.types import DecodeView, TokenGrid
+from vidsieve.compressors.inside import DecodeView
+from vidsieve.types import TokenGrid
 
 
 def cases(archive: Archive) -> Iterator[Case]:

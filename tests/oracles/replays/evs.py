@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from replays import Archive, Case, gap, groups, judged, same_indices
-from vidsieve.compressors.evs import dissimilarity, media_positions, official_count, recomputed_positions
+from vidsieve.compressors.evs import dissimilarity, official_count
 from vidsieve.selection import indices_to_mask, top_indices
 from vidsieve.types import TokenGrid
 
@@ -58,3 +58,49 @@ def _prompt(archive: Archive, case: str) -> Case:
         "delta": float(abs(delta - int(archive[f"{case}/delta"]))),
     }
     return judged("evs", case, compared)
+
+
+def media_positions(grid: TokenGrid, tokens_per_second: float, seconds_per_grid: float) -> Tensor:
+    """Return (N, 4) int64: time, row and column of every token, and the width of the grid, as vLLM stores them."""
+    moments = (torch.arange(grid.frames) * tokens_per_second * seconds_per_grid).long()
+    axes = torch.meshgrid(moments, torch.arange(grid.height), torch.arange(grid.width), indexing="ij")
+    return torch.stack([*axes, torch.full_like(axes[0], grid.width)], -1).reshape(-1, 4)
+
+
+def recomputed_positions(input_ids: Tensor, media: Sequence[Tensor], media_ids: Sequence[int]) -> tuple[Tensor, int]:
+    """Return the positions of a pruned prompt as vLLM numbers them, and what decoding adds to a token's index.
+
+    A medium's tokens keep time, row and column, counted from one past the text before it. Text behind it goes on one
+    grid width later, which in long videos lies before the last of its tokens.
+
+    Parameters
+    ----------
+    input_ids : Tensor, (L,), int64
+        With one placeholder for every kept token.
+    media : sequence of Tensor, (K, 4), int64
+        `media_positions` of the kept tokens of each video or image, in the order of the prompt.
+    media_ids : sequence of int
+        Ids of the placeholders.
+
+    Returns
+    -------
+    positions : Tensor, (3, L), int64
+    delta : int
+        The largest position plus one, minus L.
+    """
+    is_media = torch.isin(input_ids, torch.tensor(list(media_ids), device=input_ids.device))
+    parts: list[Tensor] = []
+    cursor = following = 0
+    places = is_media.nonzero().flatten()
+    for kept in media:
+        start, places = int(places[0]), places[len(kept) :]
+        base = following + start - cursor
+        parts += [_text(following, base), kept[:, :3].T + base]
+        following, cursor = base + int(kept[-1, 3]), start + len(kept)
+    parts.append(_text(following, following + len(input_ids) - cursor))
+    positions = torch.cat([part.to(input_ids.device) for part in parts], 1)
+    return positions, int(positions.max()) + 1 - len(input_ids)
+
+
+def _text(start: int, stop: int) -> Tensor:
+    return torch.arange(start, stop).expand(3, -1)

@@ -10,7 +10,8 @@ import torch
 from replays import Archive, Case, gap, groups, judged, same_indices
 from replays.decoder import passed, recorded_llama
 from vidsieve.compressors.fastv import FastV
-from vidsieve.types import LayerView, TokenGrid
+from vidsieve.testing.views import GivenView
+from vidsieve.types import TokenGrid
 
 _START, _TOKENS, _LAYER, _KEPT = 35, 576, 3, 0.5
 """Image block, layer and fraction kept of the recorded model run."""
@@ -32,7 +33,8 @@ def _selection(archive: Archive, case: str) -> Case:
     method = FastV(retention=1 - float(archive[f"{case}/r"]), variant="official")
     ((_, keep),) = method.stages(32, count)
     grid = TokenGrid(1, 1, count)
-    chosen = method.choose(LayerView(2, grid, torch.arange(count), row[:, start : start + count]), keep)
+    rows = {("last", 1): row[:, None, start : start + count]}
+    chosen = method.step(GivenView(2, 32, grid, torch.arange(count), rows=rows), keep).indices
     length = int(archive[f"{case}/seq_len"])
     ours = np.concatenate([np.arange(start), start + chosen.numpy(), np.arange(start + count, length)])
     wanted = archive[f"{case}/keep_indexs"]

@@ -19,7 +19,6 @@ from vidsieve.compressors.fastvid import (
     merged_segments,
     neighbours_alike,
     official_plan,
-    saliency_of_queries,
 )
 
 _FORMS: dict[str, Form] = {"ov": "llava_onevision", "vid": "llava_video", "qwen": "qwen2_5_vl"}
@@ -121,3 +120,19 @@ def _saliency(archive: Archive, case: str) -> Case:
 
     found = saliency_of_queries(rotated(query), rotated(key), 4)
     return judged("fastvid", case, {"saliency": gap(found, archive[f"{case}/attn"])})
+
+
+def saliency_of_queries(query: Tensor, key: Tensor, merge: int) -> Tensor:
+    """Return the saliency (T, n) that the release for Qwen2.5-VL reads in the encoder's last block.
+
+    A frame's mean query attends to the mean keys of the merge cells; softmax over the frame, mean over heads.
+
+    Parameters
+    ----------
+    query, key : Tensor, (T, patches, H, d), after rotation, the patches of a cell behind each other
+    merge : int
+        Patches of a cell.
+    """
+    frames, patches, heads, width = key.shape
+    cells = key.reshape(frames, patches // merge, merge, heads, width).mean(2)
+    return torch.einsum("thd,tnhd->thn", query.mean(1), cells).mul(width**-0.5).softmax(-1).mean(1)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from replays import Archive, Case, gap, groups, judged, noise_pieces, same_indices, with_newlines
-from vidsieve.compressors.holitom import HoliTom, absorbed, adjusted, grouped, kept_of_groups, official_counts, windows
-from vidsieve.types import LayerView, TokenGrid
+from vidsieve.compressors.holitom import HoliTom, adjusted, grouped, kept_of_groups, official_counts, windows
+from vidsieve.testing.views import GivenView
+from vidsieve.types import TokenGrid
 
 
 def cases(archive: Archive) -> Iterator[Case]:
@@ -78,10 +79,13 @@ def _inner(archive: Archive, case: str) -> Case:
     method = HoliTom(variant="official", inner_kept=1 - float(archive[f"{case}/r"]))
     ((_, keep),) = method.stages(28, count)
     video = slice(start, start + count)
-    view = LayerView(18, TokenGrid(1, 1, count), torch.arange(count), row[None, video])
-    chosen = method.choose(view, keep)
+    rows, tensors = {("last", 17): row[None, None, video]}, {"hidden": hidden[video]}
+    choice = method.step(
+        GivenView(18, 28, TokenGrid(1, 1, count), torch.arange(count), rows=rows, tensors=tensors), keep
+    )
+    chosen = choice.indices
     kept = torch.cat([torch.arange(start), chosen + start, torch.arange(start + count, len(hidden))])
-    made = torch.cat([hidden[:start], absorbed(hidden[video], chosen), hidden[start + count :]])
+    made = torch.cat([hidden[:start], choice.hidden, hidden[start + count :]])
     compared = {
         "kept": same_indices(kept, archive[f"{case}/keep_idx"]),
         "best": same_indices(chosen + start, sorted(archive[f"{case}/top_idx_unsorted"])),

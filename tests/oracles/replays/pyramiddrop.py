@@ -9,6 +9,7 @@ import torch
 
 from replays import Archive, Case, gap, groups, judged, same_indices
 from replays.decoder import Passed, passed, recorded_llama
+from vidsieve.adapters.decoder_layer import Decoder
 from vidsieve.adapters.transformers_api import cache_kwargs
 from vidsieve.compressors.pyramiddrop import PyramidDrop
 
@@ -61,7 +62,7 @@ def _decoded(model: Any, done: Passed, length: int) -> list[int]:
         )
         for layer in model.layers
     ]
-    with torch.no_grad(), done.run.hooked(list(model.layers), model.config, done.cache):
+    with torch.no_grad(), done.run.hooked(Decoder(model.layers, model.config, model.rotary_emb), done.cache):
         model(
             inputs_embeds=torch.zeros(1, 1, model.config.hidden_size),
             position_ids=torch.tensor([[length]]),

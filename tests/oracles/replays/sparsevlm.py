@@ -11,7 +11,8 @@ from replays import Archive, Case, gap, groups, judged, same_indices
 from replays.decoder import passed, recorded_llama
 from vidsieve.compressors._clustering import Distances, centres, peak_scores
 from vidsieve.compressors.sparsevlm import SparseVLM, cluster_means, relevant_words
-from vidsieve.types import LayerView, TokenGrid
+from vidsieve.testing.views import GivenView
+from vidsieve.types import TokenGrid
 
 _LAYERS = (3, 7, 16)
 _DEPTH, _HIDDEN, _HEADS, _INNER = 17, 64, 16, 32
@@ -38,17 +39,13 @@ def _step(archive: Archive, case: str) -> Case:
     start, count = (int(n) for n in archive[f"{case}/pre_img"])
     budget = int(archive[f"{case}/budget"])
     method = SparseVLM(variant="official", kept=(budget,) * 3)
-    view = LayerView(
-        int(archive[f"{case}/layer_idx"]) + 1,
-        TokenGrid(1, 1, count),
-        torch.arange(count),
-        rows[:, -1],
-        text_attention=rows[..., start : start + count],
-        told=torch.ones(rows.shape[1], dtype=torch.bool),
-        hidden=torch.zeros(count, 4),
-    )
+    layer = int(archive[f"{case}/layer_idx"]) + 1
+    words = torch.ones(rows.shape[1], 4)  # all alike: every one is relevant
+    tensors = {"video": torch.ones(count, 4), "text": words, "hidden": torch.zeros(count, 4)}
+    given = {("text", layer - 1): rows[..., start : start + count]}
+    view = GivenView(layer, _DEPTH, TokenGrid(1, 1, count), torch.arange(count), rows=given, tensors=tensors)
     scores = method.scores(view)
-    kept = method.choose(view, budget)[:budget]
+    kept = method.step(view, budget).order[:budget]
     compared = {
         "scores": gap(scores, archive[f"{case}/score"]),
         "kept": same_indices(kept, archive[f"{case}/kept"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from replays import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.compressors.vidcom2 import (
@@ -13,7 +14,6 @@ from vidsieve.compressors.vidcom2 import (
     kept_by_shares,
     likeness,
     low_variance_channels,
-    with_newlines,
 )
 from vidsieve.selection import indices_to_mask
 from vidsieve.types import TokenGrid
@@ -50,3 +50,17 @@ def _video(archive: Archive, case: str) -> Case:
             "vLLM's mask": same_indices(indices_to_mask(exact, grid.num_tokens), of("vllm_mask")),
         },
     )
+
+
+def with_newlines(chosen: Tensor, grid: TokenGrid) -> Tensor:
+    """Return the tokens that the release hands on of a LLaVA-Video grid, by frame: the kept ones, then newlines.
+
+    Indices (K + T·H,) int64 count tokens of the grid with a newline behind every row, T × H × (W + 1).
+    """
+    frame, place = chosen // grid.per_frame, chosen % grid.per_frame
+    row, column = place // grid.width, place % grid.width
+    width = grid.width + 1
+    tokens = (frame * grid.height + row) * width + column
+    newlines = torch.arange(grid.frames * grid.height, device=chosen.device) * width + grid.width
+    owner = torch.cat([frame, torch.arange(len(newlines), device=chosen.device) // grid.height])
+    return torch.cat([tokens, newlines])[owner.argsort(stable=True)]

@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from replays import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.adapters.families.probe import attention_modules, listening, received
-from vidsieve.compressors.visionzip import merge, stitched, zipped
+from vidsieve.compressors.visionzip import merge, zipped
 
 
 def cases(archive: Archive) -> Iterator[Case]:
@@ -96,3 +96,29 @@ def _renamed(key: str, model: CLIPVisionModel) -> str:
     return next(
         (name for name in (key, f"vision_model.{key}", key.removeprefix("vision_model.")) if name in known), key
     )
+
+
+def stitched(features: Tensor, kept: Tensor, columns: int, side: int = 24) -> Tensor:
+    """Return the tokens (crops·m, D) that the release hands on of a still image cut into crops, in its order.
+
+    First the dominant tokens of all crops, in raster order over the stitched image, then every crop's class token, then
+    every crop's contextual tokens.
+
+    Parameters
+    ----------
+    features : Tensor, (crops, m, D)
+        Of each crop its class token, its dominant tokens in raster order, its contextual tokens.
+    kept : Tensor, (crops, 1 + k), int64
+        The class token, 0, and the dominant ones in any order, counted from 1.
+    columns : int
+        Crops in a row of the image.
+    side : int
+        Patches on a side of a crop.
+    """
+    crops, count = kept.shape[0], kept.shape[1] - 1
+    patch = kept[:, 1:].sort(1).values - 1  # (crops, k)
+    crop = torch.arange(crops, device=kept.device)[:, None]
+    row, column = crop // columns * side + patch // side, crop % columns * side + patch % side
+    order = (row * columns * side + column).flatten().argsort()
+    dominant = features[:, 1 : 1 + count].flatten(0, 1)[order]
+    return torch.cat([dominant, features[:, 0], features[:, 1 + count :].flatten(0, 1)])

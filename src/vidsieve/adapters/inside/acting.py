@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.adapters.decoder_layer import Decoder
 from vidsieve.adapters.encoded import Encoded, Pruned
-from vidsieve.adapters.inside import decoding, layered
-from vidsieve.adapters.placed import place
-from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
+from vidsieve.adapters.inside import decoding, layers
+from vidsieve.adapters.inside.hooks import InnerRun as InnerRun
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
 from vidsieve.errors import StageError
 from vidsieve.types import Stage
 
 if TYPE_CHECKING:
     from vidsieve.adapters.adapter import Adapter
-
-InnerRun = layered.LayerRun | decoding.DecodeRun
-"""A method at work inside an LLM; it travels with the cache."""
 
 
 def acts_inside(compressor: Compressor | None) -> bool:
@@ -63,7 +62,7 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
         If it has no part there.
     """
     if isinstance(compressor, LayerCompressor):
-        return _layered(adapter, encoded, compressor, generator)
+        return layers.begin(adapter, encoded, compressor, generator)
     if isinstance(compressor, DecodeCompressor):
         return decoding.begin(adapter, encoded, compressor, generator)
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")
@@ -79,27 +78,5 @@ def running(adapter: Adapter, run: InnerRun | None, cache: Any = None, words: Te
         yield
         return
     # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-    with uncompiled(), run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), cache, words):
+    with uncompiled(), run.hooked(Decoder.of(adapter), cache, words):
         yield
-
-
-def _layered(
-    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
-) -> tuple[Pruned, layered.LayerRun]:
-    """Return a prompt, padded on the left, and the method that will drop tokens inside the LLM.
-
-    The prompt is whole, or what a part before the LLM leaves of it.
-    """
-    depth = len(adapter.decoder_layers)
-    outer, spent = compressor.outer(depth), []
-    if outer is None:
-        selections = encoded.everything()
-    else:
-        selections, traces = adapter.select(encoded, outer, generator)
-        spent = [trace.select_ms for trace in traces]
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    # With several rows of positions there is no order to count along.
-    rotary = adapter.language_model.rotary_emb if compressor.renumbers and len(positions) == 1 else None
-    return pruned, layered.LayerRun(depth, compressor, positions, real, videos, tuple(spent), rotary)

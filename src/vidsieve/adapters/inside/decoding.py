@@ -1,135 +1,82 @@
-"""Methods at work while decoding: some layers read fewer of the cached video tokens at every step.
+"""Reading fewer video tokens while decoding.
 
-Nothing of the model is changed and nothing leaves the cache: hooks on its decoder layers, there for the length of a
-call, hand later layers a view of the cache that holds what this step reads. Attention is recomputed for the newest
-token alone, from the layer's own query projection and its cached keys.
+Nothing in the model is changed and nothing leaves the cache: later layers get a view of the cache with the tokens that
+this step reads. Attention is recomputed for the newest token alone, from the layer's own query projection and its
+cached keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.adapters.decoder_layer import at_home, attention_scores, block_shape, rotated
 from vidsieve.adapters.drop import padded
 from vidsieve.adapters.encoded import Encoded, Pruned
-from vidsieve.adapters.inside.layers import block_shape
-from vidsieve.adapters.inside.passes import OwnPasses, additive, at_home, flash_mask, refuse_filled, rotated, scores
-from vidsieve.adapters.placed import PlacedVideo, place
+from vidsieve.adapters.inside.hooks import InnerRun, per_row
+from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import (
-    argument,
-    cache_argument,
-    first_keys,
-    is_flash,
-    layer_cache,
-    layer_hidden,
-    unsupported,
-)
-from vidsieve.compressors.base import DecodeCompressor
+from vidsieve.adapters.transformers_api import argument, cache_argument, first_keys, unsupported
+from vidsieve.compressors.inside import DecodeCompressor, DecodeView
 from vidsieve.errors import SelectionError
-from vidsieve.types import DecodeView
 
 if TYPE_CHECKING:
     from vidsieve.adapters.adapter import Adapter
 
 
-class _View:
-    """A cache through which one layer reads just the columns (R, K) of a table; −1 stands for the first."""
-
-    def __init__(self, cache: Any, table: Tensor) -> None:
-        self._cache, self._table = cache, table.clamp(min=0)[:, None, :, None]
-
-    def update(self, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Add the newest token, and return what is read."""
-        made = self._cache.update(keys, values, *rest, **options)
-        index = self._table.to(keys.device)
-        first, second = (some.gather(2, index.expand(-1, some.shape[1], -1, some.shape[3])) for some in made)
-        return first, second
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+def begin(
+    adapter: Adapter, encoded: Encoded, compressor: DecodeCompressor, generator: Generator
+) -> tuple[Pruned, DecodeRun]:
+    """Return the prompts pruned before the LLM, and the run that will choose the tokens that each step reads."""
+    selections, traces = adapter.select(encoded, compressor, generator)
+    pruned = adapter.build(encoded, encoded.per_row(selections))
+    ids = adapter.unpack_positions(pruned.inputs["position_ids"])
+    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
+    first = compressor.first_layer(len(adapter.decoder_layers))
+    run = DecodeRun(compressor, ids[adapter.position_rows], real, videos, first, ids[0], tuple(traces))
+    return replace(pruned, traces=tuple(traces)), run
 
 
 @dataclass
-class DecodeRun:
-    """A method at work on one prompt batch and whatever is decoded after it on the same cache.
+class DecodeRun(InnerRun):
+    """A method that reads fewer cached tokens while decoding.
 
     Parameters
     ----------
     first : int
         The first layer that reads fewer tokens.
-    compressor : DecodeCompressor
-    positions : Tensor, (P, B, L), int64
-        Rotary positions of the pruned prompts.
-    text : Tensor, (B, L), int64
-        Positions as the model's layers are told them.
-    real : Tensor, (B, L), bool
-        False on padding.
-    videos : tuple of PlacedVideo
-        Their columns are those of the kept tokens.
-    made : tuple of VideoTrace
-        What was kept of each video.
+    position_ids : Tensor, (B, L), int64
+        Position ids as the model's layers get them.
+    pruned : tuple of VideoTrace
+        Traces of the part before the LLM.
     """
 
-    first: int
     compressor: DecodeCompressor
-    positions: Tensor
-    text: Tensor
-    real: Tensor
-    videos: tuple[PlacedVideo, ...]
-    made: tuple[VideoTrace, ...]
+    first: int
+    position_ids: Tensor
+    pruned: tuple[VideoTrace, ...]
     before: dict[tuple[int, int], DecodeView] = field(default_factory=dict)
-    """By row of the pass and video: the step before."""
-    fresh: bool = True
-    """Whether this run has not run yet."""
-    listed: list[VideoTrace] = field(default_factory=list)
-    """What the session's trace holds of it."""
+    """The step before, by row of the pass and video."""
 
     def __post_init__(self) -> None:
-        self._layers: Sequence[Any] = ()
-        self._text: Any = None
+        super().__post_init__()
         self._newest: tuple[Tensor, Tensor] | None = None
         self._table: Tensor | None = None
-        self._read = [(0.0, 0)] * len(self.videos)  # per video: shares added up, and how many
-        self._end: Tensor | None = None
-        self._passes = self._steps = 0
+        self._read = [(0.0, 0)] * len(self.videos)  # sum and number of shares, by video
+        self._end_keys: Tensor | None = None
+        self._steps = 0
 
     def traces(self) -> list[VideoTrace]:
-        """Return what was kept of each video, and the share of it that was read while decoding."""
+        """Return a trace of what was kept of each video, with the share of it that was read while decoding."""
         means = [total / steps if steps else None for total, steps in self._read]
-        return [replace(trace, decoded=mean) for trace, mean in zip(self.made, means, strict=True)]
-
-    @contextmanager
-    def hooked(self, layers: Sequence[Any], text: Any, cache: Any, words: Tensor | None = None) -> Iterator[None]:
-        """Act on every step through an LLM's decoder `layers`, configuration `text`, until the block ends.
-
-        Passes of other calls, on another cache than `cache` or in another thread, go through as they are.
-        """
-        handles, mine = [], OwnPasses(cache)
-        self._passes = self._steps = 0
-        if not _same(self._end, _end_of(cache)):
-            self.before.clear()  # cropped, or its rows moved: the step before is not known any more
-        # Not kept beyond the block: the run travels with the cache, and must not drag the model along.
-        self._layers, self._text = layers, text
-        try:
-            for number in range(self.first - 1, len(layers)):
-                handles.append(layers[number].register_forward_pre_hook(self._before(number, mine), with_kwargs=True))
-            yield
-            if not self._passes:
-                unsupported(f"{self.compressor.name} saw nothing pass through the decoder layers")
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._layers, self._text, self._newest, self._table = (), None, None, None
-            self._end = _end_of(mine.cache)
+        return [replace(trace, decoded=mean) for trace, mean in zip(self.pruned, means, strict=True)]
 
     def check_decoded(self, tokens: int) -> None:
-        """Refuse what `generate` returned if it decoded several tokens and no step of them was seen.
+        """Raise an error if `generate` decoded several tokens and no step of them was seen.
 
         Raises
         ------
@@ -138,37 +85,43 @@ class DecodeRun:
         if tokens > 1 and not self._steps:
             unsupported(f"{self.compressor.name} saw none of the steps in which {tokens} tokens were generated")
 
-    def _before(self, number: int, mine: OwnPasses) -> Any:
-        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden, cache = layer_hidden(args, kwargs, module), layer_cache(kwargs, module)
-            if not mine(cache):
-                return None
-            if self.fresh and not self._passes and cache is not None and cache.get_seq_length(number):
-                refuse_filled(self.compressor)
-            self._passes += 1
-            if cache is None or hidden.shape[1] != 1 or cache.get_seq_length(number) == 0:
-                return None  # a prompt, or words of the user: everything is read
-            if number == self.first - 1:
-                told = argument(kwargs, "position_ids", module)
-                self._newest = hidden, self._position(told, len(hidden))
-                return None
-            if number == self.first:
-                self._table = self._choose(cache, argument(kwargs, "attention_mask", module))
-                self._steps += 1
-            if self._table is None:
-                raise SelectionError(f"layer {self.first} did not run before layer {number}")
-            return args, kwargs | {
-                cache_argument(module): _View(cache, self._table),
-                "attention_mask": self._mask(self._table, hidden),
-            }
+    def _hooked_layers(self) -> Sequence[int]:
+        return range(self.first - 1, len(self._decoder.layers))
 
-        return hook
+    def _begin(self, words: Tensor | None) -> None:
+        self._steps = 0
+        end = _last_keys(self._mine.cache)
+        if end is None or self._end_keys is None or not torch.equal(self._end_keys, end.to(self._end_keys)):
+            self.before.clear()  # cropped, or its rows moved: the step before is not known any more
 
-    def _position(self, told: Tensor, rows: int) -> Tensor:
-        """Return the newest token's rotary positions (P, R, 1) from its text position: all rows go on as it does."""
+    def _end(self) -> None:
+        self._newest, self._table, self._end_keys = None, None, _last_keys(self._mine.cache)
+
+    def _enter(
+        self, number: int, layer: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        filled = 0 if cache is None else cache.get_seq_length(number)
+        if self.fresh and not self._passes and filled:
+            self._refuse_filled()
+        if not filled or hidden.shape[1] != 1:
+            return hidden, {}  # a prompt, or words of the user: everything is read
+        if number == self.first - 1:
+            self._newest = hidden, self._position(argument(kwargs, "position_ids", layer), len(hidden))
+            return hidden, {}
+        if number == self.first:
+            self._table = self._choose(cache, argument(kwargs, "attention_mask", layer))
+            self._steps += 1
+        if self._table is None:
+            raise SelectionError(f"layer {self.first} did not run before layer {number}")
+        real = (self._table >= 0).to(hidden.device)
+        mask = None if bool(real.all()) else self._mask(real, real[:, None], hidden)
+        return hidden, {cache_argument(layer): _CacheView(cache, self._table), "attention_mask": mask}
+
+    def _position(self, ids: Tensor, rows: int) -> Tensor:
+        """Return the newest token's rotary positions (P, R, 1) from its position id: all rows advance equally."""
         repeats = rows // len(self.real)
-        told = told[:, -1:].expand(rows, 1).to(self.text.device)
-        steps = told - self.text[:, -1:].repeat_interleave(repeats, 0)
+        ids = ids[:, -1:].expand(rows, 1).to(self.position_ids.device)
+        steps = ids - per_row(self.position_ids[:, -1:], rows)
         newest: Tensor = self.positions[:, :, -1:].repeat_interleave(repeats, 1) + steps.to(self.positions)
         return newest
 
@@ -176,7 +129,7 @@ class DecodeRun:
     def _choose(self, cache: Any, mask: Tensor | None) -> Tensor:
         """Return the columns of the cache (R, K) that are read in this step, −1 where a row reads fewer.
 
-        `mask` is the step's attention mask: what the caller hides stays hidden.
+        `mask` is the step's attention mask: columns that the caller hides stay hidden.
         """
         if self._newest is None:
             raise SelectionError(f"layer {self.first - 1} did not run before layer {self.first}")
@@ -204,7 +157,7 @@ class DecodeRun:
         return padded(lines)
 
     def _visible(self, mask: Tensor | None, repeats: int, length: int) -> Tensor:
-        """Return which columns of the cache (R, length) bool a step may see."""
+        """Return the mask (R, length) of the cache's columns that a step may see."""
         if mask is None:
             after = self.real.new_ones(len(self.real), length - self.real.shape[1])
             return torch.cat([self.real, after], 1).repeat_interleave(repeats, 0)
@@ -214,47 +167,33 @@ class DecodeRun:
 
     def _attention(self, hidden: Tensor, keys: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""
-        layer = self._layers[self.first - 1]
-        shape, attend = block_shape(self._text, layer), layer.self_attn
+        layer = self._decoder.layers[self.first - 1]
+        shape, attend = block_shape(self._decoder.config, layer), layer.self_attn
         x = layer.input_layernorm(at_home(hidden, layer))
         query = rotated(attend, "q", shape, x, position)[:, 0].to(keys.device)
-        return scores(query, keys.float(), attend.scaling).masked_fill(~seen, -torch.inf).softmax(-1)
-
-    def _mask(self, table: Tensor, hidden: Tensor) -> Tensor | None:
-        """Return the mask of this step over the columns of a table that are read."""
-        real = table >= 0
-        if bool(real.all()):
-            return None
-        real = real.to(hidden.device)
-        return flash_mask(real) if is_flash(self._text) else additive(real[:, None, None], hidden)
+        return attention_scores(query, keys.float(), attend.scaling).masked_fill(~seen, -torch.inf).softmax(-1)
 
 
-def _end_of(cache: Any) -> Tensor | None:
-    """Return what tells whether a cache was cropped or its rows moved: the newest keys (R, d) and the length."""
+class _CacheView:
+    """A cache through which one layer reads just the columns (R, K) of a table; −1 stands for the first."""
+
+    def __init__(self, cache: Any, table: Tensor) -> None:
+        self._cache, self._table = cache, table.clamp(min=0)[:, None, :, None]
+
+    def update(self, keys: Tensor, values: Tensor, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        """Add the newest token, and return the keys and values of the table's columns."""
+        whole = self._cache.update(keys, values, *rest, **options)
+        index = self._table.to(keys.device)
+        first, second = (some.gather(2, index.expand(-1, some.shape[1], -1, some.shape[3])) for some in whole)
+        return first, second
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def _last_keys(cache: Any) -> Tensor | None:
+    """Return a cache's newest keys (R, d) with its length: they tell whether it was cropped or its rows moved."""
     keys = first_keys(cache)
     if keys is None:
         return None
     return torch.cat([keys[:, 0, -1], keys.new_full((len(keys), 1), keys.shape[2])], 1)
-
-
-def _same(first: Tensor | None, second: Tensor | None) -> bool:
-    return first is not None and second is not None and torch.equal(first, second.to(first))
-
-
-def begin(
-    adapter: Adapter, encoded: Encoded, compressor: DecodeCompressor, generator: Generator
-) -> tuple[Pruned, DecodeRun]:
-    """Return the prompt as the method prunes it before the LLM, and the method that will choose what steps read."""
-    selections, traces = adapter.select(encoded, compressor, generator)
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    whole = adapter.unpack_positions(pruned.inputs["position_ids"])
-    run = DecodeRun(
-        compressor.first_layer(len(adapter.decoder_layers)),
-        compressor,
-        whole[adapter.position_rows],
-        whole[0],
-        pruned.kept_positions >= 0,
-        place(encoded, pruned, selections),
-        tuple(traces),
-    )
-    return replace(pruned, traces=tuple(traces)), run

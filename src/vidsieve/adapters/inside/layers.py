@@ -1,133 +1,339 @@
-"""Handing a decoder layer of the LLM to a policy."""
+"""Dropping tokens inside the LLM.
+
+Before a stage's layer the rows of hidden states are cut, together with everything that counts them (rotary angles,
+positions, mask), and after the last layer they are put back at their places, zeros elsewhere: outside the layers
+nothing changes. The cache of each layer holds the columns that the layer saw.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor
 
-from vidsieve.adapters.transformers_api import module_weights
-from vidsieve.compressors._decoder import BlockShape, LayerState
-from vidsieve.errors import NeedError, PolicyError
+from vidsieve.adapters.drop import padded
+from vidsieve.adapters.encoded import Encoded, Pruned
+from vidsieve.adapters.inside.hooks import InnerRun, per_row
+from vidsieve.adapters.inside.view import PromptRow, PromptView, place
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor
+from vidsieve.errors import SelectionError
+from vidsieve.types import Selection
 
-_LINEAR = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+if TYPE_CHECKING:
+    from vidsieve.adapters.adapter import Adapter
 
 
-@torch.no_grad()
-def layer_state(text: Any, layer: Any) -> LayerState:
-    """Return shape and weights (float32 copies on the CPU) of a decoder layer of an LLM with configuration `text`.
+def begin(
+    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
+) -> tuple[Pruned, LayerRun]:
+    """Return the prompts that enter the LLM, padded on the left, and the run that will drop tokens inside.
 
-    Weights are those that the layer computes with: quantised ones are dequantised, adapters (LoRA) merged, offloaded
-    ones brought, sharded ones gathered (every process has to ask).
-
-    Raises
-    ------
-    NeedError
-        As `block_shape`.
-    PolicyError
-        If a part of the layer is no linear map.
+    The prompts are whole, or reduced by the part before the LLM.
     """
-    weights: dict[str, Tensor] = {}
-    modules = dict(layer.named_modules())
-    for name in _NORMS:
-        if name in modules:
-            weights[f"{name}.weight"] = plain(module_weights(modules[name])["weight"], name)
-    training = layer.training
-    layer.eval()  # dropout of an adapter is no part of its weights
-    try:
-        for name in _LINEAR:
-            if name in modules:
-                weight, bias = linear_map(modules[name], name, weights["input_layernorm.weight"].dtype)
-                weights[f"{name}.weight"] = weight
-                if bias is not None:
-                    weights[f"{name}.bias"] = bias
-    finally:
-        layer.train(training)
-    return LayerState(block_shape(text, layer), {k: v.float().clone().cpu() for k, v in weights.items()})
+    depth = len(adapter.decoder_layers)
+    outer, spent = compressor.outer(depth), []
+    if outer is None:
+        selections = encoded.everything()
+    else:
+        selections, traces = adapter.select(encoded, outer, generator)
+        spent = [trace.select_ms for trace in traces]
+    pruned = adapter.build(encoded, encoded.per_row(selections))
+    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
+    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
+    return pruned, LayerRun(compressor, positions, real, videos, depth, tuple(spent))
 
 
-def linear_map(module: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return weight (out, in) and bias (out,) or None of a linear module.
+class _Chosen(NamedTuple):
+    """A choice for one video: its prompt, the places (n,) of the view's tokens in the hidden states, the choice."""
 
-    Where they are not plain they are read off what the module makes of unit vectors.
+    row: int
+    places: Tensor
+    choice: LayerChoice
 
-    Raises
-    ------
-    PolicyError
-        If it does not map `in_features` numbers to `out_features`.
+
+@dataclass
+class LayerRun(InnerRun):
+    """A method that drops tokens inside an LLM.
+
+    Parameters
+    ----------
+    depth : int
+        The LLM's number of layers.
+    outer_ms : tuple of float
+        Time that the part before the LLM took for each video.
     """
-    if type(module) is nn.Linear:
-        own = module_weights(module)
-        if own["weight"].dtype.is_floating_point and type(own["weight"].data) is Tensor:
-            return own["weight"], own.get("bias")
-    width = int(module.in_features)
-    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    try:
-        bias = module(torch.zeros(1, width, dtype=dtype, device=device))[0].float()
-        units = torch.eye(width, dtype=dtype, device=device)
-        columns = [module(some).float() - bias for some in torch.split(units, 1024)]
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        kind, first = type(module).__name__, str(error).strip().splitlines()[0]
-        raise PolicyError(
-            f"a policy cannot start from {name}, a {kind}, whose weights are not plain ({first}): load the model "
-            "without quantisation, or merge its adapters"
-        ) from error
-    weight = torch.cat(columns).T
-    if weight.shape != (int(module.out_features), width):
-        raise PolicyError(f"a policy cannot start from {name}: a {type(module).__name__} gives {tuple(weight.shape)}")
-    return weight, bias if getattr(module, "bias", None) is not None else None
+
+    compressor: LayerCompressor
+    depth: int
+    outer_ms: tuple[float, ...] = ()
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """Columns (B, L') of the prompts that stay, by stage layer, −1 on padding."""
+    left: list[Tensor] = field(default_factory=list)
+    """Raster indices that stay after the last stage, by video."""
+    select_ms: float = 0.0
+    """Time spent choosing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A stage's count is what the method plans until the stage has run.
+        plans = [self.compressor.stages(self.depth, len(video.indices)) for video in self.videos]
+        self.stages = [layer for layer, _ in plans[0]]
+        self._counts = [dict(plan) for plan in plans]
+        self._renumbered = False
+        self._prefilling = True
+        self._embeds: Tensor | None = None
+        self._hidden: Tensor | None = None
+        self._words: Tensor | None = None
+        self._later_masks: dict[int, Tensor | None] = {}
+
+    def _history(self, video: int, layer: int) -> tuple[int, ...]:
+        """Return the number of a video's tokens that each layer before `layer` sees."""
+        now, seen = len(self.videos[video].indices), []
+        for number in range(layer):
+            now = self._counts[video].get(number, now)
+            seen.append(now)
+        return tuple(seen)
+
+    @property
+    def held(self) -> list[float]:
+        """Mean over layers of the fraction of a video's tokens that the layer sees, by video."""
+        seen = [sum(self._history(number, self.depth)) for number in range(len(self.videos))]
+        return [total / (self.depth * v.grid.num_tokens) for total, v in zip(seen, self.videos, strict=True)]
+
+    def traces(self) -> list[VideoTrace]:
+        """Return a trace of what each video has left after the last stage; later steps do not change it."""
+        if self.listed:
+            return self.listed
+        named = {"method": self.compressor.name, "variant": self.compressor.variant}
+        nominal, traces = str(self.compressor.retention), []
+        spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
+        left = [indices.sort().values for indices in self.left]
+        for which, (video, indices, held, ms) in enumerate(zip(self.videos, left, self.held, spent, strict=True)):
+            trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
+            newlines = int(video.kept_newlines(indices).sum())
+            seen = self._history(which, self.depth)
+            fewer = tuple(layer for layer in self.stages if seen[layer] < seen[layer - 1])
+            traces.append(replace(trace, held=held, layers=fewer, newlines=newlines))
+        return traces
+
+    def check_decoded(self, tokens: int) -> None:
+        """Accept any number: a prompt that did not pass is an error when the hooked block ends."""
+
+    # -- hooks ----------------------------------------------------------------------------------------------
+
+    def _hooked_layers(self) -> Sequence[int]:
+        return sorted({0, *range(self.stages[0] - 1, self.depth)})
+
+    def _begin(self, words: Tensor | None) -> None:
+        self._words = None if words is None else words.bool()
+
+    def _complete(self) -> bool:
+        return self._passes > 0 and not (self.fresh and not self.kept)
+
+    def _end(self) -> None:
+        self._embeds = self._hidden = None
+
+    def _enter(
+        self, number: int, layer: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if number == 0:
+            self._later_masks.clear()
+        self._prefilling = cache is None or cache.get_seq_length(number) == 0
+        if not self._prefilling:
+            if self.fresh and self.stages[0] not in self.kept:
+                self._refuse_filled()
+            return hidden, self._later(layer, number, hidden, cache, kwargs)
+        if number == 0:
+            self._embeds = hidden
+        hidden, changes = self._prefill(layer, number, hidden, kwargs)
+        self._hidden = hidden if number + 1 in self.stages else None
+        if number == self.stages[-1]:
+            self._embeds = None
+        return hidden, changes
+
+    def _after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Put the rows of a prompt back at their places."""
+        if not self._prefilling or not self._mine(layer_cache(kwargs, module)):
+            return output
+        hidden = output if isinstance(output, Tensor) else output[0]
+        table = per_row(self.kept[self.stages[-1]], len(hidden)).to(hidden.device)
+        full = hidden.new_zeros(len(hidden), self.real.shape[1], hidden.shape[-1])
+        lines, places = (table >= 0).nonzero(as_tuple=True)
+        full = full.index_put((lines, table[lines, places]), hidden[lines, places])
+        return full if isinstance(output, Tensor) else (full, *output[1:])
+
+    # -- the prompt -----------------------------------------------------------------------------------------
+
+    def _prefill(
+        self, layer: Any, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if number in self.stages:
+            hidden = self._cut(number, hidden)
+        stage = max((s for s in self.stages if s <= number), default=None)
+        if stage is None:
+            return hidden, {}
+        table = per_row(self.kept[stage], len(hidden)).to(hidden.device)
+        real, length = table >= 0, table.shape[1]
+        if self._renumbered:
+            changes = self._at((real.long().cumsum(1) - 1).clamp(min=0), hidden)
+        else:
+            changes = self._sliced(layer, kwargs, table)
+        unmasked = argument(kwargs, "attention_mask", layer) is None and bool(real.all())
+        if unmasked and not is_flash(self._decoder.config):
+            return hidden, changes  # causal without padding, as it came
+        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        # A row of padding may look at itself: it is never read, but must not be empty.
+        mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
+        return hidden, changes | {"attention_mask": self._mask(real, mask, hidden)}
+
+    def _cut(self, number: int, hidden: Tensor) -> Tensor:
+        """Return the hidden states (R, L', D) of the columns that stay before layer `number`, dropped ones merged."""
+        place = self.stages.index(number)
+        before = self.kept[self.stages[place - 1]] if place else None
+        _synchronise(hidden)
+        start = time.perf_counter()
+        self.kept[number], chosen = self._choose(number, before, hidden)
+        merged = hidden.clone() if any(choice.hidden is not None for _, _, choice in chosen) else hidden
+        repeats = len(hidden) // len(self.real)
+        for row, places, choice in chosen:
+            if choice.hidden is not None:
+                spots = places[choice.indices.to(places.device)].to(hidden.device)
+                for line in range(row * repeats, (row + 1) * repeats):
+                    merged[line, spots] = choice.hidden.to(hidden.dtype)
+        _synchronise(hidden)
+        self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
+        if all(len(choice.indices) == len(places) and choice.order is None for _, places, choice in chosen):
+            return merged
+        # Places of the kept columns among those that reach this layer.
+        return _take(merged, per_row(self._within(self.kept[number], before), len(hidden)))
+
+    def _choose(self, number: int, before: Tensor | None, entering: Tensor) -> tuple[Tensor, list[_Chosen]]:
+        """Return the columns (B, L') that reach layer `number`, and the choice for every video.
+
+        `before` (B, L'') are the columns of `entering` (R, L'', D); None: all.
+        """
+        left = self.left or [video.indices.to(self.real.device) for video in self.videos]
+        self.left, columns, chosen = [], [], []
+        for row in range(len(self.real)):
+            prompt, places = self._prompt(number, row, before, entering)
+            line = prompt.columns
+            among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
+            among[line] = torch.arange(len(line), device=line.device)
+            keep, orders = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device), []
+            for which, (video, indices) in enumerate(zip(self.videos, left, strict=True)):
+                if video.row != row:
+                    continue
+                spots, groups = among[video.at(indices)], video.groups
+                if groups is not None:
+                    groups = groups[torch.searchsorted(video.indices, indices)]
+                seen = (number, self.depth, video.grid, indices, self._history(which, number), groups)
+                view = PromptView(*seen, prompt=prompt, placed=video, places=spots)
+                choice = self.compressor.step(view, self._counts[which][number])
+                self._counts[which][number] = len(choice.indices)
+                chosen.append(_Chosen(row, places[spots], choice))
+                kept = indices[choice.indices.to(indices.device)]
+                keep[video.at(indices)] = False
+                keep[video.at(kept)] = True
+                keep[video.newlines] = video.kept_newlines(kept)
+                if choice.order is not None:
+                    kept = indices[choice.order.to(indices.device)]
+                    orders.append(video.at(kept))
+                self.left.append(kept)
+            line = line[keep[line]]
+            for order in orders:
+                line[torch.isin(line, order)] = order
+            columns.append(line)
+        if any(choice.order is not None for _, _, choice in chosen):
+            self._renumbered = len(self.positions) == 1  # several rows of positions have no order to count along
+        return padded(columns), chosen
+
+    def _prompt(self, number: int, row: int, before: Tensor | None, entering: Tensor) -> tuple[PromptRow, Tensor]:
+        """Return one prompt before layer `number`, and the places (l,) of its columns in `entering`."""
+        if self._hidden is None or self._embeds is None:
+            raise SelectionError(f"layer {number - 1} did not run before layer {number}")
+        if before is None:
+            line = places = self.real[row].nonzero().flatten()
+        else:
+            line = before[row][before[row] >= 0]
+            places = torch.arange(entering.shape[1] - len(line), entering.shape[1], device=line.device)
+        positions = self.positions[:, row, line]
+        if before is not None and self._renumbered:
+            positions = torch.arange(len(line), device=line.device).expand_as(positions)
+        first = row * (len(entering) // len(self.real))  # beams of a prompt are equal while it is read
+        now, earlier = (states[first, places.to(states.device)] for states in (entering, self._hidden))
+        videos = [video for video in self.videos if video.row == row]
+        return PromptRow(self._decoder, number, line, positions, now, earlier, self._embeds[first], videos), places
+
+    def _within(self, table: Tensor, before: Tensor | None) -> Tensor:
+        """Return the places of columns among those of the stage before (all columns of the prompt: themselves)."""
+        if before is None:
+            return table
+        index = torch.full((len(table), self.real.shape[1] + 1), -1, dtype=torch.int64, device=table.device)
+        places = torch.arange(before.shape[1], device=table.device).expand_as(before)
+        index.scatter_(1, before.where(before >= 0, self.real.shape[1]), places)
+        return index.gather(1, table.clamp(min=0)).where(table >= 0, -1)
+
+    def _sliced(self, layer: Any, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
+        """Return rotary angles and position ids of the columns in a table."""
+        cosine, sine = argument(kwargs, "position_embeddings", layer)
+        changes: dict[str, Any] = {"position_embeddings": (_take(cosine, table, -2), _take(sine, table, -2))}
+        ids = argument(kwargs, "position_ids", layer)
+        return changes if ids is None else changes | {"position_ids": _take(ids, table, -1)}
+
+    def _at(self, ids: Tensor, hidden: Tensor) -> dict[str, Any]:
+        """Return rotary angles and ids of positions counted anew (R, n)."""
+        return {"position_embeddings": self._decoder.rotary(hidden, ids), "position_ids": ids}
+
+    # -- tokens after the prompt ----------------------------------------------------------------------------
+
+    def _later(self, layer: Any, number: int, hidden: Tensor, cache: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the changed arguments for tokens after the prompt, which see the columns that this layer kept."""
+        stage = max((s for s in self.stages if s <= number), default=None)
+        if stage is None:
+            return {}
+        real = (per_row(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
+        changes = {}
+        if self._renumbered:
+            dropped = per_row(self.real, len(hidden)).to(real.device).sum(1) - real.sum(1)
+            changes = self._at(argument(kwargs, "position_ids", layer) - dropped[:, None], hidden)
+        if stage not in self._later_masks:
+            self._later_masks[stage] = self._later_mask(number, hidden, cache, real)
+        mask = self._later_masks[stage]
+        return changes | {"attention_mask": mask if mask is None else mask.to(hidden.device)}
+
+    def _later_mask(self, number: int, hidden: Tensor, cache: Any, real: Tensor) -> Tensor | None:
+        """Return the mask of tokens after the prompt, which see its columns `real` (R, L'); None: all before them."""
+        rows, count = len(hidden), hidden.shape[1]
+        after = cache.get_seq_length(number) - real.shape[1] + count
+        seen = real.new_ones(rows, after)
+        if self._words is not None:
+            words = self._words[:, :after].to(seen.device)
+            seen[:, : words.shape[1]] = per_row(words, rows)
+        if count == 1 and bool(real.all()) and bool(seen.all()):
+            return None
+        causal = real.new_ones(count, after).tril(after - count)
+        allowed = torch.cat([real[:, None].expand(-1, count, -1), causal & seen[:, None]], 2)
+        return self._mask(torch.cat([real, seen], 1), allowed, hidden)
 
 
-def plain(value: Tensor, name: str) -> Tensor:
-    """Return weights that are ordinary numbers.
-
-    Raises
-    ------
-    PolicyError
-        If they are codes of a quantised layer, or not there.
-    """
-    if not value.dtype.is_floating_point or value.is_meta:
-        what = "not loaded" if value.is_meta else f"{value.dtype} codes"
-        raise PolicyError(f"a policy cannot start from {name}, whose weights are {what}: load the model unquantised")
-    return value
+def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
+    """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
+    dim = dim % values.ndim
+    index = table.clamp(min=0).to(values.device)
+    shape = [1] * values.ndim
+    shape[dim - 1], shape[dim] = index.shape
+    target = list(values.shape)
+    target[dim - 1], target[dim] = index.shape
+    wide = values.expand(*[index.shape[0] if i == dim - 1 else s for i, s in enumerate(values.shape)])
+    return wide.gather(dim, index.view(shape).expand(target))
 
 
-def block_shape(text: Any, layer: Any) -> BlockShape:
-    """Return the shape of a decoder layer of an LLM with configuration `text`.
-
-    Raises
-    ------
-    NeedError
-        If its rotary positions are of a kind that our block does not know.
-    """
-    attention = layer.self_attn
-    rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise NeedError(f"policies do not know rotary positions of type {rope['rope_type']!r}")
-    heads = int(text.num_attention_heads)
-    # Qwen3-VL interleaves its sections whatever its configuration says.
-    interleaved = text.model_type.startswith("qwen3_vl")
-    sections = rope.get("mrope_section") or ((24, 20, 20) if interleaved else ())
-    return BlockShape(
-        int(text.hidden_size),
-        heads,
-        int(text.num_key_value_heads),
-        int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        int(text.intermediate_size),
-        float(text.rms_norm_eps),
-        float(rope.get("rope_theta", 10000.0)),
-        tuple(sections),
-        qkv_bias=attention.q_proj.bias is not None,
-        qk_norm=hasattr(attention, "q_norm"),
-        rope_interleaved=interleaved,
-    )
+def _synchronise(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)

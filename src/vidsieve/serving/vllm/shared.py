@@ -90,7 +90,7 @@ def settings_of(config: Any) -> VllmSettings | None:
     if needs:
         said = ", ".join(sorted(need.value for need in needs))
         raise NeedError(f"{method.name} needs {said}: vLLM gives nothing of the inside of its vision encoder")
-    if method.outcome:
+    if method.adaptive_budget:
         raise BudgetError(f"{method.name} decides while it runs how much it keeps: vLLM must know beforehand")
     on_error = given.get("on_error", "fail")
     if on_error not in ON_ERROR:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.inside import DecodeCompressor, DecodeView, LayerChoice, LayerCompressor, LayerView
 from vidsieve.errors import BudgetError, StageError
-from vidsieve.types import DecodeView, LayerView, Need, Selection, Stage, TokenGrid, Tokens, VideoTokens
+from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
 
 def Pipeline(first: Compressor, second: Compressor, retention: float | Tokens) -> Compressor:
-    """Return a method that keeps what `first` keeps, and of that lets `second` spend what is left of a total budget.
+    """Return a method that runs `first` before the LLM and `second` on the tokens it kept, under one total budget.
 
     Parameters
     ----------
     first : Compressor
         Acts before the LLM, at its own retention.
     second : Compressor
-        Acts inside the LLM, with no part before it, or while decoding; its retention is solved, or, while decoding, the
-        share of cached tokens that is read.
+        Acts inside the LLM, with no part before it, or while decoding. Its retention (while decoding: its share of
+        cached tokens that are read) is computed from the total.
     retention : float or Tokens
         Mean over layers of the tokens that they see; where `second` acts while decoding, of the tokens that its layers
-        read at a step. A ratio or a count as `first`'s is.
+        read at a step. A ratio or a count, like `first`'s.
 
     Raises
     ------
@@ -50,7 +50,7 @@ def Pipeline(first: Compressor, second: Compressor, retention: float | Tokens) -
 
 
 def _left(first: Compressor, retention: float | Tokens) -> float:
-    """Return the share of what `first` keeps that a total allows."""
+    """Return the share of the tokens kept by `first` that a total allows."""
     whole = first.retention
     if isinstance(whole, Tokens) is not isinstance(retention, Tokens):
         raise BudgetError(f"give both budgets as ratios or both as Tokens, got {whole} and {retention}")
@@ -62,7 +62,7 @@ def _left(first: Compressor, retention: float | Tokens) -> float:
 
 
 class _Delegating:
-    """What two methods in a row have of each; a mixin before the base of where the second acts."""
+    """Properties that two methods in a row derive from each; a mixin before the base class of the second."""
 
     first: Compressor
     second: Compressor
@@ -79,7 +79,7 @@ class _Delegating:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What both need."""
+        """Needs of both."""
         return self.first.needs | self.second.needs
 
     @property
@@ -99,39 +99,17 @@ class LayerPipeline(_Delegating, LayerCompressor):  # type: ignore[override]
         super().__post_init__()
         object.__setattr__(self, "second", self.second.with_retention(_left(self.first, self.retention)))
 
-    own_layer = property(lambda self: self.second.own_layer)
-    merges = property(lambda self: self.second.merges)
-    adaptive = property(lambda self: self.second.adaptive)
-    reads_text = property(lambda self: self.second.reads_text)
-    reads_before = property(lambda self: self.second.reads_before)
-    reads_bias = property(lambda self: self.second.reads_bias)
-    prepares = property(lambda self: self.second.prepares)
-    renumbers = property(lambda self: self.second.renumbers)
-    reorders = property(lambda self: self.second.reorders)
-
-    def prepare(self, video: Tensor, text: Tensor) -> Tensor:
-        """Return what the second is to be told."""
-        return self.second.prepare(video, text)
-
     def outer(self, num_layers: int) -> Compressor:
         """Return the first method."""
         return self.first
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Return the second's stages, of what the first has left."""
+        """Return the second's stages for the tokens that the first leaves."""
         return self.second.stages(num_layers, num_tokens)
 
-    def choose(self, view: LayerView, keep: int) -> Tensor:
+    def step(self, view: LayerView, keep: int) -> LayerChoice:
         """Return the second's choice."""
-        return self.second.choose(view, keep)
-
-    def settled(self, history: Sequence[int], num_layers: int, grid: TokenGrid) -> bool:
-        """Return what the second says."""
-        return self.second.settled(history, num_layers, grid)
-
-    def merge(self, view: LayerView, chosen: Tensor) -> Tensor:
-        """Return what the second merges."""
-        return self.second.merge(view, chosen)
+        return self.second.step(view, keep)
 
 
 @dataclass(frozen=True)
@@ -144,17 +122,17 @@ class DecodePipeline(_Delegating, DecodeCompressor):  # type: ignore[override]
     def __post_init__(self) -> None:
         super().__post_init__()
         if not hasattr(self.second, "dropped"):
-            raise StageError(f"{self.second.name} has no share of cached tokens to solve for")
+            raise StageError(f"{self.second.name} has no share of cached tokens (a field `dropped`) to set")
         dropped = 1 - _left(self.first, self.retention)
         object.__setattr__(self, "second", dataclasses.replace(self.second, dropped=dropped))  # type: ignore[call-arg]
 
     @property
-    def outcome(self) -> bool:
-        """As the first says."""
-        return self.first.outcome
+    def adaptive_budget(self) -> bool:
+        """The first's."""
+        return self.first.adaptive_budget
 
     def budget(self, video: VideoTokens) -> int:
-        """Return what the first keeps: the total is of what is read."""
+        """Return the number that the first keeps; the total counts tokens that are read."""
         return self.first.budget(video)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
@@ -165,5 +143,5 @@ class DecodePipeline(_Delegating, DecodeCompressor):  # type: ignore[override]
         return self.second.first_layer(num_layers)
 
     def read(self, view: DecodeView, before: DecodeView | None) -> Tensor | None:
-        """Return what the second reads."""
+        """Return the second's choice."""
         return self.second.read(view, before)

@@ -1,0 +1,213 @@
+"""Decoder layers of an LLM: their shape and weights, and the attention that they would compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vidsieve.adapters.transformers_api import module_weights
+from vidsieve.compressors._decoder import BlockShape, LayerState, rotary, rotate
+from vidsieve.errors import NeedError, PolicyError
+
+if TYPE_CHECKING:
+    from vidsieve.adapters.adapter import Adapter
+
+_LINEAR = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+
+
+class Decoder(NamedTuple):
+    """The parts of an LLM that a run works with: decoder layers, text configuration, rotary embedding."""
+
+    layers: Sequence[Any]
+    config: Any
+    rotary: Any
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Decoder:
+        """Return the parts of an adapter's model."""
+        rotary = adapter.language_model.rotary_emb
+        return cls(list(adapter.decoder_layers), adapter.model.config.get_text_config(), rotary)
+
+
+@torch.no_grad()
+def layer_state(text: Any, layer: Any) -> LayerState:
+    """Return shape and weights (float32 copies on the CPU) of a decoder layer of an LLM with configuration `text`.
+
+    Weights are those that the layer computes with: quantised ones are dequantised, adapters (LoRA) merged, offloaded
+    ones loaded, sharded ones gathered (every process must call this).
+
+    Raises
+    ------
+    NeedError
+        As `block_shape`.
+    PolicyError
+        If a part of the layer is not a linear map.
+    """
+    weights: dict[str, Tensor] = {}
+    modules = dict(layer.named_modules())
+    for name in _NORMS:
+        if name in modules:
+            weights[f"{name}.weight"] = plain(module_weights(modules[name])["weight"], name)
+    training = layer.training
+    layer.eval()  # dropout of an adapter is not part of its weights
+    try:
+        for name in _LINEAR:
+            if name in modules:
+                weight, bias = linear_map(modules[name], name, weights["input_layernorm.weight"].dtype)
+                weights[f"{name}.weight"] = weight
+                if bias is not None:
+                    weights[f"{name}.bias"] = bias
+    finally:
+        layer.train(training)
+    return LayerState(block_shape(text, layer), {k: v.float().clone().cpu() for k, v in weights.items()})
+
+
+def linear_map(module: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return weight (out, in) and bias (out,) or None of a linear module.
+
+    Weights that are not plain are read from the module's outputs for unit vectors.
+
+    Raises
+    ------
+    PolicyError
+        If it does not map `in_features` numbers to `out_features`.
+    """
+    if type(module) is nn.Linear:
+        weights = module_weights(module)
+        if weights["weight"].dtype.is_floating_point and type(weights["weight"].data) is Tensor:
+            return weights["weight"], weights.get("bias")
+    width = int(module.in_features)
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    try:
+        bias = module(torch.zeros(1, width, dtype=dtype, device=device))[0].float()
+        units = torch.eye(width, dtype=dtype, device=device)
+        columns = [module(some).float() - bias for some in torch.split(units, 1024)]
+    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+        kind, first = type(module).__name__, str(error).strip().splitlines()[0]
+        raise PolicyError(
+            f"a policy cannot start from {name}, a {kind}, whose weights are not plain ({first}): load the model "
+            "without quantisation, or merge its adapters"
+        ) from error
+    weight = torch.cat(columns).T
+    if weight.shape != (int(module.out_features), width):
+        raise PolicyError(f"a policy cannot start from {name}: a {type(module).__name__} gives {tuple(weight.shape)}")
+    return weight, bias if getattr(module, "bias", None) is not None else None
+
+
+def plain(value: Tensor, name: str) -> Tensor:
+    """Return weights that are ordinary numbers.
+
+    Raises
+    ------
+    PolicyError
+        If they are codes of a quantised layer, or not loaded.
+    """
+    if not value.dtype.is_floating_point or value.is_meta:
+        what = "not loaded" if value.is_meta else f"{value.dtype} codes"
+        raise PolicyError(f"a policy cannot start from {name}, whose weights are {what}: load the model unquantised")
+    return value
+
+
+def block_shape(text: Any, layer: Any) -> BlockShape:
+    """Return the shape of a decoder layer of an LLM with configuration `text`.
+
+    Raises
+    ------
+    NeedError
+        If its rotary positions are of a kind that our block does not know.
+    """
+    attention = layer.self_attn
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise NeedError(f"policies do not know rotary positions of type {rope['rope_type']!r}")
+    heads = int(text.num_attention_heads)
+    # Qwen3-VL interleaves its sections whatever its configuration says.
+    interleaved = text.model_type.startswith("qwen3_vl")
+    sections = rope.get("mrope_section") or ((24, 20, 20) if interleaved else ())
+    return BlockShape(
+        int(text.hidden_size),
+        heads,
+        int(text.num_key_value_heads),
+        int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        int(text.intermediate_size),
+        float(text.rms_norm_eps),
+        float(rope.get("rope_theta", 10000.0)),
+        tuple(sections),
+        qkv_bias=attention.q_proj.bias is not None,
+        qk_norm=hasattr(attention, "q_norm"),
+        rope_interleaved=interleaved,
+    )
+
+
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def at_home(hidden: Tensor, layer: Any) -> Tensor:
+    """Return a layer's input on the layer's own device, where it is moved only after our hook has run."""
+    weight = layer.input_layernorm.weight
+    return hidden if weight.device.type == "meta" else hidden.to(weight.device)
+
+
+def rotated(attend: Any, kind: Literal["q", "k"], shape: BlockShape, x: Tensor, positions: Tensor) -> Tensor:
+    """Return queries or keys (H, n, d) float32 of an attention module, at positions (P, n), from its input x (n, D)."""
+    count = shape.num_heads if kind == "q" else shape.num_kv_heads
+    states = getattr(attend, f"{kind}_proj")(x).unflatten(-1, (count, -1))
+    if shape.qk_norm:
+        states = getattr(attend, f"{kind}_norm")(states)
+    cosine, sine = rotary(positions.to(x.device), shape)
+    return rotate(states.transpose(0, 1), cosine, sine).float()
+
+
+def attention_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Return the scores (H, n) of one token's query (H, d) and keys (H_kv, n, d), before the softmax."""
+    grouped = query.reshape(len(keys), -1, query.shape[-1])
+    weights: Tensor = (grouped @ keys.transpose(1, 2) * scaling).flatten(0, 1)
+    return weights
+
+
+@torch.no_grad()
+def attention_rows(
+    layer: Any, text: Any, hidden: Tensor, positions: Tensor, rows: Tensor, window: int | None = None
+) -> Tensor:
+    """Return the attention (H, Q, n) float32 of some of n tokens (n, D), `rows` (Q,), in a layer of an LLM.
+
+    Parameters
+    ----------
+    text : the LLM's configuration
+    hidden : Tensor, (n, D)
+        Hidden states that enter the layer.
+    positions : Tensor, (P, n), int64
+    window : int, optional
+        Number of tokens that each sees back, itself included; None: all.
+    """
+    shape, attend = block_shape(text, layer), layer.self_attn
+    x = layer.input_layernorm(at_home(hidden, layer))
+    rows = rows.to(x.device)
+    query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
+    keys = rotated(attend, "k", shape, x, positions)
+    back = rows[:, None] - torch.arange(len(x), device=x.device)  # (Q, n)
+    later = (back < 0) if window is None else (back < 0) | (back >= window)
+    logits = [attention_scores(query[:, i], keys, attend.scaling) for i in range(len(rows))]
+    masked = [row.masked_fill(later[i], -torch.inf) for i, row in enumerate(logits)]
+    return torch.stack(masked, 1).softmax(-1)
+
+
+def rope_bias(text: Any, layer: Any, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the scores (Q, n) float32 of a query and a key of ones, by their positions (P, Q) and (P, n) alone."""
+    shape = block_shape(text, layer)
+    cosine_q, sine_q = rotary(queries, shape)
+    cosine_k, sine_k = rotary(keys, shape)
+    bias: Tensor = (cosine_q @ cosine_k.T + sine_q @ sine_k.T) / shape.head_dim**0.5
+    return bias
