@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import pickle
-import re
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +20,7 @@ from vidsieve.adapters import adapter_for
 from vidsieve.compressors import cacovid_official as module
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy, official_selection
-from vidsieve.compressors.cacovid_official import QWEN2_7B, official_shapes, policy_names, policy_prefix, read_official
+from vidsieve.compressors.cacovid_official import QWEN2_7B, read_official
 from vidsieve.errors import PolicyError
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
@@ -45,10 +43,16 @@ RELEASE = "compression_policy."
 ORACLE = Path(__file__).parent / "oracles" / "cacovid.npz"
 
 
+def policy_of(shape: BlockShape) -> CaCoVIDPolicy:
+    with torch.device("meta"):
+        return CaCoVIDPolicy.start(shape, "llava_onevision", variant="official")
+
+
 def made_up(shape: BlockShape = SHAPE) -> dict[str, torch.Tensor]:
     """Return random official weights, without prefix; norms away from 1 and biases away from 0."""
     draw = torch.Generator().manual_seed(0)
-    shapes = official_shapes(shape).items()
+    shapes = [(name, tuple(value.shape)) for name, value in policy_of(shape).state_dict().items()]
+    shapes.append(("mode_selection.8.bias", (3,)))
     noise = {
         name: torch.randn(size, generator=draw) * (size[1] ** -0.5 if len(size) > 1 else 0.3) for name, size in shapes
     }
@@ -130,21 +134,16 @@ def straight(w, video, *, causal=True):
 
 
 def test_names_and_shapes_of_the_7b_model_are_those_of_our_policy():
-    with torch.device("meta"):
-        policy = CaCoVIDPolicy.start(QWEN2_7B, "llava_onevision", variant="official")
-    official = official_shapes()
-    ours = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
-    assert {name: sizes for name, sizes in official.items() if not name.startswith("mode_selection")} == ours
+    ours = {name: tuple(tensor.shape) for name, tensor in policy_of(QWEN2_7B).state_dict().items()}
     for name, sizes in {
         "layers.0.self_attn.q_proj.weight": (3584, 3584),
         "layers.0.self_attn.k_proj.bias": (512,),
         "layers.0.mlp.down_proj.weight": (3584, 18944),
         "token_compress.0.weight": (1792, 3584),
         "frame_compress.8.weight": (2, 224),
-        "mode_selection.8.bias": (3,),
     }.items():
-        assert official[name] == sizes
-    layer = sum(math.prod(sizes) for name, sizes in official.items() if name.startswith("layers"))
+        assert ours[name] == sizes
+    layer = sum(math.prod(sizes) for name, sizes in ours.items() if name.startswith("layers"))
     assert layer == 233_057_792, "as many parameters as a layer of Qwen2-7B"
 
 
@@ -154,8 +153,8 @@ def test_the_recorded_official_network(tmp_path):
     hidden, heads, kv_heads, inner = map(int, oracle["policy/cfg"])
     start = "policy/w/"
     weights = {key.removeprefix(start): torch.from_numpy(oracle[key]) for key in oracle if key.startswith(start)}
-    expected = official_shapes(BlockShape(hidden, heads, kv_heads, hidden // heads, inner))
-    assert expected == {name: tuple(value.shape) for name, value in weights.items()}
+    expected = policy_of(BlockShape(hidden, heads, kv_heads, hidden // heads, inner)).state_dict().keys()
+    assert expected == {name for name in weights if not name.startswith("mode_selection")}
     text = {
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -219,15 +218,13 @@ def test_other_tensors_are_not_read(tmp_path, monkeypatch):
     read_official(folder)
     got = []
 
-    @contextmanager
     def watched(*args):
-        with safe_open(*args) as file:
-            read = lambda name: got.append(name) or file.get_tensor(name)  # noqa: E731
-            yield SimpleNamespace(keys=file.keys, get_slice=file.get_slice, get_tensor=read)
+        file = safe_open(*args)
+        return SimpleNamespace(keys=file.keys, get_tensor=lambda name: got.append(name) or file.get_tensor(name))
 
     monkeypatch.setattr(module, "safe_open", watched)
     read_official(write(tmp_path / "single", made_up()))
-    assert sorted(got) == sorted(RELEASE + name for name in official_shapes(SHAPE) if "mode_selection" not in name)
+    assert sorted(got) == sorted(RELEASE + name for name in policy_of(SHAPE).state_dict())
 
 
 def test_bfloat16_is_widened(tmp_path):
@@ -255,23 +252,17 @@ def test_a_whole_file_goes_before_an_index(tmp_path):
     assert torch.equal(read_official(folder).layernorm.weight, made_up()["layernorm.weight"] + 1)
 
 
-def test_names_are_mapped_without_the_unused_head():
-    names = ["a.layernorm.weight", "a.mode_selection.0.bias", "a.token_compress.0.weight", "b.layernorm.weight"]
-    assert policy_prefix(names) == "a."
-    assert policy_names(names, "a.") == {
-        "a.layernorm.weight": "layernorm.weight",
-        "a.token_compress.0.weight": "token_compress.0.weight",
-    }
-    assert policy_prefix(["token_compress.0.weight"]) == ""
-    with pytest.raises(PolicyError, match=r"holds no CaCoVID policy: no name ends with token_compress\.0\.weight"):
-        policy_prefix(["my_token_compress.0.weight", "language_model.lm_head.weight"])
-    with pytest.raises(PolicyError, match=r"holds 2 CaCoVID policies, under no prefix, a\.: leave one"):
-        policy_prefix(["a.token_compress.0.weight", "token_compress.0.weight"])
+def test_one_policy_is_needed(tmp_path):
+    with pytest.raises(PolicyError, match="holds 0 CaCoVID policies"):
+        read_official(write(tmp_path / "none", {"my_token_compress.0.weight": torch.ones(2, 2)}, prefix=""))
+    both = made_up() | {"a." + name: value for name, value in made_up().items()}
+    with pytest.raises(PolicyError, match="holds 2 CaCoVID policies"):
+        read_official(write(tmp_path / "two", both))
 
 
 def test_a_checkpoint_without_configuration(tmp_path, monkeypatch):
     folder = write(tmp_path, made_up(), text=None)
-    with pytest.raises(PolicyError, match=r"has width 32, not the 3584 .*put the config\.json of its model there"):
+    with pytest.raises(PolicyError, match=r"has width 32, not 3584: put its model's config\.json there"):
         read_official(folder)
     monkeypatch.setattr(module, "QWEN2_7B", SHAPE)  # as if this were the width of the release
     assert BlockShape(**read_official(folder).config.network["shape"]) == SHAPE
@@ -294,15 +285,16 @@ def test_configurations_of_both_transformers_generations(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (NEW, "rope_theta is missing in text_config"),
-        (TEXT | {"num_attention_heads": "4"}, "num_attention_heads is '4'"),
-        (TEXT | {"num_key_value_heads": 2.5}, r"num_key_value_heads is 2\.5 .*whole number"),
+        (NEW, "rope_theta None"),
+        (TEXT | {"num_attention_heads": "4"}, "num_attention_heads"),
+        (TEXT | {"num_key_value_heads": 2.5}, "num_key_value_heads"),
+        (TEXT | {"num_key_value_heads": 0}, r">= 1.*num_key_value_heads"),
         (TEXT | {"num_key_value_heads": 3}, "4 query heads cannot share 3 key heads"),
-        (TEXT | {"num_key_value_heads": 1}, r"layers\.0\.self_attn\.k_proj\.weight is \(16, 32\), not \(8, 32\)"),
-        (TEXT | {"hidden_size": 64}, "is of width 64, the policy of 32"),
+        (TEXT | {"num_key_value_heads": 1}, r"size mismatch for layers\.0\.self_attn\.k_proj\.weight"),
+        (TEXT | {"hidden_size": 64}, "width 64 for 32"),
         (TEXT | {"rope_scaling": {"type": "yarn"}}, "rotary positions of type 'yarn'"),
-        (TEXT | {"rope_scaling": "linear"}, "rotary positions of type 'linear'"),
-        (["qwen2"], "is no JSON object"),
+        (TEXT | {"rope_scaling": "linear"}, "rope_scaling"),
+        (["qwen2"], "Expected `object"),
     ],
 )
 def test_configurations_that_do_not_fit(tmp_path, text, message):
@@ -312,9 +304,9 @@ def test_configurations_that_do_not_fit(tmp_path, text, message):
 
 def test_damaged_configurations(tmp_path):
     folder = write(tmp_path, made_up())
-    for content, message in ((b"{", "no readable JSON"), (b"[]", "holds no JSON object"), (b"\xff", "readable JSON")):
+    for content in (b"{", b"[]", b"\xff"):
         (folder / "config.json").write_bytes(content)
-        with pytest.raises(PolicyError, match=rf"config\.json.*{message}|config\.json is {message}"):
+        with pytest.raises(PolicyError, match=r"config\.json cannot be used .*fetch the model's config\.json again"):
             read_official(folder)
 
 
@@ -322,44 +314,33 @@ def test_names_shapes_and_types_are_checked(tmp_path):
     good = made_up()
     lacking = {k: v for k, v in good.items() if not k.startswith("frame_compress")}
     for weights, message in [
-        (lacking, r"lacks frame_compress\.0\.bias, frame_compress\.0\.weight, frame_compress\.2\.bias and 7 more"),
-        (good | {"layers.1.mlp.up_proj.weight": torch.zeros(1)}, r"also has layers\.1\.mlp\.up_proj\.weight:"),
-        (lacking | {"film.bias": torch.zeros(1)}, r"7 more and also has film\.bias"),
-        (good | {"layernorm.weight": torch.ones(8)}, r"layernorm\.weight is \(8,\), not \(32,\)"),
-        (good | {"mode_selection.8.bias": torch.ones(2)}, r"mode_selection\.8\.bias is \(2,\), not \(3,\)"),
-        (good | {"token_compress.0.weight": torch.zeros(0)}, r"token_compress\.0\.weight in .* shape \(0,\), a matrix"),
-        (good | {"layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)}, r"up_proj\.weight as I8"),
+        (lacking, r"lacks a shard.*\s.*Missing key.*frame_compress\.0\.weight"),
+        (good | {"layers.1.mlp.up_proj.weight": torch.zeros(1)}, r"Unexpected key.*layers\.1\.mlp\.up_proj\.weight"),
+        (good | {"layernorm.weight": torch.ones(8)}, r"size mismatch for layernorm\.weight"),
+        (good | {"token_compress.0.weight": torch.zeros(0)}, "width 32 for 0"),
+        (
+            good | {"layers.0.mlp.up_proj.weight": torch.ones(48, 32, dtype=torch.int8)},
+            r"up_proj\.weight as torch.int8",
+        ),
         (good | {"layernorm.weight": torch.full((WIDTH,), math.nan)}, "not all finite"),
-        ({}, "holds no CaCoVID policy"),
+        ({}, "holds 0 CaCoVID policies"),
     ]:
         with pytest.raises(PolicyError, match=message):
             read_official(write(tmp_path, weights))
 
 
 def test_files_that_are_missing_or_corrupt(tmp_path):
-    with pytest.raises(PolicyError, match="is no folder"):
+    with pytest.raises(PolicyError, match=r"nowhere holds no \.safetensors file$"):
         read_official(tmp_path / "nowhere")
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(1))
     with pytest.raises(PolicyError, match=r"no \.safetensors file; pytorch_model\.bin will not be loaded"):
         read_official(tmp_path)
     folder = write_shards(tmp_path / "shards", made_up())
-    index, last = folder / "model.safetensors.index.json", folder / "model-00003-of-00003.safetensors"
-    whole = index.read_text()
-    index.write_text(whole.replace("model-00003-of-00003", "../model-00003-of-00003"))
-    with pytest.raises(PolicyError, match=re.escape("../model-00003-of-00003.safetensors, which is no file of its")):
-        read_official(folder)
-    for text in ("{}", '{"weight_map": {"a": 1}}'):
-        index.write_text(text)
-        with pytest.raises(PolicyError, match="no weight_map"):
-            read_official(folder)
-    index.write_text(whole)
+    last = folder / "model-00003-of-00003.safetensors"
     content = last.read_bytes()
     last.write_bytes(content[: len(content) // 2])
-    with pytest.raises(PolicyError, match=r"model-00003-of-00003\.safetensors is no readable safetensors file"):
+    with pytest.raises(PolicyError, match="not readable safetensors"):
         read_official(folder)
     last.unlink()
-    with pytest.raises(PolicyError, match=r"model-00003-of-00003\.safetensors holds a part of the policy and is miss"):
-        read_official(folder)
-    index.unlink()
-    with pytest.raises(PolicyError, match=r"2 \.safetensors files and no model\.safetensors\.index\.json"):
+    with pytest.raises(PolicyError, match="holds 0 CaCoVID policies"):
         read_official(folder)
