@@ -40,9 +40,9 @@ import plain.visionzip
 import vidsieve
 from plain._shared import eager_attention
 from vidsieve import registry
-from vidsieve.adapters.families.probe import received
 from vidsieve.adapters.inside.layers import block_shape
 from vidsieve.adapters.inside.passes import attention_rows, rotated
+from vidsieve.adapters.probe import received
 from vidsieve.compressors.base import Compressor, LayerCompressor
 from vidsieve.compressors.framefusion import excess
 from vidsieve.io.machine import machine, peak_memory, spread, write_result

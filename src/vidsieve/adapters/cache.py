@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Pruned
 from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.inside.layered import LayerRun
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.transformers_api import CACHE, first_keys
 from vidsieve.errors import UnsupportedCallError
 
@@ -64,13 +64,12 @@ class CacheRecord:
         cls,
         ids: Tensor,
         full_mask: Tensor,
-        pruned: Pruned,
+        plan: Plan,
         positions: Tensor,
-        layers: LayerRun | DecodeRun | None = None,
     ) -> CacheRecord:
         """Return the record of a first call."""
-        inputs = pruned.inputs
-        return cls(ids, inputs["input_ids"], full_mask.bool(), inputs["attention_mask"], positions, layers=layers)
+        inputs = plan.inputs
+        return cls(ids, inputs["input_ids"], full_mask.bool(), inputs["attention_mask"], positions, layers=plan.run)
 
     def grown(self, full_ids: Tensor, short_ids: Tensor, beams: bool = False) -> CacheRecord:
         """Return the record after more tokens; prompts are repeated where several sequences came of each."""

@@ -86,13 +86,15 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
         )
 
 
-def check_cache(cache: Any) -> None:
-    """Refuse caches of one length for all layers: methods inside the LLM leave every layer its own.
+def check_cache(cache: Any, compressor: Compressor) -> None:
+    """Refuse caches of one length for all layers where a method inside the LLM leaves every layer its own length.
 
     Raises
     ------
     UnsupportedCallError
     """
+    if compressor.acts is Stage.PRE_LLM:
+        return
     if cache is not None and not isinstance(cache, DynamicCache):
         raise UnsupportedCallError(
             f"a method inside the LLM needs a DynamicCache, got {type(cache).__name__}: leave it out"
@@ -134,10 +136,12 @@ def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> Non
     ------
     UnsupportedCallError
     """
+    if compressor.acts is Stage.PRE_LLM:
+        return
     kind = setting(model, call, "cache_implementation")
     if kind not in (None, "dynamic"):
         raise UnsupportedCallError(f"a method inside the LLM needs a DynamicCache, got {kind}: leave it out")
-    check_cache(call.get(CACHE))
+    check_cache(call.get(CACHE), compressor)
     if compressor.acts is Stage.DECODE and (setting(model, call, "num_beams") or 1) > 1:
         raise UnsupportedCallError(
             f"beam search moves rows of the cache between steps, and {compressor.name} compares each step with the one "

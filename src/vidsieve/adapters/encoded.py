@@ -1,4 +1,4 @@
-"""What the mechanism hands around: the chat template's ids, encoded videos and their places, pruned inputs."""
+"""What the mechanism hands around: the chat template's ids, encoded videos and their places."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.trace import VideoTrace
 from vidsieve.errors import NeedError, PromptError
 from vidsieve.types import EncoderOutputs, Selection, TokenGrid
 
@@ -184,21 +183,3 @@ class Encoded:
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Return a processor's outputs with their tensors on `device`; ready features are where their model made them."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Inputs of the unmodified model, and what they leave out.
-
-    Parameters
-    ----------
-    inputs : dict
-        Arguments for `model.generate` or `model.forward`.
-    kept_positions : Tensor, (B', L'), int64
-        The column of the unpruned prompt behind each column; −1 on padding.
-    traces : tuple of VideoTrace
-    """
-
-    inputs: dict[str, Any]
-    kept_positions: Tensor
-    traces: tuple[VideoTrace, ...] = ()

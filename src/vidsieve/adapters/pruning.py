@@ -9,8 +9,9 @@ import torch
 from torch import Generator
 
 from vidsieve import registry
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Template
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError

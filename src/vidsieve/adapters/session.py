@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
@@ -27,8 +27,9 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.encoded import Pruned, Template
-from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Template
+from vidsieve.adapters.family import Videos
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.adapters.transformers_api import (
@@ -202,8 +203,7 @@ class Session:
     def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         check_generate(self._model, call)
         check_checkpointing(self._adapter.decoder_layers, True, self.compressor)
-        if acts_inside(self.compressor):
-            check_inner(self._model, call, self.compressor)
+        check_inner(self._model, call, self.compressor)
         if record is not None and self.reselect:
             self._forget(call)
             record = None
@@ -234,8 +234,7 @@ class Session:
         if loses_cache(self._adapter.decoder_layers):
             call |= {CACHE: None, "use_cache": False}
         cache = call.get(CACHE)
-        if acts_inside(self.compressor):
-            check_cache(cache)
+        check_cache(cache, self.compressor)
         if record is not None:
             new, record = record.step(call["input_ids"], call, self._adapter)
         else:
@@ -273,19 +272,27 @@ class Session:
 
     def _begin(self, call: dict[str, Any]) -> tuple[dict[str, Any], CacheRecord]:
         """Return the pruned arguments of a first call, and the record of its prompt."""
-        ids = call["input_ids"]
-        run: InnerRun | None = None
-        if acts_inside(self.compressor):
-            self._check_labels(call)
-            encoded = self._adapter.encode(call, self.videos, self.compressor.needs)
-            pruned, run = begin(self._adapter, encoded, self.compressor, self._generator())
-            self.kept_positions = pruned.kept_positions
-        else:
-            pruned = self._prune(call)
-        mask = call.get("attention_mask")
+        ids, mask = call["input_ids"], call.get("attention_mask")
+        self._check_labels(call)
+        self._adapter.check(self.compressor)
+        encoded = self._adapter.encode(call, self.videos, self.compressor.needs)
+        plan = self._adapter.plan(encoded, self.compressor, torch.Generator().manual_seed(self.seed))
+        if plan.run is None:
+            self._note_selected(plan, int(ids.shape[1]))
+        self.kept_positions = plan.kept_positions
         whole = torch.ones_like(ids) if mask is None else mask
-        positions = self._adapter.unpack_positions(pruned.inputs["position_ids"])
-        return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions, run)
+        positions = self._adapter.unpack_positions(plan.inputs["position_ids"])
+        return plan.inputs, CacheRecord.start(ids, whole, plan, positions)
+
+    def _note_selected(self, plan: Plan, prompt: int) -> None:
+        """Add the traces of a method that acts before the LLM alone."""
+        # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
+        whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
+        if not whole and not any(trace.kept < trace.total for trace in plan.traces):
+            raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
+        self._note_windows()
+        self.trace.videos.extend(plan.traces)
+        self.trace.prompt_tokens = (prompt, int(plan.inputs["input_ids"].shape[1]))
 
     def _forget(self, call: dict[str, Any]) -> None:
         """Take the cache out of a later turn, so that its whole conversation is pruned for its own question."""
@@ -315,27 +322,12 @@ class Session:
         if run is None:
             yield
             return
-        with running(self._adapter, run, cache, call["attention_mask"][:, record.short_prompt :]):
+        with self._adapter.acting(run, cache, call["attention_mask"][:, record.short_prompt :]):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
         run.fresh, before, run.listed = False, run.listed, run.traces()
         self.trace.revise(before, run.listed)
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
-
-    def _prune(self, call: dict[str, Any]) -> Pruned:
-        pruned = self._adapter.prune(call, self.compressor, self._generator(), self.videos)
-        # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
-        whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
-        if not whole and not any(trace.kept < trace.total for trace in pruned.traces):
-            raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
-        self._note_windows()
-        self.trace.videos.extend(pruned.traces)
-        self.trace.prompt_tokens = (int(call["input_ids"].shape[1]), int(pruned.inputs["input_ids"].shape[1]))
-        self.kept_positions = pruned.kept_positions
-        return pruned
 
     def _note_windows(self) -> None:
         """Say once that layers which do not see the whole prompt read a shorter one now."""

@@ -109,6 +109,10 @@ class Compressor(ABC):
         """Whether this instance changes nothing."""
         return self.retention == 1.0
 
+    def outer(self, num_layers: int) -> Compressor | None:
+        """Return the part that acts before an LLM of `num_layers` layers, at its own budget; None: there is none."""
+        return self
+
     @property
     def part(self) -> str:
         """Which parts run of a method that has one before the LLM and one inside it (a field `inner`); else empty."""
@@ -189,7 +193,7 @@ class LayerCompressor(Compressor):
         return False
 
     def outer(self, num_layers: int) -> Compressor | None:
-        """Return the part that acts before an LLM of `num_layers` layers, at its own budget; None: there is none."""
+        """Return None: subclasses with a part before the LLM return it."""
         return None
 
     @abstractmethod

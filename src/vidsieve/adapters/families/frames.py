@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
-from vidsieve.adapters.families.counted import CountedPositions
-from vidsieve.adapters.families.probe import block_mean
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import check_count
+from vidsieve.adapters.probe import block_mean
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class FrameAdapter(CountedPositions, Adapter):
+class FrameAdapter(Adapter):
     """Base of families that read a video as images, each a square of tokens; positions are 1-D.
 
     The images of a prompt are one video if there are two or more, unless ``videos=[(first, count), …]`` says which

@@ -12,8 +12,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
-from vidsieve.adapters.families.probe import attention_modules
 from vidsieve.adapters.locate import needed, runs
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from vidsieve.adapters.encoded import Encoded, Pruned
 from vidsieve.adapters.inside import decoding, layered
-from vidsieve.adapters.placed import place
+from vidsieve.adapters.placed import PlacedVideo
+from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor, DecodeCompressor, LayerCompressor
 from vidsieve.errors import StageError
-from vidsieve.types import Stage
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
 
 InnerRun = layered.LayerRun | decoding.DecodeRun
 """A method at work inside an LLM; it travels with the cache."""
-
-
-def acts_inside(compressor: Compressor | None) -> bool:
-    """Return whether a method has a part that hooks must run."""
-    return compressor is not None and compressor.acts is not Stage.PRE_LLM
 
 
 _eager_lock, _eager_calls = threading.Lock(), 0
@@ -54,8 +45,33 @@ def uncompiled() -> Iterator[None]:
                 _stance.__exit__(None, None, None)
 
 
-def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator: Generator) -> tuple[Pruned, InnerRun]:
-    """Return the prompt as the LLM gets it, and the method that goes on inside.
+def begin(
+    compressor: Compressor,
+    depth: int,
+    positions: Tensor,
+    text: Tensor,
+    real: Tensor,
+    videos: tuple[PlacedVideo, ...],
+    traces: Sequence[VideoTrace],
+    rotary: Any,
+) -> InnerRun:
+    """Return the run of the part of a method inside an LLM, on a batch of prompts as the LLM reads it.
+
+    Parameters
+    ----------
+    compressor : Compressor
+    depth : int
+        Number of decoder layers.
+    positions : Tensor, (P, B, L), int64
+        Rotary positions.
+    text : Tensor, (B, L), int64
+        Positions along the text, as decoder layers get them.
+    real : Tensor, (B, L), bool
+        False on padding.
+    videos : tuple of PlacedVideo
+    traces : sequence of VideoTrace
+        Of the part before the LLM, if there is one.
+    rotary : the LLM's rotary embedding
 
     Raises
     ------
@@ -63,43 +79,34 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
         If it has no part there.
     """
     if isinstance(compressor, LayerCompressor):
-        return _layered(adapter, encoded, compressor, generator)
+        # With several rows of positions there is no order to count along.
+        counted = rotary if compressor.renumbers and len(positions) == 1 else None
+        spent = tuple(trace.select_ms for trace in traces)
+        return layered.LayerRun(depth, compressor, positions, real, videos, spent, counted)
     if isinstance(compressor, DecodeCompressor):
-        return decoding.begin(adapter, encoded, compressor, generator)
+        first = compressor.first_layer(depth)
+        return decoding.DecodeRun(first, compressor, positions, text, real, videos, tuple(traces))
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")
 
 
 @contextmanager
-def running(adapter: Adapter, run: InnerRun | None, cache: Any = None, words: Tensor | None = None) -> Iterator[None]:
-    """Let a method work inside the LLM while a block runs, on a cache if there is one; None: no method does.
+def running(
+    layers: Iterable[Any], text: Any, run: InnerRun | None, cache: Any = None, words: Tensor | None = None
+) -> Iterator[None]:
+    """Let a method act inside the LLM while a block runs; None: no method does.
 
-    `words` (B, n) says which columns behind the prompt are seen, where some are not.
+    Parameters
+    ----------
+    layers : the LLM's decoder layers
+    text : its configuration
+    run : InnerRun, optional
+    cache : the cache of the call, if it is given one
+    words : Tensor, (B, n), optional
+        Which columns after the prompt are seen, where some are not.
     """
     if run is None:
         yield
         return
-    # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-    with uncompiled(), run.hooked(list(adapter.decoder_layers), adapter.model.config.get_text_config(), cache, words):
+    # A language model that was compiled before does not run hooks: it runs eagerly meanwhile.
+    with uncompiled(), run.hooked(list(layers), text, cache, words):
         yield
-
-
-def _layered(
-    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
-) -> tuple[Pruned, layered.LayerRun]:
-    """Return a prompt, padded on the left, and the method that will drop tokens inside the LLM.
-
-    The prompt is whole, or what a part before the LLM leaves of it.
-    """
-    depth = len(adapter.decoder_layers)
-    outer, spent = compressor.outer(depth), []
-    if outer is None:
-        selections = encoded.everything()
-    else:
-        selections, traces = adapter.select(encoded, outer, generator)
-        spent = [trace.select_ms for trace in traces]
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    # With several rows of positions there is no order to count along.
-    rotary = adapter.language_model.rotary_emb if compressor.renumbers and len(positions) == 1 else None
-    return pruned, layered.LayerRun(depth, compressor, positions, real, videos, tuple(spent), rotary)

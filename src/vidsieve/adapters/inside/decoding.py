@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from vidsieve.adapters.drop import padded
-from vidsieve.adapters.encoded import Encoded, Pruned
 from vidsieve.adapters.inside.layers import block_shape
 from vidsieve.adapters.inside.passes import OwnPasses, additive, at_home, flash_mask, refuse_filled, rotated, scores
-from vidsieve.adapters.placed import PlacedVideo, place
+from vidsieve.adapters.placed import PlacedVideo
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import (
     argument,
@@ -33,9 +32,6 @@ from vidsieve.adapters.transformers_api import (
 from vidsieve.compressors.base import DecodeCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import DecodeView
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
 
 
 class _View:
@@ -239,22 +235,3 @@ def _end_of(cache: Any) -> Tensor | None:
 
 def _same(first: Tensor | None, second: Tensor | None) -> bool:
     return first is not None and second is not None and torch.equal(first, second.to(first))
-
-
-def begin(
-    adapter: Adapter, encoded: Encoded, compressor: DecodeCompressor, generator: Generator
-) -> tuple[Pruned, DecodeRun]:
-    """Return the prompt as the method prunes it before the LLM, and the method that will choose what steps read."""
-    selections, traces = adapter.select(encoded, compressor, generator)
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    whole = adapter.unpack_positions(pruned.inputs["position_ids"])
-    run = DecodeRun(
-        compressor.first_layer(len(adapter.decoder_layers)),
-        compressor,
-        whole[adapter.position_rows],
-        whole[0],
-        pruned.kept_positions >= 0,
-        place(encoded, pruned, selections),
-        tuple(traces),
-    )
-    return replace(pruned, traces=tuple(traces)), run
