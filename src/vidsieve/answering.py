@@ -1,4 +1,4 @@
-"""From a video file and a question to an answer, every part on the clock."""
+"""From a video file and a question to an answer, with the time of each part."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _synchronise(device: Any) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, what it read, and how long each part took."""
+    """An answer, the tokens that were read for it, and the time of each part."""
 
     text: str
     method: str
@@ -63,7 +63,7 @@ class Answer:
     traces: tuple[VideoTrace, ...]
     ms: dict[str, float]
     scores: tuple[Tensor | None, ...] = ()
-    """Of every video, what a method before the LLM gave its tokens (N,), where it scores them."""
+    """Of every video the scores (N,) of its tokens, from methods before the LLM that score them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain values for JSON."""
@@ -78,7 +78,7 @@ class Answer:
 
 
 class _FirstToken(LogitsProcessor):  # type: ignore[misc]
-    """Notes when the prefill has given its logits."""
+    """Records the time of the first logits, the end of the prefill."""
 
     def __init__(self, device: Any) -> None:
         self.device, self.at = device, 0.0
@@ -96,7 +96,7 @@ def check_question(processor: Any, question: str) -> None:
     Raises
     ------
     PromptError
-        If it is empty, or holds the model's own placeholder of a video or image.
+        If it is empty, or holds the model's placeholder of a video or image.
     """
     if not question.strip():
         raise PromptError("the question is empty")
@@ -293,7 +293,7 @@ def next_token_logits(adapter: Adapter, plan: Plan) -> Tensor:
 
 
 def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:
-    """Return a video's frames, the reading on the clock."""
+    """Return a video's frames, and time the reading."""
     from vidsieve.video.reading import read_video
 
     with clock.part("decode"):

@@ -57,7 +57,7 @@ class Adapter(Family):
         if ids is None:
             raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
         if inputs.get("inputs_embeds") is not None:
-            raise UnsupportedCallError("leave inputs_embeds out: beside input_ids they would not be pruned with them")
+            raise UnsupportedCallError("leave inputs_embeds out: vidsieve prunes input_ids and would not prune them")
         self.check_videos(videos)
         if not self.carries_video(inputs):
             if inputs.get(self.video_keys[0]) is not None:
@@ -161,12 +161,13 @@ class Adapter(Family):
         if config is not None:
             if config.hidden_size != self.hidden_size:
                 raise PolicyMismatchError(
-                    f"the {compressor.name} policy was made for width {config.hidden_size}, this model has "
+                    f"the {compressor.name} policy was trained for width {config.hidden_size}, this model has "
                     f"{self.hidden_size}: train one for it, or load the policy that belongs to it"
                 )
             if config.family != self.family:
                 raise PolicyMismatchError(
-                    f"the {compressor.name} policy was made for the family {config.family}, this model is {self.family}"
+                    f"the {compressor.name} policy was trained for the family {config.family}, this model is "
+                    f"{self.family}"
                 )
         if Need.QUESTION in compressor.needs:
             self.template()
@@ -177,7 +178,7 @@ class Adapter(Family):
         block_shape(self.model.config.get_text_config(), layers[0])  # its rotary positions must be known to us
         if compressor.retention == 1.0:
             return
-        # A count of tokens can be judged where a video's own number is known.
+        # A token count can only be checked against a known video.
         count = compressor.retention.count if isinstance(compressor.retention, Tokens) else 10**6
         first = compressor.stages(len(layers), count)[0][0]
         if first < self.deep_layers:

@@ -1,4 +1,4 @@
-"""What vidsieve must know of a model family: the base that each file in `families` fills in."""
+"""Base of the model families: the facts that each file in `families` states."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class Family(ABC):
 
     @abstractmethod
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
-        """Return every video of a batch through the model's own vision tower and projector, in order."""
+        """Return every video of a batch, encoded by the model's vision tower and projector, in order."""
 
     @abstractmethod
     def encoder_outputs(self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str) -> Any:
@@ -105,7 +105,7 @@ class Family(ABC):
         return position_ids[None]
 
     def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
-        """Return ``mm_encoder_outputs`` of a prompt with one video that was encoded before; it gives `video` again."""
+        """Return ``mm_encoder_outputs`` of a prompt with one video that was encoded before."""
         outputs = self.encoder_outputs([video.embeds], [[layer] for layer in video.deep], self.modality)
         return {self.modality: outputs}
 
@@ -127,7 +127,7 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs of the model go: beside its first weights, or where offloaded weights are brought."""
+        """Device of the model's inputs: that of its first weights, or the one that offloaded weights are moved to."""
         return execution_device(self.model)
 
     @property
@@ -147,7 +147,7 @@ class Family(ABC):
 
     @property
     def deep_layers(self) -> int:
-        """How many of the LLM's first layers add features of visual tokens after they ran."""
+        """Number of first LLM layers after which features of visual tokens are added."""
         return 0
 
     @property
@@ -181,32 +181,32 @@ class Family(ABC):
             return None
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
-        """Make a processor give at most `tokens` tokens a frame; an error where frames have a size of their own."""
+        """Make a processor give at most `tokens` tokens a frame; an error where the number is fixed."""
         raise UnsupportedCallError(f"frames of {self.family} have a fixed number of tokens: leave the limit out")
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether pixels or ready features of a video are among the arguments of a call."""
+        """True if the arguments of a call have pixels or ready features of a video."""
         ready = encoder_features(inputs, "video")
         return ready is not None or inputs.get(self.video_keys[0]) is not None
 
     def holds_video(self, ids: Tensor) -> bool:
-        """Return whether prompts (B, L) hold placeholders of a video."""
+        """True if prompts (B, L) hold placeholders of a video."""
         return bool((ids == self.video_token_id).any())
 
     def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
-        """Return whether pixels, ready features or placeholders of an image are among the arguments of a call."""
+        """True if the arguments of a call have pixels, ready features or placeholders of a still image."""
         ready = encoder_features(inputs, "image")
         given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys[:1])
         return given or self.holds_image(ids)
 
     def holds_image(self, ids: Tensor) -> bool:
-        """Return whether prompts (B, L) hold placeholders of a still image."""
+        """True if prompts (B, L) hold placeholders of a still image."""
         return bool((ids == self.image_token_id).any())
 
     def locate(
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
-        """Return every video and every prompt's still images, encoded and found by their placeholders."""
+        """Return every video and every prompt's still images, encoded and located by their placeholders."""
         images: tuple[ImageSpan, ...] = ()
         if self.carries_image(inputs, ids):
             images = find_images(ids, self.image_token_id, *self.image_features(inputs))
@@ -214,12 +214,12 @@ class Family(ABC):
 
     def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
         """Return every video of a batch, with the signals of the vision encoder that are needed."""
-        videos, found = self.probed(lambda: self.video_features(inputs), inputs, needs)
-        if found is None:
+        videos, probe = self.probed(lambda: self.video_features(inputs), inputs, needs)
+        if probe is None:
             return videos
         starts = accumulate([0, *(video.grid.num_tokens for video in videos)])
         return [
-            replace(video, encoder=found.part(start, video.grid.num_tokens))
+            replace(video, encoder=probe.part(start, video.grid.num_tokens))
             for video, start in zip(videos, starts, strict=False)
         ]
 

@@ -27,7 +27,7 @@ class Plan:
     kept_positions : Tensor, (B', L'), int64
         The column of the unpruned prompt behind each column; −1 on padding.
     selections : tuple of Selection
-        Of each video, the tokens that enter the LLM; empty for plans made by `Adapter.build`.
+        Of each video, the tokens that enter the LLM; empty for plans of `Adapter.build`.
     selected : tuple of VideoTrace
         Traces of the selections made before the LLM.
     run : LayerRun, DecodeRun or None
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def traces(self) -> tuple[VideoTrace, ...]:
-        """What was kept of each video; of a part inside the LLM once it has run."""
+        """Traces of each video; of a method with a part inside the LLM after it has run."""
         return self.selected if self.run is None else tuple(self.run.traces())
 
     @property

@@ -21,7 +21,7 @@ from vidsieve.types import EncoderOutputs
 
 _NAME = "vidsieve_probe"
 _listening: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
-"""By id of an attention module: what it was called with, while somebody listens."""
+"""By id of an attention module: the arguments of its calls, while it is listened to."""
 
 
 def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ class Signals:
 def signals(
     notes: list[tuple[Tensor, Tensor, float]], cls_token: bool, pool: Callable[[list[Tensor]], Tensor]
 ) -> Signals:
-    """Return what a method reads from the notes of one encoding; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
+    """Return the signals of one encoding from its notes; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
 
     Raises
     ------
@@ -105,6 +105,6 @@ def signals(
     """
     if not notes:
         raise NeedError("signals of the vision encoder need the video's pixels; ready features do not carry them")
-    found = [received(*note, cls_token) for note in notes]
-    attention = pool([weights[..., None] for weights, _ in found])[:, 0]
-    return Signals(attention.float(), pool([keys for _, keys in found]))
+    parts = [received(*note, cls_token) for note in notes]
+    attention = pool([weights[..., None] for weights, _ in parts])[:, 0]
+    return Signals(attention.float(), pool([keys for _, keys in parts]))

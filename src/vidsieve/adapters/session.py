@@ -49,7 +49,7 @@ from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
 
 _SESSION = "_vidsieve_session"
-"""Attribute of a model under which its open session stands; it refuses to be copied or saved with the model."""
+"""Attribute of a model that holds its open session; a session refuses to be copied or saved with the model."""
 
 Call = Callable[..., Any]
 
@@ -59,19 +59,19 @@ class Session:
 
     While it is open, ``model.generate`` and ``model(...)`` drop video tokens before the LLM reads them, and
     return what they always return. Text-only prompts pass through. One pruned call at a time. Call the model
-    itself: ``type(model).generate(model, …)`` goes past the session.
+    itself: ``type(model).generate(model, …)`` bypasses the session.
 
     A cache filled under a session stands for a shorter prompt than the caller's; later turns and steps on it
-    are put right while a session is open, and must not be run on the detached model. Tokens after a prompt
+    are corrected while a session is open, and must not be run on the detached model. Tokens after a prompt
     follow at its last position + 1, as the installed `generate` decodes.
 
     Attributes
     ----------
     trace : Trace
-        What was kept of each video.
+        The tokens kept of each video.
     kept_positions : Tensor or None, (B', L'), int64
-        For the last pruned call: the column of the caller's prompt behind each column that the LLM read,
-        −1 on padding. Maps the logits of a plain forward back.
+        Of the last pruned call: for each column that the LLM read, its column in the caller's prompt; −1 on
+        padding. It maps the logits of a plain forward back.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Session:
 
         functools.update_wrapper(wrapper, original)
         del wrapper.__wrapped__  # type: ignore[attr-defined]
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        wrapper.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+        receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        wrapper.__signature__ = signature.replace(parameters=[receiver, *signature.parameters.values()])  # type: ignore[attr-defined]
         # Never traced: a model compiled in place (`model.compile()`) runs as it is written while it is attached.
         disabled: Call = torch.compiler.disable(wrapper)  # type: ignore[no-untyped-call]
         self._functions |= {disabled, wrapper}
@@ -162,7 +162,7 @@ class Session:
     # -- calls ----------------------------------------------------------------------------------------------
 
     def _call(self, prune: Call, original: Call, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
-        """Run a call of the model: inner calls and those without a video go through as they are."""
+        """Run a call of the model: inner calls and those without a video run unchanged."""
         if not self._wrappers or getattr(self._here, "running", False):
             return original(*args, **kwargs)
         call = arguments(signature, args, kwargs)
@@ -174,7 +174,7 @@ class Session:
         record = record_of(call.get(CACHE))
         with self._inside():
             if record is None and not self._to_prune(call):
-                # The caller's own name for the cache may be one that the installed version does not know.
+                # The caller may name the cache as another version of transformers does.
                 renamed = CACHE in kwargs and cache_argument(self._model) != CACHE
                 return original(**for_model(call, self._model)) if renamed else original(*args, **kwargs)
             if call["input_ids"] is None:
@@ -225,8 +225,8 @@ class Session:
         result = restore.output(output)
         beams = (setting(self._model, call, "num_beams") or 1) > 1
         full = result if isinstance(result, Tensor) else result.sequences
-        made = cache if cache is not None else output_cache(output)
-        keep_record(made, record.grown(full, short, beams))
+        used = cache if cache is not None else output_cache(output)
+        keep_record(used, record.grown(full, short, beams))
         return result
 
     def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
@@ -249,7 +249,7 @@ class Session:
         return output
 
     def _to_prune(self, call: dict[str, Any]) -> bool:
-        """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
+        """True if a call is to be pruned; refuse one whose video would slip through unpruned."""
         ids, cache = call["input_ids"], call.get(CACHE)
         if is_pruned(call) or (self.compressor.idle and self._adapter.layout == "installed"):
             return False
@@ -295,7 +295,7 @@ class Session:
         self.trace.prompt_tokens = (prompt, int(plan.inputs["input_ids"].shape[1]))
 
     def _forget(self, call: dict[str, Any]) -> None:
-        """Take the cache out of a later turn, so that its whole conversation is pruned for its own question."""
+        """Take the cache out of a later turn, so that the whole conversation is pruned for its newest question."""
         if not self._adapter.carries_video(call):
             raise UnsupportedCallError(
                 "reselect=True prefills a later turn anew: send the whole conversation with its video, as the "
@@ -330,7 +330,7 @@ class Session:
         self.trace.revise(before, run.listed)
 
     def _note_windows(self) -> None:
-        """Say once that layers which do not see the whole prompt read a shorter one now."""
+        """Note once that layers which see part of the prompt count the tokens of the shorter one."""
         other = sorted(set(layer_kinds(self._model.config.get_text_config())) - {FULL})
         note = (
             f"this LLM has layers with {', '.join(other)}, which count the tokens that are kept: the result equals the "
@@ -381,7 +381,7 @@ def attach(
     videos : list of (first, count), optional
         As in `prune`, for every call of the session; the session's attribute `videos` changes it.
     reselect : bool
-        Select anew in every later turn of `generate`, for its own question: the conversation is prefilled again, the
+        Select again in every later turn of `generate`, for its question: the conversation is prefilled again, the
         cache that comes with it is left alone, and the output brings a new one. Without it a question-aware method
         keeps what it selected for the first question of a cache.
 

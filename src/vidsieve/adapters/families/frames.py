@@ -34,7 +34,7 @@ class FrameAdapter(Adapter):
 
     @abstractmethod
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return every image of a batch (F, n, D) through the model's own vision tower and projector, in order."""
+        """Return every image of a batch (F, n, D), encoded by the model's vision tower and projector, in order."""
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class FrameAdapter(Adapter):
         return self.image_token_id
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether pixels or ready features of two or more images of a prompt are in a call."""
+        """True if a call has pixels or ready features of two or more images of a prompt."""
         ready = encoder_features(inputs, "image")
         ids = inputs.get("input_ids")
         pixels = inputs.get(self.video_keys[0])
@@ -58,15 +58,15 @@ class FrameAdapter(Adapter):
         return given and (self.holds_video(ids) or not bool((ids == self.image_token_id).any()))
 
     def holds_video(self, ids: Tensor) -> bool:
-        """Return whether a prompt holds two or more images."""
+        """True if a prompt holds two or more images."""
         return bool(((ids == self.image_token_id).sum(-1) >= 2 * self.frame_side**2).any())
 
     def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
-        """Return False: every image is looked after as a frame."""
+        """Return False: every image is treated as a frame."""
         return False
 
     def holds_image(self, ids: Tensor) -> bool:
-        """Return False: every image is looked after as a frame."""
+        """Return False: every image is treated as a frame."""
         return False
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
@@ -78,8 +78,8 @@ class FrameAdapter(Adapter):
     def locate(
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
-        """Return the videos and the images outside them, found by their placeholders."""
-        frames, found = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
+        """Return the videos and the images outside them, located by their placeholders."""
+        frames, probe = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
         count, size = len(frames), self.frame_side**2
         rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
         check_count(len(rows), count * size, "image", count)
@@ -92,7 +92,7 @@ class FrameAdapter(Adapter):
         for start, length in chosen:
             outside[start : start + length] = False
             tokens = frames[start : start + length].flatten(0, 1)
-            signals = found.part(start * size, length * size) if found is not None else None
+            signals = probe.part(start * size, length * size) if probe is not None else None
             video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
             span = where[start : start + length].flatten()
             spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))
