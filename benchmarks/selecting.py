@@ -41,7 +41,7 @@ import vidsieve
 from plain._shared import eager_attention
 from vidsieve import registry
 from vidsieve.adapters.decoder_layer import attention_rows, block_shape, rotated
-from vidsieve.adapters.families.probe import received
+from vidsieve.adapters.probe import received
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.framefusion import excess
 from vidsieve.compressors.inside import LayerCompressor, Rows

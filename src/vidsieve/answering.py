@@ -1,4 +1,4 @@
-"""From a video file and a question to an answer, every part on the clock."""
+"""From a video file and a question to an answer, with the time of each part."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Encoded, Pruned, on_device
-from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Encoded, on_device
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
@@ -55,7 +55,7 @@ def _synchronise(device: Any) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said, what it read, and how long each part took."""
+    """An answer, the tokens that were read for it, and the time of each part."""
 
     text: str
     method: str
@@ -63,7 +63,7 @@ class Answer:
     traces: tuple[VideoTrace, ...]
     ms: dict[str, float]
     scores: tuple[Tensor | None, ...] = ()
-    """Of every video, what a method before the LLM gave its tokens (N,), where it scores them."""
+    """Of every video the scores (N,) of its tokens, from methods before the LLM that score them."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain values for JSON."""
@@ -78,7 +78,7 @@ class Answer:
 
 
 class _FirstToken(LogitsProcessor):  # type: ignore[misc]
-    """Notes when the prefill has given its logits."""
+    """Records the time of the first logits, the end of the prefill."""
 
     def __init__(self, device: Any) -> None:
         self.device, self.at = device, 0.0
@@ -96,7 +96,7 @@ def check_question(processor: Any, question: str) -> None:
     Raises
     ------
     PromptError
-        If it is empty, or holds the model's own placeholder of a video or image.
+        If it is empty, or holds the model's placeholder of a video or image.
     """
     if not question.strip():
         raise PromptError("the question is empty")
@@ -211,24 +211,20 @@ def reply(
     ------
     BudgetError, NeedError
     """
-    made = generated(adapter, encoded, compressor, clock or Clock(), tokens=max_new_tokens, seed=seed)
-    short = made.pruned.inputs["input_ids"].shape[1]
-    text = processor.batch_decode(made.ids[:, short:], skip_special_tokens=True)[0].strip()
+    result = generated(adapter, encoded, compressor, clock or Clock(), tokens=max_new_tokens, seed=seed)
+    read = result.plan.inputs["input_ids"].shape[1]
+    text = processor.batch_decode(result.ids[:, read:], skip_special_tokens=True)[0].strip()
     name = compressor.describe() if compressor is not None else "full"
-    return Answer(text, name, (int(encoded.input_ids.shape[1]), short), made.traces, made.ms, made.scores)
+    scores = tuple(selection.scores for selection in result.plan.selections)
+    return Answer(text, name, (int(encoded.input_ids.shape[1]), read), result.plan.traces, result.ms, scores)
 
 
 @dataclass(frozen=True)
 class Generated:
-    """Prompt and answer as ids (B, L), what the LLM read of the prompt, what was kept, and milliseconds of each part.
-
-    `scores`: of every video, what a method before the LLM gave its tokens (N,), where it scores them.
-    """
+    """Prompt and answer as ids (B, L), the plan that was run, and milliseconds of each part."""
 
     ids: Tensor
-    pruned: Pruned
-    traces: tuple[VideoTrace, ...]
-    scores: tuple[Tensor | None, ...]
+    plan: Plan
     ms: dict[str, float]
 
 
@@ -253,12 +249,12 @@ def generated(
     """
     device = adapter.device
     with clock.part("select", device):
-        pruned, traces, run, scores = _pruned(adapter, encoded, compressor, seed)
+        plan = adapter.plan(encoded, compressor, torch.Generator().manual_seed(seed))
     first = _FirstToken(device)
     start = time.perf_counter()
-    with running(adapter, run):
+    with plan.acting():
         out = adapter.model.generate(
-            **pruned.inputs,
+            **plan.inputs,
             max_new_tokens=tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([first]),
@@ -267,47 +263,37 @@ def generated(
     _synchronise(device)
     clock.ms["prefill"] = 1e3 * (first.at - start)
     clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
-    traces = run.traces() if run is not None else traces
-    return Generated(out, pruned, tuple(traces), scores, dict(clock.ms))
+    return Generated(out, plan, dict(clock.ms))
 
 
 @torch.no_grad()
 def choice(
     adapter: Adapter, encoded: Encoded, option_ids: Tensor, compressor: Compressor | None = None, *, seed: int = 0
 ) -> tuple[int, tuple[int, int], tuple[VideoTrace, ...]]:
-    """Return which of some next tokens (options,) int64 is likeliest after one encoded prompt, by a single prefill.
+    """Return the index of the likeliest of some next tokens (options,) int64 after one encoded prompt.
 
-    Beside it the prompt's tokens before and after pruning, and what was kept.
+    It takes a single prefill. The prompt's tokens before and after pruning, and the traces, come with it.
 
     Raises
     ------
     BudgetError, NeedError
     """
-    pruned, traces, run, _ = _pruned(adapter, encoded, compressor, seed)
-    with running(adapter, run):
-        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[0, -1]
+    plan = adapter.plan(encoded, compressor, torch.Generator().manual_seed(seed))
+    logits = next_token_logits(adapter, plan)[0]
     best = int(logits[option_ids.to(logits.device)].argmax())
-    tokens = int(encoded.input_ids.shape[1]), int(pruned.inputs["input_ids"].shape[1])
-    return best, tokens, tuple(run.traces() if run is not None else traces)
+    return best, (int(encoded.input_ids.shape[1]), int(plan.inputs["input_ids"].shape[1])), plan.traces
 
 
-def _pruned(
-    adapter: Adapter, encoded: Encoded, compressor: Compressor | None, seed: int
-) -> tuple[Pruned, list[VideoTrace], InnerRun | None, tuple[Tensor | None, ...]]:
-    """Return the prompt as the LLM reads it, what goes on in a method while the LLM runs, and tokens' scores."""
-    generator = torch.Generator().manual_seed(seed)
-    if compressor is None:
-        return adapter.build(encoded, encoded.per_row(encoded.everything())), [], None, ()
-    if acts_inside(compressor):
-        pruned, run = begin(adapter, encoded, compressor, generator)
-        return pruned, [], run, ()
-    chosen, traces = adapter.select(encoded, compressor, generator)
-    scores = tuple(selection.scores for selection in chosen)
-    return adapter.build(encoded, encoded.per_row(chosen)), traces, None, scores
+@torch.no_grad()
+def next_token_logits(adapter: Adapter, plan: Plan) -> Tensor:
+    """Return the logits (B, V) of the token after each prompt, by one prefill without a cache."""
+    with plan.acting():
+        logits: Tensor = adapter.model(**plan.inputs, logits_to_keep=1, use_cache=False).logits
+    return logits[:, -1]
 
 
 def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | None, max_frames: int | None) -> Video:
-    """Return a video's frames, the reading on the clock."""
+    """Return a video's frames, and time the reading."""
     from vidsieve.video.reading import read_video
 
     with clock.part("decode"):

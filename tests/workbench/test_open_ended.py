@@ -78,12 +78,10 @@ def test_a_second_turn_reads_what_the_first_one_kept(talker, scene):
     texts = [(scene.questions[a].text, scene.questions[b].text) for a, b in pairs]
     cached = open_ended._second_words(adapter, processor, scene, texts, method, 0)
     first = prompts(adapter, processor, scene, [(a,) for a, _ in texts])
-    chosen = open_ended.selected(adapter, first, method, 0)
-    said = processor.batch_decode(
-        open_ended.first_words(adapter, adapter.build(first, [[s] for s in chosen]), None)[:, None]
-    )
+    chosen = open_ended.planned(adapter, first, method, 0).selections
+    said = processor.batch_decode(open_ended.first_words(adapter, adapter.build(first, [[s] for s in chosen]))[:, None])
     both = prompts(adapter, processor, scene, [(a, word, b) for (a, b), word in zip(texts, said, strict=True)])
-    whole = open_ended.first_words(adapter, adapter.build(both, [[s] for s in chosen]), None)
+    whole = open_ended.first_words(adapter, adapter.build(both, [[s] for s in chosen]))
     assert torch.equal(cached, whole)
 
 

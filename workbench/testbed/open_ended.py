@@ -17,11 +17,12 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Encoded, Pruned, VideoFeatures
-from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Encoded, VideoFeatures
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
+from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.evaluation.examiner import Condition
@@ -30,8 +31,8 @@ from vidsieve.io.faults import contained
 from vidsieve.io.journal import Store, measure_all
 from vidsieve.testbed.model import chat_inputs, repeated_features
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
-from vidsieve.testbed.world import TOKENS, render
-from vidsieve.types import ENCODER_NEEDS, Need, Selection
+from vidsieve.testbed.world import render
+from vidsieve.types import ENCODER_NEEDS, Need, Selection, Stage
 from workbench.testbed.talking import COUNTED, NOTHING, absent_questions, counting_questions, open_cast
 
 TASKS = {
@@ -98,32 +99,19 @@ def prompt_inputs(processor: Any, features: VideoFeatures, turns: Sequence[Seque
     return {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"], "mm_encoder_outputs": ready}
 
 
-def selected(adapter: Adapter, encoded: Encoded, method: Compressor | None, seed: int) -> list[Selection]:
-    """Return what a method before the LLM keeps for every prompt; a blind one chooses once for all of them."""
-    count, generator = len(encoded.videos), Generator().manual_seed(seed)
-    if method is None:
-        return [Selection(torch.arange(TOKENS))] * count
-    needs = method.needs
-    asked = range(count) if Need.QUESTION in needs else range(1)
-    found = [method.compress(adapter.video_tokens(encoded, n, needs), generator=generator) for n in asked]
-    return found if len(found) == count else found * count
+def planned(adapter: Adapter, encoded: Encoded, method: Compressor | None, seed: int) -> Plan:
+    """Return the plan of a method for prompts about one scene; one that ignores the question selects once for all."""
+    generator = Generator().manual_seed(seed)
+    if method is None or method.acts is not Stage.PRE_LLM or Need.QUESTION in method.needs:
+        return adapter.plan(encoded, method, generator)
+    selection = method.compress(adapter.video_tokens(encoded, 0, method.needs), generator=generator)
+    return adapter.plan(encoded, method, selected=([selection] * len(encoded.videos), []))
 
 
-def _pruned(
-    adapter: Adapter, encoded: Encoded, method: Compressor | None, seed: int
-) -> tuple[Pruned, InnerRun | None, list[Selection]]:
-    if method is not None and acts_inside(method):
-        return *begin(adapter, encoded, method, Generator().manual_seed(seed)), []
-    chosen = selected(adapter, encoded, method, seed)
-    return adapter.build(encoded, [[selection] for selection in chosen]), None, chosen
-
-
-def first_words(adapter: Adapter, pruned: Pruned, run: InnerRun | None) -> Tensor:
+def first_words(adapter: Adapter, plan: Plan) -> Tensor:
     """Return the likeliest word after every prompt, (B,) int64."""
-    with running(adapter, run):
-        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-    found: Tensor = logits.argmax(-1)
-    return found
+    words: Tensor = next_token_logits(adapter, plan).argmax(-1)
+    return words
 
 
 def _second_words(
@@ -172,19 +160,19 @@ def measure_scene(
     captions: dict[str, Selection] = {}
     for key, method in conditions.items():
         with contained(refused, key, BudgetError):
-            pruned, run, chosen = _pruned(adapter, encoded, method, seed)
-            said = processor.batch_decode(first_words(adapter, pruned, run)[:, None])
+            plan = planned(adapter, encoded, method, seed)
+            said = processor.batch_decode(first_words(adapter, plan)[:, None])
             row: dict[str, Any] = {}
-            if method is not None and acts_inside(method):
+            if method is not None and plan.run is not None:
                 texts = [(questions[a].text, questions[b].text) for a, b in pairs]
                 second = _second_words(adapter, processor, scene, texts, method, seed)
-                text = _told(adapter, processor, *_pruned(adapter, asked, method, seed)[:2])[0]
+                text = _told(adapter, processor, planned(adapter, asked, method, seed))[0]
                 row["caption"] = _judged(text, scene)
             else:
                 turns = [(questions[a].text, said[a], questions[b].text) for a, b in pairs]
                 talk = prompts(adapter, processor, scene, turns)
-                second = first_words(adapter, adapter.build(talk, [[chosen[a]] for a, _ in pairs]), None)
-                captions[key] = selected(adapter, asked, method, seed)[0]
+                second = first_words(adapter, adapter.build(talk, [[plan.selections[a]] for a, _ in pairs]))
+                captions[key] = planned(adapter, asked, method, seed).selections[0]
             answers = processor.batch_decode(second[:, None])
             rows[key] = row | {
                 "words": [[q.kind, bool(q.targets), w, w == q.answer] for q, w in zip(questions, said, strict=True)],
@@ -192,16 +180,16 @@ def measure_scene(
             }
     # Captions of all methods before the LLM are generated side by side.
     together = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)] * len(captions))
-    told = _told(adapter, processor, adapter.build(together, [[selection] for selection in captions.values()]), None)
+    told = _told(adapter, processor, adapter.build(together, [[selection] for selection in captions.values()]))
     for key, text in zip(captions, told, strict=True):
         rows[key]["caption"] = _judged(text, scene)
     return {"rows": rows, "refused": refused}
 
 
-def _told(adapter: Adapter, processor: Any, pruned: Pruned, run: InnerRun | None) -> list[str]:
-    with running(adapter, run):
-        out = adapter.model.generate(**pruned.inputs, max_new_tokens=CAPTION_WORDS, do_sample=False)
-    said: list[str] = processor.batch_decode(out[:, pruned.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def _told(adapter: Adapter, processor: Any, plan: Plan) -> list[str]:
+    with plan.acting():
+        out = adapter.model.generate(**plan.inputs, max_new_tokens=CAPTION_WORDS, do_sample=False)
+    said: list[str] = processor.batch_decode(out[:, plan.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return said
 
 

@@ -1,4 +1,4 @@
-"""Pruning a model's inputs before the call: encode each video once, select, rebuild the inputs.
+"""Pruning a batch of prompts: encode each video once, select, and build the shorter inputs.
 
 Kept placeholders, kept features, original position ids, and a left-padded mask go to the unmodified model
 through its public arguments; nothing inside the model is touched.
@@ -7,205 +7,39 @@ through its public arguments; nothing inside the model is touched.
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import accumulate
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.adapters.decoder_layer import layer_state
-from vidsieve.adapters.drop import rebuild
-from vidsieve.adapters.encoded import Encoded, ImageSpan, Pruned, Template, VideoFeatures, VideoSpan, template_of
-from vidsieve.adapters.families.probe import Probed
-from vidsieve.adapters.fit import check_fit
-from vidsieve.adapters.locate import find_images, find_videos
-from vidsieve.adapters.prompt import prompt_around
+from vidsieve.adapters.decoder_layer import Decoder, block_shape, layer_state
+from vidsieve.adapters.drop import gathered, kept_columns
+from vidsieve.adapters.encoded import Encoded
+from vidsieve.adapters.family import Family, Videos
+from vidsieve.adapters.inside.acting import InnerRun, begin, running
+from vidsieve.adapters.inside.view import place
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import encoder_features, execution_device
+from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import NeedError, PromptError, SelectionError, UnknownNameError, UnsupportedCallError
-from vidsieve.types import Need, Prompt, Selection, VideoTokens
+from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
+from vidsieve.errors import (
+    NeedError,
+    PolicyMismatchError,
+    PromptError,
+    SelectionError,
+    StageError,
+    UnsupportedCallError,
+)
+from vidsieve.types import Need, Prompt, Selection, Stage, Tokens, VideoTokens
 
-CONVENTIONS = ("installed", "legacy", "compact")
-"""Position conventions: as the installed transformers computes them; as before 5.3 (Qwen: text after a video goes on
-behind its last moment too); counted anew over the kept tokens, as vLLM does for families with 1-D positions."""
 
-Videos = Sequence[tuple[int, int]] | None
-
-
-class Adapter(Probed, ABC):
-    """What vidsieve knows of a model family. Subclasses write the five methods below.
-
-    `family` names it in policies, `model_class` is the transformers class; `video_keys` and `image_keys` are the
-    arguments that carry videos and still images, pixels first; `modality` is the kind of placeholder that videos
-    have; `position_rows` picks the rotary rows out of the model's position ids; `layout` names its token layout;
-    `projector` is the place of the module that brings the vision tower's features to the LLM's width.
-
-    Parameters
-    ----------
-    model : the transformers model
-    template : Template, optional
-    convention : str
-        How positions are counted, one of `CONVENTIONS`.
-    """
-
-    family: ClassVar[str]
-    model_class: ClassVar[str]
-    video_keys: ClassVar[tuple[str, ...]]
-    image_keys: ClassVar[tuple[str, ...]]
-    modality: ClassVar[Literal["video", "image"]] = "video"
-    position_rows: ClassVar[slice] = slice(None)
-    layout: ClassVar[str] = "installed"
-    projector: ClassVar[str] = "model.multi_modal_projector"
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
-
-    def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
-        if convention not in CONVENTIONS:
-            raise UnknownNameError("position convention", convention, CONVENTIONS)
-        if convention == "compact" and self.position_rows != slice(None):
-            raise UnsupportedCallError(
-                f"compact positions are for families that count tokens; {self.family} places them in time and space"
-            )
-        self.model, self.convention = model, convention
-        self._template = template
-
-    @abstractmethod
-    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
-        """Return every video of a batch through the model's own vision tower and projector, in order."""
-
-    @abstractmethod
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Return the position ids (rows, B, L) int64 that the installed model would use."""
-
-    @abstractmethod
-    def pack_positions(self, positions: Tensor) -> Tensor:
-        """Return positions (rows, B, L) in the form that the model's forward takes."""
-
-    @abstractmethod
-    def unpack_positions(self, position_ids: Tensor) -> Tensor:
-        """Return position ids as a caller passed them in the form (rows, B, L)."""
-
-    @abstractmethod
-    def encoder_outputs(self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str) -> Any:
-        """Return the model's container of features from the kept rows of each prompt, [(n_b, D), …].
-
-        `deep` has the same per layer, for families with `VideoFeatures.deep`; `modality` is "video" or "image".
-        """
-
-    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
-        """Return ``mm_encoder_outputs`` of a prompt with one video that was encoded before; it gives `video` again."""
-        outputs = self.encoder_outputs([video.embeds], [[layer] for layer in video.deep], self.modality)
-        return {self.modality: outputs}
-
-    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the features (M, D) of every still image of a batch in placeholder order, and their deep features.
-
-        Raises
-        ------
-        UnsupportedCallError
-            Unless the family says how its images are encoded.
-        """
-        raise UnsupportedCallError(
-            f"images and videos in one call are not supported for {self.family}; send them in separate calls"
-        )
-
-    def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
-        return positions
-
-    @property
-    def device(self) -> torch.device:
-        """Where inputs of the model go: beside its first weights, or where offloaded weights are brought."""
-        return execution_device(self.model)
-
-    @property
-    def hidden_size(self) -> int:
-        """D, the width of the LLM."""
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def video_token_id(self) -> int:
-        """The id of a video placeholder."""
-        return int(self.model.config.video_token_id)
-
-    @property
-    def image_token_id(self) -> int:
-        """The id of an image placeholder."""
-        return int(self.model.config.image_token_id)
-
-    @property
-    def deep_layers(self) -> int:
-        """How many of the LLM's first layers add features of visual tokens after they ran."""
-        return 0
-
-    @property
-    def language_model(self) -> Any:
-        """The LLM inside the model, without its head."""
-        return self.model.model.language_model
-
-    @property
-    def decoder_layers(self) -> torch.nn.ModuleList:
-        """The LLM's decoder layers."""
-        layers: torch.nn.ModuleList = self.language_model.layers
-        return layers
-
-    def layer_state(self, index: int = 0) -> LayerState:
-        """Return shape and weights (copies) of one decoder layer, for policies that start from it.
-
-        Raises
-        ------
-        NeedError
-            If its rotary positions are of a kind that our block does not know.
-        """
-        return layer_state(self.model.config.get_text_config(), self.decoder_layers[index])
-
-    def template(self) -> Template:
-        """Return the chat template's ids.
-
-        Raises
-        ------
-        NeedError
-            If they are not known for this model's tokenizer.
-        """
-        if self._template is not None:
-            return self._template
-        return template_of(self.model.config)
-
-    def known_template(self) -> Template | None:
-        """Return the chat template's ids, None where they are not known."""
-        try:
-            return self.template()
-        except NeedError:
-            return None
-
-    def limit_frames(self, processor: Any, tokens: int) -> None:
-        """Make a processor give at most `tokens` tokens a frame; an error where frames have a size of their own."""
-        raise UnsupportedCallError(f"frames of {self.family} have a fixed number of tokens: leave the limit out")
-
-    # -- encode ---------------------------------------------------------------------------------------------
-
-    def carries_video(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether pixels or ready features of a video are among the arguments of a call."""
-        ready = encoder_features(inputs, "video")
-        return ready is not None or inputs.get(self.video_keys[0]) is not None
-
-    def holds_video(self, ids: Tensor) -> bool:
-        """Return whether prompts (B, L) hold placeholders of a video."""
-        return bool((ids == self.video_token_id).any())
-
-    def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
-        """Return whether pixels, ready features or placeholders of an image are among the arguments of a call."""
-        ready = encoder_features(inputs, "image")
-        given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys[:1])
-        return given or self.holds_image(ids)
-
-    def holds_image(self, ids: Tensor) -> bool:
-        """Return whether prompts (B, L) hold placeholders of a still image."""
-        return bool((ids == self.image_token_id).any())
+class Adapter(Family):
+    """The way from a batch of prompts to a pruned one, for the model of a family."""
 
     def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
         """Return a batch with its videos encoded and located.
@@ -224,7 +58,7 @@ class Adapter(Probed, ABC):
         if ids is None:
             raise UnsupportedCallError("pass input_ids: a video's tokens cannot be found in embeddings")
         if inputs.get("inputs_embeds") is not None:
-            raise UnsupportedCallError("leave inputs_embeds out: beside input_ids they would not be pruned with them")
+            raise UnsupportedCallError("leave inputs_embeds out: vidsieve prunes input_ids and would not prune them")
         self.check_videos(videos)
         if not self.carries_video(inputs):
             if inputs.get(self.video_keys[0]) is not None:
@@ -261,51 +95,6 @@ class Adapter(Probed, ABC):
         positions = self.positions(ids, mask, inputs)
         return self.legacy_positions(positions, ids, mask) if self.convention == "legacy" else positions
 
-    def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
-    ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
-        """Return every video and every prompt's still images, encoded and found by their placeholders."""
-        images: tuple[ImageSpan, ...] = ()
-        if self.carries_image(inputs, ids):
-            images = find_images(ids, self.image_token_id, *self.image_features(inputs))
-        return find_videos(ids, self.video_token_id, self.features(inputs, needs)), images
-
-    def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
-        """Return every video of a batch, with the signals of the vision encoder that are needed."""
-        videos, found = self.probed(lambda: self.video_features(inputs), inputs, needs)
-        if found is None:
-            return videos
-        starts = accumulate([0, *(video.grid.num_tokens for video in videos)])
-        return [
-            replace(video, encoder=found.part(start, video.grid.num_tokens))
-            for video, start in zip(videos, starts, strict=False)
-        ]
-
-    # -- select ---------------------------------------------------------------------------------------------
-
-    def check(self, compressor: Compressor) -> None:
-        """Refuse a method that this model cannot serve, before anything runs.
-
-        Raises
-        ------
-        StageError, NeedError, PolicyMismatchError
-        UnsupportedCallError
-            If it is no `Compressor`.
-        """
-        check_fit(self, compressor)
-
-    def check_videos(self, videos: Videos) -> None:
-        """Refuse ``videos=`` where it makes no sense.
-
-        Raises
-        ------
-        UnsupportedCallError
-        """
-        if videos is not None:
-            raise UnsupportedCallError(
-                f"videos= is for families whose frames are images; {self.family} tells them itself"
-            )
-
     def video_tokens(self, encoded: Encoded, video: int, needs: frozenset[Need] = frozenset()) -> VideoTokens:
         """Return one video of a batch as compressors read it, with just the signals in `needs`."""
         span = encoded.videos[video]
@@ -314,47 +103,237 @@ class Adapter(Probed, ABC):
         return VideoTokens(span.features.embeds, span.features.grid, positions, prompt, span.features.encoder)
 
     def prompt(self, encoded: Encoded, video: int) -> Prompt:
-        """Return the whole prompt around one video, padding removed."""
-        return prompt_around(self, encoded, video)
+        """Return the whole prompt around one video of a batch, padding removed, on the video's device."""
+        row, target = encoded.videos[video].row, encoded.videos[video].features.embeds.device
+        table = self.model.get_input_embeddings()
+        device = (
+            table.weight.device if table.weight.device.type != "meta" else target
+        )  # offloaded: it comes when called
+        ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
+        positions = encoded.positions[self.position_rows, row].to(device)
+        embeds = table(ids)
+        for image in encoded.images:
+            if image.row == row:
+                embeds = embeds.index_copy(0, image.columns.to(device), image.embeds.to(embeds))
+        for number in encoded.of_row(row):
+            span = encoded.videos[number]
+            parts = torch.cat([span.features.embeds, span.features.tail]).to(embeds)
+            embeds = embeds.index_copy(0, torch.cat([span.columns, span.tail_columns]).to(device), parts)
+        video_mask = torch.zeros_like(real)
+        video_mask[encoded.videos[video].columns.to(device)] = True
+        question = torch.zeros_like(real)
+        question[real] = self.template().question_mask(ids[real])
+        # On the video's device: the model's parts may lie on several.
+        whole = embeds[real], positions[:, real], video_mask[real], question[real]
+        return Prompt(*(part.to(target) for part in whole))
+
+    # -- methods ----------------------------------------------------------------------------------------------
+
+    def check(self, compressor: Compressor) -> None:
+        """Refuse a method that this model cannot serve, before anything runs.
+
+        Raises
+        ------
+        UnsupportedCallError
+            If it is not a `Compressor`.
+        StageError, NeedError, BudgetError
+            If it acts where this model does not let it, reads what the model does not give, or keeps less than it can.
+        PolicyMismatchError
+            If its policy was trained for another width or family.
+        """
+        if not isinstance(compressor, Compressor):
+            raise UnsupportedCallError(
+                f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
+            )
+        check_model(self.model)
+        if compressor.acts is not Stage.PRE_LLM:
+            check_layers(self.decoder_layers)
+        for need in compressor.needs - self.provides:
+            raise NeedError(f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give")
+        if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:
+            self._check_layers(compressor)
+        if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
+            text = self.model.config.get_text_config()
+            # It reads the cached keys of the layer before its first one too.
+            first = compressor.first_layer(len(self.decoder_layers)) - 1
+            _check_full(compressor, layer_kinds(text), first, "read the cache")
+            block_shape(text, self.decoder_layers[0])
+        config = getattr(getattr(compressor, "policy", None), "config", None)
+        if config is not None:
+            if config.hidden_size != self.hidden_size:
+                raise PolicyMismatchError(
+                    f"the {compressor.name} policy was trained for width {config.hidden_size}, this model has "
+                    f"{self.hidden_size}: train one for it, or load the policy that belongs to it"
+                )
+            if config.family != self.family:
+                raise PolicyMismatchError(
+                    f"the {compressor.name} policy was trained for the family {config.family}, this model is "
+                    f"{self.family}"
+                )
+        if Need.QUESTION in compressor.needs:
+            self.template()
+
+    def _check_layers(self, compressor: LayerCompressor) -> None:
+        """Refuse to drop tokens at or before a layer that would not run correctly on the remaining ones."""
+        layers, kinds = self.decoder_layers, layer_kinds(self.model.config.get_text_config())
+        block_shape(self.model.config.get_text_config(), layers[0])  # its rotary positions must be known to us
+        if compressor.retention == 1.0:
+            return
+        # A token count can only be checked against a known video.
+        count = compressor.retention.count if isinstance(compressor.retention, Tokens) else 10**6
+        first = compressor.stages(len(layers), count)[0][0]
+        if first < self.deep_layers:
+            raise StageError(
+                f"{self.family} adds visual features after its first {self.deep_layers} layers: {compressor.name} "
+                f"cannot drop tokens before layer {self.deep_layers}, it wants {first}"
+            )
+        _check_full(compressor, kinds, first, "drop tokens")
+
+    def layer_state(self, index: int = 0) -> LayerState:
+        """Return shape and weights (copies) of one decoder layer, for policies that start from it.
+
+        Raises
+        ------
+        NeedError
+            If its rotary positions are of a kind that our block does not know.
+        """
+        return layer_state(self.model.config.get_text_config(), self.decoder_layers[index])
 
     def select(
-        self, encoded: Encoded, compressor: Compressor, generator: Generator | None = None
+        self, encoded: Encoded, compressor: Compressor | None, generator: Generator | None = None
     ) -> tuple[list[Selection], list[VideoTrace]]:
-        """Return what the method keeps of each video, and how long it took."""
+        """Return the tokens of each video that enter the LLM, and the traces of a method that chooses them.
+
+        Without a method, and for one whose parts all act inside the LLM, these are all tokens, without a trace.
+        """
+        outer = compressor
+        if compressor is not None and compressor.acts is not Stage.PRE_LLM:
+            outer = compressor.outer(len(self.decoder_layers))
+        if outer is None:
+            return encoded.everything(), []
         selections, traces = [], []
         for number, span in enumerate(encoded.videos):
-            video = self.video_tokens(encoded, number, compressor.needs)
+            video = self.video_tokens(encoded, number, outer.needs)
             _synchronise(video.embeds)
             start = time.perf_counter()
-            selection = compressor.compress(video, generator=generator)
+            selection = outer.compress(video, generator=generator)
             _synchronise(video.embeds)
             spent = 1e3 * (time.perf_counter() - start)
-            budget = selection.num_kept if compressor.adaptive_budget else compressor.budget(video)
+            budget = selection.num_kept if outer.adaptive_budget else outer.budget(video)
             if selection.num_kept != budget or int(selection.indices[-1]) >= video.num_tokens:
                 raise SelectionError(
-                    f"{compressor.name} kept {selection.num_kept} tokens up to index {int(selection.indices[-1])}; its "
+                    f"{outer.name} kept {selection.num_kept} tokens up to index {int(selection.indices[-1])}; its "
                     f"budget is {budget} of {video.num_tokens}"
                 )
             selections.append(selection)
-            named = {"method": compressor.name, "variant": compressor.variant, "nominal": str(compressor.retention)}
+            named = {"method": outer.name, "variant": outer.variant, "nominal": str(outer.retention)}
             trace = VideoTrace.of(span.row, span.features.grid, selection, spent, **named)
             newlines = int(span.features.kept_tail(selection.indices).sum())
             traces.append(replace(trace, newlines=newlines))
         return selections, traces
 
-    # -- rebuild --------------------------------------------------------------------------------------------
-
     def build(
         self, encoded: Encoded, selections: Sequence[Sequence[Selection]], rows: Sequence[int] | None = None
-    ) -> Pruned:
-        """Return the inputs that hold just the selected tokens.
+    ) -> Plan:
+        """Return the plan of running prompts with just the selected tokens.
 
         Parameters
         ----------
         selections : per output row, one Selection for each video of its prompt
         rows : per output row, the prompt of the batch it comes from; default: each prompt once
         """
-        return rebuild(self, encoded, selections, range(encoded.input_ids.shape[0]) if rows is None else rows)
+        rows = range(encoded.input_ids.shape[0]) if rows is None else rows
+        kept = kept_columns(encoded, selections, rows)
+        features = gathered(encoded, selections, rows, self.modality)
+        index = torch.as_tensor(list(rows), device=kept.device)[:, None]
+        real, columns = kept >= 0, kept.clamp(min=0)
+        positions = encoded.positions[:, index, columns].masked_fill(~real, 0)
+        if self.convention == "compact":
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)[None]
+        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        inputs: dict[str, Any] = dict(encoded.rest) | {
+            "input_ids": encoded.input_ids[index, columns].masked_fill(~real, 0 if pad is None else int(pad)),
+            "attention_mask": real.to(torch.int64),
+            "position_ids": self.pack_positions(positions),
+            "mm_encoder_outputs": {
+                modality: self.encoder_outputs(
+                    [piece.embeds for piece in pieces],
+                    [[piece.deep[layer] for piece in pieces] for layer in range(len(pieces[0].deep))],
+                    modality,
+                )
+                for modality, pieces in features.items()
+                if pieces
+            },
+        }
+        labels = encoded.rest.get("labels")
+        if labels is not None:
+            if labels.shape != encoded.input_ids.shape:
+                raise UnsupportedCallError(
+                    f"labels must be {tuple(encoded.input_ids.shape)} as input_ids, got {tuple(labels.shape)}"
+                )
+            # The first token of a row has no token before it; padding, now on the left, must not predict it.
+            first = real & (real.long().cumsum(1) == 1)
+            inputs["labels"] = labels[index, columns].masked_fill(~real | first, -100)
+        return Plan(inputs, kept)
+
+    def plan(
+        self,
+        encoded: Encoded,
+        compressor: Compressor | None = None,
+        generator: Generator | None = None,
+        selected: tuple[Sequence[Selection], Sequence[VideoTrace]] | None = None,
+    ) -> Plan:
+        """Return the plan of running a batch under a method, wherever in the LLM it acts; None: with all tokens.
+
+        Parameters
+        ----------
+        encoded : Encoded
+        compressor : Compressor, optional
+        generator : torch.Generator, optional
+            Source of randomness for methods that draw.
+        selected : optional
+            What `select` returned for these videos before; default: it is called here.
+
+        Raises
+        ------
+        BudgetError, NeedError
+        """
+        selections, traces = self.select(encoded, compressor, generator) if selected is None else selected
+        plan = self.build(encoded, encoded.per_row(selections))
+        run = None if compressor is None else self._begin(encoded, plan, compressor, selections, traces)
+        return replace(plan, selections=tuple(selections), selected=tuple(traces), run=run, _acting=self.acting)
+
+    def _begin(
+        self,
+        encoded: Encoded,
+        plan: Plan,
+        compressor: Compressor,
+        selections: Sequence[Selection],
+        traces: Sequence[VideoTrace],
+    ) -> InnerRun | None:
+        """Return the run of a method's part inside the LLM; None where it has none."""
+        if compressor.acts is Stage.PRE_LLM:
+            return None
+        positions = self.unpack_positions(plan.inputs["position_ids"])
+        videos = place(encoded, plan.kept_positions, selections)
+        return begin(
+            compressor,
+            len(self.decoder_layers),
+            positions[self.position_rows],
+            positions[0],
+            plan.kept_positions >= 0,
+            videos,
+            traces,
+        )
+
+    def acting(
+        self, run: InnerRun | None, cache: Any = None, words: Tensor | None = None
+    ) -> AbstractContextManager[None]:
+        """Let the run of a method act inside this model's LLM while a block runs; see `running`."""
+        decoder = Decoder(
+            list(self.decoder_layers), self.model.config.get_text_config(), self.language_model.rotary_emb
+        )
+        return running(decoder, run, cache, words)
 
     def prune(
         self,
@@ -362,12 +341,31 @@ class Adapter(Probed, ABC):
         compressor: Compressor,
         generator: Generator | None = None,
         videos: Videos = None,
-    ) -> Pruned:
-        """Return the pruned inputs of a batch: encode, select, rebuild."""
+    ) -> Plan:
+        """Return the plan of running a batch of the processor's outputs: check, encode, select, build."""
         self.check(compressor)
-        encoded = self.encode(inputs, videos, compressor.needs)
-        selections, traces = self.select(encoded, compressor, generator)
-        return replace(self.build(encoded, encoded.per_row(selections)), traces=tuple(traces))
+        return self.plan(self.encode(inputs, videos, compressor.needs), compressor, generator)
+
+
+def _check_full(compressor: Compressor, kinds: Sequence[str], first: int, what: str) -> None:
+    """Refuse an LLM that has other layers than full attention from layer `first` on.
+
+    Those before may slide: they see the whole prompt, or what a part before the LLM leaves of it.
+    """
+    other = [number for number, kind in enumerate(kinds) if kind != FULL]
+    if not other or other[-1] < first:
+        return
+    names = ", ".join(sorted({kinds[number] for number in other}))
+    if other[-1] + 1 >= len(kinds):
+        raise UnsupportedCallError(
+            f"{compressor.name} needs full attention in every layer from the first that it changes on, and the last "
+            f"layer of this model has {names}: choose a method that acts before the LLM"
+        )
+    which = ", ".join(map(str, other))
+    raise UnsupportedCallError(
+        f"{compressor.name} would {what} from layer {first} on, and this model has {names} in layer {which}: layers "
+        f"from {other[-1] + 1} on can be used, or a method that acts before the LLM"
+    )
 
 
 def _synchronise(tensor: Tensor) -> None:

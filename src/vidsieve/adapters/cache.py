@@ -1,4 +1,4 @@
-"""What a cache filled from a pruned prompt stands for, kept on the cache itself."""
+"""The unpruned prompt behind a cache that was filled from a pruned one, recorded on the cache itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Pruned
 from vidsieve.adapters.inside.hooks import InnerRun
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.transformers_api import CACHE, first_keys
 from vidsieve.errors import UnsupportedCallError
 
@@ -24,7 +24,7 @@ class CacheRecord:
     Parameters
     ----------
     full_ids, short_ids : Tensor, (R, ·), int64
-        Every token so far as the caller sees it, and as the LLM read it.
+        All tokens so far, as the caller sees them and as the LLM read them.
     full_mask : Tensor, (R, prompt), bool
         The caller's attention mask of the prompt.
     mask : Tensor, (R, short_prompt), int64
@@ -32,11 +32,11 @@ class CacheRecord:
     positions : Tensor, (rows, R, short_prompt), int64
         Positions of the pruned prompt. Tokens after it follow at the last one + 1, as `generate` decodes.
     beams : bool
-        Filled by beam search, whose rows are no sequences.
+        True if beam search filled it: its rows are not sequences.
     fingerprint : Tensor or None, (R, short_prompt)
-        A trace of each row's content, to notice rows that were moved.
+        A sample of each row's keys, to detect rows that were moved.
     layers : InnerRun or None
-        Of a method that acts inside the LLM: what each layer kept, or what steps read.
+        The part of the method inside the LLM: what each layer kept, or what decoding steps read.
     """
 
     full_ids: Tensor
@@ -63,13 +63,12 @@ class CacheRecord:
         cls,
         ids: Tensor,
         full_mask: Tensor,
-        pruned: Pruned,
+        plan: Plan,
         positions: Tensor,
-        layers: InnerRun | None = None,
     ) -> CacheRecord:
         """Return the record of a first call."""
-        inputs = pruned.inputs
-        return cls(ids, inputs["input_ids"], full_mask.bool(), inputs["attention_mask"], positions, layers=layers)
+        inputs = plan.inputs
+        return cls(ids, inputs["input_ids"], full_mask.bool(), inputs["attention_mask"], positions, layers=plan.run)
 
     def grown(self, full_ids: Tensor, short_ids: Tensor, beams: bool = False) -> CacheRecord:
         """Return the record after more tokens; prompts are repeated where several sequences came of each."""
@@ -106,11 +105,11 @@ class CacheRecord:
                 "to the sequences that generate returned, or start without past_key_values"
             )
         fresh = ids[:, held:]
-        # What the model said last is not in the cache yet: a placeholder in it is a word like any other.
-        said = self.full_ids[:, held : ids.shape[1]].to(ids.device)
-        own = fresh[:, : said.shape[1]] == said
+        # The model's last answer is not in the cache yet: a placeholder in it is a word like any other.
+        answer = self.full_ids[:, held : ids.shape[1]].to(ids.device)
+        same = fresh[:, : answer.shape[1]] == answer
         brought = fresh.clone()
-        brought[:, : said.shape[1]][own] = -1
+        brought[:, : answer.shape[1]][same] = -1
         # The first turn's pixels may come again with the conversation.
         _check_words_only(brought, call, adapter, pixels=False, image=not adapter.holds_image(self.full_ids))
         mask, positions = self._later(call["attention_mask"], ids.shape[1])
@@ -127,7 +126,7 @@ class CacheRecord:
         """
         cache = call[CACHE]
         self._check_rows(cache, ids.shape[0])
-        # One token without pixels is a word, be it the placeholder: the model may have said it.
+        # One token without pixels is a word, even the placeholder: the model may have generated it.
         spoken = torch.full_like(ids, -1) if ids.shape[1] == 1 else ids
         _check_words_only(spoken, call, adapter, pixels=True, image=True)
         if call.get("position_ids") is not None:
@@ -167,7 +166,7 @@ class CacheRecord:
 
     def _check_rows(self, cache: Any, rows: int) -> None:
         if self.beams:
-            raise UnsupportedCallError("a cache made by beam search cannot be continued: start a new one")
+            raise UnsupportedCallError("a cache filled by beam search cannot be continued: start a new one")
         if cache.get_seq_length() < self.short_prompt:
             raise UnsupportedCallError("the cache was cropped into its pruned prompt: start a new conversation")
         moved = self.fingerprint is not None and not _same(self.fingerprint, _fingerprint(cache, self.short_prompt))

@@ -1,4 +1,4 @@
-"""What a pruned call must hide from its caller: lengths, padding, and the caller's own hooks of `generate`."""
+"""Hiding the shorter prompt from the caller of a pruned call: lengths, padding, and hooks of `generate`."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ _COUNT_FROM_PROMPT = {
     "SuppressTokensAtBeginLogitsProcessor": "begin_suppress_tokens",
     "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
 }
-"""Classes of transformers that count from the length of the prompt, and the option that builds them rightly."""
+"""Classes of transformers that count from the length of the prompt, and the option that builds them correctly."""
 
 
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by name, with **kwargs laid flat and absent ones left out."""
+    """Return the arguments of a call by name, with **kwargs flattened and absent ones left out."""
     flat: dict[str, Any] = {}
     for name, value in signature.bind(*args, **kwargs).arguments.items():
         if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -67,7 +67,7 @@ def setting(model: Any, call: dict[str, Any], name: str) -> Any:
 
 
 def check_generate(model: Any, call: dict[str, Any]) -> None:
-    """Refuse generation modes whose result on a pruned prompt is not known to be right.
+    """Refuse generation modes whose result on a pruned prompt is not known to be correct.
 
     Raises
     ------
@@ -86,13 +86,15 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
         )
 
 
-def check_cache(cache: Any) -> None:
-    """Refuse caches of one length for all layers: methods inside the LLM leave every layer its own.
+def check_cache(cache: Any, compressor: Compressor) -> None:
+    """Refuse caches with one length for all layers: a method inside the LLM leaves each layer a different length.
 
     Raises
     ------
     UnsupportedCallError
     """
+    if compressor.acts is Stage.PRE_LLM:
+        return
     if cache is not None and not isinstance(cache, DynamicCache):
         raise UnsupportedCallError(
             f"a method inside the LLM needs a DynamicCache, got {type(cache).__name__}: leave it out"
@@ -102,13 +104,13 @@ def check_cache(cache: Any) -> None:
 
 
 def check_checkpointing(layers: Iterable[Any], filled: bool, compressor: Compressor) -> None:
-    """Refuse what gradient checkpointing makes impossible: it runs decoder layers without their cache.
+    """Refuse calls that gradient checkpointing makes impossible: it runs decoder layers without their cache.
 
     Parameters
     ----------
     layers : the LLM's decoder layers
     filled : bool
-        Whether the call goes on with a cache that holds a prompt.
+        True if the call continues on a cache that holds a prompt.
 
     Raises
     ------
@@ -128,16 +130,18 @@ def check_checkpointing(layers: Iterable[Any], filled: bool, compressor: Compres
 
 
 def check_inner(model: Any, call: dict[str, Any], compressor: Compressor) -> None:
-    """Refuse what a method inside the LLM cannot serve: caches of one length for all layers, and rows that move.
+    """Refuse calls that methods inside the LLM cannot serve: caches of one length for all layers, and rows that move.
 
     Raises
     ------
     UnsupportedCallError
     """
+    if compressor.acts is Stage.PRE_LLM:
+        return
     kind = setting(model, call, "cache_implementation")
     if kind not in (None, "dynamic"):
         raise UnsupportedCallError(f"a method inside the LLM needs a DynamicCache, got {kind}: leave it out")
-    check_cache(call.get(CACHE))
+    check_cache(call.get(CACHE), compressor)
     if compressor.acts is Stage.DECODE and (setting(model, call, "num_beams") or 1) > 1:
         raise UnsupportedCallError(
             f"beam search moves rows of the cache between steps, and {compressor.name} compares each step with the one "
@@ -215,19 +219,19 @@ class PromptRestorer:
         return torch.cat([prompt, sequences[:, self.short :]], 1)
 
     def output(self, output: Any) -> Any:
-        """Return what `generate` returned, with the caller's prompt at the head of its sequences."""
+        """Return the output of `generate` with the caller's prompt at the start of its sequences."""
         if isinstance(output, Tensor):
             return self.ids(output)
         output.sequences = self.ids(output.sequences)
         return output
 
     def wrap_hooks(self, call: dict[str, Any]) -> None:
-        """Make the caller's own hooks in a call's arguments see full sequences.
+        """Wrap the caller's hooks in a call's arguments so that they see full sequences.
 
         Raises
         ------
         UnsupportedCallError
-            For classes of transformers that count from the prompt: options of `generate` build them rightly.
+            For classes of transformers that count from the prompt: options of `generate` build them correctly.
         """
         if call.get("logits_processor"):
             call["logits_processor"] = LogitsProcessorList([self._processor(p) for p in call["logits_processor"]])
@@ -238,8 +242,8 @@ class PromptRestorer:
         if call.get("streamer"):
             call["streamer"] = _FullStreamer(self, call["streamer"])
 
-    def _own(self, hook: Any) -> bool:
-        """Return whether a hook is transformers' own: those stay as they are, so that they replace built-in ones."""
+    def _is_builtin(self, hook: Any) -> bool:
+        """True if a hook is a class of transformers: it stays as it is, so that it replaces the built-in one."""
         name = type(hook).__name__
         if not type(hook).__module__.startswith("transformers.") or isinstance(hook, PrefixConstrainedLogitsProcessor):
             return False
@@ -256,10 +260,10 @@ class PromptRestorer:
         return True
 
     def _processor(self, hook: Any) -> Any:
-        return hook if self._own(hook) else _FullProcessor(self, hook)
+        return hook if self._is_builtin(hook) else _FullProcessor(self, hook)
 
     def _criteria(self, hook: Any) -> Any:
-        return hook if self._own(hook) else _FullCriteria(self, hook)
+        return hook if self._is_builtin(hook) else _FullCriteria(self, hook)
 
     def _prefix_function(self, allowed: Callable[[int, Tensor], list[int]]) -> Callable[[int, Tensor], list[int]]:
         def shown_full(row: int, ids: Tensor) -> list[int]:

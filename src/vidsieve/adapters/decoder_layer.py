@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,6 @@ from torch import Tensor, nn
 from vidsieve.adapters.transformers_api import module_weights
 from vidsieve.compressors._decoder import BlockShape, LayerState, rotary, rotate
 from vidsieve.errors import NeedError, PolicyError
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
 
 _LINEAR = (
     "self_attn.q_proj",
@@ -33,12 +30,6 @@ class Decoder(NamedTuple):
     layers: Sequence[Any]
     config: Any
     rotary: Any
-
-    @classmethod
-    def of(cls, adapter: Adapter) -> Decoder:
-        """Return the parts of an adapter's model."""
-        rotary = adapter.language_model.rotary_emb
-        return cls(list(adapter.decoder_layers), adapter.model.config.get_text_config(), rotary)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the mechanism hands around: the chat template's ids, encoded videos and their places, pruned inputs."""
+"""A batch whose videos are encoded and located, and the ids of a chat template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.trace import VideoTrace
 from vidsieve.errors import NeedError, PromptError
 from vidsieve.types import EncoderOutputs, Selection, TokenGrid
 
@@ -88,7 +87,7 @@ def template_of(config: Any) -> Template:
 
 
 def kept_newlines(indices: Tensor, count: int, grid: TokenGrid, per_row: bool) -> Tensor:
-    """Return which of `count` newlines (count,) bool stay beside grid tokens `indices` (K,): all, or their rows'."""
+    """Return a mask (count,) bool of the newlines that stay with grid tokens `indices` (K,)."""
     keep = torch.full((count,), not per_row, dtype=torch.bool, device=indices.device)
     if per_row:
         keep[indices // grid.width] = True
@@ -114,13 +113,13 @@ class VideoFeatures:
     surplus: int = 0
 
     def kept_tail(self, indices: Tensor) -> Tensor:
-        """Return which of the tail's tokens (E,) bool stay beside the grid tokens `indices` (K,)."""
+        """Return a mask (E,) bool of the tail tokens that stay with grid tokens `indices` (K,)."""
         return kept_newlines(indices, len(self.tail), self.grid, self.per_row)
 
 
 @dataclass(frozen=True)
 class VideoSpan:
-    """Where one video stands in a batch: its row, the columns of its grid tokens (N,), tail (E,) and surplus (S,)."""
+    """Position of one video in a batch: its row and the columns of its grid tokens (N,), tail (E,) and surplus (S,)."""
 
     row: int
     columns: Tensor
@@ -182,23 +181,5 @@ class Encoded:
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a processor's outputs with their tensors on `device`; ready features are where their model made them."""
+    """Return a processor's outputs with their tensors on `device`; ready features stay where they are."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """Inputs of the unmodified model, and what they leave out.
-
-    Parameters
-    ----------
-    inputs : dict
-        Arguments for `model.generate` or `model.forward`.
-    kept_positions : Tensor, (B', L'), int64
-        The column of the unpruned prompt behind each column; −1 on padding.
-    traces : tuple of VideoTrace
-    """
-
-    inputs: dict[str, Any]
-    kept_positions: Tensor
-    traces: tuple[VideoTrace, ...] = ()

@@ -1,4 +1,4 @@
-"""What tells one model, policy or setting from another: short hashes."""
+"""Short hashes that identify models, policies and settings."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 
 def digest(value: Any) -> str:
-    """Return a hash of a value as JSON has it; what JSON does not know counts as its text."""
+    """Return a hash of a value as JSON has it; other values count as their text."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def lasting(config: Any) -> Any:
-    """Return a configuration without what may differ for the same model: where it came from, versions, dtypes."""
+    """Return a configuration without values that may differ for the same model: its path, versions, dtypes."""
     if isinstance(config, dict):
         passing = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
         return {str(key): lasting(value) for key, value in config.items() if key not in passing}
@@ -28,14 +28,14 @@ def lasting(config: Any) -> Any:
 
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hash of names, shapes and some values of weights; of those that are offloaded names and shapes alone."""
-    found = hashlib.sha256()
+    """Return a hash of names, shapes and some values of weights; of offloaded ones only names and shapes."""
+    digest_ = hashlib.sha256()
     for name, weight in weights:
-        found.update(f"{name} {tuple(weight.shape)}".encode())
+        digest_.update(f"{name} {tuple(weight.shape)}".encode())
         if not weight.is_meta:
             places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
-            found.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
-    return found.hexdigest()[:16]
+            digest_.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
+    return digest_.hexdigest()[:16]
 
 
 def model_digest(model: Any) -> str:
@@ -45,7 +45,7 @@ def model_digest(model: Any) -> str:
 
 def folder_digest(folder: Path) -> str:
     """Return a hash of the names and bytes of the files in a folder."""
-    found = hashlib.sha256()
+    digest_ = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if os.path.isfile(path)):
-        found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()[:16]
+        digest_.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest_.hexdigest()[:16]

@@ -22,13 +22,13 @@ def check_count(placeholders: int, tokens: int, kind: str, count: int | None = N
     if placeholders == tokens:
         return
     given = f"its {kind}s" if count is None else f"its {count} {kind}{'s' * (count != 1)}"
-    said = f"the prompt has {placeholders} {kind} placeholders, {given} give {tokens} tokens: "
+    text = f"the prompt has {placeholders} {kind} placeholders, {given} give {tokens} tokens: "
     if placeholders > tokens:
         raise PromptError(
-            f"{said}use the processor that belongs to the model; if an answer of the model itself holds the "
+            f"{text}use the processor that belongs to the model; if an answer of the model itself holds the "
             "placeholder, take it out of the conversation"
         )
-    raise PromptError(f"{said}use the processor that belongs to the model, and do not truncate the prompt")
+    raise PromptError(f"{text}use the processor that belongs to the model, and do not truncate the prompt")
 
 
 def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tuple[VideoSpan, ...]:

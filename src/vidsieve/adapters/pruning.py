@@ -1,4 +1,4 @@
-"""The door that is a pure function: inputs in, pruned inputs out."""
+"""`prune`: a pure function from a model's inputs to pruned inputs; and finding the adapter of a model."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from torch import Generator
 
 from vidsieve import registry
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Template
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Stage
 
 LAYOUTS = ("installed", "grid")
-"""Token layouts: as the installed transformers makes them; as LLaVA-Video's own code does (`llava_video`)."""
+"""Token layouts: those of the installed transformers; those of LLaVA-Video's own code (`llava_video`)."""
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the model inside of what PEFT, DistributedDataParallel or FSDP have wrapped around it.
+    """Return the model inside a PEFT, DistributedDataParallel or FSDP wrapper.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def adapter_for(
         if base.__name__ in registry.families:
             name = base.__name__ if layout == "installed" else f"{base.__name__}:{layout}"
             if name not in registry.families:
-                raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has just its own")
+                raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has one layout only")
             adapter: Adapter = registry.families.get(name)(model, template, positions)
             return adapter
     raise UnsupportedModelError(
@@ -138,6 +139,6 @@ def prune(
 
 
 def is_pruned(call: Mapping[str, Any]) -> bool:
-    """Return whether the arguments of a call came out of `prune`."""
+    """True if the arguments of a call are outputs of `prune`."""
     ready = (encoder_features(call, modality) for modality in ("video", "image"))
     return any(hasattr(features, "vidsieve_pruned") for features in ready)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.cache import CacheRecord, keep_record, record_of
 from vidsieve.adapters.calls import (
     PromptRestorer,
@@ -27,8 +27,9 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.encoded import Pruned, Template
-from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
+from vidsieve.adapters.encoded import Template
+from vidsieve.adapters.family import Videos
+from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for, is_pruned
 from vidsieve.adapters.trace import Trace
 from vidsieve.adapters.transformers_api import (
@@ -48,7 +49,7 @@ from vidsieve.errors import AttachError, PromptError, UnsupportedCallError
 from vidsieve.types import Need, Stage, Tokens
 
 _SESSION = "_vidsieve_session"
-"""Attribute of a model under which its open session stands; it refuses to be copied or saved with the model."""
+"""Attribute of a model that holds its open session; a session refuses to be copied or saved with the model."""
 
 Call = Callable[..., Any]
 
@@ -58,19 +59,19 @@ class Session:
 
     While it is open, ``model.generate`` and ``model(...)`` drop video tokens before the LLM reads them, and
     return what they always return. Text-only prompts pass through. One pruned call at a time. Call the model
-    itself: ``type(model).generate(model, …)`` goes past the session.
+    itself: ``type(model).generate(model, …)`` bypasses the session.
 
     A cache filled under a session stands for a shorter prompt than the caller's; later turns and steps on it
-    are put right while a session is open, and must not be run on the detached model. Tokens after a prompt
+    are corrected while a session is open, and must not be run on the detached model. Tokens after a prompt
     follow at its last position + 1, as the installed `generate` decodes.
 
     Attributes
     ----------
     trace : Trace
-        What was kept of each video.
+        The tokens kept of each video.
     kept_positions : Tensor or None, (B', L'), int64
-        For the last pruned call: the column of the caller's prompt behind each column that the LLM read,
-        −1 on padding. Maps the logits of a plain forward back.
+        Of the last pruned call: for each column that the LLM read, its column in the caller's prompt; −1 on
+        padding. It maps the logits of a plain forward back.
     """
 
     def __init__(
@@ -118,8 +119,8 @@ class Session:
 
         functools.update_wrapper(wrapper, original)
         del wrapper.__wrapped__  # type: ignore[attr-defined]
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        wrapper.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+        receiver = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        wrapper.__signature__ = signature.replace(parameters=[receiver, *signature.parameters.values()])  # type: ignore[attr-defined]
         # Never traced: a model compiled in place (`model.compile()`) runs as it is written while it is attached.
         disabled: Call = torch.compiler.disable(wrapper)  # type: ignore[no-untyped-call]
         self._functions |= {disabled, wrapper}
@@ -161,7 +162,7 @@ class Session:
     # -- calls ----------------------------------------------------------------------------------------------
 
     def _call(self, prune: Call, original: Call, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
-        """Run a call of the model: inner calls and those without a video go through as they are."""
+        """Run a call of the model: inner calls and those without a video run unchanged."""
         if not self._wrappers or getattr(self._here, "running", False):
             return original(*args, **kwargs)
         call = arguments(signature, args, kwargs)
@@ -173,7 +174,7 @@ class Session:
         record = record_of(call.get(CACHE))
         with self._inside():
             if record is None and not self._to_prune(call):
-                # The caller's own name for the cache may be one that the installed version does not know.
+                # The caller may name the cache as another version of transformers does.
                 renamed = CACHE in kwargs and cache_argument(self._model) != CACHE
                 return original(**for_model(call, self._model)) if renamed else original(*args, **kwargs)
             if call["input_ids"] is None:
@@ -202,8 +203,7 @@ class Session:
     def _generate(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
         check_generate(self._model, call)
         check_checkpointing(self._adapter.decoder_layers, True, self.compressor)
-        if acts_inside(self.compressor):
-            check_inner(self._model, call, self.compressor)
+        check_inner(self._model, call, self.compressor)
         if record is not None and self.reselect:
             self._forget(call)
             record = None
@@ -225,8 +225,8 @@ class Session:
         result = restore.output(output)
         beams = (setting(self._model, call, "num_beams") or 1) > 1
         full = result if isinstance(result, Tensor) else result.sequences
-        made = cache if cache is not None else output_cache(output)
-        keep_record(made, record.grown(full, short, beams))
+        used = cache if cache is not None else output_cache(output)
+        keep_record(used, record.grown(full, short, beams))
         return result
 
     def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
@@ -234,8 +234,7 @@ class Session:
         if loses_cache(self._adapter.decoder_layers):
             call |= {CACHE: None, "use_cache": False}
         cache = call.get(CACHE)
-        if acts_inside(self.compressor):
-            check_cache(cache)
+        check_cache(cache, self.compressor)
         if record is not None:
             new, record = record.step(call["input_ids"], call, self._adapter)
         else:
@@ -250,7 +249,7 @@ class Session:
         return output
 
     def _to_prune(self, call: dict[str, Any]) -> bool:
-        """Return whether a call is to be pruned; refuse one whose video could slip through unpruned."""
+        """True if a call is to be pruned; refuse one whose video would slip through unpruned."""
         ids, cache = call["input_ids"], call.get(CACHE)
         if is_pruned(call) or (self.compressor.idle and self._adapter.layout == "installed"):
             return False
@@ -273,22 +272,30 @@ class Session:
 
     def _begin(self, call: dict[str, Any]) -> tuple[dict[str, Any], CacheRecord]:
         """Return the pruned arguments of a first call, and the record of its prompt."""
-        ids = call["input_ids"]
-        run: InnerRun | None = None
-        if acts_inside(self.compressor):
-            self._check_labels(call)
-            encoded = self._adapter.encode(call, self.videos, self.compressor.needs)
-            pruned, run = begin(self._adapter, encoded, self.compressor, self._generator())
-            self.kept_positions = pruned.kept_positions
-        else:
-            pruned = self._prune(call)
-        mask = call.get("attention_mask")
+        ids, mask = call["input_ids"], call.get("attention_mask")
+        self._check_labels(call)
+        self._adapter.check(self.compressor)
+        encoded = self._adapter.encode(call, self.videos, self.compressor.needs)
+        plan = self._adapter.plan(encoded, self.compressor, torch.Generator().manual_seed(self.seed))
+        if plan.run is None:
+            self._note_selected(plan, int(ids.shape[1]))
+        self.kept_positions = plan.kept_positions
         whole = torch.ones_like(ids) if mask is None else mask
-        positions = self._adapter.unpack_positions(pruned.inputs["position_ids"])
-        return pruned.inputs, CacheRecord.start(ids, whole, pruned, positions, run)
+        positions = self._adapter.unpack_positions(plan.inputs["position_ids"])
+        return plan.inputs, CacheRecord.start(ids, whole, plan, positions)
+
+    def _note_selected(self, plan: Plan, prompt: int) -> None:
+        """Add the traces of a method that acts before the LLM alone."""
+        # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
+        whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
+        if not whole and not any(trace.kept < trace.total for trace in plan.traces):
+            raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
+        self._note_windows()
+        self.trace.videos.extend(plan.traces)
+        self.trace.prompt_tokens = (prompt, int(plan.inputs["input_ids"].shape[1]))
 
     def _forget(self, call: dict[str, Any]) -> None:
-        """Take the cache out of a later turn, so that its whole conversation is pruned for its own question."""
+        """Take the cache out of a later turn, so that the whole conversation is pruned for its newest question."""
         if not self._adapter.carries_video(call):
             raise UnsupportedCallError(
                 "reselect=True prefills a later turn anew: send the whole conversation with its video, as the "
@@ -315,30 +322,15 @@ class Session:
         if run is None:
             yield
             return
-        with running(self._adapter, run, cache, call["attention_mask"][:, record.short_prompt :]):
+        with self._adapter.acting(run, cache, call["attention_mask"][:, record.short_prompt :]):
             yield
         if run.fresh:
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
         run.fresh, before, run.listed = False, run.listed, run.traces()
         self.trace.revise(before, run.listed)
 
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
-
-    def _prune(self, call: dict[str, Any]) -> Pruned:
-        pruned = self._adapter.prune(call, self.compressor, self._generator(), self.videos)
-        # A short video may have no more than a count of tokens; at 1.0 it is laid out anew.
-        whole = isinstance(self.compressor.retention, Tokens) or self.compressor.retention == 1.0
-        if not whole and not any(trace.kept < trace.total for trace in pruned.traces):
-            raise AttachError(f"{self.compressor.describe()} dropped nothing from a prompt with a video")
-        self._note_windows()
-        self.trace.videos.extend(pruned.traces)
-        self.trace.prompt_tokens = (int(call["input_ids"].shape[1]), int(pruned.inputs["input_ids"].shape[1]))
-        self.kept_positions = pruned.kept_positions
-        return pruned
-
     def _note_windows(self) -> None:
-        """Say once that layers which do not see the whole prompt read a shorter one now."""
+        """Note once that layers which see part of the prompt count the tokens of the shorter one."""
         other = sorted(set(layer_kinds(self._model.config.get_text_config())) - {FULL})
         note = (
             f"this LLM has layers with {', '.join(other)}, which count the tokens that are kept: the result equals the "
@@ -389,7 +381,7 @@ def attach(
     videos : list of (first, count), optional
         As in `prune`, for every call of the session; the session's attribute `videos` changes it.
     reselect : bool
-        Select anew in every later turn of `generate`, for its own question: the conversation is prefilled again, the
+        Select again in every later turn of `generate`, for its question: the conversation is prefilled again, the
         cache that comes with it is left alone, and the output brings a new one. Without it a question-aware method
         keeps what it selected for the first question of a cache.
 

@@ -1,4 +1,4 @@
-"""What a session kept, when and how fast."""
+"""Records of what a session kept of each video."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class VideoTrace:
     decoded: float | None = None
     """For methods that act while decoding: mean over steps of the share of the kept tokens that later layers read."""
     newlines: int = 0
-    """Tokens outside the grid that stay beside the kept ones; no budget counts them."""
+    """Tokens outside the grid that stay; budgets do not count them."""
 
     @classmethod
     def of(
@@ -75,7 +75,7 @@ class VideoTrace:
 
     @property
     def inside(self) -> str:
-        """What a part inside the LLM did, in words; empty without one."""
+        """Summary of the part inside the LLM; empty without one."""
         held = "" if self.held is None else f", {self.held:.1%} on average over layers"
         held += f" (fewer from layer {', '.join(map(str, self.layers))} on)" if self.layers else ""
         return held + ("" if self.decoded is None else f", {self.decoded:.1%} of them read while decoding")
@@ -104,7 +104,7 @@ class VideoTrace:
 
 @dataclass
 class Trace:
-    """What a session pruned, newest last; the last 1,000 videos are remembered.
+    """The videos that a session pruned, newest last; the last 1,000 are kept.
 
     `positions` names the position convention, `prompt_tokens` are (before, after) of the last pruned call.
     """

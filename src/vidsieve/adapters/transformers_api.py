@@ -25,7 +25,7 @@ from vidsieve.errors import UnsupportedCallError, UnsupportedTransformersError
 from vidsieve.io.versions import minor, tested_range, warn_untested
 
 CACHE = "cache"
-"""How a cache is called among the arguments of a call inside this package, whatever the caller called it."""
+"""Name of the cache argument inside this package, whichever name the caller used."""
 _CACHE_NAMES = ("cache", "past_key_values")
 """The names that transformers has had for it, newest first (renamed in 5.24)."""
 _ENCODED = "mm_encoder_outputs"
@@ -158,7 +158,7 @@ def execution_device(model: Any) -> torch.device:
     """Return the device on which a model takes its inputs.
 
     Weights that accelerate keeps elsewhere (`cpu_offload`, `disk_offload`, a `device_map` with "cpu" or "disk") are on
-    the meta device until they are needed; its hooks then say where they are brought.
+    the meta device until they are needed; its hooks then have the device that they are moved to.
 
     Raises
     ------
@@ -171,18 +171,20 @@ def execution_device(model: Any) -> torch.device:
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", None) or [hook]:
-            found = getattr(part, "execution_device", None)
-            if found is not None:
-                return torch.device(found)
+            execution = getattr(part, "execution_device", None)
+            if execution is not None:
+                return torch.device(execution)
     raise UnsupportedCallError("the model's weights are on the meta device: load them before the model is called")
 
 
 def module_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the weights of one module by name: brought where they are offloaded, whole where they are sharded."""
     with align_module_device(module):
-        found = {name: weight.detach().clone() for name, weight in module.named_parameters(recurse=False)}
+        weights = {name: weight.detach().clone() for name, weight in module.named_parameters(recurse=False)}
     # FSDP shares a tensor out over processes; every one of them has to ask for the whole.
-    return {name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in found.items()}
+    return {
+        name: weight.full_tensor() if hasattr(weight, "full_tensor") else weight for name, weight in weights.items()
+    }
 
 
 # -- caches -----------------------------------------------------------------------------------------------------------
@@ -210,10 +212,10 @@ def first_keys(cache: Any, least: int = 1) -> Tensor | None:
 
 
 def uses_cache(model: Any, call: Mapping[str, Any]) -> bool:
-    """Return whether a plain forward with these arguments is to fill a cache."""
-    asked = call.get("use_cache")
-    if asked is not None:
-        return bool(asked)
+    """True if a plain forward with these arguments fills a cache."""
+    use_cache = call.get("use_cache")
+    if use_cache is not None:
+        return bool(use_cache)
     configurations = (model.config, model.config.get_text_config())
     return all(getattr(config, "use_cache", True) is not False for config in configurations)
 
@@ -223,7 +225,7 @@ def _checkpointed(layers: Iterable[nn.Module]) -> bool:
 
 
 def loses_cache(layers: Iterable[nn.Module]) -> bool:
-    """Return whether decoder layers run without the cache that they are given, because of gradient checkpointing.
+    """True if decoder layers run without the cache that they are given, because of gradient checkpointing.
 
     Before 5.24 transformers takes it away whenever a checkpointed model is in training mode, since then only where
     gradients are wanted.
@@ -232,7 +234,7 @@ def loses_cache(layers: Iterable[nn.Module]) -> bool:
 
 
 def repeats_hooks(layers: Iterable[nn.Module]) -> bool:
-    """Return whether backward runs the hooks of decoder layers a second time, after they were removed.
+    """True if backward runs the hooks of decoder layers again after they were removed.
 
     Before 5.23 transformers checkpoints the call of a layer, hooks included, and not its `forward`.
     """
@@ -246,7 +248,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def layer_kinds(text: Any) -> tuple[str, ...]:
-    """Return the kind of every decoder layer of an LLM with configuration `text`, as its cache is made by it."""
+    """Return the kind of every decoder layer of an LLM with configuration `text`, as its cache distinguishes them."""
     count = int(text.num_hidden_layers)
     kinds = getattr(text, "layer_types", None)
     if kinds:
@@ -257,17 +259,17 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
 
 
 def window_of(text: Any, layer: int) -> int | None:
-    """Return how many columns a layer sees back, itself included; None where it sees all."""
+    """Return the number of columns that a token sees, itself included; None for all."""
     return int(text.sliding_window) if layer_kinds(text)[layer] == SLIDING else None
 
 
 def is_flash(config: Any) -> bool:
-    """Return whether a model of this configuration runs flash attention, which takes masks (B, k) or none."""
+    """True if a model of this configuration runs flash attention, which takes masks (B, k) or none."""
     return "flash" in str(config._attn_implementation)
 
 
 def is_eager(config: Any) -> bool:
-    """Return whether a model of this configuration holds whole attention matrices."""
+    """True if a model of this configuration computes whole attention matrices."""
     return bool(config._attn_implementation == "eager")
 
 
@@ -286,7 +288,7 @@ def attention_through(config: Any, name: str, function: Callable[..., Any]) -> I
 
 
 def fused_attention(*args: Any, **kwargs: Any) -> Any:
-    """Return what torch's fused attention makes of the arguments of an attention function of transformers."""
+    """Run torch's fused attention with the arguments of an attention function of transformers."""
     return ALL_ATTENTION_FUNCTIONS["sdpa"](*args, **kwargs)
 
 

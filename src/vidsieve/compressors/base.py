@@ -139,6 +139,10 @@ class Compressor(ABC):
         """True if this instance changes nothing."""
         return self.retention == 1.0
 
+    def outer(self, num_layers: int) -> Compressor | None:
+        """Return the part before an LLM of `num_layers` layers, at its own budget; None if there is none."""
+        return self
+
     @property
     def part(self) -> str:
         """Label of the active parts ("both parts", "outer part"); empty for methods of one part (no field `inner`)."""

@@ -142,7 +142,7 @@ class LayerCompressor(Compressor):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
 
     def outer(self, num_layers: int) -> Compressor | None:
-        """Return the part before an LLM of `num_layers` layers, at its own budget; None if there is none."""
+        """Return None: methods with a part before the LLM return it instead."""
         return None
 
     @abstractmethod

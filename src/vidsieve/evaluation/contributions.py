@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.inside.acting import begin, running
+from vidsieve.answering import next_token_logits
 from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView
 from vidsieve.errors import EvaluationError
 from vidsieve.training.rollouts import Rollouts
@@ -141,9 +141,7 @@ def effects(masks: NDArray[np.bool_], values: NDArray[np.float64]) -> tuple[NDAr
 def attention_received(adapter: Adapter, encoded: Any) -> NDArray[np.float64]:
     """Return the attention (N,) of the last prompt token to the tokens of a prompt's one video, mean over layers."""
     listening = _Listening(retention=1.0)
-    pruned, run = begin(adapter, encoded, listening, Generator())
-    with running(adapter, run):
-        adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False)
+    next_token_logits(adapter, adapter.plan(encoded, listening))
     return torch.stack(listening.seen).mean(0).double().numpy()
 
 

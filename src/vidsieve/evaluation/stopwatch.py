@@ -88,10 +88,10 @@ def once(
         encoded = adapter.encode(inputs, needs=method.needs if method is not None else frozenset())
     clock.ms["vision encoder"] -= clock.ms.setdefault("projector", 0.0)
     made = generated(adapter, encoded, method, clock, tokens=new_tokens, seed=seed, exactly=True)
-    traces = made.traces
+    traces = made.plan.traces
     text = adapter.model.config.get_text_config()
     total = sum(span.features.grid.num_tokens for span in encoded.videos)
-    before, after = int(encoded.input_ids.shape[1]), int(made.pruned.inputs["input_ids"].shape[1])
+    before, after = int(encoded.input_ids.shape[1]), int(made.plan.inputs["input_ids"].shape[1])
     kept = sum(trace.kept for trace in traces) if traces else total
     layers = sum(trace.layer_retention * trace.total for trace in traces) / total if traces else 1.0
     # What layers see on average, text included: methods inside the LLM begin with more and end with fewer.

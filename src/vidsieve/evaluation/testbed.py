@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.fingerprint import model_digest
-from vidsieve.adapters.inside.acting import begin, running
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
 from vidsieve.evaluation.runs import RESULT, SAMPLES, TIMING, policy_digest, versions
@@ -178,9 +178,8 @@ def answers(adapter: Adapter, scene: SceneBatch, row: TestbedRow, seed: int) -> 
             chosen.append(selection)
         else:
             chosen.append(chosen[0])
-    pruned = adapter.build(scene.encoded, [[selection] for selection in chosen])
-    logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-    return _right(scene, logits), traces
+    plan = adapter.build(scene.encoded, [[selection] for selection in chosen])
+    return _right(scene, next_token_logits(adapter, plan)), traces
 
 
 def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
@@ -192,10 +191,8 @@ def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
 def _answers_inside(
     adapter: Adapter, scene: SceneBatch, method: Compressor, generator: Generator
 ) -> tuple[list[bool], list[VideoTrace]]:
-    pruned, run = begin(adapter, scene.encoded, method, generator)
-    with running(adapter, run):
-        logits = adapter.model(**pruned.inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
-    return _right(scene, logits), run.traces()
+    plan = adapter.plan(scene.encoded, method, generator)
+    return _right(scene, next_token_logits(adapter, plan)), list(plan.traces)
 
 
 def evaluate(

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.session import Session, attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.base import Compressor

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Videos
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.testing.staged import (

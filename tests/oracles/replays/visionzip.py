@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from replays import Archive, Case, gap, groups, judged, same_indices
-from vidsieve.adapters.families.probe import attention_modules, listening, received
+from vidsieve.adapters.probe import attention_modules, listening, received
 from vidsieve.compressors.visionzip import merge, zipped
 
 

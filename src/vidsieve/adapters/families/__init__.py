@@ -1,1 +1,1 @@
-"""What each model family says of itself; one file a family."""
+"""Model families, one file each."""

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vidsieve.adapters.adapter import Adapter, Videos
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
-from vidsieve.adapters.families.counted import CountedPositions
-from vidsieve.adapters.families.probe import block_mean
+from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import check_count
+from vidsieve.adapters.probe import block_mean
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class FrameAdapter(CountedPositions, Adapter):
+class FrameAdapter(Adapter):
     """Base of families that read a video as images, each a square of tokens; positions are 1-D.
 
     The images of a prompt are one video if there are two or more, unless ``videos=[(first, count), …]`` says which
@@ -34,7 +34,7 @@ class FrameAdapter(CountedPositions, Adapter):
 
     @abstractmethod
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Return every image of a batch (F, n, D) through the model's own vision tower and projector, in order."""
+        """Return every image of a batch (F, n, D), encoded by the model's vision tower and projector, in order."""
 
     @property
     @abstractmethod
@@ -47,7 +47,7 @@ class FrameAdapter(CountedPositions, Adapter):
         return self.image_token_id
 
     def carries_video(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether pixels or ready features of two or more images of a prompt are in a call."""
+        """True if a call has pixels or ready features of two or more images of a prompt."""
         ready = encoder_features(inputs, "image")
         ids = inputs.get("input_ids")
         pixels = inputs.get(self.video_keys[0])
@@ -58,15 +58,15 @@ class FrameAdapter(CountedPositions, Adapter):
         return given and (self.holds_video(ids) or not bool((ids == self.image_token_id).any()))
 
     def holds_video(self, ids: Tensor) -> bool:
-        """Return whether a prompt holds two or more images."""
+        """True if a prompt holds two or more images."""
         return bool(((ids == self.image_token_id).sum(-1) >= 2 * self.frame_side**2).any())
 
     def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
-        """Return False: every image is looked after as a frame."""
+        """Return False: every image is treated as a frame."""
         return False
 
     def holds_image(self, ids: Tensor) -> bool:
-        """Return False: every image is looked after as a frame."""
+        """Return False: every image is treated as a frame."""
         return False
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
@@ -78,8 +78,8 @@ class FrameAdapter(CountedPositions, Adapter):
     def locate(
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
-        """Return the videos and the images outside them, found by their placeholders."""
-        frames, found = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
+        """Return the videos and the images outside them, located by their placeholders."""
+        frames, probe = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
         count, size = len(frames), self.frame_side**2
         rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
         check_count(len(rows), count * size, "image", count)
@@ -92,7 +92,7 @@ class FrameAdapter(CountedPositions, Adapter):
         for start, length in chosen:
             outside[start : start + length] = False
             tokens = frames[start : start + length].flatten(0, 1)
-            signals = found.part(start * size, length * size) if found is not None else None
+            signals = probe.part(start * size, length * size) if probe is not None else None
             video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
             span = where[start : start + length].flatten()
             spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))

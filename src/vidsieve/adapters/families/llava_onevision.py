@@ -11,14 +11,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
-from vidsieve.adapters.families.counted import CountedPositions
-from vidsieve.adapters.families.probe import attention_modules
 from vidsieve.adapters.locate import needed
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class LlavaOnevisionAdapter(CountedPositions, Adapter):
+class LlavaOnevisionAdapter(Adapter):
     """Adapter of `LlavaOnevisionForConditionalGeneration`.
 
     Each frame is pooled to a square grid by the model; its ``image_newline`` closes the video, lies outside

@@ -12,8 +12,8 @@ from transformers.vision_utils import get_vision_window_index
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
-from vidsieve.adapters.families.probe import attention_modules
 from vidsieve.adapters.locate import needed, runs
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
@@ -36,10 +36,10 @@ class Qwen25VLAdapter(Adapter):
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to."""
-        made = processor.video_processor
-        most = tokens * (made.patch_size * made.merge_size) ** 2
-        made.size = type(made.size)(**(dict(made.size) | {"longest_edge": most}))
-        made.size["shortest_edge"] = min(made.size["shortest_edge"], most)
+        reader = processor.video_processor
+        most = tokens * (reader.patch_size * reader.merge_size) ** 2
+        reader.size = type(reader.size)(**(dict(reader.size) | {"longest_edge": most}))
+        reader.size["shortest_edge"] = min(reader.size["shortest_edge"], most)
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` by ``video_grid_thw`` (videos, 3), or of ready features."""
@@ -129,7 +129,7 @@ class Qwen25VLAdapter(Adapter):
         return tokens if order is None else tokens[order.argsort().to(tokens.device)]
 
     def window_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return the order (M,) in which blocks see the tokens; None: their own."""
+        """Return the order (M,) in which blocks see the tokens; None: raster order."""
         vision = self.model.config.vision_config
         order: Tensor = get_vision_window_index(
             inputs["video_grid_thw"],

@@ -24,11 +24,11 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
 
     @property
     def deep_layers(self) -> int:
-        """Layers of the LLM that get features of their own."""
+        """Number of first LLM layers that get deep features."""
         return len(self.model.config.vision_config.deepstack_visual_indexes)
 
     def window_order(self, inputs: Mapping[str, Any]) -> None:
-        """Return None: blocks see the tokens in their own order."""
+        """Return None: blocks see the tokens in raster order."""
         return None
 
     def encoder_outputs(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.families.frames import FrameAdapter
-from vidsieve.adapters.families.probe import attention_modules
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 
 

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from vidsieve.adapters.decoder_layer import Decoder
-from vidsieve.adapters.encoded import Encoded, Pruned
-from vidsieve.adapters.inside import decoding, layers
+from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.inside.hooks import InnerRun as InnerRun
+from vidsieve.adapters.inside.layers import LayerRun
+from vidsieve.adapters.inside.view import PlacedVideo
+from vidsieve.adapters.trace import VideoTrace
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
 from vidsieve.errors import StageError
-from vidsieve.types import Stage
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
-
-
-def acts_inside(compressor: Compressor | None) -> bool:
-    """Return whether a method has a part that hooks must run."""
-    return compressor is not None and compressor.acts is not Stage.PRE_LLM
-
 
 _eager_lock, _eager_calls = threading.Lock(), 0
 _stance: Any = None
@@ -53,8 +45,31 @@ def uncompiled() -> Iterator[None]:
                 _stance.__exit__(None, None, None)
 
 
-def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator: Generator) -> tuple[Pruned, InnerRun]:
-    """Return the prompt as the LLM gets it, and the method that goes on inside.
+def begin(
+    compressor: Compressor,
+    depth: int,
+    positions: Tensor,
+    text: Tensor,
+    real: Tensor,
+    videos: tuple[PlacedVideo, ...],
+    traces: Sequence[VideoTrace],
+) -> InnerRun:
+    """Return the run of the part of a method inside an LLM, on a batch of prompts as the LLM reads it.
+
+    Parameters
+    ----------
+    compressor : Compressor
+    depth : int
+        Number of decoder layers.
+    positions : Tensor, (P, B, L), int64
+        Rotary positions.
+    text : Tensor, (B, L), int64
+        Positions along the text, as decoder layers get them.
+    real : Tensor, (B, L), bool
+        False on padding.
+    videos : tuple of PlacedVideo
+    traces : sequence of VideoTrace
+        Of the part before the LLM, if there is one.
 
     Raises
     ------
@@ -62,21 +77,28 @@ def begin(adapter: Adapter, encoded: Encoded, compressor: Compressor, generator:
         If it has no part there.
     """
     if isinstance(compressor, LayerCompressor):
-        return layers.begin(adapter, encoded, compressor, generator)
+        return LayerRun(compressor, positions, real, videos, depth, tuple(trace.select_ms for trace in traces))
     if isinstance(compressor, DecodeCompressor):
-        return decoding.begin(adapter, encoded, compressor, generator)
+        first = compressor.first_layer(depth)
+        return DecodeRun(compressor, positions, real, videos, first, text, tuple(traces))
     raise StageError(f"{compressor.name} acts {compressor.acts.value}, not inside it")
 
 
 @contextmanager
-def running(adapter: Adapter, run: InnerRun | None, cache: Any = None, words: Tensor | None = None) -> Iterator[None]:
-    """Let a method work inside the LLM while a block runs, on a cache if there is one; None: no method does.
+def running(decoder: Decoder, run: InnerRun | None, cache: Any = None, words: Tensor | None = None) -> Iterator[None]:
+    """Let a method act inside the LLM while a block runs; None: no method does.
 
-    `words` (B, n) says which columns behind the prompt are seen, where some are not.
+    Parameters
+    ----------
+    decoder : Decoder
+    run : InnerRun, optional
+    cache : the cache of the call, if it is given one
+    words : Tensor, (B, n), optional
+        Which columns after the prompt are seen, where some are not.
     """
     if run is None:
         yield
         return
-    # A language model that was compiled before does not see hooks: it runs as it was written meanwhile.
-    with uncompiled(), run.hooked(Decoder.of(adapter), cache, words):
+    # A language model that was compiled before does not run hooks: it runs eagerly meanwhile.
+    with uncompiled(), run.hooked(decoder, cache, words):
         yield

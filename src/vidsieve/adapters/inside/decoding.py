@@ -9,36 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from vidsieve.adapters.decoder_layer import at_home, attention_scores, block_shape, rotated
 from vidsieve.adapters.drop import padded
-from vidsieve.adapters.encoded import Encoded, Pruned
 from vidsieve.adapters.inside.hooks import InnerRun, per_row
-from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import argument, cache_argument, first_keys, unsupported
 from vidsieve.compressors.inside import DecodeCompressor, DecodeView
 from vidsieve.errors import SelectionError
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
-
-
-def begin(
-    adapter: Adapter, encoded: Encoded, compressor: DecodeCompressor, generator: Generator
-) -> tuple[Pruned, DecodeRun]:
-    """Return the prompts pruned before the LLM, and the run that will choose the tokens that each step reads."""
-    selections, traces = adapter.select(encoded, compressor, generator)
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    ids = adapter.unpack_positions(pruned.inputs["position_ids"])
-    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    first = compressor.first_layer(len(adapter.decoder_layers))
-    run = DecodeRun(compressor, ids[adapter.position_rows], real, videos, first, ids[0], tuple(traces))
-    return replace(pruned, traces=tuple(traces)), run
 
 
 @dataclass

@@ -10,43 +10,19 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from vidsieve.adapters.drop import padded
-from vidsieve.adapters.encoded import Encoded, Pruned
 from vidsieve.adapters.inside.hooks import InnerRun, per_row
-from vidsieve.adapters.inside.view import PromptRow, PromptView, place
+from vidsieve.adapters.inside.view import PromptRow, PromptView
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache
 from vidsieve.compressors.inside import LayerChoice, LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import Selection
-
-if TYPE_CHECKING:
-    from vidsieve.adapters.adapter import Adapter
-
-
-def begin(
-    adapter: Adapter, encoded: Encoded, compressor: LayerCompressor, generator: Generator
-) -> tuple[Pruned, LayerRun]:
-    """Return the prompts that enter the LLM, padded on the left, and the run that will drop tokens inside.
-
-    The prompts are whole, or reduced by the part before the LLM.
-    """
-    depth = len(adapter.decoder_layers)
-    outer, spent = compressor.outer(depth), []
-    if outer is None:
-        selections = encoded.everything()
-    else:
-        selections, traces = adapter.select(encoded, outer, generator)
-        spent = [trace.select_ms for trace in traces]
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    positions = adapter.unpack_positions(pruned.inputs["position_ids"])[adapter.position_rows]
-    real, videos = pruned.kept_positions >= 0, place(encoded, pruned, selections)
-    return pruned, LayerRun(compressor, positions, real, videos, depth, tuple(spent))
 
 
 class _Chosen(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.decoder_layer import Decoder, attention_rows, rope_bias
-from vidsieve.adapters.encoded import Encoded, Pruned, kept_newlines
+from vidsieve.adapters.encoded import Encoded, kept_newlines
 from vidsieve.adapters.transformers_api import window_of
 from vidsieve.compressors.inside import LayerView, Rows
 from vidsieve.errors import SelectionError
@@ -55,12 +55,12 @@ class PlacedVideo:
         return everything[self.placed_newlines.to(everything.device)]
 
 
-def place(encoded: Encoded, pruned: Pruned, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
+def place(encoded: Encoded, kept_positions: Tensor, selections: Sequence[Selection]) -> tuple[PlacedVideo, ...]:
     """Return the places of each video's selected tokens in the pruned prompts."""
     placed = []
     for span, selection in zip(encoded.videos, selections, strict=True):
         # Padding may have moved from the right to the left.
-        kept, indices = pruned.kept_positions[span.row], selection.indices.to(span.columns.device)
+        kept, indices = kept_positions[span.row], selection.indices.to(span.columns.device)
         tail = span.features.kept_tail(indices)
         newlines = span.tail_columns[tail]
         columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))

@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from vidsieve.adapters.encoded import Encoded, on_device
-from vidsieve.adapters.inside.acting import InnerRun, acts_inside, begin, running
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import chat
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.loading import load_model
@@ -32,7 +32,7 @@ class Ready:
     row: BatchRow
     frames: int
     encoded: Encoded
-    selection: Selection | None
+    selected: tuple[list[Selection], list[VideoTrace]]
 
     @property
     def total(self) -> int:
@@ -88,10 +88,8 @@ class Answerer:
             raise PromptError(
                 f"prompt and answer reach position {reach}, and the model knows {self.window}: take fewer frames"
             )
-        selection = None
-        if method is not None and not acts_inside(method):
-            (selection,), _ = self.adapter.select(encoded, method, self._drawing(row))
-        return Ready(row, len(video.pixels), encoded, selection)
+        selected = self.adapter.select(encoded, method, self._drawing(row))
+        return Ready(row, len(video.pixels), encoded, selected)
 
     def _drawing(self, row: BatchRow) -> Generator:
         """Return a row's own generator: what is drawn for it does not depend on the rows before."""
@@ -110,19 +108,16 @@ class Answerer:
 
     def _said(self, ready: Sequence[Ready]) -> list[Outcome]:
         encoded = stacked([one.encoded for one in ready])
-        run: InnerRun | None = None
-        if self.method is not None and acts_inside(self.method):
-            pruned, run = begin(self.adapter, encoded, self.method, self._drawing(ready[0].row))
-        else:
-            chosen = [one.selection for one in ready if one.selection is not None] or encoded.everything()
-            pruned = self.adapter.build(encoded, encoded.per_row(chosen))
-        with running(self.adapter, run):
+        selected = [s for one in ready for s in one.selected[0]], [t for one in ready for t in one.selected[1]]
+        plan = self.adapter.plan(encoded, self.method, selected=selected)
+        with plan.acting():
             out = self.adapter.model.generate(
-                **pruned.inputs, max_new_tokens=self.settings.max_new_tokens, do_sample=False
+                **plan.inputs, max_new_tokens=self.settings.max_new_tokens, do_sample=False
             )
-        kept = [trace.kept for trace in run.traces()] if run is not None else [s.num_kept for s in chosen]
-        texts = self.processor.batch_decode(out[:, pruned.kept_positions.shape[1] :], skip_special_tokens=True)
-        read = (pruned.kept_positions >= 0).sum(1).tolist()
+        traces = plan.traces
+        kept = [trace.kept for trace in traces] if traces else [s.num_kept for s in plan.selections]
+        texts = self.processor.batch_decode(out[:, plan.kept_positions.shape[1] :], skip_special_tokens=True)
+        read = plan.prompt_tokens
         return [
             one.row.answered(text.strip(), kept=left, total=one.total, prompt_tokens=tokens, frames=one.frames)
             for one, text, left, tokens in zip(ready, texts, kept, read, strict=True)

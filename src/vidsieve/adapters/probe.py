@@ -7,23 +7,21 @@ computed frame by frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidsieve.adapters.transformers_api import attention_through, fused_attention
 from vidsieve.errors import NeedError
-from vidsieve.types import ENCODER_NEEDS, EncoderOutputs, Need
-
-T = TypeVar("T")
+from vidsieve.types import EncoderOutputs
 
 _NAME = "vidsieve_probe"
 _listening: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
-"""By id of an attention module: what it was called with, while somebody listens."""
+"""By id of an attention module: the arguments of its calls, while it is listened to."""
 
 
 def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -98,7 +96,7 @@ class Signals:
 def signals(
     notes: list[tuple[Tensor, Tensor, float]], cls_token: bool, pool: Callable[[list[Tensor]], Tensor]
 ) -> Signals:
-    """Return what a method reads from the notes of one encoding; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
+    """Return the signals of one encoding from its notes; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
 
     Raises
     ------
@@ -107,32 +105,6 @@ def signals(
     """
     if not notes:
         raise NeedError("signals of the vision encoder need the video's pixels; ready features do not carry them")
-    found = [received(*note, cls_token) for note in notes]
-    attention = pool([weights[..., None] for weights, _ in found])[:, 0]
-    return Signals(attention.float(), pool([keys for _, keys in found]))
-
-
-class Probed:
-    """The part of an adapter that knows the vision tower; families that give signals override it."""
-
-    family: ClassVar[str]
-    cls_token: ClassVar[bool] = False
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the tower's configuration and the attention module of the block whose output is projected."""
-        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
-
-    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        """Return (M, C), one row an LLM token, from values (F, patches, C) of every call of the probed block."""
-        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
-
-    def probed(
-        self, run: Callable[[], T], inputs: Mapping[str, Any], needs: frozenset[Need]
-    ) -> tuple[T, Signals | None]:
-        """Run the vision tower, and return what it gives and the signals that are needed (None: none are)."""
-        if not needs & ENCODER_NEEDS:
-            return run(), None
-        config, module = self.probe_point(inputs)
-        with listening(config, module) as notes:
-            made = run()
-        return made, signals(notes, self.cls_token, lambda values: self.pool_signals(values, inputs))
+    parts = [received(*note, cls_token) for note in notes]
+    attention = pool([weights[..., None] for weights, _ in parts])[:, 0]
+    return Signals(attention.float(), pool([keys for _, keys in parts]))

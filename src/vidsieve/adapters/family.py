@@ -1,0 +1,255 @@
+"""Base of the model families: the facts that each file in `families` states."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from vidsieve.adapters.encoded import ImageSpan, Template, VideoFeatures, VideoSpan, template_of
+from vidsieve.adapters.locate import find_images, find_videos
+from vidsieve.adapters.probe import Signals, listening, signals
+from vidsieve.adapters.transformers_api import encoder_features, execution_device
+from vidsieve.errors import NeedError, UnknownNameError, UnsupportedCallError
+from vidsieve.types import ENCODER_NEEDS, Need
+
+T = TypeVar("T")
+
+CONVENTIONS = ("installed", "legacy", "compact")
+"""Position conventions: as the installed transformers computes them; as before 5.3 (Qwen: text after a video continues
+after its last moment too); counted again over the kept tokens, as vLLM does for families with 1-D positions."""
+
+Videos = Sequence[tuple[int, int]] | None
+
+
+class Family(ABC):
+    """Facts about a model family. A new family writes `video_features` and `encoder_outputs`, and what differs.
+
+    Attributes
+    ----------
+    family : str
+        Its name in policies.
+    model_class : str
+        Name of the transformers class.
+    video_keys, image_keys : tuple of str
+        Arguments that carry videos and still images, pixels first.
+    modality : str
+        Kind of placeholder that videos have.
+    position_rows : slice
+        Rows of the model's position ids that its rotary embedding reads.
+    layout : str
+        Name of its token layout.
+    projector : str
+        Path of the module that projects the vision tower's features to the width of the LLM.
+    provides : frozenset of Need
+        Signals that methods can read.
+    cls_token : bool
+        True if the vision tower has a class token.
+
+    Parameters
+    ----------
+    model : the transformers model
+    template : Template, optional
+    convention : str
+        One of `CONVENTIONS`.
+    """
+
+    family: ClassVar[str]
+    model_class: ClassVar[str]
+    video_keys: ClassVar[tuple[str, ...]]
+    image_keys: ClassVar[tuple[str, ...]]
+    modality: ClassVar[Literal["video", "image"]] = "video"
+    position_rows: ClassVar[slice] = slice(None)
+    layout: ClassVar[str] = "installed"
+    projector: ClassVar[str] = "model.multi_modal_projector"
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
+
+    cls_token: ClassVar[bool] = False
+
+    def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
+        if convention not in CONVENTIONS:
+            raise UnknownNameError("position convention", convention, CONVENTIONS)
+        if convention == "compact" and self.position_rows != slice(None):
+            raise UnsupportedCallError(
+                f"compact positions are for families that count tokens; {self.family} places them in time and space"
+            )
+        self.model, self.convention = model, convention
+        self._template = template
+
+    @abstractmethod
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return every video of a batch, encoded by the model's vision tower and projector, in order."""
+
+    @abstractmethod
+    def encoder_outputs(self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str) -> Any:
+        """Return the model's container of features from the kept rows of each prompt, [(n_b, D), …].
+
+        `deep` has the same per layer, for families with `VideoFeatures.deep`; `modality` is "video" or "image".
+        """
+
+    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the position ids (rows, B, L) int64 that the installed model would use; here real tokens counted."""
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[None]
+
+    def pack_positions(self, positions: Tensor) -> Tensor:
+        """Return positions (rows, B, L) in the form that the model's forward takes; here (B, L)."""
+        return positions[0]
+
+    def unpack_positions(self, position_ids: Tensor) -> Tensor:
+        """Return position ids in the form (rows, B, L) from the form that the model's forward takes."""
+        return position_ids[None]
+
+    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
+        """Return ``mm_encoder_outputs`` of a prompt with one video that was encoded before."""
+        outputs = self.encoder_outputs([video.embeds], [[layer] for layer in video.deep], self.modality)
+        return {self.modality: outputs}
+
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the features (M, D) of every still image of a batch in placeholder order, and their deep features.
+
+        Raises
+        ------
+        UnsupportedCallError
+            Unless the family says how its images are encoded.
+        """
+        raise UnsupportedCallError(
+            f"images and videos in one call are not supported for {self.family}; send them in separate calls"
+        )
+
+    def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
+        return positions
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model's inputs: that of its first weights, or the one that offloaded weights are moved to."""
+        return execution_device(self.model)
+
+    @property
+    def hidden_size(self) -> int:
+        """D, the width of the LLM."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def video_token_id(self) -> int:
+        """The id of a video placeholder."""
+        return int(self.model.config.video_token_id)
+
+    @property
+    def image_token_id(self) -> int:
+        """The id of an image placeholder."""
+        return int(self.model.config.image_token_id)
+
+    @property
+    def deep_layers(self) -> int:
+        """Number of first LLM layers after which features of visual tokens are added."""
+        return 0
+
+    @property
+    def language_model(self) -> Any:
+        """The LLM inside the model, without its head."""
+        return self.model.model.language_model
+
+    @property
+    def decoder_layers(self) -> torch.nn.ModuleList:
+        """The LLM's decoder layers."""
+        layers: torch.nn.ModuleList = self.language_model.layers
+        return layers
+
+    def template(self) -> Template:
+        """Return the chat template's ids.
+
+        Raises
+        ------
+        NeedError
+            If they are not known for this model's tokenizer.
+        """
+        if self._template is not None:
+            return self._template
+        return template_of(self.model.config)
+
+    def known_template(self) -> Template | None:
+        """Return the chat template's ids, None where they are not known."""
+        try:
+            return self.template()
+        except NeedError:
+            return None
+
+    def limit_frames(self, processor: Any, tokens: int) -> None:
+        """Make a processor give at most `tokens` tokens a frame; an error where the number is fixed."""
+        raise UnsupportedCallError(f"frames of {self.family} have a fixed number of tokens: leave the limit out")
+
+    def carries_video(self, inputs: Mapping[str, Any]) -> bool:
+        """True if the arguments of a call have pixels or ready features of a video."""
+        ready = encoder_features(inputs, "video")
+        return ready is not None or inputs.get(self.video_keys[0]) is not None
+
+    def holds_video(self, ids: Tensor) -> bool:
+        """True if prompts (B, L) hold placeholders of a video."""
+        return bool((ids == self.video_token_id).any())
+
+    def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
+        """True if the arguments of a call have pixels, ready features or placeholders of a still image."""
+        ready = encoder_features(inputs, "image")
+        given = ready is not None or any(inputs.get(key) is not None for key in self.image_keys[:1])
+        return given or self.holds_image(ids)
+
+    def holds_image(self, ids: Tensor) -> bool:
+        """True if prompts (B, L) hold placeholders of a still image."""
+        return bool((ids == self.image_token_id).any())
+
+    def locate(
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
+    ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
+        """Return every video and every prompt's still images, encoded and located by their placeholders."""
+        images: tuple[ImageSpan, ...] = ()
+        if self.carries_image(inputs, ids):
+            images = find_images(ids, self.image_token_id, *self.image_features(inputs))
+        return find_videos(ids, self.video_token_id, self.features(inputs, needs)), images
+
+    def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
+        """Return every video of a batch, with the signals of the vision encoder that are needed."""
+        videos, probe = self.probed(lambda: self.video_features(inputs), inputs, needs)
+        if probe is None:
+            return videos
+        starts = accumulate([0, *(video.grid.num_tokens for video in videos)])
+        return [
+            replace(video, encoder=probe.part(start, video.grid.num_tokens))
+            for video, start in zip(videos, starts, strict=False)
+        ]
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the vision tower's configuration and the attention module of the block whose output is projected."""
+        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return (M, C), one row an LLM token, from values (F, patches, C) of every call of the probed block."""
+        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
+
+    def probed(
+        self, encode: Callable[[], T], inputs: Mapping[str, Any], needs: frozenset[Need]
+    ) -> tuple[T, Signals | None]:
+        """Run the vision tower; return its output and the signals that are needed (None: none are)."""
+        if not needs & ENCODER_NEEDS:
+            return encode(), None
+        config, module = self.probe_point(inputs)
+        with listening(config, module) as notes:
+            output = encode()
+        return output, signals(notes, self.cls_token, lambda values: self.pool_signals(values, inputs))
+
+    def check_videos(self, videos: Videos) -> None:
+        """Refuse ``videos=`` where it makes no sense.
+
+        Raises
+        ------
+        UnsupportedCallError
+        """
+        if videos is not None:
+            raise UnsupportedCallError(
+                f"videos= is for families whose frames are images; {self.family} tells them itself"
+            )
