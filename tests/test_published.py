@@ -346,11 +346,10 @@ def test_cosines_along_time_are_torchs_bit_for_bit(dtype):
 
 @pytest.mark.parametrize("size", [1, 2, 7, 100])
 def test_distances_block_by_block_are_those_of_the_whole(monkeypatch, size):
-    """Peaks, their noise and nearest centres, with blocks of any size; the whole matrix is a matter of memory alone."""
+    """Peaks and nearest centres, with blocks of any size; the whole matrix is a matter of memory alone."""
     tokens = torch.randn(size, 24, generator=torch.Generator().manual_seed(size))
-    noise = torch.rand(size, generator=torch.Generator().manual_seed(1))
     whole = _clustering.Distances.of(tokens)
-    scores = _clustering.peak_scores(whole, 5, noise)
+    scores = _clustering.peak_scores(whole, 5)
     chosen = _clustering.centres(scores, min(size, 9))
     alike = torch.nn.functional.normalize(tokens, dim=-1) @ torch.nn.functional.normalize(tokens[chosen], dim=-1).T
     for block in (1, 24, 300, 10**6):
@@ -358,7 +357,7 @@ def test_distances_block_by_block_are_those_of_the_whole(monkeypatch, size):
         monkeypatch.setattr(_clustering, "_BLOCK", block)
         parts = _clustering.Distances.of(tokens)
         assert parts.whole is None
-        assert torch.allclose(_clustering.peak_scores(parts, 5, noise), scores, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(_clustering.peak_scores(parts, 5), scores, rtol=1e-4, atol=1e-6)
         assert torch.equal(parts.nearest(chosen), whole.nearest(chosen))
         assert torch.equal(_clustering.most_alike(tokens, tokens[chosen]), alike.argmax(1))
 

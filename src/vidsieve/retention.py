@@ -1,4 +1,4 @@
-"""How much is kept: a fraction of the video tokens, or their number."""
+"""Retention: a fraction of the video tokens, or their number."""
 
 from __future__ import annotations
 

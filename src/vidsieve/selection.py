@@ -15,7 +15,7 @@ from vidsieve.types import TokenGrid
 
 
 def kept_tokens(retention: float | Tokens, num_tokens: int) -> int:
-    """Return how many of `num_tokens` a budget keeps: exactly ⌊R·n⌋ of the decimal R, at least 1.
+    """Return the number of tokens that a budget keeps of `num_tokens`: exactly ⌊R·n⌋ of the decimal R, at least 1.
 
     The product is taken in exact arithmetic on the shortest decimal that names the float, so that 0.29 of
     100 is 29 (SCORE §4.5; floating point gives 28).
@@ -80,8 +80,8 @@ def even_counts(total: int, parts: int) -> Tensor:
 def allocate_frames(weights: Tensor, total: int, cap: int, floor: int = 0) -> Tensor:
     """Return (T,) int64 counts in proportion to `weights` that add up to `total` exactly.
 
-    Every frame gets `floor`; the rest goes out by largest remainder under `cap`, and what a full frame
-    cannot take goes to the others in proportion to their weights (CaCoVID's n_j = softmax(Ŝ_f)[j]·r·n,
+    Every frame gets `floor`; the rest is shared by largest remainder under `cap`; the excess of a full
+    frame goes to the others in proportion to their weights (CaCoVID's n_j = softmax(Ŝ_f)[j]·r·n,
     made exact).
 
     Parameters

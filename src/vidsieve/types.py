@@ -25,9 +25,9 @@ class Stage(Enum):
 
 
 class Need(Enum):
-    """A signal beyond the video tokens that a method asks of the adapter."""
+    """A signal beyond the video tokens that a method needs from the adapter."""
 
-    QUESTION = "the prompt's embeddings and which of them are the question"
+    QUESTION = "the prompt's embeddings and the mask of its question"
     ENCODER_ATTENTION = "attention inside the vision encoder"
     ENCODER_KEYS = "attention keys of the vision encoder"
     LAYER_ATTENTION = "attention inside an LLM layer"
@@ -37,7 +37,7 @@ ENCODER_NEEDS = frozenset({Need.ENCODER_ATTENTION, Need.ENCODER_KEYS})
 """Signals that are recorded while the vision encoder runs."""
 
 READS_QUESTION = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
-"""Needs whose answer depends on the question."""
+"""Needs that depend on the question."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class VideoTokens:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a compressor keeps of one video.
+    """The tokens that a compressor keeps of one video.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class Selection:
     frame_scores : Tensor or None, (T,), float32
         Higher = more of the budget.
     groups : Tensor or None, (K,), int64
-        Which of a method's own groups each kept token belongs to, for its part inside the LLM.
+        Number of the method's own group that each kept token belongs to, for its part inside the LLM.
 
     Raises
     ------

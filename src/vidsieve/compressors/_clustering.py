@@ -1,4 +1,4 @@
-"""Which tokens are alike: cosines, and density peaks (DPC-kNN), in memory that grows with the number of tokens."""
+"""Similarity of tokens: cosines, and density peaks (DPC-kNN), in memory linear in the number of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _WHOLE, _BLOCK = 2**24, 2**22
-"""Distances that are kept at once, and that a block has where they are not."""
+"""Most distances that are kept at once, and the size of a block where they are not."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Group:
     Parameters
     ----------
     places : Tensor, (n,), int64
-        Raster indices; of static ones in the window's first frame.
+        Raster indices; static tokens stand in the window's first frame.
     frames : Tensor, (w, size, D)
-        The window's frames where the tokens are static, else the one frame that they are of.
+        The window's frames where the tokens are static, else their frame.
     length : int
         w where they are static, else 0.
     """
@@ -43,9 +43,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Distances:
-    """Euclidean distances of tokens over √D: whole where they are few, else made anew block by block, row by row.
+    """Euclidean distances of tokens over √D: kept where they are few, else computed again block by block.
 
-    So memory grows with the tokens, not with their square.
+    So memory grows with the number of tokens, not with its square.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class Distances:
         return cls(tokens, _apart(tokens, tokens) if len(tokens) ** 2 <= _WHOLE else None)
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield blocks of rows: which, and their distances (b, n) to all tokens."""
+        """Yield blocks of rows: their slice, and their distances (b, n) to all tokens."""
         if self.whole is not None:
             yield slice(0, len(self.tokens)), self.whole
             return
@@ -71,7 +71,7 @@ class Distances:
             yield part, _apart(self.tokens[part], self.tokens)
 
     def nearest(self, chosen: Tensor) -> Tensor:
-        """Return (n,) int64: the number of each token's nearest centre, the first of equals; a centre has its own."""
+        """Return the number (n,) int64 of each token's nearest centre, the first of equals; a centre has its own."""
         if self.whole is not None:
             owner = self.whole[:, chosen].argmin(1)
         else:
@@ -82,39 +82,37 @@ class Distances:
 
 
 def _apart(first: Tensor, second: Tensor) -> Tensor:
-    found: Tensor = torch.cdist(first, second) / first.shape[-1] ** 0.5
-    return found
+    distance: Tensor = torch.cdist(first, second) / first.shape[-1] ** 0.5
+    return distance
 
 
 def _parts(count: int, width: int) -> list[slice]:
-    """Return slices of `count` rows of which each holds few enough of `width` numbers."""
+    """Return slices of `count` rows of `width` numbers, each of about `_BLOCK` numbers."""
     rows = max(1, _BLOCK // max(1, width))
     return [slice(start, start + rows) for start in range(0, count, rows)]
 
 
-def peak_scores(distance: Distances, neighbours: int, noise: Tensor | None = None) -> Tensor:
-    """Return (n,) float32: density times the distance to the nearest denser token; centres have the highest.
+def density(rows: Tensor, neighbours: int) -> Tensor:
+    """Return exp of minus the mean squared distance to the `neighbours` nearest tokens, from distances (b, n): (b,)."""
+    return (-rows.topk(neighbours, largest=False).values.square().mean(1)).exp()
 
-    Density is exp of minus the mean squared distance to the `neighbours` nearest tokens, itself among them; the densest
-    token gets the largest distance of all.
 
-    Parameters
-    ----------
-    noise : Tensor or None, (n,)
-        Uniform noise of [0, 1), of which releases add a millionth to break ties; None adds nothing.
+def peak_scores(distance: Distances, neighbours: int) -> Tensor:
+    """Return the density times the distance to the nearest denser token, (n,) float32; centres have the highest.
+
+    A token counts among its own `neighbours`. The densest token gets the largest distance of all. Releases add noise of
+    a millionth to densities to break ties; here the lower index comes first.
     """
     neighbours = min(neighbours, len(distance.tokens))
     dense, most = [], []
     for _, rows in distance.rows():
-        dense.append((-rows.topk(neighbours, largest=False).values.square().mean(1)).exp())
+        dense.append(density(rows, neighbours))
         most.append(rows.max())
-    density, largest = torch.cat(dense), torch.stack(most).max()
-    if noise is not None:
-        density = density + noise * 1e-6
+    densities, largest = torch.cat(dense), torch.stack(most).max()
     apart = [
-        torch.where(density[None, :] > density[part, None], rows, largest).amin(1) for part, rows in distance.rows()
+        torch.where(densities[None, :] > densities[part, None], rows, largest).amin(1) for part, rows in distance.rows()
     ]
-    return torch.cat(apart) * density
+    return torch.cat(apart) * densities
 
 
 def centres(scores: Tensor, count: int) -> Tensor:
@@ -123,12 +121,12 @@ def centres(scores: Tensor, count: int) -> Tensor:
 
 
 def most_alike(sources: Tensor, targets: Tensor) -> Tensor:
-    """Return (m,) int64: which of the targets (k, D) each source (m, D) is most like by cosine, the first of equals."""
+    """Return the target (m,) int64, among (k, D), that each source (m, D) is most like by cosine, first of equals."""
     unit = F.normalize(targets.detach().float(), dim=-1).T  # a source's own length does not matter
-    found = torch.empty(len(sources), dtype=torch.int64, device=sources.device)
+    owner = torch.empty(len(sources), dtype=torch.int64, device=sources.device)
     for part in _parts(len(sources), max(unit.shape)):
-        found[part] = (sources[part].detach().float() @ unit).argmax(1)
-    return found
+        owner[part] = (sources[part].detach().float() @ unit).argmax(1)
+    return owner
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
@@ -140,22 +138,22 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
 def along_time(frames: Tensor) -> Tensor:
     """Return the cosines (T − 1, n) of tokens (T, n, D) to the one a frame before at their place, in their dtype.
 
-    Those of `cosines`, bit for bit, and no token is normalised twice: `prev` and `now` are all the memory there is.
+    Bit-equal to `cosines`; no token is normalised twice, and two frames are all the memory that is needed.
     """
     frames = frames.detach()
-    found = frames.new_empty(len(frames) - 1, frames.shape[1])
+    alike = frames.new_empty(len(frames) - 1, frames.shape[1])
     now, prev = torch.empty_like(frames[0]), torch.empty_like(frames[0])
     for t, tokens in enumerate(frames):
         # The least norm is cosine_similarity's.
         length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp(min=1e-8)
         torch.div(tokens, length, out=now)
         if t:
-            torch.sum(prev.mul_(now), -1, out=found[t - 1])
+            torch.sum(prev.mul_(now), -1, out=alike[t - 1])
         now, prev = prev, now
-    return found
+    return alike
 
 
 def totals(tokens: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the sum (c, D) float32 of the tokens (n, D) that each of `count` owners has, and their number (c, 1)."""
+    """Return the sum (c, D) float32 and number (c, 1) of the tokens (n, D) that each of `count` owners has."""
     total = torch.zeros(count, tokens.shape[1], device=tokens.device).index_add(0, owner, tokens.float())
     return total, torch.bincount(owner, minlength=count)[:, None]

@@ -1,4 +1,4 @@
-"""Our own decoder block for policies: what one layer of a Qwen2-like LLM does, over one prompt, any mask."""
+"""The decoder block of policies: one layer of a Qwen2-like LLM, over one prompt, with any mask."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The explicit question path of CaCoVID's variant "ours": every video token against every word asked."""
+"""The explicit question path of CaCoVID's variant "ours": every video token against every word of the question."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class FirstLook(nn.Module):
 
     def forward(self, video: VideoTokens, prompt: Prompt) -> Tensor:
         """Return log-attention (heads, words, N) from each question word to each video token, 0 = uniform."""
-        asked = prompt.question_mask
-        words, tokens = self.input_layernorm(prompt.embeds[asked]), self.input_layernorm(video.embeds)
-        queries = self.self_attn.queries(words, rotary(prompt.positions[:, asked], self.shape))
+        question = prompt.question_mask
+        words, tokens = self.input_layernorm(prompt.embeds[question]), self.input_layernorm(video.embeds)
+        queries = self.self_attn.queries(words, rotary(prompt.positions[:, question], self.shape))
         keys = self.self_attn.keys(tokens, rotary(video.positions, self.shape))
         keys = keys.repeat_interleave(self.shape.num_heads // self.shape.num_kv_heads, 0)
         logits = queries @ keys.transpose(1, 2) / math.sqrt(self.shape.head_dim)
@@ -47,9 +47,9 @@ class QuestionScorer(nn.Module):
     3. The token itself, its change against the frame before, and a summary of the question, in `width`
        dimensions.
 
-    Which words count is learned too. Token scores start in the order of the strongest first look, times `trust`.
-    With `looks` "mean" the first look is the weighted mean alone, so that which words and heads count must be learned;
-    with "none" it is left out. Either way the policy starts from nothing.
+    The weights of words are learned too. Token scores start in the order of the strongest first look, times `trust`.
+    With `looks` "mean" the first look is the weighted mean alone, and the weights of words and heads must be learned;
+    with "none" it is left out. In both cases the policy starts without knowledge.
     """
 
     def __init__(
@@ -92,8 +92,8 @@ class QuestionScorer(nn.Module):
         match = torch.cat([similar.logsumexp(2), similar @ weight[:, 0]], 1)  # (N, 2h)
         frames = tokens.reshape(video.grid.frames, video.grid.per_frame, -1)
         change = torch.cat([frames[:1], frames[1:] - frames[:-1]]).flatten(0, 1)
-        asked = (weight * self.summary(words)).sum(0).expand(tokens.shape[0], -1)
-        features = torch.cat([look, match, self.content(tokens), self.change(change), asked], 1)
+        summary = (weight * self.summary(words)).sum(0).expand(tokens.shape[0], -1)
+        features = torch.cat([look, match, self.content(tokens), self.change(change), summary], 1)
         hidden = self.token_head[:-1](features)
         first = look @ self.trust
         logits = in_full(self.token_head[-1], hidden) + torch.stack([-first, first], 1) / 2

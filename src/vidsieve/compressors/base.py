@@ -96,7 +96,7 @@ class Compressor(ABC):
         return budget
 
     def budget_ratio(self, num_tokens: int) -> float:
-        """Return the nominal retention: the fraction asked for, or a token count over `num_tokens`."""
+        """Return the nominal retention: the given fraction, or the token count over `num_tokens`."""
         return self.retention.count / num_tokens if isinstance(self.retention, Tokens) else self.retention
 
     def compress(self, video: VideoTokens, *, generator: Generator | None = None) -> Selection:

@@ -157,9 +157,9 @@ class CaCoVID(Compressor):
     frame_cap : float
         Variant ``"official"``: most a frame may give, as a multiple of R·H·W (the release's scripts use 1.5).
 
-    Variants: ``"paper"`` shares by softmax(Ŝ_f) with largest remainders. ``"official"`` reproduces the release
-    at inference (half-even roundings, the flattened token softmax, surplus to the least important frames), ties
-    to the lower index, and counts in floating point. ``"ours"`` and ``"paper"`` keep exactly ⌊R·N⌋ tokens.
+    Variants: ``"paper"`` shares by softmax(Ŝ_f) with largest remainders. ``"official"`` reproduces the release at
+    inference, its roundings and counts in floating point; ties go to the lower index. ``"ours"`` and ``"paper"`` keep
+    exactly ⌊R·N⌋ tokens. ``docs/methods/cacovid.md`` lists the differences.
 
     References
     ----------

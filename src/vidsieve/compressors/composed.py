@@ -90,7 +90,7 @@ class _Delegating:
 
 @dataclass(frozen=True)
 class LayerPipeline(_Delegating, LayerCompressor):  # type: ignore[override]
-    """A method before the LLM, then one that drops inside it; made by `Pipeline`."""
+    """A method before the LLM, then one that drops inside it; built by `Pipeline`."""
 
     first: Compressor = field(kw_only=True)
     second: LayerCompressor = field(kw_only=True)
@@ -114,7 +114,7 @@ class LayerPipeline(_Delegating, LayerCompressor):  # type: ignore[override]
 
 @dataclass(frozen=True)
 class DecodePipeline(_Delegating, DecodeCompressor):  # type: ignore[override]
-    """A method before the LLM, then one that reads fewer cached tokens while decoding; made by `Pipeline`."""
+    """A method before the LLM, then one that reads fewer cached tokens while decoding; built by `Pipeline`."""
 
     first: Compressor = field(kw_only=True)
     second: DecodeCompressor = field(kw_only=True)

@@ -24,11 +24,9 @@ class DivPrune(Compressor):
     The first pick is the token whose nearest neighbour is farthest; then, again and again, the token whose
     nearest pick is farthest. Blind to the question and to time.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ different tokens, ties to the lower index. ``"official"`` rounds
-    R·N half to even, as the release does; where only duplicates of the picks are left, the release may return
-    one index twice, and this variant then keeps fewer tokens. The release renumbers positions; an adapter keeps
-    the original ones. There is no official port to video or to LLaVA-OneVision: here N is every token of
-    the video, newline excluded.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ different tokens, ties to the lower index. ``"official"`` rounds R·N half
+    to even and, where only duplicates of the picks are left, may pick one index twice and so keep fewer.
+    ``docs/methods/divprune.md`` lists the other differences from the release, which is for still images.
 
     References
     ----------
@@ -58,7 +56,7 @@ class DivPrune(Compressor):
 
 
 def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tensor:
-    """Return the picks of the greedy max-min diversity problem in the order in which they are made.
+    """Return the picks of the greedy max-min diversity problem in order.
 
     Exact, in memory linear in N. Candidates are the `_POOL` tokens farthest from the picks so far: as
     distances to the picks only shrink, the best of them is the best of all until it falls below the tokens

@@ -34,19 +34,14 @@ class DyCoke(DecodeCompressor):
     dropped : float
         Share of the cached video tokens that are not read (release's evaluation: 0.8; its README says 0.7).
     similarity : float
-        Least cosine to the attention of the step before at which the choice stays (0.9).
+        Least cosine to the attention of the previous step for the choice to stay (0.9).
     inner : bool
         Run the part inside the LLM. Without it the method acts before the LLM only.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens, the same number of each compared frame to within one, and reuses
-    the choice of the step before as the paper has it. Every fourth frame is whole, so R cannot go below their share,
-    and an error names it. In ``"official"`` R is 1 − k of the release, which keeps ⌊R·H·W⌋ tokens of a compared frame,
-    does not compare frame 4i + 2 of the last group of four, drops the last of an odd number of frames, and needs five
-    frames or more; the very last token is always read; and where attention stays alike all tokens are read. The release
-    hands on tokens of compared frames in the order of their similarity and numbers positions anew; here they stay at
-    theirs.
-
-    The cache itself is never shortened, as in the release: a token that is not read now may be read at the next step.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens, the same number of each compared frame to within one; R cannot go
+    below the share of the whole frames. In ``"official"`` R is 1 − k of the release: ⌊R·H·W⌋ tokens of a compared frame
+    stay, five frames or more are needed, and where attention stays alike all tokens are read. The cache itself is never
+    shortened. ``docs/methods/dycoke.md`` lists the other differences from the release.
 
     References
     ----------

@@ -14,7 +14,7 @@ from vidsieve.selection import top_indices
 from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
 
 FIRST_FRAME = 255.0
-"""Dissimilarity of the first frame, which is compared with nothing: more than any cosine gives."""
+"""Dissimilarity of the first frame, which has no predecessor: more than any cosine gives."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,9 @@ class EVS(Compressor):
 
     Later frames have no share of their own: one in which nothing changes vanishes. Blind to the question.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens and scores in float32; the first frame stays whole, so R cannot go
-    below 1/T, and an error names it. ``"official"`` scores in the tokens' own dtype, where bfloat16 has few distinct
-    cosines and ties favour early frames, takes the floor in floating point with q = 1 − R, as vLLM's
-    ``--video-pruning-rate``, and keeps the first frame where the budget is smaller. vLLM numbers positions anew; here
-    tokens stay at theirs. The paper compares pixels, the release embeddings.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens and scores in float32; R cannot go below 1/T. ``"official"`` scores
+    in the tokens' own dtype, takes the floor in floating point with q = 1 − R, as vLLM's ``--video-pruning-rate``, and
+    keeps the first frame where the budget is smaller. ``docs/methods/evs.md`` lists the other differences.
 
     References
     ----------

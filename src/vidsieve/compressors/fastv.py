@@ -26,14 +26,9 @@ class FastV(LayerCompressor):
         Where R is less than the first K layers alone see, drop at an earlier layer instead of raising an error; the
         trace names the layer.
 
-    Variants: in ``"ours"`` the budget is the mean over all layers, Σ_layers tokens = ⌊R·N·layers⌋ to within one token
-    a layer, so that tables compare equal compute; R cannot go below K / layers. In ``"official"`` R is the fraction
-    kept from layer K on, counted as round(N·R) half to even as in the release's LLaVA port. Its top-k breaks ties in
-    no stated order, ours towards the lower index.
-
-    The release's cached variant runs layer K − 1 twice on one cache, so that its KV entries are doubled
-    (640, 640, 1280, 352, 352 for a prompt of 640) and every later step sees the prompt twice there; that is not
-    repeated here. Kept tokens stay at their positions.
+    Variants: in ``"ours"`` the budget is the mean over all layers, Σ_layers tokens = ⌊R·N·layers⌋ to within one token a
+    layer; R cannot go below K / layers. In ``"official"`` R is the fraction kept from layer K on, rounded half to even
+    as in the release's LLaVA port. ``docs/methods/fastv.md`` lists the other differences from the release.
 
     References
     ----------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, Literal
@@ -38,7 +38,7 @@ class FastVID(Compressor):
     ----------
     form : {"llava_onevision", "llava_video", "qwen2_5_vl"}
         The release that ``"official"`` follows. In the first every frame has the same share, remainders are lost
-        and anchors are among what is merged into them; the second spreads a segment's share and remainders over its
+        and anchors are merged into anchors too; the second spreads a segment's share and remainders over its
         frames; the third cuts segments again at `again` and keeps only the last frame of each run.
     segments : int
         Least number of segments.
@@ -53,12 +53,10 @@ class FastVID(Compressor):
     anchor_weight : float
         Least weight of an anchor in its mean.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens: the second form, every segment's share the sum of its frames', and
-    what finds no room among anchors goes to salient tokens. ``"official"`` keeps what its form's rounding leaves; the
-    density noise of a millionth that releases draw is left out. Releases read saliency from SigLIP's attention pooling
-    and frames from its pooled output, which transformers' checkpoints of these models leave out: here saliency is the
-    attention that a token receives in the encoder's last block, and a frame the mean of its tokens, as in the third
-    release. Tokens stay at their positions, as in the releases.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens in the second form; budget that finds no room among anchors goes to
+    salient tokens. ``"official"`` keeps as many as its form's rounding leaves. Saliency is the attention that a token
+    receives in the encoder's last block, and a frame the mean of its tokens, as in the third release.
+    ``docs/methods/fastvid.md`` lists the other differences from the releases.
 
     References
     ----------
@@ -192,7 +190,6 @@ def merged_segments(
     plan: Sequence[Shares],
     weight: float,
     included: bool,
-    noise: Iterator[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return raster indices (K,) int64, sorted, and tokens (K, D) kept of frames (T, n, D).
 
@@ -201,8 +198,6 @@ def merged_segments(
     saliency : Tensor, (T, n)
     included : bool
         Merge anchors into the anchors of their own frame too, as in the first release.
-    noise : iterator of Tensor, optional
-        The releases' additions to densities, one piece for each frame with anchors.
     """
     size = frames.shape[1]
     indices: list[Tensor] = []
@@ -221,8 +216,7 @@ def merged_segments(
                 continue
             there = free[frame].nonzero().flatten()
             distance = Distances.of(frames[start + frame, there])
-            scores = peak_scores(distance, _NEIGHBOURS, next(noise) if noise is not None else None)
-            anchors = there[centres(scores, count)].sort().values
+            anchors = there[centres(peak_scores(distance, _NEIGHBOURS), count)].sort().values
             own = torch.searchsorted(places, anchors + frame * size)
             owner = most_alike(tokens, tokens[own])
             if not included:

@@ -1,4 +1,4 @@
-"""Frame difference: keep what changed."""
+"""Frame difference: keep the tokens that changed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class FrameDifference(ScoreCompressor):
     Parameters
     ----------
     first_frame : {"zero", "next"}
-        What the first frame is compared with: the virtual zero frame of SCORE, which keeps most of it, or
+        Reference of the first frame: the virtual zero frame of SCORE, which keeps most of it, or
         the frame after it.
     """
 

@@ -1,4 +1,4 @@
-"""FrameFusion: merge what repeats from frame to frame, layer by layer, then drop what the prompt does not attend to."""
+"""FrameFusion: merge tokens that repeat over frames, layer by layer, then drop those with little attention."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vidsieve.selection import exact_ratio, top_indices
 from vidsieve.types import Selection, TokenGrid, VideoTokens
 
 _FIRST = -2.0
-"""Similarity of a place's first token, which is compared with nothing."""
+"""Similarity of a place's first token, which has no predecessor."""
 _OFFICIAL_DEPTH = 28
 _BLOCK = 512
 
@@ -31,7 +31,7 @@ class FrameFusion(PartedCompressor):
     """Before each of the first layers, merge tokens like the one before them at the same place; then drop once.
 
     Of every place, a token whose cosine to the place's last remaining one is `threshold` or more joins it; whole chains
-    become the mean of their members at the first's position. When a step merges less than `least` of what is there,
+    become the mean of their members at the first's position. When a step merges less than `least` of the tokens,
     the next one drops, by the attention of the last prompt token in the layer before, as many as the budget asks for.
     A step that would merge more than the budget needs merges the most alike only, and all is done. In ``"ours"`` a step
     after which nothing would be left for later layers drops too, or, before the LLM, merges the most alike.
@@ -39,21 +39,18 @@ class FrameFusion(PartedCompressor):
     Parameters
     ----------
     threshold : float
-        Cosine from which on tokens are merged (release: 0.6 for LLaVA-Video, 0.5 for Qwen2-VL).
+        Least cosine at which tokens are merged (release: 0.6 for LLaVA-Video, 0.5 for Qwen2-VL).
     least : float
         Share of the tokens that a step must merge for another to follow.
     inner : bool
-        Whether steps inside the LLM run. Without it the most alike tokens are merged before the LLM until ⌊R·N⌋ are
+        Run the steps inside the LLM. Without it the most alike tokens are merged before the LLM until ⌊R·N⌋ are
         left, and the question is not read.
     depth : int
-        Set by `outer`: the layers over which the budget is a mean, where the first of several steps is run.
+        Set by `outer`: number of layers over which the budget is a mean, for the first of several steps.
 
-    Variants: in ``"ours"`` and ``"official"`` R is the mean over layers. The release counts 28 layers whatever the
-    model has and rounds what is dropped half to even; ours counts the model's. The release merges before the first
-    layer and then inside layers, between attention and MLP, where hooks cannot shorten a prompt: here every later step
-    is before the next layer, on the MLP's outputs. Tokens keep their positions, as in the release; newlines of
-    LLaVA-Video, which the release merges over time like tokens, are the adapter's. LLaVA-OneVision is not supported by
-    the release.
+    Variants: in both R is the mean over layers. The release counts 28 layers whatever the model has, and rounds what is
+    dropped half to even. It merges between attention and MLP; here every step inside the LLM is before a layer.
+    ``docs/methods/framefusion.md`` lists the other differences from the release.
 
     References
     ----------
@@ -92,11 +89,11 @@ class FrameFusion(PartedCompressor):
             total = video.num_tokens
             over = excess([], exact_ratio(self.retention, total), self.depth)
             going = self._count(over, total)
-            merged, _ = merged_step(alike, self.threshold, float(over), going)
+            merged = merged_step(alike, self.threshold, float(over), going)
             if not self._affords(total - int(merged.sum()), (), self.depth, video.grid):
-                merged, _ = merged_step(alike, _FIRST - 1, float(over), going)
+                merged = merged_step(alike, _FIRST - 1, float(over), going)
         else:
-            merged, _ = merged_step(alike, _FIRST - 1, 0.0, video.num_tokens - budget)
+            merged = merged_step(alike, _FIRST - 1, 0.0, video.num_tokens - budget)
         kept = (~merged).nonzero().flatten()
         return Selection(kept, collapsed(video.embeds, merged, indices, video.grid))
 
@@ -149,7 +146,7 @@ class FrameFusion(PartedCompressor):
         drops = before[-2] - before[-1] < self.least * before[-2]  # the last step merged too little
         if not drops:
             alike = similarity(view.hidden.detach(), view.indices, view.grid)
-            merged, _ = merged_step(alike, self.threshold, float(over), going)
+            merged = merged_step(alike, self.threshold, float(over), going)
             drops = not self._affords(count - int(merged.sum()), view.history, view.depth, view.grid)
         if drops:
             kept = round(count * (1 - over)) if self.variant == "official" else count - going
@@ -209,17 +206,17 @@ def similarity(hidden: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
     return alike
 
 
-def merged_step(alike: Tensor, threshold: float, over: float, going: int) -> tuple[Tensor, bool]:
-    """Return the mask (n,) of tokens that are merged, by their similarity (n,), and True if the budget is then met.
+def merged_step(alike: Tensor, threshold: float, over: float, going: int) -> Tensor:
+    """Return the mask (n,) of tokens that are merged, by their similarity (n,).
 
     These are the tokens at `threshold` or above, if they are fewer than the share `over`; else the `going` most alike.
     """
     merged = alike >= threshold
     if float(merged.sum()) / len(alike) < over:
-        return merged, False
+        return merged
     chosen = torch.zeros_like(merged)
     chosen[top_indices(alike, going)] = True
-    return chosen & (alike > _FIRST), True  # the first token of a place has nothing to join
+    return chosen & (alike > _FIRST)  # the first token of a place has nothing to join
 
 
 def chain_heads(merged: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""HoliTom: merge what stays the same over windows of frames, keep what the encoder attends to; merge again inside."""
+"""HoliTom: merge static tokens over windows of frames, keep those with much attention; merge again inside."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ class HoliTom(TwoPartCompressor):
 
     Windows are chosen by dynamic programming so that as many tokens as possible vanish: within a window, a place where
     neighbouring frames are alike throughout (cosine above `threshold`) holds one static token, the mean of its frames.
-    Of the others every frame keeps what the vision encoder attends to most; static tokens are merged into density
+    Of the others every frame keeps those that the vision encoder attends to most; static tokens are merged into density
     peaks among them. Inside the LLM, the tokens that the last prompt token attends to most stay, and each of the others
     goes into the one it is most like.
 
@@ -41,14 +40,10 @@ class HoliTom(TwoPartCompressor):
     layer, inner_kept, inner
         As in `TwoPartCompressor`: layer 18 of 28, where 0.5 stay. Without the inner part it is blind to the question.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder in proportion to how
-    many a window or frame has; where merging over time leaves fewer than that, the places of highest attention among
-    the merged ones are kept in later frames too. With both parts R is the mean over layers, for which the part before
-    the LLM keeps more; where that would be more than all, the part inside keeps more. ``"official"`` divides R by the
-    share that merging over time leaves, and rounds up in every frame and half to even in every window: of a video that
-    hardly changes it keeps much less than R; what the part inside drops comes on top. The release's density noise of a
-    millionth is left out, and newlines are not merged. Static tokens stand in the window's first frame; the release
-    numbers positions anew, here they stay.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder; where merging over
+    time leaves fewer, the most attended of the merged places are kept in later frames too. With both parts R is the
+    mean over layers. ``"official"`` divides R by the share that merging over time leaves, and rounds in every frame and
+    window. ``docs/methods/holitom.md`` lists the other differences from the release.
 
     References
     ----------
@@ -163,7 +158,6 @@ def kept_of_groups(
     attention: Tensor,
     neighbours: int,
     weight: float,
-    noise: Iterator[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return raster indices (K,) and tokens (K, D) of the kept tokens, group by group, in the release's order.
 
@@ -171,16 +165,13 @@ def kept_of_groups(
     ----------
     attention : Tensor, (N,)
     neighbours, weight : as in `clustered`
-    noise : iterator of Tensor, optional
-        The release's additions to densities, one piece for each static group.
     """
     indices, rows = [], []
     for group, count in zip(groups, counts, strict=True):
         if group.length:
-            piece = next(noise) if noise is not None else None
             chosen, tokens = group.places[:0], group.frames[0, :0]
             if count:
-                chosen, tokens = clustered(group.tokens, count, neighbours, weight, piece)
+                chosen, tokens = clustered(group.tokens, count, neighbours, weight)
         else:
             chosen = top_indices(attention[group.places], count)
             tokens = replace(group, places=group.places[chosen]).tokens
@@ -189,16 +180,14 @@ def kept_of_groups(
     return torch.cat(indices), torch.cat(rows)
 
 
-def clustered(
-    tokens: Tensor, count: int, neighbours: int, weight: float, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def clustered(tokens: Tensor, count: int, neighbours: int, weight: float) -> tuple[Tensor, Tensor]:
     """Return `count` density peaks of tokens (n, D), sorted, and each merged with the tokens nearest to it, (count, D).
 
     `neighbours`, at most `count`, make a density; a peak has `weight` in its mean, those that join it the rest.
     """
     with torch.no_grad():
         distance = Distances.of(tokens)
-        chosen = centres(peak_scores(distance, min(neighbours, count), noise), count).sort().values
+        chosen = centres(peak_scores(distance, min(neighbours, count)), count).sort().values
     owner, peaks = distance.nearest(chosen), tokens[chosen].float()
     total, members = totals(tokens, owner, count)
     joined = members - 1

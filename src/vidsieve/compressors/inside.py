@@ -1,4 +1,4 @@
-"""Methods inside the LLM: base classes, what they are shown of a video, and what they return."""
+"""Methods inside the LLM: their base classes, views of a video, and choices."""
 
 from __future__ import annotations
 

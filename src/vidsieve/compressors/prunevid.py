@@ -1,8 +1,7 @@
-"""PruneVID: merge what stands still over segments and what is alike in a frame; keep what the text attends to."""
+"""PruneVID: merge static places over segments and similar tokens in a frame; keep those that the text attends to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import ClassVar
@@ -25,12 +24,12 @@ _NEIGHBOURS, _FEW = 7, 14
 
 @dataclass(frozen=True)
 class PruneVID(TwoPartCompressor):
-    """Merge places that stand still over a segment into one token each, then cluster what is left of every frame.
+    """Merge places that stand still over a segment into one token each, then cluster the others frame by frame.
 
     Frames are clustered by density peaks into segments of neighbours. In a segment a place stands still if its tokens
-    are alike in all pairs of frames (mean cosine above `threshold`). What stands still is clustered once a segment, the
-    rest frame by frame, each cluster becoming its mean. Inside the LLM, of every cluster set the tokens stay to which
-    any text behind the video attends most, in any head.
+    are alike in all pairs of frames (mean cosine above `threshold`). Static tokens are clustered once a segment, the
+    others frame by frame; each cluster becomes its mean. Inside the LLM the tokens stay that any text behind the video
+    attends to most, in any head.
 
     Parameters
     ----------
@@ -43,14 +42,10 @@ class PruneVID(TwoPartCompressor):
     layer, inner_kept, inner
         As in `TwoPartCompressor`: after layer 10, so from layer 11 of 32 on, where 0.4 stay.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder in proportion to
-    the sizes of all sets; where merging over time leaves fewer, later frames' places that are least like their mean are
-    kept too; inside, the highest of the whole video stay. In ``"official"`` what is kept is an outcome: R only scales
-    `cluster` (R = 0.25 leaves it as it is), sets of 14 tokens or fewer are not clustered, and inside every set is
-    rounded down. The density noise of a millionth is left out. A cluster stands at its densest token; the release lists
-    clusters by density and numbers positions anew before the LLM, here they are in order of their places, which stay.
-    The release also takes what is dropped inside out of the caches of earlier layers; here these keep it. It is for
-    PLLaVA, which no installed model is: there is no official port to any of ours.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens before the LLM, shared out by largest remainder; where merging over
+    time leaves fewer, the places of later frames that are least like their mean are kept too. In ``"official"`` R only
+    scales `cluster` (R = 0.25 leaves it unchanged), sets of 14 tokens or fewer are not clustered, and inside the LLM
+    every set is rounded down. ``docs/methods/prunevid.md`` lists the other differences from the release.
 
     References
     ----------
@@ -106,10 +101,10 @@ class PruneVID(TwoPartCompressor):
 # -- segments -----------------------------------------------------------------------------------------------
 
 
-def frame_labels(frames: Tensor, count: int, noise: Tensor | None = None) -> list[int]:
+def frame_labels(frames: Tensor, count: int) -> list[int]:
     """Return every frame's cluster, numbered from the densest, of frame vectors (T, D)."""
     distance = Distances.of(frames)
-    chosen = centres(peak_scores(distance, _NEIGHBOURS, noise), count)
+    chosen = centres(peak_scores(distance, _NEIGHBOURS), count)
     labels: list[int] = distance.nearest(chosen).tolist()
     return labels
 
@@ -183,18 +178,17 @@ def official_count(size: int, share: float) -> int:
     return int(size * share) if size > _FEW else size
 
 
-def clustered(part: Group, count: int, noise: Iterator[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def clustered(part: Group, count: int) -> tuple[Tensor, Tensor]:
     """Return `count` clusters of a set, densest first: the raster indices of their centres, and their means.
 
-    A set of `count` tokens stays unchanged. `noise` is the release's addition to densities.
+    A set of `count` tokens stays unchanged.
     """
     tokens = part.tokens
     if count == len(tokens):
         return part.places, tokens
     with torch.no_grad():
         distance = Distances.of(tokens)
-        piece = next(noise) if noise is not None else None
-        chosen = centres(peak_scores(distance, _NEIGHBOURS, piece), count)
+        chosen = centres(peak_scores(distance, _NEIGHBOURS), count)
     if not count:
         return part.places[:0], tokens[:0]
     owner = distance.nearest(chosen)

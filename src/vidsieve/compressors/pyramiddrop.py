@@ -15,7 +15,7 @@ from vidsieve.types import Tokens
 _LAYERS, _DEPTH = (8, 16, 24), 32
 _FRACTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 _MEAN = Fraction(15, 32)
-"""What layers see on average in the paper."""
+"""Mean over layers of the fraction that they see in the paper."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,10 @@ class PyramidDrop(LayerCompressor):
         Where R is less than the first layers alone see, drop before earlier layers instead of raising an error; the
         trace names them.
 
-    Variants: in ``"ours"`` the budget is the mean over all layers: fractions keep their ratios to each other and are
-    scaled by one factor, up to all tokens; R cannot go below the share of the layers before the first step. Kept tokens
-    stay at their positions. In ``"official"`` fractions are used as given; without them R is λ, the share that a step
-    keeps: ⌊N·λⁱ⌋ tokens after the i-th. Positions are numbered anew after every step, as in the release, in models that
-    have one row of them. The release is for one still image of LLaVA-1.5 and ranks newlines too. There is no official
-    port to video: here N counts every token of the video without newlines, and each video of a prompt is ranked by
-    itself.
+    Variants: in ``"ours"`` the budget is the mean over all layers: the fractions are scaled by one factor, up to all
+    tokens. In ``"official"`` fractions are used as given; without them R is λ, the share that a step keeps: ⌊N·λⁱ⌋
+    tokens after the i-th. Positions are then counted anew after every step, in models with one row of them.
+    ``docs/methods/pyramiddrop.md`` lists the other differences from the release, which is for still images.
 
     References
     ----------

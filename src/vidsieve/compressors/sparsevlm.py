@@ -1,4 +1,4 @@
-"""SparseVLM: in several steps through the LLM, keep what the relevant words attend to, and recycle some of the rest."""
+"""SparseVLM: in several steps, keep the tokens that relevant words attend to, and recycle some of the others."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SparseVLM(LayerCompressor):
     ----------
     version : {1, 2}
         1, the paper's; 2 (SparseVLM+), which merges nothing, reads the 14 heads that attend to the video most, and
-        divides attention by what rotary positions alone would give it.
+        divides attention by the scores of rotary positions alone.
     layers : tuple of int or None
         The first layers that see fewer tokens; None: the release's 3, 7 and 16 of 32, scaled to the model's depth.
     kept : tuple of int or None
@@ -48,12 +48,9 @@ class SparseVLM(LayerCompressor):
         names them.
 
     Variants: in ``"ours"`` R is the mean over all layers, clusters counted: the steps keep the proportions of the
-    release's largest table and are scaled by one factor; a cluster stands at its densest token, and all tokens keep
-    their positions. ``"official"`` has the release's tables, for R = 1/3, 2/9, 1/6 and 1/9, scaled from 576 tokens to
-    the video's; clusters go behind the kept tokens, densest first, and version 1 numbers positions anew after every
-    step, on models with one row of them. The noise of a millionth is left out. Version 2's division can blow up or turn
-    negative over long distances, as in videos. The paper's adaptive ratio is in no release. There is no official port
-    to video: here N is every token of a video, newlines excluded.
+    release's largest table, scaled by one factor. ``"official"`` has the release's tables, for R = 1/3, 2/9, 1/6 and
+    1/9, scaled from 576 tokens to the video's; clusters come on top and go behind the kept tokens, densest first, and
+    version 1 counts positions anew. ``docs/methods/sparsevlm.md`` lists the other differences from the release.
 
     References
     ----------

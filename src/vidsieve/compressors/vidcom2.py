@@ -25,12 +25,10 @@ class VidCom2(Compressor):
     A frame's share of the budget grows with how unlike the video its tokens are; as shares are a softmax at a low
     temperature, one frame gets up to twice its part and the others a little less. Blind to the question.
 
-    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens as vLLM's port does: where rounding the frames' shares gives too
-    many, the ones most like the video and their frame go, where it gives too few, the least alike of the others come
-    back (vLLM keeps one token a frame at least; here the budget goes before). Scores are float32. ``"official"``
-    rounds the share of every frame half to even, at least one token, so that K is near R·N, and scores in the tokens'
-    own dtype. The release keeps every newline of LLaVA-Video on top and numbers positions anew on
-    LLaVA models; here tokens stay at theirs, and newlines are the adapter's.
+    Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens: where rounding the frames' shares gives too many, the most alike
+    go, where it gives too few, the least alike of the others come back. Scores are float32. ``"official"`` rounds the
+    share of every frame half to even, at least one token, and scores in the tokens' own dtype.
+    ``docs/methods/vidcom2.md`` lists the other differences from the release and from vLLM's port.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""VisionZip: in every frame keep what the vision encoder attends to, and merge the rest into a few context tokens."""
+"""VisionZip: keep the tokens of a frame that the encoder attends to most, merge the rest into a few context tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
 class VisionZip(Compressor):
     """Per frame, keep the tokens with the most attention in the encoder, and merge the others by their keys.
 
-    The kept ones are dominant tokens. Of the others every so-manieth is a contextual token, into which those of
+    The kept ones are dominant tokens. Evenly spaced ones of the others are contextual tokens, into which those of
     nearest keys (cosine) are merged. Blind to the question.
 
     Parameters
@@ -26,11 +26,9 @@ class VisionZip(Compressor):
     contextual : float
         Share of a frame's budget that goes to contextual tokens (paper: 10 of 64).
 
-    The release is for single images of a CLIP encoder with a class token, and prunes before the projector. Here each
-    frame is an image with its even share of the budget; attention is the class token's where there is one, else the
-    mean over queries; both signals are pooled to the LLM's grid as the features are, and tokens are merged behind the
-    projector, each contextual token in its place. Variant ``"ours"`` merges to the mean of a contextual token and its
-    members; ``"official"`` to the token plus the mean of its members, about twice as long, as the release does.
+    Variants: ``"ours"`` merges to the mean of a contextual token and its members; ``"official"`` to the token plus the
+    mean of its members, as the release does. The release is for single images; here each frame is one, with an even
+    share of the budget. ``docs/methods/visionzip.md`` lists the other differences.
 
     References
     ----------

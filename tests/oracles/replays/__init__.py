@@ -9,14 +9,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vidsieve.compressors import _clustering
 
 FEATURE_TOLERANCE = 1e-4
 Archive = Mapping[str, Any]
@@ -64,6 +68,14 @@ def noise_pieces(archive: Archive, case: str) -> list[Tensor]:
     tape = torch.from_numpy(archive[f"{case}/noise"]).float()
     parts = torch.split(tape, [rows * width for rows, width in shapes])
     return [row for part, (rows, _) in zip(parts, shapes, strict=True) for row in part.reshape(rows, -1)]
+
+
+@contextmanager
+def noisy(pieces: Iterable[Tensor]) -> Iterator[None]:
+    """Add a millionth of recorded noise, piece by piece, to densities of clusters, as releases do."""
+    density, tape = _clustering.density, iter(pieces)
+    with patch.object(_clustering, "density", lambda rows, count: density(rows, count) + next(tape) * 1e-6):
+        yield
 
 
 def with_newlines(kept: Tensor, tokens: Tensor, newline: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replays import Archive, Case, gap, groups, judged, noise_pieces, same_indices, with_newlines
+from replays import Archive, Case, gap, groups, judged, noise_pieces, noisy, same_indices, with_newlines
 from vidsieve.adapters.families.llava_video import averaged
 from vidsieve.compressors.fastvid import (
     FastVID,
@@ -67,9 +67,8 @@ def _sequence(archive: Archive, case: str) -> Case:
             for i, (_, count) in enumerate(shares)
             if count
         ]
-    kept, merged = merged_segments(
-        frames, saliency, spans, plan, method.anchor_weight, form == "llava_onevision", iter(noise)
-    )
+    with noisy(noise):
+        kept, merged = merged_segments(frames, saliency, spans, plan, method.anchor_weight, form == "llava_onevision")
     before, after = of("text_before"), of("text_after")
     if f"{case}/newline" in archive:
         height, width = (int(n) for n in of("grid"))

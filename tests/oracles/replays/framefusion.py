@@ -79,7 +79,8 @@ def _calls(archive: Archive, case: str) -> Case:
                 order = by_place(alive, grid)
                 compared["similarity"] = gap(alike[order], of("sim_by_patch0"))
                 compared["order"] = same_indices(order + start, of("token_index_by_patch0"))
-            merged, enough = merged_step(alike, threshold, over, int(over * len(alive)))
+            merged = merged_step(alike, threshold, over, int(over * len(alive)))
+            enough = float((alike >= threshold).sum()) / len(alike) >= over
             kept = (~merged).nonzero().flatten()
             part = collapsed(hidden[video], merged, alive, grid)
             if not enough:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from replays import Archive, Case, gap, groups, judged, noise_pieces, same_indices, with_newlines
+from replays import Archive, Case, gap, groups, judged, noise_pieces, noisy, same_indices, with_newlines
 from vidsieve.compressors.holitom import HoliTom, adjusted, grouped, kept_of_groups, official_counts, windows
 from vidsieve.testing.views import GivenView
 from vidsieve.types import TokenGrid
@@ -44,9 +44,8 @@ def _video(archive: Archive, case: str) -> Case:
     ratio = adjusted(float(of("ratio")), reduced, count * size)
     parts = grouped(frames, same, found)
     counts = official_counts(parts, ratio)
-    kept, tokens = kept_of_groups(
-        parts, counts, attention, int(of("K")), float(of("Beta")), iter(noise_pieces(archive, case))
-    )
+    with noisy(noise_pieces(archive, case)):
+        kept, tokens = kept_of_groups(parts, counts, attention, int(of("K")), float(of("Beta")))
     rows = torch.cat(
         [
             torch.tensor([[_window(found, int(places[0]) // size), int(part.length == 0)]]).expand(len(places), 2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from replays import Archive, Case, gap, groups, judged, noise_pieces, same_indices
+from replays import Archive, Case, gap, groups, judged, noise_pieces, noisy, same_indices
 from vidsieve.compressors.prunevid import (
     clustered,
     frame_labels,
@@ -42,12 +42,14 @@ def _video(archive: Archive, case: str) -> Case:
 
     frames = of("x")
     noise = iter(noise_pieces(archive, case))
-    labels = frame_labels(frames.mean(1), int(len(frames) * float(of("temporal_segment_ratio"))), next(noise))
+    with noisy(noise):
+        labels = frame_labels(frames.mean(1), int(len(frames) * float(of("temporal_segment_ratio"))))
     steady = refined(labels)
     spans = runs_of(steady)
     parts = split(frames, spans, float(of("tau")))
     counts = [official_count(len(part.places), float(of("cluster_ratio"))) for part in parts]
-    made = [clustered(part, count, noise) for part, count in zip(parts, counts, strict=True)]
+    with noisy(noise):
+        made = [clustered(part, count) for part, count in zip(parts, counts, strict=True)]
     static, dynamic = [0] * len(spans), [0] * len(spans)
     for part, count in zip(parts, counts, strict=True):
         frame = int(part.places[0]) // frames.shape[1]

@@ -53,7 +53,7 @@ class DecodeRun(InnerRun):
         self._steps = 0
 
     def traces(self) -> list[VideoTrace]:
-        """Return a trace of what was kept of each video, with the share of it that was read while decoding."""
+        """Return the trace of each video, with the share of its kept tokens that was read while decoding."""
         means = [total / steps if steps else None for total, steps in self._read]
         return [replace(trace, decoded=mean) for trace, mean in zip(self.pruned, means, strict=True)]
 
@@ -70,12 +70,6 @@ class DecodeRun(InnerRun):
     def _hooked_layers(self) -> Sequence[int]:
         return range(self.first - 1, len(self._decoder.layers))
 
-    def _begin(self, words: Tensor | None) -> None:
-        self._steps = 0
-        end = _last_keys(self._mine.cache)
-        if end is None or self._end_keys is None or not torch.equal(self._end_keys, end.to(self._end_keys)):
-            self.before.clear()  # cropped, or its rows moved: the step before is not known any more
-
     def _end(self) -> None:
         self._newest, self._table, self._end_keys = None, None, _last_keys(self._mine.cache)
 
@@ -83,8 +77,12 @@ class DecodeRun(InnerRun):
         self, number: int, layer: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
         filled = 0 if cache is None else cache.get_seq_length(number)
-        if self.fresh and not self._passes and filled:
-            self._refuse_filled()
+        if not self._passes:
+            self._steps, end = 0, _last_keys(cache)
+            if self.fresh and filled:
+                self._refuse_filled()
+            if end is None or self._end_keys is None or not torch.equal(self._end_keys, end.to(self._end_keys)):
+                self.before.clear()  # cropped, or its rows moved: the step before is not known any more
         if not filled or hidden.shape[1] != 1:
             return hidden, {}  # a prompt, or words of the user: everything is read
         if number == self.first - 1:
@@ -174,7 +172,7 @@ class _CacheView:
 
 
 def _last_keys(cache: Any) -> Tensor | None:
-    """Return a cache's newest keys (R, d) with its length: they tell whether it was cropped or its rows moved."""
+    """Return a cache's newest keys (R, d) with its length: they change if it is cropped or its rows move."""
     keys = first_keys(cache)
     if keys is None:
         return None

@@ -22,7 +22,7 @@ from vidsieve.errors import UnsupportedCallError
 
 @dataclass
 class InnerRun(ABC):
-    """A method at work inside an LLM, on one prompt batch and on what follows it on the same cache.
+    """A method at work inside an LLM, on one batch of prompts and the tokens that follow on the same cache.
 
     Parameters
     ----------
@@ -47,6 +47,7 @@ class InnerRun(ABC):
     def __post_init__(self) -> None:
         self._decoder = Decoder((), None, None)
         self._mine = OwnPasses(None)
+        self._words: Tensor | None = None
         self._passes = 0
 
     @abstractmethod
@@ -70,9 +71,8 @@ class InnerRun(ABC):
         UnsupportedTransformersError
             If the block ends and nothing passed.
         """
-        self._decoder, self._mine, self._passes = decoder, OwnPasses(cache), 0
+        self._decoder, self._mine, self._words, self._passes = decoder, OwnPasses(cache), words, 0
         handles: list[Any] = []
-        self._begin(words)
         try:
             for number in self._hooked_layers():
                 layer = decoder.layers[number]
@@ -106,10 +106,6 @@ class InnerRun(ABC):
         """Return the numbers of the layers that are hooked."""
 
     @abstractmethod
-    def _begin(self, words: Tensor | None) -> None:
-        """Prepare for a call."""
-
-    @abstractmethod
     def _enter(
         self, number: int, layer: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Any]]:
@@ -125,10 +121,10 @@ class InnerRun(ABC):
 
     @abstractmethod
     def _end(self) -> None:
-        """Drop what belongs to one call."""
+        """Drop the state of one call."""
 
     def _refuse_filled(self) -> NoReturn:
-        """Refuse a prompt that goes into a cache which holds tokens already, put there from inside the call."""
+        """Refuse a prompt that goes into a cache with tokens that were put there from inside the call."""
         raise UnsupportedCallError(
             f"{self.compressor.name} acts inside the LLM, and the prompt goes into a cache that holds tokens already: "
             "prefix tuning (PEFT) is not supported under such a method; choose one that acts before the LLM"

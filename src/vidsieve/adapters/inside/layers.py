@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +20,9 @@ from vidsieve.adapters.inside.hooks import InnerRun, per_row
 from vidsieve.adapters.inside.view import PromptRow, PromptView
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache
-from vidsieve.compressors.inside import LayerChoice, LayerCompressor
+from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import Selection
-
-
-class _Chosen(NamedTuple):
-    """A choice for one video: its prompt, the places (n,) of the view's tokens in the hidden states, the choice."""
-
-    row: int
-    places: Tensor
-    choice: LayerChoice
 
 
 @dataclass
@@ -57,7 +49,7 @@ class LayerRun(InnerRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A stage's count is what the method plans until the stage has run.
+        # Until a stage has run, its count is the planned one.
         plans = [self.compressor.stages(self.depth, len(video.indices)) for video in self.videos]
         self.stages = [layer for layer, _ in plans[0]]
         self._counts = [dict(plan) for plan in plans]
@@ -65,7 +57,6 @@ class LayerRun(InnerRun):
         self._prefilling = True
         self._embeds: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._words: Tensor | None = None
         self._later_masks: dict[int, Tensor | None] = {}
 
     def _history(self, video: int, layer: int) -> tuple[int, ...]:
@@ -83,17 +74,17 @@ class LayerRun(InnerRun):
         return [total / (self.depth * v.grid.num_tokens) for total, v in zip(seen, self.videos, strict=True)]
 
     def traces(self) -> list[VideoTrace]:
-        """Return a trace of what each video has left after the last stage; later steps do not change it."""
+        """Return the trace of each video after the last stage; later steps do not change it."""
         if self.listed:
             return self.listed
         named = {"method": self.compressor.name, "variant": self.compressor.variant}
         nominal, traces = str(self.compressor.retention), []
         spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
         left = [indices.sort().values for indices in self.left]
-        for which, (video, indices, held, ms) in enumerate(zip(self.videos, left, self.held, spent, strict=True)):
+        for number, (video, indices, held, ms) in enumerate(zip(self.videos, left, self.held, spent, strict=True)):
             trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
             newlines = int(video.kept_newlines(indices).sum())
-            seen = self._history(which, self.depth)
+            seen = self._history(number, self.depth)
             fewer = tuple(layer for layer in self.stages if seen[layer] < seen[layer - 1])
             traces.append(replace(trace, held=held, layers=fewer, newlines=newlines))
         return traces
@@ -106,11 +97,8 @@ class LayerRun(InnerRun):
     def _hooked_layers(self) -> Sequence[int]:
         return sorted({0, *range(self.stages[0] - 1, self.depth)})
 
-    def _begin(self, words: Tensor | None) -> None:
-        self._words = None if words is None else words.bool()
-
     def _complete(self) -> bool:
-        return self._passes > 0 and not (self.fresh and not self.kept)
+        return super()._complete() and not (self.fresh and not self.kept)
 
     def _end(self) -> None:
         self._embeds = self._hidden = None
@@ -170,34 +158,15 @@ class LayerRun(InnerRun):
 
     def _cut(self, number: int, hidden: Tensor) -> Tensor:
         """Return the hidden states (R, L', D) of the columns that stay before layer `number`, dropped ones merged."""
-        place = self.stages.index(number)
-        before = self.kept[self.stages[place - 1]] if place else None
         _synchronise(hidden)
         start = time.perf_counter()
-        self.kept[number], chosen = self._choose(number, before, hidden)
-        merged = hidden.clone() if any(choice.hidden is not None for _, _, choice in chosen) else hidden
-        repeats = len(hidden) // len(self.real)
-        for row, places, choice in chosen:
-            if choice.hidden is not None:
-                spots = places[choice.indices.to(places.device)].to(hidden.device)
-                for line in range(row * repeats, (row + 1) * repeats):
-                    merged[line, spots] = choice.hidden.to(hidden.dtype)
-        _synchronise(hidden)
-        self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
-        if all(len(choice.indices) == len(places) and choice.order is None for _, places, choice in chosen):
-            return merged
-        # Places of the kept columns among those that reach this layer.
-        return _take(merged, per_row(self._within(self.kept[number], before), len(hidden)))
-
-    def _choose(self, number: int, before: Tensor | None, entering: Tensor) -> tuple[Tensor, list[_Chosen]]:
-        """Return the columns (B, L') that reach layer `number`, and the choice for every video.
-
-        `before` (B, L'') are the columns of `entering` (R, L'', D); None: all.
-        """
+        stage = self.stages.index(number)
+        before = self.kept[self.stages[stage - 1]] if stage else None
         left = self.left or [video.indices.to(self.real.device) for video in self.videos]
-        self.left, columns, chosen = [], [], []
+        self.left, columns, rows = [], [], []
+        states, repeats, dropped, reordered = hidden, len(hidden) // len(self.real), 0, False
         for row in range(len(self.real)):
-            prompt, places = self._prompt(number, row, before, entering)
+            prompt, places = self._prompt(number, row, before, hidden)
             line = prompt.columns
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
@@ -211,26 +180,37 @@ class LayerRun(InnerRun):
                 seen = (number, self.depth, video.grid, indices, self._history(which, number), groups)
                 view = PromptView(*seen, prompt=prompt, placed=video, places=spots)
                 choice = self.compressor.step(view, self._counts[which][number])
-                self._counts[which][number] = len(choice.indices)
-                chosen.append(_Chosen(row, places[spots], choice))
-                kept = indices[choice.indices.to(indices.device)]
+                chosen = choice.indices.to(indices.device)
+                self._counts[which][number] = len(chosen)
                 keep[video.at(indices)] = False
-                keep[video.at(kept)] = True
-                keep[video.newlines] = video.kept_newlines(kept)
+                keep[video.at(indices[chosen])] = True
+                keep[video.newlines] = video.kept_newlines(indices[chosen])
+                if choice.hidden is not None:
+                    states = hidden.clone() if states is hidden else states
+                    tokens = places[spots[chosen]].to(hidden.device)
+                    states[row * repeats : (row + 1) * repeats, tokens] = choice.hidden.to(hidden.dtype)
                 if choice.order is not None:
-                    kept = indices[choice.order.to(indices.device)]
-                    orders.append(video.at(kept))
-                self.left.append(kept)
-            line = line[keep[line]]
+                    chosen = choice.order.to(indices.device)
+                    orders.append(spots[chosen])
+                self.left.append(indices[chosen])
+            stay = keep[line].nonzero().flatten()
             for order in orders:
-                line[torch.isin(line, order)] = order
-            columns.append(line)
-        if any(choice.order is not None for _, _, choice in chosen):
-            self._renumbered = len(self.positions) == 1  # several rows of positions have no order to count along
-        return padded(columns), chosen
+                stay[torch.isin(stay, order)] = order
+                reordered = True
+            dropped += len(line) - len(stay)
+            columns.append(line[stay])
+            rows.append(places[stay])
+        self.kept[number] = padded(columns)
+        self._renumbered |= reordered and len(self.positions) == 1  # several rows of positions have no common order
+        _synchronise(hidden)
+        self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
+        return _take(states, per_row(padded(rows), len(hidden)), 1) if dropped or reordered else states
 
     def _prompt(self, number: int, row: int, before: Tensor | None, entering: Tensor) -> tuple[PromptRow, Tensor]:
-        """Return one prompt before layer `number`, and the places (l,) of its columns in `entering`."""
+        """Return one prompt before layer `number`, and the places (l,) of its columns in `entering` (R, L'', D).
+
+        `before` (B, L'') are the columns of `entering`; None: all.
+        """
         if self._hidden is None or self._embeds is None:
             raise SelectionError(f"layer {number - 1} did not run before layer {number}")
         if before is None:
@@ -245,15 +225,6 @@ class LayerRun(InnerRun):
         now, earlier = (states[first, places.to(states.device)] for states in (entering, self._hidden))
         videos = [video for video in self.videos if video.row == row]
         return PromptRow(self._decoder, number, line, positions, now, earlier, self._embeds[first], videos), places
-
-    def _within(self, table: Tensor, before: Tensor | None) -> Tensor:
-        """Return the places of columns among those of the stage before (all columns of the prompt: themselves)."""
-        if before is None:
-            return table
-        index = torch.full((len(table), self.real.shape[1] + 1), -1, dtype=torch.int64, device=table.device)
-        places = torch.arange(before.shape[1], device=table.device).expand_as(before)
-        index.scatter_(1, before.where(before >= 0, self.real.shape[1]), places)
-        return index.gather(1, table.clamp(min=0)).where(table >= 0, -1)
 
     def _sliced(self, layer: Any, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
         """Return rotary angles and position ids of the columns in a table."""
@@ -289,7 +260,7 @@ class LayerRun(InnerRun):
         after = cache.get_seq_length(number) - real.shape[1] + count
         seen = real.new_ones(rows, after)
         if self._words is not None:
-            words = self._words[:, :after].to(seen.device)
+            words = self._words[:, :after].bool().to(seen.device)
             seen[:, : words.shape[1]] = per_row(words, rows)
         if count == 1 and bool(real.all()) and bool(seen.all()):
             return None
@@ -298,16 +269,12 @@ class LayerRun(InnerRun):
         return self._mask(torch.cat([real, seen], 1), allowed, hidden)
 
 
-def _take(values: Tensor, table: Tensor, dim: int = 1) -> Tensor:
+def _take(values: Tensor, table: Tensor, dim: int) -> Tensor:
     """Return the entries of `values` (…, B, L, …) along `dim` that a table (B, L') names; −1 gives the first."""
-    dim = dim % values.ndim
     index = table.clamp(min=0).to(values.device)
-    shape = [1] * values.ndim
-    shape[dim - 1], shape[dim] = index.shape
-    target = list(values.shape)
-    target[dim - 1], target[dim] = index.shape
-    wide = values.expand(*[index.shape[0] if i == dim - 1 else s for i, s in enumerate(values.shape)])
-    return wide.gather(dim, index.view(shape).expand(target))
+    lines = values.movedim((dim - 1, dim), (0, 1))
+    lines = lines.expand(len(index), *lines.shape[1:])
+    return lines[torch.arange(len(index), device=index.device)[:, None], index].movedim((0, 1), (dim - 1, dim))
 
 
 def _synchronise(tensor: Tensor) -> None:

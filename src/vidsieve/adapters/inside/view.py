@@ -1,4 +1,4 @@
-"""Videos in a batch of prompts, and what a method inside the LLM sees of them before a layer."""
+"""Videos in a batch of prompts, and the views of them that methods inside the LLM get before a layer."""
 
 from __future__ import annotations
 
