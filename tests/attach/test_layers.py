@@ -130,7 +130,7 @@ def test_budgets():
     assert 2 * 800 + 2 * keep == 4 * 500
     with pytest.raises(BudgetError, match="not among the model's 3"):
         fastv(layer=5).stages(3, 100)
-    with pytest.raises(BudgetError, match="from 1 on"):
+    with pytest.raises(BudgetError, match="layer must be a whole number ≥ 1"):
         fastv(layer=0)
     assert fastv(0.1, layer=3, variant="official").stages(28, 25) == ((3, 2),)  # half to even
 

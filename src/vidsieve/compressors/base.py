@@ -193,7 +193,8 @@ def _check_bounds(field: dataclasses.Field[Any], value: object) -> None:
     else:
         inside = low < value < high or (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
     if not inside:
-        raise BudgetError(f"{field.name} must be {number} in {interval}, got {value!r}")
+        bounds = f"in {interval}" if high < float("inf") else f"{'≥' if interval[0] == '[' else '>'} {low:g}"
+        raise BudgetError(f"{field.name} must be {number} {bounds}, got {value!r}")
 
 
 def encoder_attention(video: VideoTokens) -> Tensor:
