@@ -15,13 +15,13 @@ from torch import Tensor
 
 from vidsieve._version import __version__
 from vidsieve.errors import TrainingError, VidsieveError
+from vidsieve.io.stopping import StopFlag, stop_on_signal
 from vidsieve.policies import Policy
 from vidsieve.training import watch
 from vidsieve.training.heldout import Best, HeldOut, Maps
 from vidsieve.training.processes import Processes
 from vidsieve.training.runs import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.training.settings import TrainConfig
-from vidsieve.training.stopping import Stopper, stoppable
 from vidsieve.types import VideoTokens
 
 Sample = TypeVar("Sample")
@@ -166,10 +166,10 @@ class Trainer(ABC, Generic[Sample]):
         else:
             self._save()
         # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
-        with stoppable(patient=self.processes.count > 1) as stopper:
-            return self._fit(stopper)
+        with stop_on_signal(patient=self.processes.count > 1) as flag:
+            return self._fit(flag)
 
-    def _fit(self, stopper: Stopper) -> Policy:
+    def _fit(self, flag: StopFlag) -> Policy:
         self.policy.train()
         maps = Maps(self.held_out, self.policy) if self.held_out is not None else None
         started = time.perf_counter() - 60 * self.minutes
@@ -182,7 +182,7 @@ class Trainer(ABC, Generic[Sample]):
             self.step, since = self.step + 1, since + 1
             self.minutes = (time.perf_counter() - started) / 60
             late = 0 < self.config.max_minutes <= self.minutes
-            late, stop = self.processes.any(late, stopper.stop)
+            late, stop = self.processes.any(late, flag.stop)
             done = late or self.step == self.config.steps
             if self.processes.main:
                 self.tick(self.step, self.config.steps, self._window[-1])
