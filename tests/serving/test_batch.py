@@ -462,6 +462,28 @@ def test_fifty_rows_without_an_answer_are_enough(fake, tmp_path):
     assert answer_file(source, target, BatchSettings()).failed == 60, "one answer: it is not all of them"
 
 
+def test_a_run_that_failed_throughout_and_was_killed_ends_when_resumed(fake, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    source = write(tmp_path / "in.jsonl", [{"video": "gone.mp4", "question": "what ?"}] * 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(batch, "_check_first", lambda done, rows: len(done) < 3 or {}["killed"])
+        answer_file(source, target, BatchSettings())
+    with pytest.raises(BatchError, match="none of the 3 rows could be answered"):
+        answer_file(source, target, BatchSettings())
+    assert not target.exists()
+
+
+def test_rows_that_workers_do_not_return_are_missed(fake, tmp_path):
+    def answer(rows, groups, settings, readers):
+        yield from batch.answer_groups(rows, list(groups)[:-1], settings, readers)
+
+    source, target = made(tmp_path), tmp_path / "out.jsonl"
+    with pytest.raises(BatchError, match="1 rows have no outcome: run the same command again"):
+        answer_file(source, target, BatchSettings(), answer=answer)
+    assert not target.exists() and answer_file(source, target, BatchSettings()).before == 22
+    check_whole(target)
+
+
 def test_memory_holds_two_numbers_a_group(tmp_path):
     source = write(tmp_path / "in.jsonl", ({"video": "v.mp4", "question": "x" * 99, "n": n} for n in range(20_000)))
     rows = Rows(source, tmp_path, 8)

@@ -537,7 +537,7 @@ def answer_file(
     Parameters
     ----------
     source, target : Path
-        JSON lines. Other files of the run are beside the target, see `Paths`.
+        JSON lines. Other files of the run are beside the target, see `beside`.
     root : Path, optional
         Folder that the paths of videos start from; default: that of the source.
     readers : int
@@ -581,7 +581,10 @@ def answer_file(
                         stopped = len(done) < rows.count
                         break
         if not stopped:
+            if len(done) < rows.count:
+                raise BatchError(f"{rows.count - len(done)} rows have no outcome: run the same command again")
             rows.check()
+            _check_first(done, rows.count)
             _write(target, failed, done)
             journal.replace(header | {"finished": {"answered": done.answered, "failed": done.failed}})
         return BatchReport(rows.count, done.answered, done.failed, before, stopped, not stopped)
