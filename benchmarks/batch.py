@@ -1,4 +1,4 @@
-"""`vidsieve batch` on 500 clips of which 10 are broken: killed -9 on the way, on Ray, and what memory many rows take.
+"""`vidsieve batch` on 500 clips of which 10 are broken: killed -9 and resumed, on Ray, and its memory for many rows.
 
 Each run is the command in a process of its own, on the testbed's model. A straight run here is compared, byte by byte,
 with one here that was killed three times, one on Ray, and one on Ray that was killed once and finished here. Peak
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.io.machine import machine, write_result
-from vidsieve.serving.batch import Paths
+from vidsieve.serving.batch import beside
 from vidsieve.testbed.files import write_scenes
 
 OPTIONS = ["--device", "cpu", "--threads", "1", "--batch", "4", "--frames", "8", "--max-new-tokens", "3"]
@@ -33,29 +33,28 @@ def command(source: Path, target: Path, *options: str) -> list[str]:
 
 
 def settled(target: Path) -> int:
-    """Return the rows in the journal of a run that goes on."""
-    journal = Paths(target).journal
+    """Return the number of rows in the journal of an unfinished run."""
+    _, journal = beside(target)
     if not journal.exists():
         return 0
     return sum(len(json.loads(line)["rows"]) for line in journal.read_bytes().split(b"\n")[1:-1])
 
 
 def finish(source: Path, target: Path, *options: str) -> dict[str, Any]:
-    """Run to the end; return what the run says of itself, its seconds and its peak memory in MB."""
-    report = target.with_suffix(".report.json")
-    begun = time.perf_counter()
-    process = subprocess.Popen(command(source, target, *options, "--json", str(report)), stdout=subprocess.DEVNULL)
+    """Run to the end; return numbers of rows, the seconds and the peak memory in MB."""
+    before, begun = settled(target), time.perf_counter()
+    process = subprocess.Popen(command(source, target, *options), stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{target.name} failed")
-    said = json.loads(report.read_text())
-    kept = {name: said[name] for name in ("rows", "answered", "failed", "before")}
-    return kept | {"seconds": round(time.perf_counter() - begun, 1), "peak_mb": round(used.ru_maxrss / 1024, 1)}
+    journal = json.loads(beside(target)[1].read_text())
+    rows = {"rows": journal["settings"]["rows"], **journal["finished"], "before": before}
+    return rows | {"seconds": round(time.perf_counter() - begun, 1), "peak_mb": round(used.ru_maxrss / 1024, 1)}
 
 
 def kill(source: Path, target: Path, rows: int, wait: float, *options: str) -> dict[str, int]:
-    """Run until so many rows are settled and some moments more, kill -9, and return the rows before and after."""
+    """Run until `rows` rows are done, wait, kill -9, and return the numbers of rows before and after."""
     before = settled(target)
     process = subprocess.Popen(command(source, target, *options), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and settled(target) < rows:
@@ -63,13 +62,13 @@ def kill(source: Path, target: Path, rows: int, wait: float, *options: str) -> d
     time.sleep(wait)
     process.kill()
     process.wait()
-    if Paths(target).out.exists():
-        raise SystemExit(f"{target.name} was through before it was killed")
+    if target.exists():
+        raise SystemExit(f"{target.name} was finished before it was killed")
     return {"rows_before": before, "rows_after": settled(target)}
 
 
 def outputs(target: Path) -> tuple[bytes, bytes]:
-    return target.read_bytes(), Paths(target).failed.read_bytes()
+    return target.read_bytes(), beside(target)[0].read_bytes()
 
 
 def counted(target: Path) -> dict[str, Any]:
@@ -119,7 +118,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/batch.json"))
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    draw, ray = random.Random(options.seed), [*OPTIONS, "--ray"]
+    draw, ray = random.Random(options.seed), [*OPTIONS, "--ray", "1"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = questions(folder / "clips", options.clips, options.broken)

@@ -1,4 +1,4 @@
-"""What `vidsieve plan` predicts for this CPU, beside what models of three sizes take on it; one JSON file.
+"""Predictions of `vidsieve plan` for this CPU, and the times of models of three sizes on it; one JSON file.
 
 Random weights, float32, one request at a time. Nothing is fitted: the machine is its own best rate of plain matrix
 products and of a plain copy, taken before and after each model, all of it counted as reached.
@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,7 @@ from vidsieve.evaluation.blueprints import random_model
 from vidsieve.io.files import writing
 from vidsieve.io.machine import machine as setup
 from vidsieve.io.machine import spread, write_result
-from vidsieve.serving.machines import GPUS, Machine, measured_cpu
-from vidsieve.serving.models import clip_of, read_model
-from vidsieve.serving.plan import Load, row
-from vidsieve.serving.plan import plan as planned
+from vidsieve.serving.plan import GPUS, Gpu, Load, clip_tokens, plan, read_model
 from vidsieve.video.reading import Video
 
 CASES = (("llava-onevision-0.1b", 16), ("qwen2.5-vl-0.1b", 32), ("llava-onevision-0.5b", 3))
@@ -71,25 +70,44 @@ def measured(name: str, frames: int, repeats: int) -> dict[str, Any]:
     return {"tokens": lengths, "seconds": {part: spread(values) for part, values in spent.items()}}
 
 
-def predicted(name: str, frames: int, lengths: dict[float, int], machine: Machine) -> list[dict[str, Any]]:
-    """Return a row of the plan for each retention; the text around the video is what the measured prompt had."""
+def predicted(name: str, frames: int, lengths: dict[float, int], machine: Gpu) -> list[dict[str, Any]]:
+    """Return the plan's row for each retention, for as much text as the measured prompt had."""
     model = read_model(name)
-    clip = clip_of(model, frames, (HEIGHT, WIDTH))
+    clip = clip_tokens(model, frames, (HEIGHT, WIDTH))
     text = lengths[1.0] - clip.grid.num_tokens - clip.newlines - clip.markers
-    load = Load(frames, (HEIGHT, WIDTH), text, answer_tokens=2, batch=1, dtype="fp32")
-    rows = [row(model, machine, load, retention) for retention in RETENTIONS]
-    for one in rows:
-        if one.llm_tokens != lengths[one.retention]:
-            raise SystemExit(f"{name}: {one.llm_tokens} tokens predicted, the model read {lengths[one.retention]}")
-    return [{"parameters": model.parameters, **asdict(one)} for one in rows]
+    load = Load(frames, (HEIGHT, WIDTH), text, answer_tokens=2, batch=1)
+    rows = plan(model, machine, load, RETENTIONS)["rows"]
+    for row in rows:
+        if row["llm_tokens"] != lengths[row["retention"]]:
+            raise SystemExit(f"{name}: {row['llm_tokens']} tokens predicted, {lengths[row['retention']]} measured")
+    return [{"parameters": model.parameters, **row} for row in rows]
 
 
-def better(one: Machine | None, other: Machine) -> Machine:
+def measured_cpu(side: int = 1536, megabytes: int = 256, repeats: int = 5) -> Gpu:
+    """Return this CPU in float32 at torch's present threads: its best rates of some matrix products and copies."""
+    left, right = torch.randn(2, side, side)
+    source = torch.ones(megabytes * 10**6, dtype=torch.uint8)
+    target = torch.empty_like(source)
+
+    def best(run: Callable[[], object]) -> float:
+        spent = []
+        for _ in range(repeats + 1):  # the first touches fresh memory
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+        return min(spent)
+
+    operations = 2 * side**3 / best(lambda: left @ right)
+    copied = 2 * len(source) / best(lambda: target.copy_(source))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Gpu("cpu", operations / 1e12, copied / 1e9, memory / 1e9, 1.0, 1.0, width=4)
+
+
+def better(one: Gpu | None, other: Gpu) -> Gpu:
     """Return the best rates of two measurements."""
     if one is None:
         return other
-    rates = {key: max(one.tflops[key], other.tflops[key]) for key in one.tflops}
-    return replace(one, tflops=rates, bandwidth=max(one.bandwidth, other.bandwidth))
+    return replace(one, tflops=max(one.tflops, other.tflops), bandwidth=max(one.bandwidth, other.bandwidth))
 
 
 def compared(case: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -110,7 +128,7 @@ def page(result: dict[str, Any]) -> list[str]:
     machine, loads = result["machine"], result["load_average"]
     lines = [
         f"float32, {machine['threads']} thread of {machine['processor']} that does "
-        f"{1e3 * result['measured']['tflops']['fp32']:.0f} GFLOP/s in plain products and copies "
+        f"{1e3 * result['measured']['tflops']:.0f} GFLOP/s in plain products and copies "
         f"{result['measured']['bandwidth']:.1f} GB/s (read and written); shared with other work: load average "
         f"{loads[0]:.1f} before, {loads[1]:.1f} after, on {machine['cores']} cores. Milliseconds; measured: min / "
         f"median / max of {result['repeats']}; **ratio**: predicted over the least measured.",
@@ -136,21 +154,21 @@ def worked() -> list[str]:
     cells = []
     for name, lengths in WORKED.items():
         for frames in lengths:
-            for one in planned(read_model(name), GPUS["H100"], Load(frames=frames), RETENTIONS)["rows"]:
-                ms = (f"{1e3 * one[key]:.1f}" for key in ("encoder_s", "prefill_s", "decode_s"))
-                share = f"{100 * one['encoder_s'] / one['busy_s']:.0f} %"
+            for row in plan(read_model(name), GPUS["H100"], Load(frames=frames), RETENTIONS)["rows"]:
+                busy = 3600 / row["per_hour"]
+                hours = 1e6 / row["per_hour"]
                 cells.append(
                     (
                         f"`{name}`",
                         frames,
-                        f"{100 * one['retention']:g} %",
-                        f"{one['llm_tokens']:,}",
-                        f"{one['kv_bytes'] / 1e6:.0f}",
-                        *ms,
-                        share,
-                        f"{one['per_second']:.2f}",
-                        f"{one['machine_hours']:.0f}",
-                        one["machines"],
+                        f"{100 * row['retention']:g} %",
+                        f"{row['llm_tokens']:,}",
+                        f"{row['kv_bytes'] / 1e6:.0f}",
+                        *(f"{1e3 * row[key]:.1f}" for key in ("encoder_s", "prefill_s", "decode_s")),
+                        f"{100 * row['encoder_s'] / busy:.0f} %",
+                        f"{1 / busy:.2f}",
+                        f"{hours:.0f}",
+                        math.ceil(hours / 24),
                     )
                 )
     heads = (
@@ -194,9 +212,9 @@ def run(repeats: int) -> dict[str, Any]:
     """Return what all models take on this machine, beside what is predicted for it."""
     before, best, cases = os.getloadavg()[0], None, {}
     for name, frames in CASES:
-        best = better(best, measured_cpu("fp32"))
+        best = better(best, measured_cpu())
         cases[name] = measured(name, frames, repeats) | {"frames": frames}
-        best = better(best, measured_cpu("fp32"))
+        best = better(best, measured_cpu())
         print(name, {part: round(seen["min"], 3) for part, seen in cases[name]["seconds"].items()}, flush=True)
     assert best is not None
     models = {}

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vidsieve.loading import load_model, shipped_model
+from vidsieve.loading import load_model
 from vidsieve.testbed.files import LAYOUTS, write_scenes
 from vidsieve.training.data.checking import check_file
 from vidsieve.training.data.filtering import filter_file
@@ -119,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     testbed = load_model("testbed")
-    models = {"testbed": testbed, "talker": load_model(str(shipped_model("talker")))}
+    models = {"testbed": testbed, "talker": load_model("workbench/testbed/talker")}
     with tempfile.TemporaryDirectory() as name:
         layouts = [
             layout_row(Path(name), layout, options.scenes, options.broken, testbed)

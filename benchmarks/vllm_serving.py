@@ -604,7 +604,7 @@ def main() -> None:
         if options.only in (None, "testbed"):
             model, processor = load_model("testbed")
             shipped = {"score": "testbed", "cacovid": "testbed"}
-            where = str(shipped_model("model"))
+            where = str(shipped_model())
             result["testbed"] = parity("testbed", model, processor, where, shipped, videos, folder)
         for family, said in (("qwen2_5_vl", "Qwen2.5-VL, tiny"), ("qwen3_vl", "Qwen3-VL, tiny")):
             if options.only in (None, family):
@@ -612,7 +612,7 @@ def main() -> None:
                 made = policies(model, folder / family)
                 result[family] = parity(said, model, processor, str(folder / family), made, videos, folder)
         if options.only in (None, "failing"):
-            result["failing"] = failing(str(shipped_model("model")), folder)
+            result["failing"] = failing(str(shipped_model()), folder)
         if options.only in (None, "load"):
             result["load"] = load(folder, options.load, 16, layers=4)
     if options.json:

@@ -98,9 +98,9 @@ def build_page():
 
 
 def open_cluster():
-    from vidsieve.serving.batching import cluster
+    from vidsieve.serving.ray_batch import import_ray
 
-    cluster.imported()
+    import_ray()
 
 
 def register_models():

@@ -1,4 +1,4 @@
-"""What a training run shows: a table in a terminal, lines elsewhere."""
+"""The progress of a training run: a table in a terminal, lines elsewhere."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,22 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
 from vidsieve.evaluation.methods import method_for
+from vidsieve.io.journal import Journal
 from vidsieve.serving import batch
-from vidsieve.serving.batch import Paths, answer_file
-from vidsieve.serving.batching.ahead import read_ahead
-from vidsieve.serving.batching.journal import BatchJournal
-from vidsieve.serving.batching.model import Answerer, stacked
-from vidsieve.serving.batching.rows import BatchError, BatchRow, Rows, line_of, read_row
-from vidsieve.serving.batching.settings import BatchSettings
+from vidsieve.serving.batch import (
+    Answerer,
+    BatchError,
+    BatchRow,
+    BatchSettings,
+    DoneRows,
+    Rows,
+    answer_file,
+    beside,
+    line_of,
+    read_ahead,
+    read_row,
+    stacked,
+)
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Tokens
@@ -69,7 +79,7 @@ class Fake:
             Fake.asked.append(row.line)
             if row.line == Fake.die:
                 raise Fake.error(f"at line {row.line}")
-            outcomes.append(row.failed(video) if video else row.answered(f"line {row.line}"))
+            outcomes.append(row.outcome(reason=video) if video else row.outcome(answer=f"line {row.line}"))
         time.sleep(Fake.wait)
         return outcomes
 
@@ -92,11 +102,11 @@ def check_whole(target, count=23):
     """Assert that every row is in one of the outputs, once, and in order."""
     failed = [n for n in range(count) if n % 5 == 3]
     assert [row["n"] for row in lines(target)] == [n for n in range(count) if n not in failed]
-    assert [row["n"] for row in lines(Paths(target).failed)] == failed
+    assert [row["n"] for row in lines(beside(target)[0])] == failed
     assert all(row["answer"] == f"line {row['n'] + 1}" for row in lines(target))
     assert {path.name for path in target.parent.iterdir()} <= {
         "in.jsonl",
-        *(path.name for path in (target, Paths(target).failed, Paths(target).journal)),
+        *(path.name for path in (target, *beside(target))),
     }
 
 
@@ -110,7 +120,11 @@ def test_answers_are_those_of_one_question_asked_alone(testbed, scenes, tmp_path
         ["line", "reason"],
         ["question", "reason", "video"],
     ]
-    assert "does not exist" in failed[0]["reason"] and failed[1]["line"] == 10 and "not JSON" in failed[1]["reason"]
+    assert (
+        "does not exist" in failed[0]["reason"]
+        and failed[1]["line"] == 10
+        and "not a JSON object" in failed[1]["reason"]
+    )
     for row in rows[::4]:
         video = answering.read(scenes / row["video"], answering.Clock(), frames=4, fps=None, max_frames=None)
         method = method_for("divprune", "testbed", retention=0.25)
@@ -141,7 +155,7 @@ def test_neither_batch_nor_readers_change_an_answer(scenes, tmp_path, method, re
         target = tmp_path / str(size) / "out.jsonl"
         settings = BatchSettings(**QUICK, method=method, retention=retention, batch=size)
         answer_file(scenes / "in.jsonl", target, settings, readers=readers)
-        found.append((target.read_bytes(), Paths(target).failed.read_bytes()))
+        found.append((target.read_bytes(), beside(target)[0].read_bytes()))
     assert found[0] == found[1]
 
 
@@ -177,14 +191,14 @@ def test_one_poisoned_prompt_does_not_take_its_batch_along(scenes, monkeypatch):
     answerer = Answerer(BatchSettings(**QUICK, batch=3))
     rows = [BatchRow(n, {"n": n}, str(scenes / "scene-0000.mp4"), "what ?") for n in (1, 2, 3)]
     video = answerer.settings.read(rows[0])
-    real = type(answerer)._said
+    real = type(answerer)._generate
 
     def said(self, ready):
         if any(one.row.line == 2 for one in ready):
             raise RuntimeError("no such\nshape")
         return real(self, ready)
 
-    monkeypatch.setattr(type(answerer), "_said", said)
+    monkeypatch.setattr(type(answerer), "_generate", said)
     outcomes = answerer([(row, video) for row in rows])
     assert [answered for answered, _ in outcomes] == [True, False, True]
     assert outcomes[1][1] == {"n": 2, "reason": "no such shape"}
@@ -201,7 +215,7 @@ def test_a_device_that_fails_ends_the_run(scenes, monkeypatch, error):
     def fail(ready):
         raise error
 
-    monkeypatch.setattr(answerer, "_said", fail)
+    monkeypatch.setattr(answerer, "_generate", fail)
     with pytest.raises(BatchError, match="what was answered is in the journal"):
         answerer([(row, video)])
 
@@ -209,22 +223,24 @@ def test_a_device_that_fails_ends_the_run(scenes, monkeypatch, error):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (b"[]", "holds list"),
-        (b"\xff", "not UTF-8"),
-        (b"[" * 9999, "not JSON"),
+        (b"[]", "line 7 is not a JSON object: Expected `object`, got `array`"),
+        (b"\xff", "line 7 is not a JSON object: JSON is malformed"),
+        (b'{"a": "\xff"}', "not a JSON object: 'utf-8' codec"),
+        (b'{"a": NaN}', "not a JSON object: JSON is malformed"),
+        (b"[" * 9999, "not a JSON object: maximum recursion depth"),
         (b"{}", "it has no video"),
-        (b'{"video": "", "question": "a"}', "video must be a text"),
-        (b'{"video": "a", "question": 3}', "question must be"),
-        (b'{"video": "a", "question": "b", "options": "c"}', "options must be"),
-        (b'{"video": "a", "question": "\\ud800"}', "surrogate"),
-        (b'{"video": "a\\u0000", "question": "b"}', "zero byte"),
+        (b'{"video": " ", "question": "a"}', "it has no video"),
+        (b'{"video": "a"}', "it has no question"),
+        (b'{"video": "a", "question": 3}', "Expected `str`, got `int` - at `$.question`"),
+        (b'{"video": "a", "question": "b", "options": "c"}', "Expected `array | null`, got `str` - at `$.options`"),
+        (b'{"video": "a", "question": "b", "options": ["c"]}', "options must be a list of two or more"),
     ],
 )
 def test_rows_that_cannot_be_asked(text, reason):
     row = read_row(text, 7, Path())
-    answered, said = row.failed(row.fault)
-    assert not answered and reason in said["reason"] and json.loads(line_of(said)) == said
-    assert ("line" in said) == (row.fields is None)
+    answered, fields = row.outcome(reason=row.fault)
+    assert not answered and reason in fields["reason"] and json.loads(line_of(fields)) == fields
+    assert ("line" in fields) == (row.fields is None)
 
 
 def test_fields_are_copied_and_options_listed():
@@ -235,7 +251,7 @@ def test_fields_are_copied_and_options_listed():
         Path("/r"),
     )
     assert row.video == "/r/a.mp4" and row.prompt.startswith("b?\nA. x\nB. y\n")
-    said = row.answered("A", frames=2)[1]
+    said = row.outcome(answer="A", frames=2)[1]
     assert said["n"] == [1.5, None] and said["given"] == {"answer": "B", "given": 1} and said["answer"] == "A"
     assert read_row(b'{"video": "a", "question": "b?", "options": ["x", "y"]}', 1, Path()).prompt == "b?"
 
@@ -243,7 +259,7 @@ def test_fields_are_copied_and_options_listed():
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_path, size):
     source, target, settings = made(tmp_path), tmp_path / "out.jsonl", BatchSettings(batch=size)
-    journal = Paths(target).journal
+    journal = beside(target)[1]
     fake.die = 23
     with pytest.raises(KeyboardInterrupt):
         answer_file(source, target, settings)
@@ -258,7 +274,7 @@ def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_p
         check_whole(target)
         settled = max(0, sum(end <= cut for end in ends[1:]) - 1) * size
         assert fake.asked == list(range(settled + 1, 24)), "what is settled is not asked again"
-        for path in (target, Paths(target).failed, journal):
+        for path in (target, beside(target)[0], journal):
             path.unlink()
 
 
@@ -291,7 +307,7 @@ def test_a_kill_between_any_two_writes_loses_and_doubles_nothing(fake, tmp_path,
                 calls[0] = -100
                 answer_file(source, target, settings)
             check_whole(target, 9)
-            for path in (target, Paths(target).failed, Paths(target).journal):
+            for path in (target, *beside(target)):
                 path.unlink()
     assert moment[0] - 1 == 4 + 2 + 3, "the settings and three groups; two outputs; three renames"
 
@@ -328,16 +344,36 @@ def test_rows_of_one_video_share_its_decoding():
 def test_a_finished_run_is_left_alone(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     assert answer_file(source, target, BatchSettings()).written
-    assert len(lines(Paths(target).journal)) == 1
+    assert len(lines(beside(target)[1])) == 1
     fake.asked.clear()
     again = answer_file(source, target, BatchSettings())
     assert (again.written, again.before, again.answered) == (False, 23, 19) and not fake.asked
-    target.write_text("")
-    with pytest.raises(OutputError, match=r"is not what the finished run wrote: remove .*out.journal.jsonl"):
+    target.unlink()
+    with pytest.raises(OutputError, match=r"is gone, and its run had finished: remove .*out.journal.jsonl"):
         answer_file(source, target, BatchSettings())
-    Paths(target).journal.unlink()
-    with pytest.raises(OutputError, match=r"is there, and no out.journal.jsonl says of what: name another output"):
+    beside(target)[1].unlink()
+    with pytest.raises(OutputError, match=r"exists, and no out.journal.jsonl says which run wrote it: name another"):
         answer_file(source, target, BatchSettings())
+
+
+def test_a_journal_of_the_first_format_is_resumed(fake, tmp_path):
+    """`{"batch": 1, "settings": …}`, then `{"group": …, "rows": …}` in the order in which workers finished."""
+    source, target = made(tmp_path), tmp_path / "out.jsonl"
+    rows = Rows(source, tmp_path, 4)
+    told = {"input_digest": rows.digest, "rows": 23, "video_root": str(tmp_path)} | BatchSettings(batch=4).described()
+    groups = [
+        {"group": group, "rows": [[True, row.fields | {"answer": f"line {row.line}"}] for row in rows.group(group)]}
+        for group in (0, 4)
+    ]
+    for group in groups:
+        for row in group["rows"]:
+            if row[1]["n"] % 5 == 3:
+                row[:] = [False, {**row[1], "reason": "gone"}]
+                del row[1]["answer"]
+    write(beside(target)[1], [{"batch": 1, "settings": told}, *reversed(groups)])
+    assert answer_file(source, target, BatchSettings(batch=4)).before == 8
+    check_whole(target)
+    assert fake.asked == [*range(5, 17), 21, 22, 23]
 
 
 def test_another_run_is_refused_by_what_differs(fake, tmp_path):
@@ -348,7 +384,7 @@ def test_another_run_is_refused_by_what_differs(fake, tmp_path):
     fake.die = 2
     with pytest.raises(KeyboardInterrupt):  # nothing was settled: begun anew
         answer_file(source, target, BatchSettings())
-    with pytest.raises(BatchError, match=r"another run \(frames: 16 there, 8 now; seed: 0 there, 3 now\): name"):
+    with pytest.raises(BatchError, match=r"another run \(frames: 16 there, 8 now; seed: 0 there, 3 now\): give"):
         answer_file(source, target, BatchSettings(frames=8, seed=3))
     with pytest.raises(BatchError, match=r'method: "divprune .* there, "full" now'):
         answer_file(source, target, BatchSettings(method="full"))
@@ -359,12 +395,12 @@ def test_another_run_is_refused_by_what_differs(fake, tmp_path):
         answer_file(source, target, BatchSettings())
     made(tmp_path)
     with (
-        BatchJournal(tmp_path / "held.journal.jsonl", {}, 1),
+        Journal(tmp_path / "held.journal.jsonl"),
         pytest.raises(BatchError, match="another process is writing"),
     ):
         answer_file(source, tmp_path / "held.jsonl", BatchSettings())
-    Paths(target).journal.write_text("something else\n")
-    with pytest.raises(BatchError, match=r"is no journal of `vidsieve batch`"):
+    beside(target)[1].write_text("something else\n")
+    with pytest.raises(BatchError, match="is not a journal of this command"):
         answer_file(source, target, BatchSettings())
 
 
@@ -373,7 +409,7 @@ def test_a_damaged_line_is_named(fake, tmp_path):
     fake.die = 9
     with pytest.raises(KeyboardInterrupt):
         answer_file(source, target, BatchSettings())
-    journal = Paths(target).journal
+    journal = beside(target)[1]
     text = journal.read_text().splitlines(keepends=True)
     for number, wrong in ((3, "}\n"), (4, text[2])):  # the second: a group twice
         journal.write_text("".join([*text[: number - 1], wrong, *text[number:]]))
@@ -385,21 +421,30 @@ def test_a_damaged_line_is_named(fake, tmp_path):
     check_whole(target)
 
 
-def test_what_a_worker_hands_over_twice_is_noted_once(tmp_path):
-    with BatchJournal(tmp_path / "j.jsonl", {}, 2) as journal:
+def test_a_group_that_a_worker_sends_twice_is_written_once(tmp_path):
+    with Journal(tmp_path / "j.jsonl", {"settings": {}}) as journal:
+        done = DoneRows(journal, 2)
         for answer in ("first", "second"):
-            journal.add(1, [BatchRow(2, {}).answered(answer)])
-        assert list(journal.pending()) == [0] and journal.answered == 1
-        journal.add(0, [BatchRow(1, {}).failed("gone")])
-        assert [row for _, row in journal.outcomes()] == [{"reason": "gone"}, {"answer": "first"}]
-        assert journal.fault == "gone" and len(journal) == 2
+            done.add(1, [BatchRow(2, {}).outcome(answer=answer)])
+        assert list(done.pending()) == [0] and done.answered == 1
+        done.add(0, [BatchRow(1, {}).outcome(reason="gone")])
+        assert list(done.rows(True)) == [{"answer": "first"}] and list(done.rows(False)) == [{"reason": "gone"}]
+        assert done.reason == "gone" and len(done) == 2 == len(DoneRows(journal, 2))
 
 
-def test_an_input_that_changes_meanwhile(fake, tmp_path):
+def test_an_input_that_changes_during_the_run(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
-    with pytest.raises(BatchError, match="was changed while its rows were answered"):
-        answer_file(source, target, BatchSettings(), progress=lambda done, total: os.utime(source, (0, 0)))
-    assert not target.exists() and answer_file(source, target, BatchSettings()).before == 23
+    for rows in (9, 23):
+        with pytest.raises(BatchError, match="has changed during the run: restore it, or name another output"):
+            answer_file(
+                source,
+                target,
+                BatchSettings(),
+                progress=lambda done, _, rows=rows: os.utime(source, (0, 0)) if done == rows else None,
+            )
+        assert not target.exists()
+        made(tmp_path)
+    assert answer_file(source, target, BatchSettings()).before == 23
     check_whole(target)
     with pytest.raises(BatchError, match="holds no rows"):
         answer_file(write(tmp_path / "empty.jsonl", [b"\n"]), tmp_path / "e.jsonl", BatchSettings())
@@ -417,7 +462,29 @@ def test_fifty_rows_without_an_answer_are_enough(fake, tmp_path):
     assert answer_file(source, target, BatchSettings()).failed == 60, "one answer: it is not all of them"
 
 
-def test_memory_holds_three_numbers_a_group(tmp_path):
+def test_a_run_that_failed_throughout_and_was_killed_ends_when_resumed(fake, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    source = write(tmp_path / "in.jsonl", [{"video": "gone.mp4", "question": "what ?"}] * 3)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(batch, "_check_first", lambda done, rows: len(done) < 3 or {}["killed"])
+        answer_file(source, target, BatchSettings())
+    with pytest.raises(BatchError, match="none of the 3 rows could be answered"):
+        answer_file(source, target, BatchSettings())
+    assert not target.exists()
+
+
+def test_rows_that_workers_do_not_return_are_missed(fake, tmp_path):
+    def answer(rows, groups, settings, readers):
+        yield from batch.answer_groups(rows, list(groups)[:-1], settings, readers)
+
+    source, target = made(tmp_path), tmp_path / "out.jsonl"
+    with pytest.raises(BatchError, match="1 rows have no outcome: run the same command again"):
+        answer_file(source, target, BatchSettings(), answer=answer)
+    assert not target.exists() and answer_file(source, target, BatchSettings()).before == 22
+    check_whole(target)
+
+
+def test_memory_holds_two_numbers_a_group(tmp_path):
     source = write(tmp_path / "in.jsonl", ({"video": "v.mp4", "question": "x" * 99, "n": n} for n in range(20_000)))
     rows = Rows(source, tmp_path, 8)
     assert (rows.count, rows.groups) == (20_000, 2500)
@@ -445,12 +512,13 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
     monkeypatch.setattr(Fake, "__call__", press)
     assert run(monkeypatch, source, target, "--batch", 4) == 130
     printed = capsys.readouterr()
-    assert "Ctrl-C once more" in printed.err and "stopped: 7 of 23 rows answered, 1 failed; they are in" in printed.out
+    assert (
+        "Ctrl-C again stops at once" in printed.err
+        and "stopped: 7 of 23 rows answered, 1 failed; they are in" in printed.out
+    )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not target.exists()
-    out = cli("batch", source, target, "--batch", 4, "--json", tmp_path / "r" / "r.json")
+    out = cli("batch", source, target, "--batch", 4)
     assert f"19 of 23 rows answered, 4 failed (8 of them by earlier runs): {target}; the reasons are in" in out
-    check = json.loads((tmp_path / "r" / "r.json").read_text())
-    assert (check["rows"], check["answered"], check["failed"], check["before"]) == (23, 19, 4, 8)
     assert "is finished already: 19 of 23 rows answered, 4 failed; nothing was done" in cli(
         "batch", source, target, "--batch", 4
     )
@@ -461,16 +529,15 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
 
     monkeypatch.setattr(Fake, "__call__", twice)
     assert run(monkeypatch, source, tmp_path / "other.jsonl") == 130
-    assert "what was answered is in the journal" in capsys.readouterr().err
+    assert "other.journal.jsonl: the same command goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["out.json"], "its name ends in .jsonl"),
+        (["out.json"], "its name must end in .jsonl"),
         (["in.jsonl"], "would overwrite the file that is read"),
-        (["out.jsonl", "--workers", "2"], "are for --ray: give it too"),
-        (["out.jsonl", "--ray", "--device", "cuda:1"], "Ray gives each worker its GPU"),
+        (["out.jsonl", "--ray", "2", "--device", "cuda:1"], "Ray gives each worker its GPU"),
         (["out.jsonl", "--method", "evz"], "'evs'"),
         (["out.jsonl", "--fps", "0"], "--fps must be a finite number above 0, got 0"),
         (["out.jsonl", "--policy", "testbed"], "divprune is not trained and takes no policy"),
@@ -492,7 +559,7 @@ def test_not_one_answer_is_a_failure(fake, tmp_path, monkeypatch, capsys):
 
 def test_ray_that_is_not_there(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = cli("batch", made(tmp_path), tmp_path / "out.jsonl", "--ray", fails=True)
+    said = cli("batch", made(tmp_path), tmp_path / "out.jsonl", "--ray", 1, fails=True)
     assert "pip install 'vidsieve[ray]'" in said and not (tmp_path / "out.journal.jsonl").exists()
 
 
@@ -532,21 +599,23 @@ def test_killed_for_real(scenes, tmp_path):
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_ray_gives_the_same_files_and_goes_on(scenes, tmp_path):
     ray = pytest.importorskip("ray")
-    from vidsieve.serving.batching.cluster import Cluster, on_cluster
+    from vidsieve.serving.ray_batch import answer_on_ray
+
+    on_ray = partial(answer_on_ray, workers=1)
 
     source, target, settings = scenes / "in.jsonl", tmp_path / "ray.jsonl", BatchSettings(**QUICK, batch=2)
     answer_file(source, tmp_path / "here.jsonl", settings)
     rows = Rows(source, scenes.resolve(), 2)
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     try:
-        first = answer_file(source, target, settings, cluster=Cluster(), stop=lambda: True)
+        first = answer_file(source, target, settings, answer=on_ray, stop=lambda: True)
         assert first.stopped and first.answered + first.failed == 2
-        second = answer_file(source, target, settings, cluster=Cluster())
+        second = answer_file(source, target, settings, answer=on_ray)
         assert second.written and second.before == 2
         with pytest.raises(BatchError, match="3 workers need a CPU each, and Ray has 2"):
-            next(on_cluster(Cluster(workers=3), rows, [0], settings, 2))
+            next(answer_on_ray(rows, [0], settings, 2, workers=3))
         with pytest.raises(VidsieveError, match="no model 'nothing'"):
-            next(on_cluster(Cluster(), rows, [0], BatchSettings(model="nothing"), 2))
+            next(on_ray(rows, [0], BatchSettings(model="nothing", batch=2), 2))
     finally:
         ray.shutdown()
     for name in ("", ".failed"):

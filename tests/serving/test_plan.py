@@ -1,9 +1,8 @@
-"""What serving takes: tokens as real processors make them, operations as torch counts them, caches as they are."""
+"""Predictions of serving: tokens as real processors make them, operations as torch counts them, caches as they are."""
 
 from __future__ import annotations
 
 import json
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,14 +19,29 @@ from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.cli.plan import plan as command
 from vidsieve.evaluation.blueprints import BLUEPRINTS, RandomModel
 from vidsieve.evaluation.flops import prefill_flops
-from vidsieve.serving.machines import GPUS, Machine, machine_of, measured_cpu
-from vidsieve.serving.models import Clip, clip_of, encoder_flops, model_of, read_model
-from vidsieve.serving.plan import Load, kv_bytes, plan, row, selecting, step_flops
+from vidsieve.serving.plan import (
+    GPUS,
+    ClipTokens,
+    Gpu,
+    Load,
+    clip_tokens,
+    encoder_flops,
+    kv_bytes,
+    model_of,
+    plan,
+    read_gpu,
+    read_model,
+    step_flops,
+)
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
 
 H100 = GPUS["H100"]
+
+
+def row(model, gpu, load, retention):
+    return SimpleNamespace(**plan(model, gpu, load, [retention])["rows"][0])
 
 
 def tiny(family):
@@ -43,7 +57,7 @@ def seen(family, vision, grid):
     else:
         side = {"internvl": 8, "smolvlm": 8}.get(family, 7)
         patches = (grid.frames, side, side)
-    return Clip(grid.frames, patches, grid, 0, 0, "")
+    return ClipTokens(patches, grid, 0, 0)
 
 
 # -- tokens ---------------------------------------------------------------------------------------------------
@@ -53,7 +67,7 @@ def seen(family, vision, grid):
 def test_grids_and_newlines_are_those_of_the_adapter(family):
     _, adapter, model = tiny(family)
     encoded = adapter.encode(inputs_for(family, [[default_grid(family, 5)]]))
-    clip, video = clip_of(model, 5), encoded.videos[0].features
+    clip, video = clip_tokens(model, 5), encoded.videos[0].features
     assert (clip.grid, clip.newlines) == (video.grid, len(video.tail)) and model.family == family
     assert clip.patches == seen(family, None, clip.grid).patches
 
@@ -72,7 +86,7 @@ def test_frames_are_scaled_as_by_the_real_processors(name, kind, limits, frames,
     processor = getattr(transformers, kind)(**({"size": limits} if limits else {}))
     pixels = np.zeros((frames, *size, 3), np.uint8)
     made = processor([pixels], do_sample_frames=False, return_tensors="pt")
-    clip = clip_of(read_model(name), frames, size)
+    clip = clip_tokens(read_model(name), frames, size)
     assert [list(clip.patches)] == made["video_grid_thw"].tolist()
     assert clip.grid.num_tokens * 4 == len(made["pixel_values_videos"])
 
@@ -92,7 +106,7 @@ def test_prompts_are_as_long_as_the_models_read_them(name):
 @pytest.mark.parametrize("family", ["llava_onevision", "llava_video", "internvl", "smolvlm"])
 def test_a_pruned_prompt_is_as_long_as_a_method_makes_it(family):
     network, _, model = tiny(family)
-    inputs, clip = inputs_for(family, [[default_grid(family, 4)]]), clip_of(model, 4)
+    inputs, clip = inputs_for(family, [[default_grid(family, 4)]]), clip_tokens(model, 4)
     whole = vidsieve.prune(network, inputs, vidsieve.load("uniform", retention=1.0))["input_ids"].shape[1]
     load = Load(frames=4, prompt_tokens=whole - clip.grid.num_tokens - clip.newlines - clip.markers)
     for retention in (1.0, 0.5):  # a half leaves no row without a token
@@ -146,7 +160,7 @@ def test_a_cache_is_as_large_as_a_real_one(family):
         cache = output_cache(network(**pruned))
     real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     tokens = pruned["input_ids"].shape[1]
-    assert kv_bytes(model.text, tokens, "fp32") == real == 2 * kv_bytes(model.text, tokens, "bf16")
+    assert kv_bytes(model.text, tokens, 4) == real == 2 * kv_bytes(model.text, tokens, 2)
     network.set_attn_implementation("eager")
     step = torch.randn(1, 1, model.text.hidden_size)
     with FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -159,79 +173,51 @@ def test_a_cache_is_as_large_as_a_real_one(family):
 
 
 def test_parts_are_rooflines_and_add_up():
-    machine = Machine("toy", {"fp32": 0.5}, 10, 40, 0.5, 1.0)
-    assert machine.seconds(5e11, 1e9, "fp32") == 2.0 and machine.seconds(1e9, 2e10, "fp32") == 2.0
-    model, load = read_model("llava-onevision-0.5b"), Load(frames=4, answer_tokens=11, batch=4, dtype="fp32")
-    found = row(model, machine, load, 0.25)
+    gpu = Gpu("toy", 0.5, 10, 40, 0.5, 1.0, width=4)
+    assert gpu.seconds(5e11, 1e9) == 2.0 and gpu.seconds(1e9, 2e10) == 2.0
+    model, load = read_model("llava-onevision-0.5b"), Load(frames=4, answer_tokens=11, batch=4)
+    found = row(model, gpu, load, 0.25)
     assert found.prefill_flops == prefill_flops(model.text, found.llm_tokens) and found.video_tokens == 196
     assert found.prefill_s == found.prefill_flops / 0.25e12 and found.encoder_s == found.encoder_flops / 0.25e12
-    read = model.decoder * 4 + 4 * kv_bytes(model.text, found.llm_tokens + 5, "fp32")
+    read = model.decoder * 4 + 4 * kv_bytes(model.text, found.llm_tokens + 5, 4)
     assert found.decode_s == read / 1e10 and found.batch == 4
     first = found.encoder_s + found.prefill_s
     assert found.latency_s == pytest.approx(first + 10 * found.decode_s)
-    assert found.busy_s == pytest.approx(first + 10 * found.decode_s / 4) and found.per_second == 1 / found.busy_s
-    assert found.machines == math.ceil(1e6 * found.busy_s / 86400)
+    assert found.per_hour == pytest.approx(3600 / (first + 10 * found.decode_s / 4))
     assert found.concurrent == (0.9 * 40e9 - 4 * model.parameters) // found.kv_bytes
-    assert found.kv_bytes == kv_bytes(model.text, found.llm_tokens + 10, "fp32")
+    assert found.kv_bytes == kv_bytes(model.text, found.llm_tokens + 10, 4)
 
 
 @pytest.mark.parametrize("name", list(BLUEPRINTS))
 def test_keeping_less_never_costs_more(name):
     made = plan(read_model(name), GPUS["L40S"], Load(frames=16), [1.0, 0.9, 0.5, 0.25, 0.1, 0.02])["rows"]
-    for key in ("video_tokens", "llm_tokens", "prefill_flops", "kv_bytes", "prefill_s", "busy_s", "machines"):
+    for key in ("video_tokens", "llm_tokens", "prefill_flops", "kv_bytes", "prefill_s", "latency_s"):
         assert [r[key] for r in made] == sorted((r[key] for r in made), reverse=True), key
-    for key in ("concurrent", "per_second"):
+    for key in ("concurrent", "per_hour"):
         assert [r[key] for r in made] == sorted(r[key] for r in made), key
     assert len({(r["encoder_flops"], r["encoder_s"]) for r in made}) == 1, "the encoder gets no cheaper"
 
 
-def test_a_methods_own_cost_is_counted_and_told():
-    model, loads = read_model("qwen2.5-vl-7b"), [Load(method=name) for name in (None, "evs", "divprune", "fastv")]
-    free, passes, products, inside = (plan(model, H100, load, [1.0, 0.25]) for load in loads)
-    assert [r["select_s"] for r in free["rows"]] == [0, 0] and "selecting is free" in " ".join(free["assumptions"])
-    assert passes["rows"][0]["select_s"] == 0 < passes["rows"][1]["select_s"] < products["rows"][1]["select_s"]
-    grid = clip_of(model, 32).grid.num_tokens
-    assert selecting("divprune", clip_of(model, 32), 100, model.text)[0] == 2 * grid * 100 * 3584
-    assert ["mean over layers" in " ".join(made["assumptions"]) for made in (passes, products, inside)] == [0, 0, 1]
-
-
-def test_layouts_and_long_prompts_are_told():
+def test_layouts_have_their_grids():
     video, plain = read_model("llava-onevision-7b", layout="grid"), read_model("llava-onevision-7b")
     assert read_model("llava-video-7b").family == video.family == "llava_video"
-    assert clip_of(video, 32).grid == TokenGrid(32, 13, 13) and clip_of(plain, 32).grid == TokenGrid(32, 14, 14)
-    assert "newline" in plan(video, H100, Load(), [1.0])["assumptions"][-1]
-    assert "made for 131,072 tokens" in plan(plain, H100, Load(frames=700), [0.1])["assumptions"][-1]
+    assert clip_tokens(video, 32).grid == TokenGrid(32, 13, 13) and clip_tokens(plain, 32).grid == TokenGrid(32, 14, 14)
+    assert clip_tokens(video, 32).newlines == 32 * 13 and clip_tokens(plain, 32).newlines == 1
 
 
-# -- machines -------------------------------------------------------------------------------------------------
-
-
-def test_machines_of_the_table_and_others():
-    assert machine_of("h100", "bf16") == H100 and machine_of("H100", "bf16", efficiency=0.7).efficiency == 0.7
-    other = machine_of("B200", "bf16", peak_tflops=2250, bandwidth=8000, memory=180)
-    assert (other.name, other.tflops, other.bandwidth, other.memory) == ("B200", {"bf16": 2250}, 8000, 180)
-    assert machine_of("L4", "bf16", memory=20).memory == 20 and GPUS["L4"].memory == 24
-    for gpu in GPUS.values():
-        assert gpu.tflops["bf16"] > gpu.tflops["fp32"] and 0 < gpu.efficiency < 1
-
-
-def test_the_cpu_is_measured():
-    found = measured_cpu(side=128, megabytes=4, repeats=2)
-    assert found.tflops["fp32"] > 0 and found.bandwidth > 0 and found.memory > 0.5 and found.efficiency == 1
+def test_gpus_of_the_table_and_others():
+    assert read_gpu("h100") == H100
+    assert read_gpu("2250,8000,180") == Gpu("2250,8000,180", 2250, 8000, 180)
 
 
 # -- mistakes -------------------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_told(tmp_path):
-    with pytest.raises(errors.UnknownNameError, match=r"unknown GPU 'A100'. Did you mean .*'A100-80GB'.*--peak-tflops"):
-        machine_of("a100", "bf16")
-    with pytest.raises(errors.UnknownNameError, match="'B200'"):
-        machine_of("B200", "bf16", peak_tflops=2250)
-    with pytest.raises(errors.UnknownNameError, match="unknown dtype 'float32'"):
-        machine_of("H100", "float32")
-    with pytest.raises(errors.EvaluationError, match="positive numbers; got -1"):
-        machine_of("H100", "bf16", bandwidth=-1)
+    with pytest.raises(errors.UnknownNameError, match=r"unknown GPU 'A100'. Did you mean .*'A100-80GB'.*2250,8000,180"):
+        read_gpu("a100")
+    with pytest.raises(errors.EvaluationError, match="must be positive, got 1,-1,1"):
+        read_gpu("1,-1,1")
     with pytest.raises(errors.UnknownNameError, match=r"unknown model 'qwen2.5-vl-7'. Did you mean 'qwen2.5-vl-7b'"):
         read_model("qwen2.5-vl-7")
     with pytest.raises(errors.ModelError, match=r"cannot read the configuration of .*Give a folder with a config.json"):
@@ -240,21 +226,17 @@ def test_mistakes_are_told(tmp_path):
     with pytest.raises(errors.ModelError, match="cannot read the configuration of"):
         read_model(str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(errors.UnsupportedModelError, match="is a 'bert', which is no video LLM"):
+    with pytest.raises(errors.UnsupportedModelError, match="is a 'bert', which vidsieve does not support"):
         read_model(str(tmp_path))
     with pytest.raises(errors.UnsupportedCallError, match="layout"):
         read_model("qwen2.5-vl-3b", layout="grid")
     model = read_model("qwen2.5-vl-7b")
-    with pytest.raises(
-        errors.ModelError, match=r"weights in fp32 take 33.2 GB, 11.6 GB more than the 21.6 GB .* of 24"
-    ):
-        plan(model, GPUS["L4"], Load(dtype="fp32"), [1.0])
+    with pytest.raises(errors.ModelError, match=r"weights take 16.6 GB of the 14.4 GB that can be used; choose a GPU"):
+        plan(model, Gpu("small", 100, 100, 16), Load(), [1.0])
     with pytest.raises(errors.ModelError, match=r"cannot take 32 frames of this size: .*aspect ratio"):
         plan(model, H100, Load(size=(10, 4000)), [1.0])
     with pytest.raises(errors.RetentionError, match="got 0"):
         plan(model, H100, Load(), [0])
-    with pytest.raises(errors.UnknownNameError, match=r"unknown compressor 'evz'. Did you mean 'evs'"):
-        plan(model, H100, Load(method="evz"), [1.0])
 
 
 def test_a_folder_with_a_configuration_is_enough(tmp_path):
@@ -282,23 +264,22 @@ def told():
 
 
 def test_the_command_prints_a_column_for_each_retention(told, tmp_path):
-    out = told("--model", "qwen2.5-vl-7b", "--frames", 32, "--retention", "1,0.25,0.1", "--json", tmp_path / "p.json")
-    for word in ("qwen2.5-vl-7b on H100", "100 %", "25 %", "10 %", "4,784 │ 1,196 │ 478", "predicted, not measured"):
+    out = told("--frames", 32, "--retention", "1,0.25,0.1", "--price", 2, "--json", tmp_path / "p.json")
+    for word in ("qwen2.5-vl-7b on H100", "100 %", "25 %", "10 %", "4,784 │ 1,196 │ 478", "predicted"):
         assert word in out
-    assert "989.4 TFLOP/s in bf16 without sparsity" in out and "selecting is free" in out
+    assert "989.4 TFLOP/s in bfloat16 without sparsity" in out and "0.131 │ 0.071 │ 0.060" in out
     result = json.loads((tmp_path / "p.json").read_text())
     assert [r["video_tokens"] for r in result["rows"]] == [4784, 1196, 478] and result["load"]["batch"] == 8
     assert all(line in out for line in result["assumptions"])
 
 
-def test_the_command_says_what_does_not_fit(told):
-    out = told("--gpu", "L4", "--frames", 512, "--size", "1080x1920", "--retention", "1,0.1", "--concurrency", 2)
-    assert "100 %: no request fits; its cache takes 5.56 GB more than the weights leave" in out
-    assert "(batch 2)" in out and "made for 131,072 tokens" in out
+def test_the_command_says_where_nothing_fits(told):
+    out = told("--gpu", "L4", "--frames", 512, "--size", "1080x1920", "--retention", "1,0.1", "--price", 1)
+    assert "requests that fit in memory │ 0 │ " in out and "one request, s │ – │ " in out and "made for 131,072" in out
+    assert "requests an hour │ 0 │ " in out and "price of 1,000 requests │ – │ " in out
 
 
 def test_the_commands_mistakes_are_told(told):
-    assert "--size is height x width in pixels" in told("--size", "360", fails=errors.EvaluationError)
+    assert "--size must be height x width in pixels" in told("--size", "360", fails=errors.EvaluationError)
     assert "'H200'" in told("--gpu", "H20", fails=errors.UnknownNameError)
     assert "(0, 1]" in told("--retention", "1.5", fails=errors.RetentionError)
-    assert "unknown compressor" in told("--method", "evz", fails=errors.UnknownNameError)

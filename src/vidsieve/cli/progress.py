@@ -1,4 +1,4 @@
-"""Long work as it goes: a bar, or, of training, a live table in a terminal and a line for each of metrics elsewhere."""
+"""Progress of long work: a bar, and for training a live table in a terminal, or a line for each log elsewhere."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SHOWN = (
     ("eval_accuracy", "held-out accuracy"),
     ("eval_ce_excess", "held-out cross-entropy above all tokens'"),
 )
-"""Figures in the table, by their names in the metrics."""
+"""Metrics in the table, with their labels."""
 
 
 def seconds_left(spent: float, done: int, left: int, limit: float = float("inf")) -> float:
-    """Return how long `left` more steps take at the pace of `done` steps in `spent` seconds; at most `limit`."""
+    """Return the seconds that `left` steps take at the pace of `done` steps in `spent` seconds; at most `limit`."""
     return min(limit, spent / done * left)
 
 
@@ -39,19 +39,19 @@ def clock(seconds: float) -> str:
 
 
 def line(step: int, steps: int, metrics: Mapping[str, float]) -> str:
-    """Return one line of figures."""
+    """Return the metrics of a step as one line."""
     shown = "  ".join(f"{name} {value:.3g}" for name, value in metrics.items() if name != "minutes")
     return f"{step}/{steps}  {metrics.get('minutes', 0):.1f} min  {shown}"
 
 
 class Progress:
-    """Shows a run on a console while it is entered.
+    """The progress of a training run on a console, shown while entered.
 
     Parameters
     ----------
     console : Console
     max_minutes : float
-        Where the run stops at the latest; 0 = no limit.
+        Time limit of the run; 0 = none.
     """
 
     def __init__(self, console: Console, max_minutes: float = 0.0) -> None:
@@ -72,43 +72,43 @@ class Progress:
             self._live.stop()
 
     def tick(self, step: int, steps: int, figures: Mapping[str, float]) -> None:
-        """Note one step."""
-        if not self.first:  # the first step's time is that of loading and compiling, too
+        """Record the metrics of a step for the table."""
+        if not self.first:  # the first step's time includes loading and compiling
             self.first, self.started = step, time.perf_counter()
         self.step, self.steps = step, steps
         self.figures |= figures
 
     def report(self, step: int, steps: int, metrics: Mapping[str, float]) -> None:
-        """Show a line of metrics."""
+        """Print a line of metrics, or show them in the table."""
         self.step, self.steps = step, steps
         self.figures |= metrics
         if self._live is None:
             self.console.print(line(step, steps, metrics), highlight=False)
 
     def table(self) -> Table:
-        """Return the table as it is now."""
-        made = Table.grid(padding=(0, 2))
-        made.add_row("step", f"{self.step}/{self.steps}" if self.steps else "the first one is being taken")
+        """Return the table of the latest metrics."""
+        table = Table.grid(padding=(0, 2))
+        table.add_row("step", f"{self.step}/{self.steps}" if self.steps else "first")
         for name, label in SHOWN:
             if name in self.figures:
-                made.add_row(label, f"{self.figures[name]:.3g}")
+                table.add_row(label, f"{self.figures[name]:.3g}")
         done = self.step - self.first
         if done > 0:
             spent = time.perf_counter() - self.started
             limit = 60 * (self.max_minutes - self.figures.get("minutes", 0.0)) if self.max_minutes else float("inf")
-            made.add_row("time left", clock(max(0.0, seconds_left(spent, done, self.steps - self.step, limit))))
-        return made
+            table.add_row("time left", clock(max(0.0, seconds_left(spent, done, self.steps - self.step, limit))))
+        return table
 
 
 class Bar:
-    """A bar on stderr while it is entered; calls of what entering returns are (done, total), where that is known."""
+    """A bar on stderr, shown while entered; entering returns a function of (done, total) that updates it."""
 
     def __init__(self, what: str, total: int | None = 1) -> None:
-        # Here, so that commands without a bar start faster.
+        # Imported here so that commands without a bar start faster.
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as BarOfRich
+        from rich.progress import Progress as RichProgress
 
-        self.bar = BarOfRich(
+        self.bar = RichProgress(
             TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
         )
         self.task = self.bar.add_task(what, total=total)

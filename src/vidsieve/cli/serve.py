@@ -1,4 +1,4 @@
-"""vidsieve serve: vLLM's OpenAI server with videos pruned."""
+"""vidsieve serve: vLLM's OpenAI server with pruned videos."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def serve(
     retention: Annotated[
         str | None,
         typer.Option(
-            help="Fraction of video tokens kept, or a count such as 512t; requests may ask another.",
+            help="Fraction of video tokens kept, or a count such as 512t; requests may set another.",
             show_default="0.25",
         ),
     ] = None,
@@ -41,14 +41,14 @@ def serve(
     on_error: Annotated[
         str | None,
         typer.Option(
-            help="When the method raises on a request's video: 'fail' answers with an error, 'uniform' from the tokens "
-            "that uniform keeps. Both are logged and counted.",
+            help="If the method raises on a request's video: 'fail' returns an error, 'uniform' answers from the "
+            "tokens that uniform keeps. Both are logged and counted.",
             show_default="fail",
         ),
     ] = None,
-    dry: Annotated[bool, typer.Option("--print", help="Print vLLM's command, start nothing.")] = False,
+    dry: Annotated[bool, typer.Option("--print", help="Print vLLM's command without starting it.")] = False,
 ) -> None:
-    """Serve a model by vLLM, videos pruned before the LLM reads them; all further options are vLLM's own.
+    """Serve a model with vLLM, with videos pruned before the LLM reads them; further options go to vLLM.
 
     vidsieve serve Qwen/Qwen2.5-VL-7B-Instruct --method score --policy runs/score/policy --retention 0.25 --port 8000
     """
@@ -57,7 +57,7 @@ def serve(
         out.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
         return
     if importlib.util.find_spec("vllm") is None:
-        raise PluginError("vLLM is not installed here: pip install 'vidsieve[vllm]'")
+        raise PluginError("vLLM is not installed: pip install 'vidsieve[vllm]'")
     out.print(shlex.join(command), soft_wrap=True, highlight=False, markup=False)
     sys.stdout.flush()
     os.execv(command[0], command)
@@ -72,14 +72,14 @@ def server_command(
     on_error: str | None,
     extra: list[str],
 ) -> list[str]:
-    """Return vLLM's command line: its own server, the plug-in's settings in ``--hf-overrides``.
+    """Return vLLM's command line: its own server, with the plug-in's settings in ``--hf-overrides``.
 
     Raises
     ------
     RetentionError, UnknownNameError, StageError, NeedError, BudgetError, PolicyError
         If the method cannot run before the LLM as vLLM needs it.
     UnsupportedCallError
-        If further options are in each other's way, or in that of the pruning.
+        If further options contradict each other or the pruning.
     """
     method = None if method == "full" else method
     _check(extra, pruned=method is not None)
@@ -107,19 +107,19 @@ def server_command(
         policy = "testbed"
     if policy is not None:
         settings["policy"] = policy
-    settings_of(SimpleNamespace(vidsieve=settings))  # what is wrong is told before a model is loaded
+    settings_of(SimpleNamespace(vidsieve=settings))  # raises before a model is loaded
     overrides, extra = _overrides(extra)
     return [*command, "--hf-overrides", json_module.dumps(overrides | {"vidsieve": settings}), *extra]
 
 
 def _check(extra: list[str], pruned: bool) -> None:
-    """Refuse options of vLLM's that go around ours."""
+    """Raise UnsupportedCallError if an option of vLLM's bypasses ours."""
     for option in extra:
         name = option.partition("=")[0].replace("_", "-")
         if name == "--model":
             raise UnsupportedCallError("--model is the first argument here: vidsieve serve MODEL")
         if pruned and name.startswith("--video-pruning-"):
-            raise UnsupportedCallError(f"{name} is vLLM's own pruning: leave it or --method out")
+            raise UnsupportedCallError(f"{name} is vLLM's own pruning: omit it or --method")
         if pruned and name.startswith("--hf-overrides."):
             raise UnsupportedCallError(
                 f"{name} would undo the pruning: give one --hf-overrides with a JSON object, --method is added to it"
@@ -127,8 +127,8 @@ def _check(extra: list[str], pruned: bool) -> None:
 
 
 def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
-    """Return the caller's own overrides of the configuration, and the further options without them."""
-    found: dict[str, object] = {}
+    """Return the user's overrides of the configuration, and the options without them."""
+    overrides: dict[str, object] = {}
     rest, options = [], iter(extra)
     for option in options:
         name, _, value = option.partition("=")
@@ -137,15 +137,15 @@ def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
             continue
         text = value or next(options, "")
         try:
-            given = json_module.loads(text)
+            content = json_module.loads(text)
         except ValueError:
-            given = None
-        if not isinstance(given, dict):
+            content = None
+        if not isinstance(content, dict):
             raise UnsupportedCallError(f"--hf-overrides must be a JSON object, got {text!r}")
-        if "vidsieve" in given:
-            raise UnsupportedCallError("--hf-overrides holds vidsieve: leave that or --method out")
-        found |= given
-    return found, rest
+        if "vidsieve" in content:
+            raise UnsupportedCallError("--hf-overrides holds vidsieve: omit that key or --method")
+        overrides |= content
+    return overrides, rest
 
 
 def _folder(model: str) -> str:

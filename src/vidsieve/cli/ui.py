@@ -1,4 +1,4 @@
-"""vidsieve ui: a page to try it."""
+"""vidsieve ui: a page to try methods on a video."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from vidsieve.errors import OutputError, PluginError
 def ui(
     model: Model = "testbed",
     methods: Annotated[
-        str, typer.Option(help="Methods and policies to choose from, comma-separated; 'full' is always there.")
+        str, typer.Option(help="Methods and policies to choose from, comma-separated; 'full' is always among them.")
     ] = "",
     frames: Annotated[int, typer.Option(help="Frames taken evenly from a video.", min=1)] = 16,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 64,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 7860,
-    max_upload: Annotated[int, typer.Option(help="Largest video in megabytes.", min=1)] = 200,
     threads: Threads = 0,
 ) -> None:
-    """Open a page: choose a video, ask, move the retention; see answer, kept tokens and time change."""
+    """Serve a page: choose a video, ask, move the retention; see answer, kept tokens and times."""
     if importlib.util.find_spec("gradio") is None:
-        raise PluginError("gradio is not installed here: pip install 'vidsieve[ui]'")
+        raise PluginError("gradio is not installed: pip install 'vidsieve[ui]'")
     _check_address(host, port)
     set_threads(threads)
     quiet()
     from vidsieve.compressors.base import Compressor
     from vidsieve.evaluation.methods import check_known, method_for
     from vidsieve.loading import load_model
-    from vidsieve.serving.desk import Desk
-    from vidsieve.serving.page import build
+    from vidsieve.serving.page import Desk, build
 
     names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if model == "testbed" else ["divprune"])
     chosen: dict[str, Compressor | None] = {}
@@ -45,7 +42,7 @@ def ui(
             check_known(name)
             chosen[name] = method_for(name, model)
     chosen["full"] = None
-    desk = Desk(*load_model(model), chosen, frames=frames, max_new_tokens=max_new_tokens)
+    desk = Desk(*load_model(model), chosen, frames=frames)
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,18 +55,13 @@ def ui(
             share=False,
             quiet=True,
             show_error=True,
-            max_file_size=max_upload * 2**20,
+            max_file_size=200 * 2**20,
             allowed_paths=[folder],
         )
 
 
 def _check_address(host: str, port: int) -> None:
-    """Refuse an address that nobody can listen on, before a model is loaded.
-
-    Raises
-    ------
-    OutputError
-    """
+    """Raise OutputError if nobody can listen on an address, before a model is loaded."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -82,7 +74,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def _examples(folder: Path) -> list[list[str]]:
-    """Return videos of the testbed's, with a question each."""
+    """Return paths of videos of the testbed, each with a question."""
     from vidsieve.testbed.files import write_scene
     from vidsieve.testbed.questions import make_questions
     from vidsieve.testbed.world import make_cast

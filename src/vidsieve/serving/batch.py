@@ -1,47 +1,476 @@
-"""Questions about many videos, answered from one file of JSON lines into another.
+"""Answer the questions of a file of JSON lines into another one, resumable after a kill at any moment.
 
-Threads decode ahead of the model, a few videos at a time; what was answered is in a journal, group by group, so that
-a run that was killed at any moment goes on without losing or doubling a row. The outputs are written from it at the
-end, in the input's order. One machine does it, or Ray Data's workers (`batching.cluster`), by the same code.
+Rows are answered in groups of one LLM call each; which rows form a group depends on their lines alone, so an answer
+depends neither on the process that computes it nor on earlier runs. Threads decode videos ahead of the model. Each
+group is on the disk, in the journal, before the next one is answered; the outputs are written from the journal at the
+end, in the input's order. `vidsieve.serving.ray_batch` answers the groups on workers of Ray Data instead.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterable
+from array import array
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from vidsieve.errors import OutputError
-from vidsieve.io.files import writing
-from vidsieve.serving.batching.ahead import settle
-from vidsieve.serving.batching.cluster import Cluster, on_cluster
-from vidsieve.serving.batching.journal import BatchJournal
-from vidsieve.serving.batching.model import Answerer
-from vidsieve.serving.batching.rows import BatchError, Rows, Settled, line_of, numbered
-from vidsieve.serving.batching.settings import BatchSettings
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
-HOPELESS = 50
-"""Rows without one answer after which a run ends: something is wrong with all of them."""
+from vidsieve.adapters.encoded import Encoded, on_device
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.trace import VideoTrace
+from vidsieve.answering import chat
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import OutputError, PromptError, VidsieveError
+from vidsieve.evaluation.items import Item
+from vidsieve.evaluation.methods import known_fields, method_for
+from vidsieve.evaluation.runs import policy_digest, versions
+from vidsieve.io.files import writing
+from vidsieve.io.journal import Journal
+from vidsieve.loading import load_model
+from vidsieve.options import Options
+from vidsieve.types import Selection, Tokens
+from vidsieve.video.reading import Video, read_video
+
+MAX_INITIAL_FAILURES = 50
+"""A run ends if none of its first rows, this many, can be answered."""
+
+Outcome = tuple[bool, dict[str, Any]]
+"""True for an answered row, and the row as it is written."""
+Outcomes = Generator[tuple[int, list[Outcome]], None, None]
+"""Numbers of groups, each with the outcomes of its rows."""
+
+
+class BatchError(VidsieveError, RuntimeError):
+    """The run cannot go on; rows answered so far are in the journal."""
+
+
+# -- rows -----------------------------------------------------------------------------------------------------
+
+_BLANK = b"\xef\xbb\xbf \t\r\n\v\f"
+"""Bytes around the JSON of a line: a byte order mark and white space."""
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One row of the input: its line number from 1 and all its fields, None if the line is not a JSON object.
+
+    `video` and `prompt` are a path and a text; or `fault` is the reason why the row cannot be answered.
+    """
+
+    line: int
+    fields: Mapping[str, Any] | None
+    video: str = ""
+    prompt: str = ""
+    fault: str = ""
+
+    def outcome(self, **results: Any) -> Outcome:
+        """Return the row with its results; fields that have the name of a result move to ``given``."""
+        fields: dict[str, Any] = {"line": self.line} if self.fields is None else dict(self.fields)
+        given = {name: fields.pop(name) for name in results if name in fields}
+        if given:
+            if "given" in fields:
+                given["given"] = fields.pop("given")
+            fields["given"] = given
+        return "answer" in results, fields | results
+
+
+class RowQuestion(msgspec.Struct):
+    """The fields of a row that are read."""
+
+    video: str = ""
+    question: str = ""
+    options: list[str] | None = None
+
+    def prompt(self) -> str:
+        """Return the question, with its options if they have letters, as `vidsieve eval` asks it.
+
+        Raises
+        ------
+        ValueError
+            If the row has no video or question, or options that cannot be told apart.
+        """
+        for name in ("video", "question"):
+            if not getattr(self, name).strip():
+                raise ValueError(f"it has no {name}")
+        options = Options.parse(self.options) if self.options else None
+        if options is None or not options.lettered:
+            return self.question
+        return Item("", Path(), self.question, options.texts, "").prompt()
+
+
+def read_row(text: bytes, line: int, root: Path) -> BatchRow:
+    """Return the row in a line of JSON."""
+    fields = None
+    try:
+        fields = msgspec.json.decode(text.strip(_BLANK))
+        question = msgspec.convert(fields, RowQuestion)
+        return BatchRow(line, fields, str(root / question.video), question.prompt())
+    except (ValueError, RecursionError) as error:
+        if isinstance(fields, dict):
+            return BatchRow(line, fields, fault=str(error))
+        return BatchRow(line, None, fault=f"line {line} is not a JSON object: {error}")
+
+
+class Rows:
+    """The rows of a file of JSON lines, read in groups of `size`; memory holds two numbers for each group.
+
+    `count` and `groups` are the numbers of rows and groups, `digest` is a hash of the file's bytes.
+
+    Raises
+    ------
+    BatchError
+        If the file cannot be read or has no rows.
+    """
+
+    def __init__(self, path: Path, root: Path, size: int) -> None:
+        self.path, self.root, self.size = path, root, size
+        self.count, self._starts, self._lines = 0, array("Q"), array("Q")
+        digest, start = hashlib.blake2b(digest_size=16), 0
+        try:
+            self._stamp = self._status()
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    digest.update(line)
+                    if line.strip(_BLANK):
+                        if self.count % size == 0:
+                            self._starts.append(start)
+                            self._lines.append(number)
+                        self.count += 1
+                    start += len(line)
+        except OSError as error:
+            raise BatchError(f"cannot read {path}: {error.strerror}") from None
+        if not self.count:
+            raise BatchError(f"{path} holds no rows")
+        self.groups, self.digest = len(self._starts), digest.hexdigest()
+
+    def group(self, number: int) -> list[BatchRow]:
+        """Return the rows of a group.
+
+        Raises
+        ------
+        BatchError
+            If the file has changed.
+        """
+        self.check()
+        with self.path.open("rb") as file:
+            file.seek(self._starts[number])
+            lines = ((line, text) for line, text in enumerate(file, self._lines[number]) if text.strip(_BLANK))
+            return [read_row(text, line, self.root) for line, text in islice(lines, self.size)]
+
+    def check(self) -> None:
+        """Raise BatchError if the file has changed since it was first read."""
+        if not os.path.isfile(self.path) or self._status() != self._stamp:
+            raise BatchError(f"{self.path} has changed during the run: restore it, or name another output")
+
+    def _status(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_size, status.st_mtime_ns
+
+
+# -- settings -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """The settings that answers depend on.
+
+    Parameters
+    ----------
+    model, layout, device : as `load_model`
+    method, policy, earliest : as `vidsieve ask`; ``"full"`` keeps all tokens
+    retention : float or Tokens
+    frames : int
+        Taken evenly; with `fps` the largest number.
+    fps : float, optional
+    max_new_tokens : int
+    batch : int
+        Prompts in one call of the LLM.
+    seed : int
+    """
+
+    model: str = "testbed"
+    method: str = "divprune"
+    policy: str | None = None
+    retention: float | Tokens = 0.25
+    earliest: bool = False
+    frames: int = 16
+    fps: float | None = None
+    max_new_tokens: int = 64
+    batch: int = 1
+    seed: int = 0
+    layout: str | None = None
+    device: str = "cpu"
+
+    def compressor(self) -> Compressor | None:
+        """Return the method; None if all tokens are kept.
+
+        Raises
+        ------
+        UnknownNameError, PolicyError
+        """
+        if self.method == "full":
+            return None
+        fields = known_fields(self.method, earliest=self.earliest)
+        return method_for(self.method, self.model, self.policy, retention=self.retention, **fields)
+
+    def described(self) -> dict[str, Any]:
+        """Return the settings as values for JSON, with digests of the model's files and the policy, and versions."""
+        method, kept = self.compressor(), self.retention
+        values = {
+            "method": "full" if method is None else method.describe(),
+            "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
+            "policy": "" if method is None else policy_digest(method),
+            "model_digest": model_files_digest(self.model),
+        }
+        return asdict(self) | values | {"versions": versions()}
+
+    def read(self, row: BatchRow) -> Video | str:
+        """Return the frames of a row's video, or the reason why there are none."""
+        if row.fault:
+            return row.fault
+        try:
+            if self.fps is None:
+                return read_video(row.video, frames=self.frames)
+            return read_video(row.video, fps=self.fps, max_frames=self.frames)
+        except ROW_ERRORS as error:
+            return failure(error)
+
+
+def model_files_digest(model: str) -> str:
+    """Return a hash of the names, sizes, beginnings and ends of a model's files, or the revision of a hub id."""
+    if model == "testbed":
+        return ""
+    folder, part = Path(model), 2**20
+    if not os.path.isdir(folder):
+        from transformers import AutoConfig
+
+        try:
+            return str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or "")
+        except (OSError, ValueError, KeyError):
+            return ""  # loading the model raises with the reason
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in folder.iterdir() if os.path.isfile(path)):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size}".encode() + file.read(part))
+            file.seek(max(0, size - part))
+            digest.update(file.read(part))
+    return digest.hexdigest()
+
+
+# -- answers --------------------------------------------------------------------------------------------------
+
+ROW_ERRORS = (VidsieveError, ValueError, RuntimeError, OSError, MemoryError)
+"""Errors that fail a row, unless `failure` raises."""
+
+
+def failure(error: Exception) -> str:
+    """Return the reason why a row failed.
+
+    Raises
+    ------
+    BatchError
+        If other rows would fail too: the device is out of memory or lost.
+    """
+    reason = " ".join(str(error).split())[:500] or type(error).__name__
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in reason:
+        raise BatchError(
+            "out of memory: what was answered is in the journal; another output with fewer --frames, a smaller "
+            "--batch or a lower --retention takes less"
+        ) from error
+    lost = getattr(torch, "AcceleratorError", ())  # absent in the oldest torch that is supported
+    if isinstance(error, lost) or "CUDA error" in reason or "device-side assert" in reason:
+        raise BatchError(f"the device failed ({reason[:200]}): what was answered is in the journal") from error
+    return reason
+
+
+@dataclass(frozen=True)
+class BatchPrompt:
+    """A row's encoded prompt, the number of frames in it, and what the method selected before the LLM."""
+
+    row: BatchRow
+    frames: int
+    encoded: Encoded
+    selected: tuple[list[Selection], list[VideoTrace]]
+
+
+class Answerer:
+    """A model and a method that answer groups of rows.
+
+    Raises
+    ------
+    ModelError, UnsupportedModelError, UnknownNameError, PolicyError
+        If they cannot be loaded.
+    StageError, NeedError, PolicyMismatchError
+        If the method cannot run on the model.
+    """
+
+    def __init__(self, settings: BatchSettings) -> None:
+        self.settings, self.method = settings, settings.compressor()
+        model, self.processor = load_model(settings.model, settings.layout, device=settings.device)
+        self.adapter = adapter_for(model)
+        if self.method is not None:
+            self.adapter.check(self.method)
+        self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0)
+
+    @torch.no_grad()
+    def __call__(self, group: Iterable[tuple[BatchRow, Video | str]]) -> list[Outcome]:
+        """Return the outcome of each row of a group; a video is freed when its prompt is encoded.
+
+        Raises
+        ------
+        BatchError
+            If the device is out of memory or lost.
+        """
+        results = [self._prompt(row, video) for row, video in group]
+        answers = iter(self._answers([result for result in results if isinstance(result, BatchPrompt)]))
+        return [next(answers) if isinstance(result, BatchPrompt) else result for result in results]
+
+    def _prompt(self, row: BatchRow, video: Video | str) -> BatchPrompt | Outcome:
+        """Return a row's prompt, encoded by itself, or the row's failure."""
+        if isinstance(video, str):
+            return row.outcome(reason=video)
+        method = self.method
+        try:
+            inputs = on_device(chat(self.processor, video, row.prompt), self.adapter.device)
+            encoded = self.adapter.encode(inputs, needs=frozenset() if method is None else method.needs)
+            end = int(encoded.positions.max()) + 1 + self.settings.max_new_tokens
+            if 0 < self.window < end:
+                raise PromptError(
+                    f"prompt and answer reach position {end}, and the model knows {self.window}: take fewer frames"
+                )
+            selected = self.adapter.select(encoded, method, self._generator(row))
+        except ROW_ERRORS as error:
+            return row.outcome(reason=failure(error))
+        return BatchPrompt(row, len(video.pixels), encoded, selected)
+
+    def _generator(self, row: BatchRow) -> torch.Generator:
+        """Return a row's own random numbers, independent of other rows."""
+        seed = hashlib.blake2b(f"{self.settings.seed} {row.line}".encode(), digest_size=4).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed, "little"))
+
+    def _answers(self, prompts: Sequence[BatchPrompt]) -> list[Outcome]:
+        """Return the outcomes of prompts, answered together, or one by one if that fails."""
+        try:
+            return self._generate(prompts) if prompts else []
+        except ROW_ERRORS as error:
+            reason = failure(error)
+        if len(prompts) == 1:
+            return [prompts[0].row.outcome(reason=reason)]
+        return [outcome for prompt in prompts for outcome in self._answers([prompt])]
+
+    def _generate(self, prompts: Sequence[BatchPrompt]) -> list[Outcome]:
+        encoded = stacked([prompt.encoded for prompt in prompts])
+        selections = [selection for prompt in prompts for selection in prompt.selected[0]]
+        traces = [trace for prompt in prompts for trace in prompt.selected[1]]
+        plan = self.adapter.plan(encoded, self.method, selected=(selections, traces))
+        with plan.acting():
+            ids = self.adapter.model.generate(
+                **plan.inputs, max_new_tokens=self.settings.max_new_tokens, do_sample=False
+            )
+        kept = [trace.kept for trace in plan.traces] or [selection.num_kept for selection in selections]
+        texts = self.processor.batch_decode(ids[:, plan.kept_positions.shape[1] :], skip_special_tokens=True)
+        return [
+            prompt.row.outcome(
+                answer=text.strip(),
+                kept=count,
+                total=sum(span.features.grid.num_tokens for span in prompt.encoded.videos),
+                prompt_tokens=length,
+                frames=prompt.frames,
+            )
+            for prompt, text, count, length in zip(prompts, texts, kept, plan.prompt_tokens, strict=True)
+        ]
+
+
+def stacked(prompts: Sequence[Encoded]) -> Encoded:
+    """Return prompts (1, L) that were encoded one by one as one batch (B, L), padded on the left.
+
+    Raises
+    ------
+    PromptError
+        If a prompt has further arguments, which nothing says how to join.
+    """
+    if len(prompts) == 1:
+        return prompts[0]
+    further = sorted({name for prompt in prompts for name in prompt.rest})
+    if further:
+        raise PromptError(f"prompts with {', '.join(further)} are answered one by one")
+    length = max(prompt.input_ids.shape[1] for prompt in prompts)
+    videos, images = [], []
+    for row, prompt in enumerate(prompts):
+        shift = length - prompt.input_ids.shape[1]
+        for span in prompt.videos:
+            columns = {name: getattr(span, name) + shift for name in ("columns", "tail_columns", "surplus_columns")}
+            videos.append(replace(span, row=row, **columns))
+        images += [replace(image, row=row, columns=image.columns + shift) for image in prompt.images]
+
+    def joined(parts: Iterable[Tensor], dim: int) -> Tensor:
+        return torch.cat([pad(part, (length - part.shape[-1], 0)) for part in parts], dim)
+
+    return Encoded(
+        joined((prompt.input_ids for prompt in prompts), 0),
+        joined((prompt.attention_mask for prompt in prompts), 0),
+        joined((prompt.positions for prompt in prompts), 1),
+        tuple(videos),
+        {},
+        tuple(images),
+    )
+
+
+def answer_groups(
+    rows: Rows, groups: Iterable[int], settings: BatchSettings, readers: int, answerer: Answerer | None = None
+) -> Outcomes:
+    """Yield the outcomes of groups, answered in this process by `answerer`, or by a model that is loaded first."""
+    answerer = answerer or Answerer(settings)
+    wanted = ((group, row) for group in groups for row in rows.group(group))
+    with closing(read_ahead(wanted, settings.read, readers)) as videos:
+        for group, part in groupby(videos, key=lambda item: item[0]):
+            yield group, answerer((row, video) for _, row, video in part)
+
+
+def read_ahead(
+    rows: Iterable[tuple[int, BatchRow]], read: Callable[[BatchRow], Video | str], readers: int
+) -> Generator[tuple[int, BatchRow, Video | str], None, None]:
+    """Yield rows with their videos, decoded in threads: at most 2 × `readers` are decoded ahead.
+
+    Consecutive rows of one video share it.
+    """
+    waiting: deque[tuple[int, BatchRow, Future[Video | str]]] = deque()
+    pool = ThreadPoolExecutor(readers, "vidsieve-batch")
+    try:
+        for group, row in rows:
+            shared = bool(waiting and row.video) and row.video == waiting[-1][1].video
+            waiting.append((group, row, waiting[-1][2] if shared else pool.submit(read, row)))
+            if len(waiting) > 2 * readers:
+                group, row, video = waiting.popleft()
+                yield group, row, video.result()
+        while waiting:
+            group, row, video = waiting.popleft()
+            yield group, row, video.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# -- the run --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What a run did.
+    """The state of a run at its end.
 
-    Parameters
-    ----------
-    rows, answered, failed : int
-        In the input, and settled so far by all runs.
-    before : int
-        Settled before this run.
-    stopped : bool
-        Whether it was told to stop before all were.
-    written : bool
-        Whether the outputs were written by this run; neither stopped nor written: they were there.
+    `answered` and `failed` rows count all runs so far, `before` those done before this one. `stopped`: rows are left.
+    `written`: this run wrote the outputs. Neither: the run had finished before.
     """
 
     rows: int
@@ -52,21 +481,44 @@ class BatchReport:
     written: bool = False
 
 
-@dataclass(frozen=True)
-class Paths:
-    """The files of a run: its output, and those beside it."""
+def beside(target: Path) -> tuple[Path, Path]:
+    """Return the paths of failed rows and of the journal of a run with this output."""
+    return target.with_suffix(".failed.jsonl"), target.with_suffix(".journal.jsonl")
 
-    out: Path
 
-    @property
-    def failed(self) -> Path:
-        """Rows without an answer, and why."""
-        return self.out.with_suffix(".failed.jsonl")
+class DoneRows:
+    """The outcomes in a journal, with the number of rows answered and failed and the reason of the first failure."""
 
-    @property
-    def journal(self) -> Path:
-        """What is settled while the run goes on, and what was done after it."""
-        return self.out.with_suffix(".journal.jsonl")
+    def __init__(self, journal: Journal, groups: int) -> None:
+        self.journal, self.answered, self.failed, self.reason = journal, 0, 0, ""
+        self._places = array("Q", bytes(8 * groups))  # of lines; 0, that of the header, for groups not done
+        journal.load(self._note)
+
+    def _note(self, entry: Mapping[str, Any], place: int) -> None:
+        if self._places[entry["group"]]:
+            raise ValueError("a group is there twice")
+        for answered, row in entry["rows"]:
+            self.answered += answered
+            self.failed += not answered
+            self.reason = self.reason or ("" if answered else str(row["reason"]))
+        self._places[entry["group"]] = place
+
+    def __len__(self) -> int:
+        return self.answered + self.failed
+
+    def pending(self) -> Iterator[int]:
+        """Yield the groups that are not done."""
+        return (group for group, place in enumerate(self._places) if not place)
+
+    def add(self, group: int, outcomes: Sequence[Outcome]) -> None:
+        """Append the outcomes of a group to the journal, unless they are there."""
+        if not self._places[group]:  # a worker that died may have sent them before
+            entry = {"group": group, "rows": outcomes}
+            self._note(entry, self.journal.add(entry))
+
+    def rows(self, answered: bool) -> Iterator[dict[str, Any]]:
+        """Yield the answered rows or the failed ones, in the input's order."""
+        return (row for entry in self.journal.read(self._places) for kind, row in entry["rows"] if kind is answered)
 
 
 def answer_file(
@@ -76,146 +528,93 @@ def answer_file(
     *,
     root: Path | None = None,
     readers: int = 2,
-    cluster: Cluster | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    answer: Callable[[Rows, Iterable[int], BatchSettings, int], Outcomes] = answer_groups,
+    progress: Callable[[int, int], object] = lambda done, rows: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> BatchReport:
-    """Answer the questions of a file that are not answered yet, and write all answers when there is none left.
+    """Answer the questions of a file that have no answer yet; when all rows are done, write the outputs.
 
     Parameters
     ----------
     source, target : Path
-        JSON lines. Beside the target are its `Paths`.
+        JSON lines. Other files of the run are beside the target, see `beside`.
     root : Path, optional
-        Where the paths of videos start; default: the folder of the source.
+        Folder that the paths of videos start from; default: that of the source.
     readers : int
-        Decoding threads, of each worker. At most twice as many decoded videos wait, beside the one in hand.
-    cluster : Cluster, optional
-        Ray's workers to answer on; default: here.
+        Decoding threads, of each worker. At most twice as many decoded videos wait.
+    answer : callable
+        As `answer_groups`, the default.
     progress : callable, optional
-        Called with (rows settled, rows) after every group.
+        Called with (rows done, rows) after every group.
     stop : callable
-        Asked after every group whether to stop.
+        Called after every group; True ends the run.
 
     Raises
     ------
     BatchError
-        If the input cannot be read, the outputs are another run's, none of the first rows or of all can be answered,
+        If the input cannot be read, the journal is of another run, none of the first rows or of all can be answered,
         or the device is out of memory or lost.
     ModelError, UnknownNameError, PolicyError, OutputError, …
         As `Answerer`.
     """
-    root = (source.parent if root is None else root).resolve()  # a reason that names a path is the same everywhere
-    rows, paths = Rows(source, root, settings.batch), Paths(target)
-    told = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
-    if not os.path.exists(paths.journal):
-        _check_free(paths)
-    with BatchJournal(paths.journal, told | settings.described(), rows.groups) as journal:
-        if journal.finished is not None:
-            return _done(paths, journal.finished, rows.count)
-        before, stopped = len(journal), False
+    root = (source.parent if root is None else root).resolve()  # reasons that name a path are the same everywhere
+    rows, (failed, path) = Rows(source, root, settings.batch), beside(target)
+    inputs = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
+    header = {"batch": 1, "settings": inputs | settings.described()}
+    for output in (target, failed):
+        if os.path.exists(output) and not os.path.exists(path):
+            raise OutputError(f"{output} exists, and no {path.name} says which run wrote it: name another output")
+    with Journal(path, header, error=BatchError, damaged="its rows are answered again") as journal:
+        if finished := (journal.header or {}).get("finished"):
+            if not os.path.exists(target):
+                raise OutputError(f"{target} is gone, and its run had finished: remove {path} to answer again")
+            return BatchReport(rows.count, finished["answered"], finished["failed"], rows.count)
+        done = DoneRows(journal, rows.groups)
+        before, stopped = len(done), False
         if before < rows.count:
-            settled = (
-                on_cluster(cluster, rows, journal.pending(), settings, readers)
-                if cluster is not None
-                else here(rows, journal.pending(), settings, readers)
-            )
-            with closing(settled):
-                for group, outcomes in settled:
-                    journal.add(group, outcomes)
-                    _check_hope(journal, rows.count)
-                    if progress is not None:
-                        progress(len(journal), rows.count)
+            with closing(answer(rows, done.pending(), settings, readers)) as answers:
+                for group, outcomes in answers:
+                    done.add(group, outcomes)
+                    _check_first(done, rows.count)
+                    progress(len(done), rows.count)
                     if stop():
-                        stopped = len(journal) < rows.count
+                        stopped = len(done) < rows.count
                         break
         if not stopped:
-            if len(journal) < rows.count:
-                raise BatchError(f"{rows.count - len(journal)} rows are not settled: run the same command again")
+            if len(done) < rows.count:
+                raise BatchError(f"{rows.count - len(done)} rows have no outcome: run the same command again")
             rows.check()
-            _check_hope(journal, rows.count)
-            _write(paths, journal)
-        return BatchReport(rows.count, journal.answered, journal.failed, before, stopped, not stopped)
+            _check_first(done, rows.count)
+            _write(target, failed, done)
+            journal.replace(header | {"finished": {"answered": done.answered, "failed": done.failed}})
+        return BatchReport(rows.count, done.answered, done.failed, before, stopped, not stopped)
 
 
-def here(rows: Rows, groups: Iterable[int], settings: BatchSettings, readers: int) -> Settled:
-    """Yield what becomes of the rows of some groups, answered in this process; the model is loaded for the first."""
-    yield from settle(numbered(rows, groups), Answerer(settings), settings.read, readers)
-
-
-def _check_free(paths: Paths) -> None:
-    """Refuse outputs of which no journal says what they are.
-
-    Raises
-    ------
-    OutputError
-    """
-    for path in (paths.out, paths.failed):
-        if os.path.exists(path):
-            raise OutputError(f"{path} is there, and no {paths.journal.name} says of what: name another output")
-
-
-def _check_hope(journal: BatchJournal, rows: int) -> None:
-    """End a run that answers nothing of its first rows, or of all, and leave nothing of it.
-
-    Raises
-    ------
-    BatchError
-    """
-    if len(journal) >= min(HOPELESS, rows) and not journal.answered:
-        journal.discard()
-        first = "first " if len(journal) < rows else ""
+def _check_first(done: DoneRows, rows: int) -> None:
+    """Raise BatchError if none of the first rows, or of all, was answered, and remove the journal."""
+    if len(done) >= min(MAX_INITIAL_FAILURES, rows) and not done.answered:
+        done.journal.discard()
+        first = "first " if len(done) < rows else ""
         raise BatchError(
-            f"none of the {first}{len(journal)} rows could be answered, the first because: {journal.fault}; nothing is "
+            f"none of the {first}{len(done)} rows could be answered, the first because: {done.reason}; nothing is "
             "kept. Is --video-root the folder that the rows' paths start from?"
         )
 
 
-def _write(paths: Paths, journal: BatchJournal) -> None:
-    """Write the outputs, then what they are into the journal; killed in between, the next run writes them again."""
-    written: dict[str, Any] = {"answered": journal.answered, "failed": journal.failed, "digests": {}}
-    for path, kind in ((paths.failed, False), (paths.out, True)):
-        if kind or journal.failed:
-            lines = (line_of(row) for answered, row in journal.outcomes() if answered is kind)
-            written["digests"][path.name] = _written(path, lines)
-    journal.finish(written)
+def _write(target: Path, failed: Path, done: DoneRows) -> None:
+    """Write the outputs; if the process is killed before the journal says so, the next run writes them again."""
+    for path, answered in ((failed, False), (target, True)):
+        if answered or done.failed:
+            with writing(path) as temporary, temporary.open("wb") as file:
+                for row in done.rows(answered):
+                    file.write(line_of(row))
+                file.flush()
+                os.fsync(file.fileno())
 
 
-def _written(path: Path, lines: Iterable[bytes]) -> str:
-    """Write lines to a file and return their digest."""
-    found = hashlib.blake2b(digest_size=16)
-    with writing(path) as temporary, temporary.open("wb") as file:
-        for line in lines:
-            file.write(line)
-            found.update(line)
-        file.flush()
-        os.fsync(file.fileno())
-    return found.hexdigest()
-
-
-def _done(paths: Paths, finished: dict[str, Any], rows: int) -> BatchReport:
-    """Return the report of a run that was through before.
-
-    Raises
-    ------
-    OutputError
-        If its outputs are not there any more.
-    """
-    for path in (paths.out, paths.failed):
-        wanted = finished["digests"].get(path.name)
-        if wanted is not None and not (os.path.exists(path) and _digest(path) == wanted):
-            raise OutputError(
-                f"{path} is not what the finished run wrote: remove {paths.journal} and the outputs to answer anew"
-            )
-    return BatchReport(rows, finished["answered"], finished["failed"], rows)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def as_dict(report: BatchReport, paths: Paths, settings: BatchSettings) -> dict[str, Any]:
-    """Return a report as plain values for JSON."""
-    files = {"out": str(paths.out), "failed_rows": str(paths.failed) if report.failed else None}
-    return asdict(report) | files | {"settings": settings.described()}
+def line_of(value: Any) -> bytes:
+    """Return a value as a line of JSON."""
+    try:
+        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate, from a file name that is not UTF-8
+        return json.dumps(value).encode() + b"\n"

@@ -1,29 +1,106 @@
-"""The page of `vidsieve ui`: a video, a question, a slider; what is kept, said and spent."""
+"""The page of `vidsieve ui`: choose a video, ask a question, move the retention; see answer, kept tokens and times."""
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vidsieve.answering import PARTS
-from vidsieve.errors import VidsieveError
+import torch
+
+from vidsieve.adapters.encoded import Encoded, on_device
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.answering import PARTS, Answer, Clock, chat, reply
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import PromptError, UnknownNameError, VidsieveError
 from vidsieve.io.versions import warn_untested
 from vidsieve.report.pictures import kept_figure
-from vidsieve.serving.desk import Desk, Reply
+from vidsieve.types import ENCODER_NEEDS, Need
+from vidsieve.video.reading import Video, read_video
+
+CACHED = 4
+"""Number of decoded videos, and of encoded prompts, that are kept."""
 
 
-def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
-    """Return the page (gradio.Blocks), not started.
+class Desk:
+    """Answers questions one at a time; the latest videos stay decoded, and the latest prompts encoded.
 
     Parameters
     ----------
-    desk : Desk
-        What answers.
-    title : str
-        The model's name.
-    examples : list of [path, question]
-        Videos to pick.
+    model, processor : of a supported family
+    methods : mapping
+        Name: method; None keeps all tokens.
+    frames : int
+        Taken evenly from a video.
+    max_new_tokens : int
+
+    Raises
+    ------
+    NeedError, StageError, PolicyMismatchError
+        If a method does not fit the model.
     """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        methods: Mapping[str, Compressor | None],
+        *,
+        frames: int = 16,
+        max_new_tokens: int = 64,
+    ) -> None:
+        self.adapter, self.processor, self.methods = adapter_for(model), processor, dict(methods)
+        self.frames, self.max_new_tokens = frames, max_new_tokens
+        self._needs: frozenset[Need] = frozenset()
+        for method in self.methods.values():
+            if method is not None:
+                self.adapter.check(method)
+                self._needs |= method.needs & ENCODER_NEEDS
+        self._read, self._encode = lru_cache(CACHED)(self._reading), lru_cache(CACHED)(self._encoding)
+        self._clock, self._lock = Clock(), threading.Lock()
+
+    @torch.no_grad()
+    def ask(self, path: str | Path, question: str, method: str, retention: float) -> tuple[Answer, Video]:
+        """Return the answer to a question about a video, and the video.
+
+        Raises
+        ------
+        PromptError
+            If the question is empty.
+        UnknownNameError, VideoError, BudgetError, RetentionError
+        """
+        if not question.strip():
+            raise PromptError("the question is empty: ask something")
+        if method not in self.methods:
+            raise UnknownNameError("method", method, self.methods)
+        compressor = self.methods[method]
+        if compressor is not None:
+            compressor = compressor.with_retention(retention)
+        path = Path(path).resolve()
+        changed = path.stat().st_mtime_ns if os.path.isfile(path) else 0
+        with self._lock:
+            self._clock = Clock()
+            video, encoded = self._encode(path, changed, question)
+            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "clock": self._clock}
+            return reply(self.adapter, self.processor, encoded, compressor, **options), video
+
+    def _reading(self, path: Path, changed: int) -> Video:
+        with self._clock.part("decode"):
+            return read_video(path, frames=self.frames)
+
+    def _encoding(self, path: Path, changed: int, question: str) -> tuple[Video, Encoded]:
+        video, device = self._read(path, changed), self.adapter.device
+        with self._clock.part("preprocess"):
+            inputs = chat(self.processor, video, question)
+        with self._clock.part("encode", device):
+            return video, self.adapter.encode(on_device(inputs, device), needs=self._needs)
+
+
+def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
+    """Return the page (gradio.Blocks), not started; `examples` are pairs of a video's path and a question."""
     import gradio as gr
 
     warn_untested("gradio", gr.__version__)
@@ -32,48 +109,45 @@ def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
         if not video:
             raise gr.Error("Choose a video first.", print_exception=False)
         try:
-            return shown(desk.ask(video, question or "", method, retention))
+            return shown(*desk.ask(video, question or "", method, retention))
         except VidsieveError as error:
-            said = str(error).replace(video, Path(video).name)  # where the page keeps uploads says nothing
-            raise gr.Error(said, print_exception=False) from None
+            text = str(error).replace(video, Path(video).name)  # without the folder of uploads
+            raise gr.Error(text, print_exception=False) from None
 
     names = list(desk.methods)
     with gr.Blocks(title=f"vidsieve: {title}", analytics_enabled=False) as page:
-        gr.Markdown(f"# vidsieve\nWhat **{title}** answers from a part of a video's tokens.")
+        gr.Markdown(f"# vidsieve\nAnswers of **{title}** from a part of a video's tokens.")
         with gr.Row():
             with gr.Column():
                 video = gr.Video(label="Video", sources=["upload"], height=320)
                 question = gr.Textbox(label="Question", placeholder="What happens?")
                 method = gr.Dropdown(names, value=names[0], label="Method")
-                retention = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="Part of the video's tokens that is kept")
+                retention = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="Fraction of video tokens kept")
                 button = gr.Button("Ask", variant="primary")
                 if examples:
                     gr.Examples(examples, [video, question])
             with gr.Column():
                 answer = gr.Textbox(label="Answer", interactive=False)
                 spent = gr.Markdown()
-                picture = gr.Plot(label="Kept tokens are lit")
+                picture = gr.Plot(label="Kept tokens are bright")
         inputs, outputs = [video, question, method, retention], [answer, picture, spent]
         button.click(ask, inputs, outputs, api_name="ask")
-        question.submit(ask, inputs, outputs, api_name=False)
-        # What is encoded stays: another retention or method selects anew, and asks the LLM.
-        retention.release(ask, inputs, outputs, api_name=False)
-        method.input(ask, inputs, outputs, api_name=False)
+        for event in (question.submit, retention.release, method.input):
+            event(ask, inputs, outputs, api_name=False)
     return page
 
 
-def shown(reply: Reply) -> tuple[str, Any, str]:
-    """Return an answer as the page has it: text, picture, and a table of what it took."""
-    made = reply.answer
-    before, after = made.prompt_tokens
-    lines = [f"**{made.method}**: prompt of {before:,} tokens, the LLM read {after:,}"]
-    figure = None
-    if made.traces:
-        trace = made.traces[0]
+def shown(answer: Answer, video: Video) -> tuple[str, Any, str]:
+    """Return an answer as the page shows it: text, picture, and a table of times."""
+    figure, (before, after) = None, answer.prompt_tokens
+    lines = [f"**{answer.method}**: prompt of {before:,} tokens, the LLM read {after:,}"]
+    if answer.traces:
+        trace = answer.traces[0]
         lines.append(f"{trace.kept:,} of {trace.total:,} video tokens kept ({trace.real_retention:.1%}){trace.inside}")
-        figure = kept_figure(reply.video.pixels, trace.grid, {made.method: trace.indices}, columns=6)
-    lines.append("video encoded before, features reused" if reply.reused else "video decoded and encoded")
-    parts = [(part, made.ms[part]) for part in PARTS if part in made.ms]
-    parts.append(("in all", sum(ms for _, ms in parts)))
+        figure = kept_figure(video.pixels, trace.grid, {answer.method: trace.indices}, columns=6)
+    if "encode" not in answer.ms:
+        lines.append("the prompt was encoded before")
+    parts = [(part, answer.ms[part]) for part in PARTS if part in answer.ms]
+    parts.append(("total", sum(ms for _, ms in parts)))
     table = ["| part | ms |", "|---|--:|", *(f"| {part} | {ms:.0f} |" for part, ms in parts)]
-    return made.text, figure, "\n\n".join(lines) + "\n\n" + "\n".join(table)
+    return answer.text, figure, "\n\n".join(lines) + "\n\n" + "\n".join(table)

@@ -1,308 +1,342 @@
-"""What a video costs a machine, with all its tokens and with fewer: tokens, operations, memory, time, machines.
+"""Predict what serving a video LLM takes, from its configuration and a GPU's datasheet; nothing is run.
 
-Every figure is a roofline: a part takes as long as its matrix products at a share of the machine's peak, or as reading
-its weights and caches at a share of its bandwidth, whichever is longer.
+A part takes as long as its matrix products, or as reading its weights and caches, whichever is longer.
 """
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vidsieve import registry
-from vidsieve.errors import ModelError, UnknownNameError
+import torch
+
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.errors import EvaluationError, ModelError, SelectionError, UnknownNameError, UnsupportedModelError
+from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.evaluation.flops import prefill_flops
+from vidsieve.loading import shipped_model
 from vidsieve.selection import kept_tokens
-from vidsieve.serving.machines import DTYPES, Machine
-from vidsieve.serving.models import Clip, Model, clip_of, encoder_flops
-from vidsieve.types import Stage
+from vidsieve.types import TokenGrid
 
-USABLE = 0.9
-"""Share of the memory for weights and caches; activations and fragments get the rest."""
-SCORE_WIDTH, LOOK_WIDTH = 512, 384
-"""Units of SCORE's hidden layer; outputs of CaCoVID's products on every token, the keys of its first look aside."""
-PASSES = 4
-"""Times that a method without products of its own reads the tokens."""
+USABLE_MEMORY = 0.9
+"""Share of the memory for weights and caches; activations and fragmentation take the rest."""
+LIMITS = {"qwen2_5_vl": (128, 768), "qwen3_vl": (4, 24576)}
+"""Fewest and most tokens that the published processors scale one frame to (Qwen2.5-VL), or all together (Qwen3-VL)."""
+MARKERS = {"qwen2_5_vl": 2, "qwen3_vl": 8, "internvl": 7, "smolvlm": 13}
+"""Tokens of text around a video (Qwen2.5-VL), two frames (Qwen3-VL) or a frame, within one or two."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is asked of a model.
+class Gpu:
+    """A GPU: its dense bfloat16 peak in 10¹² operations per second, bandwidth in GB/s and memory in GB (10⁹ bytes).
 
-    Parameters
-    ----------
-    frames : int
-    size : tuple of int, optional
-        Height and width of frames, for families that keep their shape.
-    prompt_tokens, answer_tokens : int
-        Text around the video, template included; tokens of an answer.
-    batch : int
-        Requests that are decoded together.
-    dtype : str
-        Of weights, caches and products: bf16, fp16 or fp32.
-    method : str, optional
-        The method whose own cost is counted; none: selecting is free.
-    videos_per_day : float
+    `efficiency` and `bandwidth_share` of peak and bandwidth are reached: round figures, not measurements. `width` is
+    the number of bytes of a weight or cached value.
     """
 
-    frames: int = 32
-    size: tuple[int, int] | None = None
-    prompt_tokens: int = 64
-    answer_tokens: int = 64
-    batch: int = 8
-    dtype: str = "bf16"
-    method: str | None = None
-    videos_per_day: float = 1e6
+    name: str
+    tflops: float
+    bandwidth: float
+    memory: float
+    efficiency: float = 0.5
+    bandwidth_share: float = 0.8
+    width: int = 2
+
+    def seconds(self, operations: float, size: float) -> float:
+        """Return the longer of the times for `operations` and for reading `size` bytes."""
+        reading = size / (1e9 * self.bandwidth * self.bandwidth_share)
+        return max(operations / (1e12 * self.tflops * self.efficiency), reading)
 
 
-@dataclass(frozen=True)
-class PlanRow:
-    """What one retention takes.
-
-    Parameters
-    ----------
-    video_tokens, llm_tokens : int
-        Kept of the video; of the whole prompt as the LLM reads it.
-    prefill_flops, encoder_flops : float
-    kv_bytes : float
-        One request's keys and values after its answer.
-    encoder_s, select_s, prefill_s, decode_s : float
-        Seconds; decode: of one step for the whole batch.
-    concurrent, batch : int
-        Requests that the memory holds at once; those decoded together, no more than these.
-    latency_s, busy_s : float or None, float
-        Of one request from frames to the end of its answer; of the machine, which decodes others with it.
-    missing_bytes : float
-        What a request's cache takes more than the weights leave; 0 where it fits.
-    per_second, machine_hours : float or None
-        Requests; hours of one machine for the videos of a day.
-    machines : int or None
-        So many for the videos of a day. These three and `latency_s` are None where no request fits.
-    """
-
-    retention: float
-    video_tokens: int
-    llm_tokens: int
-    prefill_flops: float
-    encoder_flops: float
-    kv_bytes: float
-    encoder_s: float
-    select_s: float
-    prefill_s: float
-    decode_s: float
-    concurrent: int
-    batch: int
-    latency_s: float | None
-    busy_s: float
-    missing_bytes: float
-    per_second: float | None
-    machine_hours: float | None
-    machines: int | None
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("H100", 989.4, 3350, 80),  # SXM5
+        Gpu("H200", 989.4, 4800, 141),
+        Gpu("A100-80GB", 312, 2039, 80),  # SXM4
+        Gpu("A100-40GB", 312, 1555, 40),
+        Gpu("L40S", 362, 864, 48),
+        Gpu("L4", 121, 300, 24),
+        Gpu("A10", 125, 600, 24),
+        Gpu("RTX4090", 165.2, 1008, 24),  # products summed in float32
+    )
+}
+"""From NVIDIA's datasheets; where these state operations with sparsity, half of them."""
 
 
-def kv_bytes(text: Any, tokens: int, dtype: str) -> int:
-    """Return the bytes of keys and values of so many tokens in all layers of an LLM with this configuration."""
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * int(text.num_hidden_layers * text.num_key_value_heads * size) * tokens * DTYPES[dtype].itemsize
-
-
-def step_flops(text: Any, tokens: int) -> float:
-    """Return the operations of one new token after so many, from what a prefill takes."""
-    head = prefill_flops(text, 0)
-    return prefill_flops(text, tokens + 1) - prefill_flops(text, tokens) + head
-
-
-def selecting(method: str | None, clip: Clip, kept: int, text: Any) -> tuple[float, float]:
-    """Return the operations of a method's own, and how many times it reads the tokens.
-
-    Counted are the products of DivPrune (every token with every kept one), SCORE (two layers' worth on each token) and
-    CaCoVID, variant "ours" (keys and features of each token); all others read the tokens a few times.
-    """
-    if method is None or kept == clip.grid.num_tokens:
-        return 0.0, 0.0
-    count, width = clip.grid.num_tokens, text.hidden_size
-    size = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    products = {
-        "divprune": 2 * count * kept * width,
-        "score": 4 * count * width * SCORE_WIDTH,
-        "cacovid": 2 * count * width * (text.num_key_value_heads * size + LOOK_WIDTH),
-    }
-    return float(products.get(method, 0)), 1.0 if method in products else PASSES
-
-
-def check_method(method: str | None) -> None:
-    """Refuse a method that is not registered.
+def read_gpu(name: str) -> Gpu:
+    """Return a GPU of the table, or one given as ``TFLOPs,GB/s,GB``.
 
     Raises
     ------
     UnknownNameError
+    EvaluationError
+        If a figure is not positive.
     """
-    if method is not None and method not in registry.compressors:
-        raise UnknownNameError("compressor", method, registry.compressors)
+    if name.upper() in GPUS:
+        return GPUS[name.upper()]
+    try:
+        tflops, bandwidth, memory = map(float, name.split(","))
+    except ValueError:
+        hint = "Any other GPU is given by its TFLOP/s, GB/s and GB, as 2250,8000,180."
+        raise UnknownNameError("GPU", name.upper(), GPUS, hint) from None
+    if not min(tflops, bandwidth, memory) > 0:
+        raise EvaluationError(f"a GPU's TFLOP/s, GB/s and GB must be positive, got {name}")
+    return Gpu(name, tflops, bandwidth, memory)
 
 
-def weights_bytes(model: Model, dtype: str) -> int:
-    """Return the bytes of all parameters."""
-    return model.parameters * DTYPES[dtype].itemsize
+@dataclass(frozen=True)
+class SizedModel:
+    """A model's configuration and its numbers of parameters, counted on a copy without memory.
+
+    `decoder`: read for every new token, the LLM's layers and its head. `encoder`: the vision encoder and the projector.
+    `patch_weights` and `token_weights`: matrices of the encoder that are applied to every patch, and to every token.
+    """
+
+    name: str
+    family: str
+    config: Any
+    parameters: int
+    decoder: int
+    encoder: int
+    patch_weights: int
+    token_weights: int
+
+    @property
+    def text(self) -> Any:
+        """The LLM's configuration."""
+        return self.config.get_text_config()
 
 
-def free_bytes(model: Model, machine: Machine, dtype: str) -> float:
-    """Return what the weights leave of a machine's memory.
+def read_model(name: str, layout: str | None = None) -> SizedModel:
+    """Return a model of `BLUEPRINTS`, ``"testbed"``, or that of a folder's or hub id's ``config.json``.
+
+    Raises
+    ------
+    UnknownNameError
+        If it is none of these.
+    ModelError
+        If the configuration cannot be read.
+    UnsupportedModelError, UnsupportedCallError
+        If its family is not supported, or has no such layout.
+    """
+    if name.lower() in BLUEPRINTS:
+        return model_of(name, BLUEPRINTS[name.lower()][1](), layout)
+    from transformers import AutoConfig
+
+    source = str(shipped_model()) if name == "testbed" else name
+    if "/" not in source and not os.path.exists(source):  # not a hub id, and asking the hub would take long
+        raise UnknownNameError("model", name, [*BLUEPRINTS, "testbed"], "Or give a folder, or a hub id as OWNER/NAME.")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"cannot read the configuration of {name!r}: {str(error).strip().splitlines()[0]}. Give a folder with a "
+            "config.json, a hub id that can be reached, or a size that needs neither, such as qwen2.5-vl-7b"
+        ) from None
+    return model_of(name, config, layout)
+
+
+def model_of(name: str, config: Any, layout: str | None = None) -> SizedModel:
+    """Return the model of a configuration.
+
+    Raises
+    ------
+    UnsupportedModelError, UnsupportedCallError
+    """
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            network = AutoModelForImageTextToText.from_config(config)
+    except ValueError:
+        raise UnsupportedModelError(f"{name!r} is a {config.model_type!r}, which vidsieve does not support") from None
+    adapter = adapter_for(network, layout=layout)
+    head, words = network.get_output_embeddings(), adapter.language_model.get_input_embeddings()
+    decoder = sum(p.numel() for p in adapter.language_model.parameters()) - words.weight.numel() + head.weight.numel()
+    total = sum(p.numel() for p in network.parameters())
+    encoder = total - decoder - (0 if head.weight is words.weight else words.weight.numel())
+    llm, patches, tokens = {head, *adapter.language_model.modules()}, 0, 0
+    for path, module in network.named_modules():
+        if module not in llm and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)):
+            if "merger" in path or "connector" in path or (adapter.family == "internvl" and "projector" in path):
+                tokens += module.weight.numel()
+            else:
+                patches += module.weight.numel()
+    return SizedModel(name, adapter.family, config, total, decoder, encoder, patches, tokens)
+
+
+@dataclass(frozen=True)
+class ClipTokens:
+    """A video as a family sees it.
+
+    `patches`: time, height and width that the encoder reads. `grid`: tokens that may be pruned. `newlines`: the model's
+    own tokens, which stay, one for each row of the grid or one in all. `markers`: text around frames.
+    """
+
+    patches: tuple[int, int, int]
+    grid: TokenGrid
+    newlines: int
+    markers: int
+
+
+def clip_tokens(model: SizedModel, frames: int, size: tuple[int, int] = (360, 640)) -> ClipTokens:
+    """Return the tokens of a video; `size`, height and width, matters to families that keep the frames' shape.
 
     Raises
     ------
     ModelError
-        If they do not fit.
+        If the model cannot take frames of this size or number.
     """
-    size, usable = weights_bytes(model, dtype), 1e9 * USABLE * machine.memory
-    if size > usable:
-        raise ModelError(
-            f"{model.name} does not fit on {machine.name}: its weights in {dtype} take {size / 1e9:.1f} GB, "
-            f"{(size - usable) / 1e9:.1f} GB more than the {usable / 1e9:.1f} GB to be used of {machine.memory:g}. "
-            "Take a machine with more memory, a smaller model or a shorter dtype"
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
+
+    family, config, vision = model.family, model.config, model.config.vision_config
+    try:
+        if family in LIMITS:
+            together, unit = vision.temporal_patch_size, vision.patch_size * vision.spatial_merge_size
+            least, most = (tokens * unit**2 for tokens in LIMITS[family])
+            if family == "qwen3_vl":
+                height, width = resize_video(max(frames, together), *size, together, unit, least, most)
+            else:
+                height, width = smart_resize(*size, unit, least, most)
+            steps = -(-frames // together)
+            grid = TokenGrid(steps, height // unit, width // unit)
+            markers = MARKERS[family] * (steps if family == "qwen3_vl" else 1)
+            return ClipTokens((steps, height // vision.patch_size, width // vision.patch_size), grid, 0, markers)
+        pixels, patch = (
+            value[0] if isinstance(value, (list, tuple)) else value for value in (vision.image_size, vision.patch_size)
         )
-    return usable - size
+        side = int(pixels // patch)
+        tokens = {
+            "llava_onevision": -(-side // 2),
+            "llava_video": side // 2,
+            "internvl": int(side * getattr(config, "downsample_ratio", 1)),
+            "smolvlm": side // int(getattr(config, "scale_factor", 1)),
+        }[family]
+        grid = TokenGrid(frames, tokens, tokens)
+    except (ValueError, SelectionError) as error:
+        raise ModelError(f"{model.name} cannot take {frames} frames of this size: {error}") from None
+    newlines = {"llava_onevision": 1, "llava_video": frames * tokens}.get(family, 0)
+    return ClipTokens((frames, side, side), grid, newlines, MARKERS.get(family, 0) * frames)
 
 
-def row(model: Model, machine: Machine, load: Load, retention: float) -> PlanRow:
-    """Return what one retention takes.
+def encoder_flops(model: SizedModel, clip: ClipTokens) -> float:
+    """Return the operations from pixels to video tokens: all matrix products, a multiplication and an addition as two.
+
+    Attention looks at all pairs of patches of a frame, in Qwen2.5-VL's windowed layers of a window.
+    """
+    vision, (steps, height, width) = model.config.vision_config, clip.patches
+    depth = vision.depth if model.family in LIMITS else vision.num_hidden_layers
+    patches = height * width + (model.family == "internvl")  # its class token
+    pairs = depth * patches**2
+    if model.family == "qwen2_5_vl":
+        full = len([layer for layer in set(vision.fullatt_block_indexes) if layer < depth])
+        side = vision.window_size // vision.patch_size
+        windows = [(n // side) * side**2 + (n % side) ** 2 for n in (height, width)]
+        pairs = full * patches**2 + (depth - full) * windows[0] * windows[1]
+    attention = 4 * vision.hidden_size * pairs
+    products = 2 * steps * patches * model.patch_weights + 2 * clip.grid.num_tokens * model.token_weights
+    return float(products + steps * attention)
+
+
+def kv_bytes(text: Any, tokens: int, width: int) -> int:
+    """Return the bytes of keys and values of `tokens` tokens, `width` bytes a value, in all layers of an LLM."""
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * int(text.num_hidden_layers * text.num_key_value_heads * size) * tokens * width
+
+
+def step_flops(text: Any, tokens: int) -> float:
+    """Return the operations of decoding one token after `tokens` others."""
+    return prefill_flops(text, tokens + 1) - prefill_flops(text, tokens) + prefill_flops(text, 0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests: frames, their height and width, tokens of text and of the answer, and requests decoded together."""
+
+    frames: int = 32
+    size: tuple[int, int] = (360, 640)
+    prompt_tokens: int = 64
+    answer_tokens: int = 64
+    batch: int = 8
+
+
+def plan(model: SizedModel, gpu: Gpu, load: Load, retentions: Sequence[float]) -> dict[str, Any]:
+    """Return a row for each retention, the settings and the assumptions, as plain values.
+
+    Of a row, ``llm_tokens`` is the whole prompt, ``kv_bytes`` the cache of one request after its answer, ``concurrent``
+    the number of requests that fit in memory, ``decode_s`` the time of one step for the whole ``batch``. If no request
+    fits, ``latency_s`` is None and ``per_hour`` 0.
 
     Raises
     ------
     RetentionError
         Outside (0, 1].
     ModelError
-        If frames do not go into this model, or its weights not into the memory.
+        If the model cannot take the frames, or its weights do not fit in memory.
     """
-    clip, text, dtype = clip_of(model, load.frames, load.size), model.text, load.dtype
-    free, width = free_bytes(model, machine, dtype), DTYPES[dtype].itemsize
-    kept = kept_tokens(retention, clip.grid.num_tokens)
-    # A row of tokens that keeps none gives up its newline; how many do is the method's choice, so the most is counted.
+    weights, usable = model.parameters * gpu.width, 1e9 * USABLE_MEMORY * gpu.memory
+    if weights > usable:
+        raise ModelError(
+            f"{model.name} does not fit on {gpu.name}: its weights take {weights / 1e9:.1f} GB of the "
+            f"{usable / 1e9:.1f} GB that can be used; choose a GPU with more memory or a smaller model"
+        )
+    clip, text = clip_tokens(model, load.frames, load.size), model.text
+    return {
+        "model": model.name,
+        "parameters": model.parameters,
+        "gpu": asdict(gpu),
+        "load": asdict(load),
+        "rows": [_row(model, gpu, load, clip, usable - weights, retention) for retention in retentions],
+        "assumptions": [
+            "predicted from the configuration and the datasheet; nothing was run",
+            f"{gpu.name}: {gpu.tflops:.4g} TFLOP/s in bfloat16 without sparsity, {gpu.bandwidth:.4g} GB/s, "
+            f"{gpu.memory:.4g} GB; reached: {gpu.efficiency:.0%} of the operations, {gpu.bandwidth_share:.0%} of the "
+            "bandwidth",
+            f"{load.frames} frames become {clip.grid.frames}×{clip.grid.height}×{clip.grid.width} tokens; further "
+            f"tokens: {clip.newlines} newlines, {clip.markers} around frames, {load.prompt_tokens} of text; the model "
+            f"is made for {text.max_position_embeddings:,}, and pruning does not shorten positions",
+            "encoder and prefill run one request at a time; decoding runs the batch together and reads all weights and "
+            "caches in each step; parts do not overlap; kernel launches, norms, softmax, sampling and selection take "
+            "no time",
+            f"weights take {weights / 1e9:.2f} GB; weights and caches may take {USABLE_MEMORY:.0%} of the memory",
+            "reading and decoding video files is CPU work, does not shrink with pruning, and is not counted",
+        ],
+    }
+
+
+def _row(
+    model: SizedModel, gpu: Gpu, load: Load, clip: ClipTokens, free: float, retention: float
+) -> dict[str, float | None]:
+    text, kept = model.text, kept_tokens(retention, clip.grid.num_tokens)
+    # A row of the grid without tokens loses its newline; the method decides how many, so the most are counted.
     prompt = kept + min(clip.newlines, kept) + clip.markers + load.prompt_tokens
-    cache = kv_bytes(text, prompt + load.answer_tokens - 1, dtype)  # the last token is never read
+    cache = kv_bytes(text, prompt + load.answer_tokens - 1, gpu.width)  # the last token is not read
     concurrent = int(free // cache)
     batch = max(1, min(load.batch, concurrent))
 
-    operations, reads = selecting(load.method, clip, kept, text)
     seen, first = encoder_flops(model, clip), prefill_flops(text, prompt)
-    encode = machine.seconds(seen, model.encoder * width, dtype)
-    select = machine.seconds(operations, reads * clip.grid.num_tokens * text.hidden_size * width, dtype)
-    prefill = machine.seconds(first, model.decoder * width, dtype)
+    encode = gpu.seconds(seen, model.encoder * gpu.width)
+    prefill = gpu.seconds(first, model.decoder * gpu.width)
     half = prompt + load.answer_tokens // 2
-    read = model.decoder * width + batch * kv_bytes(text, half, dtype)
-    step = machine.seconds(batch * step_flops(text, half), read, dtype)
-
-    steps = load.answer_tokens - 1  # the prefill gives the first
-    busy = encode + select + prefill + steps * step / batch
-    hours, latency = load.videos_per_day * busy / 3600, encode + select + prefill + steps * step
-    if not concurrent:
-        return PlanRow(
-            retention,
-            kept,
-            prompt,
-            first,
-            seen,
-            cache,
-            encode,
-            select,
-            prefill,
-            step,
-            0,
-            batch,
-            None,
-            busy,
-            cache - free,
-            None,
-            None,
-            None,
-        )
-    return PlanRow(
-        retention,
-        kept,
-        prompt,
-        first,
-        seen,
-        cache,
-        encode,
-        select,
-        prefill,
-        step,
-        concurrent,
-        batch,
-        latency,
-        busy,
-        0.0,
-        1 / busy,
-        hours,
-        math.ceil(hours / 24),
-    )
-
-
-def plan(model: Model, machine: Machine, load: Load, retentions: Sequence[float]) -> dict[str, Any]:
-    """Return a row for each retention, with the settings and the assumptions behind them, as plain values.
-
-    Raises
-    ------
-    RetentionError, ModelError, UnknownNameError
-    """
-    check_method(load.method)
-    free_bytes(model, machine, load.dtype)
-    rows = [row(model, machine, load, retention) for retention in retentions]
+    read = model.decoder * gpu.width + batch * kv_bytes(text, half, gpu.width)
+    step = gpu.seconds(batch * step_flops(text, half), read)
+    steps = load.answer_tokens - 1  # the prefill gives the first token
     return {
-        "model": model.name,
-        "family": model.family,
-        "parameters": model.parameters,
-        "weights_bytes": weights_bytes(model, load.dtype),
-        "machine": asdict(machine),
-        "load": asdict(load),
-        "rows": [asdict(one) for one in rows],
-        "assumptions": assumptions(model, machine, load),
+        "retention": retention,
+        "video_tokens": kept,
+        "llm_tokens": prompt,
+        "encoder_flops": seen,
+        "prefill_flops": first,
+        "kv_bytes": cache,
+        "concurrent": concurrent,
+        "batch": batch,
+        "encoder_s": encode,
+        "prefill_s": prefill,
+        "decode_s": step,
+        "latency_s": encode + prefill + steps * step if concurrent else None,
+        "per_hour": 3600 / (encode + prefill + steps * step / batch) if concurrent else 0.0,
     }
-
-
-def assumptions(model: Model, machine: Machine, load: Load) -> list[str]:
-    """Return what the figures rest on, a sentence each."""
-    clip = clip_of(model, load.frames, load.size)
-    found = [
-        "predicted from the configuration and the machine's figures; no part was run",
-        f"{machine.name}: {machine.tflops[load.dtype]:.4g} TFLOP/s in {load.dtype} without sparsity, "
-        f"{machine.bandwidth:.4g} GB/s, {machine.memory:.4g} GB; reached: {100 * machine.efficiency:g} % of the "
-        f"operations, {100 * machine.bandwidth_share:g} % of the bandwidth",
-        f"{clip.note}; beside these, tokens of the model's own: {clip.newlines}, around frames: "
-        f"{clip.markers}, of text: {load.prompt_tokens}",
-        "every part takes its matrix products or the reading of its weights and caches, whichever is longer; nothing "
-        "for starting kernels, norms, softmax, sampling, or moving data to the machine",
-        "encoder and prefill: one request at a time, the causal half of attention, the head for the last token alone",
-        f"decode: {load.batch} requests together, or as many as fit; weights and all their caches are read at each of "
-        f"{load.answer_tokens - 1} steps, with half the answer in the cache",
-        "requests a second: all parts one after the other on one machine, decoding shared by the batch; a day is full "
-        "24 hours of even load",
-        f"memory: {100 * USABLE:g} % of it for weights and caches, all requests of the same length",
-        "reading, decoding and scaling video files is CPU work that pruning leaves as it is, and is not counted",
-        _selection_note(load.method),
-    ]
-    longest = clip.grid.num_tokens + clip.newlines + clip.markers + load.prompt_tokens + load.answer_tokens
-    if longest > model.text.max_position_embeddings:
-        known = model.text.max_position_embeddings
-        found.append(
-            f"the model is made for {known:,} tokens; before pruning there are {longest:,}, and positions stay"
-        )
-    if clip.newlines > 1:
-        found.append("every row of tokens keeps its newline, the most there can be")
-    return found
-
-
-def _selection_note(method: str | None) -> str:
-    if method is None:
-        return "selecting is free; --method counts a method's own cost"
-    counted = {
-        "divprune": "products of all tokens with the kept; that its steps wait for each other is not counted",
-        "score": f"a hidden layer of {SCORE_WIDTH} units on each token and its change",
-        "cacovid": "variant ours: keys and features of each token",
-    }
-    note = f"{method}: {counted.get(method, f'the tokens are read {PASSES} times, no products')}"
-    if registry.compressors.get(method).stage is not Stage.PRE_LLM:
-        note += "; its budget is the mean over layers, counted as if each layer saw just so many tokens"
-    return note
