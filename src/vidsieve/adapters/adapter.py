@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,9 @@ from vidsieve.adapters.decoder_layer import Decoder, block_shape, layer_state
 from vidsieve.adapters.drop import gathered, kept_columns
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Family, Videos
-from vidsieve.adapters.inside.acting import InnerRun, begin, running
+from vidsieve.adapters.inside.decoding import DecodeRun
+from vidsieve.adapters.inside.hooks import InnerRun
+from vidsieve.adapters.inside.layers import LayerRun
 from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
@@ -316,24 +318,25 @@ class Adapter(Family):
             return None
         positions = self.unpack_positions(plan.inputs["position_ids"])
         videos = place(encoded, plan.kept_positions, selections)
-        return begin(
-            compressor,
-            len(self.decoder_layers),
-            positions[self.position_rows],
-            positions[0],
-            plan.kept_positions >= 0,
-            videos,
-            traces,
-        )
+        rotary, real, depth = positions[self.position_rows], plan.kept_positions >= 0, len(self.decoder_layers)
+        if isinstance(compressor, LayerCompressor):
+            spent = tuple(trace.select_ms for trace in traces)
+            return LayerRun(compressor, rotary, real, videos, depth, spent)
+        if isinstance(compressor, DecodeCompressor):
+            first = compressor.first_layer(depth)
+            return DecodeRun(compressor, rotary, real, videos, first, positions[0], tuple(traces))
+        raise StageError(f"{compressor.name} acts {compressor.acts.value}: derive it from a base class of that stage")
 
     def acting(
         self, run: InnerRun | None, cache: Any = None, words: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Let the run of a method act inside this model's LLM while a block runs; see `running`."""
+        """Let the run of a method act inside this model's LLM while a block runs; see `InnerRun.hooked`."""
+        if run is None:
+            return nullcontext()
         decoder = Decoder(
             list(self.decoder_layers), self.model.config.get_text_config(), self.language_model.rotary_emb
         )
-        return running(decoder, run, cache, words)
+        return run.hooked(decoder, cache, words)
 
     def prune(
         self,

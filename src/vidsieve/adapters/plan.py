@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vidsieve.adapters.inside.acting import InnerRun
+from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.types import Selection
 

@@ -78,7 +78,8 @@ class InnerRun(ABC):
                 layer = decoder.layers[number]
                 handles.append(layer.register_forward_pre_hook(self._before(number), with_kwargs=True))
             handles.append(decoder.layers[-1].register_forward_hook(self._after, with_kwargs=True))
-            yield
+            with uncompiled():
+                yield
             if not self._complete():
                 unsupported(f"{self.compressor.name} saw no prompt pass through the decoder layers")
         finally:
@@ -167,3 +168,28 @@ class OwnPasses:
 def per_row(table: Tensor, rows: int) -> Tensor:
     """Return a table with one line a prompt as one with one line for each of `rows`: beams repeat each prompt."""
     return table.repeat_interleave(rows // len(table), 0)
+
+
+_eager_lock, _eager_calls = threading.Lock(), 0
+_stance: Any = None
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled code eagerly until the last such block ends: compiled code does not run hooks.
+
+    The stance belongs to the process, so that blocks in several threads share it.
+    """
+    global _eager_calls, _stance
+    with _eager_lock:
+        if not _eager_calls:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _eager_calls += 1
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            _eager_calls -= 1
+            if not _eager_calls:
+                _stance.__exit__(None, None, None)

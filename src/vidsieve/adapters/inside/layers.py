@@ -166,8 +166,8 @@ class LayerRun(InnerRun):
         self.left, columns, rows = [], [], []
         states, repeats, dropped, reordered = hidden, len(hidden) // len(self.real), 0, False
         for row in range(len(self.real)):
-            prompt, places = self._prompt(number, row, before, hidden)
-            line = prompt.columns
+            prompt = self._prompt(number, row, before, hidden)
+            line, places = prompt.columns, prompt.places
             among = torch.full((self.real.shape[1],), -1, dtype=torch.int64, device=line.device)
             among[line] = torch.arange(len(line), device=line.device)
             keep, orders = torch.ones(self.real.shape[1], dtype=torch.bool, device=line.device), []
@@ -206,11 +206,8 @@ class LayerRun(InnerRun):
         self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
         return _take(states, per_row(padded(rows), len(hidden)), 1) if dropped or reordered else states
 
-    def _prompt(self, number: int, row: int, before: Tensor | None, entering: Tensor) -> tuple[PromptRow, Tensor]:
-        """Return one prompt before layer `number`, and the places (l,) of its columns in `entering` (R, L'', D).
-
-        `before` (B, L'') are the columns of `entering`; None: all.
-        """
+    def _prompt(self, number: int, row: int, before: Tensor | None, entering: Tensor) -> PromptRow:
+        """Return one prompt before layer `number`; `before` (B, n) are the columns of `entering` (R, n, D), or all."""
         if self._hidden is None or self._embeds is None:
             raise SelectionError(f"layer {number - 1} did not run before layer {number}")
         if before is None:
@@ -222,9 +219,9 @@ class LayerRun(InnerRun):
         if before is not None and self._renumbered:
             positions = torch.arange(len(line), device=line.device).expand_as(positions)
         first = row * (len(entering) // len(self.real))  # beams of a prompt are equal while it is read
-        now, earlier = (states[first, places.to(states.device)] for states in (entering, self._hidden))
+        states = entering[first], self._hidden[first], self._embeds[first]
         videos = [video for video in self.videos if video.row == row]
-        return PromptRow(self._decoder, number, line, positions, now, earlier, self._embeds[first], videos), places
+        return PromptRow(self._decoder, number, line, positions, places, *states, videos)
 
     def _sliced(self, layer: Any, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
         """Return rotary angles and position ids of the columns in a table."""

@@ -81,7 +81,9 @@ class PromptRow:
         The layer that is about to run.
     columns, positions : Tensor, (l,) and (P, l), int64
         Columns of the prompt that are left, and their rotary positions.
-    entering, before : Tensor, (l, D)
+    places : Tensor, (l,), int64
+        Rows of their hidden states in `entering` and `before`.
+    entering, before : Tensor, (L', D)
         Hidden states that enter the layer, and that entered the one before.
     embeds : Tensor, (L, D)
         Hidden states of the whole prompt that entered the first layer.
@@ -93,6 +95,7 @@ class PromptRow:
     layer: int
     columns: Tensor
     positions: Tensor
+    places: Tensor
     entering: Tensor
     before: Tensor
     embeds: Tensor
@@ -114,15 +117,11 @@ class PromptRow:
         if layer not in (self.layer, self.layer - 1):
             raise SelectionError(f"attention before layer {self.layer} is known for it and the one before, not {layer}")
         if (rows, layer) not in self._attention:
-            places = self.text_rows if rows == "text" else torch.tensor([len(self.columns) - 1])
-            self._attention[rows, layer] = attention_rows(
-                self.decoder.layers[layer],
-                self.decoder.config,
-                self.entering if layer == self.layer else self.before,
-                self.positions,
-                places,
-                window_of(self.decoder.config, layer),
-            )
+            module, config = self.decoder.layers[layer], self.decoder.config
+            hidden = _rows(self.entering if layer == self.layer else self.before, self.places)
+            queries = self.text_rows if rows == "text" else torch.tensor([len(self.columns) - 1])
+            weights = attention_rows(module, config, hidden, self.positions, queries, window_of(config, layer))
+            self._attention[rows, layer] = weights
         return self._attention[rows, layer]
 
 
@@ -148,29 +147,31 @@ class PromptView(LayerView):
     @property
     def hidden(self) -> Tensor:
         """Hidden states (n, D) that enter the layer."""
-        return self.prompt.entering[self.places.to(self.prompt.entering.device)]
+        return _rows(self.prompt.entering, self.prompt.places[self.places])
 
     @property
     def before(self) -> Tensor:
         """Hidden states (n, D) that entered the layer before."""
-        return self.prompt.before[self.places.to(self.prompt.before.device)].detach()
+        return _rows(self.prompt.before, self.prompt.places[self.places]).detach()
 
     @property
     def video(self) -> Tensor:
         """Embeddings (N', D) of the video's tokens as they entered the LLM."""
-        return self.prompt.embeds[self.placed.columns.to(self.prompt.embeds.device)].detach()
+        return _rows(self.prompt.embeds, self.placed.columns).detach()
 
     @property
     def text(self) -> Tensor:
         """Embeddings (Q, D) of the text behind the video as it entered the LLM."""
         everything = torch.arange(len(self.prompt.embeds), device=self.placed.columns.device)
-        columns = self.prompt.text(everything, self.placed.columns.max())
-        return self.prompt.embeds[columns.to(self.prompt.embeds.device)].detach()
+        return _rows(self.prompt.embeds, self.prompt.text(everything, self.placed.columns.max())).detach()
 
     @property
     def rope_bias(self) -> Tensor:
         """Scores (Q, n) float32 between a query and a key of ones, by rotary positions alone."""
         prompt, queries = self.prompt, self.prompt.text_rows[self._behind()]
-        layer = prompt.decoder.layers[self.layer - 1]
         positions = prompt.positions[:, queries], prompt.positions[:, self.places]
-        return rope_bias(prompt.decoder.config, layer, *positions)
+        return rope_bias(prompt.decoder.config, prompt.decoder.layers[self.layer - 1], *positions)
+
+
+def _rows(states: Tensor, places: Tensor) -> Tensor:
+    return states[places.to(states.device)]
