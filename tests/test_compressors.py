@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from vidsieve import load, registry
 from vidsieve.compressors.divprune import diverse_picks
 from vidsieve.compressors.downsample import tile_frame
-from vidsieve.errors import BudgetError, PolicyError, UnknownNameError
+from vidsieve.compressors.inside import LayerChoice
+from vidsieve.errors import BudgetError, NeedError, PolicyError, SelectionError, UnknownNameError
 from vidsieve.selection import kept_tokens
-from vidsieve.testing import make_video
+from vidsieve.testing import GivenView, make_video
 from vidsieve.testing.checks import WIDTH, example
 from vidsieve.types import Stage, TokenGrid, Tokens, VideoTokens
 
@@ -156,6 +157,42 @@ def test_random_differs_by_seed():
     video, method = make_video(TokenGrid(8, 6, 6)), load("random", retention=0.1)
     picks = [method.compress(video, generator=torch.Generator().manual_seed(s)).indices for s in range(5)]
     assert all(not torch.equal(picks[0], other) for other in picks[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("holitom", {"longest": 0}, "longest must be a whole number ≥ 1, got 0"),
+        ("holitom", {"longest": 2.0}, "longest must be a whole number ≥ 1"),
+        ("holitom", {"inner_kept": 0}, r"inner_kept must be a number in \(0, 1\]"),
+        ("fastvid", {"context": 1.0}, r"context must be a number in \[0, 1\)"),
+        ("prunevid", {"threshold": float("nan")}, r"threshold must be a number in \[-1, 1\]"),
+        ("framefusion", {"inner": 1}, "inner must be True or False, got 1"),
+        ("pyramiddrop", {"layers": (1, 1, 2)}, r"layers must be rising whole numbers from 1, as \(8, 16, 24\)"),
+    ],
+)
+def test_fields_outside_their_bounds_are_refused(name, fields, message):
+    with pytest.raises(BudgetError, match=message):
+        load(name, **fields)
+
+
+def test_bounds_that_are_closed_or_optional_hold_themselves():
+    assert load("holitom", inner_kept=1, layer=None, centre_weight=0).inner_kept == 1
+    assert load("dycoke", similarity=-1).similarity == -1
+
+
+def test_a_choice_inside_the_llm_is_checked():
+    chosen = torch.tensor([0, 2, 3])
+    assert LayerChoice(chosen, torch.zeros(3, 4), order=torch.tensor([3, 0, 2])).order.tolist() == [3, 0, 2]
+    for wrong in (
+        lambda: LayerChoice(torch.tensor([2, 0])),
+        lambda: LayerChoice(chosen, torch.zeros(2, 4)),
+        lambda: LayerChoice(chosen, order=torch.tensor([3, 0, 1])),
+    ):
+        with pytest.raises(SelectionError):
+            wrong()
+    with pytest.raises(NeedError, match="the view holds no hidden"):
+        _ = GivenView(1, 2, TokenGrid(1, 1, 2), torch.arange(2)).hidden
 
 
 def test_loading_by_name():

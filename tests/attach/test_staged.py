@@ -12,7 +12,7 @@ from vidsieve.adapters import adapter_for
 from vidsieve.compressors.fastv import FastV
 from vidsieve.compressors.inside import LayerChoice
 from vidsieve.compressors.sparsevlm import SparseVLM
-from vidsieve.errors import BudgetError, NeedError
+from vidsieve.errors import BudgetError, NeedError, SelectionError
 from vidsieve.selection import top_indices
 from vidsieve.testing import GivenView
 from vidsieve.testing.equivalence import CALLS, cell, configuration
@@ -55,6 +55,23 @@ class _OwnLayer(_TwoStages):
 
     def step(self, view, keep):
         return LayerChoice(top_indices(view.attention("last", view.layer)[:, 0].mean(0), keep))
+
+
+class _FarLayer(_TwoStages):
+    """FastV by the attention of the first layer, at a stage where only two later ones are known."""
+
+    def stages(self, num_layers, num_tokens):
+        return ((2, num_tokens // 2),)
+
+    def step(self, view, keep):
+        return LayerChoice(top_indices(view.attention("last", 0)[:, 0].mean(0), keep))
+
+
+def test_attention_of_a_layer_long_before_is_refused():
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "batch 1")
+    with vidsieve.attach(model, _FarLayer(0.7)), pytest.raises(SelectionError, match=r"before layer 2 .*, not 0"):
+        model(**inputs)
+    assert not any(layer._forward_pre_hooks for layer in adapter_for(model).decoder_layers)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -22,17 +22,17 @@ Form = Literal["llava_onevision", "llava_video", "qwen2_5_vl"]
 FORMS: tuple[Form, ...] = ("llava_onevision", "llava_video", "qwen2_5_vl")
 _NEIGHBOURS = 4
 Shares = list[tuple[int, int]]
-"""Of each frame of a segment: how many salient tokens it keeps, and how many anchors."""
+"""Numbers of salient tokens and of anchors, by frame of a segment."""
 
 
 @dataclass(frozen=True)
 class FastVID(Compressor):
-    """Of every segment keep the tokens the encoder attends to, and merge the others into anchors of some of its frames.
+    """Keep the tokens of every segment that the encoder attends to, and merge the others into anchors of some frames.
 
     The video is cut where neighbouring frames are least alike. A part of a segment's budget goes to the most salient
-    tokens of every frame; the rest to anchors, found by density peaks among the other tokens of every so-manieth frame,
-    counted from the segment's end. Every token that is not salient joins its nearest anchor in each of these frames.
-    Blind to the question.
+    tokens of every frame; the rest to anchors, found by density peaks among the other tokens of every `stride`-th
+    frame, counted from the segment's end. Every token that is not salient joins its nearest anchor in each of these
+    frames. Blind to the question.
 
     Parameters
     ----------
