@@ -19,6 +19,8 @@ MODULES = {
     "data.video": "video.reading",
     "data.decoding": "video.decoding",
     "eval.letters": "options",
+    "eval.lmms": "evaluation.lmms_bridge",
+    "eval.lmms_model": "evaluation.lmms_bridge",
     "eval.runner": "evaluation.examiner",
     "eval.running": "evaluation.runs",
     "rl.samples": "training.data.samples",
