@@ -14,7 +14,8 @@ import transformers
 import vidsieve
 from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
-from vidsieve.testing.equivalence import CONFIGURATIONS, STEPS, TOLERANCE, EquivalenceCell, refusals, table
+from vidsieve.testing.calls import STEPS
+from vidsieve.testing.equivalence import CONFIGURATIONS, TOLERANCE, EquivalenceCell, refusals, table
 from vidsieve.testing.tiny_models import FAMILIES
 
 METHODS = {"random": 0.3, "visionzip": 0.4, "fastv": 0.8}

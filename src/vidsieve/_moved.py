@@ -23,6 +23,7 @@ MODULES = {
     "eval.lmms_model": "evaluation.lmms_bridge",
     "eval.runner": "evaluation.examiner",
     "eval.running": "evaluation.runs",
+    "testing.tiny_processors": "testing.tiny_models",
     "rl.samples": "training.data.samples",
     "adapters.base": "adapters.adapter",
     "adapters.batch": "adapters.encoded",

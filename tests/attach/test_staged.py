@@ -13,7 +13,8 @@ from vidsieve.adapters import adapter_for
 from vidsieve.compressors.fastv import FastV
 from vidsieve.compressors.sparsevlm import SparseVLM
 from vidsieve.errors import BudgetError, NeedError
-from vidsieve.testing.equivalence import CALLS, cell, configuration
+from vidsieve.testing.calls import CALLS
+from vidsieve.testing.equivalence import cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
 SIGNALS = [
