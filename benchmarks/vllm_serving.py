@@ -38,8 +38,7 @@ from vidsieve.serving.vllm.shared import digest
 from vidsieve.testbed.files import write_scene
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast
-from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.video.reading import write_video
 
 FRAMES, TOKENS = 16, 8
@@ -604,7 +603,7 @@ def main() -> None:
         if options.only in (None, "testbed"):
             model, processor = load_model("testbed")
             shipped = {"score": "testbed", "cacovid": "testbed"}
-            where = str(shipped_model("model"))
+            where = str(shipped_model())
             result["testbed"] = parity("testbed", model, processor, where, shipped, videos, folder)
         for family, said in (("qwen2_5_vl", "Qwen2.5-VL, tiny"), ("qwen3_vl", "Qwen3-VL, tiny")):
             if options.only in (None, family):
@@ -612,7 +611,7 @@ def main() -> None:
                 made = policies(model, folder / family)
                 result[family] = parity(said, model, processor, str(folder / family), made, videos, folder)
         if options.only in (None, "failing"):
-            result["failing"] = failing(str(shipped_model("model")), folder)
+            result["failing"] = failing(str(shipped_model()), folder)
         if options.only in (None, "load"):
             result["load"] = load(folder, options.load, 16, layers=4)
     if options.json:
