@@ -150,13 +150,13 @@ class Bridge:
     task_dict: dict[str, Any]
     """Documents by task and split, filled in by lmms-eval."""
 
-    def __init__(self, **given: Any) -> None:
+    def __init__(self, **values: Any) -> None:
         super().__init__()
-        for name in given:
+        for name in values:
             if name not in Arguments.__struct_fields__:
                 raise UnknownNameError("model argument", name, Arguments.__struct_fields__)
         # lmms-eval turns text that looks like a number into one, names of folders too.
-        texts = {name: value if isinstance(value, bool) else str(value).strip() for name, value in given.items()}
+        texts = {name: value if isinstance(value, bool) else str(value).strip() for name, value in values.items()}
         arguments = converted(texts, Arguments, "--model_args")
         check_known(arguments.method)
         compressor = None

@@ -104,12 +104,12 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
             rest = [c for c in COLOURS if c != thing.colour]
             ask("change", f"what colour does the {name} turn ?", thing.turned[0], wrong, rest, best_order(thing))
 
-    for named, asked, words, others in (("shape", "colour", SHAPES, COLOURS), ("colour", "shape", COLOURS, SHAPES)):
-        start = "what colour was the" if asked == "colour" else "which shape was the"
+    for named, attribute, words, others in (("shape", "colour", SHAPES, COLOURS), ("colour", "shape", COLOURS, SHAPES)):
+        start = "what colour was the" if attribute == "colour" else "which shape was the"
         for word in words:
             members = _members(cast, **{named: word})
-            if _orderable(members, asked):
-                looks = [getattr(o, asked) for o in members]
+            if _orderable(members, attribute):
+                looks = [getattr(o, attribute) for o in members]
                 about = [token for o in members for token in o.tokens()]
                 for end, which in ((0, "first"), (-1, "last")):
                     ask("order", f"{start} {which} {QUESTION_NAME[word]} ?", looks[end], looks, others, about)

@@ -67,6 +67,6 @@ VOCABULARY: tuple[str, ...] = (
 )
 """Every word in id order; the tokenizer splits at blanks and knows no others."""
 
-NUMBERS = _words("none one two three")
+NUMBERS = ("none", "one", "two", "three")
 TALK_WORDS = _words("how many are none two three")
 """Words that only the model of `workbench.testbed.talking` knows; "one" and "there" are in `VOCABULARY`."""
