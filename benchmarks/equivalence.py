@@ -14,27 +14,28 @@ import transformers
 import vidsieve
 from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
-from vidsieve.testing.equivalence import CONFIGURATIONS, STEPS, TOLERANCE, EquivalenceCell, refusals, table
+from vidsieve.testing.calls import STEPS
+from vidsieve.testing.equivalence import CONFIGURATIONS, TOLERANCE, EquivalenceCell, refusals, table
 from vidsieve.testing.tiny_models import FAMILIES
 
 METHODS = {"random": 0.3, "visionzip": 0.4, "fastv": 0.8}
 """One method that drops, one that merges, one inside the LLM (of 3 layers, so that little can go)."""
 
 INTRODUCTION = f"""\
-# What every call gives, family by family
+# Every call under a session, family by family
 
 Written by `python benchmarks/equivalence.py`; every figure is in `benchmarks/results/equivalence.json`. transformers
 {transformers.__version__}, torch {torch.__version__.split("+")[0]}, tiny random models of the real classes in float32.
 
-"exact" means: what the call gives under a session equals a full forward in which the dropped tokens are masked out at
-unchanged positions. Generated tokens are equal everywhere; the number is the largest difference of logits (of scores
+"exact" means: the call under a session equals a full forward in which the dropped tokens are masked out at unchanged
+positions. Generated tokens are equal everywhere; the number is the largest difference of logits (of scores
 for beams, of loss and tower gradient for labels) over {len(CONFIGURATIONS)} batches ({", ".join(CONFIGURATIONS)}) and
-two attentions (eager, sdpa). A compiled language model and a device map are tried on the ragged batch with sdpa; while
-a method inside the LLM is at work, a compiled language model runs uncompiled.
+two attentions (eager, sdpa). A compiled language model and a device map run on the ragged batch with sdpa; under
+a method inside the LLM, a compiled language model runs uncompiled.
 
-Other methods before the LLM, trained ones too, go the way of `random` or, where they merge, of `visionzip`. `dycoke`,
-which acts while decoding, is compared step by step in `tests/attach/test_decoding.py`; beams and static caches are
-errors for it. Methods with several stages, with a part before the LLM too, or that merge inside it are in
+Other methods before the LLM, trained ones too, take the path of `random` or, if they merge, of `visionzip`. `dycoke`,
+which acts while decoding, is compared step by step in `tests/attach/test_decoding.py`; it refuses beams and static
+caches. Methods with several stages, with a part before the LLM too, or that merge inside it are in
 `tests/attach/test_staged.py`, against a forward without a cache that merges the same.
 """
 

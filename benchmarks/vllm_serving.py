@@ -38,8 +38,7 @@ from vidsieve.serving.vllm.shared import digest
 from vidsieve.testbed.files import write_scene
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast
-from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.video.reading import write_video
 
 FRAMES, TOKENS = 16, 8

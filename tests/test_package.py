@@ -61,11 +61,9 @@ def test_public_names_are_sorted_complete_and_real():
         _ = vidsieve.nonsense
 
 
-def test_errors_are_drawn_in_their_tree():
+def test_every_error_has_a_docstring():
     kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, VidsieveError)]
-    for kind in kinds:
-        assert kind.__name__ in (errors.__doc__ or ""), kind
-        assert kind.__doc__
+    assert len(kinds) > 15 and all(kind.__doc__ for kind in kinds)
 
 
 def test_registries_refuse_mistakes():

@@ -109,7 +109,8 @@ def test_corrupt_configurations_are_refused(folder):
         ("{", "not JSON"),
         ("[1]", "not the configuration"),
         (json.dumps({"a": 1}), "not the configuration"),
-        (json.dumps({k: v for k, v in good.items() if k != "family"}), "lacks family"),
+        (json.dumps({k: v for k, v in good.items() if k != "family"}), "damaged: .*missing required field `family`"),
+        (json.dumps(good | {"hidden_size": "wide"}), "damaged: Expected `int`"),
         (json.dumps(good | {"hidden_size": 16}), "do not fit"),
         (json.dumps(good | {"network": {"hidden": 99}}), "do not fit"),
     ]:

@@ -11,7 +11,7 @@ import torch
 from vidsieve.answering import chat, timed
 from vidsieve.errors import PromptError
 from vidsieve.evaluation.blueprints import random_model
-from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.testing.tiny_models import processor_for
 from vidsieve.video.reading import Video, read_video, write_video
 
 ASKED = [

@@ -111,7 +111,7 @@ def register_models():
 
 
 def name_model():
-    from vidsieve.evaluation.lmms import manifest
+    from vidsieve.evaluation.lmms_bridge import manifest
 
     manifest()
 
@@ -125,6 +125,6 @@ def test_what_uses_a_dependency_warns_of_an_untested_one(name, work, monkeypatch
     monkeypatch.setitem(versions.TESTED, name, ("0.1", "0.1"))
     for module in ("gradio", "ray", "ray.data", "vllm", "lmms_eval.models.registry_v2"):
         monkeypatch.setitem(sys.modules, module, MagicMock(__version__="0.99.0"))
-    monkeypatch.setattr("vidsieve.evaluation.lmms.installed", lambda name: "0.99.0")
+    monkeypatch.setattr("vidsieve.evaluation.lmms_bridge.installed", lambda name: "0.99.0")
     with pytest.warns(UserWarning, match=rf"{name} \S+ is untested .* passed with 0\.1"):
         work()

@@ -4,75 +4,24 @@
 >>> with vidsieve.attach(model, vidsieve.load("divprune", retention=0.25)) as session:
 ...     out = model.generate(**inputs)
 >>> print(session.trace)
+
+The public names are those of the stub `__init__.pyi`.
 """
 
-from __future__ import annotations
-
+import ast
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from vidsieve._moved import MovedFinder
-from vidsieve._version import __version__
-
-if TYPE_CHECKING:
-    from vidsieve.adapters import Adapter, Session, Template, attach, prune
-    from vidsieve.compressors.base import Compressor, ScoreCompressor
-    from vidsieve.compressors.composed import Pipeline
-    from vidsieve.errors import VidsieveError
-    from vidsieve.loading import load
-    from vidsieve.registry import compressors, families
-    from vidsieve.types import Need, Prompt, Selection, Stage, TokenGrid, Tokens, VideoTokens
-    from vidsieve.video.reading import read_video
 
 sys.meta_path.append(MovedFinder())
 
-_HOME = {
-    "Adapter": "adapters",
-    "Compressor": "compressors.base",
-    "Need": "types",
-    "Pipeline": "compressors.composed",
-    "Prompt": "types",
-    "ScoreCompressor": "compressors.base",
-    "Selection": "types",
-    "Session": "adapters",
-    "Stage": "types",
-    "Template": "adapters",
-    "TokenGrid": "types",
-    "Tokens": "types",
-    "VideoTokens": "types",
-    "VidsieveError": "errors",
-    "attach": "adapters",
-    "compressors": "registry",
-    "families": "registry",
-    "load": "loading",
-    "prune": "adapters",
-    "read_video": "video.reading",
-}
+_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))
+_HOME = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}
 
-__all__ = [
-    "Adapter",
-    "Compressor",
-    "Need",
-    "Pipeline",
-    "Prompt",
-    "ScoreCompressor",
-    "Selection",
-    "Session",
-    "Stage",
-    "Template",
-    "TokenGrid",
-    "Tokens",
-    "VideoTokens",
-    "VidsieveError",
-    "__version__",
-    "attach",
-    "compressors",
-    "families",
-    "load",
-    "prune",
-    "read_video",
-]
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -81,7 +30,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"vidsieve.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'vidsieve' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"vidsieve.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(str(_HOME[name])), name)
 
 
 def __dir__() -> list[str]:

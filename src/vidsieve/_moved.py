@@ -1,4 +1,4 @@
-"""Modules that were renamed are found by their old names for one release, with a warning."""
+"""Old names of renamed modules, which still import for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -19,28 +19,31 @@ MODULES = {
     "data.video": "video.reading",
     "data.decoding": "video.decoding",
     "eval.letters": "options",
+    "eval.lmms": "evaluation.lmms_bridge",
+    "eval.lmms_model": "evaluation.lmms_bridge",
     "eval.runner": "evaluation.examiner",
     "eval.running": "evaluation.runs",
+    "testing.tiny_processors": "testing.tiny_models",
     "rl.samples": "training.data.samples",
     "adapters.base": "adapters.adapter",
     "adapters.batch": "adapters.encoded",
     "compressors.pipeline": "compressors.composed",
 }
-"""Old and new names below ``vidsieve``; what is in neither table keeps its name in the new package."""
+"""Old and new names below ``vidsieve``; other modules of a renamed package keep their names."""
 
 
 class MovedFinder(MetaPathFinder, Loader):
-    """Finds old names where nothing else does."""
+    """Imports modules by their old names, if nothing else finds them."""
 
     def find_spec(self, fullname: str, path: object, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Return a spec for an old name, None for any other."""
+        """Return a spec for an old name, else None."""
         top, _, old = fullname.partition(".")
         if top != "vidsieve" or (old not in MODULES and old.partition(".")[0] not in PACKAGES):
             return None
         return ModuleSpec(fullname, self, is_package=old in PACKAGES)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Put the module that has the new name in the place of `module`; packages stay empty."""
+        """Replace `module` by the renamed one; packages stay empty."""
         old = module.__name__.removeprefix("vidsieve.")
         if old in PACKAGES:
             return

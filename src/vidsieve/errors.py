@@ -1,26 +1,4 @@
-"""Everything vidsieve raises on purpose.
-
-VidsieveError
-├── RetentionError(ValueError)            a retention outside (0, 1], or not a number
-├── BudgetError(ValueError)               a budget that the method cannot reach
-├── UnknownNameError(KeyError)            a method, family or variant that is not registered
-├── PluginError(ImportError)              a registered module that cannot be imported
-├── ModelError(ValueError)                a model that cannot be loaded, or not onto a device
-├── UnsupportedModelError(TypeError)      a model class without an adapter
-├── UnsupportedCallError(ValueError)      a call whose result could not be right while attached
-├── StageError(RuntimeError)              a method asked to act where it cannot
-├── NeedError(RuntimeError)               a signal that a method needs and that cannot be given
-├── PromptError(ValueError)               placeholders and videos of a prompt do not agree
-├── AttachError(RuntimeError)             attaching twice, using a closed session, nothing pruned
-│   └── UnsupportedTransformersError      the installed transformers lacks what a method needs
-├── SelectionError(ValueError)            tensors that break the contract of a selection or of its video
-├── PolicyError(ValueError)               a policy file that cannot be used
-│   └── PolicyMismatchError               made for another width, family or version
-├── VideoError(ValueError)                a file that holds no readable video
-├── TrainingError(RuntimeError)           training cannot go on (the last good checkpoint is kept)
-├── EvaluationError(ValueError)           a benchmark's folder or a run's results that cannot be used
-└── OutputError(OSError)                  a path that cannot be written
-"""
+"""The exceptions of vidsieve: every error raised on purpose is a `VidsieveError`."""
 
 from __future__ import annotations
 
@@ -29,7 +7,7 @@ from difflib import get_close_matches
 
 
 class VidsieveError(Exception):
-    """Base of every error that vidsieve raises on purpose; its text says what to do."""
+    """Base of all errors raised on purpose; the text says what to do."""
 
 
 class RetentionError(VidsieveError, ValueError):
@@ -54,7 +32,7 @@ class UnknownNameError(VidsieveError, KeyError):
 
 
 class PluginError(VidsieveError, ImportError):
-    """A method or model family is registered, and its module cannot be imported."""
+    """The module of a registered method or model family cannot be imported."""
 
 
 class ModelError(VidsieveError, ValueError):
@@ -70,19 +48,19 @@ class UnsupportedCallError(VidsieveError, ValueError):
 
 
 class StageError(VidsieveError, RuntimeError):
-    """The method acts at a stage that this door does not reach."""
+    """The method acts at a stage that this interface does not support."""
 
 
 class NeedError(VidsieveError, RuntimeError):
-    """The method needs a signal that cannot be given here."""
+    """The method needs a signal that is not available here."""
 
 
 class PromptError(VidsieveError, ValueError):
-    """The prompt's placeholders and the videos handed over do not agree."""
+    """The placeholders of a prompt do not match its videos."""
 
 
 class AttachError(VidsieveError, RuntimeError):
-    """The session cannot be opened or used."""
+    """A session cannot be opened or used, or pruned nothing."""
 
 
 class UnsupportedTransformersError(AttachError):

@@ -1,4 +1,4 @@
-"""From a name or a folder to a compressor, or to a model with its processor."""
+"""Load a method, or a model with its processor, by name or folder."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or the folder of a trained policy or of the run that made it.
+        A registered name, or the folder of a trained policy or of its training run.
     policy : str or Path, optional
-        The policy's folder, for methods that are trained; ``"testbed"`` for the ones that come with the package.
+        Folder of the policy of a trained method; ``"testbed"`` for the one in the package.
     **fields
         Fields of the method: ``retention``, ``variant``, …
 
@@ -35,7 +35,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     UnknownNameError
         If there is no such method, or it has no such field.
     PolicyError
-        If a policy is missing, superfluous, unreadable, or of another method.
+        If a policy is missing, not needed, unreadable, or of another method.
     """
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
@@ -52,8 +52,8 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     if not method.trained:
         if policy is not None:
             raise PolicyError(f"{name} is not trained and takes no policy; leave {policy} out")
-        made: Compressor = method(**fields)
-        return made
+        untrained: Compressor = method(**fields)
+        return untrained
     if policy is None:
         raise PolicyError(
             f"{name} needs a trained policy: load({name!r}, FOLDER), or load({name!r}, 'testbed') for the testbed"
@@ -65,25 +65,20 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
 
 
 def policy_folder(path: str | Path) -> Path:
-    """Return the folder of a policy: `path` itself, or ``path/policy`` where it is the folder of a run."""
+    """Return the folder of a policy: `path` itself, or ``path/policy`` if it is the folder of a run."""
     path = Path(path)
     inner = path / "policy"
     return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
 def shipped_policies() -> list[str]:
-    """Return the names of the policies for the testbed's model that come with the package."""
-    found = (path.parent.name for path in _ASSETS.glob(f"*/{CONFIG}") if path.parent.name != "model")
-    return sorted(name.replace("-", ":") for name in found)
+    """Return the names of the policies in the package, which are for the testbed's model."""
+    names = (path.parent.name for path in _ASSETS.glob(f"*/{CONFIG}") if path.parent.name != "model")
+    return sorted(name.replace("-", ":") for name in names)
 
 
 def shipped_policy(name: str) -> Path:
-    """Return the folder of a policy for the testbed's model that comes with the package.
-
-    Parameters
-    ----------
-    name : str
-        A method, for its variant "ours", or ``method:variant``.
+    """Return the folder of a policy in the package; `name` is a method (variant "ours"), or ``method:variant``.
 
     Raises
     ------
@@ -92,18 +87,17 @@ def shipped_policy(name: str) -> Path:
     """
     folder = _ASSETS / name.replace(":ours", "").replace(":", "-")
     if not os.path.isfile(folder / CONFIG):
-        have = ", ".join(shipped_policies()) or "none"
-        raise PolicyError(f"no policy {name!r} comes with the package; there are: {have}")
+        raise PolicyError(f"no policy {name!r} comes with the package; there are: {', '.join(shipped_policies())}")
     return folder
 
 
 def shipped_model() -> Path:
-    """Return the folder of the testbed's trained model, which comes with the package."""
+    """Return the folder of the testbed's trained model in the package."""
     return _ASSETS / "model"
 
 
 def own_device() -> str:
-    """Return the GPU of this process, by its local rank under torchrun, or the CPU where there is none."""
+    """Return the GPU of this process, by its local rank under torchrun, or "cpu" if there is none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -111,27 +105,25 @@ def own_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
-def _move(model: Any, device: str) -> None:
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch has both for a device that is not there
-        first = str(error).strip().splitlines()[0]
-        raise ModelError(f"cannot put the model on device {device!r}: {first}. Choose 'auto', or 'cpu'") from None
-
-
 def load_model(
     name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Return model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
+    """Return the model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
 
-    `layout`, as `prune` has it, is noted in the configuration of the loaded model. `dtype` is what it computes in;
-    default: what its files say, float32 for the testbed's. `device` is a device of torch, or "auto": this process's GPU
-    where there is one.
+    Parameters
+    ----------
+    name : str
+    layout : str, optional
+        As in `prune`; stored in the configuration of the loaded model.
+    dtype : torch.dtype, optional
+        Default: the dtype in its files, float32 for the testbed's model.
+    device : str
+        A device of torch, or "auto": this process's GPU if there is one.
 
     Raises
     ------
     ModelError
-        If they cannot be loaded; the text says what was tried.
+        If they cannot be loaded, or not onto the device.
     UnsupportedModelError
         If the model's family has no adapter.
     UnknownNameError, UnsupportedCallError
@@ -143,12 +135,12 @@ def load_model(
     from vidsieve.adapters import adapter_for
 
     source = str(shipped_model()) if name == "testbed" else name
-    if "/" not in source and not os.path.exists(Path(source)):  # no hub id: asking the hub would only take long
+    if "/" not in source and not os.path.exists(Path(source)):  # no hub id: a request to the hub would only take long
         raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
     try:
         processor = AutoProcessor.from_pretrained(source)
-        chosen = dtype or (torch.float32 if name == "testbed" else "auto")
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
+        default = torch.float32 if name == "testbed" else "auto"
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or default)
     except (OSError, ValueError, KeyError, ImportError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -159,5 +151,10 @@ def load_model(
     if layout is not None:
         model.config.vidsieve_layout = layout
     if device != "cpu":
-        _move(model, own_device() if device == "auto" else device)
+        device = own_device() if device == "auto" else device
+        try:
+            model.to(device)
+        except (RuntimeError, AssertionError) as error:  # torch raises either for a device that does not exist
+            first = str(error).strip().splitlines()[0]
+            raise ModelError(f"cannot put the model on device {device!r}: {first}. Choose 'auto', or 'cpu'") from None
     return model.eval(), processor

@@ -1,13 +1,13 @@
-"""Options of a question and their letters: how they are read from a file, and which one a generated answer means.
+"""Options of a question and their letters, in files and in generated answers.
 
-The one rule for files. Options are *lettered* where each begins with its own letter, "A. a dog" or "(A) a dog", in
-ascending order from A on; names with initials ("J. Smith", "J. Jones") are not. Compared without case, an answer is
+The rule for files: options are *lettered* if each begins with its own letter, "A. a dog" or "(A) a dog", in ascending
+order from A; names with initials ("J. Smith", "J. Jones") are not. Compared without case, an answer is
 
 1. the letter alone ("B", "(B)", "b."), if the options are lettered,
 2. a whole option ("B. a cat"),
 3. the text of an option without its letter ("a cat").
 
-Options whose texts are equal, or that no answer can tell apart, are refused. The rule for what a model says is
+Options whose texts are equal, or that no answer can tell apart, are refused. The rule for generated answers is
 `said_letter`.
 """
 
@@ -23,7 +23,7 @@ _ALONE = re.compile(r"\(?([A-Za-z])[.):]?")
 
 
 class OptionsError(ValueError):
-    """What is wrong with a question's options or answer."""
+    """The options or the answer of a question cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Options:
     Parameters
     ----------
     texts : tuple of str
-        Without letters, each different from the others.
+        Without letters, all different.
     letters : tuple of str
-        Their own, or A, B, C, … where they came without.
+        Their own, or A, B, C, … if they had none.
     lettered : bool
-        Whether they came with letters.
+        True if they had letters.
     """
 
     texts: tuple[str, ...]
@@ -46,7 +46,7 @@ class Options:
 
     @classmethod
     def parse(cls, options: Sequence[str]) -> Options:
-        """Return options as a file has them.
+        """Return the options in a file.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class Options:
         return cls(tuple(texts), tuple(letters) if lettered else tuple(LETTERS[: len(texts)]), lettered)
 
     def index(self, answer: str) -> int:
-        """Return the number of the option that an answer in a file means, from 0.
+        """Return the number, from 0, of the option that is an answer in a file.
 
         Raises
         ------
@@ -98,14 +98,14 @@ class Options:
         return [f"{letter}. {text}" for letter, text in zip(self.letters, self.texts, strict=True)]
 
 
-# -- what a model says ------------------------------------------------------------------------------------------------
+# -- generated answers ------------------------------------------------------------------------------------------------
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL | re.IGNORECASE)
 _BOXED = re.compile(r"\\boxed\{(?:\\text\{)?([^{}]*)\}")
 _WRAPPING = " \t\r\n\"'`“”‘’*_()[]{}<>.:,;!。：，、"
 _MARK = r"[\"'`“”‘’*_()\[\]]*"
 _END = r"(?:[.,:;!?)\]}*\"'”’。，：；、\n]|\s*$)"
-# A letter that an answer begins with and that something closes: "(B)", "b.", "B: a cat".
+# A letter at the start of an answer, and punctuation after it: "(B)", "b.", "B: a cat".
 _LEADING = re.compile(rf"{_MARK}([A-Za-z]){_MARK}(?:[.):,;\]。：，、]|\s*\n|\s+(?:because|since|as|is|–|—|-)\s)")
 _SAYS = r"(?:\s*(?:is|was|would be|should be|must be|[=:：–—-]|是|为|選|选)\s*)*\s*"
 _HEAD = rf"(?:option|choice|letter)?\s*{_MARK}"
@@ -133,25 +133,25 @@ _NEGATED_BEFORE = re.compile(
 _SEVERAL = re.compile(rf"{_MARK}\s*(?:,|/|&|\+|and|or|和|或)\s*{_MARK}[A-Z]\b{_MARK}(?![a-z])")
 
 
-def said_letter(said: str) -> str:
-    r"""Return the capital letter that a generated answer gives; empty where it gives none, or more than one.
+def said_letter(answer: str) -> str:
+    r"""Return the capital letter that a generated answer gives; empty if it gives none, or more than one.
 
-    Of an answer with ``<answer>`` tags or a ``\boxed{}`` only that part counts. A letter is given, in this order, by
+    Only the part in ``<answer>`` tags or ``\boxed{}`` counts, if there is one. A letter is given, in this order, by
 
     1. standing alone: "B", "(B)", "**b**",
-    2. closing what an answer begins with: "B. a cat", "(B) because …",
+    2. starting the answer, with punctuation after it: "B. a cat", "(B) because …",
     3. the last declaration "the answer is B", "Answer: b", "答案是B",
     4. "B is correct",
     5. the only option declared: "option B", "choice: B".
 
     Letters that are denied ("not A", "A is wrong") do not count. "A man enters", "Based on the video" and "A or B" give
-    none: a miss is better than another letter than the one that is meant.
+    none: no letter is better than a wrong one.
     """
-    text = said
+    text = answer
     for pattern in (_TAGGED, _BOXED):
-        found = pattern.findall(text)
-        if found:
-            text = found[-1]
+        parts = pattern.findall(text)
+        if parts:
+            text = parts[-1]
     text = text.strip()
     bare = text.strip(_WRAPPING)
     if len(bare) == 1 and bare.isascii() and bare.isalpha():
@@ -175,27 +175,27 @@ def said_letter(said: str) -> str:
 
 
 def _denied(text: str, match: re.Match[str]) -> bool:
-    """Return whether a text says of the letter in a match that it is not the answer."""
+    """True if a text denies that the letter in a match is the answer."""
     before, after = text[: match.start(1)], match.end(1)
     return bool(_NEGATED_AFTER.match(text, after) or _NEGATED_BEFORE.search(before))
 
 
-def chosen(said: str, texts: Sequence[str], answers: Sequence[str]) -> str:
-    """Return which of the possible answers a generated one gives; empty where it gives none.
+def chosen(answer: str, texts: Sequence[str], answers: Sequence[str]) -> str:
+    """Return the one of the possible answers that a generated answer gives; empty if it gives none.
 
     Parameters
     ----------
-    said : str
+    answer : str
     texts : of the options, without letters
-    answers : what stands for each option: its letter, or its text again where none was listed
-        In letters, an answer is read by `said_letter`; an option's own text, but for case and full stops, counts too.
+    answers : the answer for each option: its letter, or its text if none was listed
+        Letters are read by `said_letter`; an option's text, but for case and full stops, counts too.
     """
-    listed = all(len(answer) == 1 and answer in LETTERS for answer in answers)
-    letter = said_letter(said) if listed else ""
+    listed = all(len(word) == 1 and word in LETTERS for word in answers)
+    letter = said_letter(answer) if listed else ""
     if letter:
         return letter if letter in answers else ""
-    tagged = _TAGGED.findall(said)
-    text, plain = (tagged[-1] if tagged else said).strip(), [_plain(option) for option in texts]
+    tagged = _TAGGED.findall(answer)
+    text, plain = (tagged[-1] if tagged else answer).strip(), [_plain(option) for option in texts]
     lead = re.match(r"([A-Z])\s+(.*)$", text, re.DOTALL)  # "B a red cup"
     if listed and lead and lead[1] in answers and _plain(lead[2]) == plain[list(answers).index(lead[1])]:
         return lead[1]

@@ -1,4 +1,4 @@
-"""Trained policies on disk: `config.json` and `model.safetensors`, stamped and checked."""
+"""Trained policies and their files, `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,24 +28,24 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """What a policy is and where it belongs.
+    """The configuration of a policy, and the model that it was trained for.
 
     Parameters
     ----------
     type : str
         The method, as registered.
     variant : str
-        The variant it was trained as.
+        Its variant.
     hidden_size : int
-        D of the LLM whose tokens it reads.
+        Width D of the LLM whose tokens it reads.
     family : str
-        The adapter family of that LLM.
+        Adapter family of that LLM.
     network : dict
-        Sizes and switches of the network, as its class takes them.
+        Arguments of the network's class.
     base_model : str
-        Which model it was trained on, for people to read.
+        Name of that model, for information only.
     training : dict
-        The training record: settings, seed, data, steps, metrics.
+        Training record: settings, seed, data, steps, metrics.
     """
 
     type: str
@@ -56,20 +57,20 @@ class PolicyConfig:
     training: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the file's text: sorted keys, stamped with version and format."""
+        """Return the text of the file, with the versions of vidsieve and of the format."""
         stamped = dataclasses.asdict(self) | {"vidsieve_version": __version__, "format": FORMAT}
         return json.dumps(stamped, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> PolicyConfig:
-        """Return the configuration in a file's text.
+        """Return the configuration in the text of the file `where`.
 
         Raises
         ------
         PolicyError
-            If it is not a policy's configuration.
+            If it is not the configuration of a policy.
         PolicyMismatchError
-            If a newer format wrote it.
+            If its format is newer.
         """
         try:
             raw = json.loads(text)
@@ -82,17 +83,14 @@ class PolicyConfig:
                 f"{where} was written by vidsieve {raw.get('vidsieve_version')} in format {raw['format']}, this "
                 f"version reads up to {FORMAT}: upgrade vidsieve"
             )
-        if not isinstance(raw.get("hidden_size", 0), int) or not isinstance(raw.get("network", {}), dict):
-            raise PolicyError(f"{where} is damaged: hidden_size must be a number and network a table")
-        names = {f.name for f in dataclasses.fields(cls)}
-        missing = {"type", "variant", "hidden_size", "family"} - raw.keys()
-        if missing:
-            raise PolicyError(f"{where} lacks {', '.join(sorted(missing))}")
-        return cls(**{key: value for key, value in raw.items() if key in names})
+        try:
+            return msgspec.convert(raw, cls)
+        except msgspec.ValidationError as error:
+            raise PolicyError(f"{where} is damaged: {error}") from None
 
 
 class Policy(nn.Module):
-    """A network that scores video tokens, with the record of where it came from."""
+    """A network that scores video tokens, with its configuration."""
 
     method: ClassVar[str]
 
@@ -102,11 +100,11 @@ class Policy(nn.Module):
 
     @contextmanager
     def serving(self, like: Tensor) -> Iterator[None]:
-        """Compute without gradients where `like` lives: on its device, and on a GPU in its precision.
+        """Compute without gradients on the device of `like`, on a GPU also in its precision.
 
-        The policy moves to that device and stays there. On a GPU a half-precision model's tokens are scored in its
-        dtype, as in training with precision "bf16"; weights stay as they are, and `in_full` keeps the last layer out
-        of it, so that scores do not tie.
+        The policy moves to that device and stays there. On a GPU the tokens of a half-precision model are scored in its
+        dtype, as in training with precision "bf16"; weights keep their dtype, and the last layer runs `in_full`, so
+        that scores do not tie.
         """
         if next(self.parameters()).device != like.device:
             self.to(like.device)
@@ -138,7 +136,7 @@ class Policy(nn.Module):
         PolicyError
             If the folder holds no readable policy of this type.
         PolicyMismatchError
-            If a newer format wrote it.
+            If its format is newer.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -155,19 +153,19 @@ class Policy(nn.Module):
         return policy.eval()
 
     def served_as(self, variant: str | None) -> str:
-        """Return the variant to serve this policy in: its own, or `variant` where the two go together.
+        """Return the variant to run this policy as: its own, or `variant` if the two are compatible.
 
         Raises
         ------
         PolicyMismatchError
-            For a network of ``"ours"`` under the published rules, or the reverse: its numbers would be nobody's.
+            For a network of ``"ours"`` under the published rules, or the reverse.
         """
-        own = self.config.variant
-        if variant in (None, own) or {variant, own} == {"paper", "official"}:
-            return variant or own
+        trained = self.config.variant
+        if variant in (None, trained) or {variant, trained} == {"paper", "official"}:
+            return variant or trained
         raise PolicyMismatchError(
-            f"this {self.method} policy was trained as variant {own!r}, not {variant!r}: leave variant out, or load "
-            f"one that was trained with --variant {'ours' if variant == 'ours' else 'paper'}"
+            f"this {self.method} policy was trained as variant {trained!r}, not {variant!r}: leave variant out, or "
+            f"load one trained with --variant {'ours' if variant == 'ours' else 'paper'}"
         )
 
 
@@ -189,12 +187,12 @@ def read_config(folder: Path) -> PolicyConfig:
 
 
 def pickles_in(folder: Path) -> list[str]:
-    """Return the names of weight files that will not be loaded, because pickles can run code."""
+    """Return the names of weight files that are never loaded, because pickles can run code."""
     return sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
 def read_weights(folder: Path) -> Mapping[str, Tensor]:
-    """Return the tensors of the policy in `folder`; only safetensors is ever loaded.
+    """Return the tensors of the policy in `folder`, from safetensors only.
 
     Raises
     ------
@@ -214,7 +212,7 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
 
 
 def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
-    """Return linear layers of the given widths with an activation between, Xavier weights and zero biases."""
+    """Return linear layers of the given widths with activations between them, Xavier weights and zero biases."""
     layers: list[nn.Module] = []
     for i, (wide, narrow) in enumerate(pairwise(sizes)):
         linear = nn.Linear(wide, narrow)
@@ -225,17 +223,17 @@ def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequentia
 
 
 def in_full(layer: nn.Module, x: Tensor) -> Tensor:
-    """Return what a last layer makes of `x` in the precision of its own weights, whatever autocast is around it."""
+    """Return a last layer's output for `x` in the precision of its weights, outside any autocast."""
     with torch.autocast(x.device.type, enabled=False):
         out: Tensor = layer(x.to(next(layer.parameters()).dtype))
     return out
 
 
 def head(layers: nn.Sequential, x: Tensor) -> Tensor:
-    """Return what an `mlp` makes of `x`, its last layer `in_full`."""
+    """Return an `mlp`'s output for `x`, its last layer `in_full`."""
     return in_full(layers[-1], layers[:-1](x))
 
 
 def parameters_without_nan(module: nn.Module) -> bool:
-    """Return whether every parameter is finite."""
+    """True if every parameter is finite."""
     return all(bool(torch.isfinite(p).all()) for p in module.parameters())

@@ -1,4 +1,4 @@
-"""Names → classes, loaded on first use. THE one line per method, model family and benchmark lives here."""
+"""Tables from names to classes, imported on first use: one line per method, model family and benchmark."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vidsieve.errors import PluginError, UnknownNameError
 
 
 class Registry:
-    """A table from names to ``"module:Class"``; entry points of `group` are added when first asked.
+    """A table from names to ``"module:Class"``; entry points of `group` are added on first use.
 
     Parameters
     ----------
     kind : str
-        What the names are, for messages.
+        What the names denote, for messages.
     group : str
-        Entry-point group through which other packages add names.
+        Entry-point group with the names of other packages.
     table : dict
-        The names that come with vidsieve.
+        vidsieve's own names.
     """
 
     def __init__(self, kind: str, group: str, table: dict[str, str]) -> None:
@@ -36,7 +36,7 @@ class Registry:
                 try:
                     self.register(entry.name, entry.value)
                 except ValueError as error:
-                    warnings.warn(f"an installed plug-in is left out: {error}", stacklevel=4)
+                    warnings.warn(f"an installed plug-in is ignored: {error}", stacklevel=4)
         return self._table
 
     def register(self, name: str, target: str) -> None:
@@ -64,7 +64,7 @@ class Registry:
         Raises
         ------
         UnknownNameError
-            If there is none; the text offers the nearest names.
+            If there is none; the text suggests the nearest names.
         PluginError
             If its module cannot be imported.
         """

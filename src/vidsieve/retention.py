@@ -39,7 +39,7 @@ def check_retention(retention: object) -> float | Tokens:
 
 
 def parse_retention(text: str) -> float | Tokens:
-    """Return the retention in a word such as ``0.25`` or ``512t`` (a token count).
+    """Return the retention in a text such as ``0.25`` or ``512t`` (a token count).
 
     Raises
     ------
@@ -49,10 +49,9 @@ def parse_retention(text: str) -> float | Tokens:
     if word.endswith("t") and word[:-1].isdigit() and int(word[:-1]) > 0:
         return Tokens(int(word[:-1]))
     try:
-        number = float(word)
-    except ValueError:
+        return check_retention(float(word))
+    except ValueError:  # RetentionError is one, too
         raise RetentionError(f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}") from None
-    return check_retention(number)
 
 
 def parse_retentions(text: str) -> list[float]:

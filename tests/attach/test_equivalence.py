@@ -7,17 +7,8 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.testing.equivalence import (
-    CALLS,
-    CONFIGURATIONS,
-    REFUSED,
-    SLOW_CALLS,
-    TOLERANCE,
-    Case,
-    cell,
-    configuration,
-    refusals,
-)
+from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, Case
+from vidsieve.testing.equivalence import CONFIGURATIONS, TOLERANCE, cell, configuration, refusals
 from vidsieve.testing.tiny_models import FAMILIES, VIDEO, default_grid, inputs_for
 from vidsieve.types import Selection
 

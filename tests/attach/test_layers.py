@@ -12,7 +12,8 @@ from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.compressors.fastv import FastV
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
-from vidsieve.testing.equivalence import CALLS, CONFIGURATIONS, cell, configuration
+from vidsieve.testing.calls import CALLS
+from vidsieve.testing.equivalence import CONFIGURATIONS, cell, configuration
 from vidsieve.testing.reference import attended
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 

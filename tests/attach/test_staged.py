@@ -15,7 +15,8 @@ from vidsieve.compressors.sparsevlm import SparseVLM
 from vidsieve.errors import BudgetError, NeedError, SelectionError
 from vidsieve.selection import top_indices
 from vidsieve.testing import GivenView
-from vidsieve.testing.equivalence import CALLS, cell, configuration
+from vidsieve.testing.calls import CALLS
+from vidsieve.testing.equivalence import cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 
 SIGNALS = [

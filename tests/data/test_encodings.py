@@ -18,8 +18,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.answering import chat
 from vidsieve.errors import OutputError, TrainingError, UnsupportedCallError
 from vidsieve.testbed.files import write_scenes
-from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
-from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for, processor_for
 from vidsieve.training.data import encodings, prompts
 from vidsieve.training.data.encodings import MANIFEST, EncodingCache
 from vidsieve.training.data.prompts import FilePrompts

@@ -1,4 +1,4 @@
-"""What the task `vidsieve_testbed` of lmms-eval is made of; its answers are words, and it judges them by itself."""
+"""Functions of the task `vidsieve_testbed` of lmms-eval, whose answers are words."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def with_question(dataset):
-    """Leave out captions, which the same file holds."""
+    """Drop the captions, which are in the same file."""
     return dataset.filter(lambda row: row["question"] is not None)
 
 

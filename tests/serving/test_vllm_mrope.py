@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.retention import parse_retention
 from vidsieve.serving.vllm.failures import KEY_BYTES
-from vidsieve.serving.vllm.positions import RATE, CarriesPositions, Stands, read, written
-from vidsieve.serving.vllm.shared import COUNT, PROMPT, REPORT_KEY, check_engine, retention_of
+from vidsieve.serving.vllm.positions import RATE, CarriesPositions, UnprunedVideo, read, written
+from vidsieve.serving.vllm.shared import COUNT, PROMPT, REPORT_KEY, check_engine
 from vidsieve.testing.tiny_models import FAMILIES, IMAGE, VIDEO, inputs_for
 from vidsieve.types import TokenGrid
 
@@ -30,15 +31,15 @@ class Theirs:
 
 
 class Served(CarriesPositions, Theirs):
-    def stands_for(self, thw, seconds, timestamps):
+    def unpruned(self, thw, seconds, timestamps):
         grid = self.grid(thw)
         placed = {"video_grid_thw": torch.tensor([list(thw)])}
         if seconds is not None:
             placed["second_per_grid_ts"] = torch.tensor([seconds])
         if timestamps is None:
-            return Stands(grid, torch.full((grid.num_tokens,), VIDEO), placed)
+            return UnprunedVideo(grid, torch.full((grid.num_tokens,), VIDEO), placed)
         ids = [i for time in timestamps for i in (int(time), 118, *[VIDEO] * grid.per_frame, 119)]
-        return Stands(grid, torch.tensor(ids), placed)
+        return UnprunedVideo(grid, torch.tensor(ids), placed)
 
 
 def served(model, **settings):
@@ -55,7 +56,7 @@ def served(model, **settings):
     return made
 
 
-def asked(count):
+def carried(count):
     key = torch.zeros(1, KEY_BYTES, dtype=torch.uint8)
     return {COUNT: torch.tensor([count]), PROMPT: torch.empty(1, 0, dtype=torch.int64), REPORT_KEY: key}
 
@@ -69,7 +70,7 @@ class Request:
         inputs = inputs_for(family, [GRIDS], image=True)
         adapter = adapter_for(model, positions="legacy")
         encoded = adapter.encode(inputs)
-        selections, _ = adapter.select(encoded, vidsieve.load("divprune", retention=retention_of(retention)))
+        selections, _ = adapter.select(encoded, vidsieve.load("divprune", retention=parse_retention(str(retention))))
         self.pruned = adapter.build(encoded, encoded.per_row(selections))
         self.want = self.pruned.inputs["position_ids"][1:, 0]
         self.model = served(model, retention=retention)
@@ -86,7 +87,7 @@ class Request:
                 told["timestamps"] = [[whole[int(c) - 2] for c in span.columns[:: span.features.grid.per_frame]]]
                 start, end = start - 2, end + 1
             if kind == "video":
-                self.model._asked = asked(len(selections[number].indices))
+                self.model._carried = carried(len(selections[number].indices))
                 embeds = torch.cat([span.features.embeds, *span.features.deep], 1)
                 (piece,) = self.model._postprocess_video_embeds_evs([embeds], told)
             else:
@@ -165,7 +166,7 @@ def test_a_long_video_in_bfloat16():
     """Its moments are beyond what a bfloat16 counts to."""
     served_model = served(FAMILIES["qwen2_5_vl"]())
     grid = torch.tensor([[700, 2, 2]])
-    served_model._asked = asked(350)
+    served_model._carried = carried(350)
     features = torch.randn(700, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
     (piece,) = served_model._postprocess_video_embeds_evs(
         [features], {"video_grid_thw": grid, "second_per_grid_ts": torch.tensor([1.0])}

@@ -24,17 +24,18 @@ from vidsieve.errors import (
 )
 from vidsieve.serving.vllm.failures import Failures, SelectionFailure, report_key, video_key
 from vidsieve.serving.vllm.shared import (
+    COUNT,
+    PROMPT,
+    REPORT_KEY,
     Selector,
-    Shadow,
     VllmSettings,
-    asked_of,
     digest,
-    kept_of,
-    retention_of,
+    kept_count,
+    request_of,
     settings_of,
+    weightless_adapter,
 )
-from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.testing.tiny_processors import processor_for
+from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.types import TokenGrid, Tokens
 from vidsieve.video.reading import Video
 
@@ -52,9 +53,14 @@ def config(**settings):
 def test_settings_come_from_the_models_configuration():
     assert settings_of(SimpleNamespace()) is None and settings_of(config()) is None
     found = settings_of(config(method="divprune", retention=0.1, seed=3))
-    assert found.method.name == "divprune" and found.method.retention == 0.1 and found.seed == 3 and not found.asks
+    assert (
+        found.method.name == "divprune"
+        and found.method.retention == 0.1
+        and found.seed == 3
+        and not found.reads_question
+    )
     assert settings_of(config(method="uniform", retention="64t")).method.retention == Tokens(64)
-    assert settings_of(config(method="cacovid", policy="testbed")).asks
+    assert settings_of(config(method="cacovid", policy="testbed")).reads_question
     assert settings_of(config(method="score", policy="testbed")).method.retention == 0.25
     assert found.on_error == "fail" and settings_of(config(method="divprune", on_error="uniform")).on_error == "uniform"
 
@@ -66,9 +72,9 @@ def test_settings_come_from_the_models_configuration():
         ({"method": "divprune", "retantion": 0.1}, UnknownNameError, "Did you mean 'retention'"),
         ({"method": "divprune", "on_error": "unifrom"}, UnknownNameError, "unknown on_error.*Did you mean 'uniform'"),
         ({"method": "divprun"}, UnknownNameError, "Did you mean 'divprune'"),
-        ({"method": "divprune", "retention": 0}, RetentionError, "fraction in"),
+        ({"method": "divprune", "retention": 0}, RetentionError, r"number in \(0, 1\]"),
         ({"method": "fastv"}, StageError, "acts inside LLM layers: vLLM runs methods that act before"),
-        ({"method": "visionzip"}, NeedError, "vLLM gives nothing of the inside of its vision encoder"),
+        ({"method": "visionzip"}, NeedError, "vLLM returns nothing from inside its vision encoder"),
         ({"method": "score"}, PolicyError, "needs a trained policy"),
     ],
 )
@@ -87,24 +93,28 @@ def test_no_method_that_decides_on_the_way_how_much_it_keeps(monkeypatch):
 
 @pytest.mark.parametrize(("value", "wanted"), [(1, 1.0), (0.25, 0.25), ("0.5", 0.5), ("512t", Tokens(512))])
 def test_retentions_from_json(value, wanted):
-    assert retention_of(value) == wanted
+    settings = settings_of(config(method="divprune", retention=value))
+    assert settings.method.retention == wanted
+    assert request_of({"vidsieve": {"retention": value}}, settings).retention == wanted
 
 
 @pytest.mark.parametrize("value", [0, 1.1, -1, "x", "t", "0t", None, True, float("nan"), [0.1]])
 def test_what_is_no_retention(value):
-    with pytest.raises(RetentionError, match="a fraction in"):
-        retention_of(value)
+    with pytest.raises(RetentionError, match=r"number in \(0, 1\]"):
+        settings_of(config(method="divprune", retention=value))
 
 
 def test_a_request_asks_beside_its_prompt():
     blind, reads = settings_of(config(method="divprune")), settings_of(config(method="cacovid", policy="testbed"))
-    assert asked_of({}, None).retention is None and asked_of({"fps": 2}, blind).question is None
-    assert asked_of({"vidsieve": {"question": "what ?"}}, blind).question is None, "the same tokens for every question"
-    assert asked_of({"vidsieve": {"question": "what ?"}}, reads).question == "what ?"
-    asked = asked_of({"vidsieve": {"retention": 0.1}}, blind)
-    assert [kept_of(blind, asked, n) for n in (576, 5, 9)] == [57, 1, 1]
-    assert kept_of(blind, asked_of({}, blind), 576) == 144 and kept_of(None, asked_of({}, None), 576) == 576
-    assert asked_of({"vidsieve": {"retention": 1.0}}, reads).question is None, "nothing is dropped, nothing to read"
+    assert request_of({}, None).retention is None and request_of({"fps": 2}, blind).question is None
+    assert request_of({"vidsieve": {"question": "what ?"}}, blind).question is None, (
+        "the same tokens for every question"
+    )
+    assert request_of({"vidsieve": {"question": "what ?"}}, reads).question == "what ?"
+    asked = request_of({"vidsieve": {"retention": 0.1}}, blind)
+    assert [kept_count(blind, asked, n) for n in (576, 5, 9)] == [57, 1, 1]
+    assert kept_count(blind, request_of({}, blind), 576) == 144 and kept_count(None, request_of({}, None), 576) == 576
+    assert request_of({"vidsieve": {"retention": 1.0}}, reads).question is None, "nothing is dropped, nothing to read"
     for wrong, settings, said in [
         ({"vidsieve": {"question": "?"}}, None, "does not prune"),
         ({"vidsieve": "x"}, blind, "must be an object"),
@@ -112,10 +122,10 @@ def test_a_request_asks_beside_its_prompt():
         ({}, reads, "cacovid reads the question"),
         ({"vidseive": {"retention": 0.1}}, blind, "Did you mean 'vidsieve'"),
         ({"vidsieve": {"question": " "}}, reads, "not empty"),
-        ({"vidsieve": {"retention": 2}}, blind, "fraction in"),
+        ({"vidsieve": {"retention": 2}}, blind, r"number in \(0, 1\]"),
     ]:
         with pytest.raises((PromptError, UnknownNameError, RetentionError), match=said):
-            asked_of(wrong, settings)
+            request_of(wrong, settings)
 
 
 @pytest.mark.parametrize("family", sorted(CLASSES))
@@ -142,26 +152,27 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
         encoded = adapter.encode(inputs)
         (wanted,), _ = adapter.select(encoded, method, torch.Generator().manual_seed(7))
     features = encoded.videos[0].features
-    shadow = Shadow(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids))
-    assert all(weight.is_meta for weight in shadow.adapter.model.parameters())
-    assert shadow.adapter.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
-    selector = Selector(VllmSettings(method, seed=7), shadow)
+    weightless = weightless_adapter(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids))
+    assert all(weight.is_meta for weight in weightless.model.parameters())
+    assert weightless.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
+    selector = Selector(VllmSettings(method, seed=7), weightless)
     prompt = processor.tokenizer(chat_text(processor, question), return_tensors="pt")["input_ids"][0]
     placed = {key: inputs[key] for key in ("video_grid_thw", "second_per_grid_ts") if key in inputs}
     grid, settings = features.grid, VllmSettings(method)
-    count = kept_of(settings, asked_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
+    count = kept_count(settings, request_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
     whole, columns = inputs["input_ids"][0], encoded.videos[0].columns
     before = 3 if family == "qwen3_vl" else 0  # the first frame's time, in two words, and mark
     stands = whole[int(columns[0]) - before : int(columns[-1]) + 1 + bool(before) + len(features.tail)]
-    indices, kept, positions = selector(
-        features.embeds, grid, count, prompt if name == "cacovid" else None, stands, features.tail, placed
-    )
+    prompts = prompt[None] if name == "cacovid" else torch.empty(1, 0, dtype=torch.int64)
+    fields = {COUNT: torch.tensor([count]), PROMPT: prompts, REPORT_KEY: None}
+    indices, kept, positions = selector(features.embeds, grid, fields, 0, stands, features.tail, placed)
     assert torch.equal(indices, wanted.indices) and digest(indices) == digest(wanted.indices)
     assert torch.equal(kept, features.embeds[indices] if wanted.embeds is None else wanted.embeds)
     positions = positions[:, stands == adapter.video_token_id][:, : grid.num_tokens]
     theirs = encoded.positions[adapter.position_rows, 0][:, columns]
     assert torch.equal(positions - positions[..., :1], theirs - theirs[..., :1])
-    everything, whole, _ = selector(features.embeds, grid, grid.num_tokens, None, stands, features.tail, placed)
+    fields |= {COUNT: torch.tensor([grid.num_tokens]), PROMPT: torch.empty(1, 0, dtype=torch.int64)}
+    everything, whole, _ = selector(features.embeds, grid, fields, 0, stands, features.tail, placed)
     assert torch.equal(whole, features.embeds) and len(everything) == grid.num_tokens
 
 
@@ -185,13 +196,15 @@ def test_a_method_that_fails_in_vllms_worker_does_not_end_it(on_error, monkeypat
     failures = Failures()
     model = FAMILIES["qwen2_5_vl"]()
     settings = settings_of(config(method="divprune", retention=0.5, on_error=on_error))
-    selector = Selector(settings, Shadow(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings()))
+    weightless = weightless_adapter(model.config, CLASSES["qwen2_5_vl"], model.get_input_embeddings())
+    selector = Selector(settings, weightless)
     placed = {"video_grid_thw": torch.tensor([[2, 4, 4]])}
 
-    def select(**more):
-        return selector(torch.randn(8, 64), TokenGrid(2, 2, 2), 4, None, inputs=placed, **more)
+    def select(key):
+        fields = {COUNT: torch.tensor([4]), PROMPT: torch.empty(1, 0, dtype=torch.int64), REPORT_KEY: key}
+        return selector(torch.randn(8, 64), TokenGrid(2, 2, 2), fields, 0, inputs=placed)
 
-    select(report_key=report_key("video"))
+    select(report_key("video")[None])
     assert not failures.known()
 
     def broken(*_, **__):
@@ -199,14 +212,14 @@ def test_a_method_that_fails_in_vllms_worker_does_not_end_it(on_error, monkeypat
 
     monkeypatch.setattr(type(settings.method), "compress", broken)
     with caplog.at_level("ERROR"):
-        indices, kept, _ = select(report_key=report_key("video"))
+        indices, kept, _ = select(report_key("video")[None])
     assert len(indices) == len(kept) == 4 and len(set(indices.tolist())) == 4
     assert "divprune failed: of these 8 tokens 4 are kept evenly instead" in caplog.text
     assert "ZeroDivisionError" in caplog.text
     wanted = SelectionFailure("divprune", "ZeroDivisionError: a marked video", on_error)
     assert failures.known() == {video_key("video"): wanted}
     with pytest.raises(ZeroDivisionError):
-        select()  # nobody to tell
+        select(None)  # no report key
 
 
 def test_the_command_is_vllms_own(cli, tmp_path):

@@ -1,4 +1,4 @@
-"""vidsieve demo: the whole thing on a scene of the testbed, without any download."""
+"""vidsieve demo: a scene of the testbed, questions about it, and every method, without any download."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from vidsieve.cli.shared import Json, check_output, write_json
 
 
 def doctor(json: Json = None) -> None:
-    """Say what works with what is installed here, for a bug report: versions, extras, model families and methods.
+    """Check versions, extras, model families and methods on this machine, for a bug report.
 
     Every family and every method generates two tokens from a tiny model with random weights. Exit code 1 if one of
     them, or an installed extra, does not work.
@@ -25,13 +25,13 @@ def doctor(json: Json = None) -> None:
         "model families": doctor.found_families,
         "methods": doctor.found_methods,
     }
-    found = []
-    for title, look in parts.items():
-        rows = look()
-        found += rows
+    findings = []
+    for title, check in parts.items():
+        rows = check()
+        findings += rows
         words = {None: "", True: "ok", False: "untested" if title == "versions" else "fails"}
         width = max(len(row.name) for row in rows)
         print(title, *(f"  {row.name:{width}}  {words[row.ok]:8}  {row.state}" for row in rows), sep="\n", flush=True)
-    write_json(json, {"findings": [asdict(row) for row in found]})
-    if any(row.ok is False for row in found if row.kind != "version"):
+    write_json(json, {"findings": [asdict(row) for row in findings]})
+    if any(row.ok is False for row in findings if row.kind != "version"):
         raise typer.Exit(1)

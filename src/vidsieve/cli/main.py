@@ -76,7 +76,7 @@ moved(app, "oracles", "pytest tests/oracles --oracles DIR")
 
 
 def method_rows() -> list[dict[str, Any]]:
-    """Return what the method table says of every registered compressor."""
+    """Return the properties of every registered method."""
     from vidsieve.types import READS_QUESTION
 
     rows = []
@@ -99,20 +99,22 @@ def method_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    question, trained = ("yes" if row[name] else "–" for name in ("question", "trained"))
+    return row["name"], row["stage"], question, trained, ", ".join(row["variants"]), row["paper"]
+
+
 def method_markdown() -> str:
-    """Return the method table as Markdown, as the README has it."""
+    """Return the method table of the README."""
     lines = ["| method | acts | reads the question | trained | variants | paper |", "|---|---|---|---|---|---|"]
-    for row in method_rows():
-        lines.append(
-            f"| `{row['name']}` | {row['stage']} | {'yes' if row['question'] else '–'} | "
-            f"{'yes' if row['trained'] else '–'} | {', '.join(row['variants'])} | {row['paper']} |"
-        )
+    for name, *cells in map(_cells, method_rows()):
+        lines.append(f"| {' | '.join([f'`{name}`', *cells])} |")
     return "\n".join(lines)
 
 
 @app.command("list")
 def list_methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as the README has it.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in the README's Markdown.")] = False,
     json: Json = None,
 ) -> None:
     """List the methods and model families."""
@@ -121,27 +123,16 @@ def list_methods(
     if markdown:
         print(method_markdown())
     else:
-        words = ("method", "acts", "question", "trained", "variants", "paper")
-        lines = [
-            (
-                r["name"],
-                r["stage"],
-                "yes" if r["question"] else "–",
-                "yes" if r["trained"] else "–",
-                ", ".join(r["variants"]),
-                r["paper"],
-            )
-            for r in rows
-        ]
-        out.print(table("methods", words, lines))
+        columns = ("method", "acts", "question", "trained", "variants", "paper")
+        out.print(table("methods", columns, map(_cells, rows)))
         out.print(f"model families: {', '.join(registry.families)}")
     write_json(json, {"methods": rows, "families": registry.families.names()})
 
 
 def main(app: typer.Typer = app) -> None:
-    """Run a command line; errors on purpose end with their text and exit code 2, never with a traceback.
+    """Run a command line; a `VidsieveError` ends it with its text and exit code 2, without a traceback.
 
-    Exit code 1: something ran that not all of went well, as a method among several that broke.
+    Exit code 1: some part of the command failed, such as one method among several.
     """
     try:
         app()

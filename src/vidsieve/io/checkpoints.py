@@ -1,4 +1,4 @@
-"""A run's state as one safetensors file: networks, optimiser, and a header of plain values."""
+"""The state of a run in one safetensors file: networks, optimiser, and a header of plain values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _HEADER = "vidsieve"
 def save_state(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, header: Mapping[str, Any]
 ) -> None:
-    """Write the state of a run, complete or not at all.
+    """Write the state of a run atomically.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def save_state(
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return the plain values stored with a run's state.
+    """Return the header of a checkpoint.
 
     Raises
     ------
@@ -59,16 +59,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
             header: dict[str, Any] = json.loads(file.metadata()[_HEADER])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a handle, no dict)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(f"{path} is no readable checkpoint ({error}); begin anew in another folder") from None
+        raise TrainingError(f"{path} is no readable checkpoint ({error}); start again in another folder") from None
     return header, tensors
 
 
 def load_state(
     path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
-    """Restore the state of a run into `modules` and `optimizer`; return its header.
+    """Restore the state of a run into `modules` and `optimizer`, and return its header.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""What becomes of an unexpected error of one method among several: its own row says so, the others keep theirs."""
+"""Unexpected errors of one method among several: its own row reports the error, the others are kept."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from vidsieve.errors import VidsieveError
 from vidsieve.io.versions import installed
 
 debug = False
-"""Whether unexpected errors are raised, with their traceback, and not kept to their row (``vidsieve --debug``)."""
+"""True if unexpected errors are raised, with their traceback (``vidsieve --debug``)."""
 
 seen = False
-"""Whether one was kept to its row: the command then ends with exit code 1."""
+"""True once an unexpected error was recorded: the command then ends with exit code 1."""
 
 
 def described(error: Exception) -> str:
-    """Return in one line what happened, with which versions, and how to see more."""
+    """Return the error in one line, with the versions, and how to see its traceback."""
     lines = str(error).strip().splitlines()
     what = f"unexpected {type(error).__name__}{': ' + lines[0] if lines else ''}"
     versions = ", ".join(f"{name} {installed(name)}" for name in ("transformers", "torch"))
@@ -26,9 +26,9 @@ def described(error: Exception) -> str:
 
 @contextmanager
 def contained(reasons: MutableMapping[str, str], key: str, *expected: type[VidsieveError]) -> Iterator[None]:
-    """Keep an error that is in `expected`, or that nobody raises on purpose, to `key`: its reason goes into `reasons`.
+    """Record an error that is in `expected`, or not a `VidsieveError`, as ``reasons[key]``.
 
-    Other errors of vidsieve's concern the whole run and pass.
+    Other errors of vidsieve are about the whole run and propagate.
     """
     try:
         yield

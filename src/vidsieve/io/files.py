@@ -1,4 +1,4 @@
-"""Writing files so that they are complete or not there at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vidsieve.errors import OutputError
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`, renamed to it when the block ends well and removed when it fails.
+    """Yield a temporary path next to `path`, renamed to it when the block ends and removed when it raises.
 
-    A link stays one: the file it names is replaced. What is there and no file, as a pipe, is written to as it is.
+    The target of a symbolic link is replaced, not the link. A pipe or device is written to directly.
 
     Raises
     ------
@@ -26,33 +26,29 @@ def writing(path: Path) -> Iterator[Path]:
         If the folder or the file cannot be written.
     """
     path = Path(os.path.realpath(path))
-    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        try:
-            yield path
-        except OSError as error:
-            raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-        return
+    temporary = None
     try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+            yield path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
-    except SafetensorError as error:  # a full disk, too, comes as this from tensors
+    except SafetensorError as error:  # raised for a full disk, too
         raise OutputError(f"cannot write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def append(file: IO[bytes], line: bytes, path: Path) -> None:
-    """Write a line at the end of a file opened for it; it is on the disk when this returns.
+    """Append a line to an open file; it is on the disk when this returns.
 
     Raises
     ------
@@ -61,7 +57,7 @@ def append(file: IO[bytes], line: bytes, path: Path) -> None:
     """
     try:
         left = memoryview(line)
-        while left:  # an unbuffered file may take a part
+        while left:  # an unbuffered file may write a part
             left = left[file.write(left) :]
         file.flush()
         os.fsync(file.fileno())
@@ -70,5 +66,5 @@ def append(file: IO[bytes], line: bytes, path: Path) -> None:
 
 
 def relative(path: Path, file: Path) -> str:
-    """Return the way to `path` from the folder of `file`, as a file of rows names it."""
+    """Return `path` relative to the folder of `file`, with forward slashes."""
     return Path(os.path.relpath(path.resolve(), file.resolve().parent)).as_posix()

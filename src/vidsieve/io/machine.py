@@ -1,4 +1,4 @@
-"""What benchmarks share: the machine, the spread of a figure, peak memory, a JSON file."""
+"""Helpers of benchmarks: the machine, the spread of a figure, peak memory, a JSON file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vidsieve.io.files import writing
 
 
 def machine() -> dict[str, Any]:
-    """Return what a figure depends on: processor, cores, threads, versions."""
+    """Return the processor, cores, threads, GPU and versions."""
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if os.path.isfile(info):
@@ -42,9 +42,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def peak_memory(reset: bool = False) -> int:
-    """Return the peak resident memory of this process in bytes; `reset` starts the peak anew from now.
+    """Return the peak resident memory of this process in bytes, since the last `reset`.
 
-    Linux only: reads ``VmHWM``, which counts everything the process ever held at once since the reset.
+    Linux only: reads ``VmHWM``.
     """
     if reset:
         Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Scenes as ordinary files, in the layouts of published training sets, and with faults in them on purpose."""
+"""Scenes as video files, in the layouts of published training sets, with deliberate faults if wanted."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vidsieve.testbed.world import FRAMES, make_cast, render, scene_rng
 from vidsieve.video.reading import write_video
 
 FPS = 4.0
-"""Frame rate of written scenes: four seconds each, slow enough to watch."""
+"""Frame rate of written scenes, four seconds each."""
 CLASSES = (COLOURS, (*SHAPES, *FIXTURES), PLACES, DIRECTIONS)
-"""Answers of one type each."""
+"""Answer words by type."""
 
 
 @dataclass(frozen=True)
 class SceneFile:
-    """A written scene: its number, its video from the folder, its questions, which of them give themselves away."""
+    """A written scene: its number, the path of its video, its questions, and which of these are leaked."""
 
     index: int
     video: str
@@ -60,75 +60,75 @@ def write_scenes(
     leaked: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write scenes with their questions and captions; return how many of what, and where.
+    """Write scenes with their questions and captions, and return a summary.
 
     Parameters
     ----------
     layout : str
         One of `LAYOUTS`: ``vidsieve`` is ``scene-0000.mp4`` … and ``questions.jsonl``, as `vidsieve train` reads it.
     broken : float
-        Share of videos that are missing, cut short or no video at all, a third each. What is wrong is in
-        ``truth.json``, with the questions below.
+        Fraction of videos that are missing, cut short or not a video, a third each; ``truth.json`` lists them.
     leaked : float
-        Share of questions whose wrong options are of other types than what is asked: they need no video.
+        Fraction of questions whose wrong options are of other types, so that they need no video; listed there too.
     progress : callable, optional
         Called with (scenes written, scenes).
 
     Raises
     ------
     UnknownNameError, TrainingError, OutputError
-        If the layout is unknown, a share is not in [0, 1], or the folder cannot be written.
+        If the layout is unknown, a fraction is not in [0, 1], or the folder cannot be written.
     """
     if layout not in LAYOUTS:
         raise UnknownNameError("layout", layout, LAYOUTS)
-    for name, share in (("broken", broken), ("leaked", leaked)):
-        if not 0 <= share <= 1:
-            raise TrainingError(f"{name} is a share, from 0 to 1; got {share}")
-    place, write = LAYOUTS[layout]
-    asks = layout in ("vidsieve", "video-r1", "llava-video")
-    if leaked and not asks:
+    for name, fraction in (("broken", broken), ("leaked", leaked)):
+        if not 0 <= fraction <= 1:
+            raise TrainingError(f"{name} is a fraction from 0 to 1; got {fraction}")
+    video_name, write = LAYOUTS[layout]
+    with_questions = layout in ("vidsieve", "video-r1", "llava-video")
+    if leaked and not with_questions:
         raise TrainingError(f"leaked is about questions, and {layout} has none: leave it out")
-    made = []
+    written = []
     for index in range(scenes):
-        name = place(index)
+        name = video_name(index)
         if name.endswith(".mp4"):
             write_scene(folder / name, world=world, seed=seed, index=index)
         else:
             _write_image(folder / name, make_still(world, seed, index)[1])
-        made.append(_scene(world, seed, index, name, leaked, asks))
+        written.append(_scene(world, seed, index, name, leaked, with_questions))
         if progress is not None:
             progress(index + 1, scenes)
-    wrong = _break(folder, [scene.video for scene in made], broken, seed)
-    files = write(folder, made, world, seed)
-    questions = sum(len(scene.questions) for scene in made)
+    faults = _break(folder, [scene.video for scene in written], broken, seed)
+    files = write(folder, written)
+    questions = sum(len(scene.questions) for scene in written)
     summary = {"world": world, "seed": seed, "scenes": scenes, "frames": FRAMES, "questions": questions}
-    told = [
+    leaks = [
         {"video": scene.video, "question": question.text}
-        for scene in made
-        for question, known in zip(scene.questions, scene.leaked, strict=True)
-        if known
+        for scene in written
+        for question, is_leaked in zip(scene.questions, scene.leaked, strict=True)
+        if is_leaked
     ]
     if broken or leaked or layout != "vidsieve":
-        truth = summary | {"layout": layout, "files": files, "broken": wrong, "leaked": told}
-        with writing(folder / "truth.json") as temporary:
-            temporary.write_text(json.dumps(truth, indent=1) + "\n", encoding="utf-8")
-        summary |= {"layout": layout, "files": files, "broken": len(wrong), "leaked": len(told)}
+        _write_json(
+            folder / "truth.json",
+            summary | {"layout": layout, "files": files, "broken": faults, "leaked": leaks},
+        )
+        summary |= {"layout": layout, "files": files, "broken": len(faults), "leaked": len(leaks)}
     return summary
 
 
-def _scene(world: str, seed: int, index: int, name: str, leaked: float, asks: bool) -> SceneFile:
+def _scene(world: str, seed: int, index: int, name: str, leaked: float, with_questions: bool) -> SceneFile:
     cast = make_cast(world, seed, index)
     if not name.endswith(".mp4"):
         cast = make_still(world, seed, index)[0]
-    questions = make_questions(cast, seed, index) if asks else []
+    questions = make_questions(cast, seed, index) if with_questions else []
     rng = scene_rng(world, seed, index, salt=5)
-    known = tuple(bool(rng.random() < leaked) for _ in questions)
-    asked = tuple(_given_away(question, rng) if k else question for question, k in zip(questions, known, strict=True))
-    return SceneFile(index, name, asked, known, make_caption(cast))
+    chosen = tuple(bool(rng.random() < leaked) for _ in questions)
+    questions = [_leaked(question, rng) if leak else question for question, leak in zip(questions, chosen, strict=True)]
+    return SceneFile(index, name, tuple(questions), chosen, make_caption(cast))
 
 
-def _given_away(question: Question, rng: np.random.Generator) -> Question:
-    """Return a question of whose options only the right one is of the type that is asked for."""
+def _leaked(question: Question, rng: np.random.Generator) -> Question:
+    """Return a question whose wrong options are of other types than the answer."""
     others = [word for words in CLASSES if question.answer not in words for word in words]
     wrong = [str(word) for word in rng.permutation(others)[:3]]
     a, b, c, d = (str(word) for word in rng.permutation([question.answer, *wrong]))
@@ -136,19 +136,19 @@ def _given_away(question: Question, rng: np.random.Generator) -> Question:
 
 
 def _break(folder: Path, names: Sequence[str], share: float, seed: int) -> dict[str, str]:
-    """Spoil some of the files; return how, by name."""
+    """Damage some of the files, and return the kind of damage by name."""
     rng = np.random.default_rng([seed, 6])
     chosen = sorted(rng.choice(len(names), round(share * len(names)), replace=False).tolist())
-    done = {}
+    damage = {}
     for number, which in enumerate(chosen):
-        path, how = folder / names[which], ("missing", "cut short", "no video")[number % 3]
-        whole = path.read_bytes()
-        if how == "missing":
+        path, kind = folder / names[which], ("missing", "cut short", "no video")[number % 3]
+        data = path.read_bytes()
+        if kind == "missing":
             path.unlink()
         else:
-            path.write_bytes(whole[: len(whole) // 3] if how == "cut short" else rng.bytes(len(whole)))
-        done[names[which]] = how
-    return done
+            path.write_bytes(data[: len(data) // 3] if kind == "cut short" else rng.bytes(len(data)))
+        damage[names[which]] = kind
+    return damage
 
 
 def _write_image(path: Path, pixels: Any) -> None:
@@ -167,19 +167,12 @@ def _write_json(path: Path, value: Any) -> None:
 # -- layouts --------------------------------------------------------------------------------------------------
 
 
-def _vidsieve(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
+def _vidsieve(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
     lines: list[dict[str, Any]] = []
     for scene in scenes:
         for question in scene.questions:
-            lines.append(
-                {
-                    "video": scene.video,
-                    "question": question.text,
-                    "options": list(question.options),
-                    "answer": question.answer,
-                    "kind": question.kind,
-                }
-            )
+            fields = {"video": scene.video, "question": question.text, "options": list(question.options)}
+            lines.append(fields | {"answer": question.answer, "kind": question.kind})
         lines.append({"video": scene.video, "caption": scene.caption})
     with writing(folder / "questions.jsonl") as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -187,13 +180,13 @@ def _vidsieve(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) 
 
 
 def _lettered(question: Question) -> tuple[list[str], str]:
-    """Return a question's options with letters, and the letter of the right one."""
+    """Return the options of a question with letters, and the letter of the answer."""
     options = [f"{letter}. {word}" for letter, word in zip("ABCD", question.options, strict=True)]
     return options, "ABCD"[question.options.index(question.answer)]
 
 
-def _video_r1(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
-    """Write multiple choice, one free-form question a scene, and one question on an image, as the set mixes them."""
+def _video_r1(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
+    """Write multiple choice, and per scene one free-form question and one question about an image."""
     records: list[dict[str, Any]] = []
 
     def add(scene: SceneFile, problem: str, kind: str, options: list[str], answer: str, medium: str = "video") -> None:
@@ -225,16 +218,16 @@ def _video_r1(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) 
 _SUBSET = "0_30_s_testbed_v0_1"
 
 
-def _llava_video(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
-    """Write captions, multiple choice and open questions in a file each, several turns about a video."""
+def _llava_video(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
+    """Write a file each of captions, multiple choice and open questions, with several turns about a video."""
 
     def record(scene: SceneFile, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        said = [
+        messages = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]
-        said[0]["value"] = f"<image>\n{said[0]['value']}"
+        messages[0]["value"] = f"<image>\n{messages[0]['value']}"
         name = Path(scene.video).relative_to(_SUBSET).as_posix()
-        return {"id": f"scene-{scene.index:04d}", "conversations": said, "data_source": _SUBSET, "video": name}
+        return {"id": f"scene-{scene.index:04d}", "conversations": messages, "data_source": _SUBSET, "video": name}
 
     def choice(question: Question) -> tuple[str, str]:
         options, letter = _lettered(question)
@@ -253,7 +246,7 @@ def _llava_video(folder: Path, scenes: Sequence[SceneFile], world: str, seed: in
     return [f"{_SUBSET}/{name}" for name in parts]
 
 
-def _koala(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
+def _koala(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
     columns = ("videoID", "url", "timestamp", "caption", "clarity_score", "aesthetic_score", "motion_score")
     with writing(folder / "Koala_36M_1.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -265,32 +258,26 @@ def _koala(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> 
 
 
 def _image_records(folder: Path, scenes: Sequence[SceneFile], inside: bool) -> list[dict[str, Any]]:
-    """Return a captioned image of each scene, and a question answered in a word, as the set mixes them."""
+    """Return a captioned image of each scene, and of every fourth one a short question too."""
     records: list[dict[str, Any]] = []
     for scene in scenes:
         path = folder / scene.video
         data = path.read_bytes() if os.path.isfile(path) else b""
         image: Any = {"bytes": data, "path": scene.video} if inside else scene.video
         pairs = [("caption", "Describe the image.", scene.caption), ("vqa", "What is it?", "a scene")]
-        for what, asked, answer in pairs[: 2 if scene.index % 4 == 0 else 1]:
-            turns = [{"from": "human", "value": f"<image>\n{asked}"}, {"from": "gpt", "value": answer}]
-            records.append(
-                {
-                    "id": f"{what}-{scene.index:04d}",
-                    "image": image,
-                    "conversations": turns,
-                    "data_source": "testbed",
-                }
-            )
+        for kind, prompt, answer in pairs[: 2 if scene.index % 4 == 0 else 1]:
+            turns = [{"from": "human", "value": f"<image>\n{prompt}"}, {"from": "gpt", "value": answer}]
+            name = f"{kind}-{scene.index:04d}"
+            records.append({"id": name, "image": image, "conversations": turns, "data_source": "testbed"})
     return records
 
 
-def _llava_images(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
+def _llava_images(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
     _write_json(folder / "images.json", _image_records(folder, scenes, inside=False))
     return ["images.json"]
 
 
-def _llava_onevision(folder: Path, scenes: Sequence[SceneFile], world: str, seed: int) -> list[str]:
+def _llava_onevision(folder: Path, scenes: Sequence[SceneFile]) -> list[str]:
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -302,9 +289,8 @@ def _llava_onevision(folder: Path, scenes: Sequence[SceneFile], world: str, seed
     return ["train-00000-of-00001.parquet"]
 
 
-Place = Callable[[int], str]
-Write = Callable[[Path, Sequence[SceneFile], str, int], list[str]]
-LAYOUTS: dict[str, tuple[Place, Write]] = {
+Writer = Callable[[Path, Sequence[SceneFile]], list[str]]
+LAYOUTS: dict[str, tuple[Callable[[int], str], Writer]] = {
     "vidsieve": (lambda index: f"scene-{index:04d}.mp4", _vidsieve),
     "video-r1": (lambda index: f"testbed/scene-{index:04d}.mp4", _video_r1),
     "llava-video": (lambda index: f"{_SUBSET}/testbed/scene-{index:04d}.mp4", _llava_video),
@@ -312,4 +298,4 @@ LAYOUTS: dict[str, tuple[Place, Write]] = {
     "llava-onevision": (lambda index: f"images/scene-{index:04d}.png", _llava_onevision),
     "llava-images": (lambda index: f"images/scene-{index:04d}.png", _llava_images),
 }
-"""Name: where the video or image of a scene goes, and what writes the file of records."""
+"""The path of a scene's video or image, and the writer of the records, by name."""

@@ -36,11 +36,11 @@ CHAT_TEMPLATE = (
 )
 WORD_ID = {word: i for i, word in enumerate(VOCABULARY)}
 TALK_ID = {word: i for i, word in enumerate((*VOCABULARY, *TALK_WORDS))}
-"""Ids of the words that the model of `workbench.testbed.talking` knows: the same ones, and a few more."""
+"""Word ids of the model of `workbench.testbed.talking`."""
 
 
 def build_tokenizer(words: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFast:
-    """Return the testbed's tokenizer: one id a word, words split at blanks."""
+    """Return the testbed's tokenizer: one id per word, words split at blanks."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -59,12 +59,12 @@ def build_tokenizer(words: Sequence[str] = VOCABULARY) -> PreTrainedTokenizerFas
 
 
 def build_processor(words: Sequence[str] = VOCABULARY) -> LlavaOnevisionProcessor:
-    """Return the processor that turns frames and text into inputs, as `AutoProcessor` would load it."""
-    look = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    """Return the testbed's processor, as `AutoProcessor` would load it."""
+    images = {"size": {"height": SIDE, "width": SIDE}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     return LlavaOnevisionProcessor(
-        image_processor=LlavaOnevisionImageProcessor(**look, image_grid_pinpoints=[[SIDE, SIDE]]),
+        image_processor=LlavaOnevisionImageProcessor(**images, image_grid_pinpoints=[[SIDE, SIDE]]),
         tokenizer=build_tokenizer(words),
-        video_processor=LlavaOnevisionVideoProcessor(**look),
+        video_processor=LlavaOnevisionVideoProcessor(**images),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         chat_template=CHAT_TEMPLATE,
@@ -75,32 +75,32 @@ def build_config(
     layers: int = 6, width: int = 128, vision_width: int = 64, vision_layers: int = 3
 ) -> LlavaOnevisionConfig:
     """Return the model's configuration, with the template's ids under `vidsieve_template`."""
+    vision = SiglipVisionConfig(
+        hidden_size=vision_width,
+        intermediate_size=3 * vision_width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        rope_theta=1e4,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=WORD_ID["<|im_end|>"],
+        pad_token_id=0,
+    )
     config = LlavaOnevisionConfig(
-        vision_config=SiglipVisionConfig(
-            hidden_size=vision_width,
-            intermediate_size=3 * vision_width,
-            num_hidden_layers=vision_layers,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            vision_use_head=False,
-        ).to_dict()
-        | {"model_type": "siglip_vision_model"},
-        text_config=Qwen2Config(
-            vocab_size=len(VOCABULARY),
-            hidden_size=width,
-            intermediate_size=3 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=4096,
-            rope_theta=1e4,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=WORD_ID["<|im_end|>"],
-            pad_token_id=0,
-        ).to_dict()
-        | {"model_type": "qwen2"},
+        vision_config=vision.to_dict() | {"model_type": "siglip_vision_model"},
+        text_config=text.to_dict() | {"model_type": "qwen2"},
         image_token_index=WORD_ID["<image>"],
         video_token_index=WORD_ID["<video>"],
         vision_feature_layer=-1,
@@ -117,7 +117,7 @@ def build_config(
 
 
 def build_model(seed: int = 0, **sizes: int) -> LlavaOnevisionForConditionalGeneration:
-    """Return the untrained model in evaluation mode, float32, seeded."""
+    """Return the untrained model in evaluation mode, float32, with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaOnevisionForConditionalGeneration(build_config(**sizes))
@@ -127,9 +127,9 @@ def build_model(seed: int = 0, **sizes: int) -> LlavaOnevisionForConditionalGene
 
 
 def chat_inputs(processor: Any, frames: NDArray[np.uint8], questions: list[str]) -> dict[str, Any]:
-    """Return the processor's inputs of a batch that asks each of `questions` about one video (T, H, W, 3).
+    """Return the processor's inputs of a batch with one prompt per question about one video (T, H, W, 3).
 
-    The pixels come once, as one video; the batch needs them repeated, or encoded once and repeated.
+    The pixels are there once; repeat them, or their features, for the batch.
     """
     texts = [
         processor.apply_chat_template(
@@ -143,21 +143,17 @@ def chat_inputs(processor: Any, frames: NDArray[np.uint8], questions: list[str])
     placeholders = int((inputs["input_ids"] == processor.video_token_id).sum())
     expanded = [text.replace(processor.video_token, processor.video_token * placeholders) for text in texts]
     words = processor.tokenizer(expanded, return_tensors="pt", padding=True, padding_side="left")
-    return {
-        "input_ids": words["input_ids"],
-        "attention_mask": words["attention_mask"],
-        "pixel_values_videos": inputs["pixel_values_videos"],
-    }
+    return {**words, "pixel_values_videos": inputs["pixel_values_videos"]}
 
 
 def repeated_features(features: VideoFeatures, times: int) -> BaseModelOutputWithPooling:
-    """Return ready features of one video for `times` prompts, as `mm_encoder_outputs` takes them."""
+    """Return the features of one video for `times` prompts, as `mm_encoder_outputs`."""
     tokens = torch.cat([features.embeds, features.tail])
     return BaseModelOutputWithPooling(pooler_output=tokens.expand(times, -1, -1))
 
 
 def save_model(model: Any, folder: Path, record: dict[str, Any], words: Sequence[str] = VOCABULARY) -> None:
-    """Write model (weights as float16), processor and record so that transformers' Auto classes load them."""
+    """Write the model (weights as float16), processor and record for transformers' Auto classes."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.float16).save_pretrained(folder)
     model.to(torch.float32)

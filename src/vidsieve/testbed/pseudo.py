@@ -1,7 +1,4 @@
-"""Pseudo-videos of the testbed: a few still frames, each held for a while, with a caption of what they show.
-
-The first stage of SCORE's curriculum (§4.4): between frames nothing changes but at the joints.
-"""
+"""Pseudo-videos of the testbed, for the first stage of SCORE's curriculum (§4.4): a few still frames, each repeated."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from numpy.typing import NDArray
 from vidsieve.testbed.world import FRAMES, Cast, make_cast, render, scene_rng
 
 HELD = (3, 6)
-"""Least and most frames that an image is held for."""
+"""Minimum and maximum number of frames of an image."""
 
 
 def held_for(rng: np.random.Generator) -> list[int]:
-    """Return for how many frames each of 3 or 4 images is held, 16 in all; two images cannot fill 16 frames."""
+    """Return the numbers of frames of 3 or 4 images, 16 in all; two images cannot fill 16 frames."""
     count = int(rng.integers(3, 5))
     while True:
         lengths = rng.integers(HELD[0], HELD[1] + 1, count)
@@ -27,10 +24,10 @@ def held_for(rng: np.random.Generator) -> list[int]:
 
 
 def make_pseudo(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uint8]]:
-    """Return what pseudo-video `index` shows, and its frames (16, 144, 144, 3) uint8 RGB.
+    """Return the cast of pseudo-video `index`, and its frames (16, 144, 144, 3) uint8 RGB.
 
-    Its images are frames of one scene, far apart. They share the fixtures, as every caption that the model knows begins
-    with those; nothing moves, and all else stays in its cell for as long as its image is held.
+    Its images are frames of one scene. They share the fixtures, with which every caption that the model knows begins;
+    nothing moves while an image is repeated.
     """
     rng = scene_rng(world, seed, index, salt=3)
     cast = make_cast(world, seed, index)
@@ -41,14 +38,14 @@ def make_pseudo(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uin
 
 
 def make_still(world: str, seed: int, index: int) -> tuple[Cast, NDArray[np.uint8]]:
-    """Return what one frame of scene `index` shows, and the frame (144, 144, 3) uint8 RGB."""
+    """Return the cast of one frame of scene `index`, and the frame (144, 144, 3) uint8 RGB."""
     cast = make_cast(world, seed, index)
     moment = int(scene_rng(world, seed, index, salt=4).integers(FRAMES))
     return _stilled(cast, [moment]), render(cast, seed, index)[moment]
 
 
 def _stilled(cast: Cast, shown: list[int]) -> Cast:
-    """Return what a scene's frames show, each for itself: nothing moves from one to the next."""
+    """Return the cast of single frames of a scene, in which nothing moves."""
     objects = []
     for thing in cast.objects:
         cells = {t: (row, column) for t, row, column in thing.track}

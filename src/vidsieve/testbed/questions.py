@@ -16,9 +16,9 @@ CAPTION_PROMPT = "describe the video ."
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its text, four one-word options of one type, the answer, and the tokens it is about.
+    """A question with four one-word options of one type.
 
-    `targets` are raster indices of the video tokens that show the objects asked about, most telling first.
+    `targets` are raster indices of the video tokens that show the objects in question, most informative first.
     """
 
     kind: str
@@ -29,7 +29,7 @@ class Question:
 
 
 def place_of(thing: SceneObject) -> str:
-    """Return the quarter of the frame in which an object that does not move is seen."""
+    """Return the quarter of the frame that shows an object that does not move."""
     _, row, column = thing.track[0]
     return PLACES[2 * int(row >= GRID // 2) + int(column >= GRID // 2)]
 
@@ -48,12 +48,12 @@ def best_order(thing: SceneObject) -> tuple[int, ...]:
 def _members(cast: Cast, *, shape: str | None = None, colour: str | None = None) -> list[SceneObject]:
     """Return the flashes of one shape or colour in the order of their first frame."""
     flashes = [o for o in cast.objects if o.kind == "flash"]
-    found = [o for o in flashes if shape in (None, o.shape) and colour in (None, o.colour)]
-    return sorted(found, key=lambda o: o.track[0][0])
+    members = [o for o in flashes if shape in (None, o.shape) and colour in (None, o.colour)]
+    return sorted(members, key=lambda o: o.track[0][0])
 
 
 def _orderable(members: list[SceneObject], attribute: str) -> bool:
-    """Return whether a small class has one first and one last member that differ in `attribute`."""
+    """True if a class of 2 or 3 members has one first and one last member that differ in `attribute`."""
     if not 2 <= len(members) <= 3:
         return False
     starts = [o.track[0][0] for o in members]
@@ -76,7 +76,7 @@ def _options(
 def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
     """Return every question that has exactly one right answer in a scene, in random order (about 20)."""
     rng = scene_rng(cast.world, seed, index, salt=2)
-    found: list[Question] = []
+    questions: list[Question] = []
     seen_colours = {o.colour for o in cast.objects if o.kind in ("fixture", "mover")}
     common = [c for c in COLOURS if len([o for o in cast.objects if o.colour == c]) > 3 or c in seen_colours]
     crowded = [s for s in SHAPES if len(_members(cast, shape=s)) > 3]
@@ -84,7 +84,7 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
     def ask(
         kind: str, text: str, answer: str, preferred: Iterable[str], others: Iterable[str], about: Iterable[int]
     ) -> None:
-        found.append(Question(kind, text, _options(rng, answer, preferred, others), answer, tuple(about)))
+        questions.append(Question(kind, text, _options(rng, answer, preferred, others), answer, tuple(about)))
 
     for thing in cast.objects:
         name = QUESTION_NAME.get(thing.shape, "")
@@ -104,22 +104,16 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
             rest = [c for c in COLOURS if c != thing.colour]
             ask("change", f"what colour does the {name} turn ?", thing.turned[0], wrong, rest, best_order(thing))
 
-    for shape in SHAPES:
-        members = _members(cast, shape=shape)
-        if _orderable(members, "colour"):
-            looks = [o.colour for o in members]
-            about = [token for o in members for token in o.tokens()]
-            for end, which in ((0, "first"), (-1, "last")):
-                text = f"what colour was the {which} {QUESTION_NAME[shape]} ?"
-                ask("order", text, looks[end], looks, COLOURS, about)
-    for colour in COLOURS:
-        members = _members(cast, colour=colour)
-        if _orderable(members, "shape"):
-            looks = [o.shape for o in members]
-            about = [token for o in members for token in o.tokens()]
-            for end, which in ((0, "first"), (-1, "last")):
-                ask("order", f"which shape was the {which} {QUESTION_NAME[colour]} ?", looks[end], looks, SHAPES, about)
-    return [found[i] for i in rng.permutation(len(found))]
+    for named, attribute, words, others in (("shape", "colour", SHAPES, COLOURS), ("colour", "shape", COLOURS, SHAPES)):
+        start = "what colour was the" if attribute == "colour" else "which shape was the"
+        for word in words:
+            members = _members(cast, **{named: word})
+            if _orderable(members, attribute):
+                looks = [getattr(o, attribute) for o in members]
+                about = [token for o in members for token in o.tokens()]
+                for end, which in ((0, "first"), (-1, "last")):
+                    ask("order", f"{start} {which} {QUESTION_NAME[word]} ?", looks[end], looks, others, about)
+    return [questions[i] for i in rng.permutation(len(questions))]
 
 
 def make_caption(cast: Cast) -> str:

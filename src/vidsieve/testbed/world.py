@@ -1,11 +1,10 @@
 """The synthetic video world: crowded, moving scenes in which few tokens decide an answer.
 
-A scene is 16 frames of 144×144 pixels over a 6×6 lattice of 24-pixel cells; one cell of one frame is
-one video token. Two *fixtures* stay all through (one turns another colour for two frames), two *movers*
-cross four cells, and more than a hundred small objects *flash* for one or two frames: half of them of
-shapes that questions ask about, half *glyphs* that look as salient and that nothing ever asks about.
-Free cells carry decoys, mosaics of random colours; the background drifts, cuts and flickers. Questions are keyed on one
-attribute, and class sizes are skewed so that some shapes and colours occur exactly once.
+A scene is 16 frames of 144×144 pixels on a 6×6 lattice of 24-pixel cells; one cell of one frame is one video token. Two
+*fixtures* are present throughout (one changes colour for two frames), two *movers* cross four cells, and more than a
+hundred small objects *flash* for one or two frames: 64 of shapes that questions ask about, 100 *glyphs* that look as
+salient and that no question is about. Free cells hold decoys, mosaics of random colours; the background drifts, cuts
+and flickers. Questions identify an object by one attribute; some shapes and colours occur exactly once.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _STEP = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """How crowded a scene is; the shipped world is the default, other values are for studies of it."""
+    """Numbers of objects in a scene; the defaults are the shipped world."""
 
     flashes: int = 64
     glyphs: int = 100
@@ -54,7 +53,7 @@ class WorldSettings:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: its look and the cells it fills, as (frame, row, column) in time order."""
+    """One object: its look, and its cells as (frame, row, column) in time order."""
 
     kind: str
     shape: str
@@ -64,7 +63,7 @@ class SceneObject:
     turned: tuple[str, tuple[int, ...]] | None = None
 
     def colour_at(self, frame: int) -> str:
-        """Return the colour shown in `frame`: a fixture wears another one while it is turned."""
+        """Return the colour in `frame`: a fixture has another one while it is turned."""
         return self.turned[0] if self.turned and frame in self.turned[1] else self.colour
 
     def tokens(self) -> tuple[int, ...]:
@@ -74,7 +73,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Cast:
-    """What happens in a scene, before it is drawn."""
+    """The objects of a scene, before it is drawn."""
 
     world: str
     objects: tuple[SceneObject, ...]
@@ -138,16 +137,9 @@ def make_cast(world: str, seed: int, index: int, settings: WorldSettings | None 
     board = _Board(rng)
     shapes = [str(v) for v in rng.permutation(SHAPES)]
     colours = [str(v) for v in rng.permutation(COLOURS)]
-    mover_shapes, lone_shapes, shared_shapes = (
-        shapes[: s.movers],
-        shapes[s.movers : s.movers + s.unique_shapes],
-        shapes[s.movers + s.unique_shapes :],
-    )
-    lone_colours, rare_colour, common = (
-        colours[: s.unique_colours],
-        colours[s.unique_colours],
-        colours[s.unique_colours + 1 :],
-    )
+    mover_shapes, shapes = shapes[: s.movers], shapes[s.movers :]
+    lone_shapes, shared_shapes = shapes[: s.unique_shapes], shapes[s.unique_shapes :]
+    lone_colours, rare_colour, *common = colours[: s.unique_colours], *colours[s.unique_colours :]
     objects: list[SceneObject] = []
 
     for shape in [str(v) for v in rng.permutation(FIXTURES)][: s.fixtures]:
@@ -187,8 +179,7 @@ def make_cast(world: str, seed: int, index: int, settings: WorldSettings | None 
 def _smooth(rng: np.random.Generator, coarse: int, size: int) -> NDArray[np.float32]:
     """Return (size, size, 3) smooth noise in about [-1, 1]: a coarse grid, bilinearly enlarged.
 
-    Element by element, without matrix products: those round differently from processor to processor, and
-    the world's pixels must not.
+    Without matrix products, which round differently from processor to processor: the world's pixels must not.
     """
     at = np.linspace(0, coarse - 1, size)
     low = np.minimum(at.astype(int), coarse - 2)

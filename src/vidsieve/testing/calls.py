@@ -1,4 +1,4 @@
-"""Every kind of call, run on pruned inputs and on the masked reference: the largest difference, and equal tokens."""
+"""Every kind of call, on pruned inputs and on the masked reference."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from vidsieve.types import Selection, Stage
 
 STEPS = 8
 Outcome = tuple[float, bool | None]
-"""Largest difference to the reference, and whether the tokens are equal (None: none were made)."""
+"""Largest difference to the reference, and whether generated tokens are equal (None: none generated)."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model with a method, and the inputs of a batch; `videos` as `prune` takes it.
+    """A model with a method, and the inputs of a batch; `videos` as in `prune`.
 
-    `given` is what the method keeps, where that is known already.
+    `given` replaces the method's own selections.
     """
 
     adapter: Adapter
@@ -61,18 +61,17 @@ class Case:
         )
 
     def chosen(self, gradients: bool = False) -> list[Selection]:
-        """Return what the method keeps of each video."""
+        """Return the method's selection for each video."""
         if self.given is not None:
             return self.given
-        if isinstance(self.compressor, LayerCompressor):
-            with torch.set_grad_enabled(gradients):
-                return chosen_inside(self.adapter, self.inputs, self.compressor, self.videos)
         with torch.set_grad_enabled(gradients):
+            if isinstance(self.compressor, LayerCompressor):
+                return chosen_inside(self.adapter, self.inputs, self.compressor, self.videos)
             encoded = self.adapter.encode(self.inputs, self.videos, self.compressor.needs)
             return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]
 
     def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
-        """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens behind the prompts."""
+        """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens after the prompts."""
         return masked_logits(self.adapter, self.inputs, chosen, extra, self.videos)
 
     def greedy(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
@@ -80,7 +79,7 @@ class Case:
         return masked_greedy(self.adapter, self.inputs, chosen, STEPS, self.videos, extra)
 
     def generate(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
-        """Run `generate` of the model as it is, greedily unless told otherwise, and return its whole output."""
+        """Return the output of the model's own `generate`, greedy by default."""
         defaults = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         return self.adapter.model.generate(**(self.inputs if inputs is None else inputs), **(defaults | options))
 
@@ -96,7 +95,7 @@ def prefill(case: Case) -> Outcome:
         if kept is None:
             raise VidsieveError("nothing was pruned")
         if isinstance(case.compressor, LayerCompressor):
-            # Its dropped tokens went through the first layers: their rows mean nothing.
+            # Tokens dropped inside the LLM went through its first layers: their rows mean nothing.
             for span, selection in zip(case.adapter.encode(case.inputs, case.videos).videos, chosen, strict=True):
                 gone = span.columns[(~indices_to_mask(selection.indices, len(span.columns))).to(span.columns.device)]
                 newlines = span.tail_columns[~span.features.kept_tail(selection.indices).to(span.columns.device)]
@@ -136,35 +135,35 @@ def beams(case: Case) -> Outcome:
 def _beam_reference(case: Case, chosen: list[Selection], count: int) -> tuple[Tensor, Tensor]:
     """Return the best of `count` beams (B, STEPS) and its mean log-probability (B,), recomputed at every step."""
     batch, device = case.ids.shape[0], case.ids.device
-    made = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)
+    tokens = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)
     totals = torch.zeros(batch, 1, device=device)
     for _ in range(STEPS):
-        each = [F.log_softmax(case.logits(chosen, made[:, i])[:, -1], -1) for i in range(made.shape[1])]
+        each = [F.log_softmax(case.logits(chosen, tokens[:, i])[:, -1], -1) for i in range(tokens.shape[1])]
         log_p = torch.stack(each, 1)
         vocabulary = log_p.shape[-1]
         totals, flat = (totals[..., None] + log_p).flatten(1).topk(count, 1)
         parent, token = flat // vocabulary, flat % vocabulary
-        made = torch.cat([made[torch.arange(batch, device=device)[:, None], parent], token[..., None]], 2)
-    return made[:, 0], totals[:, 0] / STEPS
+        tokens = torch.cat([tokens[torch.arange(batch, device=device)[:, None], parent], token[..., None]], 2)
+    return tokens[:, 0], totals[:, 0] / STEPS
 
 
 def sampled(case: Case) -> Outcome:
-    """Compare the logits behind two sampled answers to each prompt, on the tokens that were drawn."""
+    """Compare the logits of two sampled answers to each prompt, on the tokens that were sampled."""
     count, prompt = 2, case.ids.shape[1]
     with torch.no_grad():
         chosen = case.chosen()
         torch.manual_seed(0)
         with case.attached():
             out = case.generate(do_sample=True, num_return_sequences=count)
-        made, logits, gap = out.sequences[:, prompt:], torch.stack(out.logits, 1), 0.0
+        answers, logits, gap = out.sequences[:, prompt:], torch.stack(out.logits, 1), 0.0
         for i in range(count):
-            wanted = case.logits(chosen, made[i::count, :-1])[:, -STEPS:]
+            wanted = case.logits(chosen, answers[i::count, :-1])[:, -STEPS:]
             gap = max(gap, float((logits[i::count] - wanted).abs().max()))
     return gap, torch.equal(out.sequences[:, :prompt], case.ids.repeat_interleave(count, 0))
 
 
 def second_turn(case: Case, reselect: bool = False) -> Outcome:
-    """Compare a second turn that sends the whole conversation with the first one's cache."""
+    """Compare a second turn that sends the whole conversation with the cache of the first."""
     with torch.no_grad():
         chosen = case.chosen()
         first = case.greedy(chosen)
@@ -173,11 +172,9 @@ def second_turn(case: Case, reselect: bool = False) -> Outcome:
         with case.attached(reselect=reselect):
             out = case.generate()
             conversation = _longer(case.inputs, torch.cat([out.sequences[:, case.ids.shape[1] :], words], 1))
-            if reselect:
-                again = case.generate(conversation, **cache_kwargs(case.adapter.model, output_cache(out)))
-            else:
-                brief = {k: conversation[k] for k in ("input_ids", "attention_mask")}
-                again = case.generate(brief, **cache_kwargs(case.adapter.model, output_cache(out)))
+            names = conversation if reselect else ("input_ids", "attention_mask")
+            sent = {name: conversation[name] for name in names}
+            again = case.generate(sent, **cache_kwargs(case.adapter.model, output_cache(out)))
         if reselect:
             case = Case(case.adapter, conversation, case.compressor, case.videos)
             chosen, extra = case.chosen(), extra[:, :0]
@@ -187,12 +184,12 @@ def second_turn(case: Case, reselect: bool = False) -> Outcome:
 
 
 def reselected(case: Case) -> Outcome:
-    """Compare a second turn that is prefilled anew with ``reselect=True``."""
+    """Compare a second turn prefilled again under ``reselect=True``."""
     return second_turn(case, reselect=True)
 
 
 def _longer(inputs: Mapping[str, Any], words: Tensor) -> dict[str, Any]:
-    """Return inputs with `words` (B, E) behind the prompts."""
+    """Return inputs with `words` (B, E) after the prompts."""
     longer = dict(inputs) | {"input_ids": torch.cat([inputs["input_ids"], words], 1)}
     longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1)
     if "mm_token_type_ids" in inputs:
@@ -202,7 +199,7 @@ def _longer(inputs: Mapping[str, Any], words: Tensor) -> dict[str, Any]:
 
 def labels(case: Case) -> Outcome:
     """Compare the loss on the words after the video, and its gradient in the vision tower."""
-    # Merged tokens pass gradients on, so they must not be constants of the reference.
+    # Merged tokens pass gradients on, so they must not be constants in the reference.
     model, chosen, ids = case.adapter.model, case.chosen(gradients=True), case.ids
     targets = torch.full_like(ids, -100)
     targets[:, -5:] = ids[:, -5:]
@@ -223,11 +220,11 @@ def labels(case: Case) -> Outcome:
 
 
 BACKEND = "aot_eager"
-"""What `compiled` gives the traced graph to; "eager" takes less than half the time."""
+"""Backend of `torch.compile`; "eager" takes less than half the time."""
 
 
 def compiled(case: Case) -> Outcome:
-    """Compare greedy tokens of a model whose language model went through `torch.compile`, in one graph a pass.
+    """Compare greedy tokens of a model whose language model is compiled, in one graph per pass.
 
     Methods inside the LLM act in hooks, and run it uncompiled.
     """
@@ -242,9 +239,9 @@ def compiled(case: Case) -> Outcome:
 
 
 def spread(case: Case) -> Outcome:
-    """Compare greedy tokens of a model whose parts lie on two devices.
+    """Compare greedy tokens of a model spread over two devices.
 
-    Its last layers are fetched, from disk on a CPU, from the CPU on a GPU.
+    Its last layers are loaded when needed: from disk on a CPU, from the CPU on a GPU.
     """
     with _spread(case.adapter):
         return greedy(case)
@@ -263,7 +260,7 @@ def _spread(adapter: Adapter) -> Iterator[None]:
     places: dict[str, int | str] = {}
 
     def place(module: Any, name: str) -> None:
-        """Give a module one place, or its parts each theirs."""
+        """Place a module as a whole, or each of its parts."""
         if name in ends:
             places[name] = "cpu" if gpu else "disk"
         elif any(end.startswith(f"{name}.") for end in ends) or not name:
@@ -278,7 +275,7 @@ def _spread(adapter: Adapter) -> Iterator[None]:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with tempfile.TemporaryDirectory() as folder:
         with warnings.catch_warnings():
-            # Parameters without a module of their own, as LLaVA's newline, must be placed, and are warned of then.
+            # Parameters without a module, as LLaVA's newline, must be placed too, which accelerate warns about.
             warnings.filterwarnings("ignore", "The following device_map keys do not match")
             dispatch_model(model, places, main_device=near, offload_dir=folder, force_hooks=True)
         try:
@@ -302,7 +299,7 @@ CALLS: dict[str, Callable[[Case], Outcome]] = {
 """The calls of the equivalence table."""
 
 SLOW_CALLS: dict[str, Callable[[Case], Outcome]] = {"compiled language model": compiled, "device map": spread}
-"""Calls that change the model first: run on one configuration and one attention."""
+"""Calls that change the model; they run on one configuration and one attention."""
 
 REFUSED: dict[str, dict[str, Any]] = {
     "assisted decoding": {"assistant_model": object()},
@@ -315,4 +312,4 @@ REFUSED: dict[str, dict[str, Any]] = {
     "chunked prefill": {"prefill_chunk_size": 4},
     "custom loop": {"custom_generate": "somebody/loop"},
 }
-"""Options of `generate` that are an error under a session, with the error that one gets."""
+"""Options of `generate` that a session refuses."""

@@ -1,4 +1,4 @@
-"""What every registered compressor must do, as small named checks; later methods are checked by being registered."""
+"""The contract of compressors as small named checks, which run on every registered method."""
 
 from __future__ import annotations
 
@@ -42,6 +42,14 @@ def _expect(condition: bool, message: str) -> None:
         raise CheckFailure(message)
 
 
+def _expect_error(error: type[Exception], call: Callable[[], Any], message: str) -> None:
+    try:
+        call()
+    except error:
+        return
+    raise CheckFailure(message)
+
+
 def make_video(
     grid: TokenGrid, width: int = WIDTH, *, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> VideoTokens:
@@ -65,12 +73,12 @@ def make_video(
 
 
 def example(method: Method, **fields: Any) -> Compressor:
-    """Return an instance for checks: random weights where it is trained, of two parts the one before the LLM."""
+    """Return an instance: random weights for a trained method, the part before the LLM for one with two parts."""
     untrained = getattr(method, "untrained", None)
     if issubclass(method, LayerCompressor) and _has_parts(method):
         fields = {"inner": False} | fields
-    made: Compressor = untrained(WIDTH, **fields) if untrained else method(**fields)
-    return made
+    compressor: Compressor = untrained(WIDTH, **fields) if untrained else method(**fields)
+    return compressor
 
 
 def _has_parts(method: Method) -> bool:
@@ -82,17 +90,13 @@ def _compress(compressor: Compressor, video: VideoTokens, seed: int = 0) -> Sele
 
 
 def _reachable(compressor: Compressor, video: VideoTokens) -> bool:
-    """Return whether a method can keep its budget of this video: what it cannot must be refused."""
+    """True if a method can reach its budget on this video; False if it refuses."""
     try:
         compressor.budget(video)
     except BudgetError:
-        try:
-            _compress(compressor, video)
-        except BudgetError:
-            return False
-        raise CheckFailure(
-            f"{compressor.describe()} has no budget for a grid of {video.grid}, and keeps some"
-        ) from None
+        message = f"{compressor.describe()} has no budget for a grid of {video.grid}, and keeps some"
+        _expect_error(BudgetError, lambda: _compress(compressor, video), message)
+        return False
     return True
 
 
@@ -123,7 +127,7 @@ def check_token_count_budget(method: Method) -> None:
 
 
 def check_indices_in_range(method: Method) -> None:
-    """Indices are sorted and unique (the type sees to that) and lie on the grid."""
+    """Indices lie on the grid; `Selection` itself checks that they are sorted and unique."""
     for grid in GRIDS:
         if not _reachable(example(method), make_video(grid)):
             continue
@@ -151,7 +155,7 @@ def check_full_retention_is_identity(method: Method) -> None:
 
 
 def check_dtype_and_device(method: Method) -> None:
-    """Half-precision tokens work; what comes back has their dtype and device."""
+    """Half-precision tokens work; the selection has their dtype and device."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         video = make_video(GRIDS[0], dtype=dtype)
         chosen = _compress(example(method), video)
@@ -167,7 +171,7 @@ def check_one_frame_and_one_token(method: Method) -> None:
 
 
 def check_inputs_not_changed(method: Method) -> None:
-    """`compress` changes nothing in the video handed to it."""
+    """`compress` does not change its input."""
     video = make_video(GRIDS[0])
     tensors = {"embeds": video.embeds, "positions": video.positions}
     assert video.prompt is not None
@@ -179,7 +183,7 @@ def check_inputs_not_changed(method: Method) -> None:
 
 
 def check_duplicate_tokens(method: Method) -> None:
-    """A video whose frames are all the same still gives the exact budget."""
+    """A video of equal frames still gives the exact budget."""
     video = make_video(GRIDS[1])
     still = video.embeds[: video.grid.per_frame].repeat(video.grid.frames, 1)
     chosen = _compress(example(method, retention=0.5), dataclasses.replace(video, embeds=still))
@@ -194,27 +198,23 @@ def check_picklable(method: Method) -> None:
 
 
 def check_default_constructible(method: Method) -> None:
-    """The class can be made without arguments."""
+    """The class can be constructed without arguments."""
     method()
 
 
 def check_bad_fields_refused(method: Method) -> None:
-    """A retention outside (0, 1] and an unknown variant are refused when the instance is made."""
+    """The constructor refuses a retention outside (0, 1] and an unknown variant."""
     for retention in (0, 1.5, -0.1, float("nan"), "abc", None, True):
-        try:
-            method(retention=retention)  # type: ignore[arg-type]
-        except RetentionError:
-            continue
-        raise CheckFailure(f"retention {retention!r} was accepted")
-    try:
-        method(variant="no such variant")
-    except UnknownNameError:
-        return
-    raise CheckFailure("an unknown variant was accepted")
+        _expect_error(
+            RetentionError,
+            lambda value=retention: method(retention=value),  # type: ignore[misc]
+            f"retention {retention!r} was accepted",
+        )
+    _expect_error(UnknownNameError, lambda: method(variant="no such variant"), "an unknown variant was accepted")
 
 
 def check_documented(method: Method) -> None:
-    """The class says what it keeps and names its paper."""
+    """The class has a docstring of more than 15 words and names its paper."""
     text = method.__doc__ or ""
     _expect(len(text.split()) > 15, "the class docstring must say what is kept and why, in more than 15 words")
     _expect(bool(method.paper), "no paper is named")
@@ -223,18 +223,13 @@ def check_documented(method: Method) -> None:
 
 def check_needs_enforced(method: Method) -> None:
     """A method that reads the question refuses a video without a prompt."""
-    if Need.QUESTION not in method.needs:
-        return
-    bare = dataclasses.replace(make_video(GRIDS[1]), prompt=None)
-    try:
-        example(method).compress(bare)
-    except NeedError:
-        return
-    raise CheckFailure("a video without a prompt was accepted")
+    if Need.QUESTION in method.needs:
+        bare = dataclasses.replace(make_video(GRIDS[1]), prompt=None)
+        _expect_error(NeedError, lambda: example(method).compress(bare), "a video without a prompt was accepted")
 
 
 def check_blind_unless_declared(method: Method) -> None:
-    """Without `Need.QUESTION`, another question changes nothing."""
+    """Without `Need.QUESTION`, a different prompt does not change the selection."""
     if Need.QUESTION in method.needs:
         return
     video = make_video(GRIDS[0])

@@ -1,4 +1,4 @@
-"""What of vidsieve works with what is installed here: versions, extras, model families and methods."""
+"""Checks of the installation: versions, extras, and every model family and method on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,14 @@ from typing import Any
 
 from vidsieve import registry
 from vidsieve._version import __version__
-from vidsieve.compressors.base import Compressor
 from vidsieve.errors import VidsieveError
 from vidsieve.io import versions
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "tokenizers",
-    "accelerate",
-    "av",
-    "numpy",
-    "pillow",
-    "safetensors",
-    "peft",
-    "bitsandbytes",
-    "flash-attn",
+    *("torch", "torchvision", "transformers", "tokenizers", "accelerate", "av", "numpy", "pillow", "safetensors"),
+    *("peft", "bitsandbytes", "flash-attn"),
 )
-"""Distributions that bug reports are often about, beside those of `versions.TESTED`."""
+"""Distributions that bug reports are often about; those of `versions.TESTED` are reported too."""
 
 EXTRAS = {
     "benchmarks": "pyarrow",
@@ -41,11 +30,7 @@ EXTRAS = {
     "vllm": "vllm",
     "wandb": "wandb",
 }
-"""Each extra of the package, and the module that it is for."""
-
-
-_LAYERS = 8
-"""Of the tiny models: enough for every method's own layers."""
+"""The package's extras, and the module that each one is for."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +42,9 @@ class Finding:
     kind : {"version", "extra", "family", "method"}
     name : str
     state : str
-        A version, or what became of trying.
+        A version, or the outcome of a check.
     ok : bool or None
-        None where there is nothing to judge: an absent extra, a package without a tested range.
+        None where nothing is checked: an absent extra, a package without a tested range.
     """
 
     kind: str
@@ -69,20 +54,15 @@ class Finding:
 
 
 def found_versions() -> list[Finding]:
-    """Return the versions of what matters, and whether our tests have passed with them."""
-    rows = [
-        Finding("version", "vidsieve", __version__, None),
-        Finding("version", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", None),
-    ]
+    """Return the installed versions, and whether our tests have passed with them."""
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    rows = [Finding("version", "vidsieve", __version__, None), Finding("version", "python", system, None)]
     for name in dict.fromkeys((*PACKAGES, *versions.TESTED)):
         version = versions.installed(name)
-        if version is None:
-            continue
-        if name in versions.TESTED:
-            ok = versions.is_tested(name, version)
-            said = f"tested: {versions.tested_range(name)}"
-            rows.append(Finding("version", name, f"{version} ({said})", ok))
-        else:
+        if version is not None and name in versions.TESTED:
+            state = f"{version} (tested: {versions.tested_range(name)})"
+            rows.append(Finding("version", name, state, versions.is_tested(name, version)))
+        elif version is not None:
             rows.append(Finding("version", name, version, None))
     return [*rows, Finding("version", "accelerator", _accelerator(), None)]
 
@@ -97,85 +77,74 @@ def _accelerator() -> str:
 
 
 def found_extras() -> list[Finding]:
-    """Return which extras can be imported."""
+    """Return the extras, and whether each can be imported."""
     rows = []
     for extra, module in EXTRAS.items():
-        if versions.installed(extra) is None and not _there(module):
+        try:
+            present = versions.installed(extra) is not None or importlib.util.find_spec(module) is not None
+        except ImportError:  # a parent of the module is absent
+            present = False
+        if not present:
             rows.append(Finding("extra", extra, f"not installed: pip install 'vidsieve[{extra}]'", None))
             continue
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
-        except Exception as error:  # whatever another package raises while it is imported is the finding
-            rows.append(Finding("extra", extra, f"importing {module} fails: {_line(error)}", False))
+        except Exception as error:  # another package may raise anything while it is imported
+            rows.append(Finding("extra", extra, f"importing {module} fails: {_one_line(error)}", False))
         else:
             rows.append(Finding("extra", extra, "can be imported", True))
     return rows
 
 
-def _there(module: str) -> bool:
-    """Return whether a module's package can be found, without importing more than its parents."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
-
-
 def found_families() -> list[Finding]:
-    """Return whether each family's adapter prunes a tiny model of what is installed."""
+    """Return the model families, and whether each one's adapter prunes a tiny model."""
     from vidsieve.testing.tiny_models import FAMILIES
 
     rows = []
     for family in FAMILIES:
-        reasons = [reason for name in ("random", "fastv") if (reason := _tried(family, name)) is not None]
-        state = reasons[0] if reasons else "prunes before the LLM and inside it"
-        rows.append(Finding("family", family, state, not reasons))
+        error = _failure(family, "random") or _failure(family, "fastv")
+        rows.append(Finding("family", family, error or "prunes before the LLM and inside it", error is None))
     return rows
 
 
 def found_methods() -> list[Finding]:
-    """Return whether each method prunes a tiny model of the first family that it is not refused on."""
+    """Return the methods, and whether each one prunes a tiny model of at least one family."""
     from vidsieve.testing.tiny_models import FAMILIES
 
     rows = []
     for name in registry.compressors:
         for family in FAMILIES:
-            reason = _tried(family, name)
-            if reason is None:
+            error = _failure(family, name)
+            if error is None:
                 break
-        rows.append(Finding("method", name, f"works on {family}" if reason is None else reason, reason is None))
+        rows.append(Finding("method", name, error or f"works on {family}", error is None))
     return rows
 
 
-def _tried(family: str, name: str) -> str | None:
-    """Return why a method does not generate from a tiny model of a family, or None where it does."""
+def _failure(family: str, name: str) -> str | None:
+    """Return the error of generating from a tiny model under a method, None if there is none."""
     from vidsieve.adapters.session import attach
     from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 
     try:
-        model = FAMILIES[family](layers=_LAYERS)
-        with attach(model, _example(registry.compressors.get(name), model, family)):
+        model = FAMILIES[family](layers=8)  # enough for every method's own layers
+        method: Any = registry.compressors.get(name)
+        if method.trained:
+            compressor = method.untrained(model.get_input_embeddings().embedding_dim, retention=0.5)
+            compressor.policy.config = replace(compressor.policy.config, family=family)
+        else:
+            compressor = method(retention=0.5)
+        with attach(model, compressor):
             model.generate(**inputs_for(family, [[default_grid(family, 4)]]), max_new_tokens=2, do_sample=False)
     except VidsieveError as error:
         return str(error)
-    except Exception as error:  # the finding that a doctor is asked for
-        return f"unexpected {_line(error)}"
+    except Exception as error:  # anything else is reported, too
+        return f"unexpected {_one_line(error)}"
     return None
 
 
-def _example(method: Any, model: Any, family: str) -> Compressor:
-    """Return a method as it comes, with random weights where it is trained."""
-    if not method.trained:
-        plain: Compressor = method(retention=0.5)
-        return plain
-    trained: Any = method.untrained(model.get_input_embeddings().embedding_dim, retention=0.5)
-    trained.policy.config = replace(trained.policy.config, family=family)
-    made: Compressor = trained
-    return made
-
-
-def _line(error: Exception) -> str:
-    """Return an error's kind and its text's first line."""
+def _one_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return type(error).__name__ + (f": {lines[0]}" if lines else "")

@@ -14,7 +14,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
 from vidsieve.loading import load
-from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, STEPS, Case
+from vidsieve.testing.calls import CALLS, REFUSED, SLOW_CALLS, Case
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Stage
@@ -22,29 +22,12 @@ from vidsieve.types import Stage
 TOLERANCE = 1e-4
 CONFIGURATIONS = ("batch 1", "ragged batch 2", "two videos", "video and image")
 
-__all__ = [
-    "CALLS",
-    "CONFIGURATIONS",
-    "REFUSED",
-    "SLOW_CALLS",
-    "STEPS",
-    "TOLERANCE",
-    "Case",
-    "EquivalenceCell",
-    "cell",
-    "check_family",
-    "configuration",
-    "refusals",
-    "table",
-    "videos_of",
-]
-
 
 @dataclass(frozen=True)
 class EquivalenceCell:
-    """One cell of the table: the largest difference, and whether generated tokens are equal (None: none made).
+    """One cell of the table: the largest difference, and whether generated tokens are equal (None: none generated).
 
-    `error` is the message of a call that this method cannot serve, where it says so before anything runs.
+    `error` is the message of a call that the method refuses.
     """
 
     family: str
@@ -57,7 +40,7 @@ class EquivalenceCell:
 
     @property
     def passed(self) -> bool:
-        """Whether the cell is exact."""
+        """True if the difference is within `TOLERANCE` and generated tokens are equal."""
         return self.difference is not None and self.difference <= TOLERANCE and self.tokens_equal is not False
 
 
@@ -67,7 +50,7 @@ def configuration(family: str, name: str) -> dict[str, Tensor]:
     if name == "batch 1":
         return inputs_for(family, [[grid]])
     if name == "ragged batch 2":
-        # One prompt with two videos beside one with one: lengths and kept counts differ.
+        # Two videos in one prompt, one in the other: lengths and kept counts differ.
         return inputs_for(family, [[grid, grid], [grid]], words=[3, 9])
     if name == "video and image":
         return inputs_for(family, [[grid], [grid]], words=[3, 8], image=True)
@@ -75,7 +58,7 @@ def configuration(family: str, name: str) -> dict[str, Tensor]:
 
 
 def videos_of(family: str, name: str) -> Videos:
-    """Return the frames of each video of a configuration, where a still image beside them would be taken for one."""
+    """Return `videos` for a configuration in which a still image would be taken for a frame, else None."""
     if name != "video and image" or family not in ("internvl", "smolvlm"):
         return None
     frames = default_grid(family).frames
@@ -95,9 +78,8 @@ def cell(
     """Return one cell of the table on this family's tiny model."""
     model = model if model is not None else FAMILIES[family]().to(device)
     model.set_attn_implementation(attention)
-    adapter = adapter_for(model, positions=positions)
     inputs = {key: value.to(device) for key, value in configuration(family, name).items()}
-    case = Case(adapter, inputs, compressor, videos_of(family, name))
+    case = Case(adapter_for(model, positions=positions), inputs, compressor, videos_of(family, name))
     return _cell(case, name, call, attention)
 
 
@@ -106,7 +88,7 @@ def _cell(case: Case, name: str, call: str, attention: str) -> EquivalenceCell:
     try:
         difference, equal = (CALLS | SLOW_CALLS)[call](case)
     except UnsupportedCallError as error:
-        # One length for all layers is not what a method inside the LLM leaves behind: the one refusal among these.
+        # A static cache has one length for all layers, which a method inside the LLM cannot keep to.
         if call != "static cache" or case.compressor.stage is Stage.PRE_LLM:
             raise
         return EquivalenceCell(family, name, call, attention, None, None, str(error))
@@ -116,7 +98,7 @@ def _cell(case: Case, name: str, call: str, attention: str) -> EquivalenceCell:
 def table(compressor: Compressor | None = None) -> Iterator[EquivalenceCell]:
     """Yield every cell: families × configurations × calls × {eager, sdpa}; default method: random at 0.3.
 
-    Calls that change the model first, `SLOW_CALLS`, are run on the ragged batch with sdpa.
+    `SLOW_CALLS`, which change the model, run on the ragged batch with sdpa.
     """
     method = compressor or load("random", retention=0.3)
     for family in FAMILIES:
@@ -137,21 +119,21 @@ def refusals(family: str, compressor: Compressor) -> dict[str, str]:
     CheckFailure
         If one is not refused.
     """
-    model, found = FAMILIES[family](), {}
+    model, messages = FAMILIES[family](), {}
     case = Case(adapter_for(model), configuration(family, "batch 1"), compressor)
     for name, options in REFUSED.items():
         try:
             with case.attached():
                 case.generate(**options)
         except UnsupportedCallError as error:
-            found[name] = str(error)
+            messages[name] = str(error)
         else:
             raise CheckFailure(f"{family}: {name} is not refused")
-    return found
+    return messages
 
 
-def _check_own_answers(case: Case) -> None:
-    """Compare the inputs that the adapter builds of every token with the model as it is."""
+def _check_full_retention(case: Case) -> None:
+    """Compare the logits from the adapter's inputs, every token kept, with the model's own."""
     adapter, inputs = case.adapter, case.inputs
     with torch.no_grad():
         encoded = adapter.encode(inputs, case.videos)
@@ -175,9 +157,9 @@ def check_family(
     Parameters
     ----------
     model : a float32 model whose class is registered in `vidsieve.registry.families`
-        A small random one will do; with weights spread enough that answers differ.
+        A small random one will do, if its weights are spread enough that answers differ.
     inputs : mapping
-        What its processor returned, for one prompt or a padded batch.
+        Outputs of its processor for one prompt or a padded batch.
     compressor : Compressor, optional
         Default: random at 0.3.
     videos : as `prune` takes it
@@ -196,7 +178,7 @@ def check_family(
     case = Case(adapter_for(model), inputs, method, videos)
     family = case.adapter.family
     if case.adapter.layout == "installed":
-        _check_own_answers(case)
+        _check_full_retention(case)
     cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in CALLS]
     wrong = [
         f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}"

@@ -1,4 +1,4 @@
-"""The slow truth that pruning must equal: the whole prompt, dropped tokens hidden by a mask, positions unchanged."""
+"""The masked reference: the whole prompt, dropped tokens hidden by a mask, positions unchanged."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def masked_logits(
     inputs : mapping
         Processor outputs of a batch, padding allowed.
     selections : one Selection per video, in placeholder order
-        Merged tokens stand at their anchors.
+        Merged tokens are placed at their anchors.
     extra_ids : Tensor, optional, (B, E), int64
         Tokens after the prompt.
-    videos : as `prune` takes it
+    videos : as in `prune`
     """
     encoded = adapter.encode(inputs, videos)
     if not isinstance(selections, LayeredSelections):
@@ -59,7 +59,7 @@ def masked_logits(
 def chosen_inside(
     adapter: Adapter, inputs: Mapping[str, Any], compressor: LayerCompressor, videos: Videos = None
 ) -> LayeredSelections:
-    """Return what a method inside the LLM keeps of each video, from the model's own eager attention."""
+    """Return the selections of a method inside the LLM, from the model's own eager attention."""
     encoded = adapter.encode(inputs, videos, compressor.needs)
 
     def run(entering: Sequence[Selection], masks: dict[int, Tensor], acts: Mapping[int, Act]) -> None:
@@ -77,7 +77,7 @@ def _through(
     masks: dict[int, Tensor],
     acts: Mapping[int, Act],
 ) -> Tensor:
-    """Return the logits of whole prompts, of which `selections` are seen from the first layer on."""
+    """Return the logits of whole prompts in which only `selections` are visible from the first layer on."""
     model = adapter.model
     embeds = model.get_input_embeddings()(encoded.input_ids)
     for span, selection in zip(encoded.videos, selections, strict=True):
@@ -87,11 +87,9 @@ def _through(
         columns = torch.cat([span.columns, span.tail_columns])
         embeds[span.row, columns] = torch.cat([tokens, span.features.tail]).to(embeds)
     visible = visible_tokens(encoded, selections)
-    deep: dict[str, Any] = {}
     for image in encoded.images:
         embeds[image.row, image.columns] = image.embeds.to(embeds)
-    if encoded.videos[0].features.deep:
-        deep = _deep(encoded)
+    deep = _deep(encoded) if encoded.videos[0].features.deep else {}
     positions = encoded.positions
     if adapter.convention == "compact":
         positions = (visible.long().cumsum(1) - 1).clamp(min=0)[None]
@@ -104,7 +102,7 @@ def _through(
     if deep:
         words = torch.zeros_like(visible[:, deep["visual_pos_masks"].shape[1] :])
         deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], words], 1)
-    # What was compiled does not see the hooks that mask and act.
+    # A compiled model would not run the hooks that mask and act.
     with torch.compiler.set_stance("force_eager"), masked_from(adapter, masks, acts):
         hidden = adapter.language_model(
             inputs_embeds=embeds,
@@ -118,27 +116,27 @@ def _through(
 
 
 def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Videos = None) -> list[Tensor]:
-    """Return, from the model's own eager attention, what each video's tokens get from the last prompt token.
+    """Return the attention (H, N) of each video's tokens from the last prompt token, by the model's own eager code.
 
-    One tensor (H, N) a video: weights of `layer` over the whole prompt.
+    The weights are those of `layer` over the whole prompt.
     """
     model, encoded = adapter.model, adapter.encode(inputs, videos)
-    found: list[Tensor] = []
-    # Of this layer only: all weights of a long prompt would not fit.
+    layer_weights: list[Tensor] = []
+    # Of this layer only: the weights of all layers would not fit for a long prompt.
     attention: Any = adapter.decoder_layers[layer].self_attn
-    hook = attention.register_forward_hook(lambda module, args, output: found.append(output[1]))
+    hook = attention.register_forward_hook(lambda module, args, output: layer_weights.append(output[1]))
     try:
         with eager_attention(model):
             whole = adapter.build(encoded, encoded.per_row(encoded.everything()))
             model(**whole.inputs, logits_to_keep=1)
     finally:
         hook.remove()
-    weights, kept = found[0], whole.kept_positions
+    weights, kept = layer_weights[0], whole.kept_positions
     return [weights[v.row, :, -1][:, torch.searchsorted(kept[v.row], v.columns.contiguous())] for v in encoded.videos]
 
 
 def _deep(encoded: Encoded) -> dict[str, Any]:
-    """Return what Qwen3-VL's language model takes: where visual tokens stand, and what each layer adds to them."""
+    """Return the inputs of Qwen3-VL's language model for deepstack: the visual mask, and each layer's features."""
     spans = [(v.row, v.columns, v.features.deep) for v in encoded.videos]
     spans += [(i.row, i.columns, i.deep) for i in encoded.images]
     where = torch.zeros_like(encoded.attention_mask)
@@ -162,10 +160,10 @@ def masked_greedy(
 ) -> Tensor:
     """Return `steps` greedy tokens (B, steps) of the masked reference, recomputed from scratch at each step.
 
-    They follow the prompts, and `extra_ids` (B, E) where given.
+    They follow the prompts and, if given, `extra_ids` (B, E).
     """
-    made = inputs["input_ids"][:, :0] if extra_ids is None else extra_ids
+    tokens = inputs["input_ids"][:, :0] if extra_ids is None else extra_ids
     for _ in range(steps):
-        logits = masked_logits(adapter, inputs, selections, made, videos)
-        made = torch.cat([made, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return made[:, made.shape[1] - steps :]
+        logits = masked_logits(adapter, inputs, selections, tokens, videos)
+        tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokens[:, tokens.shape[1] - steps :]

@@ -1,4 +1,4 @@
-"""Tiny random models of every supported family, built from configurations: no download, milliseconds to run."""
+"""Tiny random models and processors of every supported family: no download, milliseconds to run."""
 
 from __future__ import annotations
 
@@ -30,31 +30,39 @@ def _text(layers: int, **changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
-    """Return a random LLaVA-OneVision, `layers` layers of width 64, frames of 56 px in 4×4 patches."""
-    from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+QWEN_VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN_IDS = {"video_token_id": VIDEO, "image_token_id": IMAGE, "vision_start_token_id": 118, "vision_end_token_id": 119}
 
-    config = LlavaOnevisionConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 56,
-            "patch_size": 8,
-            "vision_use_head": False,
-        },
+
+def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections} | more}
+
+
+def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
+    """Return a random LLaVA-OneVision, `layers` layers of width 64, frames of 56 px in 4×4 tokens."""
+    vision = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 8, "vision_use_head": False}
+    return _random_model(
+        "LlavaOnevision",
+        seed,
+        vision_config=VISION | vision,
         text_config=_text(layers, model_type="qwen2"),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=[[56, 56]],
     )
-    return _made(LlavaOnevisionForConditionalGeneration, config, seed)
 
 
 def llava_video(seed: int = 0, layers: int = 3) -> Any:
-    """Return a random LLaVA-Video: as LLaVA-OneVision, its layout stated, 3×3 tokens a frame and a newline per row."""
+    """Return a random LLaVA-Video: LLaVA-OneVision with layout "grid", 3×3 tokens a frame and a newline per row."""
     model = llava_onevision(seed, layers)
     model.config.vidsieve_layout = "grid"
     return model
@@ -62,119 +70,56 @@ def llava_video(seed: int = 0, layers: int = 3) -> Any:
 
 def qwen2_5_vl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random Qwen2.5-VL, `layers` layers of width 64 with M-RoPE sections (2, 3, 3)."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    config = Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 2,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-        },
-        text_config=_text(
-            layers, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-        ),
-        video_token_id=VIDEO,
-        image_token_id=IMAGE,
-        vision_start_token_id=118,
-        vision_end_token_id=119,
-    )
-    return _made(Qwen2_5_VLForConditionalGeneration, config, seed)
+    vision = {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+    text = _text(layers, **_mrope([2, 3, 3]))
+    return _random_model("Qwen2_5_VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
 
 
 def qwen3_vl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random Qwen3-VL, `layers` layers of width 64, interleaved M-RoPE, deepstack features in two layers."""
-    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
-
-    text = _text(
-        layers,
-        head_dim=16,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [4, 2, 2],
-            "mrope_interleaved": True,
-        },
-    )
-    config = Qwen3VLConfig(
-        vision_config={
-            "depth": 3,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_heads": 2,
-            "out_hidden_size": 64,
-            "patch_size": 4,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        text_config=text,
-        video_token_id=VIDEO,
-        image_token_id=IMAGE,
-        vision_start_token_id=118,
-        vision_end_token_id=119,
-    )
-    return _made(Qwen3VLForConditionalGeneration, config, seed)
+    vision = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
+    text = _text(layers, head_dim=16, **_mrope([4, 2, 2], mrope_interleaved=True))
+    return _random_model("Qwen3VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
 
 
 def internvl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random InternVL, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
-
-    config = InternVLConfig(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": [32, 32],
-            "patch_size": [4, 4],
-        },
+    return _random_model(
+        "InternVL",
+        seed,
+        vision_config=VISION | {"image_size": [32, 32], "patch_size": [4, 4]},
         text_config=_text(layers, model_type="qwen2"),
         image_token_id=IMAGE,
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    return _made(InternVLForConditionalGeneration, config, seed)
 
 
 def smolvlm(seed: int = 0, layers: int = 3) -> Any:
     """Return a random SmolVLM, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
-    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration
-
-    config = SmolVLMConfig(
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 32,
-            "patch_size": 4,
-        },
+    return _random_model(
+        "SmolVLM",
+        seed,
+        vision_config=VISION | {"image_size": 32, "patch_size": 4},
         text_config=_text(layers, model_type="llama"),
         image_token_id=IMAGE,
         scale_factor=2,
     )
-    return _made(SmolVLMForConditionalGeneration, config, seed)
 
 
-def _made(kind: Any, config: Any, seed: int) -> Any:
+def _random_model(name: str, seed: int, **fields: Any) -> Any:
+    """Return a model of transformers' classes `name`, in evaluation mode, with spread weights."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = kind(config)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                # The library's small start makes every answer nearly the same; spread the logits.
+                # transformers' small initial weights make every answer nearly the same; spread the logits.
                 parameter.data.normal_(0, 0.12)
-        # Words only: a random model would say placeholders too, which no conversation can go on from.
+        # Words only: a random model would generate placeholders too, and no conversation can continue after one.
         model.get_output_embeddings().weight.data[100:] = 0
     model.config.vidsieve_template = TEMPLATE
     model.generation_config.pad_token_id = 0
@@ -183,12 +128,7 @@ def _made(kind: Any, config: Any, seed: int) -> Any:
 
 
 FAMILIES = {
-    "llava_onevision": llava_onevision,
-    "llava_video": llava_video,
-    "qwen2_5_vl": qwen2_5_vl,
-    "qwen3_vl": qwen3_vl,
-    "internvl": internvl,
-    "smolvlm": smolvlm,
+    function.__name__: function for function in (llava_onevision, llava_video, qwen2_5_vl, qwen3_vl, internvl, smolvlm)
 }
 
 
@@ -203,14 +143,14 @@ def inputs_for(
 ) -> dict[str, Tensor]:
     """Return processor-like inputs: one list of video grids per prompt, random pixels and words.
 
-    InternVL and SmolVLM read all frames of a prompt as one video, unless `prune` is told otherwise.
+    InternVL and SmolVLM read all frames of a prompt as one video, unless `prune` gets `videos`.
 
     Parameters
     ----------
-    videos : per prompt, the grids of its videos; LLaVA grids are 4×4, as the processor counts, and of as many frames
+    videos : per prompt, the grids of its videos; LLaVA grids are 4×4, with equal frame counts
     words : per prompt, words after its last video (different numbers make a ragged batch)
     pad : {"left", "right"}
-    image : put a still image behind each prompt's first video
+    image : put a still image after each prompt's first video
     """
     draw = torch.Generator().manual_seed(seed)
     words = words or [5] * len(videos)
@@ -241,41 +181,41 @@ _IMAGE_TOKENS = {**dict.fromkeys(_LLAVA, 7 * 7 + 7 * 8), "qwen2_5_vl": 8, "qwen3
 def _pixels(
     family: str, videos: list[list[TokenGrid]], ids: Tensor, draw: torch.Generator, image: bool
 ) -> dict[str, Tensor]:
-    """Return the pixels of a batch and what the family's processor says of them."""
+    """Return the pixels of a batch, and their sizes as the family's processor returns them."""
     flat, prompts = [grid for grids in videos for grid in grids], len(videos)
     if family in _LLAVA:
-        made = {"pixel_values_videos": torch.randn(len(flat), flat[0].frames, 3, 56, 56, generator=draw)}
+        pixels = {"pixel_values_videos": torch.randn(len(flat), flat[0].frames, 3, 56, 56, generator=draw)}
         if image:
-            made["pixel_values"] = torch.randn(prompts, 2, 3, 56, 56, generator=draw)
-            made["image_sizes"] = torch.tensor([[56, 56]] * prompts)
-        return made
+            pixels["pixel_values"] = torch.randn(prompts, 2, 3, 56, 56, generator=draw)
+            pixels["image_sizes"] = torch.tensor([[56, 56]] * prompts)
+        return pixels
     if family in ("internvl", "smolvlm"):
         counts = [sum(g.frames for g in grids) + image for grids in videos]
         frames = [torch.randn(count, 3, 32, 32, generator=draw) for count in counts]
         if family == "internvl":
             return {"pixel_values": torch.cat(frames)}
-        black = torch.zeros(prompts, max(counts), 3, 32, 32)  # padding
-        for line, some in zip(black, frames, strict=True):
-            line[: len(some)] = some
-        return {"pixel_values": black}
+        padded = torch.zeros(prompts, max(counts), 3, 32, 32)
+        for row, part in zip(padded, frames, strict=True):
+            row[: len(part)] = part
+        return {"pixel_values": padded}
     grids = torch.tensor([[g.frames, 2 * g.height, 2 * g.width] for g in flat])
-    made = {
+    pixels = {
         "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, generator=draw),
         "video_grid_thw": grids,
         "mm_token_type_ids": 2 * (ids == VIDEO).long() + (ids == IMAGE).long(),
     }
     if family == "qwen2_5_vl":
-        made["second_per_grid_ts"] = torch.full((len(flat),), 1.0)
+        pixels["second_per_grid_ts"] = torch.full((len(flat),), 1.0)
     if image:
-        made["image_grid_thw"] = torch.tensor([[1, 4, 8]] * prompts)
-        made["pixel_values"] = torch.randn(32 * prompts, 96, generator=draw)
-    return made
+        pixels["image_grid_thw"] = torch.tensor([[1, 4, 8]] * prompts)
+        pixels["pixel_values"] = torch.randn(32 * prompts, 96, generator=draw)
+    return pixels
 
 
 def _placeholders(family: str, grid: TokenGrid) -> list[int]:
-    """Return what stands for one video in a prompt, as the family's processor writes it."""
+    """Return the ids of one video in a prompt, as the family's processor writes them."""
     if family in _LLAVA:
-        return [VIDEO] * (grid.num_tokens + 1)  # and one newline at the end
+        return [VIDEO] * (grid.num_tokens + 1)  # one newline at the end
     if family == "qwen2_5_vl":
         return [118, *[VIDEO] * grid.num_tokens, 119]
     kind = VIDEO if family == "qwen3_vl" else IMAGE
@@ -284,10 +224,98 @@ def _placeholders(family: str, grid: TokenGrid) -> list[int]:
 
 
 def placeholder(family: str) -> int:
-    """Return the id that stands for a video's token."""
+    """Return the id of a video token's placeholder."""
     return IMAGE if family in ("internvl", "smolvlm") else VIDEO
 
 
 def default_grid(family: str, frames: int = 3) -> TokenGrid:
     """Return the grid of a video as this family's tiny processor counts it: a wide 2×4 for Qwen, else 4×4."""
     return TokenGrid(frames, 2, 4) if family.startswith("qwen") else TokenGrid(frames, 4, 4)
+
+
+CHAT = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% for p in m['content'] %}{% if p['type'] == 'video' %}VIDEO "
+    "{% else %}{{ p['text'] }} {% endif %}{% endfor %}<|im_end|> {% endfor %}<|im_start|> assistant"
+)
+TEXT = ("what", "colour", "is", "the", "home", "?", "red", "blue", "green", "seconds>", "Frame1:", "Frame2:")
+"""Words that the tiny tokenizers know, ids from 10."""
+
+
+def processor_for(family: str) -> Any:
+    """Return a processor of the family's own class that writes the ids of the tiny models."""
+    import transformers as t
+
+    size = {"size": {"height": 56, "width": 56}}
+    if family.startswith("llava"):
+        return t.LlavaOnevisionProcessor(
+            image_processor=t.LlavaOnevisionImageProcessor(**size),
+            tokenizer=_tokenizer(family),
+            video_processor=t.LlavaOnevisionVideoProcessor(**size),
+            num_image_tokens=49,
+            vision_feature_select_strategy="full",
+            video_token="<|video_pad|>",
+            image_token="<|image_pad|>",
+            chat_template=CHAT.replace("VIDEO", "<|video_pad|>"),
+        )
+    if family == "internvl":
+        size = {"size": {"height": 32, "width": 32}}
+        return t.InternVLProcessor(
+            image_processor=t.GotOcr2ImageProcessor(**size),
+            tokenizer=_tokenizer(family),
+            video_processor=t.InternVLVideoProcessor(**size),
+            image_seq_length=16,
+            chat_template=CHAT.replace("VIDEO", "<|video_pad|>"),
+        )
+    sizes = {
+        "patch_size": 4,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "size": {"shortest_edge": 64, "longest_edge": 16 * 32 * 32},
+    }
+    kind, video_processor = {
+        "qwen2_5_vl": (t.Qwen2_5_VLProcessor, t.Qwen2VLVideoProcessor),
+        "qwen3_vl": (t.Qwen3VLProcessor, t.Qwen3VLVideoProcessor),
+    }[family]
+    # Qwen3-VL's checkpoints have these; vLLM takes those of videos from images.
+    scaling = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if family == "qwen3_vl" else {}
+    return kind(
+        image_processor=t.Qwen2VLImageProcessor(**sizes, **scaling),
+        tokenizer=_tokenizer(family),
+        video_processor=video_processor(**sizes, cap_pixels_per_frame=False),
+        chat_template=CHAT.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
+    )
+
+
+def _tokenizer(family: str) -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "<|vision_start|>": 118,
+        "<|vision_end|>": 119,
+        "<|video_pad|>": VIDEO,
+        "<|image_pad|>": IMAGE,
+        "<|im_start|>": START,
+        "<|im_end|>": END,
+    }
+    words = {"<pad>": 0, "<unk>": 1, **special, "user": USER, "assistant": 110}
+    words |= {word: 10 + number for number, word in enumerate(TEXT)}
+    words |= {f"w{i}": i for i in range(VOCABULARY) if i not in words.values()}
+    core = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    named = {
+        "start_image_token": "<|vision_start|>",
+        "end_image_token": "<|vision_end|>",
+        "context_image_token": "<|image_pad|>",
+        "video_token": "<|video_pad|>",
+    }
+    extra: dict[str, Any] = {"additional_special_tokens": list(special)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        **({"extra_special_tokens": named} if family == "internvl" else extra),
+    )

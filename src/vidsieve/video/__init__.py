@@ -9,7 +9,7 @@ from vidsieve.errors import VideoError
 
 
 def check_file(path: Path) -> None:
-    """Refuse what is no file, or an empty one, before anything is loaded for it.
+    """Check that `path` is a file and not empty.
 
     Raises
     ------

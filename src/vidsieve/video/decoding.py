@@ -1,9 +1,9 @@
-"""Decoding just the wanted frames of a file, checked packet by packet against an index of what it shows.
+"""Decode only the wanted frames of a file, checked packet by packet against an index.
 
-Each wanted frame is decoded from the keyframe before it. Every packet on that way is compared with the index, and the
-decoded frames with what the container says of them: a run must begin with a picture that the decoder takes for a
-keyframe, and pictures must come out in the order of their timestamps. Whatever does not agree (a container that seeks
-to elsewhere, false keyframes, missing references, damaged data) ends in decoding the file from its start instead.
+Each wanted frame is decoded from the keyframe before it. Every packet on the path is compared with the index, and the
+decoded frames with their packets: a run must begin with a picture that the decoder reports as a keyframe, and pictures
+must come out in the order of their timestamps. On any mismatch (a container that seeks elsewhere, false keyframes,
+missing references, damaged data) the file is decoded from its start instead.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ SEEKABLE = frozenset(
         *("mjpeg", "prores", "dnxhd", "png", "rawvideo", "ffv1", "huffyuv", "ffvhuff", "utvideo"),
     }
 )
-"""Codecs whose keyframes stand for themselves by their specification; of others a file is read through."""
+"""Codecs whose keyframes can be decoded alone, by their specification; other files are read from the start."""
 DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
-"""Decoders that are called otherwise than their codec."""
+"""Codecs of decoders with another name."""
 UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "vvc", "obu"})
-"""Formats that store no presentation times: FFmpeg makes them up, and gets them wrong where pictures are reordered."""
+"""Formats without presentation times: FFmpeg computes them, wrongly if pictures are reordered."""
 PREFIX = 8
-"""So many frames are decoded for the index, to see whether they come in the order that the packets announce."""
+"""Number of frames decoded for the index, to check that they come in the order of the packets."""
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Notes = dict[str, None]  # an ordered set
-Row = tuple[int, int, bool, int, bool]  # of a packet: pts, bytes, whether it is a keyframe, dts, whether it is shown
+Row = tuple[int, int, bool, int, bool]  # a packet: pts, bytes, is it a keyframe, dts, is it shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,17 +61,17 @@ class Index:
 
     @property
     def seconds(self) -> NDArray[np.float64]:
-        """When each frame appears, seconds from the first."""
+        """Time at which each frame appears, in seconds from the first."""
         return np.array((self.pts - self.pts[0]) * self.tick.numerator / self.tick.denominator, np.float64)
 
     @property
     def duration(self) -> float:
-        """Seconds from the first frame's appearance to the last one's end."""
+        """Seconds from the start of the first frame to the end of the last."""
         return float((self.end - int(self.pts[0])) * self.tick)
 
 
 class Reel:
-    """The wanted frames, filled in as they are decoded; the earliest sets size and orientation."""
+    """The wanted frames, filled in as they are decoded; the first sets size and orientation."""
 
     pixels: Pixels
 
@@ -79,31 +79,29 @@ class Reel:
         self.notes, self.names, self.missing = notes, wanted, set(wanted.tolist())
         self.aspect = Fraction(1)  # of a pixel
         self.size, self.matrix = (0, 0), [1, 0, 0, 0, 1]
-        self.convert = VideoReformatter().reformat  # kept, for it caches its tables
+        self.convert = VideoReformatter().reformat  # reused, since it caches its tables
 
     def shown(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return width and height at which a player shows a frame: as wide as its pixels make it."""
+        """Return the width and height of a frame on screen, by the aspect ratio of its pixels."""
         return max(1, round(frame.width * self.aspect)), frame.height
 
     def offer(self, name: int | None, frame: VideoFrame) -> None:
-        """Fill in `frame` if it is wanted and not there yet."""
+        """Fill in `frame` if it is wanted and missing."""
         if name not in self.missing:
             return
         self.missing.discard(name)
         if first := self.size == (0, 0):
             self.size = self.shown(frame)
             if self.size != (frame.width, frame.height):
-                stored, shown = (f"{width}×{height}" for width, height in ((frame.width, frame.height), self.size))
-                ratio = f"{float(self.aspect):.4g}"
-                self.notes[f"pixels are {ratio} times as wide as high: frames of {stored} were scaled to {shown}"] = (
-                    None
-                )
+                stored, shown = f"{frame.width}×{frame.height}", "{}×{}".format(*self.size)
+                note = f"pixels are {float(self.aspect):.4g} times as wide as high: frames of {stored}"
+                self.notes[f"{note} were scaled to {shown}"] = None
             if matrix := cast("Mapping[str, bytes]", frame.side_data).get("DISPLAYMATRIX"):
                 self.matrix = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
         elif self.size != self.shown(frame):
             self.notes["frames of another size were scaled to that of the earliest"] = None
         rgb = cast(Pixels, self.convert(frame, *self.size, format="rgb24", **ONE_THREAD).to_ndarray())
-        # x' = a·x + c·y, y' = b·x + d·y, taken as the nearest of the eight ways to lay a rectangle on another
+        # x' = a·x + c·y, y' = b·x + d·y, rounded to the nearest of the eight rotations and reflections
         a, b, _, c, d = self.matrix
         if abs(b) > abs(a):
             rgb, a, d = rgb.transpose(1, 0, 2), c, b
@@ -117,18 +115,18 @@ class Reel:
 
 
 class File:
-    """A file opened at the stream that a player would show, with one decoding thread."""
+    """An open file, at the stream that a player would show, with one decoding thread."""
 
     def __init__(self, path: Path, notes: Notes) -> None:
         self.notes = notes
         check_file(path)
-        try:  # absolute, for FFmpeg takes "a:b.mp4" for a protocol
+        try:  # absolute: FFmpeg reads "a:b.mp4" as a protocol
             self.container = av.open(str(path.resolve()), metadata_errors="replace")
         except av.FFmpegError as error:
             raise VideoError(f"{path} is no video or cut short ({error.strerror}): fetch or encode it again") from error
         self.close, streams = self.container.close, self.container.streams
         videos = [s for s in streams.video if not s.disposition & Disposition.attached_pic]
-        if not videos or self.container.format.name == "tty":  # FFmpeg takes any .txt for terminal art
+        if not videos or self.container.format.name == "tty":  # FFmpeg reads any .txt as terminal art
             held = "cover art" if streams.video else "sound" if streams.audio else "other data"
             raise VideoError(f"{path} has no video stream, only {held}: give a file with one")
         videos = [s for s in videos if cast(object, s.codec_context) is not None]
@@ -139,26 +137,28 @@ class File:
                 f"{path} is an animated WebP, which FFmpeg does not read: save it as mp4, or its frames as images and "
                 "name those in a row's `frames`"
             )
-        best = max(videos, key=lambda s: (not _is_still(s), bool(s.disposition & Disposition.default), _area(s)))
+        best = max(
+            videos, key=lambda s: (not _is_still(s), bool(s.disposition & Disposition.default), s.width * s.height)
+        )
         self.stream: VideoStream = best
         self.codec = best.codec_context
         aspect = best.sample_aspect_ratio or self.codec.sample_aspect_ratio or Fraction(1)
-        self.aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond, it is a mistake
-        self.codec.thread_count = 1  # frame threads start anew after each seek, which costs more than it gains
+        self.aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond that it is an error in the file
+        self.codec.thread_count = 1  # frame threads restart after each seek, which costs more than they gain
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """Yield the stream's whole packets up to where the file ends or breaks off."""
+        """Yield the stream's intact packets until the file ends or breaks off."""
         try:
             for packet in self.container.demux(self.stream):
                 if packet.is_corrupt:
                     self.notes["corrupt packets were skipped"] = None
                 elif packet.size:
                     yield packet
-        except (av.FFmpegError, IndexError) as error:  # IndexError: a damaged file that seems to begin a new stream
+        except (av.FFmpegError, IndexError) as error:  # IndexError: a damaged file seems to start a new stream
             self.notes[f"the file breaks off ({error})"] = None
 
     def decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-        """Return the whole frames that come out when `packet` goes in; None empties the decoder."""
+        """Return the intact frames that `packet` completes; None flushes the decoder."""
         try:
             frames = self.codec.decode(packet)
         except av.FFmpegError:
@@ -169,19 +169,19 @@ class File:
         return [frame for frame in frames if not frame.is_corrupt]
 
     def frames(self) -> Iterator[VideoFrame]:
-        """Yield every whole frame that a player shows."""
+        """Yield every intact frame that a player shows."""
         for packet in chain(self.packets(), [None]):
             yield from self.decode(packet)
 
     def unseekable(self) -> str:
-        """Return why frames decoded from a keyframe on may not be those of the file; empty where they are."""
+        """Return the reason why decoding from a keyframe may give other frames; empty if it does not."""
         codec = DECODERS.get(self.codec.name, self.codec.name)
         if self.codec.pix_fmt == "pal8":
             return "its palette comes with its first packet alone"
         return "" if codec in SEEKABLE else f"keyframes of {codec} may need what lies before them"
 
     def index(self) -> Index | None:
-        """Return the index that the packets give; None where they do not tell what is shown."""
+        """Return the index from the packets; None if they do not determine the shown frames."""
         rows: list[Row] = []
         shown: list[tuple[int, int]] = []
         prefix: list[VideoFrame] = []
@@ -190,24 +190,24 @@ class File:
                 return None
             dts, inside = packet.pts if packet.dts is None else packet.dts, not packet.is_discard
             rows.append((packet.pts, packet.size, packet.is_keyframe, dts, inside))
-            if inside:  # else it lies outside the edit list: decoded, never shown
+            if inside:  # else it is outside the edit list: decoded, never shown
                 shown.append((packet.pts, packet.duration or 0))
             if len(prefix) < PREFIX:
                 prefix += self.decode(packet)
         seen = [frame.pts for frame in prefix]
         if not seen or None in seen or seen != sorted(cast("list[int]", seen)):
             return None
-        # What comes before the first keyframe may never be shown.
+        # Frames before the first keyframe may never be shown.
         shown = sorted(row for row in shown if row[0] >= cast(int, seen[0]))
         untimed = self.container.format.name in UNTIMED or (len(rows) > 1 and rows == sorted(rows))
         if self.codec.has_b_frames and untimed:
             return None
         if not shown or shown[0][0] != seen[0] or len(dict(shown)) < len(shown):
             return None
-        return self.made(shown, rows)
+        return self.indexed(shown, rows)
 
-    def made(self, shown: list[tuple[int, int]], rows: list[Row]) -> Index:
-        """Return the index of frames (pts, duration); the last one lasts as long as usual where it does not say."""
+    def indexed(self, shown: list[tuple[int, int]], rows: list[Row]) -> Index:
+        """Return the index of frames (pts, duration); without a duration the last one gets the median."""
         pts, tick = np.array([row[0] for row in shown]), self.stream.time_base or Fraction(1, av.time_base)
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((self.stream.average_rate or 25) * tick)
         index = Index(pts, int(pts[-1]) + (shown[-1][1] or max(1, round(usual))), tick, rows)
@@ -216,9 +216,9 @@ class File:
         return index
 
     def land(self, rows: list[Row], start: int) -> Iterator[Packet[VideoStream]]:
-        """Return the packets from keyframe `start` on, none where the container cannot be brought there."""
+        """Return the packets from keyframe `start`; none if the container cannot seek to it."""
         aims = [row[3] for row in rows[start::-1] if row[2]]
-        for aim in (rows[start][0], aims[0], *aims[1:5:3], aims[-1]):  # some seek by pts, some by dts, some land late
+        for aim in (rows[start][0], aims[0], *aims[1:5:3], aims[-1]):  # some seek by pts, some by dts, some too far
             try:
                 self.container.seek(aim, stream=self.stream)
             except av.FFmpegError:
@@ -232,21 +232,19 @@ class File:
         return iter(())
 
     def fill(self, reel: Reel, rows: list[Row], packets: Iterator[Packet[VideoStream]]) -> bool:
-        """Decode `rows`, from a keyframe on, into `reel`; return whether packets and pictures are as the rows say.
+        """Decode `rows`, which begin with a keyframe, into `reel`; return False on a mismatch.
 
-        The first row's picture must be a keyframe to the decoder, and those after it come in the order of their
-        timestamps. What an open group of pictures shows before its keyframe is not looked at.
+        The first row's picture must be a keyframe to the decoder, and the later ones must come in the order of their
+        timestamps. Pictures that an open group shows before its keyframe are skipped.
         """
         self.codec.flush_buffers()
-        # The decoder keeps a picture that is not shown to itself.
+        # The decoder does not output a picture that is not shown.
         newest = None if rows[0][4] else rows[0][0]
         for row in chain(rows, [None]):
             packet = next(packets, None) if row else None
             if row and (packet is None or row[:2] != (packet.pts, packet.size)):
                 return False
-            if (
-                row and self.codec.name == "h264"
-            ):  # there, frames that no other refers to are marked and can be left out
+            if row and self.codec.name == "h264":  # marks frames that no other refers to, which can be skipped
                 self.codec.skip_frame = "DEFAULT" if row[0] in reel.missing else "NONREF"
             for frame in self.decode(packet):
                 pts = frame.pts
@@ -260,20 +258,15 @@ class File:
 
 
 def _is_still(stream: VideoStream) -> bool:
-    """Return whether a stream is a still image, as AVIF has one beside its track."""
+    """True if a stream is a still image, as in AVIF."""
     still = bool(stream.disposition & Disposition.still_image)
     return still or (stream.frames == 1 and stream.duration is None)
 
 
-def _area(stream: VideoStream) -> int:
-    area: int = stream.width * stream.height
-    return area
-
-
 def decode_groups(path: Path, index: Index, wanted: Ints, seek: bool | None, notes: Notes) -> Reel | None:
-    """Return the wanted frames (pts) decoded from the keyframes before them; None if that does not give them all.
+    """Return the wanted frames (pts), decoded from the keyframes before them; None if one is missing.
 
-    `seek` says whether to jump to those keyframes or to pass over what lies between; None: whichever is less work.
+    `seek`: seek to those keyframes, or else skip the packets between them; None: whichever is less work.
     """
     rows, runs = index.packets, _runs(index.packets, wanted)
     passed_over = any(start > 0 for start, _ in runs)
@@ -304,12 +297,12 @@ def decode_groups(path: Path, index: Index, wanted: Ints, seek: bool | None, not
 
 
 def _runs(rows: list[Row], wanted: Ints) -> list[tuple[int, int]]:
-    """Return the runs of packets, from a keyframe to the last one needed, that hold the wanted frames."""
+    """Return the runs of packets, from a keyframe to the last one needed, with the wanted frames."""
     at = {row[0]: position for position, row in enumerate(rows)}
     keys = [position for position, row in enumerate(rows) if row[2]]
     runs: list[tuple[int, int]] = []
     for position in sorted({at[pts] for pts in wanted.tolist()}):
-        # A frame shown before the keyframe it follows may refer to what lies before both (open groups).
+        # A frame shown before the keyframe that it follows may refer to frames before both (open groups).
         before = reversed(keys[: bisect_right(keys, position)])
         start = next((key for key in before if rows[key][0] <= rows[position][0]), None)
         if start is None:
@@ -321,7 +314,7 @@ def _runs(rows: list[Row], wanted: Ints) -> list[tuple[int, int]]:
 
 
 def decode_all(path: Path, wanted: Ints, notes: Notes, *, counting: bool) -> Reel | None:
-    """Return the wanted frames, named by pts or by their count, decoded from the start; None if one does not come."""
+    """Return the wanted frames, by pts or by number, decoded from the start; None if one is missing."""
     reel, newest = Reel(wanted, notes), None
     with closing(File(path, notes)) as file:
         reel.aspect = file.aspect
@@ -337,7 +330,7 @@ def decode_all(path: Path, wanted: Ints, notes: Notes, *, counting: bool) -> Ree
 
 
 def count_frames(path: Path, notes: Notes) -> Index:
-    """Return the index that decoding the whole file gives."""
+    """Return the index from decoding the whole file."""
     with closing(File(path, notes)) as file:
         seen = [(frame.pts, frame.duration) for frame in file.frames()]
         if not seen:
@@ -346,7 +339,7 @@ def count_frames(path: Path, notes: Notes) -> Index:
         if len(dict(shown)) == len(seen):
             if [pts for pts, _ in shown] != [pts for pts, _ in seen]:
                 notes["its timestamps are not in the order in which its frames are shown: they were sorted"] = None
-            return file.made(shown, [])
+            return file.indexed(shown, [])
         rate = file.stream.average_rate or Fraction(25)
         notes[f"the file has no usable timestamps: {float(rate):g} frames per second are assumed"] = None
         return Index(np.arange(len(seen)), len(seen), 1 / rate)

@@ -1,7 +1,7 @@
-"""Frames of video files, read with PyAV: an index of timestamps first, then only the frames that are wanted.
+"""Read and write videos with PyAV: an index of timestamps first, then only the wanted frames.
 
-The index comes from the packets, so nothing is decoded for it; `decoding` then decodes what is needed. Videos made of
-still images are read here too.
+The index comes from the packets, without decoding; `decoding` then decodes the wanted frames. Videos of still images
+are read here too.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from vidsieve.errors import VideoError
 from vidsieve.io.files import writing
 from vidsieve.video.decoding import File, Index, Ints, Notes, Pixels, count_frames, decode_all, decode_groups
 
-TOLERANCE = 1e-6  # seconds: a moment this little before a frame's timestamp is on that frame
+TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame
 
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """Frames of a video, upright, and what had to be assumed to get them.
+    """Frames of a video, upright, and notes on how they were obtained.
 
     Parameters
     ----------
     pixels : array, (T, H, W, 3), uint8, RGB
-    timestamps : array, (T,), float64, seconds at which each appears; the first frame of the file appears at 0
-    notes : tuple of str, what was skipped, clamped or assumed
-    duration : float, seconds from the appearance of the file's first frame to the end of its last
-    fps : float, average rate of the file's frames
-    num_frames : int, how many frames of the file a player shows
-    size : tuple of int, height and width as shown
+    timestamps : array, (T,), float64, seconds at which each appears; the file's first frame appears at 0
+    notes : tuple of str, anything skipped, clamped or assumed
+    duration : float, seconds from the start of the file's first frame to the end of its last
+    fps : float, average frame rate of the file
+    num_frames : int, number of frames that a player shows
+    size : tuple of int, height and width on screen
     """
 
     pixels: Pixels
@@ -60,36 +60,36 @@ def read_video(
     max_frames: int | None = None,
     seek: bool | None = None,
 ) -> Video:
-    """Return the frames of a video file that one of `frames`, `fps` and `times` asks for.
+    """Return frames of a video file, chosen by exactly one of `frames`, `fps` and `times`.
 
     Parameters
     ----------
-    path : a local file of any kind that FFmpeg reads; of several video streams the default one, cover art aside
-    frames : so many frames uniformly over the file, its first and last included; 1 is the middle one
-    fps : the frames on screen at 0, 1/fps, 2/fps, … seconds, each once
-    times : the frame on screen at each of these seconds, in the given order: the last that appeared by then
-    max_frames : where `fps` comes to more frames than this, so many uniform ones are returned instead
-    seek : whether to jump to the keyframes needed or to read the file through; None jumps where that passes over
-        half of the file; the frames are the same
+    path : a local file that FFmpeg reads; of several video streams the default one, never cover art
+    frames : number of evenly spaced frames, the file's first and last included; 1 is the middle one
+    fps : frames on screen at 0, 1/fps, 2/fps, … seconds, each once
+    times : the frame on screen at each of these seconds, in this order
+    max_frames : limit for `fps`; beyond it, this many evenly spaced frames are returned
+    seek : True to seek to keyframes, False to read the file from its start, None for whichever reads less; the frames
+        are the same
 
     Raises
     ------
     VideoError
         If the file holds no readable video, or the request cannot be met.
     """
-    asked = _Request(Path(path), frames, fps, times, max_frames)
+    request = _Request(Path(path), frames, fps, times, max_frames)
     notes: Notes = {}
     reel = None
-    with closing(File(asked.path, notes)) as file:
+    with closing(File(request.path, notes)) as file:
         index = file.index()
     if index is not None:
-        chosen, remarks = asked.choose(index)
-        reel = decode_groups(asked.path, index, index.pts[chosen], seek, notes)
-        reel = reel or decode_all(asked.path, index.pts[chosen], notes, counting=False)
-    if index is None or reel is None:  # the packets do not tell what is shown, the frames themselves do
-        index = count_frames(asked.path, notes)
-        chosen, remarks = asked.choose(index)
-        reel = decode_all(asked.path, chosen, notes, counting=True)
+        chosen, remarks = request.choose(index)
+        reel = decode_groups(request.path, index, index.pts[chosen], seek, notes)
+        reel = reel or decode_all(request.path, index.pts[chosen], notes, counting=False)
+    if index is None or reel is None:  # the packets do not determine the shown frames: decode them all
+        index = count_frames(request.path, notes)
+        chosen, remarks = request.choose(index)
+        reel = decode_all(request.path, chosen, notes, counting=True)
     if reel is None:
         raise VideoError(f"{path} changed while it was being read: read it again")
     size, rate = (reel.pixels.shape[1], reel.pixels.shape[2]), len(index.pts) / index.duration
@@ -97,14 +97,14 @@ def read_video(
 
 
 def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames: int | None = None) -> Video:
-    """Return the video of one frame a second that shows still images one after another, each for some frames.
+    """Return a video of still images, one frame a second.
 
-    Images are turned upright, made RGB, and scaled to the size of the first.
+    Images are turned upright, converted to RGB, and scaled to the size of the first.
 
     Parameters
     ----------
-    images : (path, how many frames it stays), at least one
-    frames : at most so many frames, uniformly over the video; None: all
+    images : pairs (path, number of frames), at least one
+    frames : maximum number of frames, evenly spaced; None: all
 
     Raises
     ------
@@ -117,14 +117,14 @@ def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames:
     chosen = np.arange(len(shown)) if frames is None else _uniform(len(shown), frames)
     first = read_image(images[shown[0]][0])
     size = first.shape[1], first.shape[0]
-    # An image that subsampling passes over is not opened.
+    # Images without a chosen frame are not opened.
     pictures = {0: first} | {n: read_image(images[n][0], size) for n in set(shown[chosen].tolist()) - {0}}
     pixels = np.stack([pictures[n] for n in shown[chosen].tolist()])
     return Video(pixels, chosen.astype(np.float64), (), float(len(shown)), 1.0, len(shown), (size[1], size[0]))
 
 
 def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Pixels:
-    """Return a still image (H, W, 3) uint8 RGB, upright, scaled to `size` (width, height) where one is given.
+    """Return a still image (H, W, 3) uint8 RGB, upright, scaled to `size` (width, height) if given.
 
     Raises
     ------
@@ -144,12 +144,12 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Return an image of at most eight bits a channel: 16-bit and float grey are scaled, not cut off.
+    """Return an image of at most eight bits a channel: 16-bit and float grey are scaled, not clipped.
 
     Raises
     ------
     ValueError
-        If it does not say what is white: numbers beyond 16 bits, or floats outside [0, 1].
+        If its white is unknown: numbers beyond 16 bits, or floats outside [0, 1].
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -161,14 +161,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf: int = 12) -> None:
-    """Write pixels (T, H, W, 3) uint8 RGB, H and W even, as an H.264 mp4 that is complete or not there at all.
+    """Write pixels (T, H, W, 3) uint8 RGB, H and W even, as an H.264 mp4, atomically.
 
-    `crf` is the quality, from 0 (nothing lost but colour resolution) to 51.
+    `crf` is the quality, from 0 (only colour resolution is lost) to 51.
 
     Raises
     ------
     VideoError
-        If the pixels, rate or quality are not of that kind.
+        If the pixels, rate or quality cannot be encoded.
     OutputError
         If the path cannot be written.
     """
@@ -182,7 +182,7 @@ def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf
     with writing(Path(path)) as temporary:
         try:
             with av.open(str(temporary), "w", format="mp4") as container:
-                # With mbtree, x264 gives the same pixels other bytes from run to run.
+                # With mbtree, x264's output differs from run to run.
                 options = {"crf": str(crf), "x264-params": "mbtree=0"}
                 stream = container.add_stream("libx264", rate=rate, options=options)
                 stream.height, stream.width = pixels.shape[1:3]
@@ -220,13 +220,13 @@ class _Request:
             raise VideoError(f"{self.path}: times must be a sequence of at least one number; got {self.times!r}")
 
     def choose(self, index: Index) -> tuple[Ints, list[str]]:
-        """Return which of the shown frames to return, (T,) int64, and what to note."""
+        """Return the numbers (T,) int64 of the chosen frames, and notes."""
         seconds, n = index.seconds, len(index.pts)
         if self.frames is not None:
             notes = [f"asked for {self.frames} frames, the video has {n}: all are used"] if self.frames > n else []
             return _uniform(n, self.frames), notes
         if self.fps is not None:
-            # A frame is on screen at a moment k/fps if one lies between its appearance and that of the next.
+            # A frame is chosen if a time k/fps is between its start and that of the next.
             moments = np.ceil((np.append(seconds, index.duration) - TOLERANCE) * self.fps)
             chosen, asked = np.flatnonzero(np.diff(moments) > 0), f"{self.fps:g} fps asks for {moments[-1]:.0f} moments"
             if self.max_frames is not None and len(chosen) > self.max_frames:

@@ -1,12 +1,12 @@
-"""Methods that raised in vLLM's worker, and what becomes of their requests in its front end.
+"""Methods that raise in vLLM's worker, and the errors that their requests get in its front end.
 
-An exception in the worker would end the server, and how many embeddings a video has was fixed with its prompt. So the
-worker goes on with evenly kept tokens, and adds a line to a file that the processes of its server share: the video's
-key in vLLM's caches, and the error. The front end reads the file before it hands on what the engine says. Every request
-with that video, also one answered from the caches, is counted, named in the log, and gets an error (or its answer, if
+An exception in the worker would end the server, and the number of a video's embeddings is fixed with its prompt. So the
+worker continues with evenly kept tokens, and appends a line to a file that the server's processes share: the video's
+key in vLLM's caches, and the error. The front end reads the file before it processes outputs of the engine. Every
+request with that video, also one answered from the caches, is counted and logged, and gets an error (or its answer, if
 ``on_error`` is ``"uniform"``).
 
-This holds until the server ends, as the caches may hold what was computed from the other tokens.
+This lasts until the server ends, as the caches may hold results of the other tokens.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ VARIABLE = "VIDSIEVE_SERVER"
 NAME_BYTES = 8
 KEY_BYTES = NAME_BYTES + sha256().digest_size
 LONGEST = 500
-"""Characters of an error that are kept."""
+"""Maximum number of characters of an error."""
 
 
 @dataclass(frozen=True)
 class SelectionFailure:
-    """A method that raised: its name, the error in one line, and what the request gets (``on_error``)."""
+    """The name of a method that raised, the error in one line, and the server's ``on_error``."""
 
     method: str
     error: str
@@ -48,20 +48,20 @@ class SelectionFailure:
 
     @classmethod
     def of(cls, method: str, error: Exception, on_error: str) -> SelectionFailure:
-        """Return the failure of a method by an exception."""
+        """Return the failure of a method that raised `error`."""
         lines = str(error).strip().splitlines()
         text = f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
         return cls(method, text[:LONGEST], on_error)
 
     @property
     def message(self) -> str:
-        """What the request is told."""
+        """The error message of the request."""
         return f"{self.method} failed on a video of this request: {self.error}"
 
 
 @cache
 def server_name() -> str:
-    """Return the name that the processes of this server share; its first process makes it up."""
+    """Return the name that the processes of this server share; its first process sets it."""
     if parent_process() is None or VARIABLE not in os.environ:
         os.environ[VARIABLE] = token_hex(NAME_BYTES)
         atexit.register(_path(os.environ[VARIABLE]).unlink, missing_ok=True)
@@ -73,41 +73,41 @@ def _path(name: str) -> Path:
 
 
 def video_key(identity: str) -> str:
-    """Return a video's key: a hash of its identity in vLLM's caches, which a request may choose."""
+    """Return a video's key: the hash of its name in vLLM's caches, which a request may choose."""
     return sha256(identity.encode()).hexdigest()
 
 
 def report_key(identity: str) -> Tensor:
-    """Return what a video carries to the worker, (KEY_BYTES,) uint8: the server's name, and the video's key."""
+    """Return the bytes that a video carries to the worker, (KEY_BYTES,) uint8: the server's name, the video's key."""
     return torch.tensor(list(bytes.fromhex(server_name() + video_key(identity))), dtype=torch.uint8)
 
 
 def report(key: Tensor, failure: SelectionFailure) -> None:
-    """Tell the front end of a failure, under a video's `report_key`.
+    """Report a failure to the front end, under a video's `report_key`.
 
     Raises
     ------
     FileNotFoundError
-        If the front end has no such file in this machine's folder for temporary files: nobody would be told.
+        If the front end has no such file in this machine's temporary folder: the report would be lost.
     """
     both = bytes(key.tolist()).hex()
     name, video = both[: 2 * NAME_BYTES], both[2 * NAME_BYTES :]
     line = json.dumps({"video": video, **asdict(failure)}) + "\n"
     file = os.open(_path(name), os.O_WRONLY | os.O_APPEND)
     try:
-        os.write(file, line.encode())  # in one piece: several workers write to the file
+        os.write(file, line.encode())  # in one call: several workers write to the file
     finally:
         os.close(file)
 
 
 class Failures:
-    """What the workers of this server report from now on."""
+    """Failures that the workers of this server report from now on."""
 
     def __init__(self) -> None:
         self._path = _path(server_name())
         self._known: dict[str, SelectionFailure] = {}
         self._open()
-        self._file.seek(0, os.SEEK_END)  # what is there is about an earlier engine of this process
+        self._file.seek(0, os.SEEK_END)  # earlier lines are of an earlier engine of this process
 
     def _open(self) -> None:
         self._path.touch(mode=0o600)
@@ -118,7 +118,7 @@ class Failures:
         self._file.close()
 
     def expect(self) -> None:
-        """Have the file there before a video reaches the worker: folders for temporary files get cleaned."""
+        """Create the file again if it was deleted, before a video reaches the worker."""
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
                 return
@@ -150,10 +150,10 @@ def count(failure: SelectionFailure) -> None:
 
 
 def watch(processor: Any, refusal: Callable[[str], Exception], error: Any) -> None:
-    """Have vLLM's output processor look for failures before it hands on what the engine says.
+    """Patch vLLM's output processor to look for failures before it processes outputs of the engine.
 
-    A request of a server gets an exception, before any token of it is handed on. One of the offline ``LLM`` ends with
-    the finish reason "error", no text, and the message as its stop reason (an embedding: nothing in it), so that the
+    A request to a server gets an exception, before any of its tokens is returned. A request of the offline ``LLM`` ends
+    with the finish reason "error", no text, and the message as its stop reason (an embedding: empty), so that the
     others of its batch are answered.
 
     Parameters
@@ -194,8 +194,8 @@ def watch(processor: Any, refusal: Callable[[str], Exception], error: Any) -> No
             if not getattr(whole, "vidsieve_counted", False):
                 whole.vidsieve_counted = True
                 count(failure)
-                gets = "this error" if failure.on_error == "fail" else "an answer from uniform tokens"
-                LOG.error("request %s: %s; it gets %s", state.external_req_id, failure.message, gets)
+                outcome = "this error" if failure.on_error == "fail" else "an answer from uniform tokens"
+                LOG.error("request %s: %s; it gets %s", state.external_req_id, failure.message, outcome)
             if failure.on_error != "fail":
                 continue
             if state.queue is not None:
@@ -207,9 +207,9 @@ def watch(processor: Any, refusal: Callable[[str], Exception], error: Any) -> No
             output.finish_reason, output.stop_reason = error, failure.message
             if output.pooling_output is not None:
                 output.pooling_output = output.pooling_output[:0]
-        made = process(self, engine_core_outputs, *arguments, **options)
-        made.reqs_to_abort.extend(aborted)
-        return made
+        processed_outputs = process(self, engine_core_outputs, *arguments, **options)
+        processed_outputs.reqs_to_abort.extend(aborted)
+        return processed_outputs
 
     processed.vidsieve = True  # type: ignore[attr-defined]
     processor.__init__, processor.add_request, processor.process_outputs = started, added, processed

@@ -1,6 +1,6 @@
-"""LLaVA-OneVision in vLLM: fewer placeholders a video, and just the kept tokens behind them.
+"""LLaVA-OneVision in vLLM: one placeholder per kept token, and the newline.
 
-Positions are compact: vLLM counts 1-D positions over what is there (``positions="compact"`` under transformers).
+Positions are compact: vLLM counts 1-D positions over the kept tokens (``positions="compact"`` under transformers).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from vllm.model_executor.models import llava_onevision as theirs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from vidsieve.serving.vllm.processing import PruningProcessor
-from vidsieve.serving.vllm.shared import CARRIED, Selector, Shadow, carried, settings_in
+from vidsieve.serving.vllm.shared import CARRIED, Selector, check_engine, settings_of
 from vidsieve.types import TokenGrid
 
 
 class LlavaOnevisionProcessor(PruningProcessor, theirs.LlavaOnevisionMultiModalProcessor):  # type: ignore[misc]
-    """vLLM's processor with as many placeholders as tokens stay, and the newline."""
+    """vLLM's processor with one placeholder per kept token, and the newline."""
 
     def tokens_of(self, place: int, items: Any, fields: Any) -> tuple[int, int]:
         """Return a video's grid tokens, and its tokens outside the grid."""
@@ -37,39 +37,36 @@ class LlavaOnevisionProcessor(PruningProcessor, theirs.LlavaOnevisionMultiModalP
     dummy_inputs=theirs.LlavaOnevisionDummyInputsBuilder,
 )
 class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ignore[misc]
-    """vLLM's model; a video's embeddings are cut to what stays before they are cached."""
+    """vLLM's model with pruned videos."""
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
-        settings = settings_in(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._selector: Selector | None = None
+        settings = settings_of(vllm_config.model_config.hf_config)
         if settings is not None:
-            name = "LlavaOnevisionForConditionalGeneration"
-            self._selector = Selector(settings, Shadow(self.config, name, self.language_model.embed_input_ids))
-        self._asked: dict[str, Any] = {}
+            check_engine(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._selector = Selector.of(settings, self, "LlavaOnevisionForConditionalGeneration")
+        self._carried: dict[str, Any] = {}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Return the embeddings of every image and video, the latter pruned."""
-        self._asked = {name: kwargs.pop(name, None) for name in CARRIED}
+        self._carried = {name: kwargs.pop(name, None) for name in CARRIED}
         return super().embed_multimodal(**kwargs)
 
     def _process_video_pixels(self, inputs: Any) -> Sequence[Tensor]:
-        whole = list(super()._process_video_pixels(inputs))
+        videos = list(super()._process_video_pixels(inputs))
         if self._selector is None:
-            return whole
+            return videos
         vision = self.config.vision_config
         side = -(-(vision.image_size // vision.patch_size) // 2)
-        found = []
-        for place, video in enumerate(whole):
+        for place, video in enumerate(videos):
             tokens = video.reshape(-1, video.shape[-1])
             grid = TokenGrid((len(tokens) - 1) // side**2, side, side)
-            count, prompt, key = carried(self._asked, place)
-            _, kept, _ = self._selector(tokens[:-1], grid, count, prompt, tail=tokens[-1:], report_key=key)
-            found.append(torch.cat([kept, tokens[-1:]]))
-        return found
+            _, kept, _ = self._selector(tokens[:-1], grid, self._carried, place, tail=tokens[-1:])
+            videos[place] = torch.cat([kept, tokens[-1:]])
+        return videos
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load weights; vision towers as transformers 5 names them are found too."""
+        """Load weights, also those of vision towers under the names of transformers 5."""
         return set(super().load_weights(_renamed(weights)))
 
 
