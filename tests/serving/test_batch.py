@@ -18,7 +18,7 @@ from vidsieve import answering
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
-from vidsieve.evaluation.methods import method_for
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.serving import batch
 from vidsieve.serving.batch import Paths, answer_file
 from vidsieve.serving.batching.ahead import read_ahead

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from vidsieve.cli.shared import (
     PAGE,
@@ -21,14 +19,15 @@ from vidsieve.cli.shared import (
     out,
     quiet,
     set_threads,
-    table,
     words,
     write_json,
     write_report,
 )
 from vidsieve.errors import EvaluationError, UnknownNameError
+from vidsieve.evaluation.table import Table
 from workbench.papers.bundles import bundled, read_bundle
 from workbench.papers.paper_tables import PAPER_TABLES, PaperTable, paper_table
+from workbench.papers.report import bundle_tables, missing_table
 from workbench.papers.running import Part, evaluated, on_testbed, timed, trained
 
 
@@ -109,7 +108,7 @@ def reproduce(
         return
     if not any(cell.get("measured") is not None for cell in cells.values()):
         raise EvaluationError(f"nothing of {name} can be measured here: see what is missing above, or use --testbed")
-    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.experiment import versions
     from vidsieve.io.machine import machine
 
     made = bundled(
@@ -122,7 +121,8 @@ def reproduce(
         versions=versions(),
         machine=machine(),
     )
-    _print(made)
+    for one in bundle_tables(made, measured_only=True):
+        out.print(one.to_rich())
     if testbed and spec.kind == "accuracy":
         out.print(
             f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
@@ -132,9 +132,10 @@ def reproduce(
     write_json(target, made)
     read_bundle(target)
     out.print(f"written: {target}")
-    from workbench.papers.report import bundle_sections
+    from vidsieve.report.sections import table_section
 
-    write_report(report, f"{name}, published and measured", lambda: bundle_sections(made))
+    tables = [*bundle_tables(made), *missing_table(made)]
+    write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -170,16 +171,5 @@ def _check(path: Path) -> None:
         models = ", ".join(dict.fromkeys(cell["model"] for cell in made["cells"] if cell["measured"] is not None))
         where = "testbed" if made["testbed"] else models
         lines.append((file.name, made["table"], where, told, made["versions"].get("vidsieve", "–")))
-    out.print(table("sound result bundles", ("file", "table", "of", "cells measured", "vidsieve"), lines, right=(3,)))
-
-
-def _print(made: Mapping[str, Any]) -> None:
-    """Print a bundle, one line a row, published / measured in every column."""
-    from workbench.papers.report import lines_of, measured_columns
-
-    for model in dict.fromkeys(cell["model"] for cell in made["cells"]):
-        own = [cell for cell in made["cells"] if cell["model"] == model]
-        columns = measured_columns(own)  # a terminal is narrow; the bundle and the report have the others
-        rows = [(escape(row), *line) for row, *line in lines_of(own, columns)]
-        title = f"{made['table']}, {model}: published | measured" + (" on the testbed" if made["testbed"] else "")
-        out.print(table(title, ("", "kept", *columns), rows, right=range(1, 2 + len(columns))))
+    columns = ("file", "table", "of", "cells measured", "vidsieve")
+    out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())

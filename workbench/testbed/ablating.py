@@ -22,9 +22,10 @@ import torch
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import UnknownNameError
-from vidsieve.evaluation.methods import named_method, rows_for
+from vidsieve.evaluation.conditions import method_for
+from vidsieve.evaluation.experiment import measured
 from vidsieve.evaluation.stats import Estimate, clustered_mean
-from vidsieve.evaluation.testbed import answers, scenes
+from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
 from vidsieve.io.files import writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
@@ -98,14 +99,12 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         model_name="testbed",
         resume=os.path.exists(home / CHECKPOINT),
     )
-    rows = rows_for({str(home): named_method(str(home))}, RETENTIONS, probes=run.condition.probes)
-    adapter = adapter_for(model)
-    marks: dict[str, list[bool]] = {f"{row.method}/{row.retention:g}": [] for row in rows}
-    clusters: list[int] = []
-    for number, scene in enumerate(scenes(adapter, processor, "A", EVAL_SEED, run.questions)):
-        for row in rows:
-            marks[f"{row.method}/{row.retention:g}"] += answers(adapter, scene, row, EVAL_SEED + number)[0]
-        clusters += [number] * len(scene.questions)
+    task = ScenesTask(adapter_for(model), processor, "A", EVAL_SEED, run.questions)
+    _, *conditions = scene_conditions({run.method: method_for(str(home))}, RETENTIONS, probes=run.condition.probes)
+    marks = task.marks(measured(task, conditions))
+    rows = {condition.key: condition.described() for condition in conditions}
+    marks = {f"{rows[key]['method']}/{rows[key]['retention']:g}": own for key, own in marks.items()}
+    clusters = list(task.items.values())
     result = {"marks": marks, "clusters": clusters, "curve": read_metrics(home), "minutes": record["minutes"]}
     with writing(home / RESULT) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")

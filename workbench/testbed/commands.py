@@ -9,12 +9,34 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.evaluate import print_result
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, Threads, check_output, check_world, out, quiet, set_threads, write_json
+from vidsieve.cli.shared import (
+    PAGE,
+    Earliest,
+    Json,
+    Report,
+    Share,
+    Threads,
+    check_output,
+    check_world,
+    out,
+    parse_share,
+    quiet,
+    run_task,
+    set_threads,
+    words,
+    write_json,
+    write_report,
+)
 from vidsieve.io.files import writing
 from vidsieve.loading import load_model
 from vidsieve.retention import parse_retentions
+
+TALKER = Path(__file__).with_name("talker")
+"""The testbed's model, trained further to count and to say what is not there."""
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False)
+]
 
 
 def build(
@@ -68,6 +90,7 @@ def separation(
     attention: Annotated[
         bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
     ] = False,
+    folder: Out = None,
     threads: Threads = 0,
     json: Json = None,
 ) -> None:
@@ -76,27 +99,62 @@ def separation(
     check_output(json)
     check_world(world)
     set_threads(threads)
-    from vidsieve.evaluation.testbed import MARKS
-    from workbench.testbed.study import measure, targets
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.tasks.testbed import ScenesTask
+    from workbench.testbed.study import separation_conditions, targets
 
     quiet()
     network, processor = load_model(model)
-    with Bar("scenes", 1) as advance:
-        result = measure(
-            network,
-            processor,
-            ratios,
-            world=world,
-            seed=seed,
-            questions=questions,
-            attention=attention,
-            progress=advance,
-        )
-    print_result(result)
+    adapter = adapter_for(network)
+    task = ScenesTask(adapter, processor, world, seed, questions, model)
+    conditions = separation_conditions(adapter, processor, ratios, world=world, seed=seed, attention=attention)
+    result = run_task(task, conditions, "scenes", folder=folder).to_json()
     for line in targets(result):
         out.print(line, highlight=False)
-    shown = {key: value for key, value in result.items() if key not in MARKS}
-    write_json(json, shown | {"targets": targets(result)})
+    write_json(json, result | {"targets": targets(result)})
+
+
+def open_ended(
+    methods: Annotated[str, typer.Option(help="Names, name:variant, policy folders, or 'all'.")] = "all",
+    retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    scenes: Annotated[int, typer.Option(help="Scenes, some 35 questions and a caption each.", min=2)] = 60,
+    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).")] = "A",
+    model: Annotated[str, typer.Option(help="'talker', or the folder of one built anew.")] = "talker",
+    earliest: Earliest = False,
+    folder: Out = None,
+    share: Share = None,
+    threads: Threads = 0,
+    report: Report = None,
+    json: Json = None,
+) -> None:
+    """Beyond multiple choice, on the testbed: captions, counting, order, what is not there, a second turn."""
+    ratios = parse_retentions(retention)
+    check_output(json)
+    check_output(report, PAGE)
+    check_world(world)
+    shard = parse_share(share, folder is not None)
+    set_threads(threads)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import check_known, check_prefill, conditions_of, named_methods
+    from vidsieve.report.sections import result_sections
+    from vidsieve.testbed.world import FRAMES
+    from workbench.testbed.open_ended import OpenTask
+
+    names = words(methods)
+    for name in names:
+        check_known(name)
+    if "all" not in names and "random" not in names:
+        names = ["random", *names]
+    quiet()
+    chosen = named_methods(names, earliest=earliest, prefill=True)
+    check_prefill(chosen)
+    network, processor = load_model(str(TALKER) if model == "talker" else model)
+    task = OpenTask(adapter_for(network.float()), processor, world, seed, scenes, model)
+    conditions = conditions_of(chosen, ratios, [FRAMES])
+    table = run_task(task, conditions, "scenes", folder=folder, share=shard)
+    write_report(report, "Beyond multiple choice", lambda: result_sections(table), model)
+    write_json(json, table.to_json())
 
 
 def ablate(
@@ -122,7 +180,7 @@ def ablate(
     check_output(figure)
     searched = folder / f"search-{search}.json"
     check_output(searched)
-    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.experiment import versions
     from vidsieve.report.curves import curves_picture
     from workbench.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
     from workbench.testbed.search import markdown as search_table

@@ -87,7 +87,7 @@ def batch(
     if ray and device not in ("auto", "cpu", "cuda"):
         raise ModelError(f"Ray gives each worker its GPU: --device is auto, cuda or cpu, got {device!r}")
     set_threads(threads)
-    from vidsieve.evaluation.methods import check_known
+    from vidsieve.evaluation.conditions import check_known
     from vidsieve.serving.batch import answer_file, as_dict
     from vidsieve.serving.batching.settings import BatchSettings
 

@@ -29,12 +29,13 @@ def report(
 
 
 def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
-    """Return the title and the sections of whatever run is in a folder."""
-    from vidsieve.report import sections
+    """Return the title and the sections of the run in a folder."""
+    from vidsieve.evaluation.accuracy import accuracy_table
     from vidsieve.report.runs import finished, kept_sections
+    from vidsieve.report.sections import result_sections, training_sections
 
     if os.path.isfile(folder / "metrics.jsonl"):
-        return "Training", sections.training_sections(folder / "metrics.jsonl")
+        return "Training", training_sections(folder / "metrics.jsonl")
     result = finished(folder)
     kept = kept_sections(folder, result, videos) if videos else []
-    return result.get("benchmark", "Accuracy on the testbed"), [*sections.evaluation_sections(result), *kept]
+    return result.get("benchmark", "Accuracy on the testbed"), [*result_sections(accuracy_table(result)), *kept]

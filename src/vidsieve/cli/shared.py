@@ -20,7 +20,11 @@ from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNa
 from vidsieve.io.files import writing
 
 if TYPE_CHECKING:
-    from vidsieve.io.journal import Store
+    from rich.table import Table as RichTable
+
+    from vidsieve.evaluation.conditions import Condition
+    from vidsieve.evaluation.experiment import Task
+    from vidsieve.evaluation.table import Table
     from vidsieve.report.page import Section
     from vidsieve.types import TokenGrid
     from vidsieve.video.reading import Video
@@ -85,11 +89,13 @@ def gone_error(name: str, now: str = "python -m workbench {name}") -> VidsieveEr
     return VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
 
 
-def moved(app: typer.Typer, name: str, now: str = "python -m workbench {name}") -> None:
-    """Give an app a command that says what to run instead, in a checkout."""
+def moved(
+    app: typer.Typer, name: str, now: str = "python -m workbench {name}", error: VidsieveError | None = None
+) -> None:
+    """Give an app a command that says what to run instead: `now` in a checkout, unless there is an `error`."""
 
     def gone() -> None:
-        raise gone_error(name, now)
+        raise error or gone_error(name, now)
 
     anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(name, hidden=True, context_settings=anything)(gone)
@@ -137,24 +143,42 @@ def stoppable(folder: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def store_in(
-    folder: Path | None, config: Callable[[], Mapping[str, Any]], share: tuple[int, int]
-) -> Iterator[Store | None]:
-    """Open the results of a run in a folder, told apart by `config`; None where no folder was given.
+def run_task(
+    task: Task,
+    conditions: Sequence[Condition],
+    units: str,
+    *,
+    folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Table:
+    """Measure a task behind a progress bar, print its table and return it.
 
-    Raises
-    ------
-    EvaluationError, OutputError
-        As `Store`.
+    The command ends here while other shards are unfinished.
+
+    Parameters
+    ----------
+    units : str
+        Name of the units, for the bar.
     """
-    if folder is None:
-        yield None
-        return
-    from vidsieve.io.journal import Store
+    from vidsieve.cli.progress import Bar
+    from vidsieve.evaluation.experiment import run
 
-    with Store(folder, config(), share) as store:
-        yield store
+    with stoppable(folder), Bar(units, len(task.units())) as advance:
+        table = run(task, conditions, folder, share=share, command=command_line(), progress=advance)
+    if table is None:
+        out.print(f"shard finished; the table is written to {folder} once all shards are done")
+        raise typer.Exit
+    print_table(table)
+    if folder is not None:
+        out.print(f"written: {folder}")
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table with its notes."""
+    out.print(table.to_rich())
+    for note in table.notes:
+        out.print(note, markup=False, highlight=False)
 
 
 def write_pictures(
@@ -177,21 +201,13 @@ def write_pictures(
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write `value` to `path`, if one was given."""
+    """Write `value` to `path`, if one was given; NaN and infinities become null."""
     if path is None:
         return
+    from vidsieve.evaluation.table import finite
+
     with writing(path) as temporary:
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None where JSON has no number: NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_report(
@@ -200,7 +216,7 @@ def write_report(
     """Write a page of what `sections` returns to `path`, and its charts into `figures`, where these are given."""
     if path is None and figures is None:
         return
-    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.experiment import versions
     from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
@@ -256,14 +272,6 @@ def check_world(world: str) -> None:
         raise UnknownNameError("world", world, ("A", "B"))
 
 
-def note_few(videos: int) -> None:
-    """Say that errors are not to be trusted where there are few videos."""
-    from vidsieve.evaluation.stats import FEW
-
-    if videos < FEW:
-        out.print(f"note: {videos} videos are too few for these errors and intervals: from {FEW} on they hold")
-
-
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:
     """Return which of how many processes this is, counted from 0: from ``2/4``, or torchrun's environment.
 
@@ -302,16 +310,11 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def with_error(value: str, error: float, digits: int = 3) -> str:
-    """Return ``value ± error``; a single cluster gives no error."""
-    return f"{value} ± {error:.{digits}f}" if math.isfinite(error) else f"{value} (one video)"
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> RichTable:
+    """Return a table for the terminal; `right` are the numbers of the columns set flush right."""
+    from rich.table import Table as RichTable
 
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Any:
-    """Return a rich table; `right` are the numbers of the columns set flush right."""
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = RichTable(title=title, title_justify="left", header_style="bold")
     flush = set(right)
     for number, name in enumerate(columns):
         made.add_column(name, justify="right" if number in flush else "left")

@@ -84,7 +84,7 @@ class ModelArguments:
             If one is missing, is not of its kind, or contradicts another.
         RetentionError
         """
-        from vidsieve.evaluation.methods import check_known
+        from vidsieve.evaluation.conditions import check_known
 
         known = [field.name for field in fields(cls)]
         for name in given:
@@ -128,7 +128,7 @@ class ModelArguments:
         ------
         UnknownNameError, PolicyError
         """
-        from vidsieve.evaluation.methods import method_for
+        from vidsieve.evaluation.conditions import method_for
 
         if self.method == "full":
             return None

@@ -21,9 +21,11 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
 from vidsieve.answering import chat
 from vidsieve.errors import BudgetError, PromptError, UnsupportedCallError, VideoError
-from vidsieve.evaluation.examiner import Condition, Examiner, frames_of
+from vidsieve.evaluation.benchmarks.questions import QUESTIONS
+from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.items import Item
 from vidsieve.evaluation.lmms import ModelArguments, Wish
+from vidsieve.evaluation.tasks.questions import QuestionsTask, frames_of
 from vidsieve.loading import load_model
 
 
@@ -99,14 +101,16 @@ class Bridge:
             adapter.check(compressor)
         if arguments.tokens_per_frame is not None:
             adapter.limit_frames(processor, arguments.tokens_per_frame)
-        condition = Condition(arguments.most_frames, compressor)
-        self._examiner = Examiner(adapter, processor, [condition], fps=arguments.fps, seed=arguments.seed)
+        self._condition = Condition(compressor, arguments.most_frames)
+        self._task = QuestionsTask(
+            QUESTIONS, (), adapter, processor, arguments.pretrained, fps=arguments.fps, seed=arguments.seed
+        )
         self._method = "full" if compressor is None else compressor.describe()
 
     @property
     def device(self) -> Any:
         """Where the model is: lmms-eval gathers the results of several processes there."""
-        return self._examiner.adapter.device
+        return self._task.adapter.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """Return an answer to each request, in their order; every video is read and encoded once.
@@ -162,20 +166,16 @@ class Bridge:
 
     def _greedy(self, video: str, questions: Sequence[str], wish: Wish) -> Iterator[tuple[str, Counts]]:
         """Yield the greedy answers to questions about one video, as `vidsieve eval` has them."""
-        examiner = replace(self._examiner, max_new_tokens=wish.max_new_tokens)
         # Not listed, for the task has written the whole prompt; lmms-eval judges the answers.
         items = [
             Item(f"{number}", Path(video), question, (), "", kind="free-form", listed=False)
             for number, question in enumerate(questions)
         ]
-        record = examiner.measure(items)
-        if "failed" in record:
-            raise VideoError(record["failed"])
-        for refusal in record["refused"].values():
-            raise BudgetError(refusal)
-        for fault in record["faults"].values():
-            raise PromptError(fault)
-        for sample in record["samples"]:
+        task = replace(self._task, items=items, max_new_tokens=wish.max_new_tokens)
+        for record in task.measure(task.units()[0], [self._condition]):
+            if record.reason:
+                raise (BudgetError if record.condition else PromptError if record.item else VideoError)(record.reason)
+            sample = record.values
             counts = Counts(
                 tuple(sample["prompt"]),
                 self._length(sample["said"]),
@@ -189,20 +189,20 @@ class Bridge:
     @torch.no_grad()
     def _drawn(self, video: str, questions: Sequence[str], wish: Wish) -> Iterator[tuple[str, Counts]]:
         """Yield answers that are drawn, or found by beams; draws are of torch's generator, which lmms-eval seeds."""
-        adapter, processor, (condition,) = self._examiner.adapter, self._examiner.processor, self._examiner.conditions
-        frames = frames_of(video, condition.frames, self._examiner.fps)
+        adapter, processor, method = self._task.adapter, self._task.processor, self._condition.method
+        frames = frames_of(video, self._condition.frames, self._task.fps)
         options = {"max_new_tokens": wish.max_new_tokens, **dict(wish.options)}
         for question in questions:
             inputs = on_device(chat(processor, frames, question), adapter.device)
             before = after = int(inputs["input_ids"].shape[1])
-            if condition.compressor is None:
+            if method is None:
                 encoded = adapter.encode(inputs)
                 total = kept = sum(span.features.grid.num_tokens for span in encoded.videos)
                 layers = 1.0
                 built = adapter.build(encoded, encoded.per_row(encoded.everything()))
                 ids = adapter.model.generate(**built.inputs, **options)
             else:
-                with attach(adapter.model, condition.compressor, seed=self._examiner.seed) as session:
+                with attach(adapter.model, method, seed=self._task.seed) as session:
                     ids = adapter.model.generate(**inputs, **options)
                 (trace,) = session.trace
                 kept, total, layers = trace.kept, trace.total, trace.layer_retention
@@ -211,7 +211,7 @@ class Bridge:
             yield text, Counts((before, after), self._length(text), kept, total, layers, self._method)
 
     def _length(self, text: str) -> int:
-        return len(self._examiner.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(self._task.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def loglikelihood(self, requests: Sequence[Any]) -> NoReturn:
         """Refuse: see the text."""
@@ -229,7 +229,7 @@ class Bridge:
 
     def clean(self) -> None:
         """Free the model's memory: lmms-eval is done with it."""
-        del self._examiner
+        del self._task
         super().clean()  # type: ignore[misc]
 
 

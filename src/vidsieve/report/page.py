@@ -14,20 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vidsieve.evaluation.table import Table
 from vidsieve.io.files import writing
 from vidsieve.report.charts import svg
 from vidsieve.types import TokenGrid
 
 _SIDE = 360  # pixels: no frame of a report is larger
-
-
-@dataclass(frozen=True)
-class TableOf:
-    """Rows of a table; columns numbered in `texts` are prose, all others figures."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    texts: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Section:
 
     title: str
     text: str = ""
-    table: TableOf | None = None
+    table: Table | None = None
     figure: Any = None
     said: str = ""
     frames: FramesOf | None = None
@@ -144,7 +136,7 @@ def page(
         {
             "title": part.title,
             "text": part.text,
-            "table": part.table,
+            "table": Markup("" if part.table is None else part.table.to_html()),
             "said": part.said,
             "chart": Markup("" if part.figure is None else svg(part.figure)),
             "frames": part.frames and {**vars(part.frames), "data": Markup(part.frames.data)},

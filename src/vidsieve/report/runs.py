@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.examiner import frames_of
+from vidsieve.evaluation.table import named
+from vidsieve.evaluation.tasks.questions import frames_of
 from vidsieve.report.page import Kept, Section
-from vidsieve.report.sections import frames_section, named
+from vidsieve.report.sections import frames_section
 from vidsieve.types import TokenGrid
 
 
@@ -47,11 +48,11 @@ def kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Sec
     VideoError
         If a video is no longer there.
     """
-    settings = result.get("settings")
-    if settings is None:
+    if "benchmark" not in result:
         raise EvaluationError(
             f"{folder} is a run of the testbed, which keeps no indices: see `vidsieve ask … --report`"
         )
+    settings = result["settings"]
     if not settings["indices_kept"]:
         raise EvaluationError(
             f"{folder} has no kept indices: run its command again with --indices, into another folder"

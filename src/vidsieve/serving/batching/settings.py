@@ -10,8 +10,8 @@ from typing import Any
 
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import VidsieveError
-from vidsieve.evaluation.examiner import frames_of
-from vidsieve.evaluation.methods import known_fields, method_for
+from vidsieve.evaluation.conditions import known_fields, method_for
+from vidsieve.evaluation.tasks.questions import frames_of
 from vidsieve.serving.batching.rows import BatchRow
 from vidsieve.types import Tokens
 from vidsieve.video.reading import Video
@@ -66,7 +66,8 @@ class BatchSettings:
 
     def described(self) -> dict[str, Any]:
         """Return the settings as values for JSON, and what tells the files of a model in a folder from others'."""
-        from vidsieve.evaluation.runs import policy_digest, versions
+        from vidsieve.evaluation.conditions import policy_digest
+        from vidsieve.evaluation.experiment import versions
 
         method, kept = self.compressor(), self.retention
         named = {
