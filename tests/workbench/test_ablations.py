@@ -140,7 +140,7 @@ def test_no_two_conditions_of_a_table_are_the_same_run():
 def test_curves_are_drawn_where_conditions_log_them(tmp_path):
     from PIL import Image
 
-    from vidsieve.report.curves import curves_picture
+    from workbench.testbed.curves import curves_picture
 
     curve = [{"step": step, "right": 0.3 + step / 50, "dead_groups": 0.1, "ratio": 0.03} for step in range(1, 11)]
     bare = [{"step": 1, "right": 0.4}, {"step": 2, "right": 0.5}]

@@ -8,21 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.shared import (
-    PAGE,
-    Report,
-    Seed,
-    Threads,
-    check_output,
-    command_line,
-    err,
-    out,
-    quiet,
-    set_threads,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, UnknownNameError
 from vidsieve.evaluation.table import Table
 from workbench.papers.bundles import bundled, read_bundle
@@ -67,9 +53,9 @@ def reproduce(
     dtype: Annotated[str, typer.Option(help="Of timed models.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Counted rounds of timed tables.", min=1)] = 3,
     seeds: Annotated[int, typer.Option(help="Training seeds of the testbed's trainings.", min=1)] = 2,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
 ) -> None:
     """Run what a table of either paper takes, and print published against measured, cell by cell."""
     if check is not None:
@@ -79,15 +65,15 @@ def reproduce(
         raise EvaluationError(f"which table? There are {', '.join(PAPER_TABLES)}")
     spec, folder = paper_table(name), folder or Path("runs/reproduce", name.replace(":", "-"))
     target = bundle or folder / "bundle.json"
-    check_output(target)
-    check_output(report, PAGE)
+    shared.check_output(target)
+    shared.check_output(report, shared.PAGE)
     models, policies = _pairs("--model", model), _pairs("--policy", policy)
     for known in models:
         if known not in spec.protocols:
             raise UnknownNameError("model of this table", known, spec.protocols)
-    rows = _rows(name, spec, words(only))
-    set_threads(threads)
-    quiet()
+    rows = _rows(name, spec, shared.words(only))
+    shared.set_threads(threads)
+    shared.quiet()
     missing: list[str] = []
     settings: dict[str, Any] = {}
     cells: dict[Any, Any] = {}
@@ -103,7 +89,7 @@ def reproduce(
             cells |= evaluated(part, data, models.get(family), policies, subset, protocol)
         settings |= {family: part.settings} if part.settings else {}
     for line in missing:
-        err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
+        shared.err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
     if plan:
         return
     if not any(cell.get("measured") is not None for cell in cells.values()):
@@ -115,27 +101,27 @@ def reproduce(
         name,
         cells,
         testbed=testbed,
-        command=command_line(),
+        command=shared.command_line(),
         settings=settings,
         missing=missing,
         versions=versions(),
         machine=machine(),
     )
     for one in bundle_tables(made, measured_only=True):
-        out.print(one.to_rich())
+        shared.out.print(one.to_rich())
     if testbed and spec.kind == "accuracy":
-        out.print(
+        shared.out.print(
             f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
             "policies that come with the package",
             soft_wrap=True,
         )
-    write_json(target, made)
+    shared.write_json(target, made)
     read_bundle(target)
-    out.print(f"written: {target}")
+    shared.out.print(f"written: {target}")
     from vidsieve.report.sections import table_section
 
     tables = [*bundle_tables(made), *missing_table(made)]
-    write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
+    shared.write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -172,4 +158,4 @@ def _check(path: Path) -> None:
         where = "testbed" if made["testbed"] else models
         lines.append((file.name, made["table"], where, told, made["versions"].get("vidsieve", "–")))
     columns = ("file", "table", "of", "cells measured", "vidsieve")
-    out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())
+    shared.out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())

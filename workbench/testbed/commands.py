@@ -9,25 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Json,
-    Report,
-    Share,
-    Threads,
-    check_output,
-    check_world,
-    out,
-    parse_share,
-    quiet,
-    run_task,
-    set_threads,
-    words,
-    write_json,
-    write_report,
-)
 from vidsieve.io.files import writing
 from vidsieve.loading import load_model
 from vidsieve.retention import parse_retentions
@@ -46,39 +29,39 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps of each stage, to see that it runs; no usable model.")
     ] = False,
-    threads: Threads = 0,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Train the testbed's model from nothing by the committed recipe; goes on where it was stopped."""
-    check_output(json)
-    check_output(folder / "model" / "config.json")
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_output(folder / "model" / "config.json")
+    shared.set_threads(threads)
     from workbench.testbed.build import build_testbed
 
-    quiet()
+    shared.quiet()
     record = build_testbed(
-        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: out.print(line, highlight=False)
+        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: shared.out.print(line, highlight=False)
     )
-    write_json(json, record)
+    shared.write_json(json, record)
 
 
 def talker(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
     seed: Annotated[int, typer.Option(help="Seed of scenes and order.")] = 21,
     scenes: Annotated[int, typer.Option(help="Training scenes.", min=1)] = 2500,
-    threads: Threads = 0,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Teach the shipped model to count and to say what is not there, for `python -m workbench open`."""
-    check_output(json)
-    check_output(folder / "model" / "config.json")
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_output(folder / "model" / "config.json")
+    shared.set_threads(threads)
     from workbench.testbed.talking import build_talker
 
-    quiet()
-    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: out.print(line, highlight=False))
-    out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
-    write_json(json, record)
+    shared.quiet()
+    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: shared.out.print(line, highlight=False))
+    shared.out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
+    shared.write_json(json, record)
 
 
 def separation(
@@ -91,27 +74,27 @@ def separation(
         bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
     ] = False,
     folder: Out = None,
-    threads: Threads = 0,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
-    check_output(json)
-    check_world(world)
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_world(world)
+    shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.tasks.testbed import ScenesTask
     from workbench.testbed.study import separation_conditions, targets
 
-    quiet()
+    shared.quiet()
     network, processor = load_model(model)
     adapter = adapter_for(network)
     task = ScenesTask(adapter, processor, world, seed, questions, model)
     conditions = separation_conditions(adapter, processor, ratios, world=world, seed=seed, attention=attention)
-    result = run_task(task, conditions, "scenes", folder=folder).to_json()
+    result = shared.run_task(task, conditions, "scenes", folder=folder).to_json()
     for line in targets(result):
-        out.print(line, highlight=False)
-    write_json(json, result | {"targets": targets(result)})
+        shared.out.print(line, highlight=False)
+    shared.write_json(json, result | {"targets": targets(result)})
 
 
 def open_ended(
@@ -121,40 +104,37 @@ def open_ended(
     scenes: Annotated[int, typer.Option(help="Scenes, some 35 questions and a caption each.", min=2)] = 60,
     world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).")] = "A",
     model: Annotated[str, typer.Option(help="'talker', or the folder of one built anew.")] = "talker",
-    earliest: Earliest = False,
+    earliest: shared.Earliest = False,
     folder: Out = None,
-    share: Share = None,
-    threads: Threads = 0,
-    report: Report = None,
-    json: Json = None,
+    share: shared.Share = None,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
 ) -> None:
     """Beyond multiple choice, on the testbed: captions, counting, order, what is not there, a second turn."""
     ratios = parse_retentions(retention)
-    check_output(json)
-    check_output(report, PAGE)
-    check_world(world)
-    shard = parse_share(share, folder is not None)
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_output(report, shared.PAGE)
+    shared.check_world(world)
+    shard = shared.parse_share(share, folder is not None)
+    shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import check_known, check_prefill, conditions_of, named_methods
-    from vidsieve.report.sections import result_sections
     from vidsieve.testbed.world import FRAMES
     from workbench.testbed.open_ended import OpenTask
 
-    names = words(methods)
+    names = shared.words(methods)
     for name in names:
         check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
-    quiet()
+    shared.quiet()
     chosen = named_methods(names, earliest=earliest, prefill=True)
     check_prefill(chosen)
     network, processor = load_model(str(TALKER) if model == "talker" else model)
     task = OpenTask(adapter_for(network.float()), processor, world, seed, scenes, model)
     conditions = conditions_of(chosen, ratios, [FRAMES])
-    table = run_task(task, conditions, "scenes", folder=folder, share=shard)
-    write_report(report, "Beyond multiple choice", lambda: result_sections(table), model)
-    write_json(json, table.to_json())
+    shared.run_task(task, conditions, "scenes", folder=folder, share=shard, report=report, lead=model, json=json)
 
 
 def ablate(
@@ -166,7 +146,7 @@ def ablate(
     search: Annotated[
         int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
     ] = 50,
-    json: Json = None,
+    json: shared.Json = None,
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
     ] = None,
@@ -175,21 +155,21 @@ def ablate(
     ] = None,
 ) -> None:
     """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
-    check_output(json)
-    check_output(write)
-    check_output(figure)
+    shared.check_output(json)
+    shared.check_output(write)
+    shared.check_output(figure)
     searched = folder / f"search-{search}.json"
-    check_output(searched)
+    shared.check_output(searched)
     from vidsieve.evaluation.experiment import versions
-    from vidsieve.report.curves import curves_picture
     from workbench.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
+    from workbench.testbed.curves import curves_picture
     from workbench.testbed.search import markdown as search_table
 
     chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
     runs = runs_of(chosen, seeds, questions)
 
     def report(done: int, count: int, run: Run, minutes: float) -> None:
-        out.print(
+        shared.out.print(
             f"{done}/{count}  {run.method}, seed {run.seed}, {run.condition.label}: {minutes:.1f} min of training"
         )
 
@@ -201,13 +181,13 @@ def ablate(
         bound = _searched(searched, EVAL_SEED, search)
         about["search"] = bound
         text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
-    out.print(text, markup=False, highlight=False)
+    shared.out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
         curves_picture(figure, made)
-    write_json(json, about | {"tables": made})
+    shared.write_json(json, about | {"tables": made})
 
 
 def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
@@ -215,7 +195,7 @@ def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
     if not os.path.exists(path):
         from workbench.testbed.search import upper_bound
 
-        quiet()
+        shared.quiet()
         with Bar("questions searched", questions) as advance:
             found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
         with writing(path) as temporary:

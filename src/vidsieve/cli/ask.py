@@ -10,35 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    MOVIE,
-    PAGE,
-    PICTURES,
-    Earliest,
-    Figures,
-    Fps,
-    Frames,
-    Json,
-    Layout,
-    Model,
-    NewTokens,
-    Report,
-    Retention,
-    Seed,
-    Threads,
-    check_output,
-    check_question,
-    frames_asked,
-    out,
-    quiet,
-    run_task,
-    set_threads,
-    words,
-    write_json,
-    write_pictures,
-    write_report,
-)
 from vidsieve.errors import OutputError
 from vidsieve.retention import parse_retention
 from vidsieve.video import check_file
@@ -55,7 +28,7 @@ if TYPE_CHECKING:
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Model = "testbed",
+    model: shared.Model = "testbed",
     method: Annotated[
         str,
         typer.Option(
@@ -69,12 +42,12 @@ def ask(
         str | None,
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
     ] = None,
-    retention: Retention = "0.25",
-    earliest: Earliest = False,
-    frames: Frames = None,
-    fps: Fps = None,
-    layout: Layout = None,
-    max_new_tokens: NewTokens = 64,
+    retention: shared.Retention = "0.25",
+    earliest: shared.Earliest = False,
+    frames: shared.Frames = None,
+    fps: shared.Fps = None,
+    layout: shared.Layout = None,
+    max_new_tokens: shared.NewTokens = 64,
     repeats: Annotated[int, typer.Option(help="Of several methods: counted rounds, after a warm-up.", min=1)] = 3,
     picture: Annotated[
         Path | None, typer.Option(help="Write a picture of the kept tokens here: .png, .svg.", show_default=False)
@@ -89,21 +62,21 @@ def ask(
             min=0,
         ),
     ] = 0,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    figures: shared.Figures = None,
+    json: shared.Json = None,
 ) -> None:
     """Ask a question about a video; show what each method kept and where the time went."""
     check_file(video)
     amount = parse_retention(retention)
-    check_question(question)
-    check_output(json, reads=[video])
-    check_output(picture, PICTURES, [video])
-    check_output(overlay, MOVIE, [video])
-    check_output(report, PAGE, [video])
-    names = words(method)
+    shared.check_question(question)
+    shared.check_output(json, reads=[video])
+    shared.check_output(picture, shared.PICTURES, [video])
+    shared.check_output(overlay, shared.MOVIE, [video])
+    shared.check_output(report, shared.PAGE, [video])
+    names = shared.words(method)
     several = len(names) > 1 or names == ["all"]
     for option, value in (("--policy", policy), ("--contributions", contributions)):
         if several and value:
@@ -113,11 +86,11 @@ def ask(
             raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
     if contributions and report is None and figures is None:
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
-    set_threads(threads)
+    shared.set_threads(threads)
     from vidsieve import answering, loading
     from vidsieve.evaluation.conditions import check_known, known_fields, method_for, named_methods
 
-    quiet()
+    shared.quiet()
     for name in names:
         check_known(name)
     chosen: dict[str, Compressor] = {}
@@ -127,10 +100,10 @@ def ask(
         chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
     clock = answering.Clock()
-    loaded = answering.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
+    loaded = answering.read(video, clock, frames=shared.frames_asked(frames, fps), fps=fps, max_frames=None)
     network, processor = loading.load_model(model, layout)
     for note in loaded.notes:
-        out.print(f"note: {escape(note)}")
+        shared.out.print(f"note: {escape(note)}")
     asked = Asked(network, processor, loaded, question, max_new_tokens, seed)
     if several:
         result, kept, sections = _compared(asked, chosen, repeats)
@@ -138,11 +111,11 @@ def ask(
         result, kept, sections = _answered(asked, next(iter(chosen.values()), None), clock, contributions)
     if kept is not None:
         grid, indices = kept
-        write_pictures(loaded, grid, indices, question, picture, overlay)
+        shared.write_pictures(loaded, grid, indices, question, picture, overlay)
     elif picture is not None:
-        out.print("picture: none, as no method of the list could run")
-    write_report(report, question, sections, f"{video.name}, {model}", figures)
-    write_json(json, result | {"video": str(video), "question": question, "model": model})
+        shared.out.print("picture: none, as no method of the list could run")
+    shared.write_report(report, question, sections, f"{video.name}, {model}", figures)
+    shared.write_json(json, result | {"video": str(video), "question": question, "model": model})
 
 
 @dataclass(frozen=True)
@@ -177,11 +150,13 @@ def _answered(asked: Asked, method: Compressor | None, clock: Clock, contributio
         seed=asked.seed,
         clock=clock,
     )
-    out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
+    shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     before, after = result.prompt_tokens
     kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
-    out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False)
+    shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
+    shared.out.print(
+        "  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False
+    )
     measured = _contributions(asked, contributions) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
@@ -213,7 +188,7 @@ def _compared(asked: Asked, methods: Mapping[str, Compressor], repeats: int) -> 
         processor=asked.processor,
     )
     conditions = [Condition(), *(Condition(method, label=label_of(name)) for name, method in methods.items())]
-    table = run_task(task, conditions, "rounds")
+    table = shared.run_task(task, conditions, "rounds")
     result = table.to_json()
     shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
     kept = (TokenGrid(*result["grid"]), shown) if shown else None

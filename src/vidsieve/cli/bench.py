@@ -9,23 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Figures,
-    Json,
-    Layout,
-    Report,
-    Seed,
-    Threads,
-    check_output,
-    quiet,
-    run_task,
-    set_threads,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, UnknownNameError
 from vidsieve.retention import parse_retention
 from vidsieve.video import check_file
@@ -51,7 +35,7 @@ def bench(
     retention: Annotated[
         str, typer.Option("--retention", help="Fractions kept, or counts as 512t, comma-separated.")
     ] = "0.25,0.1",
-    earliest: Earliest = False,
+    earliest: shared.Earliest = False,
     lengths: Annotated[
         str, typer.Option(help="Comma-separated frame counts; a repeated value is weighted accordingly.")
     ] = "16,32",
@@ -62,18 +46,17 @@ def bench(
     attention: Annotated[
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
-    layout: Layout = None,
+    layout: shared.Layout = None,
     dtype: Annotated[str, typer.Option(help="Computing type: float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
     folder: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False),
     ] = None,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
 ) -> None:
     """Time every part from the file to the answer, methods in turns with all tokens, random and downsample."""
     if str(video) in ("pipeline", "select"):
@@ -82,27 +65,27 @@ def bench(
         )
     if context.args:
         raise EvaluationError(f"one video at a time: leave {' '.join(context.args)} out")
-    check_output(json, reads=[video])
-    check_output(report, PAGE, [video])
+    shared.check_output(json, reads=[video])
+    shared.check_output(report, shared.PAGE, [video])
     if video is not None:
         check_file(video)
-    counts = [_count(word, "--lengths") for word in words(lengths)]
-    amounts = [parse_retention(word) for word in words(retention)]
+    counts = [_count(word, "--lengths") for word in shared.words(lengths)]
+    amounts = [parse_retention(word) for word in shared.words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    set_threads(threads)
+    shared.set_threads(threads)
     import torch
 
     from vidsieve.evaluation.conditions import check_known, conditions_of, named_methods
 
-    names = words(methods)
+    names = shared.words(methods)
     names = [*(name for name in ("random", "downsample") if name not in names), *names]
     for name in names:
         check_known(name)
-    quiet()
+    shared.quiet()
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.tasks.timing import TimingTask
 
@@ -129,11 +112,8 @@ def bench(
             seed=seed,
             about=about,
         )
-        table = run_task(task, conditions, "rounds", folder=folder)
-    from vidsieve.report.sections import result_sections
-
-    write_report(report, f"Where the time goes: {asked}", lambda: result_sections(table), about["device"], figures)
-    write_json(json, table.to_json())
+        lead = f"{asked}, {about['device']}"
+        shared.run_task(task, conditions, "rounds", folder=folder, report=report, lead=lead, json=json)
 
 
 def _count(word: str, option: str) -> int:

@@ -9,27 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidsieve import registry
-from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Figures,
-    Json,
-    Layout,
-    Report,
-    Share,
-    Threads,
-    check_output,
-    check_world,
-    err,
-    gone_error,
-    parse_share,
-    quiet,
-    run_task,
-    set_threads,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
 from vidsieve.retention import parse_retention, parse_retentions
 
@@ -113,25 +93,24 @@ def evaluate(
         bool,
         typer.Option("--probes", help="Of testbed: also ask question-aware methods another question."),
     ] = False,
-    earliest: Earliest = False,
+    earliest: shared.Earliest = False,
     folder: Annotated[
         Path | None,
         typer.Option(
             "--out", help="Folder of the run, to be gone on with.", show_default="runs/eval/TASK; testbed: none"
         ),
     ] = None,
-    share: Share = None,
-    layout: Layout = None,
+    share: shared.Share = None,
+    layout: shared.Layout = None,
     device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
 ) -> None:
     """Measure methods side by side, beside the model with all tokens: accuracy with errors clustered by video."""
     if task == "open":
-        raise gone_error("open")
+        raise shared.gone_error("open")
     if task != "testbed" and task not in registry.benchmarks:
         raise UnknownNameError("task", task, ["testbed", *registry.benchmarks])
     for name in ONLY_BENCHMARKS if task == "testbed" else ONLY_TESTBED:
@@ -142,18 +121,18 @@ def evaluate(
     given: dict[str, Any] = (TESTBED if task == "testbed" else BENCHMARK) | {
         name: value for name, value in options.items() if value is not None
     }
-    check_output(json, reads=[data])
-    check_output(report, PAGE, [data])
+    shared.check_output(json, reads=[data])
+    shared.check_output(report, shared.PAGE, [data])
     if task == "testbed":
         if data is not None:
             raise EvaluationError(f"testbed makes its own scenes: leave {data} out")
-        shard = parse_share(share, folder is not None)
+        shard = shared.parse_share(share, folder is not None)
     else:
         if data is None:
             raise EvaluationError(f"where is {task}? Give its folder as published, or the file of questions")
-        shard, folder = parse_share(share), folder or Path("runs/eval", task)
-        check_output(folder / "run.json")
-    set_threads(threads)
+        shard, folder = shared.parse_share(share), folder or Path("runs/eval", task)
+        shared.check_output(folder / "run.json")
+    shared.set_threads(threads)
     if data is None:
         what, conditions = _testbed(given, world, probes, earliest)
     else:
@@ -175,20 +154,16 @@ def evaluate(
             layout=layout,
             device=device,
         )
-    table = run_task(what, conditions, "scenes" if data is None else "videos", folder=folder, share=shard)
-    from vidsieve.report.sections import result_sections
-
-    title = table.result.get("benchmark", "Accuracy on the testbed")
-    write_report(report, title, lambda: result_sections(table), str(given.get("model") or protocol), figures)
-    write_json(json, table.to_json())
+    units, lead = "scenes" if data is None else "videos", str(given.get("model") or protocol)
+    shared.run_task(what, conditions, units, folder=folder, share=shard, report=report, lead=lead, json=json)
 
 
 def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool) -> tuple[Task, Sequence[Condition]]:
     """Return the testbed's questions, and every method at every retention; `full` and `random` are always there."""
     if given["subset"] < 2:
         raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
-    ratios, names = parse_retentions(given["retention"]), words(given["methods"])
-    check_world(world)
+    ratios, names = parse_retentions(given["retention"]), shared.words(given["methods"])
+    shared.check_world(world)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import check_known, check_prefill, named_methods
     from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
@@ -198,7 +173,7 @@ def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool)
         check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
-    quiet()
+    shared.quiet()
     methods = named_methods(names, earliest=earliest, prefill=True)
     check_prefill(methods)
     model, processor = load_model(given["model"])
@@ -224,8 +199,8 @@ def _questions(
     device: str,
 ) -> tuple[Task, Sequence[Condition]]:
     """Return a published set of questions, and every method at every retention and number of frames."""
-    counts = [_count(word) for word in words(frames)]
-    amounts = [parse_retention(word) for word in words(given["retention"])]
+    counts = [_count(word) for word in shared.words(frames)]
+    amounts = [parse_retention(word) for word in shared.words(given["retention"])]
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
     from vidsieve.adapters.pruning import adapter_for
@@ -234,7 +209,7 @@ def _questions(
     from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
     from vidsieve.loading import load_model
 
-    model, names = given.get("model"), words(given["methods"])
+    model, names = given.get("model"), shared.words(given["methods"])
     if protocol is not None:
         fixed = protocol_of(protocol)
         counts, tokens_per_frame, model = [fixed.frames], fixed.tokens_per_frame, model or fixed.model
@@ -250,9 +225,9 @@ def _questions(
         subset=given.get("subset"),
         seed=given["seed"],
         allow_missing=allow_missing,
-        note=lambda text: err.print(f"note: {text}", markup=False, soft_wrap=True),
+        note=lambda text: shared.err.print(f"note: {text}", markup=False, soft_wrap=True),
     )
-    quiet()
+    shared.quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
     methods = named_methods(listed, model, earliest=earliest)
     network, processor = load_model(model, layout, device=device)

@@ -150,8 +150,11 @@ def run_task(
     *,
     folder: Path | None = None,
     share: tuple[int, int] = (0, 1),
+    report: Path | None = None,
+    lead: str = "",
+    json: Path | None = None,
 ) -> Table:
-    """Measure a task behind a progress bar, print its table and return it.
+    """Measure a task behind a progress bar, print its table, write its page and its JSON, and return it.
 
     The command ends here while other shards are unfinished.
 
@@ -159,6 +162,8 @@ def run_task(
     ----------
     units : str
         Name of the units, for the bar.
+    lead : str
+        First line of the page.
     """
     from vidsieve.cli.progress import Bar
     from vidsieve.evaluation.experiment import run
@@ -171,6 +176,11 @@ def run_task(
     print_table(table)
     if folder is not None:
         out.print(f"written: {folder}")
+    if report is not None:
+        from vidsieve.report.sections import result_sections
+
+        write_report(report, table.title, lambda: result_sections(table), lead)
+    write_json(json, table.to_json())
     return table
 
 
