@@ -61,7 +61,7 @@ def frames_of(**more):
 
 def test_every_text_is_escaped():
     sections = [
-        Section(NASTY, NASTY, Table("", (NASTY, "b"), [(NASTY, NASTY)]), said=NASTY),
+        Section(NASTY, NASTY, Table("", (NASTY, "b"), [(NASTY, NASTY)]), alt=NASTY),
         Section("frames", frames=frames_of(name=NASTY)),
     ]
     made = Parsed(page(NASTY, sections, lead=NASTY, command=NASTY, about={NASTY: NASTY}))
@@ -86,7 +86,7 @@ def test_the_script_is_given_what_was_kept():
 def test_nothing_is_fetched_and_the_same_gives_the_same():
     def sections():
         figure = charts.against({"a$b": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%", level=("all", 70), log=True)
-        return [Section("chart", figure=figure, said="a line"), Section("frames", frames=frames_of())]
+        return [Section("chart", figure=figure, alt="a line"), Section("frames", frames=frames_of())]
 
     text = page("t", sections())
     assert text == page("t", sections())
@@ -179,7 +179,7 @@ def test_reports_of_training(tmp_path):
     path.write_text("".join(json.dumps({"step": n, "loss": 1 / n, "reward": None}) + "\n" for n in (1, 2)))
     sections = training_sections(path)
     assert [section.title for section in sections] == ["The last step", "Loss"]
-    assert sections[1].said == "loss over 2 measurements, from 1 to 0.5"
+    assert sections[1].alt == "loss over 2 measurements, from 1 to 0.5"
     with pytest.raises(OutputError, match="no report"):
         training_sections(tmp_path / "none")
 

@@ -1,4 +1,4 @@
-"""What a table of a paper takes to be run: benchmarks, the testbed, trainings, or a stopwatch."""
+"""Runs behind a table of a paper: benchmarks, the testbed, trainings, or timings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from workbench.papers.published import published
 
 @dataclass
 class Part:
-    """What is run of a table for one model; `missing` and `settings` are filled in on the way."""
+    """Rows of a table that are run for one model; runs add to `missing` and `settings`."""
 
     table: str
     spec: PaperTable

@@ -43,7 +43,7 @@ TASKS = {
     "made up": "what is not there, told all the same",
     "second turn": "second questions of a dialogue, answered rightly",
 }
-"""What is measured, as shares; of "false" and "made up" less is better."""
+"""Measured fractions; of "false" and "made up" less is better."""
 CAPTION_WORDS = 200
 _SEPARATE = " ."
 
@@ -99,7 +99,7 @@ def prompt_inputs(processor: Any, features: VideoFeatures, turns: Sequence[Seque
 
 
 def selected(adapter: Adapter, encoded: Encoded, method: Compressor | None, seed: int) -> list[Selection]:
-    """Return what a method before the LLM keeps for every prompt; a blind one chooses once for all of them."""
+    """Return the selection of a method before the LLM for every prompt; blind methods select once for all prompts."""
     count, generator = len(encoded.videos), Generator().manual_seed(seed)
     if method is None:
         return [Selection(torch.arange(TOKENS))] * count
@@ -181,7 +181,7 @@ class OpenTask:
     name: str = "open"
 
     def settings(self) -> dict[str, Any]:
-        """Return what the records depend on."""
+        """Return the settings that records depend on."""
         about = {"world": self.world, "seed": self.seed, "scenes": self.scenes, "model": self.model}
         return {**about, "model_digest": model_digest(self.adapter.model)}
 
@@ -198,7 +198,7 @@ class OpenTask:
 
     @torch.no_grad()
     def measure_scene(self, scene: OpenScene, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
-        """Return what the model says of a scene: ``task, said, score``, one record a mark."""
+        """Return the marks of one scene, a measurement each: ``task, said, score``."""
         adapter, processor, questions = self.adapter, self.processor, scene.questions
         seed = self.seed + int(unit)
         encoded = prompts(adapter, processor, scene, [(q.text,) for q in questions])

@@ -1,4 +1,4 @@
-"""How good can a few tokens be? Searching sets of tokens with the answer in hand: an upper bound for any policy.
+"""Search for sets of tokens with the answer known: an upper bound for any policy.
 
 A set grows by the token whose addition raises the right answer's margin most: greedily, or with the best few sets kept.
 """

@@ -104,11 +104,11 @@ def ask(
     network, processor = loading.load_model(model, layout)
     for note in loaded.notes:
         shared.out.print(f"note: {escape(note)}")
-    asked = Asked(network, processor, loaded, question, max_new_tokens, seed)
+    request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
     if several:
-        result, kept, sections = _compared(asked, chosen, repeats)
+        result, kept, sections = _compared(request, chosen, repeats)
     else:
-        result, kept, sections = _answered(asked, next(iter(chosen.values()), None), clock, contributions)
+        result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions)
     if kept is not None:
         grid, indices = kept
         shared.write_pictures(loaded, grid, indices, question, picture, overlay)
@@ -119,7 +119,7 @@ def ask(
 
 
 @dataclass(frozen=True)
-class Asked:
+class AskRequest:
     """A question about a video, to a model."""
 
     model: Any
@@ -135,19 +135,19 @@ Outcome = tuple[dict[str, Any], KeptTokens | None, Callable[[], "list[Section]"]
 """The result for JSON, the indices that methods keep of a grid, and the sections of the page."""
 
 
-def _answered(asked: Asked, method: Compressor | None, clock: Clock, contributions: int) -> Outcome:
+def _answered(request: AskRequest, method: Compressor | None, clock: Clock, contributions: int) -> Outcome:
     """Ask under one method, and print its answer."""
     from vidsieve import answering
     from vidsieve.report.sections import answer_sections
 
     result = answering.answer(
-        asked.model,
-        asked.processor,
-        asked.video,
-        asked.question,
+        request.model,
+        request.processor,
+        request.video,
+        request.question,
         method,
-        max_new_tokens=asked.max_new_tokens,
-        seed=asked.seed,
+        max_new_tokens=request.max_new_tokens,
+        seed=request.seed,
         clock=clock,
     )
     shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
@@ -157,18 +157,18 @@ def _answered(asked: Asked, method: Compressor | None, clock: Clock, contributio
     shared.out.print(
         "  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False
     )
-    measured = _contributions(asked, contributions) if contributions else None
+    measured = _contributions(request, contributions) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
     shown = (result.traces[0].grid, {result.method: result.traces[0].indices}) if result.traces else None
     return (
         result.as_dict(),
         shown,
-        lambda: answer_sections(asked.video, asked.question, result.as_dict(), scores, answering.PARTS, measured),
+        lambda: answer_sections(request.video, request.question, result.as_dict(), scores, answering.PARTS, measured),
     )
 
 
-def _compared(asked: Asked, methods: Mapping[str, Compressor], repeats: int) -> Outcome:
+def _compared(request: AskRequest, methods: Mapping[str, Compressor], repeats: int) -> Outcome:
     """Ask under several methods in turns, and print what each keeps, answers and costs."""
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.answering import chat
@@ -178,28 +178,28 @@ def _compared(asked: Asked, methods: Mapping[str, Compressor], repeats: int) -> 
     from vidsieve.types import TokenGrid
 
     task = ComparingTask(
-        adapter=adapter_for(asked.model),
-        source=asked.video,
-        lengths=[len(asked.video.pixels)],
-        prompts=lambda video: chat(asked.processor, video, asked.question),
+        adapter=adapter_for(request.model),
+        source=request.video,
+        lengths=[len(request.video.pixels)],
+        prompts=lambda video: chat(request.processor, video, request.question),
         repeats=repeats,
-        new_tokens=asked.max_new_tokens,
-        seed=asked.seed,
-        processor=asked.processor,
+        new_tokens=request.max_new_tokens,
+        seed=request.seed,
+        processor=request.processor,
     )
     conditions = [Condition(), *(Condition(method, label=label_of(name)) for name, method in methods.items())]
     table = shared.run_task(task, conditions, "rounds")
     result = table.to_json()
     shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
     kept = (TokenGrid(*result["grid"]), shown) if shown else None
-    return result, kept, lambda: comparison_sections(asked.video, asked.question, table, task.scores)
+    return result, kept, lambda: comparison_sections(request.video, request.question, table, task.scores)
 
 
-def _contributions(asked: Asked, subsets: int) -> Contributions:
+def _contributions(request: AskRequest, subsets: int) -> Contributions:
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.answering import chat
     from vidsieve.evaluation.contributions import contributions
 
-    inputs = chat(asked.processor, asked.video, asked.question)
+    inputs = chat(request.processor, request.video, request.question)
     with Bar("subsets", subsets) as advance:
-        return contributions(adapter_for(asked.model), inputs, subsets=subsets, seed=asked.seed, progress=advance)
+        return contributions(adapter_for(request.model), inputs, subsets=subsets, seed=request.seed, progress=advance)

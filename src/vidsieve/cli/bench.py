@@ -22,7 +22,7 @@ EXTRA = {"allow_extra_args": True}
 def bench(
     context: typer.Context,
     video: Annotated[
-        Path | None, typer.Argument(help="A video file; default: a moving picture made for it.", show_default=False)
+        Path | None, typer.Argument(help="A video file; default: a generated moving picture.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option(help="Folder or hub id of a model; 'testbed' for ours.")] = "testbed",
     random_weights: Annotated[
@@ -39,7 +39,7 @@ def bench(
     lengths: Annotated[
         str, typer.Option(help="Comma-separated frame counts; a repeated value is weighted accordingly.")
     ] = "16,32",
-    clip: Annotated[str, typer.Option(help="Size of the picture made: width x height x seconds.")] = "640x360x10",
+    clip: Annotated[str, typer.Option(help="Size of the generated picture: width x height x seconds.")] = "640x360x10",
     new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=1)] = 8,
     repeats: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 3,
     warm_up: Annotated[int, typer.Option(help="Rounds before them.", min=0)] = 1,
@@ -89,12 +89,12 @@ def bench(
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.tasks.timing import TimingTask
 
-    asked = random_weights or model
-    conditions = conditions_of(named_methods(names, asked, earliest=earliest), amounts)
+    name = random_weights or model
+    conditions = conditions_of(named_methods(names, name, earliest=earliest), amounts)
     network, prompts = _loaded(model, random_weights, layout, getattr(torch, dtype), device, seed)
     network.set_attn_implementation(attention)
     about = {
-        "model": asked,
+        "model": name,
         "dtype": dtype,
         "attention": attention,
         "device": str(network.device),
@@ -112,7 +112,7 @@ def bench(
             seed=seed,
             about=about,
         )
-        lead = f"{asked}, {about['device']}"
+        lead = f"{name}, {about['device']}"
         shared.run_task(task, conditions, "rounds", folder=folder, report=report, lead=lead, json=json)
 
 
@@ -142,10 +142,10 @@ def timed_model(
     from vidsieve.evaluation.blueprints import random_model
     from vidsieve.loading import own_device
 
-    made = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
+    blueprint = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
     if layout is not None:
-        made.model.config.vidsieve_layout = layout
-    return made.model, lambda video: made.inputs(video, 40, seed)
+        blueprint.model.config.vidsieve_layout = layout
+    return blueprint.model, lambda video: blueprint.inputs(video, 40, seed)
 
 
 def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:

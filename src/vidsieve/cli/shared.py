@@ -1,4 +1,4 @@
-"""What every command does: early checks of output paths, JSON files, errors without tracebacks."""
+"""Parts that commands share: options, early checks of output paths, running a task, writing files."""
 
 from __future__ import annotations
 
@@ -230,12 +230,12 @@ def write_report(
     from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
-    made = sections()
+    parts = sections()
     if path is not None:
-        write_page(path, title, made, lead=lead, command=command_line(), about=versions())
+        write_page(path, title, parts, lead=lead, command=command_line(), about=versions())
         out.print(f"report: {path}")
     if figures is not None:
-        drawn = [part for part in made if part.figure is not None]
+        drawn = [part for part in parts if part.figure is not None]
         for part in drawn:
             name = "-".join("".join(c if c.isalnum() else " " for c in part.title.lower()).split())
             for kind in ("png", "svg"):
@@ -283,7 +283,7 @@ def check_world(world: str) -> None:
 
 
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:
-    """Return which of how many processes this is, counted from 0: from ``2/4``, or torchrun's environment.
+    """Return this process's shard, counted from 0, and the number of shards: from ``2/4``, or torchrun's environment.
 
     Raises
     ------
@@ -324,10 +324,10 @@ def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], rig
     """Return a table for the terminal; `right` are the numbers of the columns set flush right."""
     from rich.table import Table as RichTable
 
-    made = RichTable(title=title, title_justify="left", header_style="bold")
+    shown = RichTable(title=title, title_justify="left", header_style="bold")
     flush = set(right)
     for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number in flush else "left")
+        shown.add_column(name, justify="right" if number in flush else "left")
     for row in rows:
-        made.add_row(*(str(value) for value in row))
-    return made
+        shown.add_row(*(str(value) for value in row))
+    return shown

@@ -176,35 +176,35 @@ class RandomModel:
     def inputs(self, video: Video, words: int, seed: int = 0) -> dict[str, Tensor]:
         """Return the inputs of one prompt about a video with so many random words behind it."""
         draw = torch.Generator().manual_seed(seed)
-        made = dict(self.frames_to_pixels([video.pixels], do_sample_frames=False, return_tensors="pt"))
+        inputs = dict(self.frames_to_pixels([video.pixels], do_sample_frames=False, return_tensors="pt"))
         if self.family == "internvl":  # its frames are images
-            made = {"pixel_values": made["pixel_values_videos"][0]}
+            inputs = {"pixel_values": inputs["pixel_values_videos"][0]}
         config, known = self.model.config, self.model.config.get_text_config().vocab_size
         most = min(_WORDS[1], known - 1000)  # below what stands for pixels
-        asked = torch.randint(_WORDS[0], most, (words,), generator=draw).tolist()
-        holder = self._placeholders(made)
+        question = torch.randint(_WORDS[0], most, (words,), generator=draw).tolist()
+        holder = self._placeholders(inputs)
         start, end, assistant = (9, 10, 11) if known < _WORDS[1] else (151644, 151645, 77091)
-        ids = torch.tensor([[start, 872, 198, *holder, *asked, end, 198, start, assistant, 198]])
-        made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.tensor([[start, 872, 198, *holder, *question, end, 198, start, assistant, 198]])
+        inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family == "qwen2_5_vl":
-            made["second_per_grid_ts"] = torch.tensor([2 / timed(video).sampled_fps])
+            inputs["second_per_grid_ts"] = torch.tensor([2 / timed(video).sampled_fps])
         if self.family in ("qwen2_5_vl", "qwen3_vl"):
-            made["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
-        return made
+            inputs["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
+        return inputs
 
-    def _placeholders(self, made: Mapping[str, Tensor]) -> list[int]:
+    def _placeholders(self, inputs: Mapping[str, Tensor]) -> list[int]:
         config = self.model.config
         if self.family in ("internvl", "smolvlm"):
-            frames, each = made["pixel_values"].shape[-4], 256 if self.family == "internvl" else 81
+            frames, each = inputs["pixel_values"].shape[-4], 256 if self.family == "internvl" else 81
             return [int(config.image_token_id)] * (frames * each)
         token = int(config.video_token_id)
         if self.family == "qwen3_vl":  # every frame stands behind its time
-            frames, height, width = made["video_grid_thw"][0].tolist()
+            frames, height, width = inputs["video_grid_thw"][0].tolist()
             return [*[27, 15, 13, 20, 6486, 29, 151652, *[token] * (height * width // 4), 151653] * frames]
         if self.family == "qwen2_5_vl":
-            frames, height, width = made["video_grid_thw"][0].tolist()
+            frames, height, width = inputs["video_grid_thw"][0].tolist()
             return [151652, *[token] * (frames * height * width // 4), 151653]
-        return [token] * (made["pixel_values_videos"].shape[1] * 14 * 14 + 1)
+        return [token] * (inputs["pixel_values_videos"].shape[1] * 14 * 14 + 1)
 
 
 def random_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> RandomModel:

@@ -60,14 +60,14 @@ class Measurement:
 
 
 class Task(Protocol):
-    """What is measured. A unit is measured in one go, and is one cluster of the statistics, such as a video."""
+    """Something to measure, unit by unit. A unit, such as a video, is one cluster of the statistics."""
 
     @property
     def name(self) -> str:
         """Name of the task in files."""
 
     def settings(self) -> Mapping[str, Any]:
-        """Return what records depend on besides conditions and versions, as values for JSON."""
+        """Return the settings that records depend on besides conditions and versions, as values for JSON."""
 
     def units(self) -> Sequence[str]:
         """Return the names of all units."""
@@ -242,7 +242,7 @@ def _measured(task: Task, conditions: Sequence[Condition], unit: str) -> dict[st
 
 
 def _write(folder: Path, results: Results, table: Table) -> None:
-    """Write the files of a finished run; milliseconds go into a file of their own."""
+    """Write the files of a finished run; milliseconds go into a separate file."""
     spent = {key: results.select_ms(key) for key in results.samples}
     rows = [{name: cell for name, cell in row.items() if name != "select_ms"} for row in table.result["rows"]]
     for name, text in {
@@ -293,10 +293,10 @@ class Scores:
 
     def _reference(self, key: str, method: str) -> str | None:
         """Return the condition of a method with as many frames and, except for ``full``, the same retention."""
-        own = self.conditions[key]
-        same = [name for name in ("frames", "retention")[: 1 if method == "full" else 2] if name in own]
+        row = self.conditions[key]
+        same = [name for name in ("frames", "retention")[: 1 if method == "full" else 2] if name in row]
         for other, described in self.conditions.items():
-            if described["method"] == method and all(described[name] == own[name] for name in same):
+            if described["method"] == method and all(described[name] == row[name] for name in same):
                 return other if other in self.values else None
         return None
 

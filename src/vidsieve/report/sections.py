@@ -45,9 +45,9 @@ def result_sections(table: Table) -> list[Section]:
 
 def video_sections(video: Video, grid: TokenGrid, methods: Sequence[Kept], title: str = "Kept tokens") -> list[Section]:
     """Return the frames of a video with what methods keep of them: in the viewer, and as rows of frames."""
-    said = "Rows of frames, one a method, with dropped tokens dark; the viewer above has the same, frame by frame."
+    alt = "Rows of frames, one a method, with dropped tokens dark; the viewer above has the same, frame by frame."
     rows = kept_figure(video.pixels, grid, {method.name: method.indices for method in methods})
-    return [frames_section(video, grid, methods, title), Section("Masks, row by row", figure=rows, said=said)]
+    return [frames_section(video, grid, methods, title), Section("Masks, row by row", figure=rows, alt=alt)]
 
 
 def frames_section(video: Video, grid: TokenGrid, methods: Sequence[Kept], title: str) -> Section:
@@ -58,7 +58,7 @@ def frames_section(video: Video, grid: TokenGrid, methods: Sequence[Kept], title
 def contributions_sections(
     video: Video, measured: Contributions, answer: str, method: str, kept: int, scores: NDArray[np.floating[Any]] | None
 ) -> list[Section]:
-    """Return what every token contributes to the answer, beside attention and a method's scores (CaCoVID, Figure 1)."""
+    """Return the contribution of every token to the answer, attention and a method's scores (CaCoVID, Figure 1)."""
     rivals = {"attention of the last token": measured.attention} | ({method: scores} if scores is not None else {})
     shown = {"contribution, measured": measured.contribution, **rivals}
     ways = [Kept(name, np.argsort(-np.asarray(v), kind="stable")[:kept].tolist(), v) for name, v in shown.items()]
@@ -83,9 +83,9 @@ def contributions_sections(
         for name, v in rivals.items()
     }
     figure = charts.cloud(points, x="rank of the score, %", y="measured contribution")
-    said = "Points, one a token: what it contributes, against its rank by attention and by the method."
+    alt = "Points, one a token: what it contributes, against its rank by attention and by the method."
     return [
-        Section("Attention against contribution", text, Table("", columns, lines), figure, said),
+        Section("Attention against contribution", text, Table("", columns, lines), figure, alt),
         frames_section(video, measured.grid, ways, "Contribution, attention and scores, token by token"),
     ]
 
@@ -93,7 +93,7 @@ def contributions_sections(
 def answer_sections(
     video: Video,
     question: str,
-    said: Row,
+    answer: Row,
     scores: NDArray[np.floating[Any]] | None,
     parts: Sequence[str],
     measured: Contributions | None = None,
@@ -102,16 +102,16 @@ def answer_sections(
 
     With `measured`, what tokens contribute is beside what the LLM's attention says of them.
     """
-    rows = [("question", question), ("answer", said["answer"]), ("method", said["method"])]
-    rows += [("prompt", f"{said['prompt_tokens_before']} → {said['prompt_tokens_after']} tokens")]
+    rows = [("question", question), ("answer", answer["answer"]), ("method", answer["method"])]
+    rows += [("prompt", f"{answer['prompt_tokens_before']} → {answer['prompt_tokens_after']} tokens")]
     sections = [Section("The answer", table=Table("", ("", ""), rows, frozenset({0, 1})))]
-    for trace in said["videos"][:1]:
+    for trace in answer["videos"][:1]:
         grid = TokenGrid(*trace["grid"])
-        sections += video_sections(video, grid, [Kept(said["method"], trace["indices"], scores)])
+        sections += video_sections(video, grid, [Kept(answer["method"], trace["indices"], scores)])
     if measured is not None:
-        kept = said["videos"][0]["kept"] if said["videos"] else max(1, measured.grid.num_tokens // 10)
-        sections += contributions_sections(video, measured, said["answer"], said["method"], kept, scores)
-    return [*sections, time_section({said["method"]: {part: said["ms"].get(part, 0.0) for part in parts}})]
+        kept = answer["videos"][0]["kept"] if answer["videos"] else max(1, measured.grid.num_tokens // 10)
+        sections += contributions_sections(video, measured, answer["answer"], answer["method"], kept, scores)
+    return [*sections, time_section({answer["method"]: {part: answer["ms"].get(part, 0.0) for part in parts}})]
 
 
 def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where the time goes") -> Section:
@@ -163,15 +163,15 @@ def accuracy_charts(rows: Sequence[Row]) -> list[Section]:
     sections = []
     rows = [{"frames": None, **row} for row in rows]
     for frames in dict.fromkeys(row["frames"] for row in rows):
-        own = [row for row in rows if row["frames"] == frames]
+        some = [row for row in rows if row["frames"] == frames]
         lines: dict[str, list[tuple[float, float, float]]] = {}
-        for row in own:
+        for row in some:
             if row["method"] != "full" and row["real_retention"] is not None:
                 point = (100 * row["layer_retention"], 100 * row["accuracy"], _interval(row["stderr"]))
                 lines.setdefault(named(row), []).append(point)
         if not any(len(points) > 1 for points in lines.values()):
             continue
-        level = next((("all tokens", 100 * row["accuracy"]) for row in own if row["method"] == "full"), None)
+        level = next((("all tokens", 100 * row["accuracy"]) for row in some if row["method"] == "full"), None)
         figure = charts.against(
             lines, x="% of the tokens that layers see on average", y="accuracy %", level=level, log=True
         )
@@ -193,7 +193,7 @@ def _interval(error: float | None) -> float:
 
 
 def _chart(title: str, figure: Any, text: str) -> Section:
-    return Section(title, text, figure=figure, said=f"{title}: the figures are in the table of accuracies.")
+    return Section(title, text, figure=figure, alt=f"{title}: the figures are in the table of accuracies.")
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def training_sections(metrics: Path) -> list[Section]:
         points = [(float(row["step"]), float(row[name]), 0.0) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             chart = charts.against({text: points}, x="step", y=text)
-            said = f"{text} over {len(points)} measurements, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
-            sections.append(Section(text.capitalize(), figure=chart, said=said))
+            alt = f"{text} over {len(points)} measurements, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+            sections.append(Section(text.capitalize(), figure=chart, alt=alt))
     last = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in rows[-1].items()]
     return [Section("The last step", table=Table("", ("", ""), last)), *sections]

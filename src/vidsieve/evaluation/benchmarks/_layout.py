@@ -25,14 +25,14 @@ def one_file(folder: Path, *names: str) -> Path:
     """
     if not os.path.isdir(folder):
         raise EvaluationError(f"{folder} is no folder: give the one that holds {' or '.join(names)}")
-    found = [path for name in names for path in sorted(folder.glob(name))]
-    if len(found) > 1:
+    paths = [path for name in names for path in sorted(folder.glob(name))]
+    if len(paths) > 1:
         raise EvaluationError(
-            f"{folder} has {' and '.join(str(path.relative_to(folder)) for path in found)}, of which one is expected: "
+            f"{folder} has {' and '.join(str(path.relative_to(folder)) for path in paths)}, of which one is expected: "
             "remove the others"
         )
-    if found:
-        return found[0]
+    if paths:
+        return paths[0]
     there = {
         path.name: path for path in folder.rglob("*") if os.path.isfile(path) and path.suffix == Path(names[0]).suffix
     }
@@ -140,10 +140,10 @@ class Videos:
         if os.path.isfile(wanted):
             return wanted
         stem = wanted.stem if wanted.suffix.lower() in ENDINGS else name
-        found = self.stems.get(stem, [])
-        if len(found) > 1:
-            raise EvaluationError(f"{found[0]} and {found[1].name} may both be the video {name!r}: remove one")
-        return found[0] if found else (wanted if wanted.suffix.lower() in ENDINGS else wanted.with_name(f"{name}.mp4"))
+        paths = self.stems.get(stem, [])
+        if len(paths) > 1:
+            raise EvaluationError(f"{paths[0]} and {paths[1].name} may both be the video {name!r}: remove one")
+        return paths[0] if paths else (wanted if wanted.suffix.lower() in ENDINGS else wanted.with_name(f"{name}.mp4"))
 
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov")

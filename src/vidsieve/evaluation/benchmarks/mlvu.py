@@ -67,16 +67,16 @@ def read_test(folder: Path) -> list[Item]:
     ------
     EvaluationError
     """
-    asked = one_file(folder, "test_multi_choice_tasks.json", "MLVU_Test/test_question.json")
+    path = one_file(folder, "test_multi_choice_tasks.json", "MLVU_Test/test_question.json")
     key = one_file(folder, "test-ground-truth/test_mcq_gt.json", "test_mcq_gt.json")
     answers = {row.question_id: row.answer for row in rows_of(key, MLVUTestAnswer)}
     videos = Videos(one_folder(folder, "MLVU_Test/video", "video"))
     items = []
-    for row in rows_of(asked, MLVUTestQuestion):
+    for row in rows_of(path, MLVUTestQuestion):
         if row.question_id not in answers:
-            raise EvaluationError(f"question {row.question_id!r} of {asked} has no answer in {key}: fetch both again")
+            raise EvaluationError(f"question {row.question_id!r} of {path} has no answer in {key}: fetch both again")
         items.append(_item(row.question_id, row, answers[row.question_id], videos, row.question_type))
-    return checked(items, asked)
+    return checked(items, path)
 
 
 def _item(name: str, row: MLVUQuestion | MLVUTestQuestion, answer: str, videos: Videos, task: str) -> Item:

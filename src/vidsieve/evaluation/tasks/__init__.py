@@ -1,1 +1,1 @@
-"""What can be measured: one task a file, run by `vidsieve.evaluation.experiment`."""
+"""Tasks, one a file, which `vidsieve.evaluation.experiment` runs."""

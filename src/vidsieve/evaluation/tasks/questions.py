@@ -88,11 +88,11 @@ class QuestionsTask:
         return self.benchmark.name
 
     def settings(self) -> dict[str, Any]:
-        """Return what the records depend on."""
-        asked = [[item.id, item.video.name, item.prompt(self.benchmark.closing), item.answer] for item in self.items]
+        """Return the settings that records depend on."""
+        prompts = [[item.id, item.video.name, item.prompt(self.benchmark.closing), item.answer] for item in self.items]
         return {
             "questions": len(self.items),
-            "questions_digest": digest(asked),
+            "questions_digest": digest(prompts),
             "model": self.model,
             "model_digest": model_digest(self.adapter.model),
             "dtype": str(self.adapter.model.dtype),
@@ -175,9 +175,9 @@ class QuestionsTask:
 
     def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
         """Return the answer to one question under one condition."""
-        said, score, prompt, traces = self._answer(encoded, item, condition)
+        text, score, prompt, traces = self._answer(encoded, item, condition)
         total = sum(span.features.grid.num_tokens for span in encoded.videos)
-        values: dict[str, Any] = {"said": said, "score": score, "kept": total, "total": total, "layers": 1.0}
+        values: dict[str, Any] = {"said": text, "score": score, "kept": total, "total": total, "layers": 1.0}
         if traces:
             values["kept"] = sum(trace.kept for trace in traces)
             values["layers"] = sum(trace.layer_retention * trace.total for trace in traces) / total
@@ -192,18 +192,20 @@ class QuestionsTask:
     def _answer(
         self, encoded: Encoded, item: Item, condition: Condition
     ) -> tuple[str, float, tuple[int, int], tuple[VideoTrace, ...]]:
-        """Return what the model says, its score, the prompt's tokens before and after pruning, and what was kept."""
+        """Return the answer, its score, the prompt's tokens before and after pruning, and the traces."""
         method = condition.method
         if self.way == "choice":
             best, prompt, traces = choice(self.adapter, encoded, self._tokens(item), method, seed=self.seed)
             word = item.answers[best]
             return word, float(word == item.answer), prompt, traces
-        said = reply(self.adapter, self.processor, encoded, method, max_new_tokens=self.max_new_tokens, seed=self.seed)
+        result = reply(
+            self.adapter, self.processor, encoded, method, max_new_tokens=self.max_new_tokens, seed=self.seed
+        )
         if item.kind == "multiple choice" and item.listed:
-            score = float(chosen(said.text, item.options, item.answers) == item.answer)
+            score = float(chosen(result.text, item.options, item.answers) == item.answer)
         else:
-            score = judge(item.kind, said.text, item.answer)
-        return said.text, score, said.prompt_tokens, said.traces
+            score = judge(item.kind, result.text, item.answer)
+        return result.text, score, result.prompt_tokens, result.traces
 
     def _tokens(self, item: Item) -> Tensor:
         """Return the token of each of an item's possible answers.

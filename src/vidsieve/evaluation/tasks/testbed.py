@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -173,30 +173,30 @@ class ScenesTask:
     name: str = "testbed"
 
     @cached_property
-    def asked(self) -> list[list[Question]]:
+    def scenes(self) -> list[list[Question]]:
         """The questions about every scene."""
         return scene_questions(self.world, self.seed, self.questions)
 
     def settings(self) -> dict[str, Any]:
-        """Return what the records depend on."""
+        """Return the settings that records depend on."""
         about = {"world": self.world, "seed": self.seed, "questions": self.questions, "model": self.model}
         return {**about, "model_digest": model_digest(self.adapter.model)}
 
     def units(self) -> list[str]:
         """Return the numbers of the scenes."""
-        return [str(number) for number in range(len(self.asked))]
+        return [str(number) for number in range(len(self.scenes))]
 
     def measure(self, unit: str, conditions: Sequence[Condition]) -> Iterator[Measurement]:
         """Yield for every question of a scene and condition: ``kind, right``, and ``kept, total, layers`` if known.
 
         Where one selection serves all questions, only the first one has what was kept.
         """
-        asked = [condition for condition in conditions if isinstance(condition, SceneCondition)]
-        needs = frozenset().union(*(condition.needs for condition in asked)) & ENCODER_NEEDS
+        able = cast("Sequence[SceneCondition]", conditions)
+        needs = frozenset().union(*(condition.needs for condition in able)) & ENCODER_NEEDS
         index = int(unit)
-        scene = read_scene(self.adapter, self.processor, self.world, self.seed, index, len(self.asked[index]), needs)
+        scene = read_scene(self.adapter, self.processor, self.world, self.seed, index, len(self.scenes[index]), needs)
         refused: dict[str, str] = {}
-        for condition in asked:
+        for condition in able:
             with contained(refused, condition.key, BudgetError):
                 marks, traces = answers(self.adapter, scene, condition, self.seed + index)
                 for number, (question, right) in enumerate(zip(scene.questions, marks, strict=True)):
@@ -215,12 +215,12 @@ class ScenesTask:
     @property
     def items(self) -> dict[str, int]:
         """The scene of every question."""
-        return {self._item(scene, n): scene for scene, some in enumerate(self.asked) for n in range(len(some))}
+        return {self._item(scene, n): scene for scene, some in enumerate(self.scenes) for n in range(len(some))}
 
     def marks(self, results: Results) -> dict[str, list[bool]]:
         """Return for every condition with a row whether each question is answered rightly."""
         samples = {condition.key: results.samples[condition.key] for condition in results.measured}
-        return {key: [own[item]["right"] for item in self.items] for key, own in samples.items()}
+        return {key: [answered[item]["right"] for item in self.items] for key, answered in samples.items()}
 
     def tabulate(self, results: Results) -> Table:
         """Return the table of accuracies.
@@ -228,7 +228,7 @@ class ScenesTask:
         The result has ``world, seed, n_questions, n_scenes, rows, refused``; rows are those of `accuracy_rows` with
         ``positions`` and ``by_kind``.
         """
-        kinds = [question.kind for some in self.asked for question in some]
+        kinds = [question.kind for some in self.scenes for question in some]
         groups = {item: {"kind": (kind,)} for item, kind in zip(self.items, kinds, strict=True)}
         rows = accuracy_rows(results, groups, list(self.items.values()), "right")
         for row in rows:
@@ -239,7 +239,7 @@ class ScenesTask:
                 "world": self.world,
                 "seed": self.seed,
                 "n_questions": len(kinds),
-                "n_scenes": len(self.asked),
+                "n_scenes": len(self.scenes),
                 "rows": rows,
                 "refused": results.refused_rows(),
             }
@@ -247,7 +247,7 @@ class ScenesTask:
 
 
 def scene_questions(world: str, seed: int, questions: int) -> list[list[Question]]:
-    """Return what is asked about each scene until there are `questions` questions; the last scene's are cut to fit."""
+    """Return the questions of each scene, `questions` in all; those of the last scene are cut to fit."""
     scenes: list[list[Question]] = []
     while questions > 0:
         index = len(scenes)
@@ -268,20 +268,20 @@ def read_scene(
 ) -> SceneBatch:
     """Return one scene with its first `count` questions, and the signals of the vision encoder that are in `needs`."""
     cast = make_cast(world, seed, index)
-    asked = make_questions(cast, seed, index)[:count]
-    inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in asked])
+    questions = make_questions(cast, seed, index)[:count]
+    inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in questions])
     features = adapter.features(inputs, needs)
     # One pass through the vision tower serves every question of the scene.
-    inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(asked))}
+    inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(questions))}
     del inputs["pixel_values_videos"]
     encoded = adapter.encode(inputs)
     return SceneBatch(
         index,
         cast,
-        asked,
+        questions,
         encoded.with_signals(features[0].encoder),
-        torch.tensor([[WORD_ID[w] for w in q.options] for q in asked]),
-        torch.tensor([q.options.index(q.answer) for q in asked]),
+        torch.tensor([[WORD_ID[w] for w in q.options] for q in questions]),
+        torch.tensor([q.options.index(q.answer) for q in questions]),
     )
 
 
@@ -333,6 +333,6 @@ def _selected(
 
 
 def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
-    """Return whether the option of the highest logit is the answer, from next-token logits (questions, V)."""
+    """Return True for every question whose answer has the highest of its options' logits (questions, V)."""
     right: list[bool] = (logits.gather(1, scene.options).argmax(1) == scene.answers).tolist()
     return right

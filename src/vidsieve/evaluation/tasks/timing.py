@@ -70,7 +70,7 @@ class TimingTask:
     name: str = "timing"
 
     def settings(self) -> dict[str, Any]:
-        """Return what the records depend on."""
+        """Return the settings that records depend on."""
         rounds = {"lengths": list(self.lengths), "repeats": self.repeats, "new_tokens": self.new_tokens}
         return {**rounds, "seed": self.seed, **self.about, "machine": machine()}
 
@@ -315,8 +315,8 @@ def _llm(row: Mapping[str, Any]) -> float:
 def _pays_from(first: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
     """Return the fewest frames at which, and at all more, everything takes less than with all tokens."""
     saved: dict[int, bool] = {}
-    for whole, own in zip(first["by_length"], row["by_length"], strict=True):
-        saved[own["frames"]] = saved.get(own["frames"], True) and own["ms"]["all"] < whole["ms"]["all"]
+    for whole, pruned in zip(first["by_length"], row["by_length"], strict=True):
+        saved[pruned["frames"]] = saved.get(pruned["frames"], True) and pruned["ms"]["all"] < whole["ms"]["all"]
     fewest = None
     for frames in sorted(saved, reverse=True):
         if not saved[frames]:
