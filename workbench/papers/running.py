@@ -15,7 +15,7 @@ from vidsieve.cli.shared import command_line, out
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import EvaluationError, PolicyError, UnknownNameError, VidsieveError
 from vidsieve.evaluation.conditions import Condition
-from vidsieve.evaluation.experiment import Task, run, versions
+from vidsieve.evaluation.experiment import Task, run
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published
 
@@ -135,25 +135,18 @@ def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
 def trained(part: Part, seeds: int) -> dict[Any, Any]:
     """Train and measure the testbed's counterparts of a table's trainings."""
     from workbench.papers.reproducing import training_cells
-    from workbench.testbed.ablating import chosen_tables, perform_all, runs_of, tabulated
+    from workbench.testbed.ablating import AblationTask, chosen_tables
 
-    questions = 480
     wanted = dict.fromkeys(own.ablation for own in part.spec.trained.values())
     labels = {own.label for own in part.spec.trained.values()}
-    chosen = chosen_tables(list(wanted))
-    runs = [run for run in runs_of(chosen, seeds, questions) if run.condition.label in labels]
+    task = AblationTask(chosen_tables(list(wanted)), seeds, 480, part.folder / "trainings", labels=labels)
     if part.plan:
-        out.print(f"{part.family}: {len(runs)} trainings on the testbed, about a minute each", markup=False)
+        out.print(f"{part.family}: {len(task.runs)} trainings on the testbed, about a minute each", markup=False)
         return {}
-
-    def said(done: int, count: int, run: Any, minutes: float) -> None:
-        out.print(f"{done}/{count}  seed {run.seed}, {run.condition.label}: {minutes:.1f} min", markup=False)
-
-    results = perform_all(runs, part.folder / "trainings", 2, said)
-    made = [tabulated(one, seeds, questions, results, labels) for one in chosen]
-    part.settings |= {"model": "testbed", "questions": questions, "seeds": seeds, "versions": versions()}
+    result = _run(task, [], "trainings")
+    part.settings |= {"model": "testbed", "questions": 480, "seeds": seeds, "versions": result["versions"]}
     kept = {row: [c.retention for c in published(part.table) if c.row == row] for row, _ in part.rows}
-    return training_cells(part.family, part.spec, made, kept)
+    return training_cells(part.family, part.spec, result["tables"], kept)
 
 
 def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]:

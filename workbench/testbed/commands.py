@@ -160,34 +160,29 @@ def ablate(
     shared.check_output(figure)
     searched = folder / f"search-{search}.json"
     shared.check_output(searched)
-    from vidsieve.evaluation.experiment import versions
-    from workbench.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
+    from vidsieve.evaluation import experiment
+    from workbench.testbed.ablating import EVAL_SEED, AblationTask, chosen_tables
     from workbench.testbed.curves import curves_picture
-    from workbench.testbed.search import markdown as search_table
+    from workbench.testbed.search import search_table
 
-    chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
-    runs = runs_of(chosen, seeds, questions)
-
-    def report(done: int, count: int, run: Run, minutes: float) -> None:
-        shared.out.print(
-            f"{done}/{count}  {run.method}, seed {run.seed}, {run.condition.label}: {minutes:.1f} min of training"
-        )
-
-    results = perform_all(runs, folder, processes, report)
-    made = [tabulated(table, seeds, questions, results) for table in chosen]
-    text = markdown(made)
-    about: dict[str, Any] = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
+    chosen = chosen_tables(shared.words(tables))
+    task = AblationTask(chosen, seeds, questions, folder, processes)
+    with shared.stoppable(folder), Bar("trainings", len(task.units())) as advance:
+        table = experiment.run(task, [], command=shared.command_line(), progress=advance)
+    if table is None:
+        raise RuntimeError("a run of one process has a table")
+    result, shown = table.to_json(), [table, *table.more]
     if search:
-        bound = _searched(searched, EVAL_SEED, search)
-        about["search"] = bound
-        text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
+        result["search"] = _searched(searched, EVAL_SEED, search)
+        shown.append(search_table(result["search"]))
+    text = "\n\n".join(one.to_markdown() for one in shown)
     shared.out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
-        curves_picture(figure, made)
-    shared.write_json(json, about | {"tables": made})
+        curves_picture(figure, result["tables"])
+    shared.write_json(json, result)
 
 
 def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import SelectionError
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.stats import clustered_mean
+from vidsieve.evaluation.table import Table
 from vidsieve.evaluation.tasks.testbed import Oracle, SceneBatch, SceneCondition, read_scene, scene_questions
 from vidsieve.selection import indices_to_mask
 from vidsieve.testbed.world import TOKENS
@@ -130,14 +131,14 @@ def _asked(adapter: Adapter, scene: SceneBatch, number: int) -> Callable[[Tensor
     return lambda masks: rollouts.option_logits(masks, scene.options[number])
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return accuracy and margin by number of tokens as a Markdown table."""
+def search_table(result: dict[str, Any]) -> Table:
+    """Return accuracy and margin by number of tokens."""
     counts = sorted({row["tokens"] for row in result["rows"]})
     cell = {(row["method"], row["tokens"]): row for row in result["rows"]}
-    lines = [f"| tokens | {' | '.join(str(count) for count in counts)} |", "|---|" + "---|" * len(counts)]
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        shown = [f"{cell[method, n]['accuracy']:.2f} ({cell[method, n]['margin']:+.1f})" for n in counts]
-        lines.append(f"| {method} | {' | '.join(shown)} |")
+    rows = [
+        [method, *(f"{cell[method, n]['accuracy']:.2f} ({cell[method, n]['margin']:+.1f})" for n in counts)]
+        for method in dict.fromkeys(row["method"] for row in result["rows"])
+    ]
     largest = max(row["stderr"] for row in result["rows"])
-    lines += ["", f"{result['questions']} questions; accuracy (margin); standard errors at most {largest:.2f}."]
-    return "\n".join(lines)
+    note = f"{result['questions']} questions; accuracy (margin); standard errors at most {largest:.2f}."
+    return Table("search (with the answer in hand)", ("tokens", *map(str, counts)), rows, notes=[note])
