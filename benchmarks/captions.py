@@ -16,7 +16,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
-from vidsieve.evaluation.methods import named_methods
+from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import clustered_mean, paired_difference
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model

@@ -22,18 +22,20 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
+from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
-from vidsieve.evaluation.methods import named_methods, rows_for
+from vidsieve.evaluation import experiment
+from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.evaluation.testbed import FULL, TestbedRow, compressor_row, evaluate
+from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask, scene_conditions
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model, shipped_policy
 from vidsieve.policies import Policy
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Stage, VideoTokens
-from workbench.testbed.study import first_look_row, question_oracle
+from workbench.testbed.study import first_look, question_oracle
 
 WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
 PROBED = (0.1, 0.05)
@@ -67,8 +69,8 @@ def remembering(method: Compressor) -> Compressor:
 
 
 COMMON = (
-    "evaluation/testbed.py",
-    "evaluation/methods.py",
+    "evaluation/tasks/testbed.py",
+    "evaluation/conditions.py",
     "testbed",
     "adapters",
     "selection.py",
@@ -80,8 +82,8 @@ AT_ONCE = 64
 """Rows that are measured before they are put away: what a stop can lose."""
 
 
-def fingerprint(row: TestbedRow, method: Compressor | None) -> str:
-    """Return a hash of all that made a row's marks: the measuring code, the model, the method's code and policy."""
+def fingerprint(condition: SceneCondition, method: Compressor | None) -> str:
+    """Return a hash of the measuring code, the model, and a method's code and policy."""
     package = Path(vidsieve.__file__).parent
     found = [path for name in COMMON for path in _files(package / name)]
     found.append(package / "testbed/assets/model/model.safetensors")
@@ -90,7 +92,8 @@ def fingerprint(row: TestbedRow, method: Compressor | None) -> str:
         if method.trained:
             found += [package / "compressors" / name for name in ("_decoder.py", "_question.py")]
             found += shipped_policy(f"{method.name}:{method.variant}").iterdir()
-    digest = hashlib.sha256(repr((row.method, row.variant, row.retention)).encode())
+    row = condition.described()
+    digest = hashlib.sha256(repr((row["method"], row["variant"], row["retention"])).encode())
     for path in sorted(set(found)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -100,27 +103,26 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[TestbedRow, str]]:
-    """Return (row, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
+def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[SceneCondition, str]]:
+    """Return (condition, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
     methods = named_methods(["all"], prefill=True)
     moved = [
         (method, "earliest", True) if hasattr(method, "earliest") else (method, "layer", 1)
         for method in methods.values()
         if earliest and method.acts is Stage.LAYER and (hasattr(method, "earliest") or hasattr(method, "layer"))
     ]
-    found: list[tuple[TestbedRow, Compressor | None]] = [(FULL, None)]
+    found: list[tuple[SceneCondition, Compressor | None]] = [(FULL, None)]
     for retention in RETENTIONS:
         for name, method in methods.items():
-            rows = rows_for({name: remembering(method)}, [retention], probes=retention in PROBED)
-            found += [(row, method) for row in rows]
+            _, *conditions = scene_conditions({name: remembering(method)}, [retention], probes=retention in PROBED)
+            found += [(condition, method) for condition in conditions]
         for method, field, value in moved:
             at = dataclasses.replace(method.with_retention(retention), **{field: value})  # type: ignore[arg-type]
-            found.append((compressor_row(at, f"{method.name}[earliest]"), method))
-        found.append(
-            (TestbedRow("question_oracle", "-", retention, question_oracle(kept_tokens(retention, TOKENS))), None)
-        )
-        found.append((first_look_row(model, retention), None))
-    return {f"{row.method}/{row.variant}/{row.retention:g}": (row, fingerprint(row, method)) for row, method in found}
+            found.append((SceneCondition(at, suffix="[earliest]"), method))
+        oracle = Oracle("question_oracle", retention, question_oracle(kept_tokens(retention, TOKENS)))
+        found.append((SceneCondition(oracle=oracle), None))
+        found.append((first_look(adapter_for(model), retention), None))
+    return {condition.key: (condition, fingerprint(condition, method)) for condition, method in found}
 
 
 def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
@@ -135,14 +137,15 @@ def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
     missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
     for start in range(0, len(missing), AT_ONCE):
         keys = missing[start : start + AT_ONCE]
-        result = evaluate(model, processor, [rows[key][0] for key in keys], world=world, seed=seed, questions=questions)
+        task_of = ScenesTask(adapter_for(model), processor, world, seed, questions)
+        results = experiment.measured(task_of, [rows[key][0] for key in keys])
         for key in keys:
             part["marks"].pop(key, None)
             part["floors"].pop(key, None)
-        part["marks"] |= result["right"]
-        part["floors"] |= {f"{r['method']}/{r['variant']}/{r['retention']:g}": r["reason"] for r in result["refused"]}
+        part["marks"] |= task_of.marks(results)
+        part["floors"] |= {key: reasons[0] for key, reasons in results.refused.items()}
         part["made_by"] |= {key: rows[key][1] for key in keys}
-        part["clusters"] = result["clusters"]
+        part["clusters"] = list(task_of.items.values())
         write_result(path, part)
         print(f"{world} {seed}: {min(start + AT_ONCE, len(missing))} of {len(missing)} rows measured", flush=True)
     return {

@@ -16,7 +16,7 @@ import typer
 import vidsieve
 from vidsieve import registry
 from vidsieve.cli.main import app, method_rows
-from vidsieve.evaluation.methods import check_known
+from vidsieve.evaluation.conditions import check_known
 from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 
 ROOT = Path(__file__).parents[1]

@@ -6,8 +6,7 @@ import typer
 
 from vidsieve.cli.main import main, root
 from workbench.papers.reproduce import reproduce
-from workbench.testbed.commands import ablate, build, separation, talker
-from workbench.testbed.open_ended_command import eval_open
+from workbench.testbed.commands import ablate, build, open_ended, separation, talker
 
 app = typer.Typer(
     name="workbench", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -18,7 +17,7 @@ app.command("build")(build)
 app.command("talker")(talker)
 app.command("separation")(separation)
 app.command("ablate")(ablate)
-app.command("open")(eval_open)
+app.command("open")(open_ended)
 
 if __name__ == "__main__":
     main(app)

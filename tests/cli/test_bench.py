@@ -10,7 +10,6 @@ import pytest
 def test_the_pipeline_of_a_made_clip(cli, tmp_path):
     out = cli(
         "bench",
-        "pipeline",
         "--repeats",
         "1",
         "--warm-up",
@@ -37,23 +36,17 @@ def test_the_pipeline_of_a_made_clip(cli, tmp_path):
     assert "Where the time goes" in (tmp_path / "r.html").read_text()
 
 
-def test_selecting_alone(cli, tmp_path):
-    out = cli("bench", "select", "--grid", "4x4x4", "--width", "32", "--json", tmp_path / "s.json", "--repeats", "2")
-    result = json.loads((tmp_path / "s.json").read_text())
-    kept = {row["name"]: row["kept"] for row in result["rows"]}
-    assert kept["divprune"] == kept["random"] == 6 and all(row["ms"]["runs"] == 2 for row in result["rows"])
-    assert "fastv acts inside LLM layers: time it with `vidsieve bench pipeline`" in out
-
-
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["pipeline", "--lengths", "a"], "--lengths takes whole numbers"),
-        (["pipeline", "--clip", "3x3"], "640x360x10"),
-        (["pipeline", "--dtype", "float"], "unknown dtype 'float'"),
-        (["pipeline", "--random-weights", "qwen2.5-vl-7"], "Did you mean 'qwen2.5-vl-7b'"),
-        (["select", "--grid", "3x3"], "frames x height x width"),
-        (["select", "--methods", "evz"], "Did you mean 'evs'"),
+        (["--lengths", "a"], "--lengths takes whole numbers"),
+        (["--clip", "3x3"], "640x360x10"),
+        (["--dtype", "float"], "unknown dtype 'float'"),
+        (["--random-weights", "qwen2.5-vl-7"], "Did you mean 'qwen2.5-vl-7b'"),
+        (["--methods", "evz"], "Did you mean 'evs'"),
+        (["pipeline", "clip.mp4"], "`bench pipeline` is part of `bench` now"),
+        (["select"], "selecting is a column of it"),
+        (["a.mp4", "b.mp4"], "leave b.mp4 out"),
     ],
 )
 def test_mistakes_are_told(cli, given, said):

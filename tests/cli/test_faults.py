@@ -39,12 +39,11 @@ def scenes(tmp_path_factory):
 METHODS = ("--methods", "broken,uniform", "--retention", "0.5")
 VIDEO, QUESTIONS = Path("scene-0000.mp4"), Path("questions.jsonl")
 COMMANDS = {
-    "compare": ("compare", VIDEO, "what colour is the old mark ?", "--repeats", "1"),
+    "ask": ("ask", VIDEO, "what colour is the old mark ?", "--repeats", "1"),
     "eval testbed": ("eval", "testbed", "--questions", "6"),
     "eval questions": ("eval", "questions", QUESTIONS, "--model", "testbed", "--subset", "6"),
     "eval open": ("workbench", "open", "--scenes", "2"),
-    "bench select": ("bench", "select", "--grid", "2x4x4", "--width", "16", "--repeats", "1"),
-    "bench pipeline": ("bench", "pipeline", VIDEO, "--lengths", "4", "--repeats", "1", "--new-tokens", "1"),
+    "bench": ("bench", VIDEO, "--lengths", "4", "--repeats", "1", "--new-tokens", "1"),
 }
 
 
@@ -63,5 +62,5 @@ def test_the_others_keep_their_rows(run, scenes, tmp_path, name):
 
 
 def test_errors_on_purpose_still_end_with_2(run, scenes):
-    _, err = run("compare", scenes / "nosuch.mp4", "what ?", "--methods", "uniform", code=2)
+    _, err = run("ask", scenes / "nosuch.mp4", "what ?", "--methods", "uniform", code=2)
     assert "error:" in err

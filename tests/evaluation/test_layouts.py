@@ -192,13 +192,13 @@ def test_a_missing_video_is_named(tmp_path, name):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"correct_choice": 5}, "correct_choice of row 1 of .*lvb_val.json is 5, with 5 candidates"),
-        ({"correct_choice": True}, "correct_choice of row 1 .* is True, must be int"),
-        ({"correct_choice": "E"}, "is 'E', must be int"),
-        ({"candidates": ["one"]}, "must be two or more texts"),
-        ({"question": "  "}, "question of row 1 of .* is empty"),
+        ({"correct_choice": 5}, "correct_choice of .* is 5, with 5 candidates"),
+        ({"correct_choice": True}, "row 1 of .*lvb_val.json: Expected `int`, got `bool` - at `.*correct_choice`"),
+        ({"correct_choice": "E"}, "Expected `int`, got `str`"),
+        ({"candidates": ["one"]}, "Expected `array` of length >= 2 - at `.*candidates`"),
+        ({"question": "  "}, "Expected `str` of length >= 1 - at `.*question`"),
         ({"id": "ab_1"}, "'ab_1'"),
-        ({"id": None}, "must be str"),
+        ({"id": None}, "Expected `str`, got `null`"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path, change, said):
@@ -226,7 +226,7 @@ def test_answers_outside_the_options_and_broken_files_are_refused(tmp_path):
     path = tmp_path / "json/5_order.json"
     row = json.loads(path.read_text())[0]
     _write(path, [row | {"answer": "four"}])
-    with pytest.raises(EvaluationError, match=r"answer of row 1 .* is 'four', which is none of"):
+    with pytest.raises(EvaluationError, match=r"the answer 'four' of question '5_order/0' is none of"):
         read("mlvu", tmp_path)
     _write(path, "[{]")
     with pytest.raises(EvaluationError, match=r"cannot read .*5_order.json"):

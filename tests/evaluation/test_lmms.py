@@ -31,9 +31,9 @@ from vidsieve.errors import (
     VideoError,
 )
 from vidsieve.evaluation.benchmarks.questions import QUESTIONS
-from vidsieve.evaluation.examiner import Condition, Examiner
+from vidsieve.evaluation.conditions import Condition, method_for
 from vidsieve.evaluation.lmms_bridge import AnswerSettings, Arguments, converted
-from vidsieve.evaluation.methods import method_for
+from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.testbed.files import write_scenes
 from vidsieve.types import Tokens
 from vidsieve.video.reading import read_video
@@ -151,8 +151,9 @@ def test_answers_are_those_of_the_pipeline_and_of_eval_in_the_order_of_the_reque
     amount = Tokens(100) if retention == "100t" else retention
     compressor = None if retention is None else method_for(method, "testbed", retention=amount)
     model, processor = testbed
-    examiner = Examiner(adapter_for(model), processor, [Condition(16, compressor)], max_new_tokens=3)
-    samples = [sample for part in (scenes[:3], scenes[3:]) for sample in examiner.measure(part)["samples"]]
+    asked_of = QuestionsTask(QUESTIONS, scenes, adapter_for(model), processor, "testbed", max_new_tokens=3)
+    records = [record for unit in asked_of.units() for record in asked_of.measure(unit, [Condition(compressor, 16)])]
+    samples = [record.values for record in records]
     for place, result in zip(order, said, strict=True):
         video = read_video(scenes[place].video, frames=16)
         one = answer(model, processor, video, scenes[place].question, compressor, max_new_tokens=3)

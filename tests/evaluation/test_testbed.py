@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 import vidsieve
+from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import BudgetError, EvaluationError
-from vidsieve.evaluation import testbed as measuring
-from vidsieve.evaluation.methods import named_methods, rows_for
-from vidsieve.evaluation.testbed import compressor_row, evaluate, run_config, scene_counts, write_run
-from vidsieve.io.journal import Store
+from vidsieve.evaluation import experiment
+from vidsieve.evaluation.conditions import named_methods
+from vidsieve.evaluation.tasks import testbed as measuring
+from vidsieve.evaluation.tasks.testbed import FULL, SceneCondition, ScenesTask, scene_conditions, scene_questions
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
 
 QUESTIONS, SEED = 60, 77
-ABOUT = {"world": "A", "seed": SEED, "questions": QUESTIONS, "model": "testbed"}
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return rows_for(named_methods(["random", "cacovid", "fastv"], prefill=True), [0.4, 0.1])
+def conditions():
+    return scene_conditions(named_methods(["random", "cacovid", "fastv"], prefill=True), [0.4, 0.1])
 
 
-def run(folder, testbed, rows, share=(0, 1)):
-    with Store(folder, run_config(testbed[0], rows, ABOUT), share) as store:
-        result = evaluate(*testbed, rows, world="A", seed=77, questions=QUESTIONS, store=store)
-    if result["n_questions"] == QUESTIONS:
-        write_run(folder, result, "vidsieve eval testbed")
-    return result
+@pytest.fixture(scope="module")
+def task(testbed):
+    model, processor = testbed
+    return ScenesTask(adapter_for(model), processor, "A", SEED, QUESTIONS)
+
+
+def run(folder, task, conditions, share=(0, 1)):
+    return experiment.run(task, conditions, folder, share=share, command="vidsieve eval testbed")
 
 
 def files(folder):
@@ -39,7 +42,7 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, testbed, rows):
+def whole(tmp_path_factory, task, conditions):
     """A run's folder, its result, and the options chosen: those of a scene under one condition after another."""
     folder, judged, said = tmp_path_factory.mktemp("whole"), measuring._right, []
 
@@ -50,7 +53,7 @@ def whole(tmp_path_factory, testbed, rows):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "_right", noted)
-        return folder, run(folder, testbed, rows), said
+        return folder, run(folder, task, conditions).result, said
 
 
 @torch.no_grad()
@@ -91,24 +94,24 @@ def by_hand(model, processor, methods, questions):
     return found
 
 
-def test_a_folder_changes_no_number(whole, testbed, rows):
-    plain = evaluate(*testbed, rows, world="A", seed=77, questions=QUESTIONS)
+def test_a_folder_changes_no_number(whole, task, conditions):
+    results = experiment.measured(task, conditions)
+    plain, right = task.tabulate(results).result, task.marks(results)
     for one, other in zip(plain["rows"], whole[1]["rows"], strict=True):
         assert {**one, "select_ms": 0} == {**other, "select_ms": 0}
-    assert plain["right"] == whole[1]["right"]
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == QUESTIONS * len(plain["rows"])
-    for row, (key, marks) in zip(plain["rows"], plain["right"].items(), strict=True):
+    for row, (key, marks) in zip(plain["rows"], right.items(), strict=True):
         mine = [sample["right"] for sample in samples if sample["condition"] == key]
         assert mine == marks and row["accuracy"] == sum(mine) / QUESTIONS
     assert len({sample["item"] for sample in samples}) == QUESTIONS
     assert [row["method"] for row in plain["refused"]] == ["fastv"]
 
 
-def test_stopped_and_shared_runs_give_the_same_files(tmp_path, whole, testbed, rows, monkeypatch):
-    scenes = len(scene_counts("A", 77, QUESTIONS))
-    assert scenes == 3 and sum(scene_counts("A", 77, QUESTIONS)) == QUESTIONS
-    real, asked = measuring._measured, []
+def test_stopped_and_shared_runs_give_the_same_files(tmp_path, whole, task, conditions, monkeypatch):
+    scenes = len(scene_questions("A", SEED, QUESTIONS))
+    assert scenes == 3 and sum(map(len, scene_questions("A", SEED, QUESTIONS))) == QUESTIONS
+    real, asked = measuring.read_scene, []
 
     def stopped(*arguments):
         asked.append(1)
@@ -116,35 +119,35 @@ def test_stopped_and_shared_runs_give_the_same_files(tmp_path, whole, testbed, r
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(measuring, "_measured", stopped)
+    monkeypatch.setattr(measuring, "read_scene", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", testbed, rows)
-    run(tmp_path / "stopped", testbed, rows)
+        run(tmp_path / "stopped", task, conditions)
+    run(tmp_path / "stopped", task, conditions)
     assert len(asked) == scenes + 1, "the scene that was measured is not measured again"
     assert files(tmp_path / "stopped") == files(whole[0])
-    assert run(tmp_path / "shared", testbed, rows, (1, 2))["n_questions"] < QUESTIONS
-    run(tmp_path / "shared", testbed, rows, (0, 2))
+    assert run(tmp_path / "shared", task, conditions, (1, 2)) is None
+    run(tmp_path / "shared", task, conditions, (0, 2))
     assert files(tmp_path / "shared") == files(whole[0])
 
 
-def test_another_policy_is_another_run(tmp_path, testbed, rows):
-    with Store(tmp_path, run_config(testbed[0], rows, ABOUT)):
-        pass
+def test_another_policy_is_another_run(tmp_path, task, conditions):
+    run(tmp_path, replace(task, questions=2), conditions)
     policy = next(method for method in named_methods(["cacovid"]).values()).policy
     for weight in policy.parameters():
         weight.data.add_(0.1)
     other = named_methods(["random", "cacovid", "fastv"], prefill=True)
     object.__setattr__(other["cacovid"], "policy", policy)
-    with pytest.raises(EvaluationError, match="rows"):
-        Store(tmp_path, run_config(testbed[0], rows_for(other, [0.4, 0.1]), ABOUT))
+    with pytest.raises(EvaluationError, match="policies"):
+        run(tmp_path, replace(task, questions=2), scene_conditions(other, [0.4, 0.1]))
 
 
-def test_a_method_that_reads_the_question_chooses_for_each(testbed):
+def test_a_method_that_reads_the_question_chooses_for_each(testbed, task):
     """Also where all questions of a scene are asked at once: with the first one's tokens the others would go wrong."""
     method = vidsieve.load("cacovid", "testbed", retention=0.05)
-    result = evaluate(*testbed, [compressor_row(method)], world="A", seed=SEED, questions=8)
+    few = replace(task, questions=8)
+    marks = few.marks(experiment.measured(few, [FULL, SceneCondition(method)]))
     alone = by_hand(*testbed, {"cacovid": method}, 8)["cacovid"]
-    assert result["right"]["cacovid/ours/0.05"] == [right for _, right in alone]
+    assert marks["cacovid/ours/0.05"] == [right for _, right in alone]
 
 
 def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_path):
@@ -166,10 +169,12 @@ def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_pa
         folder,
         "--json",
         table,
-        "--answers",
     )
-    result = json.loads(table.read_text())
-    keys, rows = list(result["right"]), result["rows"]
+    rows = json.loads(table.read_text())["rows"]
+    marks = {}
+    for sample in map(json.loads, (folder / "samples.jsonl").read_text().splitlines()):
+        marks.setdefault(sample["condition"], []).append(sample["right"])
+    keys = list(marks)
     methods = {
         "full/-/1": None,
         "random/ours/0.1": vidsieve.load("random", retention=0.1),
@@ -180,7 +185,7 @@ def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_pa
         number = keys.index(key)
         right = [right for _, right in answered]
         assert [word for word, _ in answered] == [word for some in whole[2][number :: len(keys)] for word in some], key
-        assert right == result["right"][key], key
+        assert right == marks[key], key
         assert rows[number]["accuracy"] == sum(right) / QUESTIONS, key
     assert len({row["accuracy"] for row in rows}) > 3, "conditions that could be taken for one another"
 

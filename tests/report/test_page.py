@@ -9,19 +9,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from vidsieve.cli.shared import write_report
 from vidsieve.errors import OutputError
+from vidsieve.evaluation.accuracy import accuracy_table
+from vidsieve.evaluation.table import Table
+from vidsieve.evaluation.tasks.timing import comparison_table, timing_table
 from vidsieve.report import charts
-from vidsieve.report.page import FramesOf, Kept, Section, TableOf, page, write_page
+from vidsieve.report.page import FramesOf, Kept, Section, page, write_page
 from vidsieve.report.pictures import kept_figure, overlay_video
-from vidsieve.report.sections import (
-    answer_sections,
-    comparison_sections,
-    evaluation_sections,
-    pipeline_sections,
-    training_sections,
-)
+from vidsieve.report.sections import answer_sections, comparison_sections, result_sections, training_sections
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import read_video
 
@@ -63,7 +61,7 @@ def frames_of(**more):
 
 def test_every_text_is_escaped():
     sections = [
-        Section(NASTY, NASTY, TableOf((NASTY, "b"), [(NASTY, NASTY)], frozenset({1})), said=NASTY),
+        Section(NASTY, NASTY, Table("", (NASTY, "b"), [(NASTY, NASTY)]), alt=NASTY),
         Section("frames", frames=frames_of(name=NASTY)),
     ]
     made = Parsed(page(NASTY, sections, lead=NASTY, command=NASTY, about={NASTY: NASTY}))
@@ -88,7 +86,7 @@ def test_the_script_is_given_what_was_kept():
 def test_nothing_is_fetched_and_the_same_gives_the_same():
     def sections():
         figure = charts.against({"a$b": [(0.1, 50, 3), (0.25, 60, 2)]}, x="kept", y="%", level=("all", 70), log=True)
-        return [Section("chart", figure=figure, said="a line"), Section("frames", frames=frames_of())]
+        return [Section("chart", figure=figure, alt="a line"), Section("frames", frames=frames_of())]
 
     text = page("t", sections())
     assert text == page("t", sections())
@@ -128,18 +126,22 @@ def test_reports_of_answers_and_comparisons():
     assert "20 → 10 tokens" in made.text and made.text.count(NASTY) == 2 and "5.5" in made.text
     row = {
         "name": "full",
+        "key": "full",
+        "method": "full",
         "layer_retention": 1.0,
         "real_retention": 1.0,
         "answer": "red",
         "same": True,
         "indices": None,
         "scores": None,
-        "select_ms": {"median": 0.0},
-        "ms": {"prefill": {"median": 9.0}, "total": {"median": 9.0}},
+        "select_ms": 0.0,
+        "ms": {"prefill": {"mean": 9.0, "p50": 9.0}, "all": {"mean": 9.0, "p50": 9.0}},
     }
-    other = row | {"name": "m", "indices": [3], "same": False, "answer": NASTY}
-    result = {"question": "?", "rows": [row, other], "grid": [2, 2, 3], "refused": [{"name": "n", "reason": NASTY}]}
-    made = Parsed(page("c", comparison_sections(video(), result)))
+    other = row | {"name": "m", "key": "m", "indices": [3], "same": False, "answer": NASTY}
+    refused = {"name": "n", "method": "n", "variant": "ours", "retention": "0.1", "reason": NASTY}
+    result = {"frames": 4, "tokens": 12, "repeats": 1, "grid": [2, 2, 3]}
+    table = comparison_table(result | {"rows": [row, other], "refused": [refused]})
+    made = Parsed(page("c", comparison_sections(video(), "?", table, {"m": torch.arange(12.0)})))
     assert made.text.count(NASTY) == 2 and sum(tag == "option" for tag, _ in made.elements) == 2
 
 
@@ -153,23 +155,22 @@ def evaluated(**more):
     by = {"kind": {"colour": {"accuracy": 0.5, "stderr": 0.1}, "count": {"accuracy": 0.4, "stderr": float("nan")}}}
     rows = [row | {"real_retention": row["layer_retention"], "frames": 16, "by": by} for row in rows]
     refused = [base | {"method": "f", "retention": "0.1", "frames": 16, "reason": NASTY}]
-    return {"benchmark": "B", "questions": 9, "videos": 3, "rows": rows, "refused": refused, "failed": []} | more
+    about = {"benchmark": "B", "figure": "a mean", "questions": 9, "videos": 3}
+    return {**about, "rows": rows, "refused": refused, "failed": []} | more
 
 
 def test_reports_of_evaluations():
-    failed = [{"video": NASTY, "questions": 2, "reason": "r"}]
-    sections = evaluation_sections(evaluated(failed=failed))
+    failed = [{"video": "v", "questions": 2, "reason": NASTY}]
+    sections = result_sections(accuracy_table(evaluated(failed=failed)))
     titles = [section.title for section in sections]
     assert titles == [
-        "Accuracy",
+        "B: 9 questions about 3 videos",
         "Accuracy against retention, 16 frames",
         "Accuracy by kind",
-        "Not possible",
-        "Questions that could not be asked",
     ]
-    cells = {tuple(row[:2]): row for row in sections[0].table.rows}
-    assert cells["m", "0.1"][4] == "70.0" and cells["f", "0.1"][2] == "–"
-    assert sections[2].table.rows[0][1:] == ("50.0 ± 10.0", "40.0")
+    cells = {tuple(row[:2]): row for row in sections[0].table.cells}
+    assert cells["m", "0.1"][4] == "70.0 ± 1.0" and cells["f", "0.1"][2] == "–"
+    assert sections[2].table.cells[0][1:] == ["50.0 ± 10.0", "40.0"]
     assert Parsed(page("e", sections)).text.count(NASTY) == 2
 
 
@@ -178,7 +179,7 @@ def test_reports_of_training(tmp_path):
     path.write_text("".join(json.dumps({"step": n, "loss": 1 / n, "reward": None}) + "\n" for n in (1, 2)))
     sections = training_sections(path)
     assert [section.title for section in sections] == ["The last step", "Loss"]
-    assert sections[1].said == "loss over 2 measurements, from 1 to 0.5"
+    assert sections[1].alt == "loss over 2 measurements, from 1 to 0.5"
     with pytest.raises(OutputError, match="no report"):
         training_sections(tmp_path / "none")
 
@@ -217,8 +218,9 @@ def test_reports_of_the_pipeline():
         "repeats": 3,
         "new_tokens": 8,
     }
-    table = pipeline_sections(result)[1].table
-    assert table.rows[1][5] == "3.00×" and (table.rows[0][-1], table.rows[1][-1]) == ("–", 16)
+    times, chart, work = result_sections(timing_table(result))
+    assert (times.table.rows[0][-2], times.table.rows[1][-2]) == ("–", 16) and chart.figure is not None
+    assert work.table.rows[1][6] == "3.00×"
 
 
 def test_masks_of_methods_are_rows_of_frames():

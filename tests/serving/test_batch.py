@@ -19,7 +19,7 @@ from vidsieve import answering
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
-from vidsieve.evaluation.methods import method_for
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.io.journal import Journal
 from vidsieve.serving import batch
 from vidsieve.serving.batch import (

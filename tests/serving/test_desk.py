@@ -11,7 +11,7 @@ import pytest
 import vidsieve
 from vidsieve.answering import answer
 from vidsieve.errors import NeedError, PromptError, RetentionError, UnknownNameError, VideoError
-from vidsieve.evaluation.methods import method_for
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.serving import page as module
 from vidsieve.serving.page import Desk
 from vidsieve.testbed.files import write_scene
@@ -113,7 +113,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from vidsieve.evaluation.methods import method_for
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.loading import load_model
 from vidsieve.serving.page import Desk, build
 

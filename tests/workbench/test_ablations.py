@@ -8,8 +8,18 @@ import numpy as np
 import pytest
 
 from vidsieve.errors import UnknownNameError
+from vidsieve.evaluation import experiment
 from workbench.testbed import ablating
-from workbench.testbed.ablating import RESULT, chosen_tables, difference, markdown, perform, runs_of, tabulated
+from workbench.testbed.ablating import (
+    RESULT,
+    AblationTask,
+    ablation_table,
+    chosen_tables,
+    difference,
+    perform,
+    runs_of,
+    tabulated,
+)
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 from workbench.testbed.search import beam_search, upper_bound
 
@@ -52,6 +62,22 @@ def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     assert perform(run, tmp_path) == json.loads((tmp_path / run.folder / RESULT).read_text())
 
 
+def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
+    """With trainings that are stood in for: the table is that of the same results put together by hand."""
+    conditions = (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2}))
+    table = AblationTable("t", "cacovid", "why", conditions)
+    task = AblationTask([table], 2, 8, tmp_path)
+    results = {}
+    for number, name in enumerate(task.units()):
+        marks = [(place + number) % 3 == 0 for place in range(8)]
+        both = {"cacovid/0.1": marks, "cacovid/0.05": marks[::-1]}
+        results[name] = {"marks": both, "clusters": [0, 0, 1, 1, 2, 2, 3, 3], "curve": [], "minutes": 1.0}
+    monkeypatch.setattr(AblationTask, "_results", iter(results.values()))
+    shown = experiment.run(task, [])
+    assert shown.result["tables"] == [tabulated(table, 2, 8, results)]
+    assert shown.title == "t (cacovid, 2 seeds)" and [row[0] for row in shown.rows] == ["a", "b"]
+
+
 def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
     """Simulated: gaps with a known spread over seeds and over scenes; 95 % of intervals hold the truth."""
     draw = np.random.default_rng(0)
@@ -84,7 +110,7 @@ def test_tables_name_differences_that_are_none():
     made = tabulated(table, 2, 80, results)
     assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
     assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
-    text = markdown([made])
+    text = ablation_table(made).to_markdown()
     assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
     assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
 
@@ -102,7 +128,7 @@ def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
             "curve": [],
             "minutes": 1.0,
         }
-    assert "| b | 0.000 | -1.000 (one seed) |" in markdown([tabulated(table, 1, 80, results)])
+    assert "| b | 0.000 | -1.000 (one seed) |" in ablation_table(tabulated(table, 1, 80, results)).to_markdown()
     before = runs_of([table], 1, 80)[0].folder
     monkeypatch.setitem(ablating.SETTINGS, ("cacovid", "ours"), ablating.SETTINGS["cacovid", "ours"] | {"head_lr": 0.5})
     assert runs_of([table], 1, 80)[0].folder != before
@@ -140,7 +166,7 @@ def test_no_two_conditions_of_a_table_are_the_same_run():
 def test_curves_are_drawn_where_conditions_log_them(tmp_path):
     from PIL import Image
 
-    from vidsieve.report.curves import curves_picture
+    from workbench.testbed.curves import curves_picture
 
     curve = [{"step": step, "right": 0.3 + step / 50, "dead_groups": 0.1, "ratio": 0.03} for step in range(1, 11)]
     bare = [{"step": 1, "right": 0.4}, {"step": 2, "right": 0.5}]

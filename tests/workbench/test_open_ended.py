@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,13 +9,13 @@ import torch
 
 import vidsieve
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.evaluation.examiner import Condition
-from vidsieve.io.journal import Store
+from vidsieve.evaluation import experiment
+from vidsieve.evaluation.conditions import Condition
 from vidsieve.loading import load_model
 from vidsieve.testbed.world import render
 from workbench.testbed import open_ended
-from workbench.testbed.open_ended import dialogue_pairs, evaluate_open, measure_scene, prompts, read_scene, statements
-from workbench.testbed.open_ended_command import TALKER
+from workbench.testbed.commands import TALKER
+from workbench.testbed.open_ended import OpenTask, dialogue_pairs, prompts, read_scene, statements
 from workbench.testbed.talking import open_cast
 
 
@@ -25,6 +24,13 @@ def talker():
     model, processor = load_model(str(TALKER))
     model = model.float()
     return adapter_for(model), processor
+
+
+ABSENT = ("there", "made up")
+
+
+def asking(talker, seed=9001):
+    return OpenTask(*talker, "A", seed, 2)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +42,17 @@ def test_a_caption_is_judged_sentence_by_sentence(talker, scene):
     true = sorted(scene.statements)
     assert statements("a b . c .") == ["a b", "c"] and statements("a b . c") == ["a b"], "half a sentence is none"
     said = f"{true[0]} . {true[0]} . the moon is green . {true[1]} . the"
-    assert open_ended._judged(said, scene) == [2, 1, len(true)]
+    found, false = open_ended._caption_marks(said, scene)
+    assert (found.score, false.score) == (2 / len(true), 1 / 3)
 
 
 def test_all_tokens_answer_what_they_can(talker, scene):
-    row = measure_scene(*talker, scene, {"full": None}, 0)["rows"]["full"]
-    right = [right for kind, there, _, right in row["words"] if kind == "absent"]
-    assert len(row["words"]) == len(scene.questions) and sum(right) >= 6
-    assert row["caption"][0] >= 1
+    marks = [record.values for record in asking(talker).measure_scene(scene, "0", [Condition()])]
+    absent = [
+        mark["score"] if mark["task"] == "there" else 1 - mark["score"] for mark in marks if mark["task"] in ABSENT
+    ]
+    assert len(absent) == sum(question.kind == "absent" for question in scene.questions) and sum(absent) >= 6
+    assert next(mark["score"] for mark in marks if mark["task"] == "found") > 0
 
 
 def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkeypatch):
@@ -52,7 +61,7 @@ def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkey
     adapter, processor = talker
     method = vidsieve.load("cacovid", "testbed", retention=0.05)
     few = replace(scene, questions=scene.questions[:8])
-    row = measure_scene(adapter, processor, few, {"cacovid": method}, 0)["rows"]["cacovid"]
+    records = asking(talker, seed=0).measure_scene(few, "0", [Condition(method)])
     frames = list(render(open_cast("A", 9001, 0)[0], 9001, 0))
     alone = []
     for question in few.questions:
@@ -67,7 +76,7 @@ def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkey
         with vidsieve.attach(adapter.model, method):
             out = adapter.model.generate(**inputs, max_new_tokens=1, do_sample=False)
         alone += processor.batch_decode(out[:, -1:])
-    assert [word for _, _, word, _ in row["words"]] == alone
+    assert [record.values["said"] for record in records[: len(alone)]] == alone
 
 
 def test_a_second_turn_reads_what_the_first_one_kept(talker, scene):
@@ -92,21 +101,24 @@ def test_questions_of_a_dialogue_are_of_one_length_and_asked_second_once(scene):
     assert all(a != b for a, b in pairs)
 
 
-def test_a_run_is_gone_on_with_and_differences_are_paired(topv, talker, tmp_path):
-    conditions = {"full": Condition(16)} | {
-        name: Condition(16, vidsieve.load(name, retention=0.25)) for name in ("topv",)
-    }
-    conditions["early"] = Condition(16, vidsieve.load("fastv", retention=0.25, earliest=True))
-    asked = {"world": "A", "seed": 9001, "scenes": 2}
-    with Store(tmp_path, {"a": 1}) as store:
-        evaluate_open(talker[0].model, talker[1], conditions, **asked | {"scenes": 1}, store=store)
+def test_a_run_is_resumed_and_differences_are_paired(topv, talker, tmp_path, monkeypatch):
+    conditions = [Condition(frames=16), Condition(vidsieve.load("topv", retention=0.25), 16)]
+    conditions.append(Condition(vidsieve.load("fastv", retention=0.25, earliest=True), 16))
+    task, read = asking(talker), open_ended.read_scene
+
+    def stop(*arguments):
+        if arguments[4]:
+            raise KeyboardInterrupt
+        return read(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(open_ended, "read_scene", stop)
+        experiment.run(task, conditions, tmp_path)
     seen = []
-    with Store(tmp_path, {"a": 1}) as store:
-        result = evaluate_open(
-            talker[0].model, talker[1], conditions, **asked, store=store, progress=lambda *done: seen.append(done)
-        )
+    result = experiment.run(task, conditions, tmp_path, progress=lambda *done: seen.append(done)).to_json()
     assert seen == [(2, 2)], "the first scene was there"
-    assert json.dumps(result) == json.dumps(evaluate_open(talker[0].model, talker[1], conditions, **asked))
+    again = experiment.run(task, conditions).to_json()
+    assert {**again, "settings": 0} == {**result, "settings": 0}
     rows = {row["method"]: row["tasks"] for row in result["rows"]}
     assert set(rows) == {"full", "fastv"} and "cannot go below" in result["refused"][0]["reason"]
     for name in ("count", "there", "second turn"):
@@ -117,7 +129,7 @@ def test_a_run_is_gone_on_with_and_differences_are_paired(topv, talker, tmp_path
 
 
 def test_random_tokens_make_the_model_worse(talker):
-    kept = {"full": Condition(16), "few": Condition(16, vidsieve.load("random", retention=0.05))}
-    result = evaluate_open(talker[0].model, talker[1], kept, world="A", seed=9001, scenes=2)
+    conditions = [Condition(frames=16), Condition(vidsieve.load("random", retention=0.05), 16)]
+    result = experiment.run(asking(talker), conditions).result
     full, few = (row["tasks"] for row in result["rows"])
     assert few["there"]["mean"] < full["there"]["mean"] - 0.2 and few["found"]["mean"] < full["found"]["mean"]

@@ -23,7 +23,7 @@ FIELDS = {
     "missing": list,
     "cells": list,
 }
-"""What a bundle has. `settings`: by model, what its figures depend on. `missing`: what was not measured, and why."""
+"""Fields of a bundle. `settings`: by model, what its figures depend on. `missing`: what was not measured, and why."""
 CELL = ("model", "row", "retention", "column", "published", "measured", "stderr", "note")
 _VERSIONS = ("vidsieve", "torch", "transformers")
 

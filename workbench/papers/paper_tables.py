@@ -1,4 +1,4 @@
-"""What the papers' tables are made of: benchmarks and methods, trainings that differ in one thing, or times."""
+"""Contents of the papers' tables: benchmarks and methods, trainings that differ in one thing, or times."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ PAPER_TABLES: dict[str, PaperTable] = {
 
 
 def paper_table(name: str) -> PaperTable:
-    """Return what a table is made of.
+    """Return the contents of a table.
 
     Raises
     ------

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from vidsieve.cli.shared import (
-    PAGE,
-    Report,
-    Seed,
-    Threads,
-    check_output,
-    command_line,
-    err,
-    out,
-    quiet,
-    set_threads,
-    table,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, UnknownNameError
+from vidsieve.evaluation.table import Table
 from workbench.papers.bundles import bundled, read_bundle
 from workbench.papers.paper_tables import PAPER_TABLES, PaperTable, paper_table
+from workbench.papers.report import bundle_tables, missing_table
 from workbench.papers.running import Part, evaluated, on_testbed, timed, trained
 
 
@@ -68,9 +53,9 @@ def reproduce(
     dtype: Annotated[str, typer.Option(help="Of timed models.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Counted rounds of timed tables.", min=1)] = 3,
     seeds: Annotated[int, typer.Option(help="Training seeds of the testbed's trainings.", min=1)] = 2,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
 ) -> None:
     """Run what a table of either paper takes, and print published against measured, cell by cell."""
     if check is not None:
@@ -80,15 +65,15 @@ def reproduce(
         raise EvaluationError(f"which table? There are {', '.join(PAPER_TABLES)}")
     spec, folder = paper_table(name), folder or Path("runs/reproduce", name.replace(":", "-"))
     target = bundle or folder / "bundle.json"
-    check_output(target)
-    check_output(report, PAGE)
+    shared.check_output(target)
+    shared.check_output(report, shared.PAGE)
     models, policies = _pairs("--model", model), _pairs("--policy", policy)
     for known in models:
         if known not in spec.protocols:
             raise UnknownNameError("model of this table", known, spec.protocols)
-    rows = _rows(name, spec, words(only))
-    set_threads(threads)
-    quiet()
+    rows = _rows(name, spec, shared.words(only))
+    shared.set_threads(threads)
+    shared.quiet()
     missing: list[str] = []
     settings: dict[str, Any] = {}
     cells: dict[Any, Any] = {}
@@ -104,37 +89,39 @@ def reproduce(
             cells |= evaluated(part, data, models.get(family), policies, subset, protocol)
         settings |= {family: part.settings} if part.settings else {}
     for line in missing:
-        err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
+        shared.err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
     if plan:
         return
     if not any(cell.get("measured") is not None for cell in cells.values()):
         raise EvaluationError(f"nothing of {name} can be measured here: see what is missing above, or use --testbed")
-    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.experiment import versions
     from vidsieve.io.machine import machine
 
     made = bundled(
         name,
         cells,
         testbed=testbed,
-        command=command_line(),
+        command=shared.command_line(),
         settings=settings,
         missing=missing,
         versions=versions(),
         machine=machine(),
     )
-    _print(made)
+    for one in bundle_tables(made, measured_only=True):
+        shared.out.print(one.to_rich())
     if testbed and spec.kind == "accuracy":
-        out.print(
+        shared.out.print(
             f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
             "policies that come with the package",
             soft_wrap=True,
         )
-    write_json(target, made)
+    shared.write_json(target, made)
     read_bundle(target)
-    out.print(f"written: {target}")
-    from workbench.papers.report import bundle_sections
+    shared.out.print(f"written: {target}")
+    from vidsieve.report.sections import table_section
 
-    write_report(report, f"{name}, published and measured", lambda: bundle_sections(made))
+    tables = [*bundle_tables(made), *missing_table(made)]
+    shared.write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -170,16 +157,5 @@ def _check(path: Path) -> None:
         models = ", ".join(dict.fromkeys(cell["model"] for cell in made["cells"] if cell["measured"] is not None))
         where = "testbed" if made["testbed"] else models
         lines.append((file.name, made["table"], where, told, made["versions"].get("vidsieve", "–")))
-    out.print(table("sound result bundles", ("file", "table", "of", "cells measured", "vidsieve"), lines, right=(3,)))
-
-
-def _print(made: Mapping[str, Any]) -> None:
-    """Print a bundle, one line a row, published / measured in every column."""
-    from workbench.papers.report import lines_of, measured_columns
-
-    for model in dict.fromkeys(cell["model"] for cell in made["cells"]):
-        own = [cell for cell in made["cells"] if cell["model"] == model]
-        columns = measured_columns(own)  # a terminal is narrow; the bundle and the report have the others
-        rows = [(escape(row), *line) for row, *line in lines_of(own, columns)]
-        title = f"{made['table']}, {model}: published | measured" + (" on the testbed" if made["testbed"] else "")
-        out.print(table(title, ("", "kept", *columns), rows, right=range(1, 2 + len(columns))))
+    columns = ("file", "table", "of", "cells measured", "vidsieve")
+    shared.out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())

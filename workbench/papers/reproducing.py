@@ -10,7 +10,7 @@ from typing import Any
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError
-from vidsieve.evaluation.methods import is_folder, known_fields, named_method
+from vidsieve.evaluation.conditions import is_folder, known_fields, method_for
 from workbench.papers.bundles import Place
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published
@@ -68,7 +68,7 @@ def method_of(
         )
     if folder is not None and not is_folder(folder):
         raise PolicyError(f"--policy {row}={folder}: no policy is there")
-    return named_method(folder or name, None, **given)
+    return method_for(folder or name, None, **given)
 
 
 def accuracy_cells(model: str, results: Mapping[str, Mapping[str, Any]], benchmarks: Sequence[str]) -> Cells:
@@ -76,7 +76,7 @@ def accuracy_cells(model: str, results: Mapping[str, Mapping[str, Any]], benchma
 
     Parameters
     ----------
-    results : by benchmark, as `running.run` returns them
+    results : by benchmark, as `vidsieve.evaluation.tasks.questions.QuestionsTask` tabulates them
     benchmarks : those that the paper's average is of
     """
     found: Cells = {}

@@ -1,9 +1,9 @@
-"""What a table of a paper takes to be run: benchmarks, the testbed, trainings, or a stopwatch."""
+"""Runs behind a table of a paper: benchmarks, the testbed, trainings, or timings."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from vidsieve import registry
 from vidsieve.cli.bench import made_clip
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import command_line, out
+from vidsieve.compressors.base import Compressor
 from vidsieve.errors import EvaluationError, PolicyError, UnknownNameError, VidsieveError
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import Task, run
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published
 
 
 @dataclass
 class Part:
-    """What is run of a table for one model; `missing` and `settings` are filled in on the way."""
+    """Rows of a table that are run for one model; runs add to `missing` and `settings`."""
 
     table: str
     spec: PaperTable
@@ -37,22 +40,23 @@ def evaluated(
     part: Part, data: Path | None, model: str | None, policies: Mapping[str, str], subset: int | None, protocol: str
 ) -> dict[Any, Any]:
     """Evaluate one model on the benchmarks that are there."""
-    from vidsieve.evaluation.examiner import Condition
-    from vidsieve.evaluation.measuring import AskSettings, items_of, measured
+    from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.protocols import protocol as protocol_of
+    from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
     from vidsieve.loading import load, load_model
     from workbench.papers.reproducing import accuracy_cells, folder_of, method_of
 
     fixed = protocol_of(protocol)
     kept = sorted({at for _, ratios in part.rows for at in ratios}, reverse=True)
-    conditions = [Condition(fixed.frames), *(Condition(fixed.frames, load("random", retention=at)) for at in kept)]
+    methods: list[tuple[Compressor | None, str]] = [(None, ""), *((load("random", retention=at), "") for at in kept)]
     for row, ratios in part.rows:
         try:
             method = method_of(part.spec, part.family, row, policies)
         except PolicyError as error:
             part.missing.append(str(error))
             continue
-        conditions += [Condition(fixed.frames, method.with_retention(at), row) for at in ratios]
+        methods += [(method.with_retention(at), row) for at in ratios]
+    conditions = [Condition(method, fixed.frames, row) for method, row in methods]
     asked = {}
     for benchmark in part.spec.benchmarks:
         there = folder_of(data, benchmark)
@@ -66,52 +70,44 @@ def evaluated(
             asked[benchmark] = items_of(known, there, subset=subset, seed=part.seed), there
         except EvaluationError as error:
             part.missing.append(f"{known.title}: {error}")
-    asking = AskSettings(
-        model or fixed.model,
-        (fixed.frames,),
-        tokens_per_frame=fixed.tokens_per_frame,
-        layout=fixed.layout,
-        protocol=protocol,
-        seed=part.seed,
-        device=part.device,
-    )
+    name = model or fixed.model
     if part.plan or not asked:
         if part.plan:
-            out.print(
-                f"{part.family}: {len(asked)} benchmarks, {len(conditions)} conditions, {asking.model}", markup=False
-            )
+            out.print(f"{part.family}: {len(asked)} benchmarks, {len(conditions)} conditions, {name}", markup=False)
         return {}
     try:
-        loaded = load_model(asking.model, asking.layout, device=part.device)
+        network, processor = load_model(name, fixed.layout, device=part.device)
     except VidsieveError as error:
         part.missing.append(f"{part.family}: {error}; or give --model {part.family}=FOLDER")
         return {}
+    adapter = adapter_for(network)
+    if fixed.tokens_per_frame is not None:
+        adapter.limit_frames(processor, fixed.tokens_per_frame)
     results = {}
     for benchmark, (items, there) in asked.items():
-        with Bar(f"videos of {benchmark}", len({item.video for item in items})) as advance:
-            result = measured(
-                registry.benchmarks.get(benchmark),
-                items,
-                conditions,
-                asking,
-                part.folder / benchmark,
-                about={"data": there.name, "subset": subset},
-                command=command_line(),
-                progress=advance,
-                loaded=loaded,
-            )
-        if result is None:
-            raise EvaluationError(f"{part.folder / benchmark} is not finished: give the command again")
-        results[benchmark] = result
-        part.missing += [f"{row['policy'] or row['method']}: {row['reason']}" for row in result["refused"]]
+        about = {"data": there.name, "subset": subset, "protocol": protocol, "layout": fixed.layout}
+        about["tokens_per_frame"] = fixed.tokens_per_frame
+        known = registry.benchmarks.get(benchmark)
+        task = QuestionsTask(known, items, adapter, processor, name, seed=part.seed, about=about)
+        results[benchmark] = _run(task, conditions, f"videos of {benchmark}", part.folder / benchmark)
+        part.missing += [f"{row['policy'] or row['method']}: {row['reason']}" for row in results[benchmark]["refused"]]
     part.settings |= {benchmark: result["settings"] for benchmark, result in results.items()}
     return accuracy_cells(part.family, results, fixed.benchmarks)
 
 
+def _run(task: Task, conditions: Sequence[Condition], units: str, folder: Path | None = None) -> dict[str, Any]:
+    """Return the result of a task."""
+    with Bar(units, len(task.units())) as advance:
+        table = run(task, conditions, folder, command=command_line(), progress=advance)
+    if table is None:
+        raise EvaluationError(f"{folder} is not finished: give the command again")
+    return dict(table.result)
+
+
 def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
     """Evaluate the methods of a table on the testbed's two worlds."""
-    from vidsieve.evaluation.testbed import compressor_row, evaluate, run_config, write_run
-    from vidsieve.io.journal import Store
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.tasks.testbed import FULL, SceneCondition, ScenesTask
     from vidsieve.loading import load, load_model
     from workbench.papers.reproducing import method_of, testbed_cells
 
@@ -119,60 +115,38 @@ def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
         out.print(f"{part.family}: {len(part.rows)} methods on the testbed, {subset} questions a world", markup=False)
         return {}
     model, processor = load_model("testbed")
-    asked = []
+    conditions = [FULL]
     for row, ratios in part.rows:
         trained = registry.compressors.get(row).trained
         method = load(row, "testbed") if trained else method_of(part.spec, part.family, row, {}, earliest=True)
-        asked += [compressor_row(method.with_retention(at), policy=row) for at in ratios]
+        conditions += [SceneCondition(method.with_retention(at), label=row) for at in ratios]
     kept = sorted({at for _, ratios in part.rows for at in ratios}, reverse=True)
-    asked += [compressor_row(load("random", retention=at)) for at in kept]
-    found: dict[Any, Any] = {}
+    conditions += [SceneCondition(load("random", retention=at)) for at in kept]
+    cells: dict[Any, Any] = {}
     for world in ("A", "B"):
-        about = {"world": world, "seed": 9001 + part.seed, "questions": subset, "model": "testbed"}
-        with (
-            Store(part.folder / f"testbed-{world}", run_config(model, asked, about)) as store,
-            Bar("scenes", 1) as advance,
-        ):
-            result = evaluate(
-                model,
-                processor,
-                asked,
-                world=world,
-                seed=9001 + part.seed,
-                questions=subset,
-                progress=advance,
-                store=store,
-            )
-        write_run(part.folder / f"testbed-{world}", result, command_line())
-        part.settings[world] = run_config(model, asked, about)
-        found |= testbed_cells(part.family, result)
+        task = ScenesTask(adapter_for(model), processor, world, 9001 + part.seed, subset)
+        result = _run(task, conditions, "scenes", part.folder / f"testbed-{world}")
+        part.settings[world] = result["settings"]
+        cells |= testbed_cells(part.family, result)
         part.missing += [f"{row['method']} at {row['retention']:g}: {row['reason']}" for row in result["refused"]]
-    return found
+    return cells
 
 
 def trained(part: Part, seeds: int) -> dict[Any, Any]:
     """Train and measure the testbed's counterparts of a table's trainings."""
-    from vidsieve.evaluation.runs import versions
     from workbench.papers.reproducing import training_cells
-    from workbench.testbed.ablating import chosen_tables, perform_all, runs_of, tabulated
+    from workbench.testbed.ablating import AblationTask, chosen_tables
 
-    questions = 480
     wanted = dict.fromkeys(own.ablation for own in part.spec.trained.values())
     labels = {own.label for own in part.spec.trained.values()}
-    chosen = chosen_tables(list(wanted))
-    runs = [run for run in runs_of(chosen, seeds, questions) if run.condition.label in labels]
+    task = AblationTask(chosen_tables(list(wanted)), seeds, 480, part.folder / "trainings", labels=labels)
     if part.plan:
-        out.print(f"{part.family}: {len(runs)} trainings on the testbed, about a minute each", markup=False)
+        out.print(f"{part.family}: {len(task.runs)} trainings on the testbed, about a minute each", markup=False)
         return {}
-
-    def said(done: int, count: int, run: Any, minutes: float) -> None:
-        out.print(f"{done}/{count}  seed {run.seed}, {run.condition.label}: {minutes:.1f} min", markup=False)
-
-    results = perform_all(runs, part.folder / "trainings", 2, said)
-    made = [tabulated(one, seeds, questions, results, labels) for one in chosen]
-    part.settings |= {"model": "testbed", "questions": questions, "seeds": seeds, "versions": versions()}
+    result = _run(task, [], "trainings")
+    part.settings |= {"model": "testbed", "questions": 480, "seeds": seeds, "versions": result["versions"]}
     kept = {row: [c.retention for c in published(part.table) if c.row == row] for row, _ in part.rows}
-    return training_cells(part.family, part.spec, made, kept)
+    return training_cells(part.family, part.spec, result["tables"], kept)
 
 
 def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]:
@@ -181,8 +155,7 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
 
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.cli.bench import DTYPES, timed_model
-    from vidsieve.evaluation.examiner import Condition
-    from vidsieve.evaluation.stopwatch import measure
+    from vidsieve.evaluation.tasks.timing import TimingTask
     from vidsieve.loading import load
     from workbench.papers.reproducing import time_cells
 
@@ -193,26 +166,23 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
         out.print(f"{part.family}: {size} with random weights, {', '.join(map(str, lengths))} frames", markup=False)
         return {}
     network, prompts = timed_model(size, getattr(torch, dtype), part.device, part.seed)
-    conditions = [Condition(0)]
+    conditions = [Condition()]
     for row, ratios in part.rows:
         kind = registry.compressors.get(row)
         width = network.config.get_text_config().hidden_size
         method: Any = kind.untrained(width) if kind.trained else load(row)
-        conditions += [Condition(0, method.with_retention(at), row) for at in ratios]
+        conditions += [Condition(method.with_retention(at), label=row) for at in ratios]
     with tempfile.TemporaryDirectory() as there:
-        path = made_clip(Path(there) / "clip.mp4", 640, 360, 10)
-        with Bar("passes", (1 + repeats) * len(lengths) * len(conditions)) as advance:
-            result = measure(
-                adapter_for(network),
-                path,
-                lengths,
-                prompts,
-                conditions,
-                repeats=repeats,
-                new_tokens=2,
-                seed=part.seed,
-                progress=advance,
-            )
+        task = TimingTask(
+            adapter=adapter_for(network),
+            source=made_clip(Path(there) / "clip.mp4", 640, 360, 10),
+            lengths=lengths,
+            prompts=prompts,
+            repeats=repeats,
+            new_tokens=2,
+            seed=part.seed,
+        )
+        result = _run(task, conditions, "rounds")
     part.settings |= {
         "model": size,
         "weights": "random",

@@ -10,10 +10,10 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
-from functools import cache
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import torch
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import UnknownNameError
-from vidsieve.evaluation.methods import named_method, rows_for
+from vidsieve.evaluation.conditions import Condition, method_for
+from vidsieve.evaluation.experiment import Measurement, Results, measured
 from vidsieve.evaluation.stats import Estimate, clustered_mean
-from vidsieve.evaluation.testbed import answers, scenes
+from vidsieve.evaluation.table import NONE, Table
+from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
 from vidsieve.io.files import writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
@@ -98,39 +100,77 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         model_name="testbed",
         resume=os.path.exists(home / CHECKPOINT),
     )
-    rows = rows_for({str(home): named_method(str(home))}, RETENTIONS, probes=run.condition.probes)
-    adapter = adapter_for(model)
-    marks: dict[str, list[bool]] = {f"{row.method}/{row.retention:g}": [] for row in rows}
-    clusters: list[int] = []
-    for number, scene in enumerate(scenes(adapter, processor, "A", EVAL_SEED, run.questions)):
-        for row in rows:
-            marks[f"{row.method}/{row.retention:g}"] += answers(adapter, scene, row, EVAL_SEED + number)[0]
-        clusters += [number] * len(scene.questions)
+    task = ScenesTask(adapter_for(model), processor, "A", EVAL_SEED, run.questions)
+    _, *conditions = scene_conditions({run.method: method_for(str(home))}, RETENTIONS, probes=run.condition.probes)
+    marks = task.marks(measured(task, conditions))
+    rows = {condition.key: condition.described() for condition in conditions}
+    marks = {f"{rows[key]['method']}/{rows[key]['retention']:g}": own for key, own in marks.items()}
+    clusters = list(task.items.values())
     result = {"marks": marks, "clusters": clusters, "curve": read_metrics(home), "minutes": record["minutes"]}
     with writing(home / RESULT) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")
     return result
 
 
-def perform_all(
-    runs: Sequence[Run], folder: Path, processes: int, report: Callable[[int, int, Run, float], None]
-) -> dict[str, dict[str, Any]]:
-    """Return the results of all runs by folder name; `report` hears (done, all, run, minutes of training)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        waiting: dict[Future[dict[str, Any]], Run] = {pool.submit(perform, run, folder): run for run in runs}
-        try:
-            while waiting:
-                finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    run = waiting.pop(future)
-                    results[run.folder] = future.result()
-                    report(len(results), len(runs), run, results[run.folder]["minutes"])
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
+@dataclass(frozen=True)
+class AblationTask:
+    """Trainings of ablation tables, in several processes; a unit is one training with its evaluation.
+
+    Parameters
+    ----------
+    tables : sequence of AblationTable
+    seeds, questions : int
+        Training seeds, and questions each policy is measured on.
+    folder : Path
+        Folder of the trainings, which are resumed there.
+    processes : int
+        Trainings at a time, one thread each.
+    labels : collection of str, optional
+        Labels of the conditions that are trained; default: all.
+    """
+
+    tables: Sequence[AblationTable]
+    seeds: int
+    questions: int
+    folder: Path
+    processes: int = 2
+    labels: Collection[str] | None = None
+    name: str = "ablation"
+
+    @cached_property
+    def runs(self) -> dict[str, Run]:
+        """Trainings by the names of their folders."""
+        runs = runs_of(self.tables, self.seeds, self.questions)
+        return {run.folder: run for run in runs if self.labels is None or run.condition.label in self.labels}
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that records depend on."""
+        return {"eval_seed": EVAL_SEED, "questions": self.questions, "seeds": self.seeds}
+
+    def units(self) -> list[str]:
+        """Return the names of the trainings' folders."""
+        return list(self.runs)
+
+    @cached_property
+    def _results(self) -> Iterator[dict[str, Any]]:
+        with ProcessPoolExecutor(self.processes, multiprocessing.get_context("spawn")) as pool:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                yield from pool.map(partial(perform, folder=self.folder), self.runs.values())
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def measure(self, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
+        """Return a training's ``marks, clusters, curve, minutes``; units are measured in their order."""
+        return [Measurement(unit, values=next(self._results))]
+
+    def tabulate(self, results: Results) -> Table:
+        """Return the first table, with the others as further ones; the result has ``tables`` as `tabulated`."""
+        by_folder = {unit: record["samples"][0] for unit, record in results.units.items()}
+        made = [tabulated(table, self.seeds, self.questions, by_folder, self.labels) for table in self.tables]
+        first, *others = map(ablation_table, made)
+        return replace(first, more=others, result={**self.settings(), "rows": [], "refused": [], "tables": made})
 
 
 # -- tables -------------------------------------------------------------------------------------------------
@@ -166,12 +206,12 @@ def tabulated(
     for condition in table.conditions:
         if labels is not None and condition.label not in labels:
             continue
-        found = [results[Run(table.method, condition, seed, questions).folder] for seed in range(count)]
-        clusters = found[0]["clusters"]
-        for view in _views(found[0]["marks"], table.method) if table.probes else [table.method]:
+        trained = [results[Run(table.method, condition, seed, questions).folder] for seed in range(count)]
+        clusters = trained[0]["clusters"]
+        for view in _views(trained[0]["marks"], table.method) if table.probes else [table.method]:
             row: dict[str, Any] = {"label": condition.label + ("" if view == table.method else f" {_named(view)}")}
             for retention in RETENTIONS:
-                marks = [result["marks"][f"{view}/{retention:g}"] for result in found]
+                marks = [result["marks"][f"{view}/{retention:g}"] for result in trained]
                 base = first.setdefault(f"{retention:g}", marks)
                 per_seed = [sum(line) / len(line) for line in marks]
                 gap = difference(marks, base, clusters) if marks is not base else None
@@ -181,10 +221,10 @@ def tabulated(
                     "difference": gap.mean if gap else None,
                     "stderr": gap.stderr if gap else None,
                 }
-            row["minutes"] = float(np.mean([result["minutes"] for result in found]))
+            row["minutes"] = float(np.mean([result["minutes"] for result in trained]))
             row["settings"] = condition.settings | {"variant": condition.variant}
             if table.curves and view == table.method:
-                row["curve"] = _mean_curve([result["curve"] for result in found])
+                row["curve"] = _mean_curve([result["curve"] for result in trained])
             rows.append(row)
     return {"name": table.name, "method": table.method, "paper": table.paper, "seeds": count, "rows": rows}
 
@@ -211,23 +251,21 @@ def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
     ]
 
 
-def markdown(tables: Sequence[dict[str, Any]]) -> str:
-    """Return tables as Markdown; a difference within two standard errors is "no difference"."""
-    lines = []
-    for table in tables:
-        heads = " | ".join(f"{100 * r:g} % | difference" for r in RETENTIONS)
-        lines += [f"### {table['name']} ({table['method']}, {table['seeds']} seeds)", "", table["paper"], ""]
-        lines += [f"| | {heads} | minutes |", "|---|" + "---|---|" * len(RETENTIONS) + "---|"]
-        for row in table["rows"]:
-            cells = [f"{row[f'{r:g}']['accuracy']:.3f} | {_difference(row[f'{r:g}'])}" for r in RETENTIONS]
-            lines.append(f"| {row['label']} | {' | '.join(cells)} | {row['minutes']:.1f} |")
-        lines.append("")
-    return "\n".join(lines)
+def ablation_table(table: Mapping[str, Any]) -> Table:
+    """Return a table from its rows; a difference within two standard errors is "no difference"."""
+    heads = [head for ratio in RETENTIONS for head in (f"{100 * ratio:g} %", "difference")]
+    rows = []
+    for row in table["rows"]:
+        at = [row[f"{ratio:g}"] for ratio in RETENTIONS]
+        cells = [cell for value in at for cell in (f"{value['accuracy']:.3f}", _difference(value))]
+        rows.append([row["label"], *cells, f"{row['minutes']:.1f}"])
+    title = f"{table['name']} ({table['method']}, {table['seeds']} seeds)"
+    return Table(title, ("", *heads, "minutes"), rows, notes=[table["paper"]])
 
 
 def _difference(cell: dict[str, Any]) -> str:
     if cell["difference"] is None:
-        return "–"
+        return NONE
     if math.isnan(cell["stderr"]):
         return f"{cell['difference']:+.3f} (one seed)"
     if abs(cell["difference"]) <= 2 * cell["stderr"]:

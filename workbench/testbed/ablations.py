@@ -1,4 +1,4 @@
-"""What each ingredient of both papers' training brings on the testbed: conditions and tables.
+"""Ablations of both papers' training on the testbed: conditions and tables.
 
 CaCoVID's tables start cold: body "question" sees the mean of the LLM's first look over the words asked, and must learn
 which of them count. With the strongest one in sight a single step of training is nearly enough (table "start"), and no

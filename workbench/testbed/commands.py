@@ -9,12 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli.evaluate import print_result
+from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, Threads, check_output, check_world, out, quiet, set_threads, write_json
 from vidsieve.io.files import writing
 from vidsieve.loading import load_model
 from vidsieve.retention import parse_retentions
+
+TALKER = Path(__file__).with_name("talker")
+"""The testbed's model, trained further to count and to say what is not there."""
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False)
+]
 
 
 def build(
@@ -24,39 +29,39 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps of each stage, to see that it runs; no usable model.")
     ] = False,
-    threads: Threads = 0,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Train the testbed's model from nothing by the committed recipe; goes on where it was stopped."""
-    check_output(json)
-    check_output(folder / "model" / "config.json")
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_output(folder / "model" / "config.json")
+    shared.set_threads(threads)
     from workbench.testbed.build import build_testbed
 
-    quiet()
+    shared.quiet()
     record = build_testbed(
-        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: out.print(line, highlight=False)
+        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: shared.out.print(line, highlight=False)
     )
-    write_json(json, record)
+    shared.write_json(json, record)
 
 
 def talker(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
     seed: Annotated[int, typer.Option(help="Seed of scenes and order.")] = 21,
     scenes: Annotated[int, typer.Option(help="Training scenes.", min=1)] = 2500,
-    threads: Threads = 0,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Teach the shipped model to count and to say what is not there, for `python -m workbench open`."""
-    check_output(json)
-    check_output(folder / "model" / "config.json")
-    set_threads(threads)
+    shared.check_output(json)
+    shared.check_output(folder / "model" / "config.json")
+    shared.set_threads(threads)
     from workbench.testbed.talking import build_talker
 
-    quiet()
-    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: out.print(line, highlight=False))
-    out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
-    write_json(json, record)
+    shared.quiet()
+    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: shared.out.print(line, highlight=False))
+    shared.out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
+    shared.write_json(json, record)
 
 
 def separation(
@@ -68,35 +73,68 @@ def separation(
     attention: Annotated[
         bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
     ] = False,
-    threads: Threads = 0,
-    json: Json = None,
+    folder: Out = None,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
 ) -> None:
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
-    check_output(json)
-    check_world(world)
-    set_threads(threads)
-    from vidsieve.evaluation.testbed import MARKS
-    from workbench.testbed.study import measure, targets
+    shared.check_output(json)
+    shared.check_world(world)
+    shared.set_threads(threads)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.tasks.testbed import ScenesTask
+    from workbench.testbed.study import separation_conditions, targets
 
-    quiet()
+    shared.quiet()
     network, processor = load_model(model)
-    with Bar("scenes", 1) as advance:
-        result = measure(
-            network,
-            processor,
-            ratios,
-            world=world,
-            seed=seed,
-            questions=questions,
-            attention=attention,
-            progress=advance,
-        )
-    print_result(result)
+    adapter = adapter_for(network)
+    task = ScenesTask(adapter, processor, world, seed, questions, model)
+    conditions = separation_conditions(adapter, processor, ratios, world=world, seed=seed, attention=attention)
+    result = shared.run_task(task, conditions, "scenes", folder=folder).to_json()
     for line in targets(result):
-        out.print(line, highlight=False)
-    shown = {key: value for key, value in result.items() if key not in MARKS}
-    write_json(json, shown | {"targets": targets(result)})
+        shared.out.print(line, highlight=False)
+    shared.write_json(json, result | {"targets": targets(result)})
+
+
+def open_ended(
+    methods: Annotated[str, typer.Option(help="Names, name:variant, policy folders, or 'all'.")] = "all",
+    retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1",
+    seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
+    scenes: Annotated[int, typer.Option(help="Scenes, some 35 questions and a caption each.", min=2)] = 60,
+    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).")] = "A",
+    model: Annotated[str, typer.Option(help="'talker', or the folder of one built anew.")] = "talker",
+    earliest: shared.Earliest = False,
+    folder: Out = None,
+    share: shared.Share = None,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
+) -> None:
+    """Beyond multiple choice, on the testbed: captions, counting, order, what is not there, a second turn."""
+    ratios = parse_retentions(retention)
+    shared.check_output(json)
+    shared.check_output(report, shared.PAGE)
+    shared.check_world(world)
+    shard = shared.parse_share(share, folder is not None)
+    shared.set_threads(threads)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import check_known, check_prefill, conditions_of, named_methods
+    from vidsieve.testbed.world import FRAMES
+    from workbench.testbed.open_ended import OpenTask
+
+    names = shared.words(methods)
+    for name in names:
+        check_known(name)
+    if "all" not in names and "random" not in names:
+        names = ["random", *names]
+    shared.quiet()
+    chosen = named_methods(names, earliest=earliest, prefill=True)
+    check_prefill(chosen)
+    network, processor = load_model(str(TALKER) if model == "talker" else model)
+    task = OpenTask(adapter_for(network.float()), processor, world, seed, scenes, model)
+    conditions = conditions_of(chosen, ratios, [FRAMES])
+    shared.run_task(task, conditions, "scenes", folder=folder, share=shard, report=report, lead=model, json=json)
 
 
 def ablate(
@@ -108,7 +146,7 @@ def ablate(
     search: Annotated[
         int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
     ] = 50,
-    json: Json = None,
+    json: shared.Json = None,
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
     ] = None,
@@ -117,39 +155,34 @@ def ablate(
     ] = None,
 ) -> None:
     """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
-    check_output(json)
-    check_output(write)
-    check_output(figure)
+    shared.check_output(json)
+    shared.check_output(write)
+    shared.check_output(figure)
     searched = folder / f"search-{search}.json"
-    check_output(searched)
-    from vidsieve.evaluation.runs import versions
-    from vidsieve.report.curves import curves_picture
-    from workbench.testbed.ablating import EVAL_SEED, Run, chosen_tables, markdown, perform_all, runs_of, tabulated
-    from workbench.testbed.search import markdown as search_table
+    shared.check_output(searched)
+    from vidsieve.evaluation import experiment
+    from workbench.testbed.ablating import EVAL_SEED, AblationTask, chosen_tables
+    from workbench.testbed.curves import curves_picture
+    from workbench.testbed.search import search_table
 
-    chosen = chosen_tables([name.strip() for name in tables.split(",") if name.strip()])
-    runs = runs_of(chosen, seeds, questions)
-
-    def report(done: int, count: int, run: Run, minutes: float) -> None:
-        out.print(
-            f"{done}/{count}  {run.method}, seed {run.seed}, {run.condition.label}: {minutes:.1f} min of training"
-        )
-
-    results = perform_all(runs, folder, processes, report)
-    made = [tabulated(table, seeds, questions, results) for table in chosen]
-    text = markdown(made)
-    about: dict[str, Any] = {"eval_seed": EVAL_SEED, "questions": questions, "seeds": seeds, "versions": versions()}
+    chosen = chosen_tables(shared.words(tables))
+    task = AblationTask(chosen, seeds, questions, folder, processes)
+    with shared.stoppable(folder), Bar("trainings", len(task.units())) as advance:
+        table = experiment.run(task, [], command=shared.command_line(), progress=advance)
+    if table is None:
+        raise RuntimeError("a run of one process has a table")
+    result, shown = table.to_json(), [table, *table.more]
     if search:
-        bound = _searched(searched, EVAL_SEED, search)
-        about["search"] = bound
-        text += f"\n### search (with the answer in hand)\n\n{search_table(bound)}"
-    out.print(text, markup=False, highlight=False)
+        result["search"] = _searched(searched, EVAL_SEED, search)
+        shown.append(search_table(result["search"]))
+    text = "\n\n".join(one.to_markdown() for one in shown)
+    shared.out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
-        curves_picture(figure, made)
-    write_json(json, about | {"tables": made})
+        curves_picture(figure, result["tables"])
+    shared.write_json(json, result)
 
 
 def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
@@ -157,7 +190,7 @@ def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
     if not os.path.exists(path):
         from workbench.testbed.search import upper_bound
 
-        quiet()
+        shared.quiet()
         with Bar("questions searched", questions) as advance:
             found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
         with writing(path) as temporary:

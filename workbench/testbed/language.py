@@ -131,7 +131,7 @@ def choose_tokens(scenes: Scenes, scene: int, wanted: Sequence[int], count: int,
 
 
 def answerable(question: TokenizedQuestion, tokens: NDArray[np.int64]) -> bool:
-    """Return whether a set of tokens holds what a question needs."""
+    """Return True if a set of tokens holds those that a question needs."""
     have = set(tokens.tolist())
     return all(have & set(group) for group in question.needed)
 

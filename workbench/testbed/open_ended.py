@@ -8,32 +8,32 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, VideoFeatures
+from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.plan import Plan
-from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
-from vidsieve.evaluation.examiner import Condition
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
+from vidsieve.evaluation.table import Table, difference, few_note, named, with_error
 from vidsieve.io.faults import contained
-from vidsieve.io.journal import Store, measure_all
 from vidsieve.testbed.model import chat_inputs, repeated_features
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.world import render
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, Stage
-from workbench.testbed.talking import COUNTED, NOTHING, absent_questions, counting_questions, open_cast
+from workbench.testbed.talking import ABSENT, NOTHING, absent_questions, counting_questions, open_cast
 
 TASKS = {
     "found": "true statements of a caption, of all that could be made",
@@ -44,7 +44,7 @@ TASKS = {
     "made up": "what is not there, told all the same",
     "second turn": "second questions of a dialogue, answered rightly",
 }
-"""What is measured, as shares; of "false" and "made up" less is better."""
+"""Measured fractions; of "false" and "made up" less is better."""
 CAPTION_WORDS = 200
 _SEPARATE = " ."
 
@@ -139,53 +139,6 @@ def dialogue_pairs(questions: Sequence[Question]) -> list[tuple[int, int]]:
     return list(zip(same, same[1:] + same[:1], strict=True)) if len(same) > 1 else []
 
 
-@torch.no_grad()
-def measure_scene(
-    adapter: Adapter, processor: Any, scene: OpenScene, conditions: Mapping[str, Compressor | None], seed: int
-) -> dict[str, Any]:
-    """Return what the model says of one scene under every condition.
-
-    Returns
-    -------
-    dict
-        ``rows``: per condition ``words: [[kind, asked of, said, right], …]``, ``second: [right, …]`` and ``caption:
-        [true, false, could be said]``, numbers of statements. ``refused``: why a method cannot keep so little.
-    """
-    questions = scene.questions
-    encoded = prompts(adapter, processor, scene, [(q.text,) for q in questions])
-    asked = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)])
-    pairs = dialogue_pairs(questions)
-    rows: dict[str, Any] = {}
-    refused: dict[str, str] = {}
-    captions: dict[str, Selection] = {}
-    for key, method in conditions.items():
-        with contained(refused, key, BudgetError):
-            plan = planned(adapter, encoded, method, seed)
-            said = processor.batch_decode(first_words(adapter, plan)[:, None])
-            row: dict[str, Any] = {}
-            if method is not None and plan.run is not None:
-                texts = [(questions[a].text, questions[b].text) for a, b in pairs]
-                second = _second_words(adapter, processor, scene, texts, method, seed)
-                text = _told(adapter, processor, planned(adapter, asked, method, seed))[0]
-                row["caption"] = _judged(text, scene)
-            else:
-                turns = [(questions[a].text, said[a], questions[b].text) for a, b in pairs]
-                talk = prompts(adapter, processor, scene, turns)
-                second = first_words(adapter, adapter.build(talk, [[plan.selections[a]] for a, _ in pairs]))
-                captions[key] = planned(adapter, asked, method, seed).selections[0]
-            answers = processor.batch_decode(second[:, None])
-            rows[key] = row | {
-                "words": [[q.kind, bool(q.targets), w, w == q.answer] for q, w in zip(questions, said, strict=True)],
-                "second": [word == questions[b].answer for word, (_, b) in zip(answers, pairs, strict=True)],
-            }
-    # Captions of all methods before the LLM are generated side by side.
-    together = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)] * len(captions))
-    told = _told(adapter, processor, adapter.build(together, [[selection] for selection in captions.values()]))
-    for key, text in zip(captions, told, strict=True):
-        rows[key]["caption"] = _judged(text, scene)
-    return {"rows": rows, "refused": refused}
-
-
 def _told(adapter: Adapter, processor: Any, plan: Plan) -> list[str]:
     with plan.acting():
         out = adapter.model.generate(**plan.inputs, max_new_tokens=CAPTION_WORDS, do_sample=False)
@@ -193,79 +146,163 @@ def _told(adapter: Adapter, processor: Any, plan: Plan) -> list[str]:
     return said
 
 
-def _judged(caption: str, scene: OpenScene) -> list[int]:
-    """Return how many statements of a caption are true, each once, how many are not, and how many could be made."""
-    made = statements(caption)
-    true = len(scene.statements & set(made))
-    return [true, sum(line not in scene.statements for line in made), len(scene.statements)]
+@dataclass(frozen=True)
+class OpenTask:
+    """Scenes with captions, questions and dialogues, answered in the model's own words.
 
-
-def evaluate_open(
-    model: Any,
-    processor: Any,
-    conditions: Mapping[str, Condition],
-    *,
-    world: str,
-    seed: int,
-    scenes: int,
-    progress: Callable[[int, int], None] | None = None,
-    store: Store | None = None,
-) -> dict[str, Any]:
-    """Return what every condition is worth at every task, and what it loses, with errors clustered by scene.
-
-    Returns
-    -------
-    dict
-        ``world, seed, scenes, rows, refused``; per row what the condition is and ``tasks``, by `TASKS`: ``mean, stderr,
-        asked``, and ``vs_full: {diff, stderr}``, paired.
+    Parameters
+    ----------
+    adapter, processor : of the model
+    world : str
+        "A" or "B".
+    seed, scenes : int
+    model : str
+        Name of the model in ``run.json``.
     """
-    adapter = adapter_for(model)
-    methods = {key: condition.compressor for key, condition in conditions.items()}
-    needs: frozenset[Need] = frozenset().union(*(m.needs for m in methods.values() if m)) & ENCODER_NEEDS
 
-    def measure(unit: str) -> dict[str, Any]:
-        scene = read_scene(adapter, processor, world, seed, int(unit), needs)
-        return measure_scene(adapter, processor, scene, methods, seed + int(unit))
+    adapter: Adapter
+    processor: Any
+    world: str
+    seed: int
+    scenes: int
+    model: str = "talker"
+    name: str = "open"
 
-    records = list(measure_all(store, [str(n) for n in range(scenes)], measure, progress).values())
-    refused = {key: reason for record in records for key, reason in record["refused"].items()}
-    marks = {key: _marks(records, key) for key in conditions if key not in refused}
-    full = next(key for key, condition in conditions.items() if condition.compressor is None)
-    rows = []
-    for key, own in marks.items():
-        tasks = {}
-        for task, (values, clusters) in own.items():
-            mean = clustered_mean(values, clusters) if values else Estimate(math.nan, math.nan)
-            gap = paired_difference(values, marks[full][task][0], clusters) if values and key != full else None
-            tasks[task] = {
-                "mean": mean.mean,
-                "stderr": mean.stderr,
-                "asked": len(values),
-                "vs_full": {"diff": gap.mean, "stderr": gap.stderr} if gap else None,
-            }
-        rows.append({**conditions[key].described(), "tasks": tasks})
-    reasons = [{**conditions[key].described(), "reason": reason} for key, reason in refused.items()]
-    return {"world": world, "seed": seed, "scenes": len(records), "rows": rows, "refused": reasons}
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that records depend on."""
+        about = {"world": self.world, "seed": self.seed, "scenes": self.scenes, "model": self.model}
+        return {**about, "model_digest": model_digest(self.adapter.model)}
+
+    def units(self) -> list[str]:
+        """Return the numbers of the scenes."""
+        return [str(number) for number in range(self.scenes)]
+
+    def measure(self, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
+        """Return the marks of one scene."""
+        methods = [condition.method for condition in conditions if condition.method is not None]
+        needs: frozenset[Need] = frozenset().union(*(method.needs for method in methods)) & ENCODER_NEEDS
+        scene = read_scene(self.adapter, self.processor, self.world, self.seed, int(unit), needs)
+        return self.measure_scene(scene, unit, conditions)
+
+    @torch.no_grad()
+    def measure_scene(self, scene: OpenScene, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
+        """Return the marks of one scene, a measurement each: ``task, said, score``."""
+        adapter, processor, questions = self.adapter, self.processor, scene.questions
+        seed = self.seed + int(unit)
+        encoded = prompts(adapter, processor, scene, [(q.text,) for q in questions])
+        asked = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)])
+        pairs = dialogue_pairs(questions)
+        marks: dict[str, list[Mark]] = {}
+        refused: dict[str, str] = {}
+        captions: dict[str, Selection] = {}
+        texts: dict[str, str] = {}
+        for condition in conditions:
+            key, method = condition.key, condition.method
+            with contained(refused, key, BudgetError):
+                plan = planned(adapter, encoded, method, seed)
+                said = processor.batch_decode(first_words(adapter, plan)[:, None])
+                own = [_word_mark(question, word) for question, word in zip(questions, said, strict=True)]
+                if method is not None and plan.run is not None:
+                    asked_pairs = [(questions[a].text, questions[b].text) for a, b in pairs]
+                    second = _second_words(adapter, processor, scene, asked_pairs, method, seed)
+                    texts[key] = _told(adapter, processor, planned(adapter, asked, method, seed))[0]
+                else:
+                    turns = [(questions[a].text, said[a], questions[b].text) for a, b in pairs]
+                    talk = prompts(adapter, processor, scene, turns)
+                    second = first_words(adapter, adapter.build(talk, [[plan.selections[a]] for a, _ in pairs]))
+                    captions[key] = planned(adapter, asked, method, seed).selections[0]
+                words = zip(processor.batch_decode(second[:, None]), pairs, strict=True)
+                own += [Mark("second turn", word, word == questions[b].answer) for word, (_, b) in words]
+                marks[key] = own
+        # Captions of all methods before the LLM are generated in one batch.
+        together = prompts(adapter, processor, scene, [(CAPTION_PROMPT,)] * len(captions))
+        built = adapter.build(together, [[selection] for selection in captions.values()])
+        texts |= zip(captions, _told(adapter, processor, built), strict=True)
+        records = [
+            Measurement(f"{unit}-{number}", key, {"task": mark.task, "said": mark.said, "score": float(mark.score)})
+            for key, own in marks.items()
+            for number, mark in enumerate([*own, *_caption_marks(texts[key], scene)])
+        ]
+        return records + [Measurement(condition=key, reason=reason) for key, reason in refused.items()]
+
+    def tabulate(self, results: Results) -> Table:
+        """Return the table.
+
+        The result has ``world, seed, scenes, rows, refused``; per row what the condition is and ``tasks``, by `TASKS`:
+        ``mean, stderr, asked``, and ``vs_full: {diff, stderr}``, paired.
+        """
+        marks = {condition.key: _by_task(results, condition.key) for condition in results.measured}
+        full = next(condition.key for condition in results.conditions if condition.method is None)
+        rows = []
+        for condition in results.measured:
+            tasks = {}
+            for task, (values, clusters) in marks[condition.key].items():
+                mean = clustered_mean(values, clusters) if values else Estimate(math.nan, math.nan)
+                other = marks[full][task][0] if values and condition.key != full else None
+                gap = None if other is None else paired_difference(values, other, clusters)
+                tasks[task] = {
+                    "mean": mean.mean,
+                    "stderr": mean.stderr,
+                    "asked": len(values),
+                    "vs_full": None if gap is None else {"diff": gap.mean, "stderr": gap.stderr},
+                }
+            rows.append({**condition.described(), "tasks": tasks})
+        about = {"world": self.world, "seed": self.seed, "scenes": self.scenes}
+        return open_table({**about, "rows": rows, "refused": results.refused_rows()})
 
 
-def _marks(records: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[list[float], list[int]]]:
-    """Return a condition's marks at every task, with the scenes they belong to."""
-    found: dict[str, tuple[list[float], list[int]]] = {task: ([], []) for task in TASKS}
+@dataclass(frozen=True)
+class Mark:
+    """One mark of one task, and the words it was given for."""
 
-    def note(task: str, value: float, cluster: int) -> None:
-        found[task][0].append(float(value))
-        found[task][1].append(cluster)
+    task: str
+    said: str
+    score: float
 
-    for number, record in enumerate(records):
-        row = record["rows"][key]
-        for kind, there, word, right in row["words"]:
-            if kind in (COUNTED, "order"):
-                note(kind, right, number)
-            elif kind == "absent":
-                note("there" if there else "made up", right if there else word != NOTHING, number)
-        for right in row["second"]:
-            note("second turn", right, number)
-        true, false, possible = row["caption"]
-        note("found", true / possible if possible else np.nan, number)
-        note("false", false / (true + false) if true + false else 0.0, number)
-    return found
+
+def _word_mark(question: Question, word: str) -> Mark:
+    """Return the mark of a one-word answer; its task is the kind of question, whether `TASKS` has it or not."""
+    right = word == question.answer
+    if question.kind != ABSENT:
+        return Mark(question.kind, word, right)
+    return Mark("there", word, right) if question.targets else Mark("made up", word, word != NOTHING)
+
+
+def _caption_marks(caption: str, scene: OpenScene) -> list[Mark]:
+    """Return the fraction of a scene's true statements that a caption makes, and that of its statements not true."""
+    said = statements(caption)
+    true, false = len(scene.statements & set(said)), sum(line not in scene.statements for line in said)
+    possible = len(scene.statements)
+    return [
+        Mark("found", caption, true / possible if possible else math.nan),
+        Mark("false", caption, false / (true + false) if true + false else 0.0),
+    ]
+
+
+def _by_task(results: Results, key: str) -> dict[str, tuple[list[float], list[int]]]:
+    """Return a condition's scores at every task, with the numbers of their scenes."""
+    scores: dict[str, tuple[list[float], list[int]]] = {task: ([], []) for task in TASKS}
+    for number, record in enumerate(results.units.values()):
+        for sample in record["samples"]:
+            if sample["condition"] == key and sample["task"] in scores:
+                values, clusters = scores[sample["task"]]
+                values.append(sample["score"])
+                clusters.append(number)
+    return scores
+
+
+def open_table(result: Mapping[str, Any]) -> Table:
+    """Return the tables of a result: every task, and what pruning costs."""
+    lines, lost = [], []
+    for row in result["rows"]:
+        tasks = [row["tasks"][name] for name in TASKS]
+        known = (named(row), row["retention"])
+        lines.append((*known, *(with_error(task["mean"], task["stderr"]) for task in tasks)))
+        if row["method"] != "full":
+            lost.append((*known, *(difference(task["vs_full"]) for task in tasks)))
+    columns = ("method", "kept", *TASKS)
+    cost = "Points, paired scene by scene with 95 % intervals; of “false” and “made up” more is worse."
+    title = f"World {result['world']}, seed {result['seed']}: {result['scenes']} scenes, % ± s.e."
+    notes = [*few_note(result["scenes"]), *(f"{name}: {text}" for name, text in TASKS.items())]
+    more = [Table("What pruning costs", columns, lost, notes=[cost])]
+    return Table.of_result(title, columns, lines, result, notes=notes, more=more)

@@ -1,4 +1,4 @@
-"""How good can a few tokens be? Searching sets of tokens with the answer in hand: an upper bound for any policy.
+"""Search for sets of tokens with the answer known: an upper bound for any policy.
 
 A set grows by the token whose addition raises the right answer's margin most: greedily, or with the best few sets kept.
 """
@@ -15,15 +15,16 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import SelectionError
-from vidsieve.evaluation.methods import named_method
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.stats import clustered_mean
-from vidsieve.evaluation.testbed import SceneBatch, TestbedRow, compressor_row, scenes
+from vidsieve.evaluation.table import Table
+from vidsieve.evaluation.tasks.testbed import Oracle, SceneBatch, SceneCondition, read_scene, scene_questions
 from vidsieve.selection import indices_to_mask
 from vidsieve.testbed.world import TOKENS
 from vidsieve.training.rewards import margin_reward
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.types import Tokens
-from workbench.testbed.study import first_look_row, question_oracle
+from workbench.testbed.study import first_look, question_oracle
 
 
 def grown(best: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -77,15 +78,17 @@ def upper_bound(
 ) -> dict[str, Any]:
     """Return accuracy and mean margin at 1 … `tokens` tokens of greedy and beam search beside policies and oracle."""
     adapter = adapter_for(model)
-    methods = {name: named_method(name) for name in ("cacovid", "score", "divprune", "random")}
-    rows: dict[tuple[str, int], TestbedRow] = {}
+    methods = {name: method_for(name) for name in ("cacovid", "score", "divprune", "random")}
+    conditions: dict[tuple[str, int], SceneCondition] = {}
     for count in range(1, tokens + 1):
-        rows["question_oracle", count] = TestbedRow("question_oracle", "-", count / TOKENS, question_oracle(count))
-        rows["first_look", count] = first_look_row(model, Tokens(count))
-        rows |= {(name, count): compressor_row(m.with_retention(Tokens(count))) for name, m in methods.items()}
-    found = {name: Found() for name in ("greedy", f"beam of {width}", *dict.fromkeys(name for name, _ in rows))}
+        oracle = Oracle("question_oracle", count / TOKENS, question_oracle(count))
+        conditions["question_oracle", count] = SceneCondition(oracle=oracle)
+        conditions["first_look", count] = first_look(adapter, Tokens(count))
+        conditions |= {(name, count): SceneCondition(m.with_retention(Tokens(count))) for name, m in methods.items()}
+    found = {name: Found() for name in ("greedy", f"beam of {width}", *dict.fromkeys(name for name, _ in conditions))}
     clusters: list[int] = []
-    for scene_number, scene in enumerate(scenes(adapter, processor, "A", seed, questions)):
+    for scene_number, asked in enumerate(scene_questions("A", seed, questions)):
+        scene = read_scene(adapter, processor, "A", seed, scene_number, len(asked))
         generator = torch.Generator().manual_seed(seed + scene_number)
         for number in range(len(scene.questions)):
             ask = _asked(adapter, scene, number)
@@ -94,12 +97,11 @@ def upper_bound(
                 for chosen in beam_search(lambda masks: margin_reward(ask(masks), answer), tokens, beam):  # noqa: B023
                     mask = indices_to_mask(torch.tensor(chosen), TOKENS)
                     found[name].add(len(chosen), ask(mask[None])[0], answer)
-            for (name, count), row in rows.items():
-                if row.select is not None:
-                    selection = row.select(adapter, scene, number, generator)
-                    if selection.num_kept != count:
-                        raise SelectionError(f"{name} kept {selection.num_kept} tokens where {count} are compared")
-                    found[name].add(count, ask(indices_to_mask(selection.indices, TOKENS)[None])[0], answer)
+            for (name, count), condition in conditions.items():
+                selection = condition.select(adapter, scene, number, generator)
+                if selection.num_kept != count:
+                    raise SelectionError(f"{name} kept {selection.num_kept} tokens where {count} are compared")
+                found[name].add(count, ask(indices_to_mask(selection.indices, TOKENS)[None])[0], answer)
             clusters.append(scene_number)
             if progress is not None:
                 progress(len(clusters), questions)
@@ -129,14 +131,14 @@ def _asked(adapter: Adapter, scene: SceneBatch, number: int) -> Callable[[Tensor
     return lambda masks: rollouts.option_logits(masks, scene.options[number])
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """Return accuracy and margin by number of tokens as a Markdown table."""
+def search_table(result: dict[str, Any]) -> Table:
+    """Return accuracy and margin by number of tokens."""
     counts = sorted({row["tokens"] for row in result["rows"]})
     cell = {(row["method"], row["tokens"]): row for row in result["rows"]}
-    lines = [f"| tokens | {' | '.join(str(count) for count in counts)} |", "|---|" + "---|" * len(counts)]
-    for method in dict.fromkeys(row["method"] for row in result["rows"]):
-        shown = [f"{cell[method, n]['accuracy']:.2f} ({cell[method, n]['margin']:+.1f})" for n in counts]
-        lines.append(f"| {method} | {' | '.join(shown)} |")
+    rows = [
+        [method, *(f"{cell[method, n]['accuracy']:.2f} ({cell[method, n]['margin']:+.1f})" for n in counts)]
+        for method in dict.fromkeys(row["method"] for row in result["rows"])
+    ]
     largest = max(row["stderr"] for row in result["rows"])
-    lines += ["", f"{result['questions']} questions; accuracy (margin); standard errors at most {largest:.2f}."]
-    return "\n".join(lines)
+    note = f"{result['questions']} questions; accuracy (margin); standard errors at most {largest:.2f}."
+    return Table("search (with the answer in hand)", ("tokens", *map(str, counts)), rows, notes=[note])

@@ -6,7 +6,6 @@ are no methods; the heuristics are what anyone would try first.
 
 from __future__ import annotations
 
-from itertools import count as counter
 from typing import Any
 
 import torch
@@ -14,10 +13,9 @@ from torch import Generator, Tensor
 
 from vidsieve import registry
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors._question import FirstLook
 from vidsieve.errors import NeedError
-from vidsieve.evaluation.testbed import SceneBatch, TestbedRow, compressor_row, evaluate
+from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneBatch, SceneCondition
 from vidsieve.selection import kept_tokens, top_indices
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import best_order
@@ -145,49 +143,33 @@ HEURISTICS: dict[str, tuple[Any, bool]] = {
 BLIND = ("random", "uniform", "downsample", "frame_difference", "divprune")
 
 
-def separation_rows(retentions: list[float], attention_layers: list[int] | None = None) -> list[TestbedRow]:
-    """Return the rows of the table that TESTBED's targets are read from."""
-    rows, attention = [], _LastTokenAttention()
+def separation_conditions(
+    adapter: Adapter, processor: Any, retentions: list[float], *, world: str, seed: int, attention: bool = False
+) -> list[SceneCondition]:
+    """Return the conditions of the table that TESTBED's targets are read from.
+
+    The last one has another video's tokens (`wrong_video`).
+    """
+    layers = range(len(adapter.decoder_layers)) if attention else ()
+    conditions, last = [FULL], _LastTokenAttention()
     for retention in retentions:
         count = kept_tokens(retention, TOKENS)
-        rows.append(TestbedRow("question_oracle", "-", retention, question_oracle(count)))
-        rows.append(TestbedRow("object_oracle", "spread", retention, object_oracle(count, True), False))
-        rows.append(TestbedRow("object_oracle", "mixed", retention, object_oracle(count, False), False))
-        rows += [compressor_row(registry.compressors.get(name)(retention=retention)) for name in BLIND]
+        oracles = [
+            Oracle("question_oracle", retention, question_oracle(count)),
+            Oracle("object_oracle", retention, object_oracle(count, True), "spread", False),
+            Oracle("object_oracle", retention, object_oracle(count, False), "mixed", False),
+        ]
+        conditions += [SceneCondition(oracle=oracle) for oracle in oracles]
+        conditions += [SceneCondition(registry.compressors.get(name)(retention=retention)) for name in BLIND]
         later = registry.compressors.get("frame_difference")(retention=retention, first_frame="next")
-        rows.append(compressor_row(later, "frame_difference_next"))
-        for name, (build, per_question) in HEURISTICS.items():
-            rows.append(TestbedRow(name, "-", retention, build(count), per_question))
-        for layer in attention_layers or []:
-            select = _scored(attention.at(layer))(count)
-            rows.append(TestbedRow(f"last_token_attention_{layer}", "-", retention, select))
-    return rows
-
-
-def measure(
-    model: Any,
-    processor: Any,
-    retentions: list[float],
-    *,
-    world: str,
-    seed: int,
-    questions: int,
-    attention: bool = False,
-    progress: Any = None,
-) -> dict[str, Any]:
-    """Return the table of oracles and heuristics, and of another video's tokens (`wrong_video`)."""
-    layers = list(range(len(adapter_for(model).decoder_layers))) if attention else None
-    rows = [*separation_rows(retentions, layers), *(first_look_row(model, retention) for retention in retentions)]
-    rows.append(wrong_video_row(processor, world, seed))
-    return evaluate(
-        model,
-        processor,
-        rows,
-        world=world,
-        seed=seed,
-        questions=questions,
-        progress=progress,
-    )
+        conditions.append(SceneCondition(later, suffix="_next"))
+        oracles = [Oracle(name, retention, build(count), "-", per) for name, (build, per) in HEURISTICS.items()]
+        oracles += [
+            Oracle(f"last_token_attention_{layer}", retention, _scored(last.at(layer))(count)) for layer in layers
+        ]
+        conditions += [SceneCondition(oracle=oracle) for oracle in oracles]
+    conditions += [first_look(adapter, retention) for retention in retentions]
+    return [*conditions, wrong_video(processor, world, seed)]
 
 
 def targets(result: dict[str, Any]) -> list[str]:
@@ -232,12 +214,12 @@ def _line(condition: str, figure: float, met: bool) -> str:
     return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"
 
 
-def first_look_row(model: Any, retention: float | Tokens) -> TestbedRow:
-    """Return the row of the LLM's own first look: layer 0's attention from question words, nothing trained.
+def first_look(adapter: Adapter, retention: float | Tokens) -> SceneCondition:
+    """Return the condition of the LLM's own first look: layer 0's attention from question words, nothing trained.
 
-    What CaCoVID's variant "ours" starts from, so what its training adds is the difference to this row.
+    What CaCoVID's variant "ours" starts from; its training adds the difference to this row.
     """
-    state = adapter_for(model).layer_state(0)
+    state = adapter.layer_state(0)
     look = FirstLook(state.shape)
     look.load_state_dict({name: tensor for name, tensor in state.weights.items() if name in look.state_dict()})
 
@@ -249,17 +231,16 @@ def first_look_row(model: Any, retention: float | Tokens) -> TestbedRow:
 
     build = _scored(score, frozenset({Need.QUESTION}))
     count = retention.count if isinstance(retention, Tokens) else kept_tokens(retention, TOKENS)
-    return TestbedRow("first_look", "-", count / TOKENS if isinstance(retention, Tokens) else retention, build(count))
+    ratio = count / TOKENS if isinstance(retention, Tokens) else retention
+    return SceneCondition(oracle=Oracle("first_look", ratio, build(count)))
 
 
-def wrong_video_row(processor: Any, world: str, seed: int) -> TestbedRow:
-    """Return the row in which all tokens are those of another scene: what the text alone gives away."""
-    used = counter()
+def wrong_video(processor: Any, world: str, seed: int) -> SceneCondition:
+    """Return the condition in which all tokens are those of another scene: what the text alone gives away."""
 
     def select(adapter: Adapter, scene: SceneBatch, number: int, generator: Generator) -> Selection:
-        other = next(used)
-        frames = render(make_cast(world, seed + 1, other), seed + 1, other)
+        frames = render(make_cast(world, seed + 1, scene.index), seed + 1, scene.index)
         (features,) = adapter.video_features(chat_inputs(processor, frames, [scene.questions[0].text]))
         return Selection(torch.arange(TOKENS), embeds=features.embeds)
 
-    return TestbedRow("wrong_video", "-", 1.0, select, per_question=False)
+    return SceneCondition(oracle=Oracle("wrong_video", 1.0, select, per_question=False))

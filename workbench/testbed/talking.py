@@ -1,4 +1,4 @@
-"""What goes beyond one word of four: counting, things that are not there, and the model that is taught to.
+"""Counting, things that are not there, and the training of the model that answers about them.
 
 The testbed's model has never been asked how many there are, nor about what is not in the video. A second one goes on
 import os

@@ -1,62 +1,54 @@
-"""vidsieve ask: one question about one video."""
+"""`vidsieve ask`: one question about one video, under one method or several."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    MOVIE,
-    PAGE,
-    PICTURES,
-    Earliest,
-    Figures,
-    Fps,
-    Frames,
-    Json,
-    Layout,
-    Model,
-    NewTokens,
-    Report,
-    Retention,
-    Seed,
-    Threads,
-    check_output,
-    check_question,
-    frames_asked,
-    out,
-    quiet,
-    set_threads,
-    write_json,
-    write_pictures,
-    write_report,
-)
 from vidsieve.errors import OutputError
 from vidsieve.retention import parse_retention
 from vidsieve.video import check_file
+
+if TYPE_CHECKING:
+    from vidsieve.answering import Clock
+    from vidsieve.compressors.base import Compressor
+    from vidsieve.evaluation.contributions import Contributions
+    from vidsieve.report.page import Section
+    from vidsieve.types import TokenGrid
+    from vidsieve.video.reading import Video
 
 
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: Model = "testbed",
+    model: shared.Model = "testbed",
     method: Annotated[
-        str, typer.Option(help="A method (vidsieve list), name:variant, a policy folder, or 'full'.")
+        str,
+        typer.Option(
+            "--methods",
+            "--method",
+            help="A method (vidsieve list), name:variant, a policy folder, or 'full'; several of them, or 'all', are "
+            "compared with all tokens.",
+        ),
     ] = "divprune",
     policy: Annotated[
         str | None,
         typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
     ] = None,
-    retention: Retention = "0.25",
-    earliest: Earliest = False,
-    frames: Frames = None,
-    fps: Fps = None,
-    layout: Layout = None,
-    max_new_tokens: NewTokens = 64,
+    retention: shared.Retention = "0.25",
+    earliest: shared.Earliest = False,
+    frames: shared.Frames = None,
+    fps: shared.Fps = None,
+    layout: shared.Layout = None,
+    max_new_tokens: shared.NewTokens = 64,
+    repeats: Annotated[int, typer.Option(help="Of several methods: counted rounds, after a warm-up.", min=1)] = 3,
     picture: Annotated[
         Path | None, typer.Option(help="Write a picture of the kept tokens here: .png, .svg.", show_default=False)
     ] = None,
@@ -70,72 +62,144 @@ def ask(
             min=0,
         ),
     ] = 0,
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    figures: shared.Figures = None,
+    json: shared.Json = None,
 ) -> None:
-    """Ask a question about a video, and see what was kept and where the time went."""
+    """Ask a question about a video; show what each method kept and where the time went."""
     check_file(video)
     amount = parse_retention(retention)
-    check_question(question)
-    check_output(json, reads=[video])
-    check_output(picture, PICTURES, [video])
-    check_output(overlay, MOVIE, [video])
-    check_output(report, PAGE, [video])
+    shared.check_question(question)
+    shared.check_output(json, reads=[video])
+    shared.check_output(picture, shared.PICTURES, [video])
+    shared.check_output(overlay, shared.MOVIE, [video])
+    shared.check_output(report, shared.PAGE, [video])
+    names = shared.words(method)
+    several = len(names) > 1 or names == ["all"]
+    for option, value in (("--policy", policy), ("--contributions", contributions)):
+        if several and value:
+            raise OutputError(f"{option} is for one method, and --methods names several: leave {option} out")
     for option, path in (("--picture", picture), ("--overlay", overlay)):
         if method == "full" and path is not None:
             raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
     if contributions and report is None and figures is None:
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
-    set_threads(threads)
+    shared.set_threads(threads)
     from vidsieve import answering, loading
-    from vidsieve.evaluation.methods import check_known, known_fields, method_for
+    from vidsieve.evaluation.conditions import check_known, known_fields, method_for, named_methods
 
-    quiet()
-    check_known(method)
-    compressor = None
-    if method != "full":
-        moved = known_fields(method, earliest=earliest)
-        compressor = method_for(method, model, policy, retention=amount, **moved)
+    shared.quiet()
+    for name in names:
+        check_known(name)
+    chosen: dict[str, Compressor] = {}
+    if several:
+        chosen = named_methods(names, model, earliest=earliest)
+    elif method != "full":
+        chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
+    chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
     clock = answering.Clock()
-    loaded = answering.read(video, clock, frames=frames_asked(frames, fps), fps=fps, max_frames=None)
+    loaded = answering.read(video, clock, frames=shared.frames_asked(frames, fps), fps=fps, max_frames=None)
     network, processor = loading.load_model(model, layout)
-    result = answering.answer(
-        network, processor, loaded, question, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock
-    )
     for note in loaded.notes:
-        out.print(f"note: {escape(note)}")
-    out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
-    before, after = result.prompt_tokens
-    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
-    out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    out.print("  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False)
-    if result.traces:
-        trace = result.traces[0]
-        write_pictures(loaded, trace.grid, {result.method: trace.indices}, question, picture, overlay)
+        shared.out.print(f"note: {escape(note)}")
+    request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
+    if several:
+        result, kept, sections = _compared(request, chosen, repeats)
+    else:
+        result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions)
+    if kept is not None:
+        grid, indices = kept
+        shared.write_pictures(loaded, grid, indices, question, picture, overlay)
+    elif picture is not None:
+        shared.out.print("picture: none, as no method of the list could run")
+    shared.write_report(report, question, sections, f"{video.name}, {model}", figures)
+    shared.write_json(json, result | {"video": str(video), "question": question, "model": model})
+
+
+@dataclass(frozen=True)
+class AskRequest:
+    """A question about a video, to a model."""
+
+    model: Any
+    processor: Any
+    video: Video
+    question: str
+    max_new_tokens: int
+    seed: int
+
+
+KeptTokens = tuple["TokenGrid", Mapping[str, Sequence[int]]]
+Outcome = tuple[dict[str, Any], KeptTokens | None, Callable[[], "list[Section]"]]
+"""The result for JSON, the indices that methods keep of a grid, and the sections of the page."""
+
+
+def _answered(request: AskRequest, method: Compressor | None, clock: Clock, contributions: int) -> Outcome:
+    """Ask under one method, and print its answer."""
+    from vidsieve import answering
     from vidsieve.report.sections import answer_sections
 
-    measured = _contributions(network, processor, loaded, question, contributions, seed) if contributions else None
+    result = answering.answer(
+        request.model,
+        request.processor,
+        request.video,
+        request.question,
+        method,
+        max_new_tokens=request.max_new_tokens,
+        seed=request.seed,
+        clock=clock,
+    )
+    shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
+    before, after = result.prompt_tokens
+    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
+    shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
+    shared.out.print(
+        "  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False
+    )
+    measured = _contributions(request, contributions) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
-    write_report(
-        report,
-        question,
-        lambda: answer_sections(loaded, question, result.as_dict(), scores, answering.PARTS, measured),
-        f"{video.name}, {model}",
-        figures,
+    shown = (result.traces[0].grid, {result.method: result.traces[0].indices}) if result.traces else None
+    return (
+        result.as_dict(),
+        shown,
+        lambda: answer_sections(request.video, request.question, result.as_dict(), scores, answering.PARTS, measured),
     )
-    write_json(json, result.as_dict() | {"video": str(video), "question": question, "model": model})
 
 
-def _contributions(network: Any, processor: Any, video: Any, question: str, subsets: int, seed: int) -> Any:
+def _compared(request: AskRequest, methods: Mapping[str, Compressor], repeats: int) -> Outcome:
+    """Ask under several methods in turns, and print what each keeps, answers and costs."""
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.answering import chat
+    from vidsieve.evaluation.conditions import Condition, label_of
+    from vidsieve.evaluation.tasks.timing import ComparingTask
+    from vidsieve.report.sections import comparison_sections
+    from vidsieve.types import TokenGrid
+
+    task = ComparingTask(
+        adapter=adapter_for(request.model),
+        source=request.video,
+        lengths=[len(request.video.pixels)],
+        prompts=lambda video: chat(request.processor, video, request.question),
+        repeats=repeats,
+        new_tokens=request.max_new_tokens,
+        seed=request.seed,
+        processor=request.processor,
+    )
+    conditions = [Condition(), *(Condition(method, label=label_of(name)) for name, method in methods.items())]
+    table = shared.run_task(task, conditions, "rounds")
+    result = table.to_json()
+    shown = {row["name"]: row["indices"] for row in result["rows"] if row["indices"] is not None}
+    kept = (TokenGrid(*result["grid"]), shown) if shown else None
+    return result, kept, lambda: comparison_sections(request.video, request.question, table, task.scores)
+
+
+def _contributions(request: AskRequest, subsets: int) -> Contributions:
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.answering import chat
     from vidsieve.evaluation.contributions import contributions
 
+    inputs = chat(request.processor, request.video, request.question)
     with Bar("subsets", subsets) as advance:
-        return contributions(
-            adapter_for(network), chat(processor, video, question), subsets=subsets, seed=seed, progress=advance
-        )
+        return contributions(adapter_for(request.model), inputs, subsets=subsets, seed=request.seed, progress=advance)

@@ -75,7 +75,7 @@ def batch(
     """
     if target.suffix != ".jsonl":
         raise OutputError(f"cannot write {target}: its name must end in .jsonl")
-    from vidsieve.evaluation.methods import check_known
+    from vidsieve.evaluation.conditions import check_known
     from vidsieve.serving.batch import BatchSettings, answer_file, answer_groups, beside
 
     amount, (failed, journal) = parse_retention(retention), beside(target)

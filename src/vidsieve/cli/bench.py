@@ -1,4 +1,4 @@
-"""vidsieve bench: where the time goes, and what pruning saves."""
+"""`vidsieve bench`: where the time goes, and what pruning saves."""
 
 from __future__ import annotations
 
@@ -8,129 +8,112 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
-from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Figures,
-    Json,
-    Layout,
-    Report,
-    Seed,
-    Threads,
-    check_output,
-    out,
-    quiet,
-    set_threads,
-    table,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, UnknownNameError
 from vidsieve.retention import parse_retention
 from vidsieve.video import check_file
 
-app = typer.Typer(no_args_is_help=True, help="Measure time and memory: the whole pipeline, or selecting alone.")
 DTYPES = ("float32", "bfloat16", "float16")
-Methods = Annotated[str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")]
-Retentions = Annotated[str, typer.Option("--retention", help="Fractions kept, or counts as 512t, comma-separated.")]
-Dtype = Annotated[str, typer.Option(help="What the model computes in: float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")]
+EXTRA = {"allow_extra_args": True}
+"""Lets `bench pipeline clip.mp4`, the command's old form, be answered with its new one."""
 
 
-@app.command("pipeline")
-def bench_pipeline(
+def bench(
+    context: typer.Context,
     video: Annotated[
-        Path | None, typer.Argument(help="A video file; default: a moving picture made for it.", show_default=False)
+        Path | None, typer.Argument(help="A video file; default: a generated moving picture.", show_default=False)
     ] = None,
     model: Annotated[str, typer.Option(help="Folder or hub id of a model; 'testbed' for ours.")] = "testbed",
     random_weights: Annotated[
         str | None,
-        typer.Option(help="A published size instead, its weights random: qwen2.5-vl-7b, ….", show_default=False),
+        typer.Option(help="A published size instead, with random weights: qwen2.5-vl-7b, ….", show_default=False),
     ] = None,
-    methods: Methods = "divprune",
-    retention: Retentions = "0.25,0.1",
-    earliest: Earliest = False,
-    lengths: Annotated[str, typer.Option(help="Frames of the videos, comma-separated; twice counts twice.")] = "16,32",
-    clip: Annotated[str, typer.Option(help="Size of the picture made: width x height x seconds.")] = "640x360x10",
+    methods: Annotated[
+        str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
+    ] = "divprune",
+    retention: Annotated[
+        str, typer.Option("--retention", help="Fractions kept, or counts as 512t, comma-separated.")
+    ] = "0.25,0.1",
+    earliest: shared.Earliest = False,
+    lengths: Annotated[
+        str, typer.Option(help="Comma-separated frame counts; a repeated value is weighted accordingly.")
+    ] = "16,32",
+    clip: Annotated[str, typer.Option(help="Size of the generated picture: width x height x seconds.")] = "640x360x10",
     new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=1)] = 8,
     repeats: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 3,
     warm_up: Annotated[int, typer.Option(help="Rounds before them.", min=0)] = 1,
     attention: Annotated[
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
-    layout: Layout = None,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    seed: Seed = 0,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    layout: shared.Layout = None,
+    dtype: Annotated[str, typer.Option(help="Computing type: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False),
+    ] = None,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
 ) -> None:
-    """Time every part from the file to the answer, methods in turns beside all tokens, random and downsample."""
-    check_output(json, reads=[video])
-    check_output(report, PAGE, [video])
+    """Time every part from the file to the answer, methods in turns with all tokens, random and downsample."""
+    if str(video) in ("pipeline", "select"):
+        raise EvaluationError(
+            f"`bench {video}` is part of `bench` now: run `vidsieve bench`; selecting is a column of it"
+        )
+    if context.args:
+        raise EvaluationError(f"one video at a time: leave {' '.join(context.args)} out")
+    shared.check_output(json, reads=[video])
+    shared.check_output(report, shared.PAGE, [video])
     if video is not None:
         check_file(video)
-    counts = [_count(word, "--lengths") for word in words(lengths)]
-    amounts = [parse_retention(word) for word in words(retention)]
+    counts = [_count(word, "--lengths") for word in shared.words(lengths)]
+    amounts = [parse_retention(word) for word in shared.words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")
     if dtype not in DTYPES:
         raise UnknownNameError("dtype", dtype, DTYPES)
-    set_threads(threads)
+    shared.set_threads(threads)
     import torch
 
-    from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.measuring import conditions_of
-    from vidsieve.evaluation.methods import check_known, named_methods
-    from vidsieve.evaluation.runs import versions
-    from vidsieve.evaluation.stopwatch import measure
-    from vidsieve.io.machine import machine
+    from vidsieve.evaluation.conditions import check_known, conditions_of, named_methods
 
-    names = [*(name for name in ("random", "downsample") if name not in words(methods)), *words(methods)]
+    names = shared.words(methods)
+    names = [*(name for name in ("random", "downsample") if name not in names), *names]
     for name in names:
         check_known(name)
-    quiet()
-    asked = "testbed" if model == "testbed" and random_weights is None else random_weights or model
-    found = named_methods(names, asked, earliest=earliest)
+    shared.quiet()
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.tasks.timing import TimingTask
+
+    name = random_weights or model
+    conditions = conditions_of(named_methods(names, name, earliest=earliest), amounts)
     network, prompts = _loaded(model, random_weights, layout, getattr(torch, dtype), device, seed)
     network.set_attn_implementation(attention)
-    conditions = conditions_of([0], found, amounts)
-    with tempfile.TemporaryDirectory() as folder:
-        path = video if video is not None else made_clip(Path(folder) / "clip.mp4", *size)
-        with Bar("passes", (warm_up + repeats) * len(counts) * len(conditions)) as advance:
-            result = measure(
-                adapter_for(network),
-                path,
-                counts,
-                prompts,
-                conditions,
-                repeats=repeats,
-                warm_up=warm_up,
-                new_tokens=new_tokens,
-                seed=seed,
-                progress=advance,
-            )
-    result |= {
-        "model": asked,
+    about = {
+        "model": name,
         "dtype": dtype,
         "attention": attention,
         "device": str(network.device),
-        "machine": machine(),
-        "versions": versions(),
         "video": str(video) if video is not None else clip,
     }
-    print_pipeline(result)
-    from vidsieve.report.sections import pipeline_sections
-
-    write_report(report, f"Where the time goes: {asked}", lambda: pipeline_sections(result), result["device"], figures)
-    write_json(json, result)
+    with tempfile.TemporaryDirectory() as temporary:
+        task = TimingTask(
+            adapter=adapter_for(network),
+            source=video if video is not None else made_clip(Path(temporary) / "clip.mp4", *size),
+            lengths=counts,
+            prompts=prompts,
+            repeats=repeats,
+            warm_up=warm_up,
+            new_tokens=new_tokens,
+            seed=seed,
+            about=about,
+        )
+        lead = f"{name}, {about['device']}"
+        shared.run_task(task, conditions, "rounds", folder=folder, report=report, lead=lead, json=json)
 
 
 def _count(word: str, option: str) -> int:
@@ -159,10 +142,10 @@ def timed_model(
     from vidsieve.evaluation.blueprints import random_model
     from vidsieve.loading import own_device
 
-    made = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
+    blueprint = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
     if layout is not None:
-        made.model.config.vidsieve_layout = layout
-    return made.model, lambda video: made.inputs(video, 40, seed)
+        blueprint.model.config.vidsieve_layout = layout
+    return blueprint.model, lambda video: blueprint.inputs(video, 40, seed)
 
 
 def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:
@@ -177,136 +160,3 @@ def made_clip(path: Path, width: int, height: int, seconds: int) -> Path:
     frames = [127 + 120 * np.sin(down + across * (1 + colours / 9) + colours + t / 8) for t in range(24 * seconds)]
     write_video(path, np.asarray(frames, np.uint8), 24.0)
     return path
-
-
-def _named(row: Mapping[str, Any]) -> str:
-    from vidsieve.report.sections import named
-
-    return escape(named(row))
-
-
-SHORT = {"decode": "read", "preprocess": "prep", "vision encoder": "tower", "projector": "proj.", "decode-text": "text"}
-"""Parts of the work as narrow columns call them."""
-
-
-def print_pipeline(result: Mapping[str, Any]) -> None:
-    """Print milliseconds of every part, and what each method saves."""
-    parts = list(result["rows"][0]["ms"])
-    lines = []
-    for row in result["rows"]:
-        faster = row["times_faster"]
-        pays = "–" if row["method"] == "full" else row["pays_from"] or "no"
-        lines.append(
-            (
-                _named(row),
-                row["retention"],
-                *(f"{row['ms'][part]['mean']:.1f}" for part in parts),
-                f"{faster['prefill']:.2f}×",
-                f"{faster['all']:.2f}×",
-                pays,
-                f"{row['peak_MiB']:.0f}",
-            )
-        )
-    columns = ("method", "kept", *(SHORT.get(part, part) for part in parts), "× LLM", "× all", "pays", "MiB")
-    lengths = ", ".join(map(str, result["lengths"]))
-    title = f"{result['model']}, {lengths} frames, {result['device']}: ms, means over lengths"
-    out.print(table(title, columns, lines, right=range(1, len(columns))))
-    out.print("× LLM: selecting and prefill against all tokens; pays: from so many frames on it takes less in all")
-    full = result["rows"][0]
-    lines = [
-        (
-            _named(row),
-            row["retention"],
-            f"{row['visual'][1]:.0f}",
-            f"{row['prompt'][1]:.0f}",
-            *(f"{row['flops'][way] / 1e12:.4g}" for way in ("paper", "counted")),
-            f"{full['flops']['counted'] / row['flops']['counted']:.2f}×",
-            f"{full['ms']['prefill']['mean'] / row['ms']['prefill']['mean']:.2f}×",
-            *(f"{row['ms']['all'][which]:.0f}" for which in ("p50", "p95")),
-        )
-        for row in result["rows"]
-    ]
-    columns = (
-        "method",
-        "kept",
-        "video tokens",
-        "prompt",
-        "TFLOP, papers' formula",
-        "TFLOP, counted",
-        "fewer",
-        "prefill faster",
-        "all p50 ms",
-        "p95",
-    )
-    out.print(table("the LLM's work", columns, lines, right=range(1, len(columns))))
-    for row in result["refused"]:
-        out.print(f"{_named(row)}: {row['reason']}", markup=False, highlight=False)
-
-
-@app.command("select")
-def bench_select(
-    methods: Methods = "all",
-    grid: Annotated[str, typer.Option(help="Frames x height x width in tokens.")] = "32x14x14",
-    width: Annotated[int, typer.Option(help="Width of the tokens.", min=8)] = 3584,
-    retention: Annotated[str, typer.Option(help="Fraction kept, or a count such as 512t.")] = "0.1",
-    repeats: Annotated[int, typer.Option(help="Counted runs, after one that is not.", min=1)] = 5,
-    dtype: Dtype = "float32",
-    device: Device = "auto",
-    threads: Threads = 0,
-    json: Json = None,
-) -> None:
-    """Time selecting alone, of methods before the LLM that need no policy, on random video tokens."""
-    check_output(json)
-    sides = [_count(word, "--grid") for word in grid.split("x")]
-    if len(sides) != 3:
-        raise EvaluationError(f"--grid is frames x height x width, as 32x14x14; got {grid!r}")
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
-    amount = parse_retention(retention)
-    set_threads(threads)
-    import torch
-
-    from vidsieve.evaluation.methods import check_known, named_methods
-    from vidsieve.evaluation.selecting import select_times
-    from vidsieve.io.machine import machine
-    from vidsieve.loading import own_device
-    from vidsieve.types import TokenGrid
-
-    for name in words(methods):
-        check_known(name)
-    found = named_methods(words(methods), "none", prefill=True)
-    where = own_device() if device == "auto" else device
-    with Bar("methods", len(found)) as advance:
-        rows, refused = select_times(
-            found,
-            TokenGrid(*sides),
-            width,
-            amount,
-            repeats=repeats,
-            dtype=getattr(torch, dtype),
-            device=where,
-            progress=advance,
-        )
-    lines = [
-        (escape(row["name"]), row["kept"], *(f"{row['ms'][key]:.2f}" for key in ("min", "median", "max")))
-        for row in rows
-    ]
-    lines += [(escape(row["name"]), *"––––") for row in refused]
-    columns = ("method", "tokens kept", "min ms", "median", "max")
-    title = f"{grid} tokens of {width}, {dtype}, {where}, {torch.get_num_threads()} threads"
-    out.print(table(title, columns, lines, right=(1, 2, 3, 4)))
-    for row in refused:
-        out.print(f"{row['name']}: {row['reason']}", markup=False, highlight=False)
-    write_json(
-        json,
-        {
-            "grid": sides,
-            "width": width,
-            "retention": retention,
-            "dtype": dtype,
-            "device": where,
-            "machine": machine(),
-            "rows": rows,
-            "refused": refused,
-        },
-    )

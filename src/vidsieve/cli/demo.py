@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import Json, Threads, check_output, err, out, quiet, set_threads, table, write_json
+from vidsieve.cli.shared import Json, Threads, check_output, err, out, quiet, run_task, set_threads, table, write_json
 from vidsieve.retention import parse_retention
 
 _ASKED = 3
@@ -34,10 +34,9 @@ def demo(
         check_output(folder / "scene.mp4")
     set_threads(threads)
     from vidsieve import answering, loading
-    from vidsieve.cli.evaluate import print_result
-    from vidsieve.cli.progress import Bar
-    from vidsieve.evaluation.methods import named_methods, rows_for
-    from vidsieve.evaluation.testbed import MARKS, evaluate
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import named_methods
+    from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
     from vidsieve.report.pictures import kept_picture
     from vidsieve.testbed.files import write_scene
     from vidsieve.testbed.questions import make_questions
@@ -75,12 +74,13 @@ def demo(
         out.print(table(title, columns, lines, right=range(2, len(columns))))
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
     out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
-    with Bar("fresh scenes", 1) as advance:
-        rows = rows_for(methods, [methods["random"].budget_ratio(grid.num_tokens)])
-        result = evaluate(model, processor, rows, world="A", seed=seed + 1, questions=questions, progress=advance)
-    print_result(result)
+    task = ScenesTask(adapter_for(model), processor, "A", seed + 1, questions)
+    conditions = scene_conditions(methods, [methods["random"].budget_ratio(grid.num_tokens)])
+    accuracy = run_task(task, conditions, "fresh scenes")
     out.print("model and policies are toys trained on this synthetic world: the README says what that proves")
-    result = {key: value for key, value in result.items() if key not in MARKS}
-    write_json(json, {"video": str(video_path), "picture": str(picture_path), "answers": record, "accuracy": result})
+    write_json(
+        json,
+        {"video": str(video_path), "picture": str(picture_path), "answers": record, "accuracy": accuracy.to_json()},
+    )
     if folder is None:
         err.print(f"files stay in {place}")

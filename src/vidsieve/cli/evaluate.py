@@ -2,48 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from vidsieve import registry
-from vidsieve.cli.benchmark import run_benchmark
-from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    PAGE,
-    Earliest,
-    Figures,
-    Json,
-    Layout,
-    Report,
-    Share,
-    Threads,
-    check_output,
-    check_world,
-    command_line,
-    gone_error,
-    note_few,
-    out,
-    parse_share,
-    quiet,
-    set_threads,
-    stoppable,
-    store_in,
-    table,
-    with_error,
-    words,
-    write_json,
-    write_report,
-)
-from vidsieve.errors import EvaluationError, UnknownNameError
-from vidsieve.retention import parse_retentions
+from vidsieve.cli import shared
+from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
+from vidsieve.retention import parse_retention, parse_retentions
+
+if TYPE_CHECKING:
+    from vidsieve.evaluation.conditions import Condition
+    from vidsieve.evaluation.experiment import Task
 
 TESTBED = {"methods": "all", "retention": "0.25,0.1,0.05", "seed": 9001, "subset": 2000, "model": "testbed"}
 BENCHMARK = {"methods": "", "retention": "0.25,0.1", "seed": 0}
-"""What options are where they are not given."""
-ONLY_TESTBED = ("world", "probes", "answers")
+"""Defaults of options that differ between tasks."""
+BASELINES = ("random", "uniform", "downsample")
+"""Methods that every run on a set of questions measures."""
+ONLY_TESTBED = ("world", "probes")
 ONLY_BENCHMARKS = (
     "frames",
     "fps",
@@ -114,172 +93,162 @@ def evaluate(
         bool,
         typer.Option("--probes", help="Of testbed: also ask question-aware methods another question."),
     ] = False,
-    answers: Annotated[
-        bool, typer.Option("--answers", help="Of testbed: keep every single mark in the JSON file.")
-    ] = False,
-    earliest: Earliest = False,
+    earliest: shared.Earliest = False,
     folder: Annotated[
         Path | None,
         typer.Option(
             "--out", help="Folder of the run, to be gone on with.", show_default="runs/eval/TASK; testbed: none"
         ),
     ] = None,
-    share: Share = None,
-    layout: Layout = None,
+    share: shared.Share = None,
+    layout: shared.Layout = None,
     device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
-    threads: Threads = 0,
-    report: Report = None,
-    figures: Figures = None,
-    json: Json = None,
+    threads: shared.Threads = 0,
+    report: shared.Report = None,
+    json: shared.Json = None,
 ) -> None:
     """Measure methods side by side, beside the model with all tokens: accuracy with errors clustered by video."""
     if task == "open":
-        raise gone_error("open")
+        raise shared.gone_error("open")
     if task != "testbed" and task not in registry.benchmarks:
         raise UnknownNameError("task", task, ["testbed", *registry.benchmarks])
     for name in ONLY_BENCHMARKS if task == "testbed" else ONLY_TESTBED:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise EvaluationError(f"--{name.replace('_', '-')} means nothing for {task}: leave it out")
-    given = {"methods": methods, "retention": retention, "seed": seed, "subset": subset, "model": model}
-    asked: dict[str, Any] = {
-        **(TESTBED if task == "testbed" else BENCHMARK),
-        **{name: value for name, value in given.items() if value is not None},
+    options = {"methods": methods, "retention": retention, "seed": seed, "subset": subset, "model": model}
+    given: dict[str, Any] = (TESTBED if task == "testbed" else BENCHMARK) | {
+        name: value for name, value in options.items() if value is not None
     }
-    check_output(json, reads=[data])
-    check_output(report, PAGE, [data])
-    common: dict[str, Any] = {
-        "earliest": earliest,
-        "threads": threads,
-        "report": report,
-        "figures": figures,
-        "json": json,
-        "seed": asked["seed"],
-    }
+    shared.check_output(json, reads=[data])
+    shared.check_output(report, shared.PAGE, [data])
     if task == "testbed":
-        if asked["subset"] < 2:
-            raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
         if data is not None:
             raise EvaluationError(f"testbed makes its own scenes: leave {data} out")
-        run_testbed(
-            words(asked["methods"]),
-            asked["retention"],
-            questions=asked["subset"],
-            world=world,
-            model=asked["model"],
-            probes=probes,
-            answers=answers,
-            folder=folder,
-            share=parse_share(share, folder is not None),
-            **common,
-        )
-        return
+        shard = shared.parse_share(share, folder is not None)
+    else:
+        if data is None:
+            raise EvaluationError(f"where is {task}? Give its folder as published, or the file of questions")
+        shard, folder = shared.parse_share(share), folder or Path("runs/eval", task)
+        shared.check_output(folder / "run.json")
+    shared.set_threads(threads)
     if data is None:
-        raise EvaluationError(f"where is {task}? Give its folder as published, or the file of questions")
-    run_benchmark(
-        task,
-        data,
-        words(asked["methods"]),
-        words(asked["retention"]),
-        folder=folder or Path("runs/eval", task),
-        share=parse_share(share),
-        model=model,
-        frames=frames,
-        fps=fps,
-        tokens_per_frame=tokens_per_frame,
-        protocol=protocol,
-        answer=answer,
-        max_new_tokens=max_new_tokens,
-        subset=subset,
-        allow_missing=allow_missing,
-        indices=indices,
-        layout=layout,
-        device=device,
-        **common,
-    )
+        what, conditions = _testbed(given, world, probes, earliest)
+    else:
+        if protocol is not None and (frames, tokens_per_frame, fps) != (None, None, None):
+            raise EvaluationError("--protocol says how many frames and tokens there are: leave those options out")
+        what, conditions = _questions(
+            task,
+            data,
+            given,
+            frames=frames or "32",
+            fps=fps,
+            tokens_per_frame=tokens_per_frame,
+            protocol=protocol,
+            answer=answer,
+            max_new_tokens=max_new_tokens,
+            allow_missing=allow_missing,
+            indices=indices,
+            earliest=earliest,
+            layout=layout,
+            device=device,
+        )
+    units, lead = "scenes" if data is None else "videos", str(given.get("model") or protocol)
+    shared.run_task(what, conditions, units, folder=folder, share=shard, report=report, lead=lead, json=json)
 
 
-def run_testbed(
-    names: list[str],
-    retention: str,
-    *,
-    seed: int,
-    questions: int,
-    world: str,
-    model: str,
-    probes: bool,
-    earliest: bool,
-    answers: bool,
-    folder: Path | None,
-    share: tuple[int, int],
-    threads: int,
-    report: Path | None,
-    figures: Path | None,
-    json: Path | None,
-) -> None:
-    """Answer fresh questions of the testbed under every method; `full` and `random` are always there."""
-    ratios = parse_retentions(retention)
-    check_world(world)
-    set_threads(threads)
-    from vidsieve.evaluation.methods import check_known, check_prefill, named_methods, rows_for
-    from vidsieve.evaluation.testbed import MARKS, evaluate, run_config, write_run
+def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool) -> tuple[Task, Sequence[Condition]]:
+    """Return the testbed's questions, and every method at every retention; `full` and `random` are always there."""
+    if given["subset"] < 2:
+        raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
+    ratios, names = parse_retentions(given["retention"]), shared.words(given["methods"])
+    shared.check_world(world)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import check_known, check_prefill, named_methods
+    from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
     from vidsieve.loading import load_model
-    from vidsieve.report.sections import evaluation_sections
 
     for name in names:
         check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
-    quiet()
-    chosen = named_methods(names, earliest=earliest, prefill=True)
-    check_prefill(chosen)
-    network, processor = load_model(model)
-    rows = rows_for(chosen, ratios, probes)
-    about = {"world": world, "seed": seed, "questions": questions, "model": model}
-    kept = store_in(folder, lambda: run_config(network, rows, about), share)
-    with stoppable(folder), kept as store, Bar("scenes", 1) as advance:
-        result = evaluate(
-            network, processor, rows, world=world, seed=seed, questions=questions, progress=advance, store=store
-        )
-    if result["n_questions"] < questions:
-        out.print(f"this share is done; the table is made when the others are, in {folder}")
-        return
-    print_result(result)
-    if folder is not None:
-        write_run(folder, result, command_line())
-        out.print(f"written: {folder}")
-    write_report(report, "Accuracy on the testbed", lambda: evaluation_sections(result), model, figures)
-    if not answers:
-        result = {k: v for k, v in result.items() if k not in MARKS}
-    write_json(json, result)
+    shared.quiet()
+    methods = named_methods(names, earliest=earliest, prefill=True)
+    check_prefill(methods)
+    model, processor = load_model(given["model"])
+    task = ScenesTask(adapter_for(model), processor, world, given["seed"], given["subset"], given["model"])
+    return task, scene_conditions(methods, ratios, probes)
 
 
-def print_result(result: dict[str, Any]) -> None:
-    """Print the table of a testbed result: what layers see on average, and what the last of them is left with."""
-    from vidsieve.report.sections import named
+def _questions(
+    name: str,
+    data: Path,
+    given: Mapping[str, Any],
+    *,
+    frames: str,
+    fps: float | None,
+    tokens_per_frame: int | None,
+    protocol: str | None,
+    answer: str,
+    max_new_tokens: int,
+    allow_missing: bool,
+    indices: bool,
+    earliest: bool,
+    layout: str | None,
+    device: str,
+) -> tuple[Task, Sequence[Condition]]:
+    """Return a published set of questions, and every method at every retention and number of frames."""
+    counts = [_count(word) for word in shared.words(frames)]
+    amounts = [parse_retention(word) for word in shared.words(given["retention"])]
+    if not amounts or not counts:
+        raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import check_known, conditions_of, named_methods
+    from vidsieve.evaluation.protocols import protocol as protocol_of
+    from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
+    from vidsieve.loading import load_model
 
-    lines = []
-    for row in result["rows"]:
-        against = row["vs_random"]
-        versus = with_error(f"{against['diff']:+.3f}", 1.96 * against["stderr"]) if against else "–"
-        lines.append(
-            (
-                escape(named(row)),
-                f"{row['retention']:g}",
-                f"{row['layer_retention']:.4f}",
-                f"{row['real_retention']:.4f}",
-                with_error(f"{row['accuracy']:.3f}", row["stderr"]),
-                versus,
-                f"{row['select_ms']['median']:.1f}",
-            )
-        )
-    for row in result["refused"]:
-        lines.append((escape(named(row)), f"{row['retention']:g}", *"–––––"))
-    columns = ("method", "retention", "of layers", "left", "accuracy ± s.e.", "− random, 95 %", "select ms")
-    size = f"{result['n_questions']} questions on {result['n_scenes']} scenes"
-    title = f"world {result['world']}, seed {result['seed']}: {size}"
-    out.print(table(title, columns, lines, right=(1, 2, 3, 4, 5, 6)))
-    note_few(result["n_scenes"])
-    for row in result["refused"]:
-        out.print(f"{named(row)}: {row['reason']}", markup=False, highlight=False)
+    model, names = given.get("model"), shared.words(given["methods"])
+    if protocol is not None:
+        fixed = protocol_of(protocol)
+        counts, tokens_per_frame, model = [fixed.frames], fixed.tokens_per_frame, model or fixed.model
+        layout = layout or fixed.layout
+    if model is None:
+        raise EvaluationError("which model? Give --model, or a paper's --protocol")
+    for word in names:
+        check_known(word)
+    benchmark = registry.benchmarks.get(name)
+    items = items_of(
+        benchmark,
+        data,
+        subset=given.get("subset"),
+        seed=given["seed"],
+        allow_missing=allow_missing,
+        note=lambda text: shared.err.print(f"note: {text}", markup=False, soft_wrap=True),
+    )
+    shared.quiet()
+    listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
+    methods = named_methods(listed, model, earliest=earliest)
+    network, processor = load_model(model, layout, device=device)
+    adapter = adapter_for(network)
+    if tokens_per_frame is not None:
+        adapter.limit_frames(processor, tokens_per_frame)
+    about = {
+        "data": data.name,
+        "subset": given.get("subset"),
+        "protocol": protocol,
+        "tokens_per_frame": tokens_per_frame,
+        "earliest": earliest,
+        "layout": layout,
+    }
+    task = QuestionsTask(
+        benchmark, items, adapter, processor, model, answer, fps, max_new_tokens, given["seed"], indices, about
+    )
+    return task, conditions_of(methods, amounts, counts)
+
+
+def _count(word: str) -> int:
+    if not word.isdigit() or int(word) < 1:
+        raise EvaluationError(f"--frames is a whole number from 1 on, or several, as 8,16,32; got {word!r}")
+    return int(word)

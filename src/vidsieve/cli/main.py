@@ -13,7 +13,6 @@ from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
 from vidsieve.cli import batch as batch_command
 from vidsieve.cli import bench, data, evaluate, testbed, train
-from vidsieve.cli import compare as compare_command
 from vidsieve.cli import demo as demo_command
 from vidsieve.cli import doctor as doctor_command
 from vidsieve.cli import plan as plan_command
@@ -57,11 +56,10 @@ def root(
 
 app.command("demo")(demo_command.demo)
 app.command("ask")(ask_command.ask)
-app.command("compare")(compare_command.compare)
 app.command("report")(report_command.report)
 app.add_typer(train.app, name="train")
 app.command("eval")(evaluate.evaluate)
-app.add_typer(bench.app, name="bench")
+app.command("bench", context_settings=bench.EXTRA)(bench.bench)
 app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
 app.command("batch")(batch_command.batch)
@@ -71,6 +69,8 @@ app.command("ui")(ui_command.ui)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command.serve)
 
 
+COMPARED = "compare is part of `ask` now: run `vidsieve ask VIDEO QUESTION --methods a,b,c`, with the same options"
+moved(app, "compare", error=VidsieveError(COMPARED))
 moved(app, "reproduce")
 moved(app, "oracles", "pytest tests/oracles --oracles DIR")
 

@@ -1,40 +1,26 @@
-"""vidsieve report: the page of a run that is finished."""
+"""`vidsieve report`: the page of a run that is finished."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import PAGE, Figures, check_output, write_report
-
-if TYPE_CHECKING:
-    from vidsieve.report.page import Section
+from vidsieve.cli import shared
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval` or `train`.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval`, `bench` or `train`.")],
     page: Annotated[Path, typer.Argument(help="The page to write (HTML, one file).")],
     videos: Annotated[
         int, typer.Option(help="Also show kept tokens on the first so many videos, of a run with --indices.", min=0)
     ] = 0,
-    figures: Figures = None,
+    figures: shared.Figures = None,
 ) -> None:
     """Write the page of a finished run from its folder; nothing is measured again."""
-    check_output(page, PAGE)
-    title, sections = _of(folder, videos)
-    write_report(page, title, lambda: sections, str(folder), figures)
+    shared.check_output(page, shared.PAGE)
+    from vidsieve.report.runs import run_page
 
-
-def _of(folder: Path, videos: int) -> tuple[str, list[Section]]:
-    """Return the title and the sections of whatever run is in a folder."""
-    from vidsieve.report import sections
-    from vidsieve.report.runs import finished, kept_sections
-
-    if os.path.isfile(folder / "metrics.jsonl"):
-        return "Training", sections.training_sections(folder / "metrics.jsonl")
-    result = finished(folder)
-    kept = kept_sections(folder, result, videos) if videos else []
-    return result.get("benchmark", "Accuracy on the testbed"), [*sections.evaluation_sections(result), *kept]
+    title, sections = run_page(folder, videos)
+    shared.write_report(page, title, lambda: sections, str(folder), figures)

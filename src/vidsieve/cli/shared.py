@@ -1,4 +1,4 @@
-"""What every command does: early checks of output paths, JSON files, errors without tracebacks."""
+"""Parts that commands share: options, early checks of output paths, running a task, writing files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNa
 from vidsieve.io.files import writing
 
 if TYPE_CHECKING:
-    from vidsieve.io.journal import Store
+    from rich.table import Table as RichTable
+
+    from vidsieve.evaluation.conditions import Condition
+    from vidsieve.evaluation.experiment import Task
+    from vidsieve.evaluation.table import Table
     from vidsieve.report.page import Section
     from vidsieve.types import TokenGrid
     from vidsieve.video.reading import Video
@@ -85,11 +89,13 @@ def gone_error(name: str, now: str = "python -m workbench {name}") -> VidsieveEr
     return VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
 
 
-def moved(app: typer.Typer, name: str, now: str = "python -m workbench {name}") -> None:
-    """Give an app a command that says what to run instead, in a checkout."""
+def moved(
+    app: typer.Typer, name: str, now: str = "python -m workbench {name}", error: VidsieveError | None = None
+) -> None:
+    """Give an app a command that says what to run instead: `now` in a checkout, unless there is an `error`."""
 
     def gone() -> None:
-        raise gone_error(name, now)
+        raise error or gone_error(name, now)
 
     anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
     app.command(name, hidden=True, context_settings=anything)(gone)
@@ -137,24 +143,52 @@ def stoppable(kept: Path | None) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def store_in(
-    folder: Path | None, config: Callable[[], Mapping[str, Any]], share: tuple[int, int]
-) -> Iterator[Store | None]:
-    """Open the results of a run in a folder, told apart by `config`; None where no folder was given.
+def run_task(
+    task: Task,
+    conditions: Sequence[Condition],
+    units: str,
+    *,
+    folder: Path | None = None,
+    share: tuple[int, int] = (0, 1),
+    report: Path | None = None,
+    lead: str = "",
+    json: Path | None = None,
+) -> Table:
+    """Measure a task behind a progress bar, print its table, write its page and its JSON, and return it.
 
-    Raises
-    ------
-    EvaluationError, OutputError
-        As `Store`.
+    The command ends here while other shards are unfinished.
+
+    Parameters
+    ----------
+    units : str
+        Name of the units, for the bar.
+    lead : str
+        First line of the page.
     """
-    if folder is None:
-        yield None
-        return
-    from vidsieve.io.journal import Store
+    from vidsieve.cli.progress import Bar
+    from vidsieve.evaluation.experiment import run
 
-    with Store(folder, config(), share) as store:
-        yield store
+    with stoppable(folder), Bar(units, len(task.units())) as advance:
+        table = run(task, conditions, folder, share=share, command=command_line(), progress=advance)
+    if table is None:
+        out.print(f"shard finished; the table is written to {folder} once all shards are done")
+        raise typer.Exit
+    print_table(table)
+    if folder is not None:
+        out.print(f"written: {folder}")
+    if report is not None:
+        from vidsieve.report.sections import result_sections
+
+        write_report(report, table.title, lambda: result_sections(table), lead)
+    write_json(json, table.to_json())
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print a table with its notes."""
+    out.print(table.to_rich())
+    for note in table.notes:
+        out.print(note, markup=False, highlight=False)
 
 
 def write_pictures(
@@ -177,21 +211,13 @@ def write_pictures(
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write `value` to `path`, if one was given."""
+    """Write `value` to `path`, if one was given; NaN and infinities become null."""
     if path is None:
         return
+    from vidsieve.evaluation.table import finite
+
     with writing(path) as temporary:
-        text = json.dumps(_finite(value), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """Return a value with None where JSON has no number: NaN and infinities."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def write_report(
@@ -200,16 +226,16 @@ def write_report(
     """Write a page of what `sections` returns to `path`, and its charts into `figures`, where these are given."""
     if path is None and figures is None:
         return
-    from vidsieve.evaluation.runs import versions
+    from vidsieve.evaluation.experiment import versions
     from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
-    made = sections()
+    parts = sections()
     if path is not None:
-        write_page(path, title, made, lead=lead, command=command_line(), about=versions())
+        write_page(path, title, parts, lead=lead, command=command_line(), about=versions())
         out.print(f"report: {path}")
     if figures is not None:
-        drawn = [part for part in made if part.figure is not None]
+        drawn = [part for part in parts if part.figure is not None]
         for part in drawn:
             name = "-".join("".join(c if c.isalnum() else " " for c in part.title.lower()).split())
             for kind in ("png", "svg"):
@@ -256,16 +282,8 @@ def check_world(world: str) -> None:
         raise UnknownNameError("world", world, ("A", "B"))
 
 
-def note_few(videos: int) -> None:
-    """Say that errors are not to be trusted where there are few videos."""
-    from vidsieve.evaluation.stats import FEW
-
-    if videos < FEW:
-        out.print(f"note: {videos} videos are too few for these errors and intervals: from {FEW} on they hold")
-
-
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:
-    """Return which of how many processes this is, counted from 0: from ``2/4``, or torchrun's environment.
+    """Return this process's shard, counted from 0, and the number of shards: from ``2/4``, or torchrun's environment.
 
     Raises
     ------
@@ -302,19 +320,14 @@ def quiet() -> None:
     logging.set_verbosity_error()
 
 
-def with_error(value: str, error: float, digits: int = 3) -> str:
-    """Return ``value ± error``; a single cluster gives no error."""
-    return f"{value} ± {error:.{digits}f}" if math.isfinite(error) else f"{value} (one video)"
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> RichTable:
+    """Return a table for the terminal; `right` are the numbers of the columns set flush right."""
+    from rich.table import Table as RichTable
 
-
-def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> Any:
-    """Return a rich table; `right` are the numbers of the columns set flush right."""
-    from rich.table import Table
-
-    made = Table(title=title, title_justify="left", header_style="bold")
+    shown = RichTable(title=title, title_justify="left", header_style="bold")
     flush = set(right)
     for number, name in enumerate(columns):
-        made.add_column(name, justify="right" if number in flush else "left")
+        shown.add_column(name, justify="right" if number in flush else "left")
     for row in rows:
-        made.add_row(*(str(value) for value in row))
-    return made
+        shown.add_row(*(str(value) for value in row))
+    return shown

@@ -31,7 +31,7 @@ def ui(
     set_threads(threads)
     quiet()
     from vidsieve.compressors.base import Compressor
-    from vidsieve.evaluation.methods import check_known, method_for
+    from vidsieve.evaluation.conditions import check_known, method_for
     from vidsieve.loading import load_model
     from vidsieve.serving.page import Desk, build
 

@@ -1,4 +1,4 @@
-"""What every token contributes to an answer, measured, and what the LLM's attention says of it (CaCoVID, Fig. 1)."""
+"""Contribution of every token to an answer, measured, and the LLM's attention to it (CaCoVID, Fig. 1)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Listening(LayerCompressor):
 
 @dataclass(frozen=True)
 class Contributions:
-    """What tokens of one video are to one answer.
+    """Contributions of one video's tokens to one answer.
 
     Parameters
     ----------
@@ -67,9 +67,9 @@ class Contributions:
 
     @property
     def sure(self) -> NDArray[np.bool_]:
-        """Which tokens (N,) contribute more than three and a half standard errors: by chance one in four thousand."""
-        found: NDArray[np.bool_] = self.contribution > 3.5 * self.error
-        return found
+        """True for tokens (N,) that contribute more than 3.5 standard errors: by chance one in four thousand."""
+        sure: NDArray[np.bool_] = self.contribution > 3.5 * self.error
+        return sure
 
 
 @torch.no_grad()
@@ -153,5 +153,5 @@ def rank_correlation(one: NDArray[np.floating[Any]], other: NDArray[np.floating[
 def ranks(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     """Return the rank of every value (N,), from 1 on, of equal ones their mean."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    found: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    return found
+    mean_ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
+    return mean_ranks

@@ -53,7 +53,7 @@ class Item:
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """What may be said, one of each option: its letter, or the option itself where none is listed."""
+        """The possible answers, one for each option: its letter, or the option itself where none is listed."""
         return tuple(LETTERS[: len(self.options)]) if self.listed else self.options
 
     def prompt(self, closing: str | None = None) -> str:

@@ -27,9 +27,10 @@ from vidsieve.errors import (
     UnsupportedCallError,
     VideoError,
 )
-from vidsieve.evaluation.examiner import Condition, Examiner
+from vidsieve.evaluation.benchmarks.questions import QUESTIONS
+from vidsieve.evaluation.conditions import Condition, check_known, method_for
 from vidsieve.evaluation.items import Item
-from vidsieve.evaluation.methods import check_known, method_for
+from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.io.versions import installed, warn_untested
 from vidsieve.loading import load_model
 from vidsieve.retention import parse_retention
@@ -171,14 +172,16 @@ class Bridge:
             adapter.check(compressor)
         if arguments.tokens_per_frame is not None:
             adapter.limit_frames(processor, arguments.tokens_per_frame)
-        condition = Condition(arguments.frames or arguments.max_frames or 32, compressor)
-        self._examiner = Examiner(adapter, processor, [condition], fps=arguments.fps, seed=arguments.seed)
+        self._condition = Condition(compressor, arguments.frames or arguments.max_frames or 32)
+        self._task = QuestionsTask(
+            QUESTIONS, (), adapter, processor, arguments.pretrained, fps=arguments.fps, seed=arguments.seed
+        )
         self._method = "full" if compressor is None else compressor.describe()
 
     @property
     def device(self) -> Any:
         """The model's device, on which lmms-eval gathers the results of several processes."""
-        return self._examiner.adapter.device
+        return self._task.adapter.device
 
     def generate_until(self, requests: Sequence[Any]) -> list[Any]:
         """Return an answer to each request, in their order; every video is read and encoded once.
@@ -234,20 +237,17 @@ class Bridge:
 
     def _answers(self, video: str, questions: Sequence[str], settings: AnswerSettings) -> Iterator[tuple[str, Counts]]:
         """Yield the greedy answers to questions about one video."""
-        examiner = replace(self._examiner, max_new_tokens=settings.max_new_tokens)
         # Not listed, for the task has written the whole prompt; lmms-eval judges the answers.
         items = [
             Item(f"{number}", Path(video), question, (), "", kind="free-form", listed=False)
             for number, question in enumerate(questions)
         ]
-        record = examiner.measure(items)
-        if "failed" in record:
-            raise VideoError(record["failed"])
-        for error, reasons in ((BudgetError, record["refused"]), (PromptError, record["faults"])):
-            for reason in reasons.values():
-                raise error(reason)
-        tokenizer = examiner.processor.tokenizer
-        for sample in record["samples"]:
+        task = replace(self._task, items=items, max_new_tokens=settings.max_new_tokens)
+        tokenizer = task.processor.tokenizer
+        for record in task.measure(task.units()[0], [self._condition]):
+            if record.reason:
+                raise (BudgetError if record.condition else PromptError if record.item else VideoError)(record.reason)
+            sample = record.values
             before, after = sample["prompt"]
             new = len(tokenizer(sample["said"], add_special_tokens=False)["input_ids"])
             counts = Counts(after, new, before, sample["total"], sample["kept"], sample["layers"], self._method)
@@ -261,7 +261,7 @@ class Bridge:
 
     def clean(self) -> None:
         """Free the model's memory."""
-        del self._examiner
+        del self._task
         super().clean()  # type: ignore[misc]
 
 

@@ -1,4 +1,4 @@
-"""How the two papers evaluate: model, frames, tokens a frame, benchmarks, and what their averages are of."""
+"""Evaluation protocols of the two papers: model, frames, tokens a frame, benchmarks, averages."""
 
 from __future__ import annotations
 

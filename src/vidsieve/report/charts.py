@@ -98,8 +98,8 @@ def cloud(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str,
     """Return a figure of single points (x, y, ignored), by name."""
     figure = new_figure(figsize=(8.2, 4.2), layout="constrained")
     panel = _panel(figure, x, y)
-    for number, (name, own) in enumerate(points.items()):
-        places, heights, _ = zip(*own, strict=True)
+    for number, (name, series) in enumerate(points.items()):
+        places, heights, _ = zip(*series, strict=True)
         panel.scatter(
             places,
             heights,

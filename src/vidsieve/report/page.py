@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vidsieve.evaluation.table import Table
 from vidsieve.io.files import writing
 from vidsieve.report.charts import svg
 from vidsieve.types import TokenGrid
@@ -22,17 +23,8 @@ _SIDE = 360  # pixels: no frame of a report is larger
 
 
 @dataclass(frozen=True)
-class TableOf:
-    """Rows of a table; columns numbered in `texts` are prose, all others figures."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
-    texts: frozenset[int] = frozenset()
-
-
-@dataclass(frozen=True)
 class Kept:
-    """What one method keeps of a video.
+    """Tokens that one method keeps of a video.
 
     Parameters
     ----------
@@ -75,7 +67,7 @@ class FramesOf:
             for one in methods
         )
         images = tuple(
-            {"source": _jpeg(frame), "said": f"frame {number}, {moment:.1f} s"}
+            {"source": _jpeg(frame), "alt": f"frame {number}, {moment:.1f} s"}
             for number, (frame, moment) in enumerate(zip(pixels, timestamps, strict=True))
         )
         names = tuple(one.name for one in methods)
@@ -84,13 +76,16 @@ class FramesOf:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page: a title, and any of a text, a table, a matplotlib figure (and what it says) and frames."""
+    """A part of a page: a title, and any of a text, a table, a matplotlib figure and frames.
+
+    `alt` says in words what the figure shows.
+    """
 
     title: str
     text: str = ""
-    table: TableOf | None = None
+    table: Table | None = None
     figure: Any = None
-    said: str = ""
+    alt: str = ""
     frames: FramesOf | None = None
 
 
@@ -133,7 +128,7 @@ def page(
     Parameters
     ----------
     lead : what stands below the title
-    command : the command line that made it
+    command : command line of the run
     about : versions and the like, at the end
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -144,14 +139,14 @@ def page(
         {
             "title": part.title,
             "text": part.text,
-            "table": part.table,
-            "said": part.said,
+            "table": Markup("" if part.table is None else part.table.to_html()),
+            "alt": part.alt,
             "chart": Markup("" if part.figure is None else svg(part.figure)),
             "frames": part.frames and {**vars(part.frames), "data": Markup(part.frames.data)},
         }
         for part in sections
     ]
-    made: str = environment.get_template("page.html.j2").render(
+    text: str = environment.get_template("page.html.j2").render(
         title=title,
         lead=lead,
         sections=ready,
@@ -159,7 +154,7 @@ def page(
         about=dict(about or {}),
         viewer=any(part.frames for part in sections),
     )
-    return made
+    return text
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section], **options: Any) -> None:

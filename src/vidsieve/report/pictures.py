@@ -123,9 +123,9 @@ def overlay_video(
     for name, indices in kept.items():
         lit = lit_frames(frames, grid, list(indices)).repeat(times, 1).repeat(times, 2)
         parts.append(_titled(lit, f"{name}: {len(indices)} of {grid.num_tokens}"))
-    made = np.concatenate(parts, 2)
-    made = made[:, : made.shape[1] // 2 * 2, : made.shape[2] // 2 * 2]
-    write_video(path, np.ascontiguousarray(made), max(len(frames) / duration, 0.1) if duration > 0 else 1.0)
+    joined = np.concatenate(parts, 2)
+    joined = joined[:, : joined.shape[1] // 2 * 2, : joined.shape[2] // 2 * 2]
+    write_video(path, np.ascontiguousarray(joined), max(len(frames) / duration, 0.1) if duration > 0 else 1.0)
 
 
 def _titled(frames: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Pages of finished runs: what they keep in their folders, and frames of the videos they were asked about."""
+"""Pages of finished runs, from the files in their folders."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.examiner import frames_of
+from vidsieve.evaluation.accuracy import accuracy_table
+from vidsieve.evaluation.table import named
+from vidsieve.evaluation.tasks.questions import frames_of
+from vidsieve.evaluation.tasks.timing import timing_table
 from vidsieve.report.page import Kept, Section
-from vidsieve.report.sections import frames_section, named
+from vidsieve.report.sections import frames_section, result_sections, training_sections
 from vidsieve.types import TokenGrid
 
 
-def finished(folder: Path) -> dict[str, Any]:
-    """Return the result of a finished run.
+def run_page(folder: Path, videos: int = 0) -> tuple[str, list[Section]]:
+    """Return the title and the sections of the page of a finished run of ``eval``, ``bench`` or ``train``.
+
+    Parameters
+    ----------
+    videos : int
+        Number of videos to show with their kept tokens, of a run with ``--indices``.
 
     Raises
     ------
     EvaluationError
-        If there is none, or its file is damaged.
+        If there is no finished run, its result is damaged, or it has no kept indices.
+    VideoError
+        If a video is no longer there.
     """
+    if os.path.isfile(folder / "metrics.jsonl"):
+        return "Training", training_sections(folder / "metrics.jsonl")
     path = folder / "result.json"
     if not os.path.isfile(path):
         raise EvaluationError(
@@ -29,58 +41,41 @@ def finished(folder: Path) -> dict[str, Any]:
             "`python -m workbench reproduce … --report`"
         )
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise EvaluationError(f"{path} is damaged ({error}): give the command of the run again") from None
-    if "benchmark" not in found and "n_questions" not in found:
-        raise EvaluationError(f"{folder} is no run of `eval` or `train`: give that command again with --report")
-    return found
+    if "benchmark" in result or "n_questions" in result:
+        table = accuracy_table(result)
+    elif result.get("task") == "timing":
+        table = timing_table(result)
+    else:
+        raise EvaluationError(f"{folder} is no run of `eval`, `bench` or `train`: give its command again with --report")
+    return table.title, [*result_sections(table), *(_kept_sections(folder, result, videos) if videos else [])]
 
 
-def kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Section]:
-    """Return frames of a run's first `videos` videos, with what every condition keeps for the first question of each.
-
-    Raises
-    ------
-    EvaluationError
-        If the run kept no indices; the text says which option keeps them.
-    VideoError
-        If a video is no longer there.
-    """
-    settings = result.get("settings")
-    if settings is None:
+def _kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Section]:
+    """Return frames of a run's first `videos` videos, with the tokens kept for the first question of each."""
+    if "benchmark" not in result:
         raise EvaluationError(
             f"{folder} is a run of the testbed, which keeps no indices: see `vidsieve ask … --report`"
         )
+    settings = result["settings"]
     if not settings["indices_kept"]:
         raise EvaluationError(
             f"{folder} has no kept indices: run its command again with --indices, into another folder"
         )
-    conditions, fps = settings["conditions"], settings["fps"]
-    most = max(condition["frames"] for condition in conditions.values())
-    found = []
-    for record in _units(folder)[:videos]:
-        item = record["samples"][0]["item"]
-        shown = [s for s in record["samples"] if s["item"] == item and s["indices"]]
-        shown = [s for s in shown if conditions[s["condition"]]["frames"] == most]
-        if not shown:
-            continue
-        path = Path(record["unit"])
-        kept = [Kept(_name(conditions[s["condition"]]), s["indices"][0]) for s in shown]
-        found.append(
-            frames_section(
-                frames_of(path, most, fps), TokenGrid(*shown[0]["grid"]), kept, f"{path.name}, question {item}"
-            )
-        )
-    return found
-
-
-def _units(folder: Path) -> list[dict[str, Any]]:
-    """Return what was measured of every video that could be read, in the order of their names."""
     lines = [line for path in sorted(folder.glob("units-*.jsonl")) for line in path.read_text("utf-8").splitlines()]
     records = {record["unit"]: record for record in map(json.loads, lines) if record["samples"]}
-    return [records[unit] for unit in sorted(records)]
-
-
-def _name(condition: dict[str, Any]) -> str:
-    return f"{named(condition)}, {condition['retention']}"
+    conditions = settings["conditions"]
+    most = max(condition["frames"] for condition in conditions.values())
+    sections = []
+    for unit, record in sorted(records.items())[:videos]:
+        item = record["samples"][0]["item"]
+        samples = [s for s in record["samples"] if s["item"] == item and s["indices"]]
+        shown = [(conditions[s["condition"]], s) for s in samples if conditions[s["condition"]]["frames"] == most]
+        if not shown:
+            continue
+        kept = [Kept(f"{named(row)}, {row['retention']}", sample["indices"][0]) for row, sample in shown]
+        grid, video = TokenGrid(*shown[0][1]["grid"]), frames_of(unit, most, settings["fps"])
+        sections.append(frames_section(video, grid, kept, f"{Path(unit).name}, question {item}"))
+    return sections

@@ -1,21 +1,23 @@
-"""What the commands' reports are made of."""
+"""Sections of the commands' pages: their tables, with charts and frames."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from vidsieve.errors import OutputError
 from vidsieve.evaluation.contributions import Contributions, rank_correlation, ranks
-from vidsieve.evaluation.stats import FEW
+from vidsieve.evaluation.table import Table, named
 from vidsieve.report import charts
-from vidsieve.report.page import FramesOf, Kept, Section, TableOf
+from vidsieve.report.page import FramesOf, Kept, Section
 from vidsieve.report.pictures import kept_figure
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
@@ -23,31 +25,40 @@ from vidsieve.video.reading import Video
 Row = Mapping[str, Any]
 
 
-def named(row: Row) -> str:
-    """Return how a table calls a condition: method, variant, part and policy."""
-    name = row["method"] if row["variant"] in ("ours", "-") else f"{row['method']}:{row['variant']}"
-    name += f" ({row['part']})" if row.get("part") else ""
-    return name + (f" ({row['policy']})" if row.get("policy") else "")
+def table_section(table: Table) -> Section:
+    """Return the section of a table, with its notes."""
+    return Section(table.title, "\n".join(table.notes), table)
 
 
-# -- one video ----------------------------------------------------------------------------------------------
+def result_sections(table: Table) -> list[Section]:
+    """Return the sections of an experiment: its table, charts of its rows, and its further tables."""
+    rows = table.result["rows"]
+    if "accuracy" in rows[0]:
+        drawn = accuracy_charts(rows)
+    else:
+        drawn = [time_section(part_times(rows))] if "ms" in rows[0] else []
+    return [table_section(table), *drawn, *map(table_section, table.more)]
 
 
-def frames_section(video: Video, grid: TokenGrid, methods: Sequence[Kept], title: str = "Kept tokens") -> Section:
-    """Return the frames of a video with what methods keep of them."""
+# -- one video --------------------------------------------------------------------------------------------------------
+
+
+def video_sections(video: Video, grid: TokenGrid, methods: Sequence[Kept], title: str = "Kept tokens") -> list[Section]:
+    """Return the frames of a video with what methods keep of them: in the viewer, and as rows of frames."""
+    alt = "Rows of frames, one a method, with dropped tokens dark; the viewer above has the same, frame by frame."
+    rows = kept_figure(video.pixels, grid, {method.name: method.indices for method in methods})
+    return [frames_section(video, grid, methods, title), Section("Masks, row by row", figure=rows, alt=alt)]
+
+
+def frames_section(video: Video, grid: TokenGrid, methods: Sequence[Kept], title: str) -> Section:
+    """Return the frames of a video in the viewer, with what methods keep of them."""
     return Section(title, frames=FramesOf.of(video.pixels, video.timestamps.tolist(), grid, methods))
-
-
-def masks_section(video: Video, grid: TokenGrid, kept: Mapping[str, Sequence[int]]) -> Section:
-    """Return rows of frames, one a method, with what it keeps lit: all of them at one glance."""
-    said = "Rows of frames, one a method, with dropped tokens dark; the viewer above has the same, frame by frame."
-    return Section("Masks, row by row", figure=kept_figure(video.pixels, grid, kept), said=said)
 
 
 def contributions_sections(
     video: Video, measured: Contributions, answer: str, method: str, kept: int, scores: NDArray[np.floating[Any]] | None
 ) -> list[Section]:
-    """Return what every token contributes to the answer, beside attention and a method's scores (CaCoVID, Figure 1)."""
+    """Return the contribution of every token to the answer, attention and a method's scores (CaCoVID, Figure 1)."""
     rivals = {"attention of the last token": measured.attention} | ({method: scores} if scores is not None else {})
     shown = {"contribution, measured": measured.contribution, **rivals}
     ways = [Kept(name, np.argsort(-np.asarray(v), kind="stable")[:kept].tolist(), v) for name, v in shown.items()]
@@ -72,9 +83,9 @@ def contributions_sections(
         for name, v in rivals.items()
     }
     figure = charts.cloud(points, x="rank of the score, %", y="measured contribution")
-    said = "Points, one a token: what it contributes, against its rank by attention and by the method."
+    alt = "Points, one a token: what it contributes, against its rank by attention and by the method."
     return [
-        Section("Attention against contribution", text, TableOf(columns, lines), figure, said),
+        Section("Attention against contribution", text, Table("", columns, lines), figure, alt),
         frames_section(video, measured.grid, ways, "Contribution, attention and scores, token by token"),
     ]
 
@@ -82,7 +93,7 @@ def contributions_sections(
 def answer_sections(
     video: Video,
     question: str,
-    said: Row,
+    answer: Row,
     scores: NDArray[np.floating[Any]] | None,
     parts: Sequence[str],
     measured: Contributions | None = None,
@@ -91,18 +102,16 @@ def answer_sections(
 
     With `measured`, what tokens contribute is beside what the LLM's attention says of them.
     """
-    rows = [("question", question), ("answer", said["answer"]), ("method", said["method"])]
-    rows += [("prompt", f"{said['prompt_tokens_before']} → {said['prompt_tokens_after']} tokens")]
-    found = [Section("The answer", table=TableOf(("", ""), rows, frozenset({1})))]
-    for trace in said["videos"][:1]:
+    rows = [("question", question), ("answer", answer["answer"]), ("method", answer["method"])]
+    rows += [("prompt", f"{answer['prompt_tokens_before']} → {answer['prompt_tokens_after']} tokens")]
+    sections = [Section("The answer", table=Table("", ("", ""), rows, frozenset({0, 1})))]
+    for trace in answer["videos"][:1]:
         grid = TokenGrid(*trace["grid"])
-        found.append(frames_section(video, grid, [Kept(said["method"], trace["indices"], scores)]))
-        found.append(masks_section(video, grid, {said["method"]: trace["indices"]}))
+        sections += video_sections(video, grid, [Kept(answer["method"], trace["indices"], scores)])
     if measured is not None:
-        kept = said["videos"][0]["kept"] if said["videos"] else max(1, measured.grid.num_tokens // 10)
-        found += contributions_sections(video, measured, said["answer"], said["method"], kept, scores)
-    found.append(time_section({said["method"]: {part: said["ms"].get(part, 0.0) for part in parts}}))
-    return found
+        kept = answer["videos"][0]["kept"] if answer["videos"] else max(1, measured.grid.num_tokens // 10)
+        sections += contributions_sections(video, measured, answer["answer"], answer["method"], kept, scores)
+    return [*sections, time_section({answer["method"]: {part: answer["ms"].get(part, 0.0) for part in parts}})]
 
 
 def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where the time goes") -> Section:
@@ -113,222 +122,81 @@ def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where th
     return Section(
         title,
         "Milliseconds. Select: choosing tokens, and making the shorter prompt of them.",
-        TableOf(columns, lines),
+        Table("", columns, lines),
         chart,
         "Bars of the milliseconds in the table above.",
     )
 
 
-def comparison_sections(video: Video, result: Row) -> list[Section]:
-    """Return the report of a comparison, as `evaluation.comparing.compare` returns it."""
-    columns = ("method", "of layers", "left", "answer", "as all tokens", "choosing ms", "total ms")
-    lines = [
-        (
-            row["name"],
-            f"{row['layer_retention']:.3f}",
-            f"{row['real_retention']:.3f}",
-            row["answer"],
-            "yes" if row["same"] else "no",
-            f"{row['select_ms']['median']:.1f}",
-            f"{row['ms']['total']['median']:.1f}",
-        )
+def comparison_sections(video: Video, question: str, table: Table, scores: Mapping[str, Tensor]) -> list[Section]:
+    """Return the page of a comparison: its table, and the frames with what methods keep of them.
+
+    Parameters
+    ----------
+    scores : mapping
+        By method and retention the scores (N,) of tokens, where methods have them.
+    """
+    result = table.result
+    kept = [
+        Kept(row["name"], row["indices"], scores[row["key"]].numpy() if row["key"] in scores else None)
         for row in result["rows"]
+        if row["indices"] is not None
     ]
-    lines += [(row["name"], "–", "–", row["reason"], "–", "–", "–") for row in result["refused"]]
-    found = [Section("Answers", f"Asked: {result['question']}", TableOf(columns, lines, frozenset({3})))]
-    kept = [Kept(row["name"], row["indices"], row["scores"]) for row in result["rows"] if row["indices"] is not None]
-    if kept:
-        grid = TokenGrid(*result["grid"])
-        found += [frames_section(video, grid, kept), masks_section(video, grid, {k.name: k.indices for k in kept})]
-    parts = {
-        row["name"]: {part: row["ms"][part]["median"] for part in row["ms"] if part != "total"}
-        for row in result["rows"]
-    }
-    return [*found, time_section(parts)]
+    first, *rest = result_sections(table)
+    first = replace(first, title="Answers", text=f"Asked: {question}\n{first.text}")
+    frames = video_sections(video, TokenGrid(*result["grid"]), kept) if kept else []
+    return [first, *frames, *rest]
 
 
-def pipeline_sections(result: Row) -> list[Section]:
-    """Return the report of a timed pipeline, as `eval.stopwatch.measure` returns it."""
-    rows = {f"{named(row)}, {row['retention']}": row for row in result["rows"]}
-    times = {name: {p: v["mean"] for p, v in row["ms"].items() if p != "all"} for name, row in rows.items()}
-    full = result["rows"][0]
-    lines = [
-        (
-            name,
-            f"{row['visual'][1]:.0f}",
-            f"{row['prompt'][1]:.0f}",
-            f"{row['flops']['paper'] / 1e12:.4g}",
-            f"{row['flops']['counted'] / 1e12:.4g}",
-            f"{full['flops']['counted'] / row['flops']['counted']:.2f}×",
-            f"{row['times_faster']['prefill']:.2f}×",
-            f"{row['times_faster']['all']:.2f}×",
-            f"{row['ms']['all']['p50']:.0f}",
-            f"{row['ms']['all']['p95']:.0f}",
-            f"{row['peak_MiB']:.0f}",
-            "–" if row is full else row["pays_from"] or "no length",
+def part_times(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return by name the milliseconds of every part of the work, from the rows of a timing or a comparison."""
+    names = [row.get("name") or f"{named(row)}, {row['retention']}" for row in rows]
+    spent = [{part: ms["mean"] for part, ms in row["ms"].items() if part != "all"} for row in rows]
+    return dict(zip(names, spent, strict=True))
+
+
+# -- many questions ---------------------------------------------------------------------------------------------------
+
+
+def accuracy_charts(rows: Sequence[Row]) -> list[Section]:
+    """Return charts of accuracy against retention and against frames, where there are several of these."""
+    sections = []
+    rows = [{"frames": None, **row} for row in rows]
+    for frames in dict.fromkeys(row["frames"] for row in rows):
+        some = [row for row in rows if row["frames"] == frames]
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for row in some:
+            if row["method"] != "full" and row["real_retention"] is not None:
+                point = (100 * row["layer_retention"], 100 * row["accuracy"], _interval(row["stderr"]))
+                lines.setdefault(named(row), []).append(point)
+        if not any(len(points) > 1 for points in lines.values()):
+            continue
+        level = next((("all tokens", 100 * row["accuracy"]) for row in some if row["method"] == "full"), None)
+        figure = charts.against(
+            lines, x="% of the tokens that layers see on average", y="accuracy %", level=level, log=True
         )
-        for name, row in rows.items()
-    ]
-    columns = (
-        "",
-        "video tokens",
-        "prompt",
-        "TFLOP, papers' formula",
-        "TFLOP, counted",
-        "fewer",
-        "LLM faster, with selecting",
-        "all faster",
-        "p50 ms",
-        "p95 ms",
-        "peak MiB",
-        "pays from (frames)",
-    )
-    text = (
-        f"{result['model']} on {result['device']}, {result['dtype']}, attention {result['attention']}; "
-        f"{', '.join(map(str, result['lengths']))} frames, {result['repeats']} rounds, {result['new_tokens']} new "
-        "tokens."
-    )
-    found = [time_section(times, "Where the time goes"), Section("What it saves", text, TableOf(columns, lines))]
-    notes = [(named(row), row["retention"], row["reason"]) for row in result["refused"]]
-    if notes:
-        found.append(Section("Not possible", table=TableOf(("method", "kept", "why"), notes, frozenset({2}))))
-    return found
-
-
-# -- many questions -----------------------------------------------------------------------------------------
-
-
-def evaluation_sections(result: Row) -> list[Section]:
-    """Return the report of an evaluation: of a benchmark, or of the testbed."""
-    rows = [_known(row) for row in result["rows"]]
-    several = len({row["frames"] for row in rows}) > 1
-    columns = ["method", *(["frames"] if several else []), "retention", "of layers", "left", "accuracy %", "± s.e."]
-    columns += ["− random", "− all tokens"]
-    lines = []
-    for row in rows:
-        lines.append(
-            [
-                named(row),
-                *([row["frames"]] if several else []),
-                row["retention"],
-                *(as_figure(row[key], 1, 4) for key in ("layer_retention", "real_retention")),
-                as_figure(row["accuracy"], 100, 1),
-                as_figure(row["stderr"], 100, 1),
-                *(as_difference(row[f"vs_{name}"] if row["method"] != name else None) for name in ("random", "full")),
-            ]
-        )
-    for row in result["refused"]:
-        lines.append([named(row), *([row["frames"]] if several else []), row["retention"], *"––––––"])
-    found = [Section("Accuracy", _about(result), TableOf(columns, lines))]
-    found += _curves(rows)
-    found += _categories(rows)
-    notes = [(named(row), str(row["retention"]), row["reason"]) for row in result["refused"]]
-    if notes:
-        found.append(Section("Not possible", table=TableOf(("method", "retention", "why"), notes, frozenset({2}))))
-    lost = [(row["video"], row["questions"], row["reason"]) for row in result.get("failed", [])]
-    if lost:
-        text = "They count as answered wrongly."
-        table = TableOf(("video", "questions", "why"), lost, frozenset({2}))
-        found.append(Section("Questions that could not be asked", text, table))
-    return found
-
-
-def _known(row: Row) -> dict[str, Any]:
-    """Return a row of either kind of evaluation with the fields of both."""
-    by = row.get("by") or {"kind": {k: {"accuracy": v, "stderr": math.nan} for k, v in row.get("by_kind", {}).items()}}
-    return {
-        "frames": None,
-        **row,
-        "by": by,
-        "retention": f"{float(row['retention']):g}" if not str(row["retention"]).endswith("t") else row["retention"],
-    }
-
-
-def _about(result: Row) -> str:
-    if "benchmark" in result:
-        asked = f"{result['benchmark']}: {result['questions']} questions about {result['videos']} videos"
-    else:
-        asked = f"Testbed, world {result['world']}: {result['n_questions']} questions on {result['n_scenes']} scenes"
-    videos = result["videos"] if "benchmark" in result else result["n_scenes"]
-    few = f" {videos} videos are too few for these errors: from {FEW} on they hold." if videos < FEW else ""
-    return f"{asked}. Errors are clustered by video; differences are paired, with 95 % intervals.{few}"
-
-
-def as_figure(value: float | None, times: float, digits: int) -> str:
-    """Return a number as tables have it; a dash for none."""
-    return "–" if value is None or not math.isfinite(value) else f"{times * value:.{digits}f}"
-
-
-def as_difference(found: Row | None) -> str:
-    """Return a paired difference in points with its 95 % interval."""
-    if found is None:
-        return "–"
-    return f"{100 * found['diff']:+.1f} ± {as_figure(found['stderr'], 196, 1)}"
+        where = f", {frames} frames" if frames is not None else ""
+        sections.append(_chart(f"Accuracy against retention{where}", figure, "95 % intervals."))
+    if len({row["frames"] for row in rows}) > 1:
+        lines = {}
+        for row in rows:
+            name = named(row) + ("" if row["method"] == "full" else f", {row['retention']}")
+            lines.setdefault(name, []).append((row["frames"], 100 * row["accuracy"], _interval(row["stderr"])))
+        figure = charts.against(lines, x="frames", y="accuracy %", log=True)
+        text = "95 % intervals; a retention ending in t is a count."
+        sections.append(_chart("Accuracy against frames", figure, text))
+    return sections
 
 
 def _interval(error: float | None) -> float:
     return 196 * error if error is not None and math.isfinite(error) else 0.0
 
 
-def _curves(rows: Sequence[dict[str, Any]]) -> list[Section]:
-    """Return accuracy against retention, and against frames, where there are several."""
-    found = []
-    full = [row for row in rows if row["method"] == "full"]
-    for frames in dict.fromkeys(row["frames"] for row in rows):
-        lines: dict[str, list[tuple[float, float, float]]] = {}
-        for row in rows:
-            if row["frames"] == frames and row["method"] != "full" and row["real_retention"] is not None:
-                point = (100 * row["layer_retention"], 100 * row["accuracy"], _interval(row["stderr"]))
-                lines.setdefault(named(row), []).append(point)
-        if not any(len(points) > 1 for points in lines.values()):
-            continue
-        level = next((("all tokens", 100 * row["accuracy"]) for row in full if row["frames"] == frames), None)
-        chart = charts.against(
-            lines, x="% of the tokens that layers see on average", y="accuracy %", level=level, log=True
-        )
-        where = f", {frames} frames" if frames is not None else ""
-        found.append(_chart(f"Accuracy against retention{where}", chart, "95 % intervals."))
-    if len({row["frames"] for row in rows}) > 1:
-        lines = {}
-        for row in rows:
-            name = named(row) + ("" if row["method"] == "full" else f", {row['retention']}")
-            lines.setdefault(name, []).append((row["frames"], 100 * row["accuracy"], _interval(row["stderr"])))
-        chart = charts.against(lines, x="frames", y="accuracy %", log=True)
-        found.append(_chart("Accuracy against frames", chart, "95 % intervals; a retention ending in t is a count."))
-    return found
-
-
 def _chart(title: str, figure: Any, text: str) -> Section:
-    return Section(title, text, figure=figure, said=f"{title}: the figures are in the table of accuracies.")
+    return Section(title, text, figure=figure, alt=f"{title}: the figures are in the table of accuracies.")
 
 
-def _categories(rows: Sequence[dict[str, Any]]) -> list[Section]:
-    found = []
-    for name in dict.fromkeys(name for row in rows for name in row["by"]):
-        values = list(dict.fromkeys(value for row in rows for value in row["by"].get(name, {})))
-        if len(values) < 2:
-            continue
-        lines = [
-            (
-                f"{named(row)}, {row['retention']}" + (f", {row['frames']} frames" if row["frames"] else ""),
-                *(_cell(row["by"].get(name, {}).get(value)) for value in values),
-            )
-            for row in rows
-        ]
-        errors = any("±" in cell for line in lines for cell in line[1:])
-        text = "In %, ± standard error." if errors else "In %."
-        found.append(Section(f"Accuracy by {name}", text, TableOf(("", *values), lines)))
-    return found
-
-
-def _cell(found: Row | None) -> str:
-    if found is None:
-        return "–"
-    error = as_figure(found["stderr"], 100, 1)
-    return f"{100 * found['accuracy']:.1f}" + ("" if error == "–" else f" ± {error}")
-
-
-# -- training -----------------------------------------------------------------------------------------------
+# -- training ---------------------------------------------------------------------------------------------------------
 
 CURVES = (
     ("reward", "mean reward"),
@@ -356,12 +224,12 @@ def training_sections(metrics: Path) -> list[Section]:
         rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise OutputError(f"no report: {metrics} cannot be read ({error})") from None
-    found = []
+    sections = []
     for name, text in CURVES:
         points = [(float(row["step"]), float(row[name]), 0.0) for row in rows if isinstance(row.get(name), int | float)]
         if points:
             chart = charts.against({text: points}, x="step", y=text)
-            said = f"{text} over {len(points)} measurements, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
-            found.append(Section(text.capitalize(), figure=chart, said=said))
+            alt = f"{text} over {len(points)} measurements, from {points[0][1]:.3g} to {points[-1][1]:.3g}"
+            sections.append(Section(text.capitalize(), figure=chart, alt=alt))
     last = [(name, f"{value:.4g}" if isinstance(value, float) else value) for name, value in rows[-1].items()]
-    return [Section("The last step", table=TableOf(("", ""), last)), *found]
+    return [Section("The last step", table=Table("", ("", ""), last)), *sections]

@@ -32,9 +32,9 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import chat
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import OutputError, PromptError, VidsieveError
+from vidsieve.evaluation.conditions import known_fields, method_for, policy_digest
+from vidsieve.evaluation.experiment import versions
 from vidsieve.evaluation.items import Item
-from vidsieve.evaluation.methods import known_fields, method_for
-from vidsieve.evaluation.runs import policy_digest, versions
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Journal
 from vidsieve.loading import load_model

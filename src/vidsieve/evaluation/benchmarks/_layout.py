@@ -1,4 +1,4 @@
-"""What readers of published folders share: files by their names, fields by their types, videos by their stems."""
+"""Common parts of the readers of published folders: files by name, rows by type, videos by stem."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+import msgspec
 
 from vidsieve.errors import EvaluationError
 from vidsieve.options import LETTERS
-
-T = TypeVar("T")
 
 
 def one_file(folder: Path, *names: str) -> Path:
@@ -25,14 +25,14 @@ def one_file(folder: Path, *names: str) -> Path:
     """
     if not os.path.isdir(folder):
         raise EvaluationError(f"{folder} is no folder: give the one that holds {' or '.join(names)}")
-    found = [path for name in names for path in sorted(folder.glob(name))]
-    if len(found) > 1:
+    paths = [path for name in names for path in sorted(folder.glob(name))]
+    if len(paths) > 1:
         raise EvaluationError(
-            f"{folder} has {' and '.join(str(path.relative_to(folder)) for path in found)}, of which one is expected: "
+            f"{folder} has {' and '.join(str(path.relative_to(folder)) for path in paths)}, of which one is expected: "
             "remove the others"
         )
-    if found:
-        return found[0]
+    if paths:
+        return paths[0]
     there = {
         path.name: path for path in folder.rglob("*") if os.path.isfile(path) and path.suffix == Path(names[0]).suffix
     }
@@ -46,126 +46,76 @@ def one_folder(folder: Path, *names: str) -> Path:
     return next((folder / name for name in names if os.path.isdir(folder / name)), folder / names[0])
 
 
-def read_json(path: Path) -> list[Any]:
-    """Return the rows of a JSON list.
-
-    Raises
-    ------
-    EvaluationError
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {error}; fetch it again") from None
-    if not isinstance(rows, list):
-        raise EvaluationError(f"{path} holds {type(rows).__name__}, must be a list of questions: fetch it again")
-    return rows
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Options = Annotated[tuple[str, ...], msgspec.Meta(min_length=2, max_length=len(LETTERS))]
+Row = TypeVar("Row", bound=msgspec.Struct)
 
 
-def read_lines(path: Path) -> list[Any]:
-    """Return the rows of JSON lines.
-
-    Raises
-    ------
-    EvaluationError
-    """
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {error}; fetch it again") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise EvaluationError(f"line {number} of {path} is not JSON: {error}; fetch it again") from None
-    return rows
-
-
-def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a Parquet file.
-
-    Raises
-    ------
-    EvaluationError
-        If it is unreadable, or pyarrow is not installed.
-    """
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise EvaluationError(f"{path} is a Parquet file: pip install 'vidsieve[benchmarks]' to read it") from None
-    try:
-        rows: list[dict[str, Any]] = read_table(path).to_pylist()
-    except (OSError, ArrowException) as error:
-        raise EvaluationError(f"cannot read {path}: {str(error).splitlines()[0]}; fetch it again") from None
-    return rows
-
-
-class Fields:
-    """One row, whose fields are checked as they are read.
+def rows_of(path: Path, kind: type[Row]) -> list[Row]:
+    """Return the rows of a JSON list, of JSON lines or of a Parquet file, checked; texts have no blanks around them.
 
     Parameters
     ----------
-    row : as it was parsed
-    where : str
-        Names the row in errors, as "row 12 of lvb_val.json".
+    kind : type
+        Fields of a row; others are ignored.
+
+    Raises
+    ------
+    EvaluationError
+        If the file cannot be read, or a row has other fields; the text names the first one.
     """
-
-    def __init__(self, row: Any, where: str) -> None:
-        if not isinstance(row, dict):
-            raise EvaluationError(f"{where} is {type(row).__name__}, must be an object with fields")
-        self.row, self.where = row, where
-
-    def get(self, name: str, kind: type[T]) -> T:
-        """Return a field of some type.
-
-        Raises
-        ------
-        EvaluationError
-            If it is missing or of another type.
-        """
-        if name not in self.row:
-            raise EvaluationError(f"{self.where} has no {name}: fetch the file again")
-        value = self.row[name]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            said = repr(value)
-            raise EvaluationError(f"{name} of {self.where} is {said[:60]}, must be {kind.__name__}")
-        return value
-
-    def text(self, name: str) -> str:
-        """Return a text that is not empty, without blanks around it."""
-        value = self.get(name, str).strip()
-        if not value:
-            raise EvaluationError(f"{name} of {self.where} is empty")
-        return value
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """Return two or more texts."""
-        values = self.get(name, list)
-        if len(values) < 2 or not all(isinstance(value, str) for value in values) or len(values) > len(LETTERS):
-            raise EvaluationError(f"{name} of {self.where} is {str(values)[:60]}, must be two or more texts")
-        return tuple(value.strip() for value in values)
-
-    def letter(self, name: str, options: Sequence[str]) -> str:
-        """Return the letter of the option whose text a field has: of equal ones the last, as MLVU's own script does.
-
-        Raises
-        ------
-        EvaluationError
-            If no option has that text.
-        """
-        wanted = self.text(name)
-        places = [place for place, option in enumerate(options) if option == wanted]
-        if not places:
-            raise EvaluationError(f"{name} of {self.where} is {wanted[:60]!r}, which is none of {list(options)}")
-        return LETTERS[places[-1]]
+    try:
+        parsed = _parquet(path) if path.suffix == ".parquet" else _parsed(path)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"cannot read {path}: {str(error).splitlines()[0]}; fetch it again") from None
+    if not isinstance(parsed, list):
+        raise EvaluationError(f"{path} holds {type(parsed).__name__}, must be a list of questions: fetch it again")
+    rows = []
+    for number, row in enumerate(parsed, 1):
+        try:
+            rows.append(msgspec.convert(_stripped(row), kind))
+        except msgspec.ValidationError as error:
+            raise EvaluationError(f"row {number} of {path}: {error}; fetch the file again") from None
+    return rows
 
 
-def rows_of(path: Path, rows: Sequence[Any]) -> list[Fields]:
-    """Return the rows of a file, each named by its number from 1."""
-    return [Fields(row, f"row {number} of {path}") for number, row in enumerate(rows, 1)]
+def _parsed(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".json":
+        return json.loads(text)
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
+
+
+def _parquet(path: Path) -> list[Any]:
+    try:
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise EvaluationError(f"{path} is a Parquet file: pip install 'vidsieve[benchmarks]' to read it") from None
+    rows: list[Any] = read_table(path).to_pylist()
+    return rows
+
+
+def _stripped(value: Any) -> Any:
+    """Return a parsed value with no blanks around its texts."""
+    if isinstance(value, dict):
+        return {name: _stripped(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_stripped(inner) for inner in value]
+    return value.strip() if isinstance(value, str) else value
+
+
+def letter_of(answer: str, options: Sequence[str], question: str) -> str:
+    """Return the letter of the option with a text: of equal ones the last, as in MLVU's own script.
+
+    Raises
+    ------
+    EvaluationError
+        If no option has that text.
+    """
+    places = [place for place, option in enumerate(options) if option == answer]
+    if not places:
+        raise EvaluationError(f"the answer {answer!r} of question {question!r} is none of {list(options)}")
+    return LETTERS[places[-1]]
 
 
 class Videos:
@@ -190,10 +140,10 @@ class Videos:
         if os.path.isfile(wanted):
             return wanted
         stem = wanted.stem if wanted.suffix.lower() in ENDINGS else name
-        found = self.stems.get(stem, [])
-        if len(found) > 1:
-            raise EvaluationError(f"{found[0]} and {found[1].name} may both be the video {name!r}: remove one")
-        return found[0] if found else (wanted if wanted.suffix.lower() in ENDINGS else wanted.with_name(f"{name}.mp4"))
+        paths = self.stems.get(stem, [])
+        if len(paths) > 1:
+            raise EvaluationError(f"{paths[0]} and {paths[1].name} may both be the video {name!r}: remove one")
+        return paths[0] if paths else (wanted if wanted.suffix.lower() in ENDINGS else wanted.with_name(f"{name}.mp4"))
 
 
 ENDINGS = (".mp4", ".mkv", ".webm", ".avi", ".mov")

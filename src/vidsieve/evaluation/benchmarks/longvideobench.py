@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.benchmarks._layout import Videos, one_file, read_json, rows_of
+from vidsieve.evaluation.benchmarks._layout import Options, Text, Videos, one_file, rows_of
 from vidsieve.evaluation.items import Benchmark, Item, checked
 from vidsieve.options import LETTERS
 
 _DURATIONS = {15: "8–15 s", 60: "15–60 s", 600: "180–600 s", 3600: "900–3600 s"}
+
+
+class LongVideoBenchRow(msgspec.Struct):
+    """A question."""
+
+    id: Text
+    video_path: Text
+    question: Text
+    candidates: Options
+    correct_choice: int
+    duration_group: int
+    question_category: Text
 
 
 def read(folder: Path) -> list[Item]:
@@ -21,25 +35,14 @@ def read(folder: Path) -> list[Item]:
     """
     path = one_file(folder, "lvb_val.json")
     videos, items = Videos(folder / "videos"), []
-    for row in rows_of(path, read_json(path)):
-        options, right = row.texts("candidates"), row.get("correct_choice", int)
-        if not 0 <= right < len(options):
-            raise EvaluationError(f"correct_choice of {row.where} is {right}, with {len(options)} candidates")
-        duration = row.get("duration_group", int)
-        groups = {
-            "duration": (_DURATIONS.get(duration, f"{duration} s"),),
-            "question": (row.text("question_category"),),
-        }
-        items.append(
-            Item(
-                row.text("id"),
-                videos.find(row.text("video_path")),
-                row.text("question"),
-                options,
-                LETTERS[right],
-                groups,
-            )
-        )
+    for row in rows_of(path, LongVideoBenchRow):
+        if not 0 <= row.correct_choice < len(row.candidates):
+            count = len(row.candidates)
+            raise EvaluationError(f"correct_choice of {row.id!r} is {row.correct_choice}, with {count} candidates")
+        duration = _DURATIONS.get(row.duration_group, f"{row.duration_group} s")
+        groups = {"duration": (duration,), "question": (row.question_category,)}
+        letter = LETTERS[row.correct_choice]
+        items.append(Item(row.id, videos.find(row.video_path), row.question, row.candidates, letter, groups))
     return checked(items, path)
 
 

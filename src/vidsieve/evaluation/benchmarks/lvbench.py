@@ -6,12 +6,31 @@ import os
 import re
 from pathlib import Path
 
+import msgspec
+
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.benchmarks._layout import Fields, Videos, one_file, one_folder, read_lines, rows_of
+from vidsieve.evaluation.benchmarks._layout import Text, Videos, one_file, one_folder, rows_of
 from vidsieve.evaluation.items import Benchmark, Item, checked
 from vidsieve.options import LETTERS
 
 _OPTION = re.compile(r"^\(([A-Z])\)\s*(.*)$", re.MULTILINE)
+
+
+class LVBenchQuestion(msgspec.Struct):
+    """A question, with its options in its text."""
+
+    uid: Text
+    question: Text
+    answer: Text
+    question_type: tuple[str, ...]
+
+
+class LVBenchVideo(msgspec.Struct):
+    """A video with its questions."""
+
+    key: Text
+    type: Text
+    qa: list[LVBenchQuestion]
 
 
 def read(folder: Path) -> list[Item]:
@@ -28,27 +47,22 @@ def read(folder: Path) -> list[Item]:
     named = Videos(one_folder(folder, "all_videos", "videos"))
     numbered = Videos(folder / "scripts" / "videos" / "00000")
     items = []
-    for place, row in enumerate(rows_of(path, read_lines(path))):
-        video = named.find(row.text("key"))
+    for place, row in enumerate(rows_of(path, LVBenchVideo)):
+        video = named.find(row.key)
         counted = numbered.find(f"{place:08}")
         video = counted if not os.path.isfile(video) and os.path.isfile(counted) else video
-        for number, entry in enumerate(row.get("qa", list), 1):
-            items.append(_item(Fields(entry, f"question {number} in {row.where}"), video, row.text("type")))
+        items += [_item(question, video, row.type) for question in row.qa]
     return checked(items, path)
 
 
-def _item(row: Fields, video: Path, kind: str) -> Item:
-    text = row.text("question")
-    found = _OPTION.findall(text)
-    if len(found) < 2 or "".join(letter for letter, _ in found) != LETTERS[: len(found)]:
-        raise EvaluationError(f"question of {row.where} lists no options (A), (B), … one a line")
-    question = text[: text.index(f"({LETTERS[0]})")].strip()
-    labels = row.get("question_type", list)
-    if not all(isinstance(label, str) for label in labels):
-        raise EvaluationError(f"question_type of {row.where} is {labels}, must be texts")
-    options = tuple(option.strip() for _, option in found)
-    groups = {"question": tuple(labels), "video": (kind,)}
-    return Item(row.text("uid"), video, question, options, row.text("answer"), groups, bracketed=True)
+def _item(row: LVBenchQuestion, video: Path, kind: str) -> Item:
+    lettered = _OPTION.findall(row.question)
+    if len(lettered) < 2 or "".join(letter for letter, _ in lettered) != LETTERS[: len(lettered)]:
+        raise EvaluationError(f"question {row.uid!r} lists no options (A), (B), … one a line")
+    question = row.question[: row.question.index(f"({LETTERS[0]})")].strip()
+    options = tuple(option.strip() for _, option in lettered)
+    groups = {"question": row.question_type, "video": (kind,)}
+    return Item(row.uid, video, question, options, row.answer, groups, bracketed=True)
 
 
 LVBENCH = Benchmark(

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.benchmarks._layout import Videos, one_file, one_folder, read_json, rows_of
+from vidsieve.evaluation.benchmarks._layout import Options, Text, Videos, letter_of, one_file, one_folder, rows_of
 from vidsieve.evaluation.items import Benchmark, Item, checked, over_groups
 
-_TASKS = (
-    "1_plotQA",
-    "2_needle",
-    "3_ego",
-    "4_count",
-    "5_order",
-    "6_anomaly_reco",
-    "7_topic_reasoning",
-)
+_TASKS = ("1_plotQA", "2_needle", "3_ego", "4_count", "5_order", "6_anomaly_reco", "7_topic_reasoning")
 _CLOSING = "Only give the best option.\nBest option: ("
 _FIGURE = "M-Avg: mean over tasks of the mean over questions"
+
+
+class MLVUQuestion(msgspec.Struct):
+    """A question of the development set."""
+
+    video: Text
+    question: Text
+    candidates: Options
+    answer: Text
+
+
+class MLVUTestQuestion(msgspec.Struct):
+    """A question of the test set, without its answer."""
+
+    question_id: Text
+    video: Text
+    question: Text
+    candidates: Options
+    question_type: Text
+
+
+class MLVUTestAnswer(msgspec.Struct):
+    """An answer of the test set."""
+
+    question_id: Text
+    answer: Text
 
 
 def read_dev(folder: Path) -> list[Item]:
@@ -33,22 +53,10 @@ def read_dev(folder: Path) -> list[Item]:
     items = []
     for task in _TASKS:
         path = one_file(folder, f"json/{task}.json", f"MLVU/json/{task}.json")
-        home = path.parent.parent / "video"
-        videos = Videos(one_folder(home, task, task.partition("_")[2]))
-        for number, row in enumerate(rows_of(path, read_json(path))):
-            options = row.texts("candidates")
-            answer = row.letter("answer", options)
-            items.append(
-                Item(
-                    f"{task}/{number}",
-                    videos.find(row.text("video")),
-                    row.text("question"),
-                    options,
-                    answer,
-                    {"task": (task.partition("_")[2],)},
-                    bracketed=True,
-                )
-            )
+        short = task.partition("_")[2]
+        videos = Videos(one_folder(path.parent.parent / "video", task, short))
+        for number, row in enumerate(rows_of(path, MLVUQuestion)):
+            items.append(_item(f"{task}/{number}", row, row.answer, videos, short))
     return checked(items, folder)
 
 
@@ -59,28 +67,22 @@ def read_test(folder: Path) -> list[Item]:
     ------
     EvaluationError
     """
-    asked = one_file(folder, "test_multi_choice_tasks.json", "MLVU_Test/test_question.json")
+    path = one_file(folder, "test_multi_choice_tasks.json", "MLVU_Test/test_question.json")
     key = one_file(folder, "test-ground-truth/test_mcq_gt.json", "test_mcq_gt.json")
-    answers = {row.text("question_id"): row for row in rows_of(key, read_json(key))}
+    answers = {row.question_id: row.answer for row in rows_of(key, MLVUTestAnswer)}
     videos = Videos(one_folder(folder, "MLVU_Test/video", "video"))
     items = []
-    for row in rows_of(asked, read_json(asked)):
-        name = row.text("question_id")
-        if name not in answers:
-            raise EvaluationError(f"question {name!r} of {asked} has no answer in {key}: fetch both again")
-        options = row.texts("candidates")
-        items.append(
-            Item(
-                name,
-                videos.find(row.text("video")),
-                row.text("question"),
-                options,
-                answers[name].letter("answer", options),
-                {"task": (row.text("question_type"),)},
-                bracketed=True,
-            )
-        )
-    return checked(items, asked)
+    for row in rows_of(path, MLVUTestQuestion):
+        if row.question_id not in answers:
+            raise EvaluationError(f"question {row.question_id!r} of {path} has no answer in {key}: fetch both again")
+        items.append(_item(row.question_id, row, answers[row.question_id], videos, row.question_type))
+    return checked(items, path)
+
+
+def _item(name: str, row: MLVUQuestion | MLVUTestQuestion, answer: str, videos: Videos, task: str) -> Item:
+    letter = letter_of(answer, row.candidates, name)
+    groups = {"task": (task,)}
+    return Item(name, videos.find(row.video), row.question, row.candidates, letter, groups, bracketed=True)
 
 
 _PAPER = "Zhou et al., CVPR 2025, arXiv 2406.04264"

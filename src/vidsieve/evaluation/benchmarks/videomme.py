@@ -4,8 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vidsieve.evaluation.benchmarks._layout import Videos, one_file, read_parquet, rows_of, without_letter
+import msgspec
+
+from vidsieve.evaluation.benchmarks._layout import Options, Text, Videos, one_file, rows_of, without_letter
 from vidsieve.evaluation.items import Benchmark, Item, checked
+
+
+class VideoMMERow(msgspec.Struct):
+    """A question."""
+
+    question_id: Text
+    videoID: Text
+    question: Text
+    options: Options
+    answer: Text
+    duration: Text
+    domain: Text
+    task_type: Text
 
 
 def read(folder: Path) -> list[Item]:
@@ -17,23 +32,10 @@ def read(folder: Path) -> list[Item]:
     """
     path = one_file(folder, "videomme/test-*.parquet", "test-*.parquet")
     videos, items = Videos(folder / "data"), []
-    for row in rows_of(path, read_parquet(path)):
-        options = tuple(without_letter(option, place) for place, option in enumerate(row.texts("options")))
-        groups = {
-            "duration": (row.text("duration"),),
-            "domain": (row.text("domain"),),
-            "task": (row.text("task_type"),),
-        }
-        items.append(
-            Item(
-                row.text("question_id"),
-                videos.find(row.text("videoID")),
-                row.text("question"),
-                options,
-                row.text("answer"),
-                groups,
-            )
-        )
+    for row in rows_of(path, VideoMMERow):
+        options = tuple(without_letter(option, place) for place, option in enumerate(row.options))
+        groups = {"duration": (row.duration,), "domain": (row.domain,), "task": (row.task_type,)}
+        items.append(Item(row.question_id, videos.find(row.videoID), row.question, options, row.answer, groups))
     return checked(items, path)
 
 

@@ -12,10 +12,12 @@ from vidsieve import registry
 from vidsieve.adapters import adapter_for
 from vidsieve.answering import answer
 from vidsieve.errors import BudgetError, EvaluationError, UnknownNameError
-from vidsieve.evaluation import runs
-from vidsieve.evaluation.examiner import Condition, Examiner
+from vidsieve.evaluation import experiment
+from vidsieve.evaluation.accuracy import accuracy_rows
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import Results
 from vidsieve.evaluation.items import Item
-from vidsieve.evaluation.tables import summary
+from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.testbed.files import write_scenes
 from vidsieve.video.reading import read_video
 
@@ -34,19 +36,24 @@ def questions(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def examiner(testbed):
-    model, processor = testbed
+def conditions():
     methods = [vidsieve.load("random"), vidsieve.load("cacovid", "testbed"), vidsieve.load("fastv", layer=1)]
-    conditions = [Condition(16)] + [Condition(16, method.with_retention(0.3)) for method in methods]
-    return Examiner(adapter_for(model), processor, conditions, max_new_tokens=2, keep=True)
+    return [Condition(None, 16)] + [Condition(method.with_retention(0.3), 16) for method in methods]
 
 
 BENCHMARK = registry.benchmarks.get("questions")
 
 
-def run(folder, questions, examiner, **options):
-    config = runs.configuration(BENCHMARK, questions, examiner, "testbed", {})
-    return runs.run(folder, BENCHMARK, questions, examiner, config, **options)
+@pytest.fixture(scope="module")
+def task(testbed, questions):
+    model, processor = testbed
+    asked = {"max_new_tokens": 2, "indices": True}
+    return QuestionsTask(BENCHMARK, questions, adapter_for(model), processor, "testbed", **asked)
+
+
+def run(folder, task, conditions, **options):
+    table = experiment.run(task, conditions, folder, **options)
+    return None if table is None else table.result
 
 
 def files(folder):
@@ -54,20 +61,20 @@ def files(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, questions, examiner):
+def whole(tmp_path_factory, task, conditions):
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run(folder, questions, examiner)
+    return folder, run(folder, task, conditions)
 
 
-def test_answers_are_those_of_a_single_call(questions, examiner, testbed, whole):
+def test_answers_are_those_of_a_single_call(questions, conditions, testbed, whole):
     """What `ask` says of a video file and a question, under every condition; the same tokens are kept."""
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
     by = {(s["item"], s["condition"]): s for s in samples if "condition" in s}
     assert len(by) == 2 * ASKED * 4
     for item in (questions[0], questions[-1]):
         video = read_video(item.video, frames=16)
-        for condition in examiner.conditions:
-            said = answer(*testbed, video, item.question, condition.compressor, max_new_tokens=2)
+        for condition in conditions:
+            said = answer(*testbed, video, item.question, condition.method, max_new_tokens=2)
             sample = by[item.id, condition.key]
             assert (sample["said"], tuple(sample["prompt"])) == (said.text, said.prompt_tokens)
             assert sample["score"] == float(said.text.split()[:1] == [item.answer])
@@ -88,62 +95,63 @@ def test_the_table_counts_what_failed(whole, questions):
     assert result["settings"]["policies"].keys() == {"cacovid:ours"}
 
 
-def test_the_same_twice_and_after_a_stop_gives_the_same_files(tmp_path, questions, examiner, whole, monkeypatch):
+def test_the_same_twice_and_after_a_stop_gives_the_same_files(tmp_path, task, conditions, whole, monkeypatch):
     wanted = files(whole[0])
-    run(tmp_path / "again", questions, examiner)
+    run(tmp_path / "again", task, conditions)
     assert files(tmp_path / "again") == wanted
-    measure, asked = Examiner.measure, []
+    measure, asked = QuestionsTask.measure, []
 
-    def stopped(self, items):
-        asked.append(items[0].video)
+    def stopped(self, unit, conditions):
+        asked.append(unit)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return measure(self, items)
+        return measure(self, unit, conditions)
 
-    monkeypatch.setattr(Examiner, "measure", stopped)
+    monkeypatch.setattr(QuestionsTask, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", questions, examiner)
+        run(tmp_path / "stopped", task, conditions)
     with (tmp_path / "stopped/units-1-of-1.jsonl").open("a") as file:
         file.write('{"unit": "half a li')
     assert not (tmp_path / "stopped/result.json").exists()
-    run(tmp_path / "stopped", questions, examiner)
+    run(tmp_path / "stopped", task, conditions)
     assert len(asked) == 4 and asked.count(asked[0]) == 1, "the first video is not asked about again"
     assert files(tmp_path / "stopped") == wanted
 
 
-def test_several_processes_make_the_same_files(tmp_path, questions, examiner, whole):
-    assert run(tmp_path, questions, examiner, share=(1, 2)) is None
+def test_several_processes_make_the_same_files(tmp_path, task, conditions, whole):
+    assert run(tmp_path, task, conditions, share=(1, 2)) is None
     assert not (tmp_path / "result.json").exists()
-    run(tmp_path, questions, examiner, share=(0, 2))
+    run(tmp_path, task, conditions, share=(0, 2))
     assert files(tmp_path) == files(whole[0])
 
 
-def test_another_question_or_policy_is_another_run(tmp_path, questions, examiner):
-    run(tmp_path, questions[:1], examiner)
+def test_another_question_or_policy_is_another_run(tmp_path, questions, task, conditions):
+    one = replace(task, items=questions[:1])
+    run(tmp_path, one, conditions)
     with pytest.raises(EvaluationError, match="questions_digest"):
-        run(tmp_path, [replace(questions[0], answer=questions[0].options[0] + "x")], examiner)
+        run(tmp_path, replace(task, items=[replace(questions[0], answer=questions[0].options[0] + "x")]), conditions)
     with pytest.raises(EvaluationError, match="conditions"):
-        run(tmp_path, questions[:1], replace(examiner, conditions=examiner.conditions[:2]))
-    model = examiner.adapter.model
+        run(tmp_path, one, conditions[:2])
+    model = task.adapter.model
     head = model.get_output_embeddings().weight
     with pytest.raises(EvaluationError, match="model_digest"):
         try:
             head.data.neg_()
-            run(tmp_path, questions[:1], examiner)
+            run(tmp_path, one, conditions)
         finally:
             head.data.neg_()
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_one_question_that_cannot_be_asked_is_counted_and_costs_the_others_nothing(
-    tmp_path, questions, examiner, whole, place
+    tmp_path, questions, task, conditions, whole, place
 ):
     asked = [replace(item) for item in questions]
-    asked[place] = replace(asked[place], question=f"{examiner.processor.video_token} what colour is it ?")
+    asked[place] = replace(asked[place], question=f"{task.processor.video_token} what colour is it ?")
     fault = Item(
         "record 99", questions[0].video.parent / "record 99", "", (), "", fault="the answer is none of its options"
     )
-    result = run(tmp_path / "run", [*asked, fault], examiner)
+    result = run(tmp_path / "run", replace(task, items=[*asked, fault]), conditions)
     lost = {row["video"].split(" on ")[0]: row["reason"] for row in result["failed"] if row["questions"] == 1}
     assert lost[f"question {asked[place].id}"].startswith("the question holds '<video>'")
     assert any(reason == fault.fault for reason in lost.values()) and result["questions"] == len(questions) + 1
@@ -156,34 +164,34 @@ def test_one_question_that_cannot_be_asked_is_counted_and_costs_the_others_nothi
     assert {line["item"] for line in listed if "failed" in line} >= {asked[place].id, "record 99"}
     clusters = len({str(item.video) for item in [*asked, fault]})
     assert result["videos"] == clusters
-    hits = sum(s["score"] for s in listed if s.get("condition") == examiner.conditions[0].key)
+    hits = sum(s["score"] for s in listed if s.get("condition") == conditions[0].key)
     assert result["rows"][0]["accuracy"] == pytest.approx(hits / (len(questions) + 1))
 
 
-def test_choice_is_the_likeliest_option(tmp_path, questions, examiner, whole):
+def test_choice_is_the_likeliest_option(tmp_path, questions, task, conditions, whole):
     """For a model that says one word, the same answers wherever what it generates is an option."""
     samples = [json.loads(line) for line in (whole[0] / "samples.jsonl").read_text().splitlines()]
     said = {(s["item"], s["condition"]): s["said"] for s in samples if "condition" in s}
-    chosen = replace(examiner, way="choice")
-    record = chosen.measure(questions[:ASKED])
+    chosen = replace(task, way="choice")
+    records = chosen.measure(str(questions[0].video), conditions)
     options = {item.id: item.answers for item in questions}
-    pairs = [(s["said"], said[s["item"], s["condition"]].split()[0], s["item"]) for s in record["samples"]]
+    pairs = [(r.values["said"], said[r.item, r.condition].split()[0], r.item) for r in records]
     alike = [(a, b) for a, b, item in pairs if b in options[item]]
     assert len(pairs) == 4 * ASKED and len(alike) > 2 * ASKED and all(a == b for a, b in alike)
     unclear = replace(questions[0], listed=True, options=("red",) * 3 + ("blue",))
-    assert "cannot be answered by one token each" in chosen.measure([unclear])["faults"][unclear.id]
-    with pytest.raises(EvaluationError, match="none of the 1 questions could be asked, first because question"):
-        run(tmp_path / "none", [unclear], chosen)
+    with pytest.raises(EvaluationError, match="none of the 1 questions could be asked, first because question") as why:
+        run(tmp_path / "none", replace(chosen, items=[unclear]), conditions)
+    assert "cannot be answered by one token each" in str(why.value)
     with pytest.raises(UnknownNameError):
-        replace(examiner, way="guess")
+        replace(task, way="guess")
 
 
 def test_a_method_that_a_video_refuses_has_no_row(tmp_path, questions, testbed):
     model, processor = testbed
     low = vidsieve.load("fastv", retention=0.1)
-    conditions = [Condition(16), Condition(16, low), Condition(8, vidsieve.load("uniform", retention=0.1))]
-    asking = Examiner(adapter_for(model), processor, conditions, max_new_tokens=1)
-    result = run(tmp_path, questions[:1], asking)
+    conditions = [Condition(None, 16), Condition(low, 16), Condition(vidsieve.load("uniform", retention=0.1), 8)]
+    task = QuestionsTask(BENCHMARK, questions[:1], adapter_for(model), processor, "testbed", max_new_tokens=1)
+    result = run(tmp_path, task, conditions)
     assert [(row["method"], row["frames"]) for row in result["rows"]] == [("full", 16), ("uniform", 8)]
     assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.3334" in result["refused"][0]["reason"]
     assert result["rows"][1]["vs_full"] is None, "all tokens of as many frames were not asked for"
@@ -192,14 +200,15 @@ def test_a_method_that_a_video_refuses_has_no_row(tmp_path, questions, testbed):
 
 
 def test_scores_between_0_and_1_have_no_mcnemar(questions):
-    conditions = {"a": Condition(16).described(), "b": Condition(16, vidsieve.load("random")).described()}
+    conditions = [Condition(None, 16), Condition(vidsieve.load("random"), 16)]
     samples = [
-        {"item": item.id, "condition": key, "score": 0.5, "kept": 1, "total": 2, "layers": 0.5, "prompt": [3, 2]}
+        {"item": item.id, "condition": condition.key, "score": 0.5, "kept": 1, "total": 2, "layers": 0.5}
         for item in questions
-        for key in conditions
+        for condition in conditions
     ]
-    table = summary(questions, conditions, [{"unit": "", "samples": samples, "refused": {}}])
-    assert table["rows"][1]["vs_full"]["mcnemar"] is None and table["rows"][1]["vs_full"]["diff"] == 0
+    results = Results(conditions, {"": {"samples": samples, "refused": {}}})
+    rows = accuracy_rows(results, {item.id: item.groups for item in questions}, [0] * len(questions))
+    assert rows[1]["vs_full"]["mcnemar"] is None and rows[1]["vs_full"]["diff"] == 0
 
 
 def test_frames_of_qwen_take_as_many_tokens_as_they_may(testbed):

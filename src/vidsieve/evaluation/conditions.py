@@ -1,0 +1,201 @@
+"""Conditions of an experiment, and the methods behind names on a command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vidsieve import registry
+from vidsieve.adapters.fingerprint import weights_digest
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import PolicyError, StageError, UnknownNameError
+from vidsieve.loading import load, policy_folder, shipped_policies
+from vidsieve.policies import CONFIG
+from vidsieve.types import Stage, Tokens
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of a table: a method and the frames it reads.
+
+    Parameters
+    ----------
+    method : Compressor or None
+        None: all tokens.
+    frames : int
+        Frames read of every video; 0 where the task chooses them.
+    label : str
+        Tells conditions of one method apart, such as the folder of a policy that the user named.
+    """
+
+    method: Compressor | None = None
+    frames: int = 0
+    label: str = ""
+
+    def described(self) -> dict[str, Any]:
+        """Return the columns of a table that describe the condition, as values for JSON."""
+        method = self.method
+        return {
+            "method": "full" if method is None else method.name,
+            "variant": "-" if method is None else method.variant,
+            "part": "" if method is None else method.part,
+            "policy": self.label,
+            "retention": "1" if method is None else retention_text(method.retention),
+            "frames": self.frames,
+        }
+
+    @property
+    def key(self) -> str:
+        """A name that no other condition of a run has."""
+        return "/".join(str(value) for value in self.described().values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of the weights of the method's policy; empty without one."""
+        return "" if self.method is None else policy_digest(self.method)
+
+
+def retention_text(retention: float | Tokens) -> str:
+    """Return a retention as commands read it: ``0.25`` or ``512t``."""
+    return f"{retention.count}t" if isinstance(retention, Tokens) else f"{retention:g}"
+
+
+def policy_digest(method: Compressor) -> str:
+    """Return a hash of a method's weights; empty where it has none."""
+    policy = getattr(method, "policy", None)
+    return weights_digest(policy.named_parameters()) if isinstance(policy, nn.Module) else ""
+
+
+def conditions_of(
+    methods: Mapping[str, Compressor], retentions: Sequence[float | Tokens], frames: Sequence[int] = (0,)
+) -> list[Condition]:
+    """Return all tokens, and every named method at every retention, for each number of frames."""
+    conditions = []
+    for count in frames:
+        conditions.append(Condition(None, count))
+        for retention in retentions:
+            for name, method in methods.items():
+                conditions.append(Condition(method.with_retention(retention), count, label_of(name)))
+    return conditions
+
+
+def label_of(name: str) -> str:
+    """Return the label of a method's conditions: its name where that is a folder, else empty."""
+    return name if is_folder(name) else ""
+
+
+# -- names ------------------------------------------------------------------------------------------------------------
+
+
+def named_methods(
+    names: Sequence[str], model: str = "testbed", *, earliest: bool = False, prefill: bool = False
+) -> dict[str, Compressor]:
+    """Return methods by name, ``name:variant`` or policy folder; ``all`` stands for every method of the package.
+
+    ``full`` is left out, because every table has it.
+
+    Parameters
+    ----------
+    model : str
+        Name of the model, as in the command. The package has policies for the testbed's model only; for other models
+        ``all`` stands for the methods without a policy.
+    earliest : bool
+        True to move methods inside the LLM to earlier layers where their budget requires it.
+    prefill : bool
+        True if ``all`` has only the part before the LLM of methods with two parts, as in SCORE's tables.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    methods: dict[str, Compressor] = {}
+    for name in names:
+        if name == "full":
+            continue
+        if name != "all":
+            methods[name] = method_for(name, model, **known_fields(name, earliest=earliest))
+            continue
+        every = [name for name in registry.compressors if not registry.compressors.get(name).trained]
+        if model == "testbed":
+            every = [*registry.compressors, *shipped_policies()]
+        parts = {"inner": False} if prefill else {}
+        methods |= {
+            known: method_for(known, model, **known_fields(known, earliest=earliest, **parts)) for known in every
+        }
+    return methods
+
+
+def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[str, Any]:
+    """Return those of `fields` that a method has, and ``earliest`` if it is True and the method has it."""
+    if is_folder(name):
+        return {}
+    known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
+    wanted = fields | ({"earliest": True} if earliest else {})
+    return {field: value for field, value in wanted.items() if field in known}
+
+
+def method_for(name: str, model: str | None = "testbed", policy: str | None = None, **fields: Any) -> Compressor:
+    """Return the method with a name, ``name:variant`` or policy folder, for a model.
+
+    Parameters
+    ----------
+    model : str or None
+        For the testbed's model, trained methods have the policies of the package; for others `policy` is required.
+    policy : str, optional
+        Folder of the policy of a trained method.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    if is_folder(name):
+        return load(name, policy, **fields)
+    base, _, variant = name.partition(":")
+    trained = registry.compressors.get(base).trained
+    if policy is not None and not trained:
+        raise PolicyError(f"{base} is not trained and takes no policy; leave {policy} out")
+    if policy is None and trained:
+        if model != "testbed":
+            raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
+        policy = "testbed"
+    return load(base, policy, **({"variant": variant} if variant else {}), **fields)
+
+
+def is_folder(name: str) -> bool:
+    """Return True if a name is the folder of a policy, or of the run that trained it."""
+    return name not in registry.compressors and os.path.isfile(policy_folder(name) / CONFIG)
+
+
+def check_known(name: str) -> None:
+    """Refuse an unknown method name early.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    base = name.partition(":")[0]
+    if name not in ("all", "full") and not is_folder(name) and base not in registry.compressors:
+        if len(Path(name).parts) > 1:
+            raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
+        raise UnknownNameError("compressor", name, registry.compressors)
+
+
+def check_prefill(methods: Mapping[str, Compressor]) -> None:
+    """Refuse methods that act while decoding: the testbed reads its answers from the prefill.
+
+    Raises
+    ------
+    StageError
+    """
+    for method in methods.values():
+        if method.acts is Stage.DECODE:
+            raise StageError(
+                f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach "
+                "it to a model, or try it with `vidsieve ask`"
+            )

@@ -1,0 +1,1 @@
+"""Tasks, one a file, which `vidsieve.evaluation.experiment` runs."""
