@@ -32,11 +32,10 @@ from vidsieve.selection import mask_to_indices
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
-from vidsieve.training.answers import judge
 from vidsieve.training.data.scenes import ScenePrompts
-from vidsieve.training.packing import Packing
+from vidsieve.training.judging import judge
 from vidsieve.training.rewards import choice_reward, margin_reward
-from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.rollouts import Packing, Rollouts
 from vidsieve.training.sampling import bernoulli_masks, frame_masks, token_masks
 from vidsieve.training.settings import CaCoVIDConfig
 from vidsieve.types import Need, Selection, TokenGrid

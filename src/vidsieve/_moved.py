@@ -22,6 +22,10 @@ MODULES = {
     "eval.runner": "evaluation.examiner",
     "eval.running": "evaluation.runs",
     "rl.samples": "training.data.samples",
+    "rl.answers": "training.judging",
+    "rl.official": "training.release_sampling",
+    "rl.packing": "training.rollouts",
+    "rl.runs": "training.run_folder",
     "adapters.base": "adapters.adapter",
     "adapters.batch": "adapters.encoded",
 }

@@ -19,7 +19,7 @@ from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rewards import margin_reward
 from vidsieve.training.rollouts import Rollouts
-from vidsieve.training.runs import read_metrics
+from vidsieve.training.run_folder import read_metrics
 from vidsieve.training.settings import CaCoVIDConfig
 
 QUICK = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5, "reward": "margin", "eval_prompts": 0}
@@ -102,7 +102,7 @@ def test_training_with_it(testbed, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reward", ["choice", "generate"])
 def test_only_a_margin_can_be_debiased(reward):
-    with pytest.raises(TrainingError, match=f"blind_margin changes the reward 'margin', got reward '{reward}'"):
+    with pytest.raises(TrainingError, match=f"blind_margin changes reward 'margin', got '{reward}'"):
         CaCoVIDConfig(blind_margin=True, reward=reward)
 
 

@@ -15,7 +15,7 @@ from vidsieve.io import checkpoints
 from vidsieve.io.checkpoints import read_header, save_state
 from vidsieve.policies import read_config, read_weights
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.runs import CHECKPOINT, METRICS, RunFolder, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, METRICS, RunFolder, read_metrics
 from vidsieve.training.trainer import Trainer
 
 QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5, "eval_prompts": 0}
@@ -83,7 +83,7 @@ def test_other_threads_are_refused_and_forced_ones_recorded(testbed, tmp_path):
     train(testbed, tmp_path, steps=2)
     torch.set_num_threads(before + 1)
     try:
-        with pytest.raises(TrainingError, match=rf"threads was {before}, is {before + 1}\. Go back .* or .*--force"):
+        with pytest.raises(TrainingError, match=rf"threads was {before}, is {before + 1}\. Use those .* or .*--force"):
             train(testbed, tmp_path, resume=True)
         record = train(testbed, tmp_path, resume=True, force=True, head_lr=0.003)
     finally:
@@ -106,7 +106,7 @@ def test_a_full_disk_stops_and_the_last_checkpoint_goes_on(testbed, tmp_path, mo
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(
-        OutputError, match=r"No space left.*the last good checkpoint is .*: make room and go on with --re"
+        OutputError, match=r"No space left.*the last good checkpoint is .*: free disk space and continue with --re"
     ):
         train(testbed, tmp_path / "full")
     monkeypatch.undo()

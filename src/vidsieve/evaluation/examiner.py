@@ -27,8 +27,8 @@ from vidsieve.errors import (
 from vidsieve.evaluation.items import Item
 from vidsieve.io.faults import contained
 from vidsieve.options import chosen
-from vidsieve.training.answers import judge
 from vidsieve.training.data.wording import Wording, prompt_about, worded
+from vidsieve.training.judging import judge
 from vidsieve.types import ENCODER_NEEDS, Need
 from vidsieve.video.reading import Video, read_video
 

@@ -1,4 +1,4 @@
-"""How keep-masks are drawn from a policy's scores. Pure functions; every draw takes a generator.
+"""Draw keep-masks from a policy's scores. Pure functions; every draw takes a generator.
 
 G rollouts, N tokens on a grid of T frames with n = H·W tokens each.
 """
@@ -6,7 +6,6 @@ G rollouts, N tokens on a grid of T frames with n = H·W tokens each.
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import torch
 from torch import Generator, Tensor
@@ -105,16 +104,16 @@ def token_masks(
     ratio : float
         r, the fraction drawn of each frame (at least one token) or of the whole video.
     """
-    if sampler not in get_args(Sampler):
-        raise UnknownNameError("sampler", sampler, get_args(Sampler))
     rows = scores.reshape(grid.frames, grid.per_frame) if over == "frame" else scores[None]
     count = tokens_per_draw(ratio, rows.shape[1])
     if sampler == "ocss":
         masks = ocss(rows, count, groups, width, generator)
     elif sampler == "multinomial":
         masks = multinomial(rows, count, groups, generator)
-    else:
+    elif sampler == "random":
         masks = uniformly(rows.shape[0], rows.shape[1], count, groups, generator)
+    else:
+        raise UnknownNameError("sampler", sampler, ("ocss", "multinomial", "random"))
     return masks.flatten(1)
 
 
