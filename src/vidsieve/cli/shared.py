@@ -127,13 +127,13 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
 
 
 @contextmanager
-def stoppable(folder: Path | None) -> Iterator[None]:
-    """Say what Ctrl-C leaves of a run in a folder, or without one."""
+def stoppable(kept: Path | None) -> Iterator[None]:
+    """On Ctrl-C, print where the results so far are kept, and end the command with exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"what was measured is in {folder}: the same command goes on from there"
-        err.print(f"stopped; {kept if folder is not None else 'nothing is kept without --out'}", soft_wrap=True)
+        results = f"the results so far are in {kept}: the same command goes on from there"
+        err.print(f"stopped; {results if kept is not None else 'nothing is kept without --out'}", soft_wrap=True)
         raise typer.Exit(130) from None
 
 

@@ -16,13 +16,13 @@ import torch
 from vidsieve._version import __version__
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.errors import TrainingError, VidsieveError
+from vidsieve.io.stopping import StopFlag, stop_on_signal
 from vidsieve.policies import Policy
 from vidsieve.training.heldout import Best, HeldOut, Maps
 from vidsieve.training.processes import Processes
 from vidsieve.training.rollouts import Packing
 from vidsieve.training.run_folder import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.training.settings import TrainConfig
-from vidsieve.training.stopping import Stopper, stoppable
 from vidsieve.training.warning_signs import warnings
 from vidsieve.types import VideoTokens
 
@@ -181,13 +181,13 @@ class Trainer(ABC, Generic[Sample]):
         else:
             self._save()
         # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
-        with stoppable(patient=self.processes.count > 1) as stopper:
-            self._loop(stopper)
+        with stop_on_signal(patient=self.processes.count > 1) as flag:
+            self._loop(flag)
         self.policy.eval()
         self._save_policy(POLICY)
         return self.policy
 
-    def _loop(self, stopper: Stopper) -> None:
+    def _loop(self, flag: StopFlag) -> None:
         c, done = self.config, self.step >= self.config.steps
         self.policy.train()
         maps = Maps(self.held_out, self.policy) if self.held_out is not None else None
@@ -199,7 +199,7 @@ class Trainer(ABC, Generic[Sample]):
             self._window.append(self._guarded_step())
             self.step, steps_since = self.step + 1, steps_since + 1
             self.minutes = (time.perf_counter() - started) / 60
-            late, stop = self.processes.any(0 < c.max_minutes <= self.minutes, stopper.stop)
+            late, stop = self.processes.any(0 < c.max_minutes <= self.minutes, flag.stop)
             done = late or self.step == c.steps
             if self.processes.main:
                 self.events.tick(self.step, c.steps, self._window[-1])

@@ -7,6 +7,7 @@ run stops are left for the next one.
 from __future__ import annotations
 
 import asyncio
+import functools
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vidsieve.errors import TrainingError, VideoError
+from vidsieve.io.stopping import stop_on_signal
 from vidsieve.training.data.teaching.journal import AnnotationJournal
 from vidsieve.training.data.teaching.judging import TeacherAnswer
-from vidsieve.training.data.teaching.pacing import Pace, backoff, on_interrupt
+from vidsieve.training.data.teaching.pacing import Pace, backoff
 from vidsieve.training.data.teaching.teacher import Client, Prices, RequestFailure, Teacher, api_key, data_urls, fatal
 from vidsieve.video.reading import read_frames, read_image, read_video
 
@@ -122,7 +124,9 @@ class TeacherSettings:
 
     async def _run(self) -> None:
         self._stop, self._open, self._flying = asyncio.Event(), asyncio.Event(), 0
-        with on_interrupt(self._interrupt), ThreadPoolExecutor(DECODERS, "vidsieve-frames") as self._pool:
+        loop = asyncio.get_running_loop()
+        wake = functools.partial(loop.call_soon_threadsafe, self._interrupt)  # a loop that waits notices nothing else
+        with stop_on_signal(wake), ThreadPoolExecutor(DECODERS, "vidsieve-frames") as self._pool:
             async with Client(self.server.url, api_key(), self.server.timeout) as self._client:
                 workers = [self._work(number) for number in range(self.server.concurrency)]
                 for result in await asyncio.gather(*workers, return_exceptions=True):

@@ -1,14 +1,10 @@
-"""When requests may start, how long to wait before one is repeated, and what Ctrl-C does meanwhile."""
+"""When requests may start, and how long to wait before one is repeated."""
 
 from __future__ import annotations
 
-import asyncio
 import random
-import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 FIRST_WAIT, MOST_WAIT = 1.0, 60.0
 """Seconds before the first repeat of a request, and before any; each is twice the last, less up to half by chance."""
@@ -46,23 +42,3 @@ def backoff(repeat: int, chance: random.Random) -> float:
     """Return for how many seconds to wait before the repeat of this number, from 1."""
     most = min(MOST_WAIT, FIRST_WAIT * 2.0 ** min(repeat - 1, 16))
     return most * chance.uniform(0.5, 1.0)
-
-
-@contextmanager
-def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Act once on Ctrl-C in the running loop; the next one interrupts as ever."""
-    loop = asyncio.get_running_loop()
-    # Not where another thread listens for it, nor where it is ignored, as in background jobs.
-    here = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
-
-    def once() -> None:
-        loop.remove_signal_handler(signal.SIGINT)
-        act()
-
-    if here:
-        loop.add_signal_handler(signal.SIGINT, once)
-    try:
-        yield
-    finally:
-        if here:
-            loop.remove_signal_handler(signal.SIGINT)
