@@ -40,8 +40,8 @@ def test_alone_nothing_is_shared_and_no_group_is_made():
         assert processes == Processes(0, 1) and not torch.distributed.is_initialized()
     assert processes.share(range(4, 8)) == range(4, 8)
     assert processes.gather([1, 2]) == [1, 2] and processes.any(True, False) == (True, False)
-    with pytest.raises(OutputError, match="full"):
-        processes.agree(OutputError("full"))
+    with pytest.raises(OutputError, match="full"), processes.agreeing():
+        raise OutputError("full")
 
 
 def test_prompts_are_dealt_out_and_figures_come_back_in_their_order(monkeypatch):

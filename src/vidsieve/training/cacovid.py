@@ -27,7 +27,7 @@ from vidsieve.training import release_sampling, sampling
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite
 from vidsieve.training.controls import choice_loss, gated, teacher_scores
 from vidsieve.training.data.samples import Choice
-from vidsieve.training.judging import decoded, judge
+from vidsieve.training.judging import judge
 from vidsieve.training.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall, keep_entropy
 from vidsieve.training.rewards import choice_reward, margin_reward
 from vidsieve.training.rollouts import Rollouts
@@ -82,14 +82,17 @@ class Prompted:
 
 
 class CaCoVIDTrainer(Trainer[Choice]):
-    """CPO on multiple-choice prompts; see the module's text."""
+    """CPO on multiple-choice prompts; see the module's text.
+
+    `decode` turns generated ids (G, E) into texts, for the reward "generate".
+    """
 
     policy: CaCoVIDPolicy
     config: CaCoVIDConfig
 
-    def __init__(self, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, decode: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.tokenizer = tokenizer
+        self.decode = decode
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with the body at its own rate."""
@@ -232,7 +235,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
         sample = prompt.sample
         if self.config.reward == "generate":
-            texts = decoded(self.tokenizer, prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
+            texts = self.decode(prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
             right = torch.tensor([judge(sample.kind, text, sample.truth) for text in texts], device=keep_masks.device)
             return right, right
         logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)

@@ -14,9 +14,7 @@ from torch import Tensor
 from vidsieve import registry
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import VidsieveError
 from vidsieve.policies import Policy
-from vidsieve.selection import indices_to_mask
 from vidsieve.training.data.samples import Caption, Choice
 from vidsieve.training.judging import judge
 from vidsieve.training.processes import Processes
@@ -62,17 +60,12 @@ class HeldOut:
     packing: Packing | None = None
     _full: dict[int, float] = field(default_factory=dict, init=False)
     """Figures under all tokens by prompt: those of the frozen model never change."""
+    _scores: list[Tensor] = field(default_factory=list, init=False)
 
     def measure(self, policy: Policy, processes: Processes) -> dict[str, float]:
         """Return the mean figures of a policy; the processes share the prompts, and all get the same figures."""
-        rows: list[dict[str, float]] = []
-        error: VidsieveError | None = None
-        with self._deployed(policy) as compressor:
-            try:
-                rows = [self._row(compressor, number) for number in processes.share(range(self.count))]
-            except VidsieveError as raised:
-                error = raised
-        processes.agree(error)
+        with self._deployed(policy) as compressor, processes.agreeing():
+            rows = [self._row(compressor, number) for number in processes.share(range(self.count))]
         rows = processes.in_order(rows)
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
@@ -104,40 +97,26 @@ class HeldOut:
         """Return the cross-entropy or the score of the answer under each selection."""
         if isinstance(sample, Caption):
             return [float(value) for value in rollouts.caption_ce(selections)]
-        masks = torch.stack([indices_to_mask(s.indices.cpu(), rollouts.num_tokens) for s in selections])
         if len(sample.option_ids):
-            right = choice_reward(rollouts.option_logits(masks, sample.option_ids), sample.answer)
+            right = choice_reward(rollouts.option_logits(selections, sample.option_ids), sample.answer)
             return [float(value) for value in right]
-        texts = self.decode(rollouts.generate(masks, self.answer_tokens)) if self.decode else []
+        texts = self.decode(rollouts.generate(selections, self.answer_tokens)) if self.decode else []
         return [float(judge(sample.kind, text, sample.truth)) for text in texts]
 
-    def scores(self, policy: Policy) -> list[Tensor]:
-        """Return the scores (N,) that a policy gives the tokens of the first `PROBES` videos."""
-        scores = []
+    def stability(self, policy: Policy) -> float:
+        """Return the mean rank correlation of a policy's scores with those of the last call; NaN for the first.
+
+        Every process of a run calls it: a sharded model could not encode in one of them alone.
+        """
+        before, self._scores = self._scores, []
         with self._deployed(policy) as compressor:
             for number in range(min(PROBES, self.count)):
                 video = Rollouts(self.adapter, self.data(number).inputs).video(compressor.needs)
-                selection = compressor.compress(video)
+                scores = compressor.compress(video).scores
                 # A budget of all tokens needs no scores.
-                scores.append(torch.zeros(video.num_tokens) if selection.scores is None else selection.scores)
-        return scores
-
-
-class Maps:
-    """Order in which a policy ranks the tokens of a few held-out videos, from one checkpoint to the next.
-
-    Every process of a run has its own: a sharded model could not encode in one of them alone.
-    """
-
-    def __init__(self, held_out: HeldOut, policy: Policy) -> None:
-        self.held_out, self.policy = held_out, policy
-        self._scores = held_out.scores(policy)
-
-    def stability(self) -> float:
-        """Return the mean rank correlation of the scores with those of the last call."""
-        before, self._scores = self._scores, self.held_out.scores(self.policy)
-        pairs = [rank_correlation(a, b) for a, b in zip(before, self._scores, strict=True)]
-        return sum(pairs) / len(pairs)
+                self._scores.append(torch.zeros(video.num_tokens) if scores is None else scores)
+        pairs = [rank_correlation(a, b) for a, b in zip(before, self._scores, strict=False)]
+        return sum(pairs) / len(pairs) if pairs else math.nan
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
-
-from torch import Tensor
 
 from vidsieve.options import said_letter
 from vidsieve.training.data.video_r1 import Kind
@@ -19,12 +16,6 @@ from vidsieve.training.data.video_r1 import Kind
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = re.compile(r"\w+")
-
-
-def decoded(tokenizer: Any, ids: Tensor) -> list[str]:
-    """Return the texts of generated ids (G, E)."""
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
 
 
 def judge(kind: Kind, answer: str, truth: str) -> float:

@@ -25,11 +25,6 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def launched_by_torchrun() -> bool:
-    """Return True if torchrun's variables are in the environment."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run: this one's rank, 0 in the main process, and their number."""
@@ -43,12 +38,7 @@ class Processes:
         return self.rank == 0
 
     def check_share(self, prompts: int) -> None:
-        """Refuse a number of prompts that the processes cannot share evenly.
-
-        Raises
-        ------
-        TrainingError
-        """
+        """Raise TrainingError if the processes cannot share so many prompts evenly."""
         if prompts % self.count:
             raise TrainingError(
                 f"prompts_per_step is {prompts}, which {self.count} processes cannot share evenly: choose a "
@@ -79,14 +69,14 @@ class Processes:
         """Return each flag as True if any process has set it."""
         return tuple(map(any, zip(*self.gather([flags]), strict=True)))
 
-    def agree(self, error: VidsieveError | None) -> None:
-        """Raise an error of any process in all of them.
-
-        Raises
-        ------
-        VidsieveError
-            This process's own; without one, a TrainingError with the text of the first.
-        """
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise a VidsieveError of the block in all processes, as a TrainingError in those that met none."""
+        error: VidsieveError | None = None
+        try:
+            yield
+        except VidsieveError as raised:
+            error = raised
         texts = [text for text in self.gather([None if error is None else str(error)]) if text is not None]
         if error is not None:
             raise error
@@ -94,23 +84,11 @@ class Processes:
             raise TrainingError(texts[0])
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return the result of `work` in the main process; the others wait, and fail as it fails.
-
-        Raises
-        ------
-        VidsieveError
-            Raised by `work`.
-        """
-        if self.count == 1:
-            return work()
+        """Return the result of `work` in the main process; the others wait, and fail as it fails."""
         result: T | None = None
-        error: VidsieveError | None = None
-        if self.main:
-            try:
+        with self.agreeing():
+            if self.main:
                 result = work()
-            except VidsieveError as raised:
-                error = raised
-        self.agree(error)
         return self.gather([result])[0]  # type: ignore[return-value]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -131,7 +109,7 @@ class Processes:
 @contextmanager
 def joined(device: Literal["cpu", "cuda"] | str = "cpu") -> Iterator[Processes]:
     """Yield the processes of this run; a process group is made, and destroyed, only if torchrun launched them."""
-    if not launched_by_torchrun():
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         yield Processes()
         return
     from accelerate import Accelerator

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,8 @@ def train_policy(
         trainer: CaCoVIDTrainer | ScoreTrainer
         if isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
-            trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, tokenizer=processor.tokenizer, **shared)
+            decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+            trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
         else:
             scorer = ScorePolicy.start(
                 adapter.hidden_size,

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.compressors._clustering import Distances, peak_scores
+from vidsieve.training.sampling import mask_of_largest, subspace_of_tokens
 from vidsieve.types import TokenGrid
 
 
@@ -50,16 +51,11 @@ def group_count(ratio: float, group_size: float = 2.0) -> int:
 
 
 def group_of_tokens(probability: Tensor, groups: int) -> Tensor:
-    """Return the sub-space (T, n) int64 of each token: tokens sorted by probability, cut into equal parts.
-
-    The first n mod g parts get one token more.
-    """
+    """Return the sub-space (T, n) int64 of each token; the first n mod g sub-spaces have one token more."""
     tokens = probability.shape[1]
     sizes = torch.full((groups,), tokens // groups)
     sizes[: tokens % groups] += 1
-    order = probability.sort(dim=1, descending=True, stable=True).indices
-    parts = torch.repeat_interleave(torch.arange(groups), sizes)
-    return torch.empty_like(order).scatter_(1, order, parts.expand_as(order))
+    return subspace_of_tokens(probability, sizes)
 
 
 def group_probability(probability: Tensor, members: Tensor, groups: int, max_group_prob: float = 2.0) -> Tensor:
@@ -129,26 +125,19 @@ def density_peaks(embeds: Tensor, noise: Tensor) -> Tensor:
 
 def content_mask(embeds: Tensor, grid: TokenGrid, ratio: float, noise: Tensor) -> Tensor:
     """Return the mask (N,) bool of the release's "content" mode: density peaks inside every frame."""
-    count = drawn_tokens(grid, ratio)
-    frames, noises = embeds.reshape(grid.frames, grid.per_frame, -1), noise.reshape(grid.frames, grid.per_frame)
-    peaks = torch.stack([density_peaks(*frame) for frame in zip(frames, noises, strict=True)])
-    chosen = peaks.topk(count, dim=1).indices
-    return torch.zeros(grid.frames, grid.per_frame, dtype=torch.bool).scatter_(1, chosen, True).flatten()
+    frames = zip(embeds.reshape(grid.frames, grid.per_frame, -1), noise.reshape(grid.frames, -1), strict=True)
+    peaks = torch.stack([density_peaks(*frame) for frame in frames])
+    return mask_of_largest(peaks, drawn_tokens(grid, ratio)).flatten()
 
 
 def frame_rollout_mask(embeds: Tensor, grid: TokenGrid, ratio: float, drawn: Tensor, noise: Tensor) -> Tensor:
     """Return the mask (N,) bool of one "frame" rollout: density peaks over all tokens of the drawn frames.
 
-    Parameters
-    ----------
-    drawn : Tensor, (T,), bool
-    noise : Tensor, (drawn tokens,), in [0, 1)
+    `drawn` (T,) bool are the frames, `noise` (drawn tokens,) is in [0, 1).
     """
-    budget = grid.frames * drawn_tokens(grid, ratio)
-    tokens = drawn[:, None].expand(-1, grid.per_frame).flatten().nonzero().flatten()
-    chosen = density_peaks(embeds[tokens], noise).topk(budget).indices
+    tokens = drawn.repeat_interleave(grid.per_frame)
     mask = torch.zeros(grid.num_tokens, dtype=torch.bool)
-    mask[tokens[chosen]] = True
+    mask[tokens] = mask_of_largest(density_peaks(embeds[tokens], noise), grid.frames * drawn_tokens(grid, ratio))
     return mask
 
 

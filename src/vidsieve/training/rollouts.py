@@ -125,14 +125,10 @@ class Packing:
             pack = items[start : start + self.rows(length, positions, cache)]
             try:
                 results.append(work(pack))
-            except torch.cuda.OutOfMemoryError:
-                fits = False
-            else:
-                fits = True
-            if fits:
                 start += len(pack)
                 continue
-            # Outside the handler: the error holds the frames, and with them the tensors that filled the memory.
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds the frames, and with them the tensors that filled the memory: leave it first
             if len(pack) == 1:
                 raise TrainingError(
                     f"a single rollout of {length} tokens with {positions} positions of logits does not fit into the "
@@ -211,9 +207,9 @@ class Rollouts:
         return self.adapter.build(self.encoded, [[selection] for selection in selections], rows=[0] * len(selections))
 
     @torch.no_grad()
-    def option_logits(self, keep_masks: Tensor, option_ids: Tensor) -> Tensor:
-        """Return the next-token logits (G, options) of options (options,) int64 under each keep-mask (G, N)."""
-        return torch.cat(self._packed(keep_masks, lambda pack: self.prefill(pack)[0][:, -1, option_ids]))
+    def option_logits(self, kept: Tensor | Sequence[Selection], option_ids: Tensor) -> Tensor:
+        """Return the next-token logits (G, options) of options (options,) under each keep-mask (G, N) or selection."""
+        return torch.cat(self._packed(kept, lambda pack: self.prefill(pack)[0][:, -1, option_ids]))
 
     @torch.no_grad()
     def blind_logits(self, option_ids: Tensor) -> Tensor:
@@ -244,8 +240,8 @@ class Rollouts:
         return logits[0, -1, option_ids]
 
     @torch.no_grad()
-    def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
-        """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
+    def generate(self, kept: Tensor | Sequence[Selection], max_new_tokens: int) -> Tensor:
+        """Return greedy answers (G, E) int64 under each keep-mask (G, N) or selection, padded on the right."""
         settings = self.adapter.model.generation_config
         pad = settings.pad_token_id if settings.pad_token_id is not None else 0
 
@@ -256,7 +252,7 @@ class Rollouts:
             out: Tensor = self.adapter.model.generate(**inputs, **answers)
             return out[:, inputs["input_ids"].shape[1] :]
 
-        parts = self._packed(keep_masks, work, cache=True)
+        parts = self._packed(kept, work, cache=True)
         longest = max(part.shape[1] for part in parts)
         return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 

@@ -72,13 +72,7 @@ class RunFolder:
         return "nothing was saved: free disk space and begin again"
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
-        """Write the checkpoint.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written; the one before stays.
-        """
+        """Write the checkpoint; raise OutputError if it cannot be written, then the one before stays."""
         try:
             save_state(self.checkpoint, {"policy": policy}, optimizer, header)
         except OutputError as error:
@@ -125,13 +119,7 @@ class RunFolder:
         return header, list(changed.values())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line of metrics.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Add a line of metrics; raise OutputError if it cannot be written."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -65,13 +65,14 @@ class ScoreTrainer(Trainer[Caption]):
         video = rollouts.video()
         logits = self.run_policy(video)  # (N,)
         metrics = {"score_spread": float(logits.detach().std())}
-        drawn = logits
+        shift = torch.zeros(())
         if c.rate_high:
             # The rate is given, so the mean is not the policy's to choose. Left in, the number of tokens that each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
             logits = logits - logits.mean()
             rate = log_uniform(c.rate_low, c.rate_high, self.generator)
-            drawn = logits + shift_to(rate, logits.detach())  # (N,), at the group's rate
+            shift = shift_to(rate, logits.detach())
+        drawn = logits + shift  # (N,), at the group's rate
         if c.objective == "distil" or self.step < c.warmup_steps:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
         else:

@@ -18,7 +18,6 @@ from vidsieve.errors import TrainingError
 from vidsieve.training.data.prefetch import Prefetch
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.heldout import HeldOut
-from vidsieve.training.judging import decoded
 from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, TrainConfig, check
 
 TRAINING_SEED = 100_000
@@ -202,5 +201,5 @@ def held_out(prompts: Source, adapter: Adapter, processor: Any, config: TrainCon
         return None
     if not isinstance(config, CaCoVIDConfig):
         return HeldOut(adapter, prompts.held_out.caption, count, retention)
-    decode = partial(decoded, processor.tokenizer)
+    decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
     return HeldOut(adapter, prompts.held_out.choice, count, retention, decode, config.answer_tokens)

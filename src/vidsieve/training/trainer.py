@@ -15,10 +15,10 @@ import torch
 
 from vidsieve._version import __version__
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.errors import TrainingError, VidsieveError
+from vidsieve.errors import TrainingError
 from vidsieve.io.stopping import StopFlag, stop_on_signal
 from vidsieve.policies import Policy
-from vidsieve.training.heldout import Best, HeldOut, Maps
+from vidsieve.training.heldout import Best, HeldOut
 from vidsieve.training.processes import Processes
 from vidsieve.training.rollouts import Packing
 from vidsieve.training.run_folder import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
@@ -190,13 +190,14 @@ class Trainer(ABC, Generic[Sample]):
     def _loop(self, flag: StopFlag) -> None:
         c, done = self.config, self.step >= self.config.steps
         self.policy.train()
-        maps = Maps(self.held_out, self.policy) if self.held_out is not None else None
+        if self.held_out is not None:
+            self.held_out.stability(self.policy)  # the scores that the first checkpoint is compared with
         started = time.perf_counter() - 60 * self.minutes
         last_log, steps_since = time.perf_counter(), 0
         while not done:
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
                 group["lr"] = rate * self.learning_rate(self.step)
-            self._window.append(self._guarded_step())
+            self._window.append(self._optimise())
             self.step, steps_since = self.step + 1, steps_since + 1
             self.minutes = (time.perf_counter() - started) / 60
             late, stop = self.processes.any(0 < c.max_minutes <= self.minutes, flag.stop)
@@ -204,8 +205,8 @@ class Trainer(ABC, Generic[Sample]):
             if self.processes.main:
                 self.events.tick(self.step, c.steps, self._window[-1])
             save = done or stop or self.step % c.save_every == 0
-            if save and maps is not None:
-                self._window[-1]["map_stability"] = maps.stability()
+            if save and self.held_out is not None:
+                self._window[-1]["map_stability"] = self.held_out.stability(self.policy)
             evaluate = self.held_out is not None and (done or (c.eval_every > 0 and self.step % c.eval_every == 0))
             if done or evaluate or self.step % c.log_every == 0:
                 pace = steps_since * c.prompts_per_step / (time.perf_counter() - last_log)
@@ -218,42 +219,34 @@ class Trainer(ABC, Generic[Sample]):
 
     # -- one step -------------------------------------------------------------------------------------------
 
-    def _guarded_step(self) -> dict[str, float]:
-        """Take a step; if the first one fails, delete the run so that it is not mistaken for a resumable one."""
-        try:
-            return self._optimise()
-        except Exception:
-            if self.step == 0 and self.processes.main:
-                self.run.discard()
-            raise
-
     def _optimise(self) -> dict[str, float]:
         """Take one step: every iteration over its prompts; return the mean figures."""
         first = self.step * self.config.prompts_per_step
         numbers = range(first, first + self.config.prompts_per_step)
         prompts: dict[int, Any] = {}
-        return _mean([self._update(numbers, prompts, iteration) for iteration in range(self.iterations)])
+        try:
+            return _mean([self._update(numbers, prompts, iteration) for iteration in range(self.iterations)])
+        except Exception:
+            if self.step == 0 and self.processes.main:  # a run without a step is not to be mistaken for a resumable one
+                self.run.discard()
+            raise
 
     def _update(self, numbers: range, prompts: dict[int, Any], iteration: int) -> dict[str, float]:
         """Update the policy once; `prompts` keeps the prepared prompts for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
         rows: list[dict[str, float]] = []
         broken: list[str] = []
-        error: VidsieveError | None = None
-        try:
+        with self.processes.agreeing():
             for number in self.processes.share(numbers):
                 prompt = prompts[number] if number in prompts else self.prepare(self.data(number))
                 if self.iterations > 1:
                     prompts[number] = prompt
                 rows.append(self._add_gradient(number, prompt, iteration, broken))
-        except VidsieveError as raised:
-            error = raised
-        if not any(self.processes.any(error is not None or len(broken) < len(rows))):
-            error = TrainingError(
+        if not any(self.processes.any(len(broken) < len(rows))):
+            raise TrainingError(
                 f"no reward of step {self.step + 1} is finite: stopped; {self._saved()}. {'; '.join(broken[:3])}: look "
                 "at the sample, and at the frozen model's dtype (float16 overflows where bfloat16 does not)"
             )
-        self.processes.agree(error)
         self.processes.sum_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
