@@ -80,14 +80,14 @@ def test_any_setting_can_be_set_by_its_name():
     assert parsed(CaCoVIDConfig, texts) == {"sampler": "random", "balanced": True, "width": 3.0, "depth": 2}
     for text, error in (
         ("widht=3", "unknown setting 'widht'. Did you mean 'width'"),
-        ("depth=2.5", "depth must be a whole number, got '2.5'"),
-        ("width=wide", "width must be a number"),
-        ("balanced=yes", "balanced must be true or false"),
+        ("depth=2.5", "depth takes a value of type int, got '2.5'"),
+        ("width=wide", "width takes a value of type float"),
+        ("balanced=maybe", "balanced takes a value of type bool"),
         ("depth", "takes NAME=VALUE"),
     ):
         with pytest.raises(VidsieveError, match=error):
             parsed(CaCoVIDConfig, [text])
-    with pytest.raises(VidsieveError, match="depth twice"):
+    with pytest.raises(VidsieveError, match="each name once"):
         parsed(CaCoVIDConfig, ["depth=1", "depth=2"])
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -79,29 +79,24 @@ def parsed(config: type[TrainConfig], assignments: Sequence[str]) -> dict[str, A
 
     Raises
     ------
-    UnknownNameError
-        With the nearest names.
-    TrainingError
-        If a value has the wrong type, or a setting is given twice.
+    UnknownNameError, TrainingError
+        If there is no such setting, or its value has another type.
     """
-    types = get_type_hints(config)
+    import msgspec
+
+    defaults = {item.name: item.default for item in fields(config)}
     settings: dict[str, Any] = {}
     for text in assignments:
         name, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise TrainingError(f"--set takes NAME=VALUE, got {text!r}")
-        if name not in (item.name for item in fields(config)):
-            raise UnknownNameError("setting", name, [item.name for item in fields(config)])
-        if name in settings:
-            raise TrainingError(f"--set gives {name} twice")
+        if not equals or name in settings:
+            raise TrainingError(f"--set takes NAME=VALUE, each name once; got {text!r}")
+        if name not in defaults:
+            raise UnknownNameError("setting", name, defaults)
+        kind = type(defaults[name])
         try:
-            if types[name] is bool:
-                settings[name] = {"true": True, "false": False}[value.lower()]
-            else:
-                settings[name] = types[name](value) if types[name] in (int, float) else value
-        except (ValueError, KeyError):
-            kind = {bool: "true or false", int: "a whole number", float: "a number"}[types[name]]
-            raise TrainingError(f"--set {name} must be {kind}, got {value!r}") from None
+            settings[name] = msgspec.convert(value, kind, strict=False)
+        except msgspec.ValidationError:
+            raise TrainingError(f"--set {name} takes a value of type {kind.__name__}, got {value!r}") from None
     return settings
 
 
