@@ -201,8 +201,8 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
     unused = {"given"} | ({"pseudo"} if "pseudo_steps" not in {item.name for item in options} else set())
     parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.name not in unused]
     for item in options:
-        help_option = typer.Option(help=item.metadata["help"], show_default=shown_default(method, item))
-        annotation: Any = Annotated[type(item.default) | None, help_option]
+        shown = {"help": item.metadata["help"], "show_default": shown_default(method, item)}
+        annotation: Any = Annotated[type(item.default) | None, typer.Option(rich_help_panel="Settings", **shown)]
         parameters.append(inspect.Parameter(item.name, keyword, default=None, annotation=annotation))
     train.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in parameters])  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}

@@ -112,7 +112,7 @@ def train_policy(
         record = trainer.fit(resume, force).config.training
     broken = skipped.videos["broken"]
     if broken:
-        events.announce(f"{broken} broken video{'s' * (broken > 1)} met and passed over: listed in {skipped.path}")
+        events.announce(f"{broken} broken video{'s' * (broken > 1)} skipped: listed in {skipped.path}")
     return record if files.data is None else {**record, "skipped": skipped.as_dict()}
 
 
