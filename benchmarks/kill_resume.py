@@ -26,7 +26,7 @@ import torch
 from vidsieve.io.checkpoints import read_header
 from vidsieve.io.machine import machine, write_result
 from vidsieve.policies import CONFIG, read_config, read_weights
-from vidsieve.training.runs import CHECKPOINT, METRICS, POLICY, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, METRICS, POLICY, read_metrics
 
 METHODS = ("score", "cacovid")
 CLOCK = frozenset({"minutes", "prompts_per_second", "rollouts_per_second"})

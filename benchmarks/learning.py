@@ -1,4 +1,4 @@
-"""What the shipped policies learned: every method on fresh questions, three seeds, both worlds, one JSON file.
+"""Accuracy of every method on fresh questions of the testbed: three seeds, both worlds, one JSON file.
 
 Rows of the three seeds are pooled (errors clustered by scene), differences are paired question by question.
 `--markdown` prints the README's table from a result file.
@@ -39,12 +39,12 @@ from workbench.testbed.study import first_look, question_oracle
 
 WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
 PROBED = (0.1, 0.05)
-"""Where question-aware policies are also given another question, and spend their budget in other ways."""
+"""Retentions at which question-aware policies also get another question, and other ways to spend their budget."""
 TRAINED = ("cacovid", "score")
 
 
 class Remembering(torch.nn.Module):
-    """A policy that is asked about one video at many retentions, and reads it once."""
+    """A policy that scores each video once, however many retentions it is used at."""
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
@@ -52,18 +52,20 @@ class Remembering(torch.nn.Module):
         self.known: dict[int, tuple[Tensor, Any]] = {}
 
     def forward(self, video: VideoTokens) -> Any:
-        """Return what the policy makes of a video."""
-        # Every question of a scene has its own features, however often they are read.
+        """Return the policy's output for a video."""
+        # Every question of a scene has its own features object.
         key = id(video.embeds)
         if key not in self.known:
-            if len(self.known) > 100:  # of scenes gone by; features are kept with their scores: the id stays their own
+            if (
+                len(self.known) > 100
+            ):  # of earlier scenes; features are kept with their scores, so their id is not reused
                 self.known.clear()
             self.known[key] = video.embeds, self.policy(video)
         return self.known[key][1]
 
 
 def remembering(method: Compressor) -> Compressor:
-    """Return a method whose policy, if it has one, remembers what it made of a video."""
+    """Return a method whose policy, if it has one, is `Remembering`."""
     policy = getattr(method, "policy", None)
     return method if policy is None else dataclasses.replace(method, policy=Remembering(policy))  # type: ignore[call-arg]
 
@@ -79,7 +81,7 @@ COMMON = (
 )
 """Code under the package that every mark depends on."""
 AT_ONCE = 64
-"""Rows that are measured before they are put away: what a stop can lose."""
+"""Rows that are measured before they are saved; an interruption loses no more."""
 
 
 def fingerprint(condition: SceneCondition, method: Compressor | None) -> str:
@@ -126,7 +128,7 @@ def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[SceneCondition, s
 
 
 def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
-    """Return the marks of every row for one world and seed; what an earlier run measured with the same code stays."""
+    """Return the marks of every row for one world and seed; rows measured earlier with the same code are kept."""
     world, seed, questions, folder, earliest = task
     path = folder / f"{world}-{seed}-{questions}.json"
     part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}, "floors": {}}
@@ -259,7 +261,7 @@ def differences(result: dict[str, Any], methods: Sequence[tuple[str, str]], rete
 def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Sequence[tuple[str, str]]) -> str:
     """Return the document of a result."""
     counts = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
-    said = " and ".join(
+    size = " and ".join(
         f"{questions:,} questions on {scenes} scenes of world {w}" for w, (questions, scenes) in counts.items()
     )
     refused = result["worlds"]["A"]["floors"].items()
@@ -268,7 +270,7 @@ def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Seque
         [
             "# Accuracy of every method on the testbed",
             "",
-            f"Written by `python benchmarks/learning.py`: {said}, seed {', '.join(map(str, result['seeds']))}, none of "
+            f"Written by `python benchmarks/learning.py`: {size}, seed {', '.join(map(str, result['seeds']))}, none of "
             "them seen in training; world B's objects and backgrounds are never trained on. Kept: what the LLM's "
             "layers see on average, exactly (`docs/retention.md`). Methods with two parts run by the one before the "
             "LLM, as in SCORE's tables; `[earliest]` moves methods inside the LLM to earlier layers than their "

@@ -24,6 +24,7 @@ from vidsieve.training.data.filtering import filter_file
 from vidsieve.training.data.pseudo import pseudo_file
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.recipes import train_policy
+from vidsieve.training.sources import Files
 
 QUICK = {"prompts_per_step": 8, "workers": 2}
 CHOICE, CAPTION = QUICK | {"token_rollouts": 2, "frame_rollouts": 0}, QUICK | {"rollouts": 2}
@@ -65,7 +66,7 @@ def layout_row(folder: Path, layout: str, scenes: int, broken: float, testbed: A
             method, settings = "cacovid", CHOICE | {"reward": "generate", "answer_tokens": 2}
         rows = next(g["rows"] for g in found.groups if g["kind"] in ("multiple choice", "caption", "free-form"))
         steps = -(-min(rows, 3 * scenes) // settings["prompts_per_step"])
-        record = train_policy(method, *testbed, run, settings | {"steps": steps}, data=path)
+        record = train_policy(method, *testbed, run, settings | {"steps": steps}, files=Files(path))
         row |= {"method": method, "prompts": record["prompts"], "skipped": record["skipped"]}
         if "check" in row:
             row["train"] = same(listed(run / "skipped.jsonl"), truth)

@@ -1,10 +1,10 @@
 """Rollouts per second of the dense rewards against generated answers, and how often the two agree.
 
-A prompt has 32 masks, drawn as training draws them (24 by tokens, 8 by frames, r = 0.02). "Whole" begins with pixels
-and encodes the video once for all masks; "the release's form" runs each rollout alone and anew: pixels, vision tower,
-projector, pruning, generate. Two models: the testbed's, which answers a word and ends; and a larger one with random
-weights (8 layers of width 512, 8 frames of 196 tokens), which never ends by itself, so that its answers are given 2
-tokens (a letter and the end) and 16 (as many as training allows). Rollouts one by one are a part of the masks.
+A prompt has 32 masks, drawn as in training (24 by tokens, 8 by frames, r = 0.02). "Whole" starts from pixels and
+encodes the video once for all masks; "the release's form" runs each rollout alone: pixels, vision tower, projector,
+pruning, generate. Two models: the testbed's, which answers with one word and ends; and a larger one with random
+weights (8 layers of width 512, 8 frames of 196 tokens), which never ends by itself, so that its answers have 2 tokens
+(a letter and the end) or 16 (the most in training). Rollouts one by one are run on some of the masks only.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ from vidsieve.selection import mask_to_indices
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
-from vidsieve.training.answers import judge
 from vidsieve.training.data.scenes import ScenePrompts
-from vidsieve.training.packing import Packing
+from vidsieve.training.judging import judge
 from vidsieve.training.rewards import choice_reward, margin_reward
-from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.rollouts import Packing, Rollouts
 from vidsieve.training.sampling import bernoulli_masks, frame_masks, token_masks
 from vidsieve.training.settings import CaCoVIDConfig
 from vidsieve.types import Need, Selection, TokenGrid
@@ -184,7 +183,7 @@ def forms(
         return margin_reward(rollouts.option_logits(masks, options), prompt.answer)
 
     few, some, count = masks[:RELEASE], masks[:ALONE], len(masks)
-    made: dict[str, tuple[int, Callable[[], object]]] = {
+    ways: dict[str, tuple[int, Callable[[], object]]] = {
         "encoding": (1, lambda: Rollouts(adapter, prompt.inputs)),
         "choice, whole": (count, lambda: choice(Rollouts(adapter, prompt.inputs))),
         "margin, whole": (count, lambda: margin(Rollouts(adapter, prompt.inputs))),
@@ -195,7 +194,7 @@ def forms(
         "caption_ce, one by one": (len(tenth), lambda: captioned_alone.caption_ce(tenth)),
     }
     for longest in steps:
-        made |= {
+        ways |= {
             f"generate {longest}": (count, lambda n=longest: decode(ready.generate(masks, n))),
             f"generate {longest}, one by one": (len(some), lambda n=longest: decode(ready_alone.generate(some, n))),
             f"generate {longest}, the release's form": (
@@ -203,7 +202,7 @@ def forms(
                 lambda n=longest: release(adapter, prompt, few, n, decode),
             ),
         }
-    return made
+    return ways
 
 
 def speed(
@@ -225,16 +224,16 @@ def speed(
         "caption_ce packed / one by one": ("caption_ce", "caption_ce, one by one"),
     }
     for longest in steps:
-        dense, said = "choice, whole", f"generate {longest}"
+        dense, generated = "choice, whole", f"generate {longest}"
         pairs |= {
-            f"choice / generate {longest}, same batch": ("choice", said),
-            f"margin / generate {longest}, same batch": ("margin", said),
-            f"choice / generate {longest}, the release's form, both whole": (dense, f"{said}, the release's form"),
+            f"choice / generate {longest}, same batch": ("choice", generated),
+            f"margin / generate {longest}, same batch": ("margin", generated),
+            f"choice / generate {longest}, the release's form, both whole": (dense, f"{generated}, the release's form"),
             f"margin / generate {longest}, the release's form, both whole": (
                 "margin, whole",
-                f"{said}, the release's form",
+                f"{generated}, the release's form",
             ),
-            f"generate {longest} packed / one by one": (said, f"{said}, one by one"),
+            f"generate {longest} packed / one by one": (generated, f"{generated}, one by one"),
         }
     return {
         "rollouts_per_second": {name: spread(values) for name, values in rates.items()},
@@ -266,7 +265,7 @@ def agreement(questions: int) -> dict[str, Any]:
     prompts = ScenePrompts(adapter_for(model), processor, seed=SEED)
     policy = vidsieve.load("cacovid", policy="testbed", retention=0.1)
     conditions: dict[str, Compressor | None] = {"all tokens": None, "10 % by cacovid": policy}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, method in conditions.items():
         counts: Counter[str] = Counter()
         kinds: Counter[str] = Counter()
@@ -274,8 +273,8 @@ def agreement(questions: int) -> dict[str, Any]:
         for number in range(questions):
             block, place = divmod(number, 32 * prompts.per_scene)
             scene = block * 32 + place % 32
-            asked = make_questions(make_cast("A", SEED, scene), SEED, scene)
-            question = asked[(place // 32) % len(asked)]
+            questions_of_scene = make_questions(make_cast("A", SEED, scene), SEED, scene)
+            question = questions_of_scene[(place // 32) % len(questions_of_scene)]
             sample = prompts.choice(number)
             rollouts = Rollouts(prompts.adapter, sample.inputs)
             mask = torch.ones(1, rollouts.encoded.videos[0].features.grid.num_tokens, dtype=torch.bool)
@@ -283,20 +282,20 @@ def agreement(questions: int) -> dict[str, Any]:
                 kept = method.compress(rollouts.video(frozenset({Need.QUESTION}))).indices
                 mask = torch.zeros_like(mask).index_fill(1, kept, True)
             best = int(rollouts.option_logits(mask, sample.option_ids).argmax())
-            (said,) = processor.tokenizer.batch_decode(rollouts.generate(mask, ANSWER), skip_special_tokens=True)
-            same = bool(judge(sample.kind, said, question.options[best]))
-            right = bool(judge(sample.kind, said, sample.truth))
+            (text,) = processor.tokenizer.batch_decode(rollouts.generate(mask, ANSWER), skip_special_tokens=True)
+            same = bool(judge(sample.kind, text, question.options[best]))
+            right = bool(judge(sample.kind, text, sample.truth))
             counts["answer"] += same
             counts["reward"] += right == (best == sample.answer)
             counts["right by choice"] += best == sample.answer
             counts["right by generate"] += right
             kinds[question.kind] += 1
             if not same:
-                inside = said.split()[:1] and said.split()[0] in question.options
+                inside = text.split()[:1] and text.split()[0] in question.options
                 odd[f"{question.kind}, said {'another option' if inside else 'a word that is no option'}"] += 1
-        found[name] = {"questions": questions} | {what: counts[what] / questions for what in counts}
-        found[name] |= {"kinds": dict(kinds), "disagreements": dict(odd)}
-    return found
+        results[name] = {"questions": questions} | {what: counts[what] / questions for what in counts}
+        results[name] |= {"kinds": dict(kinds), "disagreements": dict(odd)}
+    return results
 
 
 def main() -> None:
@@ -316,8 +315,8 @@ def main() -> None:
         for pair, times in result[name]["times"].items():
             print(f"{name:8s} {pair:62s} {times['min']:6.1f} {times['median']:6.1f} {times['max']:6.1f} times")
     result["agreement"] = agreement(options.questions)
-    for name, found in result["agreement"].items():
-        print(f"{name}: answer {found['answer']:.4f}, reward {found['reward']:.4f}; {found['disagreements']}")
+    for name, row in result["agreement"].items():
+        print(f"{name}: answer {row['answer']:.4f}, reward {row['reward']:.4f}; {row['disagreements']}")
     write_result(options.json, result)
 
 

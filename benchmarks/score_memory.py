@@ -1,7 +1,7 @@
-"""Memory of SCORE's scoring at the size of a Qwen2.5-VL video, against forming [X; ΔX].
+"""Memory of SCORE's scores for a video of Qwen2.5-VL's size, compared with forming [X; ΔX].
 
-Peak resident memory of each form in a process of its own, above the tokens themselves; 64×19×35 tokens of
-width 3584, float32, hidden 512.
+Peak resident memory of each form in its own process, beyond the tokens themselves; 64×19×35 tokens of width 3584,
+float32, hidden 512.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from vidsieve.errors import TrainingError
 from vidsieve.options import Options, OptionsError, chosen, said_letter
-from vidsieve.training.answers import judge
 from vidsieve.training.data.rows import ask, relettered, wrong_in
+from vidsieve.training.judging import judge
 
 ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
 

@@ -118,12 +118,12 @@ def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
 
 def test_old_names_of_modules_that_moved_are_found_with_a_warning():
     from vidsieve import answering
-    from vidsieve.training import answers
+    from vidsieve.training import judging
 
     with pytest.warns(DeprecationWarning, match="vidsieve.pipeline is vidsieve.answering now"):
         assert importlib.import_module("vidsieve.pipeline") is answering
-    with pytest.warns(DeprecationWarning, match="vidsieve.rl.answers is vidsieve.training.answers now"):
-        assert importlib.import_module("vidsieve.rl.answers").judge is answers.judge
+    with pytest.warns(DeprecationWarning, match="vidsieve.rl.answers is vidsieve.training.judging now"):
+        assert importlib.import_module("vidsieve.rl.answers").judge is judging.judge
     with pytest.raises(ModuleNotFoundError, match=r"training\.nothing"):
         importlib.import_module("vidsieve.rl.nothing")
 

@@ -72,6 +72,14 @@ def test_a_page_has_its_sections_and_its_arguments_are_the_method_s(name):
     assert said == [[field.name, repr(field.default)] for field in fields]
 
 
+def test_the_training_page_lists_every_setting_with_its_default_option_and_help():
+    table = [row for row in rows((ROOT / "docs" / "training.md").read_text("utf-8")) if len(row) == 4]
+    for config in (CaCoVIDConfig, ScoreConfig):
+        for field in dataclasses.fields(config):
+            option = f"--{field.name.replace('_', '-')}" if field.metadata["option"] else ""
+            assert [field.name, str(field.default), option, field.metadata["help"]] in table
+
+
 @pytest.mark.parametrize("config", [CaCoVIDConfig, ScoreConfig])
 def test_a_trainer_s_page_has_its_variants_and_metrics(config):
     method = "cacovid" if config is CaCoVIDConfig else "score"

@@ -15,9 +15,10 @@ import pytest
 
 from vidsieve.cli.main import main, method_markdown
 from vidsieve.cli.shared import write_json
-from vidsieve.cli.train import field_docs, shown_default
+from vidsieve.cli.train import parsed, shown_default
+from vidsieve.errors import VidsieveError
 from vidsieve.testbed.files import write_scene, write_scenes
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CaCoVIDConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,15 +65,28 @@ def test_list(run, tmp_path):
 
 
 def test_training_options_are_the_settings_with_their_texts(run):
-    for config in (CaCoVIDConfig, ScoreConfig):
-        docs = field_docs(config)
-        assert all(docs[name] for name in (f.name for f in dataclasses.fields(config)))
-    shown = {f.name: shown_default(CaCoVIDConfig, f) for f in dataclasses.fields(CaCoVIDConfig)}
+    shown = {f.name: shown_default("cacovid", f) for f in dataclasses.fields(CaCoVIDConfig)}
     assert shown["steps"] == "official: 100, ours: 700, paper: 400" and shown["seed"] == "42", (
         "the values that variants really use"
     )
     out, _ = run("train", "cacovid", "--help")
-    assert "--ratio" in out and "--token-rollouts" in out and "--steps" in out
+    assert "--ratio" in out and "--token-rollouts" in out and "--steps" in out and "--sampler" not in out
+
+
+def test_any_setting_can_be_set_by_its_name():
+    texts = ["sampler=random", "balanced=True", "width=3", "depth = 2"]
+    assert parsed(CaCoVIDConfig, texts) == {"sampler": "random", "balanced": True, "width": 3.0, "depth": 2}
+    for text, error in (
+        ("widht=3", "unknown setting 'widht'. Did you mean 'width'"),
+        ("depth=2.5", "depth takes a value of type int, got '2.5'"),
+        ("width=wide", "width takes a value of type float"),
+        ("balanced=maybe", "balanced takes a value of type bool"),
+        ("depth", "takes NAME=VALUE"),
+    ):
+        with pytest.raises(VidsieveError, match=error):
+            parsed(CaCoVIDConfig, [text])
+    with pytest.raises(VidsieveError, match="each name once"):
+        parsed(CaCoVIDConfig, ["depth=1", "depth=2"])
 
 
 @pytest.mark.slow
@@ -363,7 +377,7 @@ def test_mistakes_of_other_commands(run, tmp_path):
         (["train", "score", tmp_path / "run", "--resume"], "holds no run"),
         (["testbed", "render", "/proc/nowhere"], "cannot write"),
         (["train", "score", tmp_path / "run", "--variant", "theirs"], "variant of score"),
-        (["train", "cacovid", tmp_path / "run", "--sampler", "ocs"], "Did you mean 'ocss'"),
+        (["train", "cacovid", tmp_path / "run", "--set", "sampler=ocs"], "Did you mean 'ocss'"),
         (["train", "cacovid", tmp_path / "run", "--data", tmp_path / "no.jsonl"], "cannot read"),
         (["demo", "--retention", "2"], "2"),
     ]:

@@ -24,6 +24,8 @@ from vidsieve.training.data.encodings import MANIFEST, EncodingCache
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.sources import Files
+from vidsieve.training.trainer import Events
 from vidsieve.video.reading import read_video
 
 
@@ -130,10 +132,9 @@ def test_a_policy_trained_from_the_cache_is_the_same(family, method, data, tmp_p
             processor_for(family),
             tmp_path / name,
             few | {"steps": 3, "prompts_per_step": 2},
-            data=data,
+            files=Files(data, cache=cache),
             model_name="tiny",
-            cache=cache,
-            announce=said.append,
+            events=Events(announce=said.append),
         )
         weights.append(load(tmp_path / name).policy.state_dict())
     assert not reads, "the second run decodes nothing"
@@ -278,7 +279,7 @@ def test_a_full_disk_leaves_no_half_file(data, tmp_path):
 
 def test_endless_scenes_have_no_cache(testbed, tmp_path):
     with pytest.raises(TrainingError, match="none was given"):
-        train_policy("score", *testbed, tmp_path / "run", {}, cache=tmp_path / "cache")
+        train_policy("score", *testbed, tmp_path / "run", {}, files=Files(cache=tmp_path / "cache"))
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 

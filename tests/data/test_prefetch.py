@@ -16,6 +16,8 @@ from vidsieve.errors import TrainingError, VideoError
 from vidsieve.testbed.files import write_scenes
 from vidsieve.training.data.prefetch import Prefetch
 from vidsieve.training.recipes import train_policy
+from vidsieve.training.sources import Files
+from vidsieve.training.trainer import Events
 
 
 def alive():
@@ -192,10 +194,10 @@ def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, met
             processor,
             tmp_path / name,
             settings,
-            data=data,
+            files=Files(data),
             model_name="testbed",
             resume=name == "cut",
-            report=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == stop else None,
+            events=Events(report=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == stop else None),
         )
         return load(tmp_path / name).policy.state_dict()
 

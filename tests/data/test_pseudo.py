@@ -20,6 +20,7 @@ from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.pseudo import pseudo_file
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.sources import Files
 from vidsieve.video.reading import read_frames
 
 
@@ -275,7 +276,13 @@ def test_the_command_and_training_on_what_it_makes(cli, testbed, tmp_path):
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     model, processor = testbed
     record = train_policy(
-        "score", model, processor, tmp_path / "run", {"steps": 2, "prompts_per_step": 2}, data=out, model_name="testbed"
+        "score",
+        model,
+        processor,
+        tmp_path / "run",
+        {"steps": 2, "prompts_per_step": 2},
+        files=Files(out),
+        model_name="testbed",
     )
     assert record["prompts"] == 4 and torch.isfinite(torch.tensor(record["last_metrics"]["loss"]))
 

@@ -16,6 +16,7 @@ from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.data.table import RecordTable, load_rows
 from vidsieve.training.recipes import train_policy
+from vidsieve.training.sources import Files
 
 SCENES, BROKEN = 10, 0.3  # one missing, one cut short, one no video
 QUICK = {"steps": 3, "prompts_per_step": 4, "workers": 2}
@@ -62,7 +63,7 @@ def test_from_the_published_file_to_a_policy(testbed, rendered, tmp_path, layout
         if kinds == {"free-form"}:
             method, settings = "cacovid", CHOICE | {"reward": "generate", "answer_tokens": 2}
         settings = settings | {"steps": 9}  # every video comes, the broken ones too
-        record = train_policy(method, *testbed, tmp_path / f"{number}", settings, data=folder / name)
+        record = train_policy(method, *testbed, tmp_path / f"{number}", settings, files=Files(folder / name))
         run = listed(tmp_path / f"{number}" / "skipped.jsonl")
         assert {Path(line["where"]).stem for line in run if line["what"] == "missing video"} == names
         assert {line["where"] for line in run if line["what"] == "broken video"} <= broken
@@ -88,7 +89,7 @@ def test_from_images_to_pseudo_videos_to_a_policy(testbed, rendered, cli, tmp_pa
     if layout == "llava-onevision":
         assert out.read_bytes() == again.read_bytes(), "images are named by what they hold"
         assert len(list((tmp_path / "pseudo.jsonl.images").iterdir())) == SCENES - 3
-    record = train_policy("score", *testbed, tmp_path / "run", CAPTION, data=out)
+    record = train_policy("score", *testbed, tmp_path / "run", CAPTION, files=Files(out))
     assert record["prompts"] == 12 and not (tmp_path / "run" / "skipped.jsonl").exists()
 
 

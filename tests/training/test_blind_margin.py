@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.errors import TrainingError
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration
@@ -19,8 +18,7 @@ from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rewards import margin_reward
 from vidsieve.training.rollouts import Rollouts
-from vidsieve.training.runs import read_metrics
-from vidsieve.training.settings import CaCoVIDConfig
+from vidsieve.training.run_folder import read_metrics
 
 QUICK = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5, "reward": "margin", "eval_prompts": 0}
 
@@ -98,12 +96,6 @@ def test_training_with_it(testbed, tmp_path, monkeypatch):
     plain, debiased = (runs[name]["last_metrics"] for name in ("plain", "debiased"))
     assert plain["blind"] == debiased["blind"] in (0, 0.5, 1)
     assert plain["reward"] != debiased["reward"] and math.isfinite(debiased["loss"])
-
-
-@pytest.mark.parametrize("reward", ["choice", "generate"])
-def test_only_a_margin_can_be_debiased(reward):
-    with pytest.raises(TrainingError, match=f"blind_margin changes the reward 'margin', got reward '{reward}'"):
-        CaCoVIDConfig(blind_margin=True, reward=reward)
 
 
 def test_blind_answers_are_counted_until_a_warning_could_be_read(testbed, tmp_path):

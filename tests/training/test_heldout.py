@@ -19,7 +19,7 @@ from vidsieve.training.data.table import held_out, keys_of, load_rows
 from vidsieve.training.heldout import Best
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
-from vidsieve.training.runs import read_metrics
+from vidsieve.training.run_folder import read_metrics
 from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.training.sources import HELD_OUT_SEED, TRAINING_SEED, Files, source
 from vidsieve.types import Selection
@@ -118,7 +118,7 @@ def test_a_run_on_files_holds_videos_out(testbed, tmp_path):
     write_scenes(tmp_path / "scenes", world="A", seed=1, scenes=2)
     data = tmp_path / "scenes" / "questions.jsonl"
     settings = QUICK | {"steps": 1, "hold_out": 0.5, "token_rollouts": 4, "frame_rollouts": 0}
-    record = train_policy("cacovid", *testbed, tmp_path / "run", settings, data=data)
+    record = train_policy("cacovid", *testbed, tmp_path / "run", settings, files=Files(data))
     assert record["best"]["metric"] == "eval_accuracy" and 0 <= record["best"]["value"] <= 1
 
 

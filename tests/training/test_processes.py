@@ -20,31 +20,19 @@ from vidsieve.io.checkpoints import read_header
 from vidsieve.policies import read_config
 from vidsieve.training.processes import Processes, joined
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.runs import CHECKPOINT, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, read_metrics
+from vidsieve.training.trainer import Events
 
-SETTINGS = [
-    "--steps",
-    "4",
-    "--prompts-per-step",
-    "4",
-    "--log-every",
-    "1",
-    "--save-every",
-    "50",
-    "--threads",
-    "1",
-    "--eval-every",
-    "2",
-    "--eval-prompts",
-    "5",
-]
+SETTINGS = (
+    "--steps 4 --prompts-per-step 4 --log-every 1 --save-every 50 --threads 1 --eval-every 2 --set eval_prompts=5"
+)
 
 
 def command(method, folder, *options, processes=1):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     start = [sys.executable, "-m", *(launcher if processes > 1 else []), "vidsieve"]
     few = ["--rollouts", "4"] if method == "score" else ["--token-rollouts", "6", "--frame-rollouts", "2"]
-    return [*start, "train", method, str(folder), *SETTINGS, *few, *options]
+    return [*start, "train", method, str(folder), *SETTINGS.split(), *few, *options]
 
 
 def test_alone_nothing_is_shared_and_no_group_is_made():
@@ -52,8 +40,8 @@ def test_alone_nothing_is_shared_and_no_group_is_made():
         assert processes == Processes(0, 1) and not torch.distributed.is_initialized()
     assert processes.share(range(4, 8)) == range(4, 8)
     assert processes.gather([1, 2]) == [1, 2] and processes.any(True, False) == (True, False)
-    with pytest.raises(OutputError, match="full"):
-        processes.agree(OutputError("full"))
+    with pytest.raises(OutputError, match="full"), processes.agreeing():
+        raise OutputError("full")
 
 
 def test_prompts_are_dealt_out_and_figures_come_back_in_their_order(monkeypatch):
@@ -65,7 +53,7 @@ def test_prompts_are_dealt_out_and_figures_come_back_in_their_order(monkeypatch)
 
 def test_prompts_that_cannot_be_shared_out_are_refused():
     Processes(0, 2).check_share(8)
-    with pytest.raises(TrainingError, match="7, which 2 processes cannot share out evenly: choose a multiple of 2"):
+    with pytest.raises(TrainingError, match="7, which 2 processes cannot share evenly: choose a multiple of 2"):
         Processes(0, 2).check_share(7)
 
 
@@ -98,7 +86,7 @@ def one_process(testbed, folder, method, steps, upto):
         **({"rollouts": 4} if method == "score" else {"token_rollouts": 6, "frame_rollouts": 2}),
     }
     with pytest.raises(KeyboardInterrupt):
-        train_policy(method, *testbed, folder, settings, model_name="testbed", report=leave)
+        train_policy(method, *testbed, folder, settings, model_name="testbed", events=Events(report=leave))
     return read_metrics(folder)
 
 

@@ -12,6 +12,7 @@ from vidsieve.errors import TrainingError
 from vidsieve.testbed.files import write_scenes
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.recipes import train_policy
+from vidsieve.training.sources import Files
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,13 @@ def test_rendered_scenes_train_both_policies(testbed, folder, tmp_path):
     for method in ("cacovid", "score"):
         settings = {"steps": 1, "prompts_per_step": 2}
         record = train_policy(
-            method, model, processor, tmp_path / method, settings, data=folder / "questions.jsonl", model_name="testbed"
+            method,
+            model,
+            processor,
+            tmp_path / method,
+            settings,
+            files=Files(folder / "questions.jsonl"),
+            model_name="testbed",
         )
         assert record["prompts"] == 2
 

@@ -16,15 +16,15 @@ from vidsieve.errors import TrainingError, UnsupportedCallError
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.training import packing as rl_packing
+from vidsieve.training import rollouts as engine
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.scenes import ScenePrompts
-from vidsieve.training.packing import CPU_SHARE, CPU_TOKENS, Footprint, Packing, total_memory
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rewards import margin_reward
-from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, Footprint, Packing, Rollouts, total_memory
 from vidsieve.training.score import ScoreTrainer
 from vidsieve.training.settings import ScoreConfig
+from vidsieve.training.sources import Files
 
 QUICK = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5, "eval_prompts": 0}
 
@@ -145,7 +145,7 @@ def test_the_size_found_on_the_cpu_is_a_function_of_model_and_machine(monkeypatc
     assert found.record() == again.record() == {"tokens": CPU_TOKENS, "bytes": total_memory() // CPU_SHARE}
     assert total_memory() > 2**28
     cost = found.footprint
-    monkeypatch.setattr(rl_packing, "total_memory", lambda: CPU_SHARE * 10 * cost.rollout(60, positions=20))
+    monkeypatch.setattr(engine, "total_memory", lambda: CPU_SHARE * 10 * cost.rollout(60, positions=20))
     small = Packing(model)
     assert small.rows(60, positions=20) == 10, "a caption's logits over the vocabulary count"
     assert small.rows(60) > 10 > small.rows(100, positions=40)
@@ -253,7 +253,7 @@ def test_passes_over_a_file_and_resumed_runs(testbed, tmp_path, full_prefills):
     write_scenes(tmp_path / "scenes", world="A", seed=1, scenes=3)
     data = tmp_path / "scenes" / "questions.jsonl"
     settings = QUICK | {"steps": 3, "prompts_per_step": 3, "save_every": 1, "rollouts": 4}
-    options = {"variant": "paper", "data": data}
+    options = {"variant": "paper", "files": Files(data)}
     train_policy("score", model, processor, tmp_path / "straight", settings, **options)
     assert len(full_prefills) == 3
     train_policy("score", model, processor, tmp_path / "broken", settings | {"steps": 1}, **options)

@@ -15,7 +15,8 @@ from vidsieve.io import checkpoints
 from vidsieve.io.checkpoints import read_header, save_state
 from vidsieve.policies import read_config, read_weights
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.runs import CHECKPOINT, METRICS, RunFolder, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, METRICS, RunFolder, read_metrics
+from vidsieve.training.settings import ScoreConfig
 from vidsieve.training.trainer import Trainer
 
 QUICK = {"steps": 4, "prompts_per_step": 2, "log_every": 1, "save_every": 2, "seed": 5, "eval_prompts": 0}
@@ -83,7 +84,7 @@ def test_other_threads_are_refused_and_forced_ones_recorded(testbed, tmp_path):
     train(testbed, tmp_path, steps=2)
     torch.set_num_threads(before + 1)
     try:
-        with pytest.raises(TrainingError, match=rf"threads was {before}, is {before + 1}\. Go back .* or .*--force"):
+        with pytest.raises(TrainingError, match=rf"threads was {before}, is {before + 1}\. Use those .* or .*--force"):
             train(testbed, tmp_path, resume=True)
         record = train(testbed, tmp_path, resume=True, force=True, head_lr=0.003)
     finally:
@@ -91,6 +92,14 @@ def test_other_threads_are_refused_and_forced_ones_recorded(testbed, tmp_path):
     changed = ["steps was 2, is 4", "head_lr was 0.002, is 0.003", f"threads was {before}, is {before + 1}"]
     assert record["changes"] == [{"step": 2, "changed": changed}], "also what may change without --force"
     assert read_config(tmp_path / "policy").training["changes"] == record["changes"]
+
+
+def test_a_former_setting_that_had_another_value_is_named(tmp_path):
+    folder, policy, ours = RunFolder(tmp_path), torch.nn.Linear(2, 2), ScoreConfig().removed()
+    folder.save(policy, None, {"config": ours | {"slack": 0.1}})
+    with pytest.raises(TrainingError, match=r"slack was 0\.1, is 0\.0\. Use"):
+        folder.load(policy, None, ours, {})
+    assert folder.load(policy, None, ours, {}, force=True)[1] == ["slack was 0.1, is 0.0"]
 
 
 def test_a_full_disk_stops_and_the_last_checkpoint_goes_on(testbed, tmp_path, monkeypatch):
@@ -106,7 +115,7 @@ def test_a_full_disk_stops_and_the_last_checkpoint_goes_on(testbed, tmp_path, mo
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     with pytest.raises(
-        OutputError, match=r"No space left.*the last good checkpoint is .*: make room and go on with --re"
+        OutputError, match=r"No space left.*the last good checkpoint is .*: free disk space and continue with --re"
     ):
         train(testbed, tmp_path / "full")
     monkeypatch.undo()
@@ -120,6 +129,7 @@ def test_a_full_disk_under_the_metrics_stops_too(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    (tmp_path / CHECKPOINT).touch()
     monkeypatch.setattr(type(tmp_path), "open", full)
     with pytest.raises(OutputError, match=r"cannot write .*metrics.jsonl: No space left on device; the last good"):
         RunFolder(tmp_path).append({"step": 1})

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from vidsieve.errors import UnknownNameError
-from vidsieve.training import official, sampling
+from vidsieve.training import release_sampling as official
+from vidsieve.training import sampling
 from vidsieve.types import TokenGrid
 
 DRAWS = 20_000

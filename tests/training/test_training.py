@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,17 +19,17 @@ from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import masked_logits
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.training import cacovid as rl_cacovid
-from vidsieve.training.answers import judge
+from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.scenes import ScenePrompts
+from vidsieve.training.judging import judge
 from vidsieve.training.losses import action_log_probs
-from vidsieve.training.packing import Packing
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.replay import next_ratio
-from vidsieve.training.rollouts import Rollouts
-from vidsieve.training.runs import CHECKPOINT, METRICS, read_metrics
+from vidsieve.training.rollouts import Packing, Rollouts
+from vidsieve.training.run_folder import CHECKPOINT, METRICS, read_metrics
 from vidsieve.training.score import ScoreTrainer
 from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.training.sources import Files
 from vidsieve.training.trainer import StepResult, Trainer
 from vidsieve.types import Need, Selection
 
@@ -322,25 +323,25 @@ def test_later_iterations_learn_from_earlier_rollouts_too(testbed, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("ratio", "right", "wanted"),
+    ("sampler", "ratio", "right", "wanted"),
     [
-        (0.02, 0.9, 0.01),
-        (0.02, 0.875, 0.02),
-        (0.02, 0.1, 0.04),
-        (0.02, 0.125, 0.02),
-        (0.1, 0.0, 0.12),
-        (0.006, 1.0, 0.005),
-        (0.004, 1.0, 0.004),
-        (0.5, 0.0, 0.5),
+        ("ocss", 0.02, 0.9, 0.01),
+        ("ocss", 0.02, 0.875, 0.02),
+        ("ocss", 0.02, 0.1, 0.04),
+        ("ocss", 0.02, 0.125, 0.02),
+        ("ocss", 0.1, 0.0, 0.12),
+        ("ocss", 0.006, 1.0, 0.005),
+        ("ocss", 0.004, 1.0, 0.005),
+        ("ocss", 0.5, 0.0, 0.5),
+        ("official", 0.02, 0.875, 0.01),
+        ("official", 0.02, 0.125, 0.04),
+        ("official", 0.016, 1.0, 0.01),
     ],
 )
-def test_the_ratio_follows_how_often_the_model_is_right(ratio, right, wanted):
-    assert next_ratio(ratio, right, least=0.005) == pytest.approx(wanted)
-
-
-def test_the_release_counts_the_thresholds_themselves():
-    assert next_ratio(0.02, 0.875, least=0.01, inclusive=True) == pytest.approx(0.01)
-    assert next_ratio(0.02, 0.125, least=0.01, inclusive=True) == pytest.approx(0.04)
+def test_the_ratio_follows_how_often_the_model_is_right(sampler, ratio, right, wanted):
+    """At least one token of the 200 a frame, or the release's .01, whose thresholds count too."""
+    trainer = SimpleNamespace(config=CaCoVIDConfig(sampler=sampler))
+    assert CaCoVIDTrainer.next_ratio(trainer, ratio, right, per_frame=200) == pytest.approx(wanted)
 
 
 def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
@@ -410,7 +411,7 @@ def test_the_generate_reward_trains_on_questions_of_every_kind(testbed, tmp_path
     path.write_text("\n".join(map(json.dumps, lines)))
     model, processor = testbed
     settings = QUICK | {"reward": "generate", "steps": 2, "token_rollouts": 4, "frame_rollouts": 0, "answer_tokens": 3}
-    record = train_policy("cacovid", model, processor, tmp_path / "run", settings, data=path)
+    record = train_policy("cacovid", model, processor, tmp_path / "run", settings, files=Files(path))
     assert record["steps"] == 2 and 0 <= record["last_metrics"]["right"] <= 1
     prompts = FilePrompts(adapter_for(model), processor, path)
     assert len(prompts.choices) == 1, "the other rewards need options"

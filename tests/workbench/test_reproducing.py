@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import typer
 
 from vidsieve.cli.main import app
+from vidsieve.cli.train import parsed
 from vidsieve.errors import PolicyError
 from vidsieve.loading import shipped_policy
+from vidsieve.training.settings import CONFIGS
 from workbench.papers.paper_tables import PAPER_TABLES
 from workbench.papers.published import published
 from workbench.papers.reproducing import accuracy_cells, folder_of, method_of, rows_of, time_cells, training_cells
@@ -68,7 +72,9 @@ def test_the_commands_that_make_missing_policies_have_such_options():
     group = typer.main.get_command(app).commands["train"]
     for table in PAPER_TABLES.values():
         for own in table.trained.values():
-            given = [word for word in own.options.split() if word.startswith("--")]
+            words = own.options.split()
+            parsed(CONFIGS[own.method], [value for word, value in pairwise(words) if word == "--set"])
+            given = [word for word in words if word.startswith("--")]
             known = {name for p in group.commands[own.method].params for name in (*p.opts, *p.secondary_opts)}
             assert set(given) <= known, own
 

@@ -85,10 +85,10 @@ PAPER_TABLES: dict[str, PaperTable] = {
         _OV,
         ("mlvu", "videomme"),
         trained={
-            "OCSS, video, 2 %": _sampled("--over video", "sampling", "OCSS over the whole video, as many tokens"),
+            "OCSS, video, 2 %": _sampled("--set over=video", "sampling", "OCSS over the whole video, as many tokens"),
             "OCSS, frame, 2 %": _sampled("", "sampling", _PAIRS),
-            "random, frame, 2 %": _sampled("--sampler random", "sampling", "random"),
-            "multinomial, frame, 2 %": _sampled("--sampler multinomial", "sampling", "multinomial"),
+            "random, frame, 2 %": _sampled("--set sampler=random", "sampling", "random"),
+            "multinomial, frame, 2 %": _sampled("--set sampler=multinomial", "sampling", "multinomial"),
             "OCSS, frame, 1 %": _sampled("--ratio 0.01", "ratio", _ONE),
             "OCSS, frame, 5 %": _sampled("--ratio 0.05", "ratio", "four tokens a frame"),
         },
@@ -99,9 +99,9 @@ PAPER_TABLES: dict[str, PaperTable] = {
         ("mlvu", "videomme"),
         trained={
             "none": _sampled("--iterations 1 --no-dynamic-ratio", "exploration", _ONE),
-            "ISF": _sampled("--blind-filter --iterations 1 --no-dynamic-ratio", "exploration", "ISF"),
-            "ISF, ER": _sampled("--blind-filter --no-dynamic-ratio", "exploration", "ISF + ER"),
-            "ISF, ER, DSR": _sampled("--blind-filter", "exploration", "ISF + ER + DSR"),
+            "ISF": _sampled("--set blind_filter=true --iterations 1 --no-dynamic-ratio", "exploration", "ISF"),
+            "ISF, ER": _sampled("--set blind_filter=true --no-dynamic-ratio", "exploration", "ISF + ER"),
+            "ISF, ER, DSR": _sampled("--set blind_filter=true", "exploration", "ISF + ER + DSR"),
         },
     ),
     "cacovid:table5": PaperTable(
@@ -139,7 +139,9 @@ PAPER_TABLES: dict[str, PaperTable] = {
         _QWEN,
         ("videomme",),
         trained={
-            "without residual": Trained("score", "--variant paper --no-residual", ablation="residual", label="X alone"),
+            "without residual": Trained(
+                "score", "--variant paper --set residual=false", ablation="residual", label="X alone"
+            ),
             "with residual": Trained("score", "--variant paper", ablation="residual", label="[X; ΔX]"),
         },
     ),

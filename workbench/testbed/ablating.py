@@ -31,7 +31,7 @@ from vidsieve.io.files import writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.runs import CHECKPOINT, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, read_metrics
 from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 

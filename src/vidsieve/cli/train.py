@@ -1,13 +1,11 @@
-"""vidsieve train: the two trainers; every setting of a trainer is an option here."""
+"""vidsieve train: the two trainers, with options made from their settings."""
 
 from __future__ import annotations
 
-import ast
-import dataclasses
 import inspect
 import os
-import textwrap
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +16,9 @@ from vidsieve.cli.progress import Progress
 from vidsieve.cli.shared import (
     PAGE,
     Figures,
+    Json,
     Report,
+    Threads,
     check_output,
     err,
     out,
@@ -28,289 +28,186 @@ from vidsieve.cli.shared import (
     write_json,
     write_report,
 )
-from vidsieve.errors import TrainingError
-from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
+Out = Annotated[Path, typer.Argument(help="Folder of the run: metrics, checkpoint, policy.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any setting (docs/training.md lists them); may be repeated."),
+]
+Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 'testbed' for ours.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="File of questions or captions (see `vidsieve data check`).", show_default="the testbed"),
+]
+EvalData = Annotated[
+    Path | None,
+    typer.Option(help="As --data, other videos: the policy is evaluated on them.", show_default=False),
+]
+VideoRoot = Annotated[
+    Path | None,
+    typer.Option(help="Folder that paths in --data and --eval-data start from.", show_default="that of each file"),
+]
+Pseudo = Annotated[
+    Path | None,
+    typer.Option(help="File of `vidsieve data pseudo` for the first pseudo_steps.", show_default="the testbed's"),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(help="Folder of encoded videos of --data, for later passes and runs.", show_default=False),
+]
+Variant = Annotated[str, typer.Option(help="Defaults to start from: 'ours', 'paper', or (cacovid) 'official'.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
+Force = Annotated[bool, typer.Option("--force", help="With --resume: continue although settings or threads changed.")]
+LogTo = Annotated[str, typer.Option(help="Also log to 'tensorboard', 'wandb', or both (a,b).", show_default=False)]
+Device = Annotated[str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")]
 
-def field_docs(config: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and of its bases."""
-    docs: dict[str, str] = {}
-    for kind in reversed(config.__mro__[:-1]):
-        if not dataclasses.is_dataclass(kind):
-            continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-        for field, after in zip(body.body, body.body[1:], strict=False):  # type: ignore[attr-defined]
-            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(field.target, ast.Name):
-                docs[field.target.id] = " ".join(str(getattr(after.value, "value", "")).split())
-    return docs
 
-
-def shown_default(config: type, field: dataclasses.Field[Any]) -> str:
-    """Return a setting's default, with the values of the variants that change it."""
-    method = "cacovid" if config is CaCoVIDConfig else "score"
-    values = {
-        variant: changed.get(field.name, field.default)
-        for (name, variant), changed in sorted(SETTINGS.items())
-        if name == method
-    }
+def shown_default(method: str, item: Field[Any]) -> str:
+    """Return a setting's default, with the variants that change it."""
+    values = {v: changed.get(item.name, item.default) for (m, v), changed in sorted(SETTINGS.items()) if m == method}
     if len(set(values.values())) == 1:
         return str(next(iter(values.values())))
     return ", ".join(f"{variant}: {value}" for variant, value in values.items())
 
 
-def with_settings(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add every field of a training configuration to a command as an option, with its own text as help."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        docs = field_docs(config)
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "settings"]
-        extra = [
-            inspect.Parameter(
-                field.name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[
-                    type(field.default) | None,
-                    typer.Option(help=docs[field.name], show_default=shown_default(config, field)),
-                ],
-            )
-            for field in dataclasses.fields(config)
-        ]
-
-        def run(**values: Any) -> None:
-            given = {field.name: values.pop(field.name) for field in dataclasses.fields(config)}
-            command(**values, settings={name: value for name, value in given.items() if value is not None})
-
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        run.__signature__ = inspect.Signature([*keyword, *extra])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in [*keyword, *extra]}
-        return run
-
-    return decorate
-
-
-Out = Annotated[Path, typer.Argument(help="Folder of the run: metrics, checkpoint, policy.")]
-Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 'testbed' for ours.")]
-Data = Annotated[
-    Path | None,
-    typer.Option(
-        help="Videos with questions or captions: Video-R1-260k, LLaVA-Video-178K, Koala-36M, or JSON lines (see "
-        "`vidsieve data check`); default: the testbed.",
-        show_default=False,
-    ),
-]
-VideoRoot = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that paths in --data and --eval-data start from; default: that of each file.", show_default=False
-    ),
-]
-Pseudo = Annotated[
-    Path | None,
-    typer.Option(
-        help="Pseudo-videos of `vidsieve data pseudo` for the first pseudo_steps; default: the testbed's.",
-        show_default=False,
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that keeps the encoded videos of --data, so that later passes and runs neither decode nor encode "
-        "them.",
-        show_default=False,
-    ),
-]
-EvalData = Annotated[
-    Path | None,
-    typer.Option(help="As --data, other videos: what the policy is evaluated on.", show_default=False),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
-Device = Annotated[str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")]
-Force = Annotated[bool, typer.Option("--force", help="With --resume: go on although settings or threads changed.")]
-LogTo = Annotated[
-    str,
-    typer.Option(help="Also log to 'tensorboard' or 'wandb', or both, separated by a comma.", show_default=False),
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the result here.", show_default=False)]
-ThreadCount = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
-Variant = Annotated[
-    str, typer.Option(help="'ours', 'paper', or (cacovid) 'official': which defaults the other settings start from.")
-]
-
-
-def warning(text: str) -> None:
-    """Print an early warning."""
-    err.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
-
-
-def refuse_sharding() -> None:
-    """Refuse accelerate's FSDP or DeepSpeed, which would be asked for and not happen.
+def parsed(config: type[TrainConfig], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in a list of ``name=value``.
 
     Raises
     ------
-    TrainingError
+    UnknownNameError, TrainingError
+        If there is no such setting, or its value has another type.
     """
+    import msgspec
+
+    defaults = {item.name: item.default for item in fields(config)}
+    settings: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or name in settings:
+            raise TrainingError(f"--set takes NAME=VALUE, each name once; got {text!r}")
+        if name not in defaults:
+            raise UnknownNameError("setting", name, defaults)
+        kind = type(defaults[name])
+        try:
+            settings[name] = msgspec.convert(value, kind, strict=False)
+        except msgspec.ValidationError:
+            raise TrainingError(f"--set {name} takes a value of type {kind.__name__}, got {value!r}") from None
+    return settings
+
+
+def refuse_sharding() -> None:
+    """Raise TrainingError if accelerate's configuration asks for FSDP or DeepSpeed, which would be ignored."""
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
             raise TrainingError(
                 f"accelerate's configuration asks for {name}, which `vidsieve train` does not do: launch it with "
-                "torchrun, or share the model out in a script of your own (docs/training.md says how)"
+                "torchrun, or shard the model in a script of your own (docs/training.md says how)"
             )
 
 
-def _run(
-    method: str,
-    settings: dict[str, Any] | None,
-    folder: Path,
-    threads: int,
-    json: Path | None,
-    model: str,
-    log_to: str,
-    cache: Path | None,
-    device: str,
-    page: Path | None,
-    figures: Path | None,
-    **options: Any,
-) -> None:
-    import torch
+def add_command(method: str, config: type[TrainConfig], about: str) -> None:
+    """Add the command that trains a method, with an option for every setting that has one."""
+    options = [item for item in fields(config) if item.metadata["option"]]
 
-    from vidsieve.loading import load_model
-    from vidsieve.report.sections import training_sections
-    from vidsieve.training.data.encodings import MANIFEST
-    from vidsieve.training.loggers import check_trackers
-    from vidsieve.training.processes import is_main
-    from vidsieve.training.recipes import train_policy
+    def train(
+        folder: Out,
+        model: Model = "testbed",
+        data: Data = None,
+        eval_data: EvalData = None,
+        video_root: VideoRoot = None,
+        pseudo: Pseudo = None,
+        cache: Cache = None,
+        variant: Variant = "ours",
+        set_: Set = None,
+        resume: Resume = False,
+        force: Force = False,
+        log_to: LogTo = "",
+        device: Device = "auto",
+        threads: Threads = 0,
+        json: Json = None,
+        report: Report = None,
+        figures: Figures = None,
+        **given: Any,
+    ) -> None:
+        import torch
 
-    settings = settings or {}
-    refuse_sharding()
-    if not is_main():  # what one process of several has to say is said by the main one
-        out.quiet = err.quiet = True
-    check_output(json)
-    check_output(page, PAGE)
-    check_output(folder / "policy" / "config.json")
-    if cache is not None:
-        check_output(cache / MANIFEST)
-    check_trackers(words(log_to))
-    set_threads(threads)
-    quiet()
-    network, processor = load_model(
-        model, dtype=torch.bfloat16 if settings.get("precision") == "bf16" else None, device=device
-    )
-    try:
-        with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
-            record = train_policy(
-                method,
-                network,
-                processor,
-                folder,
-                settings,
-                model_name=model,
-                log_to=words(log_to),
-                report=progress.report,
-                tick=progress.tick,
-                warn=warning,
-                cache=cache,
-                announce=lambda text: out.print(text, highlight=False, soft_wrap=True),
-                **options,
-            )
-    except KeyboardInterrupt as stop:
-        err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
-    out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
-    if record["best"]:
-        best = record["best"]
-        out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
-    if is_main():
-        write_report(
-            page, f"Training {method}", lambda: training_sections(folder / "metrics.jsonl"), str(folder), figures
-        )
-        write_json(json, record)
+        from vidsieve.loading import load_model
+        from vidsieve.report.sections import training_sections
+        from vidsieve.training.data.encodings import MANIFEST
+        from vidsieve.training.processes import is_main
+        from vidsieve.training.recipes import check_trackers, train_policy
+        from vidsieve.training.sources import Files
+        from vidsieve.training.trainer import Events
 
+        settings = {name: value for name, value in given.items() if value is not None}
+        extra = parsed(config, set_ or [])
+        if settings.keys() & extra.keys():
+            raise TrainingError(f"{min(settings.keys() & extra.keys())} is given as an option and by --set")
+        settings |= extra
+        refuse_sharding()
+        if not is_main():  # only the main process of several prints
+            out.quiet = err.quiet = True
+        check_output(json)
+        check_output(report, PAGE)
+        check_output(folder / "policy" / "config.json")
+        if cache is not None:
+            check_output(cache / MANIFEST)
+        check_trackers(words(log_to))
+        set_threads(threads)
+        quiet()
+        dtype = torch.bfloat16 if settings.get("precision") == "bf16" else None
+        network, processor = load_model(model, dtype=dtype, device=device)
+        try:
+            with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
+                record = train_policy(
+                    method,
+                    network,
+                    processor,
+                    folder,
+                    settings,
+                    variant=variant,
+                    model_name=model,
+                    files=Files(data, eval_data, pseudo, cache, video_root),
+                    resume=resume,
+                    force=force,
+                    log_to=words(log_to),
+                    events=Events(
+                        announce=lambda text: out.print(text, highlight=False, soft_wrap=True),
+                        tick=progress.tick,
+                        report=progress.report,
+                        warn=lambda text: err.print(
+                            f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False
+                        ),
+                    ),
+                )
+        except KeyboardInterrupt as stop:
+            err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
+            raise typer.Exit(130) from None
+        out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
+        if record["best"]:
+            best = record["best"]
+            out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
+        if is_main():
+            metrics = folder / "metrics.jsonl"
+            write_report(report, f"Training {method}", lambda: training_sections(metrics), str(folder), figures)
+            write_json(json, record)
 
-@app.command("cacovid")
-@with_settings(CaCoVIDConfig)
-def train_cacovid(
-    folder: Out,
-    model: Model = "testbed",
-    data: Data = None,
-    eval_data: EvalData = None,
-    video_root: VideoRoot = None,
-    cache: Cache = None,
-    variant: Variant = "ours",
-    resume: Resume = False,
-    force: Force = False,
-    log_to: LogTo = "",
-    device: Device = "auto",
-    threads: ThreadCount = 0,
-    json: JsonFile = None,
-    report: Report = None,
-    figures: Figures = None,
-    settings: dict[str, Any] | None = None,
-) -> None:
-    """Train CaCoVID: question-aware scores by combinatorial policy optimisation on multiple choice."""
-    _run(
-        "cacovid",
-        settings,
-        folder,
-        threads,
-        json,
-        model,
-        log_to,
-        cache,
-        device,
-        report,
-        figures,
-        data=data,
-        eval_data=eval_data,
-        root=video_root,
-        variant=variant,
-        resume=resume,
-        force=force,
-    )
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    unused = {"given"} | ({"pseudo"} if "pseudo_steps" not in {item.name for item in options} else set())
+    parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.name not in unused]
+    for item in options:
+        shown = {"help": item.metadata["help"], "show_default": shown_default(method, item)}
+        annotation: Any = Annotated[type(item.default) | None, typer.Option(rich_help_panel="Settings", **shown)]
+        parameters.append(inspect.Parameter(item.name, keyword, default=None, annotation=annotation))
+    train.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in parameters])  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(method, help=about)(train)
 
 
-@app.command("score")
-@with_settings(ScoreConfig)
-def train_score(
-    folder: Out,
-    model: Model = "testbed",
-    data: Data = None,
-    eval_data: EvalData = None,
-    video_root: VideoRoot = None,
-    pseudo: Pseudo = None,
-    cache: Cache = None,
-    variant: Variant = "ours",
-    resume: Resume = False,
-    force: Force = False,
-    log_to: LogTo = "",
-    device: Device = "auto",
-    threads: ThreadCount = 0,
-    json: JsonFile = None,
-    report: Report = None,
-    figures: Figures = None,
-    settings: dict[str, Any] | None = None,
-) -> None:
-    """Train SCORE: question-free keep probabilities by group rollouts on captions."""
-    _run(
-        "score",
-        settings,
-        folder,
-        threads,
-        json,
-        model,
-        log_to,
-        cache,
-        device,
-        report,
-        figures,
-        data=data,
-        eval_data=eval_data,
-        root=video_root,
-        pseudo=pseudo,
-        variant=variant,
-        resume=resume,
-        force=force,
-    )
+add_command("cacovid", CONFIGS["cacovid"], "Train CaCoVID: question-aware scores, rewarded by right answers.")
+add_command("score", CONFIGS["score"], "Train SCORE: question-free keep probabilities, rewarded by captions.")

@@ -97,11 +97,15 @@ def density(rows: Tensor, neighbours: int) -> Tensor:
     return (-rows.topk(neighbours, largest=False).values.square().mean(1)).exp()
 
 
-def peak_scores(distance: Distances, neighbours: int) -> Tensor:
+def peak_scores(distance: Distances, neighbours: int, noise: Tensor | None = None) -> Tensor:
     """Return the density times the distance to the nearest denser token, (n,) float32; centres have the highest.
 
-    A token counts among its own `neighbours`. The densest token gets the largest distance of all. Releases add noise of
-    a millionth to densities to break ties; here the lower index comes first.
+    A token counts among its own `neighbours`. The densest token gets the largest distance of all.
+
+    Parameters
+    ----------
+    noise : Tensor, (n,), optional
+        Uniform in [0, 1); releases add a millionth of it to break ties. Without it the lower index comes first.
     """
     neighbours = min(neighbours, len(distance.tokens))
     dense, most = [], []
@@ -109,6 +113,8 @@ def peak_scores(distance: Distances, neighbours: int) -> Tensor:
         dense.append(density(rows, neighbours))
         most.append(rows.max())
     densities, largest = torch.cat(dense), torch.stack(most).max()
+    if noise is not None:
+        densities = densities + noise * 1e-6
     apart = [
         torch.where(densities[None, :] > densities[part, None], rows, largest).amin(1) for part, rows in distance.rows()
     ]

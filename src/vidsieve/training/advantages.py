@@ -1,4 +1,4 @@
-"""From the rewards of a group of rollouts to advantages. Pure functions."""
+"""Advantages from the rewards of a group of rollouts. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from torch import Tensor
 def over_finite(advantage: Callable[..., Tensor], rewards: Tensor, *others: Tensor) -> Tensor:
     """Return a group's advantages (G,) float32 among its finite rewards, 0 where a reward is NaN or infinite.
 
-    Parameters
-    ----------
-    advantage : callable
-        One of the functions below.
-    rewards : Tensor, (G,)
-    others : Tensor, (G,)
-        What else `advantage` takes for each rollout.
+    `advantage` is one of the functions below, `others` (G,) its further arguments.
     """
     finite = rewards.isfinite()
     weights = torch.zeros(rewards.shape, dtype=torch.float32, device=rewards.device)

@@ -10,7 +10,7 @@ ratio is 1 and the clip is inactive.
 Variant "ours" differs from the paper in the policy's body (an explicit question path), and in a pull of
 `score_decay` towards a fair coin, since scores otherwise grow without limit over prompts.
 
-A rollout whose reward is not finite has no weight in its group; `skipped` counts groups where that is so of all.
+A rollout whose reward is not finite has no weight in its group; `skipped` counts groups in which none is.
 """
 
 from __future__ import annotations
@@ -22,31 +22,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
-from vidsieve.training import official, sampling
+from vidsieve.training import release_sampling, sampling
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite
-from vidsieve.training.answers import decoded, judge
-from vidsieve.training.controls import choice_loss, gated
+from vidsieve.training.controls import choice_loss, gated, teacher_scores
 from vidsieve.training.data.samples import Choice
-from vidsieve.training.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall
-from vidsieve.training.packing import Packing
-from vidsieve.training.replay import Memory, next_ratio
+from vidsieve.training.judging import judge
+from vidsieve.training.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall, keep_entropy
 from vidsieve.training.rewards import choice_reward, margin_reward
 from vidsieve.training.rollouts import Rollouts
-from vidsieve.training.sampling import log_uniform
 from vidsieve.training.settings import CaCoVIDConfig
-from vidsieve.training.teachers import teacher_scores
 from vidsieve.training.trainer import StepResult, Trainer
-from vidsieve.training.watch import WINDOW, keep_entropy
+from vidsieve.training.warning_signs import WINDOW
 from vidsieve.types import Need, VideoTokens
+
+MOST_RATIO = 0.12
+"""Largest ratio that the dynamic ratio doubles to."""
+RELEASE_LEAST_RATIO = 0.01
+"""Smallest ratio that the release halves to; here it is one token a frame."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Rollouts of one prompt so far: G of them over N tokens (or T frames).
+
+    Parameters
+    ----------
+    masks : Tensor, (G, N), bool
+    log_probs : Tensor, (G, N), float32
+        Of the keep or drop of each token, under the policy that drew the mask (Eq. 17).
+    rewards, right : Tensor, (G,), float32
+        Reward, and if the answer was right.
+    """
+
+    masks: Tensor
+    log_probs: Tensor
+    rewards: Tensor
+    right: Tensor
+
+    def __add__(self, other: Memory) -> Memory:
+        pairs = ((getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        return Memory(*map(torch.cat, pairs))
 
 
 @dataclass
 class Prompted:
     """A prompt during its iterations: its video encoded once, its rollouts so far, its sampling ratio.
 
-    `blind` are the options' logits (options,) without the video, where they were asked for.
+    `blind` are the options' logits (options,) without the video, where they are needed.
     """
 
     sample: Choice
@@ -57,25 +80,19 @@ class Prompted:
     first: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the first iteration, from which the release draws in all of them."""
 
-    def remember(self, kind: str, fresh: Memory) -> Memory:
-        """Return the rollouts of one kind with fresh ones among them."""
-        before = self.memory.get(kind)
-        self.memory[kind] = fresh if before is None else before.with_more(fresh)
-        return self.memory[kind]
-
 
 class CaCoVIDTrainer(Trainer[Choice]):
-    """CPO on multiple-choice prompts; see the module's text."""
+    """CPO on multiple-choice prompts; see the module's text.
+
+    `decode` turns generated ids (G, E) into texts, for the reward "generate".
+    """
 
     policy: CaCoVIDPolicy
     config: CaCoVIDConfig
 
-    def __init__(self, adapter: Adapter, *args: Any, tokenizer: Any = None, **kwargs: Any) -> None:
-        self.adapter, self.tokenizer = adapter, tokenizer
+    def __init__(self, *args: Any, decode: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.packing = Packing(adapter.model, self.config.rollout_tokens)
-        if self.held_out is not None:
-            self.held_out.packing = self.packing
+        self.decode = decode
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return AdamW with the body at its own rate."""
@@ -86,10 +103,6 @@ class CaCoVIDTrainer(Trainer[Choice]):
             groups.append({"params": body, "lr": self.config.body_lr})
         return torch.optim.AdamW(groups, weight_decay=self.config.weight_decay)
 
-    def learning_rate(self, step: int) -> float:
-        """Return a cosine from 1 to 0."""
-        return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
-
     @property
     def iterations(self) -> int:
         """Iterations over a sample."""
@@ -97,61 +110,46 @@ class CaCoVIDTrainer(Trainer[Choice]):
 
     @property
     def rollouts(self) -> int:
-        """Masks that the frozen model is asked about: over tokens, and over frames where rewards are compared."""
+        """Masks under which the frozen model answers: over tokens, and over frames where rewards are compared."""
         c = self.config
         if c.objective == "distil":
             return 0
         return c.token_rollouts + (c.frame_rollouts if c.objective == "policy_gradient" else 0)
 
-    def record(self) -> dict[str, Any]:
-        """Return the training record, with what went into one prefill."""
-        return super().record() | {"packing": self.packing.record()}
-
     def prepare(self, sample: Choice) -> Prompted:
-        """Return a prompt, its video encoded, and answered without it where the reward asks for that.
+        """Return a prompt, its video encoded, and answered without it if the reward needs that.
 
         So are the prompts of the first lines of metrics, from which an early warning reads how many need no video.
         """
         c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
         early = self.step < WINDOW * c.log_every and c.objective == "policy_gradient" and len(sample.option_ids) > 0
         blind = rollouts.blind_logits(sample.option_ids) if c.blind_margin or early else None
-        return Prompted(sample, rollouts, self.config.ratio, blind)
-
-    def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
-        sample = prompt.sample
-        if self.config.reward == "generate":
-            said = decoded(self.tokenizer, prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
-            right = torch.tensor([judge(sample.kind, text, sample.truth) for text in said], device=keep_masks.device)
-            return right, right
-        logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
-        right = choice_reward(logits, sample.answer)
-        if self.config.reward == "choice":
-            return right, right
-        return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
+        return Prompted(sample, rollouts, c.ratio, blind)
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
-        video = prompt.rollouts.video(frozenset({Need.QUESTION}))
+        c, video = self.config, prompt.rollouts.video(frozenset({Need.QUESTION}))
         token_logits, frame_logits = self.run_policy(video)  # (N, 2), (T, 2)
-        keep = token_logits[:, 1] - token_logits[:, 0]  # (N,)
-        frame_keep = frame_logits[:, 1] - frame_logits[:, 0]  # (T,)
-        if self.config.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
-            prompt.ratio = log_uniform(self.config.rate_low, self.config.rate_high, self.generator)
+        keep, frame_keep = difference(token_logits), difference(frame_logits)  # (N,), (T,)
+        if c.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
+            prompt.ratio = sampling.log_uniform(c.rate_low, c.rate_high, self.generator)
         metrics: dict[str, float] = {}
-        if self.config.objective == "distil" or self.step < self.config.warmup_steps:
-            teacher = teacher_scores(prompt.rollouts, self.config.teacher)
+        if c.objective == "distil" or self.step < c.warmup_steps:
+            teacher = teacher_scores(prompt.rollouts, c.teacher)
             frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()
             loss = distillation_loss(keep, teacher) + distillation_loss(frame_keep, frames)
-        elif self.config.objective == "straight_through":
-            loss, metrics = self._straight_through(prompt, video, keep)
+        elif c.objective == "straight_through":
+            masks = self.token_masks(prompt, video, keep.detach()).to(keep.device)
+            loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))
+            metrics = {"right": float(right.mean()), "answer_loss": float(loss.detach())}
+            metrics["kept"] = float(masks.float().mean())
         else:
-            result = self._cpo(prompt, video, token_logits, frame_logits)
+            result = self.cpo(prompt, video, token_logits, frame_logits)
             if result.loss is None:
                 return result
             loss, metrics = result.loss, result.metrics
-        if self.config.entropy_floor:
-            loss = loss + self.config.entropy_weight * entropy_shortfall(keep, self.config.entropy_floor)
+        if c.entropy_floor:
+            loss = loss + entropy_shortfall(keep, c.entropy_floor)
         metrics |= {
             "ratio": prompt.ratio,
             "score_spread": float(keep.detach().std()),
@@ -160,55 +158,19 @@ class CaCoVIDTrainer(Trainer[Choice]):
         }
         return StepResult(loss, metrics)
 
-    def _straight_through(self, prompt: Prompted, video: VideoTokens, keep: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Return the answer's loss under token rollouts, with gradients through what they kept."""
-        masks = self._token_masks(prompt, video, keep.detach()).to(keep.device)
-        loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))
-        figures = {"right": float(right.mean()), "answer_loss": float(loss.detach())}
-        return loss, figures | {"kept": float(masks.float().mean())}
-
-    def _token_masks(self, prompt: Prompted, video: VideoTokens, scores: Tensor) -> Tensor:
-        c = self.config
-        if c.sampler == "official":
-            return official.token_masks(scores.cpu(), video.grid, prompt.ratio, c.token_rollouts, self.generator)
-        return sampling.token_masks(
-            scores,
-            video.grid,
-            prompt.ratio,
-            c.token_rollouts,
-            self.generator,
-            sampler=c.sampler,
-            over=c.over,
-            width=c.width,
-        )
-
-    def _frame_masks(
-        self, prompt: Prompted, video: VideoTokens, scores: Tensor, frame_scores: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        c = self.config
-        if c.sampler == "official" and c.frame_rollouts:
-            return official.frame_masks(
-                video.embeds.cpu(), frame_scores.cpu(), video.grid, prompt.ratio, c.frame_rollouts, self.generator
-            )
-        return sampling.frame_masks(
-            scores, frame_scores, video.grid, prompt.ratio, c.frame_rollouts, self.generator, width=c.width
-        )
-
-    def _cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
-        """Return the CPO loss of fresh rollouts and those remembered; None where no reward is finite."""
+    def cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
+        """Return the CPO loss of fresh and remembered rollouts; None where no reward is finite."""
         c = self.config
         drawn = {"tokens": token_logits.detach(), "frames": frame_logits.detach()}
         if c.sampler == "official":
             drawn = prompt.first = prompt.first or drawn
-        token_scores = drawn["tokens"][:, 1] - drawn["tokens"][:, 0]  # (N,)
-        frame_scores = drawn["frames"][:, 1] - drawn["frames"][:, 0]  # (T,)
-        # Draws are made on the CPU, so that a seed means the same everywhere.
+        token_scores, frame_scores = difference(drawn["tokens"]), difference(drawn["frames"])  # (N,), (T,)
+        # Masks are drawn on the CPU, so that a seed means the same everywhere.
         device = token_logits.device
-        token_masks = self._token_masks(prompt, video, token_scores).to(device)  # (G_t, N)
+        token_masks = self.token_masks(prompt, video, token_scores).to(device)  # (G_t, N)
         frame_masks, kept_by_frames = (
-            masks.to(device) for masks in self._frame_masks(prompt, video, token_scores, frame_scores)
+            masks.to(device) for masks in self.frame_masks(prompt, video, token_scores, frame_scores)
         )  # (G_f, T), (G_f, N)
-
         rewards, right = self.rewards(prompt, torch.cat([token_masks, kept_by_frames]))  # (G,), (G,)
         over_tokens, over_frames = slice(0, c.token_rollouts), slice(c.token_rollouts, None)
 
@@ -222,10 +184,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
             groups += 1
             # The policy that drew these masks is the current one (the first, in the release); those of earlier
             # iterations keep theirs.
-            old = action_log_probs(drawn[kind], masks)
-            if not c.replay:
-                prompt.memory.pop(kind, None)
-            memory = prompt.remember(kind, Memory(masks, old, rewards[which], right[which]))
+            fresh = Memory(masks, action_log_probs(drawn[kind], masks), rewards[which], right[which])
+            memory = prompt.memory[kind] + fresh if c.replay and kind in prompt.memory else fresh
+            prompt.memory[kind] = memory
             if not bool(memory.rewards.isfinite().any()):
                 continue
             advantage = over_finite(BY_NAME[c.advantage], memory.rewards)  # (i·G,)
@@ -236,19 +197,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
         if not losses:
             return StepResult(None, skipped, broken=f"reward {c.reward!r} is {float(rewards[0])}")
         # The release goes by all rollouts over tokens so far, the paper by those of the last iteration.
-        so_far = finite_mean(prompt.memory["tokens"].right if c.sampler == "official" else right)
-        if c.dynamic_ratio and math.isfinite(so_far):
-            # Below one token a frame the ratio changes nothing: steps count from there, or from the release's bound.
-            least = c.ratio_least or 1 / video.grid.per_frame
-            prompt.ratio = next_ratio(
-                max(prompt.ratio, least),
-                so_far,
-                least=least,
-                most=c.ratio_most,
-                low=c.ratio_low,
-                high=c.ratio_high,
-                inclusive=c.sampler == "official",
-            )
+        right_so_far = finite_mean(prompt.memory["tokens"].right if c.sampler == "official" else right)
+        if c.dynamic_ratio and math.isfinite(right_so_far):
+            prompt.ratio = self.next_ratio(prompt.ratio, right_so_far, video.grid.per_frame)
         # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
         means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
         if prompt.blind is not None:
@@ -260,3 +211,56 @@ class CaCoVIDTrainer(Trainer[Choice]):
         if len(known):
             figures["dead_groups"] = float(bool((known == known[0]).all()))
         return StepResult(torch.stack(losses).sum(), figures)
+
+    def token_masks(self, prompt: Prompted, video: VideoTokens, scores: Tensor) -> Tensor:
+        """Return keep-masks (G_t, N) drawn from token scores (N,)."""
+        c, draw = self.config, self.generator
+        if c.sampler == "official":
+            return release_sampling.token_masks(scores.cpu(), video.grid, prompt.ratio, c.token_rollouts, draw)
+        return sampling.token_masks(
+            scores, video.grid, prompt.ratio, c.token_rollouts, draw, sampler=c.sampler, over=c.over, width=c.width
+        )
+
+    def frame_masks(
+        self, prompt: Prompted, video: VideoTokens, scores: Tensor, frame_scores: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return frame masks (G_f, T) drawn from frame scores (T,), and their keep-masks (G_f, N)."""
+        c, grid, ratio, draw = self.config, video.grid, prompt.ratio, self.generator
+        if c.sampler == "official" and c.frame_rollouts:
+            embeds = video.embeds.cpu()
+            return release_sampling.frame_masks(embeds, frame_scores.cpu(), grid, ratio, c.frame_rollouts, draw)
+        return sampling.frame_masks(scores, frame_scores, grid, ratio, c.frame_rollouts, draw, width=c.width)
+
+    def rewards(self, prompt: Prompted, keep_masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the reward of each keep-mask (G, N), and how right the model is under it, both (G,) float32."""
+        sample = prompt.sample
+        if self.config.reward == "generate":
+            texts = self.decode(prompt.rollouts.generate(keep_masks, self.config.answer_tokens))
+            right = torch.tensor([judge(sample.kind, text, sample.truth) for text in texts], device=keep_masks.device)
+            return right, right
+        logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
+        right = choice_reward(logits, sample.answer)
+        if self.config.reward == "choice":
+            return right, right
+        return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
+
+    def next_ratio(self, ratio: float, right: float, per_frame: int) -> float:
+        """Return the sampling ratio of a prompt's next iteration (dynamic sample ratio).
+
+        Halved if more than `ratio_high` of the last rollouts were right, doubled if less than `ratio_low` were, so that
+        a group is neither all right nor all wrong; the release counts the thresholds themselves too. The bounds are one
+        token a frame, below which the ratio changes nothing, and `MOST_RATIO`; a larger ratio stays.
+        """
+        c, release = self.config, self.config.sampler == "official"
+        least = RELEASE_LEAST_RATIO if release else 1 / per_frame
+        ratio = max(ratio, least)
+        if right > c.ratio_high or (release and right == c.ratio_high):
+            return max(ratio / 2, least)
+        if right < c.ratio_low or (release and right == c.ratio_low):
+            return max(ratio, min(2 * ratio, MOST_RATIO))
+        return ratio
+
+
+def difference(logits: Tensor) -> Tensor:
+    """Return the logit of keep minus that of drop (N,) of logits (N, 2)."""
+    return logits[:, 1] - logits[:, 0]

@@ -1,33 +1,95 @@
-"""Learning without reinforcement: the controls that say what the policy gradient is worth.
+"""Learning without reinforcement, the controls of the policy gradient: distilled attention, and straight-through.
 
-Straight-through: the kept tokens go into the LLM times 1 + p − sg(p), which is 1, so that the gradient of the answer's
-loss reaches the keep probability p of every kept token.
+CaCoVID's Figure 1 asks if attention tells what an answer depends on. Straight-through: the kept tokens go into the LLM
+times 1 + p − sg(p), which is 1, so that the gradient of the answer's loss reaches the keep probability p of each.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vidsieve.adapters import decoder_layer
+from vidsieve.adapters.transformers_api import layer_hidden
+from vidsieve.errors import NeedError
 from vidsieve.selection import mask_to_indices
 from vidsieve.training.data.samples import Choice
 from vidsieve.training.rewards import caption_ce, label_span
 from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.settings import Teacher
 from vidsieve.types import Selection, VideoTokens
+
+
+@torch.no_grad()
+def teacher_scores(rollouts: Rollouts, teacher: Teacher) -> Tensor:
+    """Return a teacher's scores (N,) float32 of a prompt's video tokens; the policy learns their softmax.
+
+    ``"first_look"``: the strongest log-attention of any head of layer 0 from the question's words, or from the caption
+    where the prompt has one. ``"attention"``: the logarithm of the mean attention, over layers and heads, from the last
+    column of the prompt, or from the caption.
+    """
+    adapter, encoded = rollouts.adapter, rollouts.encoded
+    real = encoded.attention_mask[0].nonzero().flatten()
+    labels = encoded.rest.get("labels")
+    if teacher == "first_look":
+        if labels is None:
+            rows = real[adapter.prompt(encoded, 0).question_mask.to(real.device)]
+            if not len(rows):
+                raise NeedError("the prompt has no question, whose words the teacher 'first_look' needs")
+        else:
+            rows = (labels[0] != -100).nonzero().flatten()
+        weights = attention_rows(rollouts, rows, [0])[0]  # (H, R, N)
+        return weights.amax((0, 1)).clamp(min=1e-12).log()
+    # The column before a caption's token predicts it.
+    rows = real[-1:] if labels is None else (labels[0] != -100).nonzero().flatten() - 1
+    layers = attention_rows(rollouts, rows, range(len(adapter.decoder_layers)))
+    return torch.stack([weights.mean((0, 1)) for weights in layers]).mean(0).clamp(min=1e-12).log()
+
+
+def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Return the attention (H, R, N) float32 from columns `rows` (R,) to the video's tokens, one tensor a layer.
+
+    Recomputed from each layer's own projections while the whole prompt runs through the LLM once: no full attention
+    matrix, whatever the attention backend.
+    """
+    adapter, encoded = rollouts.adapter, rollouts.encoded
+    whole = encoded.everything()
+    kept = rollouts.build(whole).kept_positions[0]  # without padding, columns of the prompt lie elsewhere
+    place = torch.full((encoded.input_ids.shape[1],), -1, dtype=torch.int64, device=kept.device)
+    place[kept] = torch.arange(len(kept), device=kept.device)
+    asking, columns = place[rows.to(kept.device)], place[encoded.videos[0].columns.to(kept.device)]
+    positions = encoded.positions[adapter.position_rows, 0][:, kept]
+    text = adapter.model.config.get_text_config()
+    attention: list[Tensor] = []
+
+    def read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        weights = decoder_layer.attention_rows(layer, text, layer_hidden(args, kwargs, layer)[0], positions, asking)
+        attention.append(weights[..., columns.to(weights.device)])
+
+    hooks = [adapter.decoder_layers[n].register_forward_pre_hook(read, with_kwargs=True) for n in layers]
+    try:
+        rollouts.prefill(whole)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return attention
 
 
 def gated(video: VideoTokens, keep_logits: Tensor, keep_masks: Tensor) -> list[Selection]:
     """Return selections of keep-masks (G, N) through which a loss reaches the keep logits (N,)."""
     probability = keep_logits.float().sigmoid()
     gate = (1 + probability - probability.detach()).to(video.embeds)  # (N,), all ones
-    chosen = [mask_to_indices(mask).to(video.embeds.device) for mask in keep_masks]
-    return [Selection(indices, embeds=video.embeds[indices] * gate[indices, None]) for indices in chosen]
+    kept = [mask_to_indices(mask).to(video.embeds.device) for mask in keep_masks]
+    return [Selection(indices, embeds=video.embeds[indices] * gate[indices, None]) for indices in kept]
 
 
 def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection]) -> tuple[Tensor, Tensor]:
-    """Return −log p(right option), a scalar, and whether each selection is answered rightly (G,) float32."""
-    logits = _prefilled(rollouts, selections, 1)[0][:, -1]
+    """Return −log p(right option), a scalar, and if each selection is answered rightly (G,) float32."""
+    logits = rollouts.prefill(selections)[0][:, -1]
     options = logits[:, sample.option_ids.to(logits.device)].float()
     target = torch.full((len(selections),), sample.answer, device=options.device)
     return F.cross_entropy(options, target), (options.detach().argmax(1) == sample.answer).float()
@@ -35,14 +97,6 @@ def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection])
 
 def caption_loss(rollouts: Rollouts, selections: list[Selection]) -> Tensor:
     """Return the caption's mean cross-entropy (G,) under each selection, with its gradient."""
-    span = label_span(rollouts.encoded.rest["labels"][:, rollouts.encoded.attention_mask[0]])
-    logits, labels = _prefilled(rollouts, selections, span)
+    span = label_span(rollouts.labels)
+    logits, labels = rollouts.prefill(selections, span)
     return caption_ce(logits, labels[:, -span:])
-
-
-def _prefilled(rollouts: Rollouts, selections: list[Selection], span: int) -> tuple[Tensor, Tensor]:
-    """Return logits (G, span, V) of the last columns under each selection, with gradients, and labels (G, L)."""
-    adapter = rollouts.adapter
-    inputs = adapter.build(rollouts.encoded, [[s] for s in selections], rows=[0] * len(selections)).inputs
-    labels = inputs.pop("labels", torch.empty(0))
-    return adapter.model(**inputs, logits_to_keep=span, use_cache=False).logits, labels

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+"""ε_low and ε_high of CaCoVID's objective."""
+
 
 def action_log_probs(logits: Tensor, keep_masks: Tensor) -> Tensor:
-    """Return log π of what was done with each token (G, N): two-class log-softmax of logits (N, 2).
+    """Return log π (G, N) of the keep or drop of each token: two-class log-softmax of logits (N, 2).
 
     Parameters
     ----------
@@ -21,18 +24,16 @@ def action_log_probs(logits: Tensor, keep_masks: Tensor) -> Tensor:
     return torch.where(keep_masks, both[:, 1], both[:, 0])
 
 
-def clipped_surrogate(
-    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_low: float = 0.2, clip_high: float = 0.28
-) -> Tensor:
+def clipped_surrogate(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
     """Return −min(ρ·A, clip(ρ)·A) for each rollout and token (G, N) (CaCoVID Eq. 17-19).
 
     The minimum is taken before the exponential: min(ρ·A, clip(ρ)·A) is min(ρ, 1 + high)·A where A ≥ 0 and
-    max(ρ, 1 − low)·A where A < 0. Taken after it, an overflowing ρ would turn the gradient of the side that is
-    not chosen, 0 · ∞, into NaN.
+    max(ρ, 1 − low)·A where A < 0. After it, an overflowing ρ would turn the gradient of the other side, 0 · ∞, into
+    NaN.
     """
     weight = advantages[:, None].float()
     gap = log_probs - old_log_probs
-    gap = torch.where(weight >= 0, gap.clamp(max=math.log1p(clip_high)), gap.clamp(min=math.log1p(-clip_low)))
+    gap = torch.where(weight >= 0, gap.clamp(max=math.log1p(CLIP_HIGH)), gap.clamp(min=math.log1p(-CLIP_LOW)))
     return -gap.exp() * weight
 
 
@@ -44,8 +45,6 @@ def cpo_loss(
     *,
     balanced: bool = False,
     kl_weight: float = 0.0,
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
 ) -> Tensor:
     """Return the combinatorial policy optimisation loss (CaCoVID Eq. 16), a scalar.
 
@@ -57,13 +56,13 @@ def cpo_loss(
     keep_masks : Tensor, (G, N), bool
     advantages : Tensor, (G,)
     balanced : bool
-        Weigh kept tokens by the dropped share and dropped ones by the kept share of each mask, as the release
-        does for tokens; otherwise a plain mean over tokens (Eq. 16).
+        Weight kept tokens by the dropped fraction of each mask and dropped ones by the kept fraction, as the release
+        does for tokens; else the plain mean over tokens (Eq. 16).
     kl_weight : float
         Weight of the k3 estimate of the divergence from a fair coin, under the same weights.
     """
     log_probs = action_log_probs(logits, keep_masks)
-    loss = clipped_surrogate(log_probs, old_log_probs, advantages, clip_low, clip_high)
+    loss = clipped_surrogate(log_probs, old_log_probs, advantages)
     if kl_weight:
         gap = math.log(0.5) - log_probs
         loss = loss + kl_weight * (gap.exp() - gap - 1)
@@ -86,13 +85,18 @@ def entropy(keep_logits: Tensor) -> Tensor:
     return (F.softplus(logits) - logits * logits.sigmoid()).mean()
 
 
+def keep_entropy(keep_logits: Tensor) -> float:
+    """Return the mean entropy in bits of keep probabilities with logits (N,): 1 is a fair coin, 0 is certain."""
+    return float(entropy(keep_logits.detach())) / math.log(2)
+
+
 def entropy_shortfall(keep_logits: Tensor, floor: float) -> Tensor:
-    """Return how far the mean entropy of keep logits (N,) is below `floor` nats, 0 above it."""
+    """Return the distance of the mean entropy of keep logits (N,) below `floor` nats, 0 above it."""
     return (floor - entropy(keep_logits)).clamp(min=0)
 
 
 def band_distance(keep_logits: Tensor, low: float, high: float) -> Tensor:
-    """Return how far the mean keep probability of logits (N,) is outside [`low`, `high`], a scalar."""
+    """Return the distance of the mean keep probability of logits (N,) from [`low`, `high`], a scalar."""
     mean = keep_logits.float().sigmoid().mean()
     return (low - mean).clamp(min=0) + (mean - high).clamp(min=0)
 

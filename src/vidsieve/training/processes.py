@@ -1,6 +1,6 @@
-"""One training process or several: who takes which prompt, one gradient from all, one decision for all.
+"""One training process or several: they share prompts, add up gradients and decide together.
 
-Several processes come from torchrun, which says so in the environment; without it no process group is made.
+Several processes are launched by torchrun, which sets the environment; without it no process group is made.
 """
 
 from __future__ import annotations
@@ -21,44 +21,27 @@ T = TypeVar("T")
 
 
 def is_main() -> bool:
-    """Return whether this process is the one that writes and prints, from torchrun's environment."""
+    """Return True if this process is the one that writes and prints, from torchrun's environment."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def launched_by_torchrun() -> bool:
-    """Return whether torchrun's variables are in the environment."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run.
-
-    Parameters
-    ----------
-    rank : int
-        This one's number; 0 is the main process.
-    count : int
-    """
+    """The processes of a run: this one's rank, 0 in the main process, and their number."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and prints."""
+        """True in the process that writes files and prints."""
         return self.rank == 0
 
     def check_share(self, prompts: int) -> None:
-        """Refuse a number of prompts that cannot be shared out.
-
-        Raises
-        ------
-        TrainingError
-        """
+        """Raise TrainingError if the processes cannot share so many prompts evenly."""
         if prompts % self.count:
             raise TrainingError(
-                f"prompts_per_step is {prompts}, which {self.count} processes cannot share out evenly: choose a "
+                f"prompts_per_step is {prompts}, which {self.count} processes cannot share evenly: choose a "
                 f"multiple of {self.count}"
             )
 
@@ -76,48 +59,36 @@ class Processes:
         return gathered
 
     def in_order(self, items: list[T]) -> list[T]:
-        """Return what the shares of `share` gave, in the order of the whole range, in every process."""
+        """Return the results of every process's `share` in the order of the whole range, in every process."""
         if self.count == 1:
             return items
         parts: list[list[T]] = self.gather([items])
         return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for each flag whether it is up in any process."""
+        """Return each flag as True if any process has set it."""
         return tuple(map(any, zip(*self.gather([flags]), strict=True)))
 
-    def agree(self, error: VidsieveError | None) -> None:
-        """Raise, in every process, the error that one of them met; otherwise go on together.
-
-        Raises
-        ------
-        VidsieveError
-            The error met; in a process that met none, a TrainingError with the first one's text.
-        """
-        met = [text for text in self.gather([None if error is None else str(error)]) if text is not None]
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """Raise a VidsieveError of the block in all processes, as a TrainingError in those that met none."""
+        error: VidsieveError | None = None
+        try:
+            yield
+        except VidsieveError as raised:
+            error = raised
+        texts = [text for text in self.gather([None if error is None else str(error)]) if text is not None]
         if error is not None:
             raise error
-        if met:
-            raise TrainingError(met[0])
+        if texts:
+            raise TrainingError(texts[0])
 
     def together(self, work: Callable[[], T]) -> T:
-        """Return what `work` gives in the main process; the others wait, and fail as it fails.
-
-        Raises
-        ------
-        VidsieveError
-            What `work` raised.
-        """
-        if self.count == 1:
-            return work()
+        """Return the result of `work` in the main process; the others wait, and fail as it fails."""
         result: T | None = None
-        error: VidsieveError | None = None
-        if self.main:
-            try:
+        with self.agreeing():
+            if self.main:
                 result = work()
-            except VidsieveError as met:
-                error = met
-        self.agree(error)
         return self.gather([result])[0]  # type: ignore[return-value]
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
@@ -137,8 +108,8 @@ class Processes:
 
 @contextmanager
 def joined(device: Literal["cpu", "cuda"] | str = "cpu") -> Iterator[Processes]:
-    """Give the processes of this run; a group is made, and taken down again, only where torchrun launched them."""
-    if not launched_by_torchrun():
+    """Yield the processes of this run; a process group is made, and destroyed, only if torchrun launched them."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         yield Processes()
         return
     from accelerate import Accelerator
@@ -149,7 +120,7 @@ def joined(device: Literal["cpu", "cuda"] | str = "cpu") -> Iterator[Processes]:
         yield processes
         accelerator.wait_for_everyone()
     finally:
-        # Left to the interpreter's exit, gloo's threads abort the process now and then after all work is done.
+        # Left to the interpreter's exit, gloo's threads sometimes abort the process after all work is done.
         accelerator.free_memory()
         gc.collect()
         if torch.distributed.is_initialized():

@@ -1,10 +1,14 @@
-"""Complete training runs: policy, data and settings put together by variant."""
+"""Complete training runs: policy, prompts, trackers and trainer put together from a variant's settings."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +19,16 @@ from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
-from vidsieve.training.loggers import tracking
 from vidsieve.training.processes import is_main, joined
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig
 from vidsieve.training.sources import Files, held_out, source
-from vidsieve.training.trainer import Report
+from vidsieve.training.trainer import Events, Report
 
 SKIPPED = "skipped.jsonl"
-"""In the folder of a run: what of its files is not used, and why."""
+"""File in the folder of a run that lists the rows and videos that are not used."""
+TRACKERS = ("tensorboard", "wandb")
+"""Each is an extra of the package, with the name of the module it needs."""
 
 
 def train_policy(
@@ -34,19 +39,12 @@ def train_policy(
     settings: dict[str, Any],
     *,
     variant: str = "ours",
-    data: Path | None = None,
-    eval_data: Path | None = None,
-    pseudo: Path | None = None,
-    cache: Path | None = None,
-    root: Path | None = None,
     model_name: str = "",
+    files: Files | None = None,
     resume: bool = False,
     force: bool = False,
     log_to: Sequence[str] = (),
-    report: Report | None = None,
-    tick: Report | None = None,
-    warn: Callable[[str], None] | None = None,
-    announce: Callable[[str], None] | None = None,
+    events: Events | None = None,
 ) -> dict[str, Any]:
     """Train a policy for a frozen model and return its training record; the policy is in ``folder/policy``.
 
@@ -57,26 +55,14 @@ def train_policy(
     method : {"cacovid", "score"}
     settings : dict
         Fields of the trainer's configuration that differ from the variant's.
-    data : Path, optional
-        Videos with questions or captions, in a layout of `vidsieve.training.data.layouts`; default: endless scenes of
-        the testbed. What cannot be used is listed in ``folder/skipped.jsonl``.
-    eval_data : Path, optional
-        Such a file of other videos, for evaluation; default: other scenes where the testbed is the data, else what
-        the setting `hold_out` takes out of `data`.
-    pseudo : Path, optional
-        JSON lines of pseudo-videos (`vidsieve data pseudo`) for SCORE's first `pseudo_steps`, where `data` is a file.
-    cache : Path, optional
-        Folder of encoded videos of `data` (`EncodingCache`): what is there is neither decoded nor encoded again.
-    root : Path, optional
-        The folder that paths in `data` and `eval_data` start from; default: the folder of each file.
+    model_name : str
+        Name that a resumed run must have in common with the first.
+    files : Files, optional
+        Default: endless scenes of the testbed.
     resume, force : bool
         As `Trainer.fit` has them.
     log_to : sequence of {"tensorboard", "wandb"}
-        Where metrics go beside ``folder/metrics.jsonl``.
-    report, tick, warn : callable, optional
-        As `Trainer` has them.
-    announce : callable, optional
-        Called before training begins with what of the files is used, and what the cache will take, in words.
+        Trackers that get the metrics of ``folder/metrics.jsonl`` too.
 
     Raises
     ------
@@ -84,42 +70,34 @@ def train_policy(
     """
     if (method, variant) not in SETTINGS:
         raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
+    check_trackers(log_to)
+    config = CONFIGS[method](**SETTINGS[method, variant] | settings)
+    folder, files, events = Path(folder), files or Files(), events or Events()
     model.requires_grad_(False)
     adapter = adapter_for(model)
-    chosen = SETTINGS[method, variant] | settings
-    config = (CaCoVIDConfig if method == "cacovid" else ScoreConfig)(**chosen)
-    folder = Path(folder)
     if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
         (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
-    skipped = Skipped(folder / SKIPPED if data is not None or eval_data is not None else None, lists=is_main())
-    found = source(adapter, processor, config, Files(data, eval_data, pseudo, cache, root), skipped)
-    if announce is not None:
-        for line in skipped.lines():
-            announce(line)
-        if cache is not None:
-            announce(found.plan())
-    shared: dict[str, Any] = {
-        "tick": tick,
-        "warn": warn,
-        "held_out": held_out(found, adapter, processor, config),
-        "origin": {"variant": variant, "model": model_name} | found.origin,
-    }
+    read = files.data is not None or files.eval_data is not None
+    skipped = Skipped(folder / SKIPPED if read else None, lists=is_main())
+    prompts = source(adapter, processor, config, files, skipped)
+    for line in skipped.lines() + ([prompts.plan()] if files.cache is not None else []):
+        events.announce(line)
     with (
-        tracking(log_to, folder, asdict(config)) as write,
+        tracking(log_to, folder, asdict(config), events.report) as report,
         joined(model.device.type) as processes,
-        found.samples() as samples,
+        prompts.samples() as samples,
     ):
-
-        def log(step: int, steps: int, metrics: dict[str, float]) -> None:
-            write(step, metrics)
-            if report:
-                report(step, steps, metrics)
-
-        shared |= {"processes": processes, "report": log}
+        shared: dict[str, Any] = {
+            "origin": {"variant": variant, "model": model_name} | prompts.origin,
+            "held_out": held_out(prompts, adapter, processor, config),
+            "processes": processes,
+            "events": replace(events, report=report),
+        }
         trainer: CaCoVIDTrainer | ScoreTrainer
         if isinstance(config, CaCoVIDConfig):
-            policy = _cacovid(adapter, config, variant, model_name).to(model.device)
-            trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, tokenizer=processor.tokenizer, **shared)
+            policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
+            decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+            trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
         else:
             scorer = ScorePolicy.start(
                 adapter.hidden_size,
@@ -133,13 +111,13 @@ def train_policy(
             trainer = ScoreTrainer(adapter, scorer, config, samples, folder, **shared)
         record = trainer.fit(resume, force).config.training
     broken = skipped.videos["broken"]
-    if broken and announce is not None:
-        announce(f"{broken} broken video{'s' * (broken > 1)} met and passed over: listed in {skipped.path}")
-    return record if data is None else {**record, "skipped": skipped.as_dict()}
+    if broken:
+        events.announce(f"{broken} broken video{'s' * (broken > 1)} skipped: listed in {skipped.path}")
+    return record if files.data is None else {**record, "skipped": skipped.as_dict()}
 
 
-def _cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str) -> CaCoVIDPolicy:
-    """Return CaCoVID's policy at its start: the LLM's first layers."""
+def new_cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str) -> CaCoVIDPolicy:
+    """Return CaCoVID's policy before training: the LLM's first layers and new heads."""
     depth, deepest = config.depth, len(adapter.decoder_layers)
     if depth > deepest:
         raise TrainingError(f"depth is {depth}, and this model's LLM has {deepest} layers to start from")
@@ -160,3 +138,46 @@ def _cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: 
         body=None if config.body == "variant" else config.body,
         **network,
     )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UnknownNameError or TrainingError for trackers that are unknown or not installed."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UnknownNameError("tracker", name, TRACKERS)
+        if find_spec(name) is None:
+            raise TrainingError(f"{name} is not installed: pip install 'vidsieve[{name}]', or leave it out of --log-to")
+
+
+@contextmanager
+def tracking(names: Sequence[str], folder: Path, config: dict[str, Any], report: Report) -> Iterator[Report]:
+    """Yield `report`, extended to send metrics to trackers too; none is opened before there is something to send.
+
+    TensorBoard's files are in ``folder/tensorboard``. A run of Weights & Biases is in the project ``vidsieve``, has
+    the folder's name, and is resumed when the folder's run is.
+    """
+    trackers: list[Any] = []
+
+    def open_tracker(name: str, first: int) -> Any:
+        from accelerate import PartialState
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        PartialState(cpu=True)  # trackers need it to exist; under torchrun it does already
+        if name == "tensorboard":  # figures that a killed run logged after its checkpoint are not shown twice
+            return TensorBoardTracker("tensorboard", folder, purge_step=first)
+        key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        return WandBTracker("vidsieve", name=folder.name, id=key, resume="allow", dir=str(folder), config=config)
+
+    def send(step: int, steps: int, metrics: dict[str, float]) -> None:
+        for name in dict.fromkeys(names) if not trackers else ():
+            trackers.append(open_tracker(name, step))
+            trackers[-1].start()
+        for tracker in trackers:
+            tracker.log(metrics, step)
+        report(step, steps, metrics)
+
+    try:
+        yield send
+    finally:
+        for tracker in trackers:
+            tracker.finish()

@@ -1,4 +1,4 @@
-"""What a rollout is worth, from the frozen LLM's own outputs. Pure functions."""
+"""Rewards of rollouts, from the frozen LLM's own outputs. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,25 +10,19 @@ from torch import Tensor
 def choice_reward(option_logits: Tensor, answer: int) -> Tensor:
     """Return 1 where the right option has the highest logit, else 0, (G,) float32; NaN where a logit is not finite.
 
-    The dense form of "does the model answer correctly": argmax over the options in one prefill.
-
-    Parameters
-    ----------
-    option_logits : Tensor, (G, options), next-token logits of the options
-    answer : int
+    `option_logits` (G, options) are the next-token logits of the options, `answer` is the number of the right one.
     """
     right = (option_logits.argmax(1) == answer).float()
-    # argmax takes NaN for the largest: a broken rollout would pass for an answer.
+    # argmax treats NaN as the largest value: a broken rollout would count as an answer.
     return right.masked_fill(~option_logits.isfinite().all(1), torch.nan)
 
 
 def margin_reward(option_logits: Tensor, answer: int, blind_logits: Tensor | None = None) -> Tensor:
     """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly.
 
-    With `blind_logits` each option counts by log p(option | video) − log p(option | no video): what the video
-    adds, not what the words make likely. That is taken off before the best wrong option is sought. Taken off the
-    margin it would be one number for all rollouts of a prompt, which a group's advantage cancels; so it does for a
-    question of two options, where there is only one wrong one.
+    With `blind_logits` each option counts by log p(option | video) − log p(option | no video), before the best wrong
+    option is chosen. Subtracted from the margin it would be one number for all rollouts of a prompt, which a group's
+    advantage cancels; with two options it still is.
 
     Parameters
     ----------
@@ -60,17 +54,15 @@ def caption_ce(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def label_span(labels: Tensor) -> int:
-    """Return how many of the last columns of labels (G, L) hold every label and the column that predicts the first.
+    """Return the number of last columns of labels (G, L) that hold every label and the column before the first.
 
-    Rows are padded on the left, so that what follows a video is at the end of every row.
+    Rows are padded on the left, so the text after a video is at the end of every row.
     """
     return labels.shape[1] - int((labels != -100).any(0).nonzero()[0]) + 1
 
 
-def score_rewards(
-    ce: Tensor, ce_full: float, keep_masks: Tensor, tolerance: float, slack: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """Return SCORE's ΔCE = τ·CE_base + slack − CE and sparsity S, both (K,) float32 (Eq. 5-6).
+def score_rewards(ce: Tensor, ce_full: float, keep_masks: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return SCORE's ΔCE = τ·CE_base − CE and sparsity S, both (K,) float32 (Eq. 5-6).
 
     Parameters
     ----------
@@ -78,7 +70,5 @@ def score_rewards(
     ce_full : float, CE_base, under all tokens
     keep_masks : Tensor, (K, N), bool
     tolerance : float, τ ≥ 1
-    slack : float
-        Added where a factor leaves no room because CE_base is near 0 (variant "ours").
     """
-    return tolerance * ce_full + slack - ce.float(), 1 - keep_masks.float().mean(1)
+    return tolerance * ce_full - ce.float(), 1 - keep_masks.float().mean(1)

@@ -1,9 +1,13 @@
-"""Running a frozen LLM on many keep-masks of one prompt: one encoding, a few packed prefills."""
+"""Run a frozen LLM on many keep-masks of one prompt: one encoding, a few packed prefills."""
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +15,153 @@ from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, on_device
-from vidsieve.errors import UnsupportedCallError
+from vidsieve.adapters.plan import Plan
+from vidsieve.adapters.transformers_api import is_eager
+from vidsieve.errors import TrainingError, UnsupportedCallError
 from vidsieve.selection import mask_to_indices
-from vidsieve.training.packing import Packing
 from vidsieve.training.rewards import caption_ce, label_span
 from vidsieve.types import Need, Selection, VideoTokens
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+CPU_TOKENS = 2048
+"""Tokens in one prefill on the CPU; more answer no more rollouts per second (benchmarks/rollouts.py)."""
+GPU_TOKENS = 65536
+"""Tokens in the first prefill on a GPU; what does not fit is halved."""
+CPU_SHARE = 4
+"""A prefill on the CPU may use one part in so many of the machine's memory."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Estimate, from a model's configuration, of the bytes that a prefill under `no_grad` holds at once.
+
+    Without gradients and without a cache one layer's activations replace those of the layer before.
+
+    Parameters
+    ----------
+    token : int
+        A token's hidden states and the widest activations of one layer.
+    pair : int
+        A query and a key: the mask, and under eager attention the scores of every head.
+    logits : int
+        A position's logits over the vocabulary, and two float32 copies for log-probabilities.
+    cached : int
+        A token's keys and values in all layers, where a cache is kept.
+    """
+
+    token: int
+    pair: int
+    logits: int
+    cached: int
+
+    @classmethod
+    def of(cls, model: Any) -> Footprint:
+        """Return the footprint of a transformers model."""
+        text, size = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
+        heads = text.num_attention_heads
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        scores = 2 * heads if is_eager(text) else 0
+        return cls(
+            token=size * (8 * text.hidden_size + 3 * text.intermediate_size),
+            pair=size * (1 + scores),
+            logits=text.vocab_size * (size + 8),
+            cached=2 * size * text.num_hidden_layers * text.num_key_value_heads * head,
+        )
+
+    def rollout(self, length: int, positions: int = 1, cache: bool = False) -> int:
+        """Return the bytes of one rollout of `length` tokens with logits at `positions` of them."""
+        per_token = self.token + (self.cached if cache else 0)
+        return length * per_token + length * length * self.pair + positions * self.logits
+
+
+class Packing:
+    """Number of rollouts in one prefill; one object serves all prompts of a run and remembers what did not fit.
+
+    On the CPU it depends on the model and on the machine's total memory alone, never on what is free at the moment:
+    float results differ in their last bits between shapes of a batch, and a run must be repeatable. On a GPU it starts
+    large and is halved when memory runs out.
+
+    Parameters
+    ----------
+    model : the transformers model
+    tokens : int
+        Most tokens, padding included, in one prefill; 0: as many as memory allows.
+    """
+
+    def __init__(self, model: Any, tokens: int = 0) -> None:
+        self.device, self.footprint = model.device, Footprint.of(model)
+        self.bytes = math.inf
+        gpu = self.device.type == "cuda"
+        self.tokens = tokens or (GPU_TOKENS if gpu else CPU_TOKENS)
+        if not tokens:
+            self.bytes = (
+                torch.cuda.get_device_properties(self.device).total_memory if gpu else total_memory() // CPU_SHARE
+            )
+
+    def rows(self, length: int, positions: int = 1, cache: bool = False) -> int:
+        """Return the number of rollouts in one prefill, at least 1; arguments as `Footprint.rollout`."""
+        fitting = min(self.tokens // length, self.bytes / self.footprint.rollout(length, positions, cache))
+        return max(1, math.floor(fitting))
+
+    def run(
+        self,
+        items: Sequence[Item],
+        work: Callable[[Sequence[Item]], Result],
+        length: int,
+        positions: int = 1,
+        cache: bool = False,
+    ) -> list[Result]:
+        """Return the results of `work` on the items, pack by pack; a pack that runs out of memory is halved.
+
+        Raises
+        ------
+        TrainingError
+            If a single rollout does not fit.
+        """
+        results: list[Result] = []
+        start = 0
+        while start < len(items):
+            pack = items[start : start + self.rows(length, positions, cache)]
+            try:
+                results.append(work(pack))
+                start += len(pack)
+                continue
+            except torch.cuda.OutOfMemoryError:
+                pass  # the error holds the frames, and with them the tensors that filled the memory: leave it first
+            if len(pack) == 1:
+                raise TrainingError(
+                    f"a single rollout of {length} tokens with {positions} positions of logits does not fit into the "
+                    f"memory of {self.device}: take fewer frames a video, keep fewer tokens (ratio, rate_high), or "
+                    "shorten the caption; rollout_tokens cannot help"
+                )
+            self.bytes = len(pack) * self.footprint.rollout(length, positions, cache) / 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return results
+
+    def record(self) -> dict[str, int | None]:
+        """Return the present bounds on a prefill: tokens, and bytes by the estimate (None: no bound)."""
+        return {"tokens": self.tokens, "bytes": None if self.bytes == math.inf else int(self.bytes)}
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of this machine or of the container around us; 8 GiB if unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        total = 8 * 2**30
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if os.path.isfile(limit) else ""
+    return min(total, int(text)) if text.isdigit() else total
+
 
 class Rollouts:
-    """A prompt with one video, and the frozen LLM's reaction to any subset of its tokens.
+    """A prompt with one video, and the frozen LLM's outputs under any subset of its tokens.
 
-    The video is encoded when the object is made; every rollout after that costs a prefill of the kept tokens
-    only, as many at a time as `packing` allows. How they are packed changes results by float noise alone.
+    The video is encoded when the object is made; every rollout after that costs a prefill of the kept tokens only.
+    How rollouts are packed changes results by float noise alone.
 
     Parameters
     ----------
@@ -30,7 +169,7 @@ class Rollouts:
     inputs : mapping
         Processor outputs of one prompt with one video; ``labels`` where a caption is scored.
     packing : Packing, optional
-        One for all prompts of a run keeps what did not fit from being tried again; default: a new one.
+        The packing of the run; default: a new one.
     """
 
     def __init__(self, adapter: Adapter, inputs: Mapping[str, Any], packing: Packing | None = None) -> None:
@@ -40,38 +179,45 @@ class Rollouts:
         if self.encoded.input_ids.shape[0] != 1 or len(self.encoded.videos) != 1:
             raise UnsupportedCallError("rollouts need one prompt with one video at a time")
 
+    @property
+    def num_tokens(self) -> int:
+        """N, the tokens of the video."""
+        return self.encoded.videos[0].features.grid.num_tokens
+
     def video(self, needs: frozenset[Need] = frozenset()) -> VideoTokens:
         """Return the video as a policy reads it."""
         with torch.no_grad():
             return self.adapter.video_tokens(self.encoded, 0, needs)
 
-    @torch.no_grad()
-    def option_logits(self, keep_masks: Tensor, option_ids: Tensor) -> Tensor:
-        """Return the next-token logits (G, options) of the option words after the prompt.
+    def prefill(self, selections: Sequence[Selection], span: int = 1) -> tuple[Tensor, Tensor]:
+        """Run the LLM under each selection, with gradients if they are enabled.
 
-        Parameters
-        ----------
-        keep_masks : Tensor, (G, N), bool
-        option_ids : Tensor, (options,), int64
+        Returns
+        -------
+        logits : Tensor, (G, span, V)
+            Of the last `span` columns.
+        labels : Tensor, (G, L), int64
+            Empty where the prompt has none.
         """
+        inputs = self.build(selections).inputs
+        labels = inputs.pop("labels", torch.empty(0))  # with them the model would compute a loss over every position
+        return self.adapter.model(**inputs, logits_to_keep=span, use_cache=False).logits, labels
 
-        def work(batch: dict[str, Any]) -> Tensor:
-            batch.pop("labels", None)  # with them the model would compute a loss over every position
-            logits: Tensor = self.adapter.model(**batch, logits_to_keep=1, use_cache=False).logits
-            return logits[:, -1, option_ids]
+    def build(self, selections: Sequence[Selection]) -> Plan:
+        """Return the LLM's inputs under each selection, one row each."""
+        return self.adapter.build(self.encoded, [[selection] for selection in selections], rows=[0] * len(selections))
 
-        return torch.cat(self._packed(keep_masks, work))
+    @torch.no_grad()
+    def option_logits(self, kept: Tensor | Sequence[Selection], option_ids: Tensor) -> Tensor:
+        """Return the next-token logits (G, options) of options (options,) under each keep-mask (G, N) or selection."""
+        return torch.cat(self._packed(kept, lambda pack: self.prefill(pack)[0][:, -1, option_ids]))
 
     @torch.no_grad()
     def blind_logits(self, option_ids: Tensor) -> Tensor:
-        """Return the next-token logits (options,) of the option words after the prompt without its video.
+        """Return the next-token logits (options,) of options (options,) int64 after the prompt without its video.
 
         The prompt loses everything from the video's first token to its last, time stamps of frames included, and
         the markers of its ends where the model's configuration names them.
-
-        Parameters
-        ----------
-        option_ids : Tensor, (options,), int64
         """
         encoded, span, config = self.encoded, self.encoded.videos[0], self.adapter.model.config
         ids = encoded.input_ids[0]
@@ -85,29 +231,29 @@ class Rollouts:
         keep[first : last + 1] = False
         words = ids[keep][None]
         positions = torch.arange(words.shape[1], device=words.device).expand(len(encoded.positions), 1, -1)
-        logits = self.adapter.model(
+        logits: Tensor = self.adapter.model(
             input_ids=words,
             attention_mask=torch.ones_like(words),
             position_ids=self.adapter.pack_positions(positions),
             logits_to_keep=1,
             use_cache=False,
         ).logits
-        found: Tensor = logits[0, -1, option_ids]
-        return found
+        return logits[0, -1, option_ids]
 
     @torch.no_grad()
-    def generate(self, keep_masks: Tensor, max_new_tokens: int) -> Tensor:
-        """Return greedy answers (G, E) int64 under each keep-mask (G, N), E ≤ `max_new_tokens`, padded on the right."""
+    def generate(self, kept: Tensor | Sequence[Selection], max_new_tokens: int) -> Tensor:
+        """Return greedy answers (G, E) int64 under each keep-mask (G, N) or selection, padded on the right."""
         settings = self.adapter.model.generation_config
         pad = settings.pad_token_id if settings.pad_token_id is not None else 0
 
-        def work(batch: dict[str, Any]) -> Tensor:
-            batch.pop("labels", None)
-            out = self.adapter.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad)
-            answers: Tensor = out[:, batch["input_ids"].shape[1] :]
-            return answers
+        def work(pack: Sequence[Selection]) -> Tensor:
+            inputs = self.build(pack).inputs
+            inputs.pop("labels", None)
+            answers = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad}
+            out: Tensor = self.adapter.model.generate(**inputs, **answers)
+            return out[:, inputs["input_ids"].shape[1] :]
 
-        parts = self._packed(keep_masks, work, cache=True)
+        parts = self._packed(kept, work, cache=True)
         longest = max(part.shape[1] for part in parts)
         return torch.cat([F.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
 
@@ -122,33 +268,31 @@ class Rollouts:
         """
         if "labels" not in self.encoded.rest:
             raise UnsupportedCallError("caption_ce needs labels in the inputs")
-        labels = self.encoded.rest["labels"][:, self.encoded.attention_mask[0]]
-        if not bool((labels[:, 1:] != -100).any()):
+        if not bool((self.labels[:, 1:] != -100).any()):
             raise UnsupportedCallError("the caption is empty: labels are -100 on every token that could be predicted")
-        span = label_span(labels)
+        span = label_span(self.labels)
 
-        def work(batch: dict[str, Any]) -> Tensor:
-            labels = batch.pop("labels")
-            logits = self.adapter.model(**batch, logits_to_keep=span, use_cache=False).logits
+        def work(pack: Sequence[Selection]) -> Tensor:
+            logits, labels = self.prefill(pack, span)
             return caption_ce(logits, labels[:, -span:])
 
         return torch.cat(self._packed(kept, work, positions=span))
 
+    @property
+    def labels(self) -> Tensor:
+        """Labels (1, L) of the prompt without padding."""
+        labels: Tensor = self.encoded.rest["labels"]
+        return labels[:, self.encoded.attention_mask[0]]
+
     def _packed(
         self,
         kept: Tensor | Sequence[Selection],
-        work: Callable[[dict[str, Any]], Tensor],
+        work: Callable[[Sequence[Selection]], Tensor],
         positions: int = 1,
         cache: bool = False,
     ) -> list[Tensor]:
-        """Return what `work` makes of the inputs under each keep-mask, one tensor a prefill."""
-        chosen = [Selection(mask_to_indices(mask)) for mask in kept] if isinstance(kept, Tensor) else list(kept)
-        text = int(self.encoded.attention_mask.sum()) - self.encoded.videos[0].features.grid.num_tokens
-        length = text + max(selection.num_kept for selection in chosen)
-
-        def prefill(some: Sequence[Selection]) -> Tensor:
-            return work(
-                self.adapter.build(self.encoded, [[selection] for selection in some], rows=[0] * len(some)).inputs
-            )
-
-        return self.packing.run(chosen, prefill, length, positions, cache)
+        """Return the results of `work` on the selections or keep-masks, one tensor a prefill."""
+        selections = [Selection(mask_to_indices(mask)) for mask in kept] if isinstance(kept, Tensor) else list(kept)
+        text = int(self.encoded.attention_mask.sum()) - self.num_tokens
+        length = text + max(selection.num_kept for selection in selections)
+        return self.packing.run(selections, work, length, positions, cache)

@@ -1,4 +1,4 @@
-"""How keep-masks are drawn from a policy's scores. Pure functions; every draw takes a generator.
+"""Draw keep-masks from a policy's scores. Pure functions; every draw takes a generator.
 
 G rollouts, N tokens on a grid of T frames with n = H·W tokens each.
 """
@@ -6,7 +6,6 @@ G rollouts, N tokens on a grid of T frames with n = H·W tokens each.
 from __future__ import annotations
 
 import math
-from typing import get_args
 
 import torch
 from torch import Generator, Tensor
@@ -35,6 +34,13 @@ def subspace_sizes(tokens: int, count: int, width: float) -> Tensor:
     return even_counts(tokens, max(1, tokens // members))
 
 
+def subspace_of_tokens(scores: Tensor, sizes: Tensor) -> Tensor:
+    """Return the sub-space (R, n) int64 of each token: each row of scores (R, n) sorted and cut into `sizes` (l,)."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    space_of_rank = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    return torch.empty_like(order).scatter_(1, order, space_of_rank.expand_as(order))
+
+
 def gumbel(shape: tuple[int, ...], generator: Generator) -> Tensor:
     """Return standard Gumbel noise; adding it to log-weights and taking the k largest draws without replacement."""
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_(1e-300, 1 - 1e-16)
@@ -57,30 +63,29 @@ def ocss(scores: Tensor, count: int, groups: int, width: float, generator: Gener
     """
     rows, tokens = scores.shape
     logits = scores.detach().double().cpu()
-    order = logits.sort(dim=1, descending=True, stable=True).indices
     sizes = subspace_sizes(tokens, count, width)
-    space_of_rank = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    space = torch.empty_like(order).scatter_(1, order, space_of_rank.expand_as(order))  # (R, n)
+    space = subspace_of_tokens(logits, sizes)  # (R, n)
     log_mass = logits.log_softmax(1)
     mass = torch.zeros(rows, len(sizes), dtype=torch.float64).scatter_add_(1, space, log_mass.exp())
     drawn = (mass.log() + gumbel((groups, rows, len(sizes)), generator)).argmax(2)  # (G, R)
     inside = space[None] == drawn[..., None]  # (G, R, n)
     keys = (logits[None] + gumbel((groups, rows, tokens), generator)).masked_fill(~inside, -torch.inf)
-    return _mask_of_largest(keys, count)
+    return mask_of_largest(keys, count)
 
 
 def multinomial(scores: Tensor, count: int, groups: int, generator: Generator) -> Tensor:
     """Return keep-masks (G, R, n) bool: `count` tokens of each row without replacement, by exp(score)."""
     logits = scores.detach().double().cpu()
-    return _mask_of_largest(logits[None] + gumbel((groups, *logits.shape), generator), count)
+    return mask_of_largest(logits[None] + gumbel((groups, *logits.shape), generator), count)
 
 
 def uniformly(rows: int, tokens: int, count: int, groups: int, generator: Generator) -> Tensor:
     """Return keep-masks (G, R, n) bool: `count` tokens of each row, all equally likely."""
-    return _mask_of_largest(torch.rand((groups, rows, tokens), generator=generator), count)
+    return mask_of_largest(torch.rand((groups, rows, tokens), generator=generator), count)
 
 
-def _mask_of_largest(keys: Tensor, count: int) -> Tensor:
+def mask_of_largest(keys: Tensor, count: int) -> Tensor:
+    """Return the mask of the `count` largest keys along the last axis."""
     chosen = keys.topk(count, dim=-1).indices
     return torch.zeros(keys.shape, dtype=torch.bool).scatter_(-1, chosen, True)
 
@@ -105,16 +110,16 @@ def token_masks(
     ratio : float
         r, the fraction drawn of each frame (at least one token) or of the whole video.
     """
-    if sampler not in get_args(Sampler):
-        raise UnknownNameError("sampler", sampler, get_args(Sampler))
     rows = scores.reshape(grid.frames, grid.per_frame) if over == "frame" else scores[None]
     count = tokens_per_draw(ratio, rows.shape[1])
     if sampler == "ocss":
         masks = ocss(rows, count, groups, width, generator)
     elif sampler == "multinomial":
         masks = multinomial(rows, count, groups, generator)
-    else:
+    elif sampler == "random":
         masks = uniformly(rows.shape[0], rows.shape[1], count, groups, generator)
+    else:
+        raise UnknownNameError("sampler", sampler, ("ocss", "multinomial", "random"))
     return masks.flatten(1)
 
 
@@ -140,7 +145,7 @@ def frame_masks(
     drawn = ocss(frame_scores[None], frames, groups, width, generator)[:, 0]  # (G, T)
     allowed = drawn[..., None].expand(groups, grid.frames, grid.per_frame).flatten(1)
     keys = token_scores.detach().float().cpu().expand(groups, -1).masked_fill(~allowed, -torch.inf)
-    return drawn, _mask_of_largest(keys, budget)
+    return drawn, mask_of_largest(keys, budget)
 
 
 def bernoulli_masks(probabilities: Tensor, groups: int, generator: Generator) -> Tensor:

@@ -8,33 +8,31 @@ Variant "ours" draws each group's rate from the deployment range (so that traini
 later), and scores rollouts by group-normalised −CE instead of the split: a group compares masks of equal rate, so
 sparsity needs no reward. A penalty on the logits' variance and a cosine keep it exploring.
 
-A rollout whose reward is not finite has no weight; `skipped` counts videos where that is so of all.
+A rollout whose reward is not finite has no weight; `skipped` counts videos of which none is.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite, split_advantage
-from vidsieve.training.controls import caption_loss, gated
+from vidsieve.training.controls import caption_loss, gated, teacher_scores
 from vidsieve.training.data.samples import Caption
-from vidsieve.training.losses import band_distance, distillation_loss, entropy_shortfall, reinforce_loss
-from vidsieve.training.packing import Packing
+from vidsieve.training.losses import band_distance, distillation_loss, entropy_shortfall, keep_entropy, reinforce_loss
 from vidsieve.training.rewards import score_rewards
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.sampling import bernoulli_masks, log_uniform
 from vidsieve.training.settings import ScoreConfig
-from vidsieve.training.teachers import teacher_scores
 from vidsieve.training.trainer import StepResult, Trainer
-from vidsieve.training.watch import keep_entropy
 from vidsieve.types import VideoTokens
+
+SATURATED = 4.6
+"""Logit beyond which a keep probability is within 1 % of 0 or 1."""
 
 
 class ScoreTrainer(Trainer[Caption]):
@@ -43,13 +41,9 @@ class ScoreTrainer(Trainer[Caption]):
     policy: ScorePolicy
     config: ScoreConfig
 
-    def __init__(self, adapter: Adapter, *args: Any, **kwargs: Any) -> None:
-        self.adapter = adapter
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.ce_full: dict[str, float] = {}
-        self.packing = Packing(adapter.model, self.config.rollout_tokens)
-        if self.held_out is not None:
-            self.held_out.packing = self.packing
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
@@ -57,23 +51,12 @@ class ScoreTrainer(Trainer[Caption]):
 
     def learning_rate(self, step: int) -> float:
         """Return 1, or a cosine from 1 to 0."""
-        if self.config.schedule == "constant":
-            return 1.0
-        return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
+        return 1.0 if self.config.schedule == "constant" else super().learning_rate(step)
 
     @property
     def rollouts(self) -> int:
-        """Masks that the frozen model is asked about; none where a teacher is distilled."""
+        """Masks under which the frozen model predicts the caption; none where a teacher is distilled."""
         return 0 if self.config.objective == "distil" else self.config.rollouts
-
-    @property
-    def own_rate(self) -> bool:
-        """Whether the rate is not drawn from a given range."""
-        return not self.config.rate_high
-
-    def record(self) -> dict[str, Any]:
-        """Return the training record, with what went into one prefill."""
-        return super().record() | {"packing": self.packing.record()}
 
     def train_step(self, sample: Caption) -> StepResult:
         """Return the loss of one video: a policy gradient, or a control without it."""
@@ -82,33 +65,36 @@ class ScoreTrainer(Trainer[Caption]):
         video = rollouts.video()
         logits = self.run_policy(video)  # (N,)
         metrics = {"score_spread": float(logits.detach().std())}
+        shift = torch.zeros(())
         if c.rate_high:
-            # The rate is given, so the mean is not the policy's to choose. Left in, how many tokens each mask
+            # The rate is given, so the mean is not the policy's to choose. Left in, the number of tokens that each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
             logits = logits - logits.mean()
-        drawn = logits + self._shift(logits.detach())  # (N,), at the group's rate
+            rate = log_uniform(c.rate_low, c.rate_high, self.generator)
+            shift = shift_to(rate, logits.detach())
+        drawn = logits + shift  # (N,), at the group's rate
         if c.objective == "distil" or self.step < c.warmup_steps:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
         else:
-            result = self._rolled_out(sample, rollouts, video, drawn)
+            result = self.rolled_out(sample, rollouts, video, drawn)
             if result.loss is None:
                 return result
             loss, metrics = result.loss, metrics | result.metrics
         if c.score_decay:
             loss = loss + c.score_decay * logits.var(correction=0)
         if c.entropy_floor:
-            loss = loss + c.entropy_weight * entropy_shortfall(drawn, c.entropy_floor)
+            loss = loss + entropy_shortfall(drawn, c.entropy_floor)
         if c.kept_low > 0 or c.kept_high < 1:
-            loss = loss + c.band_weight * band_distance(logits, c.kept_low, c.kept_high)
+            loss = loss + band_distance(logits, c.kept_low, c.kept_high)
         return StepResult(loss, metrics)
 
-    def _rolled_out(self, sample: Caption, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> StepResult:
+    def rolled_out(self, sample: Caption, rollouts: Rollouts, video: VideoTokens, logits: Tensor) -> StepResult:
         """Return the loss of K masks drawn at keep logits (N,); None where no reward is finite."""
         c = self.config
         masks = bernoulli_masks(logits.sigmoid(), c.rollouts, self.generator).to(logits.device)  # (K, N)
         metrics = {
             "kept": float(masks.float().mean()),
-            "saturated": _saturated(logits),
+            "saturated": float((logits.detach().abs() > SATURATED).float().mean()),
             "entropy": keep_entropy(logits),
         }
         if c.objective == "straight_through":
@@ -119,7 +105,7 @@ class ScoreTrainer(Trainer[Caption]):
         if c.advantage == "split":
             ce_full = self.full_ce(sample, rollouts)
             tolerance = c.pseudo_tolerance if self.step < c.pseudo_steps else c.tolerance
-            rewards, sparsity = score_rewards(ce, ce_full, masks, tolerance, c.slack)  # ΔCE (K,), S (K,)
+            rewards, sparsity = score_rewards(ce, ce_full, masks, tolerance)  # ΔCE (K,), S (K,)
             advantage = over_finite(partial(split_advantage, least_safe=c.least_safe), rewards, sparsity)
             metrics |= {"ce_full": ce_full, "safe": float((rewards > 0).float().mean())}
         else:
@@ -137,27 +123,19 @@ class ScoreTrainer(Trainer[Caption]):
         """
         if sample.key in self.ce_full:
             return self.ce_full[sample.key]
-        found = float(rollouts.caption_ce(rollouts.encoded.everything())[0])
+        ce = float(rollouts.caption_ce(rollouts.encoded.everything())[0])
         if sample.key:
-            self.ce_full[sample.key] = found
-        return found
-
-    def _shift(self, logits: Tensor) -> Tensor:
-        """Return the constant that moves the mean keep probability to a rate drawn from the deployment range."""
-        c = self.config
-        if not c.rate_high:
-            return torch.zeros(())
-        rate = log_uniform(c.rate_low, c.rate_high, self.generator)
-        below, above = torch.tensor(-40.0) - logits.max(), torch.tensor(40.0) - logits.min()
-        for _ in range(40):  # bisection: the mean of a sigmoid grows with the shift
-            middle = (below + above) / 2
-            if float((logits + middle).sigmoid().mean()) < rate:
-                below = middle
-            else:
-                above = middle
-        return middle
+            self.ce_full[sample.key] = ce
+        return ce
 
 
-def _saturated(logits: Tensor) -> float:
-    """Return the share of tokens whose keep probability is within 1 % of 0 or 1."""
-    return float((logits.detach().abs() > 4.6).float().mean())
+def shift_to(rate: float, logits: Tensor) -> Tensor:
+    """Return the constant that moves the mean keep probability of logits (N,) to a rate, by bisection."""
+    below, above = torch.tensor(-40.0) - logits.max(), torch.tensor(40.0) - logits.min()
+    for _ in range(40):  # the mean of a sigmoid grows with the shift
+        middle = (below + above) / 2
+        if float((logits + middle).sigmoid().mean()) < rate:
+            below = middle
+        else:
+            above = middle
+    return middle

@@ -1,10 +1,12 @@
-"""Settings of the trainers: plain dataclasses, each field with its text; the command line is made from them."""
+"""Settings of the trainers, each with its default, bounds and help text; the command line is made from them."""
+
+# ruff: noqa: RUF009 (`setting` and `option` make dataclass fields)
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_type_hints
 
 from vidsieve.errors import TrainingError, UnknownNameError
 
@@ -21,306 +23,218 @@ Looks = Literal["all", "mean", "none"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
+def setting(default: Any, help: str, low: float = -math.inf, high: float = math.inf, option: bool = False) -> Any:
+    """Return a dataclass field with its help text, the bounds of a number, and whether it has a command-line option."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "option": option})
+
+
+def option(default: Any, help: str, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Return a `setting` with a command-line option of its own; the others are given as ``--set name=value``."""
+    return setting(default, help, low, high, option=True)
+
+
+def check(*faults: tuple[object, str]) -> None:
+    """Raise TrainingError with the text of the first fault whose condition is true."""
+    for wrong, text in faults:
+        if wrong:
+            raise TrainingError(text)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of every training run.
+    """Settings of both trainers.
 
     Raises
     ------
     TrainingError
-        If a number is out of its range (`ranges`: lowest and highest value).
+        If a number is out of its bounds, or two settings contradict each other.
     UnknownNameError
-        If a choice is none of its `Literal`.
+        If a value is not one of its `Literal`.
     """
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "steps": (1, math.inf),
-        "prompts_per_step": (1, math.inf),
-        "grad_clip": (1e-12, math.inf),
-        "log_every": (1, math.inf),
-        "save_every": (1, math.inf),
-        "max_minutes": (0, math.inf),
-        "seed": (0, 2**63 - 1),
-        "workers": (0, 64),
-        "rollout_tokens": (0, math.inf),
-        "frames": (1, math.inf),
-        "eval_every": (0, math.inf),
-        "eval_prompts": (0, math.inf),
-        "eval_retention": (1e-6, 0.99),
-        "hold_out": (0, 0.5),
-    }
-    choices: ClassVar[dict[str, Any]] = {"precision": Precision}
+    steps: int = option(1000, "Optimiser steps.", 1)
+    prompts_per_step: int = option(8, "Prompts whose gradients are averaged in a step, over all processes.", 1)
+    seed: int = option(42, "Seed of the policy's initial weights, the data order and every draw.", 0, 2**63 - 1)
+    grad_clip: float = setting(5.0, "Largest gradient norm.", 1e-12)
+    log_every: int = option(20, "Steps between two lines of metrics.", 1)
+    save_every: int = option(25, "Steps between two checkpoints.", 1)
+    max_minutes: float = option(0.0, "Stop after so many minutes; 0: no limit.", 0)
+    workers: int = setting(2, "Threads that read videos ahead; 0: read each when it is needed.", 0, 64)
+    frames: int = option(16, "Most frames taken evenly from each video of a file, pseudo-videos excepted.", 1)
+    rollout_tokens: int = setting(0, "Most tokens, padding included, in one prefill; 0: what memory allows.", 0)
+    precision: Precision = option(
+        "fp32",
+        "'bf16': load the model in bfloat16, run the policy under autocast; weights and optimiser stay float32.",
+    )
+    eval_every: int = option(0, "Steps between two evaluations on held-out prompts; 0: only at the end.", 0)
+    eval_prompts: int = setting(64, "Most held-out prompts in an evaluation; 0: no evaluation.", 0)
+    eval_retention: float = setting(0.1, "Fraction of the tokens kept in an evaluation.", 1e-6, 0.99)
+    hold_out: float = option(0.0, "Fraction of the videos of --data that is kept for the evaluation.", 0, 0.5)
+    objective: Objective = setting(
+        "policy_gradient", "'policy_gradient', or a control: 'distil' the teacher, 'straight_through' gradients."
+    )
+    teacher: Teacher = setting(
+        "first_look",
+        "Scores to distil: 'first_look', layer 0's strongest attention; 'attention', the mean of all layers.",
+    )
+    warmup_steps: int = setting(0, "First steps, which distil the teacher (supervised warm-up, GRIP-VLM).", 0)
+    entropy_floor: float = setting(
+        0.0, "Mean entropy, in nats, below which the loss pulls keep probabilities back; 0: none.", 0, math.log(2)
+    )
+    rate_low: float = setting(0.0, "Lowest fraction kept by rollouts, log-uniform per prompt; 0: none.", 0, 0.99)
+    rate_high: float = setting(0.0, "Highest fraction kept by rollouts.", 0, 0.99)
 
-    steps: int = 1000
-    """Optimiser steps."""
-    prompts_per_step: int = 8
-    """Prompts whose gradients are added up, one after another, before a step; several processes share them."""
-    seed: int = 42
-    """Seed of the policy's start, the data order and every draw."""
-    grad_clip: float = 5.0
-    """Largest gradient norm."""
-    log_every: int = 20
-    """Steps between two lines of metrics."""
-    save_every: int = 25
-    """Steps between two checkpoints."""
-    max_minutes: float = 0.0
-    """Stop after so many minutes; 0 = no limit."""
-    workers: int = 2
-    """Threads that read the next videos of a file while the model works; 0 = read each when it is needed."""
-    frames: int = 16
-    """Frames taken evenly from each video of a file, at most; a pseudo-video has its own."""
-    rollout_tokens: int = 0
-    """Most tokens, padding included, in one prefill of rollouts; 0 = found from the memory at hand."""
-    precision: Precision = "fp32"
-    """"bf16": the policy computes in bfloat16, and the frozen model is loaded in it; the policy's weights, their
-    gradients and the optimiser stay float32. "fp32": the policy in float32, the model as its files have it."""
-    eval_every: int = 0
-    """Steps between two evaluations on held-out prompts; 0 = at the end only."""
-    eval_prompts: int = 64
-    """Held-out prompts of an evaluation, at most; 0 = none is made."""
-    eval_retention: float = 0.1
-    """Share of the tokens that is kept in an evaluation."""
-    hold_out: float = 0.0
-    """Share of the videos of --data that is kept from training for the evaluation."""
+    @property
+    def own_rate(self) -> bool:
+        """True if the policy chooses how many tokens it keeps in training."""
+        return False
+
+    def removed(self) -> dict[str, float]:
+        """Return the constant that has replaced each former setting; a run with another value cannot be resumed."""
+        return {"entropy_weight": 1.0}
 
     def __post_init__(self) -> None:
-        for kind in reversed(type(self).__mro__):
-            for name, (low, high) in vars(kind).get("ranges", {}).items():
-                value = getattr(self, name)
-                if not low <= value <= high:
-                    bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
-                    raise TrainingError(f"{name} must be {bound}, got {value}")
-            for name, known in vars(kind).get("choices", {}).items():
-                if getattr(self, name) not in get_args(known):
-                    raise UnknownNameError(name, getattr(self, name), get_args(known))
+        types = get_type_hints(type(self))
+        for item in fields(self):
+            value, kind = getattr(self, item.name), types[item.name]
+            low, high = item.metadata["low"], item.metadata["high"]
+            if get_args(kind) and value not in get_args(kind):
+                raise UnknownNameError(item.name, value, get_args(kind))
+            if kind in (int, float) and not low <= value <= high:
+                bound = f"from {low:g} to {high:g}" if high < math.inf else f"at least {low:g}"
+                raise TrainingError(f"{item.name} must be {bound}, got {value}")
+        rates = f"0 < rate_low ≤ rate_high, or both 0; got {self.rate_low} and {self.rate_high}"
+        check(
+            (bool(self.rate_high) != bool(self.rate_low), f"rate_low and rate_high must be {rates}"),
+            (self.rate_low > self.rate_high, f"rate_low and rate_high must be {rates}"),
+            (
+                self.warmup_steps and self.objective == "distil",
+                "warmup_steps comes before another objective than distil",
+            ),
+        )
 
 
 @dataclass(frozen=True)
-class PolicyTrainConfig(TrainConfig):
-    """Settings of both trainers: what is learned from, and remedies against what goes wrong."""
+class CaCoVIDConfig(TrainConfig):
+    """Settings of CaCoVID's training; the defaults are the paper's, or scaled to the testbed where the help says so."""
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "warmup_steps": (0, math.inf),
-        "entropy_floor": (0, math.log(2)),
-        "entropy_weight": (0, math.inf),
-        "rate_low": (0, 0.99),
-        "rate_high": (0, 0.99),
-    }
-    choices: ClassVar[dict[str, Any]] = {"objective": Objective, "teacher": Teacher}
+    ratio: float = option(0.02, "r, the fraction of each frame's tokens in a rollout, at least one a frame.", 1e-6, 1)
+    token_rollouts: int = option(24, "g_t, rollouts drawn from token scores.", 2)
+    frame_rollouts: int = option(8, "g_f, rollouts drawn from frame scores.", 0)
+    width: float = setting(2.0, "λ, width of an OCSS sub-space in multiples of the tokens drawn.", 1)
+    sampler: Sampler = setting("ocss", "'ocss', 'multinomial', 'random', or 'official': that of the release.")
+    over: Range = setting("frame", "Draw r of every 'frame', or of the whole 'video'.")
+    reward: Reward = option(
+        "choice",
+        "'choice': 1 for a right answer; 'margin': its log-probability above the best wrong option's; 'generate': the "
+        "score of a generated answer by Video-R1's rules, for questions of every kind.",
+    )
+    blind_margin: bool = setting(False, "In 'margin', subtract each option's log-probability without the video.")
+    answer_tokens: int = setting(16, "Longest answer under 'generate', in tokens.", 1)
+    advantage: GroupAdvantage = setting(
+        "group",
+        "'group': (R − mean) / std (Eq. 15); 'official': std + 1e-4, unbiased; 'no_std': R − mean (Dr. GRPO); "
+        "'leave_one_out': R − mean of the others (RLOO).",
+    )
+    iterations: int = option(1, "Updates on the same prompts within a step, each with fresh rollouts (paper: 5).", 1)
+    replay: bool = setting(True, "Keep the rollouts of a prompt's earlier iterations in its group.")
+    dynamic_ratio: bool = option(
+        False, "Halve the ratio of prompts answered too well, double it where too badly (DSR)."
+    )
+    ratio_high: float = setting(0.875, "Fraction of right rollouts above which the ratio is halved.", 0, 1)
+    ratio_low: float = setting(0.125, "Fraction of right rollouts below which the ratio is doubled.", 0, 1)
+    body: Body = setting(
+        "variant",
+        "'layer'; 'attention': without SwiGLU; 'local': within frames and to the text; 'question': each token against "
+        "the question's words; 'variant': 'question' for ours, else 'layer'.",
+    )
+    causal: bool = setting(False, "Causal attention, as in the release: blind to a question after the video.")
+    blind_filter: bool = setting(False, "Leave out the testbed's questions that are answered without the video.")
+    looks: Looks = setting("all", "What body 'question' sees of layer 0's attention: 'all', its 'mean', or 'none'.")
+    trust: float = setting(0.25, "Weight of that attention's order in body 'question' at the start, with 'all'.", 0)
+    depth: int = setting(1, "Decoder layers in the policy, initialised from the LLM's first.", 1)
+    body_lr: float = option(1e-4, "Learning rate of the decoder layers (paper: 1e-7 at 7B).", 0)
+    head_lr: float = option(1e-3, "Learning rate of everything else (paper: 1e-6 at 7B).", 0)
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", 0)
+    score_decay: float = setting(0.0, "Weight of the pull towards a fair coin (k3 estimate of KL to ½).", 0)
+    balanced: bool = setting(False, "Give kept and dropped tokens equal total weight, as the release does.")
 
-    objective: Objective = "policy_gradient"
-    """"policy_gradient" (both papers), or a control without it: "distil" a teacher's scores, or "straight_through"
-    gradients of the answer's loss with respect to what was kept."""
-    teacher: Teacher = "first_look"
-    """Whose scores are distilled: "first_look", the strongest attention of layer 0 from words asked or captioned, or
-    "attention", the mean attention of all layers from where the answer begins, or from the caption."""
-    warmup_steps: int = 0
-    """First steps that distil the teacher before the objective takes over (supervised warm-up, as in GRIP-VLM)."""
-    entropy_floor: float = 0.0
-    """Mean entropy of a keep probability, in nats (at most 0.693), below which the loss pulls back; 0 = none."""
-    entropy_weight: float = 1.0
-    """How strongly entropy is pulled back to its floor."""
-    rate_low: float = 0.0
-    """Lowest fraction kept by a prompt's rollouts, drawn log-uniformly for each prompt; 0 = the paper's own rate."""
-    rate_high: float = 0.0
-    """Highest fraction kept by a prompt's rollouts."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.rate_high) != bool(self.rate_low) or self.rate_low > self.rate_high:
-            raise TrainingError(
-                f"rate_low and rate_high are both 0, or 0 < rate_low ≤ rate_high; got {self.rate_low}, {self.rate_high}"
-            )
-        if self.warmup_steps and self.objective == "distil":
-            raise TrainingError("warmup_steps distils before another objective: leave it out under objective distil")
-
-
-@dataclass(frozen=True)
-class CaCoVIDConfig(PolicyTrainConfig):
-    """Settings of CaCoVID's training; the defaults are the paper's, scaled to the testbed where said."""
-
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "ratio": (1e-6, 1),
-        "token_rollouts": (2, math.inf),
-        "frame_rollouts": (0, math.inf),
-        "width": (1, math.inf),
-        "body_lr": (0, math.inf),
-        "head_lr": (0, math.inf),
-        "score_decay": (0, math.inf),
-        "weight_decay": (0, math.inf),
-        "answer_tokens": (1, math.inf),
-        "trust": (0, math.inf),
-        "depth": (1, math.inf),
-        "iterations": (1, math.inf),
-        "ratio_low": (0, 1),
-        "ratio_high": (0, 1),
-        "ratio_most": (0, 1),
-        "ratio_least": (0, 1),
-    }
-    choices: ClassVar[dict[str, Any]] = {
-        "sampler": Sampler,
-        "over": Range,
-        "reward": Reward,
-        "body": Body,
-        "advantage": GroupAdvantage,
-        "looks": Looks,
-    }
-
-    ratio: float = 0.02
-    """r, the fraction of each frame's tokens that a rollout keeps, at least one token a frame."""
-    token_rollouts: int = 24
-    """g_t, rollouts drawn from token scores."""
-    frame_rollouts: int = 8
-    """g_f, rollouts drawn from frame scores."""
-    width: float = 2.0
-    """λ, width of a sub-space in multiples of the tokens drawn."""
-    sampler: Sampler = "ocss"
-    """"ocss", "multinomial", "random", or "official": the release's capped sub-spaces, its first rollouts greedy."""
-    over: Range = "frame"
-    """Draw r of every "frame", or r of the whole "video"."""
-    reward: Reward = "choice"
-    """"choice": 1 for a right answer; "margin": its log-probability over the best wrong option; "generate": the score
-    of a generated answer by Video-R1's rules, for questions of every kind."""
-    blind_margin: bool = False
-    """Under "margin", take off each option the log-probability that the model gives it without the video; the share of
-    prompts answered so is logged as `blind`."""
-    answer_tokens: int = 16
-    """Longest answer under "generate", in tokens."""
-    advantage: GroupAdvantage = "group"
-    """"group": (R − mean) / std (Eq. 15); "official": std + 1e-4, unbiased; "no_std": R − mean (Dr. GRPO, 2503.20783);
-    "leave_one_out": R − mean of the others (RLOO, 2402.14740)."""
-    iterations: int = 1
-    """Updates on the same prompts within a step, each with fresh rollouts beside those before (paper: 5)."""
-    replay: bool = True
-    """Keep the rollouts of a prompt's earlier iterations in its group."""
-    dynamic_ratio: bool = False
-    """Halve a prompt's ratio where it is answered too well, double it where too badly, from iteration to iteration."""
-    ratio_high: float = 0.875
-    """Share of right rollouts above which the ratio is halved."""
-    ratio_low: float = 0.125
-    """Share of right rollouts below which the ratio is doubled."""
-    ratio_least: float = 0.0
-    """Smallest ratio that halving leads to; 0 = one token a frame (release: 0.01)."""
-    ratio_most: float = 0.12
-    """Largest ratio that doubling leads to."""
-    body: Body = "variant"
-    """"layer", "attention" (without SwiGLU), "local" (within frames and to the text), "question" (each token against
-    the question's words); "variant": "question" for ours, "layer" for paper."""
-    causal: bool = False
-    """Attend as the release does in effect, earlier columns only: blind to a question after the video."""
-    blind_filter: bool = False
-    """Leave out the testbed's questions that are answered without the video; for files: `vidsieve data filter`."""
-    looks: Looks = "all"
-    """What body "question" sees of the LLM's own first look, layer 0's attention from the words asked: "all", the
-    "mean" over words alone (which of them count is then learned), or "none"."""
-    trust: float = 0.25
-    """How strongly body "question" starts in the order of that attention's strongest, with looks "all"; 0 = not."""
-    depth: int = 1
-    """Decoder layers in the policy, started as the LLM's first."""
-    body_lr: float = 1e-4
-    """Learning rate of the attention layer (paper: 1e-7 at 7B)."""
-    head_lr: float = 1e-3
-    """Learning rate of everything else (paper: 1e-6 at 7B)."""
-    weight_decay: float = 0.01
-    """Weight decay of AdamW."""
-    score_decay: float = 0.0
-    """Weight of the pull towards a fair coin (k3 estimate of KL to ½)."""
-    balanced: bool = False
-    """Give kept and dropped tokens equal total weight, as the release does."""
+    def removed(self) -> dict[str, float]:
+        """Return the constant that has replaced each former setting."""
+        least = 0.01 if self.sampler == "official" else 0.0
+        return super().removed() | {"ratio_least": least, "ratio_most": 0.12}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.frame_rollouts == 1:
-            raise TrainingError("frame_rollouts is 0 or at least 2: a group of one has no advantage")
-        if self.dynamic_ratio and self.iterations == 1:
-            raise TrainingError("dynamic_ratio acts between the iterations of a prompt: set iterations to 2 or more")
-        if self.blind_margin and self.reward != "margin":
-            raise TrainingError(f"blind_margin changes the reward 'margin', got reward {self.reward!r}")
-        if self.ratio_low > self.ratio_high:
-            raise TrainingError(f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}")
-        if self.rate_high and self.dynamic_ratio:
-            raise TrainingError("rate_low and rate_high draw each prompt's ratio: leave dynamic_ratio out")
-        if self.objective != "policy_gradient":
-            for name, given in (("blind_margin", self.blind_margin), ("dynamic_ratio", self.dynamic_ratio)):
-                if given:
-                    raise TrainingError(
-                        f"{name} is about rewards, and objective {self.objective!r} has none: leave it out"
-                    )
-        if self.objective == "straight_through" and self.reward == "generate":
-            raise TrainingError(
-                "objective 'straight_through' needs options to differentiate: leave reward generate out"
-            )
-        if self.objective == "distil" and self.iterations > 1:
-            raise TrainingError("objective 'distil' draws nothing that further iterations would add to: set them to 1")
-        if self.sampler == "official" and self.over != "frame":
-            raise TrainingError("sampler official draws from every frame: leave over at 'frame'")
+        pairs = (("blind_margin", self.blind_margin), ("dynamic_ratio", self.dynamic_ratio))
+        for name in (name for name, given in pairs if given and self.objective != "policy_gradient"):
+            raise TrainingError(f"{name} is about rewards, and objective {self.objective!r} has none: leave it out")
+        control, reward = self.objective, self.reward
+        check(
+            (self.frame_rollouts == 1, "frame_rollouts must be 0 or at least 2: a group of one has no advantage"),
+            (self.dynamic_ratio and self.iterations == 1, "dynamic_ratio acts between iterations: set 2 or more"),
+            (self.blind_margin and reward != "margin", f"blind_margin changes reward 'margin', got {reward!r}"),
+            (self.ratio_low > self.ratio_high, f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}"),
+            (self.rate_high and self.dynamic_ratio, "rate_low and rate_high draw the ratio: leave dynamic_ratio out"),
+            (control == "straight_through" and reward == "generate", "straight_through needs options: change reward"),
+            (
+                control == "distil" and self.iterations > 1,
+                "objective 'distil' has no use for iterations: set them to 1",
+            ),
+            (
+                self.sampler == "official" and self.over != "frame",
+                "sampler 'official' draws from every frame: set over",
+            ),
+        )
 
 
 @dataclass(frozen=True)
-class ScoreConfig(PolicyTrainConfig):
+class ScoreConfig(TrainConfig):
     """Settings of SCORE's training; the defaults are the paper's."""
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "rollouts": (2, math.inf),
-        "hidden": (1, math.inf),
-        "tolerance": (1, math.inf),
-        "slack": (0, math.inf),
-        "lr": (0, math.inf),
-        "score_decay": (0, math.inf),
-        "least_safe": (1, math.inf),
-        "kept_low": (0, 1),
-        "kept_high": (0, 1),
-        "band_weight": (0, math.inf),
-        "pseudo_steps": (0, math.inf),
-        "pseudo_tolerance": (1, math.inf),
-    }
-    choices: ClassVar[dict[str, Any]] = {"advantage": Advantage, "schedule": Schedule}
+    rollouts: int = option(16, "K, masks per video.", 2)
+    hidden: int = setting(512, "Hidden units of the policy.", 1)
+    residual: bool = setting(True, "Read each token with its change since the last frame, [X; ΔX]; else X alone.")
+    tolerance: float = setting(1.02, "τ, the factor on the cross-entropy under all tokens that is still safe.", 1)
+    lr: float = option(0.02, "Learning rate of Adam at the start.", 0)
+    schedule: Schedule = setting("constant", "Learning rate: 'constant', or 'cosine' to 0.")
+    advantage: Advantage = option(
+        "split", "'split': Eq. 7; 'group', 'leave_one_out', 'no_std': −CE within the group, no sparsity reward."
+    )
+    score_decay: float = option(0.0, "Weight of the logits' variance in the loss; it keeps the policy exploring.", 0)
+    least_safe: int = setting(1, "With fewer safe rollouts in a group, each has advantage ΔCE·S; Eq. 7 has 1.", 1)
+    kept_low: float = setting(0.0, "Lower edge of the band in which the mean keep probability is free.", 0, 1)
+    kept_high: float = setting(1.0, "Upper edge of that band.", 0, 1)
+    pseudo_steps: int = option(0, "First steps, on pseudo-videos: captioned still images, each held a while (§4.4).", 0)
+    pseudo_tolerance: float = setting(1.01, "τ during those steps.", 1)
 
-    rollouts: int = 16
-    """K, masks per video."""
-    hidden: int = 512
-    """Hidden units of the policy."""
-    residual: bool = True
-    """Read the change since the last frame beside each token, [X; ΔX]; without it X alone (Table 5)."""
-    tolerance: float = 1.02
-    """τ, the factor on the cross-entropy under all tokens that a safe rollout may reach."""
-    slack: float = 0.0
-    """Added to τ·CE_base, where that is too near 0 for a factor to leave room."""
-    lr: float = 0.02
-    """Learning rate of Adam at the start."""
-    schedule: Schedule = "constant"
-    """"constant", or "cosine" to 0."""
-    advantage: Advantage = "split"
-    """"split": Eq. 7; "group", "leave_one_out" and "no_std": −CE against the group's, no sparsity reward."""
-    score_decay: float = 0.0
-    """Weight of the logits' variance in the loss; without it they grow until nothing is explored any more."""
-    least_safe: int = 1
-    """Fewest safe rollouts of a group whose sparsity is normalised; with fewer, each has advantage ΔCE·S. Eq. 7 as it
-    stands gives a single safe one 0."""
-    kept_low: float = 0.0
-    """Lower edge of the band in which the policy's mean keep probability is left alone."""
-    kept_high: float = 1.0
-    """Upper edge of that band."""
-    band_weight: float = 1.0
-    """How strongly the mean keep probability is pulled back into its band."""
-    pseudo_steps: int = 0
-    """First steps on pseudo-videos: captioned still images, each held for a few frames (§4.4)."""
-    pseudo_tolerance: float = 1.01
-    """τ during those steps."""
+    @property
+    def own_rate(self) -> bool:
+        """True if the rate is not drawn from a given range."""
+        return not self.rate_high
+
+    def removed(self) -> dict[str, float]:
+        """Return the constant that has replaced each former setting."""
+        return super().removed() | {"slack": 0.0, "band_weight": 1.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.advantage != "split" and (self.least_safe > 1 or self.slack):
-            raise TrainingError(f"least_safe and slack belong to advantage 'split', got advantage {self.advantage!r}")
-        if self.rate_high and (self.kept_low > 0 or self.kept_high < 1):
-            raise TrainingError(
-                "kept_low and kept_high bound the policy's own rate: leave them out, or rate_low and _high"
-            )
-        if self.least_safe > self.rollouts:
-            raise TrainingError(f"least_safe is {self.least_safe}, more than the {self.rollouts} rollouts of a group")
-        if self.kept_low >= self.kept_high:
-            raise TrainingError(f"kept_low {self.kept_low} is not below kept_high {self.kept_high}")
+        least, low, high = self.least_safe, self.kept_low, self.kept_high
+        check(
+            (
+                self.advantage != "split" and least > 1,
+                f"least_safe belongs to 'split', got advantage {self.advantage!r}",
+            ),
+            (
+                self.rate_high and (low > 0 or high < 1),
+                "with rate_low the policy's own rate is unused: leave kept_low out",
+            ),
+            (least > self.rollouts, f"least_safe is {least}, more than the {self.rollouts} rollouts of a group"),
+            (low >= high, f"kept_low {low} is not below kept_high {high}"),
+        )
 
+
+CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {"cacovid": CaCoVIDConfig, "score": ScoreConfig}
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("cacovid", "paper"): {"steps": 400, "frames": 32},
@@ -333,7 +247,6 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "causal": True,
         "iterations": 5,
         "dynamic_ratio": True,
-        "ratio_least": 0.01,
         "steps": 100,
         "frames": 32,
     },
@@ -349,4 +262,4 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "steps": 150,
     },
 }
-"""What a variant changes of the defaults; a command's own options come on top."""
+"""Defaults that a variant changes; the settings of a run override them."""

@@ -1,4 +1,4 @@
-"""Where training prompts come from, which others are held out from training, and how they are read ahead."""
+"""The prompts of a run: from files or the testbed, held out from training, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import numpy as np
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.errors import TrainingError
-from vidsieve.training.answers import decoded
 from vidsieve.training.data.prefetch import Prefetch
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.heldout import HeldOut
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, TrainConfig
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, TrainConfig, check
 
 TRAINING_SEED = 100_000
 """Scenes of the testbed come under this plus the run's seed; below it are the seeds of evaluation."""
@@ -29,19 +28,34 @@ HELD_OUT_SEED = 77_001
 
 @dataclass(frozen=True)
 class Files:
-    """What a run reads, as `train_policy` has it; all None: fresh scenes of the testbed."""
+    """Files that a run reads; all None: fresh scenes of the testbed.
+
+    Parameters
+    ----------
+    data : Path, optional
+        Videos with questions or captions, in a layout of `vidsieve.training.data.layouts`. Rows that cannot be used are
+        listed in the run's ``skipped.jsonl``.
+    eval_data : Path, optional
+        Such a file of other videos, for evaluation; default: other scenes on the testbed, else what the setting
+        `hold_out` takes out of `data`.
+    pseudo : Path, optional
+        JSON lines of pseudo-videos (`vidsieve data pseudo`) for SCORE's first `pseudo_steps`.
+    cache : Path, optional
+        Folder of encoded videos of `data` (`EncodingCache`), which are neither decoded nor encoded again.
+    root : Path, optional
+        Folder that paths in `data` and `eval_data` start from; default: the folder of each file.
+    """
 
     data: Path | None = None
     eval_data: Path | None = None
     pseudo: Path | None = None
     cache: Path | None = None
     root: Path | None = None
-    """The folder that paths in `data` and `eval_data` start from; None: the folder of each file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Prompts of a run, pseudo-videos that come before them, `count` prompts held out, and what names all of it."""
+    """Prompts of a run, pseudo-videos before them, `count` held-out prompts, and digests of all (`origin`)."""
 
     prompts: Any
     pseudo: Any
@@ -54,7 +68,7 @@ class Source:
     workers: int
 
     def plan(self) -> str:
-        """Return in words what the cache of encodings will take, one video of it encoded; empty without one.
+        """Return the size that the cache of encodings will have, as text; one video is encoded. Empty without a cache.
 
         Raises
         ------
@@ -69,33 +83,32 @@ class Source:
 
     @contextmanager
     def samples(self) -> Iterator[Callable[[int], Any]]:
-        """Give samples by number, read ahead by threads where they come from files, until the block ends."""
+        """Yield a function from numbers to samples, which threads read ahead if they come from files."""
         if self.workers == 0:
             yield self._in_turn("caption" if self.captions else "choice")
             return
         with Prefetch(self._in_turn("read_caption" if self.captions else "read_choice"), self.workers) as ahead:
             yield lambda number: self.prompts.finished(ahead(number))
 
-    def _in_turn(self, what: str) -> Callable[[int], Any]:
-        """Return a source of samples that gives `first` pseudo-videos, then the prompts from their beginning."""
-        then = getattr(self.prompts, what)
+    def _in_turn(self, name: str) -> Callable[[int], Any]:
+        """Return a function that gives `first` pseudo-videos, then the prompts from their beginning."""
+        then: Callable[[int], Any] = getattr(self.prompts, name)
         if not self.first:
-            return then  # type: ignore[no-any-return]
+            return then
         # The testbed makes pseudo-videos of its own scenes.
-        before = getattr(self.pseudo, what) if self.pseudo is not None else self.prompts.pseudo
+        before = getattr(self.pseudo, name) if self.pseudo is not None else self.prompts.pseudo
         return lambda number: before(number) if number < self.first else then(number - self.first)
 
 
 def source(
     adapter: Adapter, processor: Any, config: TrainConfig, files: Files, skipped: Skipped | None = None
 ) -> Source:
-    """Return the prompts of a run, and others that are held out; what of the files is not used is told `skipped`.
+    """Return the prompts of a run and those held out; rows that cannot be used are counted in `skipped`.
 
     Raises
     ------
     TrainingError
-        If a file is unreadable, a share is held out of what is no file, a video is in two files, or a file is given
-        that nothing would read.
+        If a file is unreadable, would not be read, or has nothing that can be used, or a video is in two files.
     """
     from vidsieve.training.data.encodings import EncodingCache
     from vidsieve.training.data.prompts import FilePrompts, load_prompts
@@ -116,21 +129,12 @@ def source(
     def read(
         path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None
     ) -> FilePrompts:
-        found = FilePrompts(
-            adapter,
-            processor,
-            path,
-            seed=seed,
-            frames=config.frames,
-            cache=cache,
-            only=only,
-            skipped=skipped,
-            rows=rows,
-        )
-        if not (found.captions if captions else found.choices):
+        options: dict[str, Any] = {"frames": config.frames, "cache": cache, "skipped": skipped, "rows": rows}
+        prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, **options)
+        if not (prompts.captions if captions else prompts.choices):
             part = "" if only is None else " (in a part of it: hold_out)"
             raise TrainingError(f"{path} has no rows with {'a caption' if captions else 'a question'}{part}")
-        return found
+        return prompts
 
     prompts: Any
     held: Any = None
@@ -164,39 +168,38 @@ def source(
 
 
 def _check(config: TrainConfig, files: Files, first: int) -> None:
-    """Refuse settings and files that do not go together."""
-    if files.data is None:
-        given_ones = (("hold_out", config.hold_out), ("a cache", files.cache), ("--pseudo", files.pseudo))
-        for name, given in (*given_ones, ("--video-root", files.root if files.eval_data is None else None)):
-            if given:
-                raise TrainingError(f"{name} is for the videos of --data, and none was given: leave it out")
-    elif isinstance(config, CaCoVIDConfig) and config.blind_filter:
-        raise TrainingError(
-            "blind_filter is for the testbed's scenes: make a filtered file with `vidsieve data filter`"
-        )
-    elif first and files.pseudo is None:
-        raise TrainingError(
-            "pseudo_steps needs pseudo-videos: make some with `vidsieve data pseudo`, pass --pseudo FILE"
-        )
-    elif files.pseudo is not None and not first:
-        raise TrainingError(f"{files.pseudo} is for the first pseudo_steps, and there are none: set pseudo_steps")
-    if config.hold_out and files.eval_data is not None:
-        raise TrainingError("hold_out and --eval-data both say what is held out: give one of them")
+    """Raise TrainingError if settings and files do not go together."""
+    root = files.root if files.eval_data is None else None
+    unread = {"hold_out": config.hold_out, "a cache": files.cache, "--pseudo": files.pseudo, "--video-root": root}
+    needless = next((name for name, value in unread.items() if value), "") if files.data is None else ""
+    on_files = files.data is not None
+    filtered = isinstance(config, CaCoVIDConfig) and config.blind_filter
+    check(
+        (needless, f"{needless} is for the videos of --data, and none was given: leave it out"),
+        (on_files and filtered, "blind_filter is for the testbed's scenes: filter the file by `vidsieve data filter`"),
+        (
+            on_files and first and files.pseudo is None,
+            "pseudo_steps needs pseudo-videos: make some with `vidsieve data pseudo`, pass --pseudo FILE",
+        ),
+        (files.pseudo and not first, f"{files.pseudo} is for the first pseudo_steps, which are 0: set pseudo_steps"),
+        (config.hold_out and files.eval_data, "hold_out and --eval-data both choose held-out videos: give one of them"),
+    )
 
 
 def digest(data: Path | None) -> str:
-    """Return what names a file of prompts: a hash of it, or the testbed."""
+    """Return the SHA-256 of a file of prompts, 16 digits, or the testbed's name."""
     if data is None:
         return "testbed"
     with data.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def held_out(found: Source, adapter: Adapter, processor: Any, config: TrainConfig) -> HeldOut | None:
-    """Return what a run is evaluated on, if anything is held out."""
-    if not found.count:
+def held_out(prompts: Source, adapter: Adapter, processor: Any, config: TrainConfig) -> HeldOut | None:
+    """Return the held-out prompts of a run, None if there are none."""
+    count, retention = prompts.count, config.eval_retention
+    if not count:
         return None
     if not isinstance(config, CaCoVIDConfig):
-        return HeldOut(adapter, found.held_out.caption, found.count, config.eval_retention)
-    decode = partial(decoded, processor.tokenizer)
-    return HeldOut(adapter, found.held_out.choice, found.count, config.eval_retention, decode, config.answer_tokens)
+        return HeldOut(adapter, prompts.held_out.caption, count, retention)
+    decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+    return HeldOut(adapter, prompts.held_out.choice, count, retention, decode, config.answer_tokens)

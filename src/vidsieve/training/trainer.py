@@ -1,98 +1,118 @@
-"""The loop around an algorithm's train_step: prompts, gradients, steps, metrics, checkpoints."""
+"""The loop around an algorithm's `train_step`: prompts, gradients, steps, metrics, evaluations, checkpoints."""
 
 from __future__ import annotations
 
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from vidsieve._version import __version__
-from vidsieve.errors import TrainingError, VidsieveError
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.errors import TrainingError
 from vidsieve.io.stopping import StopFlag, stop_on_signal
 from vidsieve.policies import Policy
-from vidsieve.training import watch
-from vidsieve.training.heldout import Best, HeldOut, Maps
+from vidsieve.training.heldout import Best, HeldOut
 from vidsieve.training.processes import Processes
-from vidsieve.training.runs import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
+from vidsieve.training.rollouts import Packing
+from vidsieve.training.run_folder import BEST, CHECKPOINT, POLICY, RunFolder, read_metrics
 from vidsieve.training.settings import TrainConfig
+from vidsieve.training.warning_signs import warnings
 from vidsieve.types import VideoTokens
 
 Sample = TypeVar("Sample")
 Report = Callable[[int, int, dict[str, float]], None]
+"""Called with (step, steps, figures)."""
+
+
+@dataclass(frozen=True)
+class Events:
+    """Functions that are called in the main process as a run goes on.
+
+    Parameters
+    ----------
+    announce : callable
+        With lines of text before training begins: the rows that are read, the size of the cache.
+    tick, report : callable
+        With (step, steps, figures) after every step, and whenever metrics are logged.
+    warn : callable
+        With the text of an early warning, once for each kind.
+    """
+
+    announce: Callable[[str], None] = lambda text: None
+    tick: Report = lambda step, steps, figures: None
+    report: Report = lambda step, steps, figures: None
+    warn: Callable[[str], None] = lambda text: None
 
 
 @dataclass
 class StepResult:
-    """What one prompt contributes: a loss to differentiate, or None where it teaches nothing, and figures to log.
+    """The contribution of one prompt: a loss to differentiate, or None where it teaches nothing, and figures to log.
 
-    `broken` says which reward is not finite in every rollout, where that is why there is no loss.
+    `broken` names the reward that is not finite in any rollout, where that is why there is no loss.
     """
 
-    loss: Tensor | None
+    loss: torch.Tensor | None
     metrics: dict[str, float] = field(default_factory=dict)
     broken: str = ""
 
 
 class Trainer(ABC, Generic[Sample]):
-    """Base of the training algorithms; a subclass writes `train_step`, `make_optimizer` and its `learning_rate`.
+    """Base of the training algorithms; a subclass writes `train_step` and `make_optimizer`.
 
     Gradients are added up prompt by prompt, and over processes, before a step: memory holds one prompt at a time
-    (with `iterations`, the prompts of a step), whatever `prompts_per_step` is. Several processes share the prompts of a
-    step; each prompt's draws are seeded by its number, so that who takes it changes nothing but the order of sums.
+    (with `iterations`, the prompts of a step), whatever `prompts_per_step` is. Each prompt's draws are seeded by its
+    number, so that the process that takes it changes nothing but the order of sums.
 
     Parameters
     ----------
+    adapter : Adapter
+        Of the frozen model.
     policy : Policy
     config : TrainConfig
     data : callable
-        ``data(i)`` returns sample i; the same i gives the same sample on every call, so that a resumed run
-        sees what a straight one sees.
+        ``data(i)`` returns sample i, the same on every call, so that a resumed run sees what a straight one sees.
     folder : Path
-        Where metrics, checkpoints and the trained policy go.
-    report : callable, optional
-        Called in the main process with (step, steps, metrics) whenever metrics are logged.
+        Folder of metrics, checkpoints and the trained policy.
     origin : dict, optional
-        What else a resumed run must have in common with the first: model, data, variant.
+        Model, data and variant, which a resumed run must have in common with the first.
+    held_out : HeldOut, optional
+        Prompts that the policy is evaluated on; the best one is kept in ``folder/best``.
     processes : Processes, optional
         Default: this one alone.
-    held_out : HeldOut, optional
-        What the policy is evaluated on; the best one is kept in ``folder/best``.
-    warn : callable, optional
-        Called in the main process with the text of an early warning, once for each kind.
-    tick : callable, optional
-        Called in the main process with (step, steps, figures) after every step.
+    events : Events, optional
     """
 
     def __init__(
         self,
+        adapter: Adapter,
         policy: Policy,
         config: TrainConfig,
         data: Callable[[int], Sample],
         folder: Path,
-        report: Report | None = None,
+        *,
         origin: dict[str, str] | None = None,
-        processes: Processes | None = None,
         held_out: HeldOut | None = None,
-        warn: Callable[[str], None] | None = None,
-        tick: Report | None = None,
+        processes: Processes | None = None,
+        events: Events | None = None,
     ) -> None:
-        self.policy, self.config, self.data, self.folder = policy, config, data, Path(folder)
-        self.run = RunFolder(self.folder)
-        self.report, self.tick = report or _silent, tick or _silent
-        self.warn = warn or (lambda text: None)
-        self.origin, self.processes, self.held_out = origin or {}, processes or Processes(), held_out
+        self.adapter, self.policy, self.config, self.data = adapter, policy, config, data
+        self.folder, self.run = Path(folder), RunFolder(Path(folder))
+        self.origin, self.held_out = origin or {}, held_out
+        self.processes, self.events = processes or Processes(), events or Events()
+        self.packing = Packing(adapter.model, config.rollout_tokens)
+        if held_out is not None:
+            held_out.packing = self.packing
         self.optimizer = self.make_optimizer()
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.generator = torch.Generator()
-        self.step = 0
-        self.minutes = 0.0
+        self.step, self.minutes = 0, 0.0
         self.best = Best()
         self.changes: list[dict[str, Any]] = []
         self.warnings: dict[str, dict[str, Any]] = {}
@@ -103,9 +123,13 @@ class Trainer(ABC, Generic[Sample]):
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser over the policy's trainable parameters."""
 
+    @abstractmethod
+    def train_step(self, sample: Any) -> StepResult:
+        """Return loss and figures of one prompt: sample, run, reward, advantage, loss."""
+
     @property
     def iterations(self) -> int:
-        """How often in a row the optimiser goes over the same prompts before the next ones come."""
+        """Optimiser updates on the same prompts within a step."""
         return 1
 
     @property
@@ -113,29 +137,20 @@ class Trainer(ABC, Generic[Sample]):
         """Answers of the frozen LLM that a prompt costs in one iteration."""
         return 1
 
-    @property
-    def own_rate(self) -> bool:
-        """Whether the policy itself chooses how many tokens are kept in training."""
-        return False
+    def prepare(self, sample: Sample) -> Any:
+        """Return the argument of `train_step` in every iteration over a sample: the sample itself by default."""
+        return sample
+
+    def learning_rate(self, step: int) -> float:
+        """Return the factor on every learning rate at `step`: a cosine from 1 to 0 by default."""
+        return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
     def run_policy(self, video: VideoTokens) -> Any:
-        """Return what the policy makes of a video, in the run's precision."""
+        """Return the policy's output for a video, in the run's precision."""
         if self.config.precision == "fp32":
             return self.policy(video)
         with torch.autocast(video.embeds.device.type, torch.bfloat16):
             return self.policy(video)
-
-    def prepare(self, sample: Sample) -> Any:
-        """Return what `train_step` gets in every iteration over a sample; the sample itself unless said otherwise."""
-        return sample
-
-    @abstractmethod
-    def train_step(self, sample: Any) -> StepResult:
-        """Return loss and figures of one prompt: sample, run, reward, advantage, loss."""
-
-    def learning_rate(self, step: int) -> float:
-        """Return the factor on every learning rate at `step`; constant unless a subclass says otherwise."""
-        return 1.0
 
     def fit(self, resume: bool = False, force: bool = False) -> Policy:
         """Run the remaining steps and return the policy, saved in ``folder/policy``.
@@ -146,9 +161,9 @@ class Trainer(ABC, Generic[Sample]):
         Parameters
         ----------
         resume : bool
-            Go on with the run in the folder, bit for bit as if it had not stopped.
+            Continue the run in the folder, bit for bit as if it had not stopped.
         force : bool
-            Go on even where settings or circumstances have changed; the record says what.
+            Continue even if settings or circumstances have changed; the record lists the changes.
 
         Raises
         ------
@@ -158,7 +173,7 @@ class Trainer(ABC, Generic[Sample]):
         OutputError
             If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
         KeyboardInterrupt
-            After Ctrl-C; the text says where the checkpoint is.
+            After Ctrl-C; the text names the last step.
         """
         self.processes.check_share(self.config.prompts_per_step)
         if self.processes.together(lambda: self.run.begin(resume)):
@@ -167,134 +182,80 @@ class Trainer(ABC, Generic[Sample]):
             self._save()
         # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
         with stop_on_signal(patient=self.processes.count > 1) as flag:
-            return self._fit(flag)
-
-    def _fit(self, flag: StopFlag) -> Policy:
-        self.policy.train()
-        maps = Maps(self.held_out, self.policy) if self.held_out is not None else None
-        started = time.perf_counter() - 60 * self.minutes
-        last_log, since = time.perf_counter(), 0
-        while self.step < self.config.steps:
-            factor = self.learning_rate(self.step)
-            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * factor
-            self._window.append(self._first() if self.step == 0 else self._optimise())
-            self.step, since = self.step + 1, since + 1
-            self.minutes = (time.perf_counter() - started) / 60
-            late = 0 < self.config.max_minutes <= self.minutes
-            late, stop = self.processes.any(late, flag.stop)
-            done = late or self.step == self.config.steps
-            if self.processes.main:
-                self.tick(self.step, self.config.steps, self._window[-1])
-            save = self.step % self.config.save_every == 0 or done or stop
-            if save and maps is not None:
-                self._window[-1]["map_stability"] = maps.stability()
-            evaluate = self.held_out is not None and (done or self._every(self.config.eval_every))
-            if self._every(self.config.log_every) or done or evaluate:
-                pace = since * self.config.prompts_per_step / (time.perf_counter() - last_log)
-                clock = {
-                    "prompts_per_second": pace,
-                    "rollouts_per_second": pace * self.rollouts * self.iterations,
-                    "minutes": self.minutes,
-                }
-                figures = self.held_out.measure(self.policy, self.processes) if self.held_out and evaluate else {}
-                self._log(_mean(self._window) | clock | figures)
-                if figures and self.best.improved_by(figures, self.step):
-                    self._save_policy(BEST)
-                self._window, last_log, since = [], time.perf_counter(), 0
-            if save:
-                self._save()
-            if done:
-                break
-            if stop:
-                raise KeyboardInterrupt(
-                    f"interrupted after step {self.step} of {self.config.steps}; --resume goes on from there"
-                )
+            self._loop(flag)
         self.policy.eval()
         self._save_policy(POLICY)
         return self.policy
 
-    def _every(self, steps: int) -> bool:
-        return steps > 0 and self.step % steps == 0
-
-    def _save_policy(self, name: str) -> None:
-        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
-        self.processes.together(lambda: self.policy.save_pretrained(self.folder / name))
-
-    def record(self) -> dict[str, Any]:
-        """Return what a reader of the policy needs to know of its training."""
-        last = read_metrics(self.folder)[-1:]
-        return {
-            "trainer": type(self).__name__,
-            "steps": self.step,
-            "minutes": round(self.minutes, 2),
-            "prompts": self.step * self.config.prompts_per_step,
-            "settings": asdict(self.config),
-            "last_metrics": last[0] if last else {},
-            "best": self.best.as_dict(),
-            "warnings": self.warnings,
-            "changes": self.changes,
-            **self.circumstances(),
-        }
-
-    def circumstances(self) -> dict[str, Any]:
-        """Return what the last bits of a run depend on beside its settings: they decide in which order sums go."""
-        return {
-            "threads": torch.get_num_threads(),
-            "processes": self.processes.count,
-            "torch": str(torch.__version__),
-            "device": next(self.policy.parameters()).device.type,
-        }
+    def _loop(self, flag: StopFlag) -> None:
+        c, done = self.config, self.step >= self.config.steps
+        self.policy.train()
+        if self.held_out is not None:
+            self.held_out.stability(self.policy)  # the scores that the first checkpoint is compared with
+        started = time.perf_counter() - 60 * self.minutes
+        last_log, steps_since = time.perf_counter(), 0
+        while not done:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * self.learning_rate(self.step)
+            self._window.append(self._optimise())
+            self.step, steps_since = self.step + 1, steps_since + 1
+            self.minutes = (time.perf_counter() - started) / 60
+            late, stop = self.processes.any(0 < c.max_minutes <= self.minutes, flag.stop)
+            done = late or self.step == c.steps
+            if self.processes.main:
+                self.events.tick(self.step, c.steps, self._window[-1])
+            save = done or stop or self.step % c.save_every == 0
+            if save and self.held_out is not None:
+                self._window[-1]["map_stability"] = self.held_out.stability(self.policy)
+            evaluate = self.held_out is not None and (done or (c.eval_every > 0 and self.step % c.eval_every == 0))
+            if done or evaluate or self.step % c.log_every == 0:
+                pace = steps_since * c.prompts_per_step / (time.perf_counter() - last_log)
+                self._log(pace, evaluate)
+                last_log, steps_since = time.perf_counter(), 0
+            if save:
+                self._save()
+            if stop and not done:
+                raise KeyboardInterrupt(f"interrupted after step {self.step} of {c.steps}; --resume continues it")
 
     # -- one step -------------------------------------------------------------------------------------------
 
-    def _first(self) -> dict[str, float]:
-        """Run step 1; a run that cannot even do that leaves no folder behind that would be taken for a run."""
+    def _optimise(self) -> dict[str, float]:
+        """Take one step: every iteration over its prompts; return the mean figures."""
+        first = self.step * self.config.prompts_per_step
+        numbers = range(first, first + self.config.prompts_per_step)
+        prompts: dict[int, Any] = {}
         try:
-            return self._optimise()
+            return _mean([self._update(numbers, prompts, iteration) for iteration in range(self.iterations)])
         except Exception:
-            if self.processes.main:
+            if self.step == 0 and self.processes.main:  # a run without a step is not to be mistaken for a resumable one
                 self.run.discard()
             raise
 
-    def _saved(self) -> str:
-        return f"the last good checkpoint is {self.folder / CHECKPOINT}" if self.step else "nothing was saved"
-
-    def _optimise(self) -> dict[str, float]:
-        first = self.step * self.config.prompts_per_step
-        numbers = range(first, first + self.config.prompts_per_step)
-        held: dict[int, Any] = {}
-        return _mean([self._iterate(numbers, held, iteration) for iteration in range(self.iterations)])
-
-    def _iterate(self, numbers: range, held: dict[int, Any], iteration: int) -> dict[str, float]:
-        """Take one step over prompts; `held` keeps them for the iterations to come."""
+    def _update(self, numbers: range, prompts: dict[int, Any], iteration: int) -> dict[str, float]:
+        """Update the policy once; `prompts` keeps the prepared prompts for the iterations to come."""
         self.optimizer.zero_grad(set_to_none=True)
-        figures: list[dict[str, float]] = []
+        rows: list[dict[str, float]] = []
         broken: list[str] = []
-        error: VidsieveError | None = None
-        try:
+        with self.processes.agreeing():
             for number in self.processes.share(numbers):
-                prompt = held[number] if number in held else self.prepare(self.data(number))
+                prompt = prompts[number] if number in prompts else self.prepare(self.data(number))
                 if self.iterations > 1:
-                    held[number] = prompt
-                figures.append(self._add_gradient(number, prompt, iteration, broken))
-        except VidsieveError as met:
-            error = met
-        if not any(self.processes.any(error is not None or len(broken) < len(figures))):
-            error = TrainingError(
+                    prompts[number] = prompt
+                rows.append(self._add_gradient(number, prompt, iteration, broken))
+        if not any(self.processes.any(len(broken) < len(rows))):
+            raise TrainingError(
                 f"no reward of step {self.step + 1} is finite: stopped; {self._saved()}. {'; '.join(broken[:3])}: look "
                 "at the sample, and at the frozen model's dtype (float16 overflows where bfloat16 does not)"
             )
-        self.processes.agree(error)
         self.processes.sum_gradients(self.policy.parameters())
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.grad_clip)
         if not bool(torch.isfinite(norm)):
             raise TrainingError(f"the gradient of step {self.step + 1} is not finite: stopped; {self._saved()}")
         self.optimizer.step()
-        return _mean(self.processes.in_order(figures)) | {"gradient_norm": float(norm)}
+        return _mean(self.processes.in_order(rows)) | {"gradient_norm": float(norm)}
 
     def _add_gradient(self, number: int, prompt: Any, iteration: int, broken: list[str]) -> dict[str, float]:
-        """Add one prompt's share to the gradients; return its figures, and note in `broken` why there is none."""
+        """Add one prompt's part to the gradients; return its figures, and append to `broken` why there is none."""
         self.generator.manual_seed(draw_seed(self.config.seed, number, iteration))
         result = self.train_step(prompt)
         if result.loss is not None:
@@ -309,18 +270,62 @@ class Trainer(ABC, Generic[Sample]):
             broken.append(f"{result.broken} in every rollout of sample {number}")
         return result.metrics
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    # -- metrics and checkpoints ----------------------------------------------------------------------------
+
+    def _log(self, pace: float, evaluate: bool) -> None:
+        """Write a line: the mean figures since the last one, the pace in prompts a second, an evaluation."""
+        metrics = _mean(self._window) | {
+            "prompts_per_second": pace,
+            "rollouts_per_second": pace * self.rollouts * self.iterations,
+            "minutes": self.minutes,
+        }
+        figures = self.held_out.measure(self.policy, self.processes) if self.held_out and evaluate else {}
+        self._window, metrics = [], metrics | figures
         line = {"step": self.step} | {key: round(value, 6) for key, value in metrics.items()}
         self.processes.together(lambda: self.run.append(line))
         if self.processes.main:
-            self.report(self.step, self.config.steps, metrics)
+            self.events.report(self.step, self.config.steps, metrics)
             self._lines.append(line)
-            for name, text in watch.findings(self._lines, self.config.steps, self.own_rate).items():
+            for name, text in warnings(self._lines, self.config.steps, self.config.own_rate).items():
                 if name not in self.warnings:
                     self.warnings[name] = {"step": self.step, "text": text}
-                    self.warn(f"{name}: {text}")
+                    self.events.warn(f"{name}: {text}")
+        if figures and self.best.improved_by(figures, self.step):
+            self._save_policy(BEST)
 
-    # -- checkpoints ----------------------------------------------------------------------------------------
+    def record(self) -> dict[str, Any]:
+        """Return the training record that is saved with the policy."""
+        last = read_metrics(self.folder)[-1:]
+        return {
+            "trainer": type(self).__name__,
+            "steps": self.step,
+            "minutes": round(self.minutes, 2),
+            "prompts": self.step * self.config.prompts_per_step,
+            "settings": asdict(self.config),
+            "last_metrics": last[0] if last else {},
+            "packing": self.packing.record(),
+            **self._state(),
+            **self.circumstances(),
+        }
+
+    def _state(self) -> dict[str, Any]:
+        return {"best": self.best.as_dict(), "warnings": self.warnings, "changes": self.changes}
+
+    def circumstances(self) -> dict[str, Any]:
+        """Return the circumstances that change the order of sums, and so the last bits of a run."""
+        return {
+            "threads": torch.get_num_threads(),
+            "processes": self.processes.count,
+            "torch": str(torch.__version__),
+            "device": next(self.policy.parameters()).device.type,
+        }
+
+    def _saved(self) -> str:
+        return f"the last good checkpoint is {self.folder / CHECKPOINT}" if self.step else "nothing was saved"
+
+    def _save_policy(self, name: str) -> None:
+        self.policy.config = replace(self.policy.config, training=self.processes.together(self.record))
+        self.processes.together(lambda: self.policy.save_pretrained(self.folder / name))
 
     def _save(self) -> None:
         header = {
@@ -330,14 +335,12 @@ class Trainer(ABC, Generic[Sample]):
             "version": __version__,
             "origin": self.origin | self.circumstances(),
             "window": self._window,
-            "changes": self.changes,
-            "best": self.best.as_dict(),
-            "warnings": self.warnings,
+            **self._state(),
         }
         self.processes.together(lambda: self.run.save(self.policy, self.optimizer, header))
 
     def _load(self, force: bool) -> None:
-        ours = asdict(self.config) | self.origin | self.circumstances()
+        ours = self.config.removed() | asdict(self.config) | self.origin | self.circumstances()
         defaults = {f.name: f.default for f in fields(self.config)}
         header, changed = self.run.load(self.policy, self.optimizer, ours, defaults, force)
         self.step, self.minutes, self._window = int(header["step"]), float(header["minutes"]), header.get("window", [])
@@ -349,16 +352,12 @@ class Trainer(ABC, Generic[Sample]):
             self.changes.append({"step": self.step, "changed": changed})
 
 
-def _silent(step: int, steps: int, metrics: dict[str, float]) -> None:
-    """Report nothing."""
-
-
 def draw_seed(seed: int, number: int, iteration: int) -> int:
     """Return the seed of one prompt's draws: the same in whichever process, and after whichever pause, it is taken."""
     return int(np.random.SeedSequence([seed, number, iteration]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+def _mean(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the mean of each figure over the rows that have it."""
-    keys: Iterator[str] = iter(dict.fromkeys(key for row in rows for key in row))
+    keys = dict.fromkeys(key for row in rows for key in row)
     return {key: sum(row[key] for row in rows if key in row) / sum(key in row for row in rows) for key in keys}

@@ -11,7 +11,7 @@ from torch import Tensor
 from replays import Archive, Case, gap, groups, judged, same_indices
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy, official_selection
-from vidsieve.training import official
+from vidsieve.training import release_sampling as official
 from vidsieve.training.advantages import official_advantage
 from vidsieve.training.losses import action_log_probs, cpo_loss
 from vidsieve.types import Prompt, TokenGrid, VideoTokens

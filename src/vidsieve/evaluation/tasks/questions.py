@@ -34,8 +34,8 @@ from vidsieve.evaluation.items import Benchmark, Item, check_videos
 from vidsieve.evaluation.table import Table
 from vidsieve.io.faults import contained
 from vidsieve.options import chosen
-from vidsieve.training.answers import judge
 from vidsieve.training.data.wording import Wording, prompt_about, worded
+from vidsieve.training.judging import judge
 from vidsieve.types import ENCODER_NEEDS, Need
 from vidsieve.video.reading import Video, read_video
 

@@ -1,7 +1,7 @@
-"""The folder of a training run: metrics line by line, the checkpoint, and what a resumed run must share with it.
+"""The folder of a training run: metrics line by line, the checkpoint, and the check of a resumed run's settings.
 
-Everything but a line of metrics is written beside its place and renamed into it, so that a run killed at any moment
-leaves a checkpoint that is whole. Metrics may be ahead of it; going on cuts them back.
+Everything but a line of metrics is written to a temporary file and renamed, so that a run killed at any moment leaves a
+complete checkpoint. Metrics may be ahead of it; resuming cuts them back.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +25,17 @@ METRICS = "metrics.jsonl"
 POLICY, BEST = "policy", "best"
 
 FREE = frozenset({"steps", "max_minutes", "log_every", "save_every", "eval_every", "workers", "rollout_tokens"})
-"""Settings that may change from one sitting to the next; the record says when they did."""
+"""Settings that a resumed run may change; the record lists the changes."""
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps its files."""
+    """The files of a run in the folder `path`."""
 
-    path: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        """The last checkpoint."""
-        return self.path / CHECKPOINT
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a line."""
-        return self.path / METRICS
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoint, self.metrics = path, path / CHECKPOINT, path / METRICS
 
     def begin(self, resume: bool) -> bool:
-        """Make the folder ready, clear what a killed process left half-written; return whether a run is there to go on.
+        """Make the folder ready and delete half-written files of a killed process; return True if a run is resumed.
 
         Raises
         ------
@@ -55,10 +44,10 @@ class RunFolder:
         """
         there = os.path.exists(self.checkpoint)
         if there and not resume:
-            raise OutputError(f"{self.path} holds a run already: go on with --resume, or choose another folder")
+            raise OutputError(f"{self.path} holds a run already: continue it with --resume, or choose another folder")
         # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
         if not there and resume and not os.path.exists(self.metrics):
-            raise OutputError(f"{self.path} holds no run to go on with: leave --resume out to begin one")
+            raise OutputError(f"{self.path} holds no run to resume: leave --resume out to begin one")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.path / POLICY, self.path / BEST):
@@ -71,32 +60,23 @@ class RunFolder:
         return there
 
     def discard(self) -> None:
-        """Remove a run that came to nothing, and the folder if nothing else is in it."""
+        """Delete a run that could not begin, and the folder if nothing else is in it."""
         for path in (self.checkpoint, self.metrics):
             path.unlink(missing_ok=True)
         with suppress(OSError):  # not empty: it was there before
             self.path.rmdir()
 
-    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
-        """Write the checkpoint.
+    def _remedy(self) -> str:
+        if os.path.exists(self.checkpoint):
+            return f"the last good checkpoint is {self.checkpoint}: free disk space and continue with --resume"
+        return "nothing was saved: free disk space and begin again"
 
-        Raises
-        ------
-        OutputError
-            If it cannot be written; the one before stays.
-        """
+    def save(self, policy: Policy, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
+        """Write the checkpoint; raise OutputError if it cannot be written, then the one before stays."""
         try:
             save_state(self.checkpoint, {"policy": policy}, optimizer, header)
         except OutputError as error:
-            left = (
-                f"the last good checkpoint is {self.checkpoint}"
-                if os.path.exists(self.checkpoint)
-                else "nothing was saved"
-            )
-            advice = (
-                "make room and go on with --resume" if os.path.exists(self.checkpoint) else "make room and begin again"
-            )
-            raise OutputError(f"{error}; {left}: {advice}") from error
+            raise OutputError(f"{error}; {self._remedy()}") from error
 
     def load(
         self,
@@ -106,16 +86,16 @@ class RunFolder:
         defaults: Mapping[str, Any],
         force: bool = False,
     ) -> tuple[dict[str, Any], list[str]]:
-        """Restore a run; return its header, and what has changed since it was written, allowed or forced.
+        """Restore a run; return its header, and the changes since it was written, allowed or forced.
 
         Parameters
         ----------
         ours : mapping
-            Settings and circumstances of this sitting.
+            Settings and circumstances of the resumed run.
         defaults : mapping
-            What a run had that was begun before there was such a setting.
+            Values of settings that are newer than the run.
         force : bool
-            Go on even with other settings.
+            Continue even with other settings.
 
         Raises
         ------
@@ -132,28 +112,19 @@ class RunFolder:
         refused = [text for name, text in changed.items() if name not in FREE]
         if refused and not force:
             raise TrainingError(
-                f"the run in {self.path} was begun with other settings, and would not go on as it began: "
-                f"{'; '.join(refused)}. Go back to those, or go on regardless with --force"
+                f"the run in {self.path} was begun with other settings: {'; '.join(refused)}. Use those again, or "
+                "continue regardless with --force"
             )
         load_state(self.checkpoint, {"policy": policy}, optimizer)
         return header, list(changed.values())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line of metrics.
-
-        Raises
-        ------
-        OutputError
-            If it cannot be written.
-        """
+        """Add a line of metrics; raise OutputError if it cannot be written."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise OutputError(
-                f"cannot write {self.metrics}: {error.strerror or error}; the last good checkpoint is "
-                f"{self.checkpoint}: make room and go on with --resume"
-            ) from None
+            raise OutputError(f"cannot write {self.metrics}: {error.strerror or error}; {self._remedy()}") from None
 
     def cut(self, step: int) -> None:
         """Drop metrics that were logged after `step`, so that no step appears twice."""

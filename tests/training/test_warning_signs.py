@@ -7,10 +7,12 @@ import torch
 from scipy.stats import rankdata, spearmanr
 
 from vidsieve.policies import read_config
+from vidsieve.training.heldout import rank_correlation, ranks
+from vidsieve.training.losses import keep_entropy
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.trainer import StepResult
-from vidsieve.training.watch import findings, keep_entropy, rank_correlation, ranks
+from vidsieve.training.trainer import Events, StepResult
+from vidsieve.training.warning_signs import warnings
 
 HEALTHY = {
     "kept": 0.1,
@@ -27,40 +29,40 @@ def lines(count=3, first=41, **changed):
 
 
 def test_a_healthy_run_is_left_alone():
-    assert findings(lines(10), 100, own_rate=True) == {}
-    assert findings([], 100, own_rate=True) == {}
-    assert findings([{"step": 1, "loss": 0.5}] * 5, 100, own_rate=True) == {}
+    assert warnings(lines(10), 100, own_rate=True) == {}
+    assert warnings([], 100, own_rate=True) == {}
+    assert warnings([{"step": 1, "loss": 0.5}] * 5, 100, own_rate=True) == {}
 
 
 @pytest.mark.parametrize(
     ("figure", "value", "name", "advice"),
     [
-        ("kept", 0.99, "keep-all", "--tolerance"),
-        ("kept", 0.001, "drop-all", "--slack"),
-        ("score_spread", 0.001, "flat scores", "--score-decay"),
+        ("kept", 0.99, "keep-all", "lower tolerance"),
+        ("kept", 0.001, "drop-all", "raise tolerance"),
+        ("score_spread", 0.001, "flat scores", "score_decay"),
         ("entropy", 0.01, "saturated scores", "learning rate"),
         ("blind", 0.6, "blind answers", "data filter"),
-        ("dead_groups", 0.6, "dead groups", "--reward margin"),
+        ("dead_groups", 0.6, "dead groups", "reward margin"),
         ("map_stability", 0.2, "unstable maps", "more prompts"),
     ],
 )
 def test_each_sign_warns_by_its_name_after_three_lines(figure, value, name, advice):
-    found = findings(lines(3, **{figure: value}), 100, own_rate=True)
+    found = warnings(lines(3, **{figure: value}), 100, own_rate=True)
     assert list(found) == [name] and advice in found[name]
-    assert findings(lines(2, **{figure: value}), 100, own_rate=True) == {}, "two lines are too few"
+    assert warnings(lines(2, **{figure: value}), 100, own_rate=True) == {}, "two lines are too few"
     recovered = lines(3, **{figure: value}) + lines(1, first=44)
-    assert findings(recovered, 100, own_rate=True) == {}, "the last line is healthy again"
+    assert warnings(recovered, 100, own_rate=True) == {}, "the last line is healthy again"
 
 
 def test_a_given_rate_is_no_sign_and_maps_may_change_at_first():
-    assert findings(lines(3, kept=0.001), 100, own_rate=False) == {}
-    assert findings(lines(3, first=10, map_stability=0.1), 100, own_rate=False) == {}
-    assert "unstable maps" in findings(lines(3, first=30, map_stability=0.1), 100, own_rate=False)
+    assert warnings(lines(3, kept=0.001), 100, own_rate=False) == {}
+    assert warnings(lines(3, first=10, map_stability=0.1), 100, own_rate=False) == {}
+    assert "unstable maps" in warnings(lines(3, first=30, map_stability=0.1), 100, own_rate=False)
 
 
 def test_figures_that_are_in_some_lines_only_count_where_they_are():
     some = [line for pair in zip(lines(3, map_stability=0.1), [{"step": 50}] * 3, strict=True) for line in pair]
-    assert "unstable maps" in findings(some, 100, own_rate=False)
+    assert "unstable maps" in warnings(some, 100, own_rate=False)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -96,7 +98,7 @@ def test_a_run_warns_once_and_its_record_remembers_over_a_pause(testbed, tmp_pat
     said = []
     for steps in (4, 6):
         record = train_policy(
-            "score", *testbed, tmp_path, settings | {"steps": steps}, warn=said.append, resume=steps == 6
+            "score", *testbed, tmp_path, settings | {"steps": steps}, events=Events(warn=said.append), resume=steps == 6
         )
     assert len(said) == 1 and said[0].startswith("dead groups: 100% of the groups")
     assert record["warnings"]["dead groups"]["step"] == 3

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vidsieve.training.answers import judge, rouge, word_error_rate
+from vidsieve.training.judging import judge, rouge, word_error_rate
 
 
 @pytest.mark.parametrize(

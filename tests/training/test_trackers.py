@@ -1,4 +1,4 @@
-"""Trackers get the metrics of the main process; what is missing is said before a run begins."""
+"""Trackers get the metrics of the main process; a missing one is refused before a run begins."""
 
 from __future__ import annotations
 
@@ -8,27 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from vidsieve.errors import TrainingError, UnknownNameError
-from vidsieve.training import loggers
-from vidsieve.training.loggers import check_trackers, tracking
-from vidsieve.training.recipes import train_policy
-from vidsieve.training.runs import read_metrics
+from vidsieve.training import recipes
+from vidsieve.training.recipes import check_trackers, tracking, train_policy
+from vidsieve.training.run_folder import read_metrics
 
 
-def test_what_is_missing_is_said_before_a_run_begins(testbed, tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+def test_a_missing_tracker_is_refused_before_a_run_begins(testbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes, "find_spec", lambda name: None)
     with pytest.raises(TrainingError, match=r"wandb is not installed: pip install 'vidsieve\[wandb\]'"):
         train_policy("score", *testbed, tmp_path / "run", {"steps": 1}, log_to=["wandb"])
     assert not (tmp_path / "run").exists()
     with pytest.raises(UnknownNameError, match="Did you mean 'tensorboard'"):
         check_trackers(["tensorbord"])
-
-
-def test_nothing_is_opened_before_there_is_something_to_send(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
-    monkeypatch.setattr(loggers, "find_spec", lambda name: name)
-    with tracking(["wandb"], tmp_path, {}):
-        pass
-    assert not list(tmp_path.iterdir())
 
 
 def test_tensorboard_reads_back_every_figure(testbed, tmp_path):
@@ -37,22 +28,26 @@ def test_tensorboard_reads_back_every_figure(testbed, tmp_path):
 
     settings = {"steps": 2, "prompts_per_step": 1, "log_every": 1, "eval_prompts": 0}
     train_policy("cacovid", *testbed, tmp_path, settings, log_to=["tensorboard"])
-    found = EventAccumulator(str(tmp_path / "tensorboard"))
-    found.Reload()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
     for name in ("loss", "reward", "entropy", "rollouts_per_second"):
         wanted = [(line["step"], line[name]) for line in read_metrics(tmp_path)]
-        assert [(e.step, pytest.approx(e.value, rel=1e-6, abs=1e-5)) for e in found.Scalars(name)] == wanted
+        assert [(e.step, pytest.approx(e.value, rel=1e-6, abs=1e-5)) for e in events.Scalars(name)] == wanted
 
 
-def test_wandb_gets_one_run_a_folder_that_goes_on(tmp_path, monkeypatch):
+def test_wandb_gets_one_resumed_run_a_folder(tmp_path, monkeypatch):
     """A stand-in for the service, which this test cannot reach."""
-    started, sent, closed = [], [], []
+    started, sent, closed, reported = [], [], [], []
     run = SimpleNamespace(log=lambda metrics, step: sent.append((step, metrics)), finish=lambda: closed.append(1))
     fake = SimpleNamespace(init=lambda **given: started.append(given) or run)
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(loggers, "find_spec", lambda name: name)
+    with tracking(["wandb"], tmp_path, {}, lambda *line: reported.append(line)):
+        pass
+    assert not started and not list(tmp_path.iterdir()), "nothing is opened before there is something to send"
     for step in (1, 2):
-        with tracking(["wandb", "wandb"], tmp_path / "run", {"steps": 2}) as write:
-            write(step, {"loss": 0.5})
+        with tracking(["wandb", "wandb"], tmp_path / "run", {"steps": 2}, lambda *line: reported.append(line)) as send:
+            send(step, 2, {"loss": 0.5})
     assert sent == [(1, {"loss": 0.5}), (2, {"loss": 0.5})] and len(closed) == 2
+    assert reported == [(step, 2, {"loss": 0.5}) for step in (1, 2)]
     assert started[0] == started[1] and started[0]["resume"] == "allow" and started[0]["name"] == "run"
+    assert started[0]["project"] == "vidsieve" and started[0]["config"] == {"steps": 2}

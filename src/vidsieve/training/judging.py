@@ -1,6 +1,6 @@
-"""How good a generated answer is, by kind of question: the rules of Video-R1. Pure functions.
+"""Scores of generated answers by kind of question, by the rules of Video-R1. Pure functions.
 
-Multiple choice: the letter that is said (`vidsieve.options`), or the first word where options have none. Numbers: equal
+Multiple choice: the letter given (`vidsieve.options`), or the first word where options have no letters. Numbers: equal
 to two decimals. OCR: one minus the word error rate. Free form: the mean of ROUGE-1, -2 and -L. Regression: one minus
 the relative error.
 """
@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from typing import Any
-
-from torch import Tensor
 
 from vidsieve.options import said_letter
 from vidsieve.training.data.video_r1 import Kind
@@ -21,60 +18,54 @@ _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _WORD = re.compile(r"\w+")
 
 
-def decoded(tokenizer: Any, ids: Tensor) -> list[str]:
-    """Return generated ids (G, E) as texts."""
-    texts: list[str] = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts
-
-
-def judge(kind: Kind, said: str, truth: str) -> float:
+def judge(kind: Kind, answer: str, truth: str) -> float:
     """Return the score of an answer, in [0, 1].
 
     Parameters
     ----------
     kind : str
         As `VideoR1Record.kind`.
-    said : str
-        What the model generated; the part in ``<answer>`` tags where it has them.
+    answer : str
+        Generated text; only the part in ``<answer>`` tags counts where it has them.
     truth : str
         The right answer.
     """
-    tagged = _TAGGED.search(said)
-    said = (tagged.group(1) if tagged else said).strip()
+    tagged = _TAGGED.search(answer)
+    answer = (tagged.group(1) if tagged else answer).strip()
     if kind == "multiple choice":
         if len(truth) == 1 and truth.isascii() and truth.isalpha():
-            return float(said_letter(said) == truth.upper())
-        words = _WORD.findall(said.casefold())
+            return float(said_letter(answer) == truth.upper())
+        words = _WORD.findall(answer.casefold())
         return float(words[:1] == [truth.casefold()])
     if kind == "numerical":
-        ours, theirs = number(said), number(truth)
+        ours, theirs = number(answer), number(truth)
         return float(ours is not None and theirs is not None and round(ours, 2) == round(theirs, 2))
     if kind == "regression":
-        return closeness(number(said), number(truth))
+        return closeness(number(answer), number(truth))
     if kind == "OCR":
-        return max(0.0, 1 - word_error_rate(said.split(), truth.split()))
-    return rouge(said, truth)
+        return max(0.0, 1 - word_error_rate(answer.split(), truth.split()))
+    return rouge(answer, truth)
 
 
 def number(text: str) -> float | None:
     """Return the first number in a text, thousands separated by commas or not; None without one."""
-    found = _NUMBER.search(text)
-    return float(found.group().replace(",", "")) if found else None
+    match = _NUMBER.search(text)
+    return float(match.group().replace(",", "")) if match else None
 
 
-def closeness(said: float | None, truth: float | None) -> float:
-    """Return 1 − |said − truth| / |truth|, not below 0; for a truth of 0, whether both are."""
-    if said is None or truth is None:
+def closeness(answer: float | None, truth: float | None) -> float:
+    """Return 1 − |answer − truth| / |truth|, not below 0; for a truth of 0, 1 if the answer is 0 too, else 0."""
+    if answer is None or truth is None:
         return 0.0
     if truth == 0:
-        return float(said == 0)
-    return max(0.0, 1 - abs(said - truth) / abs(truth))
+        return float(answer == 0)
+    return max(0.0, 1 - abs(answer - truth) / abs(truth))
 
 
-def word_error_rate(said: list[str], truth: list[str]) -> float:
-    """Return the least number of inserted, dropped and replaced words, over the words of the truth."""
+def word_error_rate(answer: list[str], truth: list[str]) -> float:
+    """Return the least number of inserted, dropped and replaced words over the number of words of the truth."""
     row = list(range(len(truth) + 1))
-    for count, word in enumerate(said, 1):
+    for count, word in enumerate(answer, 1):
         corner, row[0] = row[0], count
         for place, wanted in enumerate(truth, 1):
             best = min(row[place] + 1, row[place - 1] + 1, corner + (word != wanted))
@@ -82,9 +73,9 @@ def word_error_rate(said: list[str], truth: list[str]) -> float:
     return row[-1] / max(1, len(truth))
 
 
-def rouge(said: str, truth: str) -> float:
+def rouge(answer: str, truth: str) -> float:
     """Return the mean F1 of common words, word pairs, and the longest common subsequence (ROUGE-1, -2, -L)."""
-    ours, theirs = _WORD.findall(said.lower()), _WORD.findall(truth.lower())
+    ours, theirs = _WORD.findall(answer.lower()), _WORD.findall(truth.lower())
     grams = [_overlap(ours, theirs, size) for size in (1, 2)]
     return (sum(grams) + _f1(_common(ours, theirs), len(ours), len(theirs))) / 3
 

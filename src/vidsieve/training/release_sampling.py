@@ -1,8 +1,8 @@
 """CaCoVID's released sampling, step by step (LivingFutureLab/CaCoVID @ 384752da), for variant "official".
 
 The release draws masks in three modes: "token" (its OCSS), "frame", and "content" (a reference by density
-peaks whose reward trains nothing). Probabilities and draws are separate functions here, so that the
-probabilities can be checked against the release and the draws against the probabilities.
+peaks whose reward trains nothing). Probabilities and draws are separate functions, so that the probabilities
+can be checked against the release and the draws against the probabilities.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.compressors._clustering import Distances, peak_scores
+from vidsieve.training.sampling import mask_of_largest, subspace_of_tokens
 from vidsieve.types import TokenGrid
 
 
@@ -49,16 +51,11 @@ def group_count(ratio: float, group_size: float = 2.0) -> int:
 
 
 def group_of_tokens(probability: Tensor, groups: int) -> Tensor:
-    """Return the sub-space (T, n) int64 of each token: tokens sorted by probability, cut into equal parts.
-
-    The first n mod g parts get one token more.
-    """
+    """Return the sub-space (T, n) int64 of each token; the first n mod g sub-spaces have one token more."""
     tokens = probability.shape[1]
     sizes = torch.full((groups,), tokens // groups)
     sizes[: tokens % groups] += 1
-    order = probability.sort(dim=1, descending=True, stable=True).indices
-    parts = torch.repeat_interleave(torch.arange(groups), sizes)
-    return torch.empty_like(order).scatter_(1, order, parts.expand_as(order))
+    return subspace_of_tokens(probability, sizes)
 
 
 def group_probability(probability: Tensor, members: Tensor, groups: int, max_group_prob: float = 2.0) -> Tensor:
@@ -116,54 +113,31 @@ def frame_probability(frame_scores: Tensor, groups: int) -> Tensor:
     return clip_max_probability(row.repeat(groups, 1), 3 / row.shape[0])
 
 
-def drawn_frames(grid: TokenGrid, share: float) -> int:
-    """Return how many frames a "frame" rollout keeps, ⌈T·share⌉."""
-    return max(math.ceil(grid.frames * share), 1)
-
-
 def drawn_tokens(grid: TokenGrid, ratio: float) -> int:
-    """Return how many tokens of each frame a rollout keeps, r·H·W rounded half to even; at least 1, unlike there."""
+    """Return the tokens of each frame that a rollout keeps, r·H·W rounded half to even; at least 1, unlike there."""
     return max(round(ratio * grid.per_frame), 1)
 
 
 def density_peaks(embeds: Tensor, noise: Tensor) -> Tensor:
-    """Return the density-peak score (…, n) of tokens (…, n, D): density times distance to a denser token.
-
-    Parameters
-    ----------
-    embeds : Tensor, (…, n, D)
-    noise : Tensor, (…, n), in [0, 1); a millionth of it breaks ties of density
-    """
-    distance = torch.cdist(embeds.float(), embeds.float()) / math.sqrt(embeds.shape[-1])
-    nearest = distance.topk(min(4, distance.shape[-1]), dim=-1, largest=False).values
-    density = (-nearest.square().mean(-1)).exp() + noise * 1e-6
-    denser = density[..., None, :] > density[..., :, None]
-    farthest = distance.flatten(-2).amax(-1)[..., None, None]
-    gap = torch.where(denser, distance, farthest).amin(-1)
-    return gap * density
+    """Return the density-peak score (n,) of tokens (n, D); a millionth of the noise (n,) in [0, 1) breaks ties."""
+    return peak_scores(Distances.of(embeds), neighbours=4, noise=noise)
 
 
 def content_mask(embeds: Tensor, grid: TokenGrid, ratio: float, noise: Tensor) -> Tensor:
     """Return the mask (N,) bool of the release's "content" mode: density peaks inside every frame."""
-    count = drawn_tokens(grid, ratio)
-    frames = embeds.reshape(grid.frames, grid.per_frame, -1)
-    chosen = density_peaks(frames, noise.reshape(grid.frames, grid.per_frame)).topk(count, dim=1).indices
-    return torch.zeros(grid.frames, grid.per_frame, dtype=torch.bool).scatter_(1, chosen, True).flatten()
+    frames = zip(embeds.reshape(grid.frames, grid.per_frame, -1), noise.reshape(grid.frames, -1), strict=True)
+    peaks = torch.stack([density_peaks(*frame) for frame in frames])
+    return mask_of_largest(peaks, drawn_tokens(grid, ratio)).flatten()
 
 
 def frame_rollout_mask(embeds: Tensor, grid: TokenGrid, ratio: float, drawn: Tensor, noise: Tensor) -> Tensor:
     """Return the mask (N,) bool of one "frame" rollout: density peaks over all tokens of the drawn frames.
 
-    Parameters
-    ----------
-    drawn : Tensor, (T,), bool
-    noise : Tensor, (drawn tokens,), in [0, 1)
+    `drawn` (T,) bool are the frames, `noise` (drawn tokens,) is in [0, 1).
     """
-    budget = grid.frames * drawn_tokens(grid, ratio)
-    tokens = drawn[:, None].expand(-1, grid.per_frame).flatten().nonzero().flatten()
-    chosen = density_peaks(embeds[tokens], noise).topk(budget).indices
+    tokens = drawn.repeat_interleave(grid.per_frame)
     mask = torch.zeros(grid.num_tokens, dtype=torch.bool)
-    mask[tokens[chosen]] = True
+    mask[tokens] = mask_of_largest(density_peaks(embeds[tokens], noise), grid.frames * drawn_tokens(grid, ratio))
     return mask
 
 
@@ -176,9 +150,9 @@ def frame_masks(
     generator: Generator,
     share: float = 0.125,
 ) -> tuple[Tensor, Tensor]:
-    """Return frame masks (G, T) bool and keep-masks (G, N) bool of the "frame" mode; the first one is greedy."""
+    """Return masks of ⌈T·share⌉ frames (G, T) bool and keep-masks (G, N) bool of the "frame" mode, the first greedy."""
     # As many frames as hold the budget: the release's 32 frames at a ratio of at most 0.12 always do.
-    count = max(drawn_frames(grid, share), -(-grid.frames * drawn_tokens(grid, ratio) // grid.per_frame))
+    count = max(math.ceil(grid.frames * share), -(-grid.frames * drawn_tokens(grid, ratio) // grid.per_frame))
     chosen = torch.multinomial(frame_probability(frame_scores, groups), count, generator=generator)
     chosen[0] = frame_scores.sort(descending=True, stable=True).indices[:count]
     frames = torch.zeros(groups, grid.frames, dtype=torch.bool).scatter_(1, chosen, True)
