@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vidsieve.options import said_letter
-from vidsieve.training.data.video_r1 import Kind
+from vidsieve.training.data.rows import Kind
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -33,7 +33,7 @@ def judge(kind: Kind, said: str, truth: str) -> float:
     Parameters
     ----------
     kind : str
-        As `VideoR1Record.kind`.
+        One of `KINDS`.
     said : str
         What the model generated; the part in ``<answer>`` tags where it has them.
     truth : str

@@ -114,7 +114,7 @@ def source(
         return load_prompts(processor, path, root, kinds=kinds, skipped=skipped, captions=captions)
 
     def read(
-        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None
+        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[str]], bool] | None = None
     ) -> FilePrompts:
         found = FilePrompts(
             adapter,
