@@ -1,6 +1,6 @@
-"""Memory of reading a file of prompts, against how many rows it has: 10,000 and 100,000, the same few videos.
+"""Memory of reading a file of prompts of 10,000 and of 100,000 rows, the same few videos.
 
-Each reading is a process of its own; what is told is the largest resident set above that of a process that has
+Each reading is a process of its own; the result is its largest resident set above that of a process that has
 everything imported and has read a file of one hundred rows.
 
     python benchmarks/reading.py --json benchmarks/results/reading.json
@@ -26,9 +26,9 @@ sys.path.insert(0, {src!r})
 import torch
 from vidsieve.training.data.prompts import FilePrompts, load_prompts
 from vidsieve.training.data.checking import check_file
-from vidsieve.training.data.filtering import _rows_of
+from vidsieve.training.data.filtering import _unusable
 from vidsieve.training.data.rows import Remembered
-from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.data.table import load_rows
 from vidsieve.testbed.model import build_tokenizer
 torch.set_num_threads(1)
 path, way = Path(sys.argv[1]), sys.argv[2]
@@ -41,7 +41,8 @@ if way == "train":
 elif way == "check":
     check_file(path)
 else:
-    rows = _rows_of(path, None, Remembered(processor.tokenizer), Skipped())
+    tokenizer = Remembered(processor.tokenizer)
+    rows = load_rows(path, wanted=lambda row: _unusable(row, tokenizer), present=False)
     sum(len(row["question"]) for row in rows)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({{"peak": peak, "seconds": time.perf_counter() - start}}))

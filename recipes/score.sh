@@ -13,14 +13,14 @@ ONEVISION=("$DATA"/LLaVA-OneVision-Data/*/train-*.parquet)
 # One epoch of each stage, 8 videos a step.
 TRAIN=(--variant paper --frames 128 --precision bf16 --prompts-per-step 8 --rollouts 16 --pseudo-steps 1250 --steps 8375
   --save-every 100)
-ASK=(--concurrency 32 --retries 5)
+ASK=(--concurrency 32)
 if [ -n "$TESTBED" ]; then
   MODEL=testbed IMAGES=12 CAPTIONS=30
   KOALA=$DATA/koala/Koala_36M_1.csv
   LLAVA=$DATA/llava/0_30_s_testbed_v0_1/0_30_s_testbed_v0_1_cap_processed.json
   ONEVISION=("$DATA/images/train-00000-of-00001.parquet")
   TRAIN=(--variant paper --frames 16 --prompts-per-step 4 --rollouts 4 --pseudo-steps 2 --steps 8 --threads 1 --save-every 4)
-  ASK=(--concurrency 4 --retries 5)
+  ASK=(--concurrency 4)
   render() { [ -e "$DATA/$1/truth.json" ] || run $VIDSIEVE testbed render "$DATA/$1" --format "$2" --scenes 20 --seed "$3" --broken 0.05; }
   render koala koala-36m 42
   render llava llava-video 43

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import string
 
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from vidsieve.errors import TrainingError
 from vidsieve.options import Options, OptionsError, chosen, said_letter
-from vidsieve.training.data.rows import ask, relettered, wrong_in
+from vidsieve.training.data.layouts import read_records
+from vidsieve.training.data.rows import ask, relettered
 from vidsieve.training.judging import judge
 
 ANIMALS = ["A. Dog", "B. Cat", "C. Bird", "D. Fish"]
@@ -65,11 +67,13 @@ def test_an_answer_is_a_letter_an_option_or_its_text(options, answer, number):
         ([str(n) for n in range(27)], "at most 26"),
     ],
 )
-def test_options_that_no_answer_can_tell_apart_are_refused(options, message):
+def test_options_that_no_answer_can_tell_apart_are_refused(tmp_path, options, message):
     with pytest.raises(OptionsError, match=message):
         Options.parse(options)
     row = {"video": "a.mp4", "question": "?", "options": options, "answer": options[0]}
-    assert message in wrong_in(row)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (record,) = read_records(tmp_path / "rows.jsonl")
+    assert message in record.fault
 
 
 class Tokenizer:

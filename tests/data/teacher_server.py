@@ -1,7 +1,7 @@
 """A server on loopback that speaks OpenAI's chat completions, and can be slow, fail and lie.
 
 ``python teacher_server.py PORT --log FILE …`` prints the port once it listens. Every request is a line of the log
-before it is answered. What is done to a row depends on its text alone, and so tests know it: `lie_for`, `fails`.
+before it is answered. The treatment of a row depends on its text alone, so that tests know it: `lie_for`, `fails`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 FAILURES = ("429", "500", "drop", "half")
 """Replies that are no answers: too many requests, server error, no reply, a body that breaks off."""
 LIES = {
-    "empty": "empty",
-    "null": "empty",
-    "no-choices": "no choices",
-    "no-message": "no choices",
-    "not-json": "not JSON",
+    "null": "too short",
+    "short": "too short",
+    "no-choices": "malformed answer",
+    "not-json": "malformed answer",
+    "parts": "malformed answer",
+    "surrogate": "malformed answer",
     "refusal": "refusal",
     "refused": "refusal",
     "filter": "refusal",
     "length": "cut off",
-    "parts": "not text",
-    "surrogate": "not text",
     "loop": "repetition",
-    "short": "too short",
-    "parrot": "the instruction itself",
 }
-"""Answers with status 200 that are no captions, and for what they are to be taken."""
+"""Answers with status 200 that are no captions, and the reasons for which they are set aside."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 
 
@@ -99,15 +96,12 @@ class Handler(BaseHTTPRequestHandler):
             with open(args.log, "a") as file:
                 file.write(json.dumps(line) + "\n")
         time.sleep(args.slow)
-        self.act(do, row, text)
+        self.act(do, row)
 
-    def act(self, do, row, text):
-        if do in ("drop", "half", "drip"):
-            if do != "drop":
+    def act(self, do, row):
+        if do in ("drop", "half"):
+            if do == "half":
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
-            for _ in range(20 if do == "drip" else 0):
-                self.wfile.write(b" ")
-                time.sleep(0.1)
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
         elif do.isdigit():
@@ -118,14 +112,8 @@ class Handler(BaseHTTPRequestHandler):
             self.say(200, b"<html>all is well</html>")
         elif do == "no-choices":
             self.say(200, {"choices": [], "usage": USAGE})
-        elif do == "no-message":
-            self.say(200, {"choices": ["words"], "usage": USAGE})
-        elif do == "escaped":  # the key in other letters
-            body = self.answer(f"{caption_of(row)} {self.headers['Authorization']}")
-            self.say(200, json.dumps(body).replace("-", "\\u002d").encode())
         else:
             said = {
-                "empty": "  \n",
                 "null": None,
                 "refused": None,
                 "refusal": "I'm sorry, but I can't help with describing this video today.",
@@ -135,7 +123,6 @@ class Handler(BaseHTTPRequestHandler):
                 "parts": [{"type": "text", "text": caption_of(row)}],
                 "surrogate": f"{caption_of(row)} \ud83d",
                 "loop": caption_of(row) + " and it goes on and on in the same way" * 12,
-                "parrot": text,
                 "echo": f"{caption_of(row)} {self.headers['Authorization']}",
             }.get(do, caption_of(row))
             body = self.answer(said)

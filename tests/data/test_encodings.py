@@ -153,21 +153,21 @@ def test_another_model_other_frames_and_another_dtype_are_refused(data, tmp_path
     first.caption(0)
     processor = processor_for("llava_onevision")
     EncodingCache(folder, adapter, processor, 6)
-    with pytest.raises(TrainingError, match=r"another number of frames \(6, here 8\): give another folder"):
+    with pytest.raises(TrainingError, match=r"other settings \(frames: 6 there, 8 now\): give another folder"):
         EncodingCache(folder, adapter, processor, 8)
-    with pytest.raises(TrainingError, match=r"with another model's vision weights: .*or remove this one"):
+    with pytest.raises(TrainingError, match=r"\(weights: .* there, .* now\): .*or remove this one"):
         EncodingCache(folder, adapter_for(FAMILIES["llava_onevision"](1)), processor, 6)
     half = FAMILIES["llava_onevision"]().to(torch.bfloat16)
-    with pytest.raises(TrainingError, match=r"with another dtype \(torch.float32, here torch.bfloat16\): "):
+    with pytest.raises(TrainingError, match=r'dtype: "torch.float32" there, "torch.bfloat16" now'):
         EncodingCache(folder, adapter_for(half), processor, 6)
-    with pytest.raises(TrainingError, match=r"another model family \(llava_onevision, here qwen2_5_vl\) and another"):
+    with pytest.raises(TrainingError, match=r'family: "llava_onevision" there, "qwen2_5_vl" now; config: '):
         opened(folder, "qwen2_5_vl", data)
     # What the LLM says of a video is no part of its encoding.
     changed = FAMILIES["llava_onevision"]()
     changed.get_output_embeddings().weight.data.zero_()
     EncodingCache(folder, adapter_for(changed), processor, 6)
     (folder / MANIFEST).write_text("[]")
-    with pytest.raises(TrainingError, match="is no readable manifest"):
+    with pytest.raises(TrainingError, match="is not a readable manifest"):
         EncodingCache(folder, adapter, processor, 6)
 
 

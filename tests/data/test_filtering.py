@@ -6,12 +6,12 @@ import json
 
 import pytest
 import torch
+from file_rows import rows_of
 
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.testbed.files import write_scenes
 from vidsieve.training.data import filtering
 from vidsieve.training.data.filtering import blind_answers, filter_file
-from vidsieve.training.data.layouts import read_all
 from vidsieve.training.data.rows import ask, options_of, relettered
 
 
@@ -38,7 +38,7 @@ def one_by_one(model, processor, row):
 
 def test_a_batch_answers_as_one_by_one(testbed, questions):
     model, processor = testbed
-    rows = [row for row in read_all(questions) if "question" in row]
+    rows = [row for row in rows_of(questions) if "question" in row]
     found = blind_answers(model, processor, rows, batch=7)
     assert found == [one_by_one(model, processor, row) for row in rows] and 0.1 < sum(found) / len(found) < 0.6
 
@@ -46,7 +46,7 @@ def test_a_batch_answers_as_one_by_one(testbed, questions):
 @pytest.mark.parametrize("rule", ["any", "all"])
 def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch, rule):
     model, processor = testbed
-    rows = read_all(questions)
+    rows = rows_of(questions)
     asked = [row for row in rows if "question" in row]
     first = blind_answers(model, processor, asked)
     second = [number % 3 == 0 for number in range(len(asked))]  # another model's answers
@@ -60,7 +60,7 @@ def test_what_is_left_needs_its_video(testbed, questions, tmp_path, monkeypatch,
     found = filter_file(questions, out, [testbed, testbed], rule)
     gone = [(a or b) if rule == "any" else (a and b) for a, b in zip(first, second, strict=True)]
     wanted = [row["question"] for row, out_of_it in zip(asked, gone, strict=True) if not out_of_it]
-    left = read_all(out)
+    left = rows_of(out)
     assert [row["question"] for row in left if "question" in row] == wanted
     assert (found.questions, found.kept) == (len(asked), len(wanted)) and found.captions == len(rows) - len(asked)
     assert all((out.parent / row["video"]).is_file() for row in left), "paths lead from the new file"
@@ -129,7 +129,7 @@ def test_how_many_answers_must_be_right(testbed, leaky, tmp_path):
 
 
 def test_drawn_answers_depend_on_seed_and_question_alone(testbed, leaky):
-    rows = [row for row in read_all(leaky[0]) if row["problem_type"] == "multiple choice"][:40]
+    rows = [row for row in rows_of(leaky[0]) if row["problem_type"] == "multiple choice"][:40]
     one = blind_answers(*testbed, rows, seed=2, batch=40)
     assert one == blind_answers(*testbed, rows, seed=2, batch=7)
     assert one[10:] == blind_answers(*testbed, rows[10:], seed=2)

@@ -1,14 +1,15 @@
-"""Rows of training prompts: which option an answer means, what a row may hold, which videos can be held out."""
+"""Rows of training prompts: the fields of a row, the options that answers name, and the videos that are held out."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from file_rows import rows_of
 
 from vidsieve.errors import TrainingError
 from vidsieve.training.data.filtering import filter_file
-from vidsieve.training.data.layouts import read_all
+from vidsieve.training.data.layouts import read_records
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.table import held_out, keys_of, load_rows
 
@@ -23,22 +24,38 @@ ASKED = {"video": "a.mp4", "question": "?", "options": ["red", "blue"], "answer"
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "fault"),
     [
-        ({"video": "a.mp4", "caption": "c", "question": "?"}, "question, options and answer"),
-        ({"video": 5, "caption": "c"}, "video must be a path, got 5"),
-        ({"video": "a.mp4", "caption": None}, "caption must be a text that is not empty, got None"),
-        ({"video": "a.mp4", "caption": "  "}, "caption must be a text"),
-        ({"video": "a.mp4"}, "a row needs"),
+        ({"video": "a.mp4", "caption": "c", "question": "?"}, "missing field answer"),
+        ({"video": 5, "caption": "c"}, "video: expected str, got int"),
+        ({"video": "a.mp4", "caption": None}, "caption: expected str, got null"),
+        ({"video": "a.mp4", "caption": "  "}, "caption: expected a text that is not empty"),
+        (
+            {"video": "a.mp4"},
+            "a row needs video, and caption or question, options and answer; or frames or image, and caption",
+        ),
         (["a"], "a row needs"),
         ({"caption": "c"}, "a row needs"),
         (ASKED | {"options": ["red"]}, "two or more"),
-        ({"frames": [["a.png", 0]], "caption": "c"}, "frames must be"),
+        (ASKED | {"options": None}, "options: expected array, got null"),
+        (ASKED | {"answer": "green"}, "the answer 'green' is none of its options"),
+        (
+            ASKED | {"problem_type": "open"},
+            "problem_type: invalid enum value 'open', must be one of multiple choice, num",
+        ),
+        (ASKED | {"image": "a.png"}, "video and image do not go together"),
+        ({"image": "a.png", "caption": "c", "question": "?"}, "image and question do not go together"),
+        ({"frames": [["a.png", 1]], "video": "a.mp4", "caption": "c"}, "video and frames do not go together"),
+        ({"frames": [["a.png", 0]], "caption": "c"}, "frames[0][1]: expected int >= 1"),
+        ({"frames": [["a.png", True]], "caption": "c"}, "frames[0][1]: expected int, got bool"),
+        ({"frames": [["a.png"]], "caption": "c"}, "frames[0]: expected array of length 2, got 1"),
+        ({"frames": [], "caption": "c"}, "frames: expected array of length >= 1"),
+        ({"frames": "x", "caption": "c"}, "frames: expected array, got str"),
     ],
 )
-def test_malformed_rows_are_named_by_line(tmp_path, row, said):
-    with pytest.raises(TrainingError, match=f"1 of 2 records in .* are malformed.*: record 2: .*{said}"):
-        read_all(rows_file(tmp_path, ASKED, row))
+def test_malformed_rows_are_named(tmp_path, row, fault):
+    good, bad = read_records(rows_file(tmp_path, ASKED, row))
+    assert good.rows and not bad.rows and bad.number == 2 and fault in bad.fault
 
 
 def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
@@ -79,6 +96,6 @@ def test_a_filter_keeps_other_kinds_of_question(testbed, tmp_path):
     path = rows_file(tmp_path, *lines, counted, {"video": "a.mp4", "caption": "c"})
     found = filter_file(path, tmp_path / "out.jsonl", [testbed])
     assert (found.questions, found.captions, found.others) == (6, 1, 1)
-    left = read_all(tmp_path / "out.jsonl")
+    left = rows_of(tmp_path / "out.jsonl")
     assert [row["question"] for row in left if "problem_type" in row] == ["how many ?"]
     assert len(left) == found.kept + 2

@@ -157,8 +157,8 @@ def test_faults_are_listed_once_however_often_they_are_met(tmp_path):
     for _ in range(2):
         skipped = Skipped(path)
         skipped.add("malformed record", "record 3", "is not JSON", file=Path("a.json"))
-        skipped.broken("b.mp4", 4, "cut short", file=Path("a.json"), later=True)
-        skipped.broken("b.mp4", 4, "cut short", file=Path("a.json"), later=True)
+        skipped.add("broken video", "b.mp4", "cut short", file=Path("a.json"), rows=4, later=True)
+        skipped.add("broken video", "b.mp4", "cut short", file=Path("a.json"), rows=4, later=True)
     assert [line["where"] for line in listed(path)] == ["record 3", "b.mp4"]
     with path.open("a") as file:
         file.write('{"what": "cut of')  # a kill
@@ -167,7 +167,7 @@ def test_faults_are_listed_once_however_often_they_are_met(tmp_path):
     quiet = Skipped(tmp_path / "other.jsonl", lists=False)  # the second of two processes
     quiet.add("malformed record", "record 3", "is not JSON", file=Path("a.json"))
     assert quiet.faults["malformed record"] == 1 and not (tmp_path / "other.jsonl").exists()
-    quiet.broken("c.mp4", 1, "cut short", file=Path("a.json"), later=True)
+    quiet.add("broken video", "c.mp4", "cut short", file=Path("a.json"), later=True)
     assert [line["where"] for line in listed(tmp_path / "other.jsonl")] == ["c.mp4"]
 
 
@@ -180,10 +180,10 @@ def test_rows_come_back_from_any_thread_as_they_went_in(tmp_path):
         table.append(row)
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(table.__getitem__, range(500))) == rows
-    assert table[-1] == rows[-1] and len(table) == 500
+    assert table[499] == rows[-1] and len(table) == 500
     with pytest.raises(IndexError):
         table[500]
-    assert [(Path(name).stem, count, video) for _, name, count, video in table.files()] == [
+    assert [(Path(shown.name).stem, shown.rows, shown.is_video) for shown in table.files.values()] == [
         (str(n), 72 if n < 3 else 71, True) for n in range(7)
     ]
 

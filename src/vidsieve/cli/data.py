@@ -1,11 +1,10 @@
-"""vidsieve data: look at files of training prompts, and make them better."""
+"""vidsieve data: check files of training prompts, and prepare them for training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
@@ -30,15 +29,17 @@ from vidsieve.cli.shared import (
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import writing
 
-app = typer.Typer(no_args_is_help=True, help="Check and prepare files of training prompts.")
+if TYPE_CHECKING:
+    from vidsieve.training.data.skipped import Skipped
 
+app = typer.Typer(no_args_is_help=True, help="Check and prepare files of training prompts.")
+app.command("annotate")(annotate)
+
+say = partial(out.print, markup=False, highlight=False, soft_wrap=True)
 VideoRoot = Annotated[
     Path | None,
     typer.Option(help="Folder that paths in the file start from; default: that of the file.", show_default=False),
 ]
-
-
-app.command("annotate")(annotate)
 
 
 @app.callback()
@@ -56,67 +57,59 @@ def check(
     ],
     video_root: VideoRoot = None,
     frames: Annotated[int, typer.Option(help="Frames read from each video, as in training.", min=1)] = 16,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Only look whether the videos are there; read none of them.")
-    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Only look for the videos, and read none of them.")] = False,
     listed: Annotated[
-        Path | None,
-        typer.Option("--list", help="List every fault here, as JSON lines.", show_default=False),
+        Path | None, typer.Option("--list", help="List every fault here, as JSON lines.", show_default=False)
     ] = None,
     readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
     json: Json = None,
 ) -> None:
-    """Say what a file of prompts holds and what of it can be used, before anything runs."""
+    """Report the contents of a file of prompts, and the part of it that can be used, before anything runs."""
     check_output(json, reads=(source,))
     check_output(listed, (".jsonl",), reads=(source,))
     from vidsieve.training.data.checking import check_file
     from vidsieve.training.data.skipped import Skipped
 
-    if listed is not None:  # a list without lines says that nothing is wrong
+    if listed is not None:  # a list without lines: nothing is wrong
         with writing(listed):
             pass
     skipped = Skipped(listed)
     with Bar("videos", None) as update:
-        found = check_file(
+        result = check_file(
             source, video_root, frames=frames, decode=not quick, threads=readers, skipped=skipped, progress=update
         )
+    say(f"{source}: {result.title}")
     lines = [
         (escape(group["source"] or "–"), group["kind"], f"{group['rows']:,}", f"{group['usable']:,}")
-        for group in found.groups
+        for group in result.groups
     ]
-    out.print(f"{source}: {found.title}", highlight=False, soft_wrap=True)
     out.print(table("", ("source", "kind", "rows", "usable"), lines, right=(2, 3)))
-    bad = skipped.videos["missing"] + skipped.videos["broken"]
-    kind = "there" if quick else "readable"
-    length = (
-        "" if quick else f", {found.seconds / 3600:.1f} hours" if found.seconds >= 3600 else f", {found.seconds:.0f} s"
-    )
-    seen = f"; {found.videos - bad:,} of {found.videos:,} videos and images are {kind}{length}" if found.videos else ""
-    out.print(f"{found.usable:,} of {found.rows:,} rows can be used{seen}", highlight=False)
-    tell(skipped, listed)
-    if found.example is not None:
-        out.print(f"first row: {_short(found.example)}", markup=False, highlight=False, soft_wrap=True)
-    write_json(json, vars(found) | skipped.as_dict())
-
-
-def tell(skipped: Any, listed: Path | None) -> None:
-    """Print what was left out of a file, a line each."""
-    for line in skipped.reasons():
-        out.print(f"left out: {line}", markup=False, highlight=False, soft_wrap=True)
+    videos = ""
+    if result.videos:
+        good, hours = result.videos - skipped.videos.total(), result.seconds / 3600
+        length = f", {hours:.1f} hours" if hours >= 1 else f", {result.seconds:.0f} s"
+        state = "there" if quick else f"readable{length}"
+        videos = f"; {good:,} of {result.videos:,} videos and images are {state}"
+    out.print(f"{result.usable:,} of {result.rows:,} rows can be used{videos}", highlight=False)
+    _print_skipped(skipped)
     if listed is not None and skipped.faults:
-        out.print(f"listed in {listed}", highlight=False, soft_wrap=True)
+        say(f"listed in {listed}")
+    if result.example is not None:
+        fields = ("question", "options", "answer", "prompt", "caption")
+        row = "; ".join(f"{key}: {value!r:.160}" for key, value in result.example.items() if key in fields)
+        say(f"first row: {row}")
+    write_json(json, vars(result) | skipped.as_dict())
 
 
-def _short(row: dict[str, Any]) -> str:
-    """Return a row in a line."""
-    said = {key: value for key, value in row.items() if key in ("question", "options", "answer", "prompt", "caption")}
-    return "; ".join(f"{key}: {value!r:.160}" for key, value in said.items())
+def _print_skipped(skipped: Skipped) -> None:
+    for line in skipped.reasons():
+        say(f"left out: {line}")
 
 
 @app.command("filter")
 def filter_prompts(
     source: Annotated[Path, typer.Argument(help="A file of prompts, as `vidsieve data check` reads it.")],
-    target: Annotated[Path, typer.Argument(help="Where the rows that are left go, as JSON lines.")],
+    target: Annotated[Path, typer.Argument(help="File of JSON lines to write, with the rows that are left.")],
     model: Annotated[
         list[str] | None,
         typer.Option(
@@ -124,7 +117,7 @@ def filter_prompts(
         ),
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="A question goes when 'any' of the models answers it blindly, or 'all'.")
+        str, typer.Option(help="Drop a question when 'any' of the models answers it blindly, or 'all'.")
     ] = "any",
     seeds: Annotated[
         int,
@@ -146,7 +139,7 @@ def filter_prompts(
 ) -> None:
     """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens.
 
-    Answers are kept in TARGET.blind, 32 questions at a time: the same command goes on there, with --share or torchrun
+    Answers are kept in TARGET.blind, 32 questions at a time: the same command resumes there, with --share or torchrun
     in several processes at once, and asks nothing again when only --rule or --right-in changes.
     """
     check_output(json, reads=(source,))
@@ -163,7 +156,7 @@ def filter_prompts(
     names = model or ["testbed"]
     work, skipped = target.with_name(f"{target.name}.blind"), Skipped()
     with stoppable(work), Bar("answers") as update:
-        found = filter_file(
+        result = filter_file(
             source,
             target,
             [partial(load_model, name, device=device) for name in names],
@@ -179,43 +172,33 @@ def filter_prompts(
             skipped=skipped,
             progress=update,
         )
-    if found is None:
+    if result is None:
         err.print(f"share {mine[0] + 1} of {mine[1]} is done; the last one to end writes {target}", highlight=False)
         return
     columns = ("source", "type", "questions", "dropped", *(f"{name}, blind" for name in names))
-    lines = [
-        (
-            escape(group["source"] or "–"),
-            escape(group["type"]),
-            f"{group['questions']:,}",
-            f"{group['dropped']:,}",
-            *(f"{accuracy:.1%}" for accuracy in group["blind_accuracy"]),
-        )
-        for group in found.groups
-    ]
+    lines = []
+    for group in result.groups:
+        accuracies = (f"{accuracy:.1%}" for accuracy in group["blind_accuracy"])
+        numbers = (f"{group['questions']:,}", f"{group['dropped']:,}", *accuracies)
+        lines.append((escape(group["source"] or "–"), escape(group["type"]), *numbers))
     out.print(table(f"{source}: without the video", columns, lines, right=range(2, len(columns))))
-    for name, accuracy in zip(names, found.blind_accuracy, strict=True):
-        out.print(f"{name}: {accuracy:.1%} of blind answers are right, guessing would come to {found.chance:.1%}")
+    for name, accuracy in zip(names, result.blind_accuracy, strict=True):
+        out.print(f"{name}: {accuracy:.1%} of blind answers are right, guessing would come to {result.chance:.1%}")
+    dropped = f"{target.name}.dropped.jsonl"
     out.print(
-        f"{found.kept:,} of {found.questions:,} questions are left in {target}; those that are not, in "
-        f"{target.name}.dropped.jsonl",
+        f"{result.kept:,} of {result.questions:,} questions are left in {target}; the others are in {dropped}",
         highlight=False,
     )
-    if seeds == 1 and found.chance > 0.05:
+    if seeds == 1 and result.chance > 0.05:
+        share_of = f"{result.chance:.0%}"
+        out.print(f"note: with one answer each, guesses drop about {share_of} of the good questions too; try --seeds 3")
+    if result.captions or result.others:
         out.print(
-            f"note: of one answer each, guesses drop about {found.chance:.0%} of the good questions too; --seeds 3 "
-            "does not"
+            f"kept as they are: {result.captions:,} rows with captions, {result.others:,} questions of other kinds"
         )
-    if found.captions:
-        out.print(f"{found.captions:,} rows without a question were kept as they are")
-    if found.others:
-        out.print(
-            f"{found.others:,} questions of other kinds were kept as they are: they have no options to guess from"
-        )
-    tell(skipped, None)
-    write_json(
-        json, vars(found) | skipped.as_dict() | {"models": names, "rule": rule, "seeds": seeds, "right_in": right_in}
-    )
+    _print_skipped(skipped)
+    settings = {"models": names, "rule": rule, "seeds": seeds, "right_in": right_in}
+    write_json(json, vars(result) | skipped.as_dict() | settings)
 
 
 @app.command("merge")
@@ -237,13 +220,11 @@ def merge(
     ] = None,
     json: Json = None,
 ) -> None:
-    """Make one file of prompts out of several, whatever their layouts: vidsieve data merge A.json B.csv OUT.jsonl."""
+    """Write one file of prompts from several, whatever their layouts: vidsieve data merge A.json B.csv OUT.jsonl."""
     *files, target = sources
-    if not files:
-        raise TrainingError("name the files to merge and, last, the one to write")
-    roots: Sequence[Path | None] = video_root or [None] * len(files)
-    if len(roots) != len(files):
-        raise TrainingError(f"--video-root is given {len(roots)} times, and there are {len(files)} files")
+    roots = [*video_root] if video_root else [None] * len(files)
+    if not files or len(roots) != len(files):
+        raise TrainingError("name the files to merge and, last, the one to write; --video-root once for each, or never")
     check_output(json, reads=files)
     check_output(target, (".jsonl",), reads=files)
     from vidsieve.training.data.merging import Only, merge_files
@@ -251,22 +232,14 @@ def merge(
 
     if only not in get_args(Only):
         raise UnknownNameError("kind of row", only, get_args(Only))
-    skipped = Skipped()
+    skipped, places = Skipped(), list(zip(files, roots, strict=True))
     with Bar("records", None) as update:
-        found = merge_files(
-            list(zip(files, roots, strict=True)),
-            target,
-            only=only,  # type: ignore[arg-type]
-            count=count,
-            seed=seed,
-            skipped=skipped,
-            progress=update,
-        )
-    for name, rows in found.items():
-        out.print(f"{rows:,} rows of {name}", highlight=False, soft_wrap=True)
-    tell(skipped, None)
-    out.print(f"{sum(found.values()):,} rows are in {target}", highlight=False, soft_wrap=True)
-    write_json(json, {"rows": found, "seed": seed} | skipped.as_dict())
+        rows = merge_files(places, target, only=only, count=count, seed=seed, skipped=skipped, progress=update)  # type: ignore[arg-type]
+    for name, number in rows.items():
+        say(f"{number:,} rows of {name}")
+    _print_skipped(skipped)
+    say(f"{sum(rows.values()):,} rows are in {target}")
+    write_json(json, {"rows": rows, "seed": seed} | skipped.as_dict())
 
 
 @app.command("pseudo")
@@ -275,7 +248,7 @@ def pseudo_videos(
         list[Path],
         typer.Argument(
             help='LLaVA-OneVision-Data (JSON or Parquet) or JSON lines of {"image": path, "caption": …}, one or more; '
-            "last, where the pseudo-videos go, as JSON lines for `train score`."
+            "last, the file of pseudo-videos to write, as JSON lines for `train score`."
         ),
     ],
     count: Annotated[
@@ -302,32 +275,21 @@ def pseudo_videos(
         check_output(path, kinds, reads=files)
     from vidsieve.training.data.pseudo import pseudo_file
 
+    bounds = {"images": _bounds("images", images), "frames": _bounds("frames", frames)}
     with Bar("records", None) as update:
-        made = pseudo_file(
-            files,
-            target,
-            root=image_root,
-            count=count,
-            images=_bounds("images", images),
-            frames=_bounds("frames", frames),
-            seed=seed,
-            progress=update,
-        )
-    result = made.as_dict()
-    length = result["frames"]
-    out.print(
-        f"{result['videos']} pseudo-videos of {length['min']} to {length['max']} frames from {made.images} images "
-        f"are in {target}"
-    )
+        pseudo = pseudo_file(files, target, root=image_root, count=count, seed=seed, progress=update, **bounds)
+    result: dict[str, Any] = pseudo.as_dict()
+    length = f"{result['frames']['min']} to {result['frames']['max']}"
+    out.print(f"{result['videos']} pseudo-videos of {length} frames from {pseudo.images} images are in {target}")
     for reason, number in result["skipped"].items():
-        first = [row for row in made.left_out if row.reason == reason][:3]
+        first = [row for row in pseudo.left_out if row.reason == reason][:3]
         lines = ", ".join(f"record {row.record}" + (f" ({row.image})" if row.image else "") for row in first)
         out.print(f"left out: {number} × {reason}: {lines}{', …' if number > len(first) else ''}", markup=False)
     if preview is not None:
         from vidsieve.report.pictures import contact_sheet
         from vidsieve.video.reading import read_frames
 
-        shown = made.videos[:6]
+        shown = pseudo.videos[:6]
         contact_sheet(preview, [(read_frames(video.frames).pixels, video.caption) for video in shown])
         out.print(f"the first {len(shown)} are drawn in {preview}")
     write_json(json, result | {"seed": seed})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vidsieve.errors import EvaluationError
 from vidsieve.options import LETTERS
-from vidsieve.training.data.video_r1 import ASKED, Kind
+from vidsieve.training.data.rows import ASKED, Kind
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Item:
     groups : dict
         What tables are split by, such as ``{"duration": ("short",)}``; a question may be in several of one kind.
     kind : str
-        How an answer is judged, as `VideoR1Record.kind`.
+        How an answer is judged, one of `KINDS`.
     listed : bool
         Whether the prompt lists the options, to be answered by letter; else the answer is one of them, word for word.
     bracketed : bool

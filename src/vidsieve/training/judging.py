@@ -11,7 +11,7 @@ import re
 from collections import Counter
 
 from vidsieve.options import said_letter
-from vidsieve.training.data.video_r1 import Kind
+from vidsieve.training.data.rows import Kind
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -24,7 +24,7 @@ def judge(kind: Kind, answer: str, truth: str) -> float:
     Parameters
     ----------
     kind : str
-        As `VideoR1Record.kind`.
+        One of `KINDS`.
     answer : str
         Generated text; only the part in ``<answer>`` tags counts where it has them.
     truth : str

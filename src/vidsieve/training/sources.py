@@ -127,7 +127,7 @@ def source(
         return load_prompts(processor, path, root, kinds=kinds, skipped=skipped, captions=captions)
 
     def read(
-        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[int]], bool] | None = None
+        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[str]], bool] | None = None
     ) -> FilePrompts:
         options: dict[str, Any] = {"frames": config.frames, "cache": cache, "skipped": skipped, "rows": rows}
         prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, **options)

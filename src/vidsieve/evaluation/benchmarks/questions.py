@@ -8,8 +8,7 @@ from typing import Any, cast
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.evaluation.items import Benchmark, Item, checked
 from vidsieve.training.data.layouts import read_records
-from vidsieve.training.data.rows import kind_of, options_of
-from vidsieve.training.data.video_r1 import Kind
+from vidsieve.training.data.rows import Kind, kind_of, options_of
 
 
 def read(path: Path) -> list[Item]:

@@ -1,4 +1,4 @@
-"""What a file of prompts holds and what of it can be used, found out before anything runs."""
+"""Check a file of prompts and its videos before anything runs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vidsieve.errors import VideoError
 from vidsieve.training.data.layouts import layout_of
 from vidsieve.training.data.rows import kind_of
 from vidsieve.training.data.skipped import Skipped
-from vidsieve.training.data.table import View, load_rows
+from vidsieve.training.data.table import ShownFile, load_rows
 from vidsieve.video.reading import read_image, read_video
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found in a file.
+    """The contents of a file.
 
     Parameters
     ----------
     layout, title : str
-        The layout's name, and what it is called.
+        The layout's name, and the usual name of the set.
     rows, usable : int
         Rows that are well formed, and those whose videos can be read, too.
     videos : int
-        Different videos and images that rows show; which are missing or broken is in `Skipped`.
+        Different videos and images that rows show; the missing and broken ones are in `Skipped`.
     seconds : float
-        How long the readable videos are together.
+        Length of all readable videos together.
     groups : list of dict
         By source and kind: rows and usable ones.
     example : dict or None
@@ -68,11 +66,11 @@ def check_file(
     frames : int
         Frames read from each video: a broken one may show only where they lie.
     decode : bool
-        False: look only whether the videos are there.
+        False: only look for the videos, and read none of them.
     threads : int
         Videos read at a time.
     skipped : Skipped, optional
-        Told of everything that cannot be used.
+        Counts and lists everything that cannot be used.
     progress : callable, optional
         Called with (videos read, videos in all).
 
@@ -83,50 +81,36 @@ def check_file(
     """
     skipped = Skipped() if skipped is None else skipped
     view = load_rows(path, root, skipped=skipped)
-    table = view.table
-    good = np.isin(np.arange(len(table)), view.numbers)
-    seconds, bad, videos = 0.0, [], sum(1 for _ in table.files())
+    table, seconds, bad = view.table, 0.0, set[str]()
     if decode:
-        there, readable = _there(view), videos - skipped.videos["missing"]
-        for done, ((key, name, shown, video), (length, fault)) in enumerate(_probed(there, frames, threads), 1):
+        present = dict.fromkeys(key for number in view.numbers for key in table.shown[number])
+        files = [(key, table.files[key]) for key in table.files if key in present]
+        for done, ((key, shown), (length, fault)) in enumerate(_probed(files, frames, threads), 1):
             seconds += length
             if fault:
-                bad.append(key)
-                skipped.broken(name, shown, fault, file=path, video=video)
+                bad.add(key)
+                what = f"broken {'video' if shown.is_video else 'image'}"
+                skipped.add(what, shown.name, fault, file=path, rows=shown.rows)
             if progress is not None:
-                progress(done, readable)
-    good &= np.isin(np.arange(len(table)), table.without(bad))
-    rows, usable = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    example = None
-    for row, fine in zip(table, good.tolist(), strict=True):
-        group = str(row.get("source", "")), kind_of(row)
-        rows[group] += 1
-        usable[group] += fine
-        example = row if example is None and fine else example
+                progress(done, len(files))
+    good = view.without(bad)
+    rows, usable = (Counter((str(row.get("source", "")), kind_of(row)) for row in some) for some in (table, good))
     groups = [
         {"source": source, "kind": kind, "rows": count, "usable": usable[source, kind]}
         for (source, kind), count in sorted(rows.items())
     ]
-    layout = layout_of(path)
-    return Checked(layout.name, layout.title, len(table), int(good.sum()), videos, seconds, groups, example)
+    layout, example = layout_of(path), good[0] if len(good) else None
+    return Checked(layout.name, layout.title, len(table), len(good), len(table.files), seconds, groups, example)
 
 
-Shown = tuple[int, str, int, bool]
-
-
-def _there(view: View) -> Iterator[Shown]:
-    """Yield the files that rows of a view show: key, path, rows, whether it is a video."""
-    keys, rows = view.table.keys()
-    there = set(keys[np.isin(rows, view.numbers)].tolist())
-    return (shown for shown in view.table.files() if shown[0] in there)
-
-
-def _probed(files: Iterable[Shown], frames: int, threads: int) -> Iterator[tuple[Shown, tuple[float, str]]]:
-    """Yield files with their length in seconds and what is wrong with them, a few read ahead, in order."""
+def _probed(
+    files: Iterable[tuple[str, ShownFile]], frames: int, threads: int
+) -> Iterator[tuple[tuple[str, ShownFile], tuple[float, str]]]:
+    """Yield files with their length in seconds and their fault, in order, a few read ahead."""
     with ThreadPoolExecutor(threads, "vidsieve-check") as pool:
-        coming: deque[tuple[Shown, Future[tuple[float, str]]]] = deque()
-        for shown in files:
-            coming.append((shown, pool.submit(_probe, shown[1], shown[3], frames)))
+        coming: deque[tuple[tuple[str, ShownFile], Future[tuple[float, str]]]] = deque()
+        for file in files:
+            coming.append((file, pool.submit(_probe, file[1], frames)))
             if len(coming) >= 4 * threads:
                 head, future = coming.popleft()
                 yield head, future.result()
@@ -134,12 +118,12 @@ def _probed(files: Iterable[Shown], frames: int, threads: int) -> Iterator[tuple
             yield head, future.result()
 
 
-def _probe(name: str, video: bool, frames: int) -> tuple[float, str]:
-    """Return how long a file is, and what is wrong with it, an empty text if nothing is."""
+def _probe(shown: ShownFile, frames: int) -> tuple[float, str]:
+    """Return the length of a file in seconds, 0 for an image, and its fault, empty without one."""
     try:
-        if video:
-            return read_video(name, frames=frames).duration, ""
-        read_image(name)
+        if shown.is_video:
+            return read_video(shown.name, frames=frames).duration, ""
+        read_image(shown.name)
     except VideoError as error:
         return 0.0, str(error)
     return 0.0, ""

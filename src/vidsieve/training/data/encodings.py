@@ -1,4 +1,4 @@
-"""A folder of encoded videos: what a frozen vision tower made of a video once is read back in later epochs and runs.
+"""A folder of encoded videos: outputs of a frozen vision tower, read back in later epochs and runs.
 
 One safetensors file a video, and a manifest that names the model. Everything is there again as if it had just been
 encoded, to the bit.
@@ -10,13 +10,11 @@ import json
 import os
 import shutil
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,6 +25,7 @@ from vidsieve.adapters.encoded import VideoFeatures, on_device
 from vidsieve.adapters.fingerprint import digest, lasting, weights_digest
 from vidsieve.errors import OutputError, TrainingError, VideoError
 from vidsieve.io.files import writing
+from vidsieve.io.journal import differences
 from vidsieve.training.data.wording import Wording, is_pixels, worded
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
@@ -35,22 +34,14 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _HEADER = "vidsieve"
 _PENDING = "vidsieve_pending"
-_NAMES = {
-    "format": "format",
-    "family": "model family",
-    "config": "model's configuration",
-    "weights": "model's vision weights",
-    "frames": "number of frames",
-    "dtype": "dtype",
-}
 
 Source = tuple[tuple[Path, int], ...]
-"""What a video is made of: files, and how many frames each is shown; one pair for a video file."""
+"""Files of a video, and the number of frames that each is shown; one pair for a video file."""
 
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What a cache will take: videos in all, how many are not there yet, bytes of each of these, bytes free."""
+    """Room that a cache will take: videos in all, videos not there yet, bytes of each of these, bytes free."""
 
     folder: Path
     videos: int
@@ -69,7 +60,7 @@ class EncodingPlan:
 
 @dataclass(frozen=True)
 class _Pending:
-    """A video whose features are still to be made: where they go, and how prompts about it read."""
+    """A video that is not encoded yet: the file of its features, and the wording of prompts about it."""
 
     path: Path
     wording: Wording
@@ -114,52 +105,38 @@ class EncodingCache:
         with writing(path) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
-    def _compare(self, path: Path, ours: dict[str, Any]) -> None:
+    def _compare(self, path: Path, manifest: dict[str, Any]) -> None:
         advice = "give another folder, or remove this one"
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            theirs.keys()
-        except (OSError, ValueError, AttributeError) as error:
-            raise TrainingError(f"{path} is no readable manifest of encoded videos ({error}): {advice}") from None
-        changed = [key for key in ours if theirs.get(key) != ours[key]]
-        if "dtype" in changed and "weights" in changed:
-            changed.remove("weights")  # another dtype rounds them
+            changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise TrainingError(f"{path} is not a readable manifest of encoded videos ({error}): {advice}") from None
         if changed:
-            said = [
-                f"another {_NAMES[key]}"
-                + ("" if key in ("config", "weights") else f" ({theirs.get(key)}, here {ours[key]})")
-                for key in changed
-            ]
-            raise TrainingError(f"the videos in {self.folder} were encoded with {' and '.join(said)}: {advice}")
+            raise TrainingError(f"the videos in {self.folder} were encoded with other settings ({changed}): {advice}")
 
     # -- before a run ---------------------------------------------------------------------------------------
 
     def plan(self, videos: Iterable[tuple[Source, Callable[[], Video]]]) -> EncodingPlan:
-        """Encode the first video that is missing, and return what all of them will take.
+        """Encode the first video that is missing, and return the room that all of them will take.
 
         Raises
         ------
         OutputError
             If they do not fit on the disk; then nothing is written.
         """
-        there, missing = array("Q"), array("Q")
+        videos_of: dict[bool, set[str]] = {True: set(), False: set()}  # by whether their files are there
         first: tuple[Path, dict[str, Tensor], dict[str, str]] | None = None
         for source, read in videos:
             path = self._path(source)
-            name = int(path.stem[:16], 16)
-            if os.path.exists(path):
-                there.append(name)
-                continue
-            missing.append(name)
-            if first is None:
+            stored = os.path.exists(path)
+            if not stored and first is None:
                 try:
                     inputs = self.inputs(source, read, "?")
-                except VideoError:  # a broken one takes no room; the next one tells what one takes
-                    missing.pop()
+                except VideoError:  # a broken one takes no room; the next one shows the size
                     continue
                 first = path, *self._packed(self._encode(inputs), inputs[_PENDING].wording)
-        count = len(np.unique(np.frombuffer(missing, np.uint64)))
-        total = count + len(np.unique(np.frombuffer(there, np.uint64)))
+            videos_of[stored].add(path.stem)
+        count, total = len(videos_of[False]), len(videos_of[False]) + len(videos_of[True])
         each = sum(tensor.nbytes for tensor in first[1].values()) if first is not None else 0
         plan = EncodingPlan(self.folder, total, count, each, shutil.disk_usage(self.folder).free)
         if count * each > plan.free:
@@ -173,7 +150,7 @@ class EncodingCache:
     def inputs(self, source: Source, read: Callable[[], Video], question: str) -> dict[str, Any]:
         """Return the inputs of one question about one video; `read` is called where it is not encoded yet.
 
-        The model is not run, so that any thread may call this; what it returns goes through `finished` before use.
+        The model is not run, so that any thread may call this; the inputs go through `finished` before use.
 
         Raises
         ------
@@ -185,8 +162,8 @@ class EncodingCache:
         path = self._path(source)
         stored = self._load(path)
         if stored is None:
-            made, wording = worded(self.processor, read(), question)
-            return made | {_PENDING: _Pending(path, wording)}
+            inputs, wording = worded(self.processor, read(), question)
+            return inputs | {_PENDING: _Pending(path, wording)}
         video, wording = stored
         return wording.inputs(self.processor, question) | {"mm_encoder_outputs": self._ready(video)}
 
@@ -216,10 +193,9 @@ class EncodingCache:
     def _ready(self, video: VideoFeatures) -> dict[str, Any]:
         device = self.adapter.device
         deep = tuple(layer.to(device) for layer in video.deep)
-        there = VideoFeatures(
-            video.embeds.to(device), video.grid, video.tail.to(device), deep, None, video.per_row, video.surplus
-        )
-        return self.adapter.ready_features(there)
+        embeds, tail = video.embeds.to(device), video.tail.to(device)
+        on = VideoFeatures(embeds, video.grid, tail, deep, None, video.per_row, video.surplus)
+        return self.adapter.ready_features(on)
 
     # -- files ----------------------------------------------------------------------------------------------
 
@@ -228,11 +204,11 @@ class EncodingCache:
         parts: list[Any] = []
         for file, times in source:
             try:
-                found = file.resolve(strict=True)
-                status = found.stat()
+                resolved = file.resolve(strict=True)
+                status = resolved.stat()
             except OSError as error:
                 raise VideoError(f"{file} cannot be read ({error.strerror}): fetch it again") from None
-            parts.append([str(found), status.st_size, status.st_mtime_ns, times])
+            parts.append([str(resolved), status.st_size, status.st_mtime_ns, times])
         return self.folder / f"{digest([parts, self.frames, self._settings])}.safetensors"
 
     def _packed(self, video: VideoFeatures, wording: Wording) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -287,7 +263,7 @@ class EncodingCache:
 
 
 def _fingerprint(adapter: Adapter) -> dict[str, str]:
-    """Return what tells one model from another: its configuration, and some values of every weight outside the LLM."""
+    """Return digests of a model's configuration, and of some values of every weight outside the LLM."""
     model = adapter.model
     llm = {id(weight) for weight in adapter.language_model.parameters()}
     head = model.get_output_embeddings()
@@ -297,10 +273,10 @@ def _fingerprint(adapter: Adapter) -> dict[str, str]:
 
 
 def _settings(processor: Any) -> list[Any]:
-    """Return what a processor's pixels and prompts depend on."""
+    """Return the settings that a processor's pixels and prompts depend on."""
     parts = [getattr(processor, name, None) for name in ("video_processor", "image_processor")]
-    made = [lasting(part.to_dict()) for part in parts if part is not None]
-    return [type(processor).__name__, getattr(processor, "chat_template", None), *made]
+    settings = [lasting(part.to_dict()) for part in parts if part is not None]
+    return [type(processor).__name__, getattr(processor, "chat_template", None), *settings]
 
 
 def _size(count: int) -> str:

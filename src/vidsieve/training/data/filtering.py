@@ -1,4 +1,4 @@
-"""Leaving out what teaches nothing: questions that a model answers without seeing the video.
+"""The blind test: leave out questions that a model answers without seeing the video.
 
 A rollout's reward tells which tokens an answer depends on only where the answer depends on the video at all
 (ineffective-sample filtering, CaCoVID §3.3). One blind answer is right by luck in a quarter of the questions with four
@@ -12,7 +12,9 @@ import os
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,9 +45,8 @@ def blind_answers(
     batch: int = 16,
     seed: int = 0,
     temperature: float = 1.0,
-    progress: Callable[[int], None] | None = None,
 ) -> list[bool]:
-    """Return for each multiple-choice row whether the model picks the right option without the video.
+    """Return a bool for each multiple-choice row, True if the model picks the right option without the video.
 
     Parameters
     ----------
@@ -56,15 +57,13 @@ def blind_answers(
         the model's probabilities of the options, both by this seed and the question.
     temperature : float
         Of drawn answers; below 1 likely options become likelier.
-    progress : callable, optional
-        Called with the number of questions done.
 
     Raises
     ------
     TrainingError
         As `ask`.
     """
-    found: list[bool] = []
+    marks: list[bool] = []
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         chances = [random.Random(zlib.crc32(f"{seed} {row['question']}".encode())) for row in part]
@@ -80,10 +79,10 @@ def blind_answers(
             )
             for question in asked
         ]
-        made = processor.tokenizer(
+        encoded = processor.tokenizer(
             texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
         )
-        inputs = {key: made[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        inputs = {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
         # One step of generate, so that positions of padded rows are the model's own.
         out = model.generate(
             **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
@@ -95,15 +94,13 @@ def blind_answers(
                 picked = chance.choices(range(len(weights)), weights)[0]
             else:
                 picked = int(options.argmax())
-            found.append(picked == question.answer)
-        if progress is not None:
-            progress(len(found))
-    return found
+            marks.append(picked == question.answer)
+    return marks
 
 
 @dataclass(frozen=True)
 class Filtered:
-    """What a filter left.
+    """The outcome of a filter.
 
     Parameters
     ----------
@@ -112,13 +109,13 @@ class Filtered:
     captions, others : int
         Rows without a question, and questions of other kinds: kept as they are.
     blind_accuracy : tuple of float
-        By model: share of right answers, over all seeds.
+        By model: fraction of right answers, over all seeds.
     chance : float
-        What guessing would come to.
+        Fraction that guessing would get right.
     groups : list of dict
         By source and type of question: questions, dropped, blind accuracy by model.
     missing : tuple of (int, str)
-        Videos that are not there, which the blind test does not need: how many, and the first.
+        Number of missing videos, which the blind test does not need, and the first one.
     """
 
     questions: int
@@ -195,10 +192,19 @@ def filter_file(
     if len(set(names)) < len(names):
         raise TrainingError(f"each model must be another one, or its answers count twice: {', '.join(names)}")
     names = [*names] or [f"model {number}" for number in range(1, len(models) + 1)]
-    loaded = _OneAtATime(models)
-    skipped = Skipped() if skipped is None else skipped
-    rows = _rows_of(path, root, Remembered(loaded(0)[1].tokenizer), skipped)
-    asked = View(rows.table, rows.numbers[np.array([kind_of(row) == "multiple choice" for row in rows], bool)])
+    current: dict[int, Loaded] = {}
+
+    def loaded(number: int) -> Loaded:
+        if number not in current:
+            current.clear()  # first, so that one model is in memory at a time
+            model = models[number]
+            current[number] = model() if callable(model) else model
+        return current[number]
+
+    tokenizer = Remembered(loaded(0)[1].tokenizer)
+    rows = load_rows(path, root, wanted=partial(_unusable, tokenizer=tokenizer), skipped=skipped, present=False)
+    choices = (number for number, row in zip(rows.numbers, rows, strict=True) if kind_of(row) == "multiple choice")
+    asked = View(rows.table, choices)
     if not len(asked):
         raise TrainingError(f"{path} has no multiple-choice questions to filter")
     blocks = -(-len(asked) // BLOCK)
@@ -219,31 +225,23 @@ def filter_file(
         if progress is not None:
             progress(done * BLOCK * seeds, total)
 
-    if work is None:
-        records = measure_all(None, units, measure, step)
-    else:
-        config = {
-            "file": str(path.resolve()),
-            "questions": len(asked),
-            "text": _digest(asked),
-            "models": names,
-            "seeds": seeds,
-            "temperature": temperature,
-        }
-        with Store(work, config, share) as store:
-            records = measure_all(store, units, measure, step)
+    config = {
+        "file": str(path.resolve()),
+        "questions": len(asked),
+        "text": _digest(asked),
+        "models": names,
+        "seeds": seeds,
+        "temperature": temperature,
+    }
+    with nullcontext() if work is None else Store(work, config, share) as store:
+        records = measure_all(store, units, measure, step)
     if len(records) < len(units):
         return None
-    right = np.array(
-        [
-            [
-                [mark == "1" for block in range(blocks) for mark in records[f"{model}/{block}"]["right"][seed]]
-                for seed in range(seeds)
-            ]
-            for model in range(len(models))
-        ],
-        bool,
-    )
+    marks = [
+        ["".join(records[f"{model}/{block}"]["right"][seed] for block in range(blocks)) for seed in range(seeds)]
+        for model in range(len(models))
+    ]
+    right = np.array([[[mark == "1" for mark in text] for text in some] for some in marks], bool)
     blind = right.sum(1) >= needed
     gone = blind.any(0) if rule == "any" else blind.all(0)
     if gone.all():
@@ -255,58 +253,39 @@ def filter_file(
     return _filtered(rows, asked, gone, right)
 
 
-class _OneAtATime:
-    """Models by number; of those that must be loaded, only the last one asked for is in memory."""
-
-    def __init__(self, models: Sequence[Loaded | Callable[[], Loaded]]) -> None:
-        self.models, self.number = models, -1
-        self.model: Loaded | None = None
-
-    def __call__(self, number: int) -> Loaded:
-        if number != self.number or self.model is None:
-            self.model = None  # the one before goes first
-            model = self.models[number]
-            self.number, self.model = number, model() if callable(model) else model
-        return self.model
-
-
-def _rows_of(path: Path, root: Path | None, tokenizer: Any, skipped: Skipped) -> View:
-    def wanted(row: Mapping[str, Any]) -> str:
-        if kind_of(row) == "multiple choice":
-            ask(row, tokenizer)
-        return ""
-
-    return load_rows(path, root, wanted=wanted, skipped=skipped, present=False)
+def _unusable(row: Mapping[str, Any], tokenizer: Any) -> str:
+    """Return no reason to leave a row out, as rows of all kinds are read; raise for a question that cannot be asked."""
+    if kind_of(row) == "multiple choice":
+        ask(row, tokenizer)
+    return ""
 
 
 def _digest(rows: View) -> int:
-    """Return a number that stands for the questions and their order."""
-    found = 0
+    """Return a checksum of the questions in their order."""
+    digest = 0
     for row in rows:
-        found = zlib.crc32(f"{row['question']} {row['options']} {row['answer']}".encode(), found)
-    return found
+        digest = zlib.crc32(f"{row['question']} {row['options']} {row['answer']}".encode(), digest)
+    return digest
 
 
 def _write(
     out: Path, rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_], names: Sequence[str]
 ) -> None:
-    """Write the rows that are left, and beside them those that are not."""
-    place = {int(number): index for index, number in enumerate(asked.numbers) if gone[index]}
-    dropped = out.with_name(f"{out.name}.dropped.jsonl")
+    """Write the rows that are left to `out`, and the others to ``<out>.dropped.jsonl``."""
+    place = {number: index for index, number in enumerate(asked.numbers) if gone[index]}
     with (
-        writing(out) as temporary,
-        temporary.open("w", encoding="utf-8") as kept,
-        writing(dropped) as other,
-        other.open("w", encoding="utf-8") as left,
+        writing(out) as kept_path,
+        kept_path.open("w", encoding="utf-8") as kept,
+        writing(out.with_name(f"{out.name}.dropped.jsonl")) as dropped_path,
+        dropped_path.open("w", encoding="utf-8") as dropped,
     ):
-        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
-            index = place.get(number)
-            if index is None:
-                kept.write(json.dumps(row | moved(row, out), ensure_ascii=False) + "\n")
-                continue
-            blind = {name: int(right[model, :, index].sum()) for model, name in enumerate(names)}
-            said = row | moved(row, out) | {"right_blindly": blind, "of": right.shape[1]}
-            left.write(json.dumps(said, ensure_ascii=False) + "\n")
+        for number, row in zip(rows.numbers, rows, strict=True):
+            file, line = kept, row | moved(row, out)
+            if number in place:
+                answers = right[:, :, place[number]].sum(1).tolist()
+                line |= {"right_blindly": dict(zip(names, answers, strict=True)), "of": right.shape[1]}
+                file = dropped
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_]) -> Filtered:
@@ -326,7 +305,7 @@ def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[n
         for (source, kind), members in sorted(groups.items())
     ]
     captions = sum("question" not in row for row in rows)
-    gone_videos = [name for _, name, *_ in rows.table.files() if not os.path.isfile(name)]
+    missing = [shown.name for shown in rows.table.files.values() if not os.path.isfile(shown.name)]
     return Filtered(
         len(asked),
         len(asked) - int(gone.sum()),
@@ -335,5 +314,5 @@ def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[n
         tuple(right.mean((1, 2)).tolist()),
         chance / len(asked),
         table,
-        (len(gone_videos), (gone_videos or [""])[0]),
+        (len(missing), (missing or [""])[0]),
     )

@@ -1,31 +1,39 @@
 """Published files of videos with questions or captions, read into rows of one form.
 
 A row has ``video`` (an absolute path), ``question``, ``options``, ``answer`` and ``problem_type``, or ``caption`` and
-perhaps ``prompt``; ``source`` where the file says from which set a record comes. Rows of still images have ``frames``
+perhaps ``prompt``; ``source`` where the file names the set of a record. Rows of still images have ``frames``
 (pseudo-videos, as `vidsieve data pseudo` writes them) or ``image``, with its ``bytes`` where the file holds them. A
-layout is one file and one line in `LAYOUTS`.
+layout is one file in `formats` and one line in `LAYOUTS`.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar, get_args
+
+import msgspec
 
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import relative
 from vidsieve.training.data.reading import MalformedError, raw_records
 
 LAYOUTS = {
-    "koala-36m": "vidsieve.training.data.koala",
-    "llava": "vidsieve.training.data.llava",
-    "video-r1": "vidsieve.training.data.video_r1",
-    "vidsieve": "vidsieve.training.data.rows",
+    "koala-36m": "vidsieve.training.data.formats.koala",
+    "llava": "vidsieve.training.data.formats.llava",
+    "video-r1": "vidsieve.training.data.formats.video_r1",
+    "vidsieve": "vidsieve.training.data.formats.jsonl",
 }
-"""Name: module with ``LAYOUT``. The first whose `matches` says so reads a file."""
+"""Name: module with ``LAYOUT``. The first one that `matches` reads a file."""
+
+Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
+"""A text that is not empty, as a field of a `msgspec.Struct`."""
+Form = TypeVar("Form", bound=msgspec.Struct)
+Rows = tuple[list[dict[str, Any]], dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -35,40 +43,61 @@ class Layout:
     Parameters
     ----------
     name, title : str
-        As `LAYOUTS` has it, and what people call the set.
+        Key in `LAYOUTS`, and the usual name of the set.
     matches : callable
-        Says of a record whether it is of this layout.
+        ``matches(record)`` is true for an object of this layout.
     rows : callable
-        ``rows(record, folder, file)`` returns the rows of a record, paths from the folder, and how many of its parts
-        are not for us, by reason. Raises `MalformedError`.
+        ``rows(record, folder, file)`` returns the rows of a record, paths from the folder, and the number of its parts
+        that are not for training, by reason. Raises `MalformedError`.
     """
 
     name: str
     title: str
-    matches: Callable[[Any], bool]
-    rows: Callable[[Any, Path, Path], tuple[list[dict[str, Any]], dict[str, int]]]
+    matches: Callable[[dict[str, Any]], bool]
+    rows: Callable[[Any, Path, Path], Rows]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one record of a file gave.
+    """The rows of one record of a file.
 
     Parameters
     ----------
     number : int
         The record's line in JSON lines, else its place from 1.
     rows : tuple of dict
-        A conversation may give several; none where the record is not for us or wrong.
+        A conversation may give several; none where the record is not for training or wrong.
     left_out : dict
-        Parts that are not for us, as images in a file of videos: how many, by reason.
+        Number of parts that are not for training, such as images in a file of videos, by reason.
     fault : str
         What is wrong with the record; empty where nothing is.
     """
 
     number: int
     rows: tuple[dict[str, Any], ...] = ()
-    left_out: dict[str, int] | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
     fault: str = ""
+
+
+def checked(record: Any, form: type[Form]) -> Form:
+    """Return a record as a struct.
+
+    Raises
+    ------
+    MalformedError
+        If a field is missing or has another type.
+    """
+    try:
+        return msgspec.convert(record, form)
+    except msgspec.ValidationError as error:
+        fault, _, place = str(error).replace("`", "").partition(" - at $")
+        place, fault = place.lstrip("."), fault[:1].lower() + fault[1:]
+        fault = fault.replace(r"str matching regex '\\S'", "a text that is not empty")
+        fault = fault.replace("object missing required field", "missing field")
+        if fault.startswith("invalid enum value"):
+            known = next(part.type for part in msgspec.structs.fields(form) if part.encode_name == place)
+            fault += f", must be one of {', '.join(get_args(known))}"
+        raise MalformedError(f"{place}: {fault}" if place else fault) from None
 
 
 def layout_of(path: Path) -> Layout:
@@ -79,28 +108,28 @@ def layout_of(path: Path) -> Layout:
     TrainingError
         If the file is unreadable, holds nothing, or is of no known layout.
     """
-    found = None
+    record = None
     for _, record in raw_records(path):
-        found = record
         if isinstance(record, dict):
             break
+    known: list[Layout] = [import_module(module).LAYOUT for module in LAYOUTS.values()]
+    if isinstance(record, dict):
+        for layout in known:
+            if layout.matches(record):
+                return layout
+        fields = ", ".join(map(str, list(record)[:8]))
+    elif record is None:
+        raise TrainingError(f"{path} holds no records; fetch it again")
+    elif isinstance(record, MalformedError):
+        raise TrainingError(f"{path}: its first record {record}")
     else:
-        if found is None:
-            raise TrainingError(f"{path} holds no records; fetch it again")
-    known = [import_module(module).LAYOUT for module in LAYOUTS.values()]
-    layout: Layout | None = next((layout for layout in known if layout.matches(found)), None)
-    if layout is not None:
-        return layout
-    if isinstance(found, MalformedError):
-        raise TrainingError(f"{path}: its first record {found}")
-    fields = ", ".join(map(str, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
-    raise TrainingError(
-        f"{path} is of no known layout: its first record has {fields}. Known: {', '.join(k.title for k in known)}"
-    )
+        fields = type(record).__name__
+    titles = ", ".join(layout.title for layout in known)
+    raise TrainingError(f"{path} is of no known layout: its first record has {fields}. Known: {titles}")
 
 
 def read_records(path: Path, root: Path | None = None) -> Iterator[Record]:
-    """Yield what the records of a published file give, one record in memory at a time.
+    """Yield the rows of each record of a published file, one record in memory at a time.
 
     Parameters
     ----------
@@ -128,7 +157,7 @@ def read_records(path: Path, root: Path | None = None) -> Iterator[Record]:
 
 
 def files_of(row: Mapping[str, Any]) -> list[str]:
-    """Return the paths of the files that a row shows: its video, or its still images; none if it has its own image."""
+    """Return the paths of a row's files: its video, or its still images; none if its image is inside the file."""
     if "inside" in row:
         return []
     if "frames" in row:
@@ -137,26 +166,19 @@ def files_of(row: Mapping[str, Any]) -> list[str]:
 
 
 def moved(row: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Return the fields of a row that name files, as `out` names them."""
+    """Return the fields of a row that name files, with paths from the folder of `out`."""
     if "frames" in row:
-        return {"frames": [[relative(Path(name), out), times] for name, times in row["frames"]]}
-    field = "video" if "video" in row else "image"
-    return {field: relative(Path(files_of(row)[0]), out)}
+        return {"frames": [[path_from(name, out), times] for name, times in row["frames"]]}
+    shown = "video" if "video" in row else "image"
+    return {shown: path_from(row[shown], out)}
 
 
-def read_all(path: Path, root: Path | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a file that must be right altogether.
+def path_from(name: str, out: Path) -> str:
+    """Return the path of a file from the folder of `out`; links to files keep their names."""
+    folder, file = os.path.split(name)
+    return os.path.normpath(f"{_folder_from(folder, out)}/{file}")
 
-    Raises
-    ------
-    TrainingError
-        If it is unreadable, or a record is malformed: the text counts them and names the first ones.
-    """
-    records = list(read_records(path, root))
-    wrong = [f"record {record.number}: {record.fault}" for record in records if record.fault]
-    if wrong:
-        first = "; ".join(wrong[:3]) + ("; …" if len(wrong) > 3 else "")
-        raise TrainingError(
-            f"{len(wrong)} of {len(records)} records in {path} are malformed, correct or remove: {first}"
-        )
-    return list(chain.from_iterable(record.rows for record in records))
+
+@lru_cache(4096)
+def _folder_from(folder: str, out: Path) -> str:  # most rows have few folders, and to resolve one takes long
+    return relative(Path(folder), out)

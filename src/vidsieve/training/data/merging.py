@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
 from vidsieve.training.data.layouts import moved
-from vidsieve.training.data.rows import kind_of
+from vidsieve.training.data.rows import unwanted
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.data.table import load_rows
 
@@ -30,7 +30,7 @@ def merge_files(
     skipped: Skipped | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
-    """Write the rows of several files that can be used, as JSON lines with paths from `out`; return how many of each.
+    """Write the usable rows of several files as JSON lines with paths from `out`; return their number by file.
 
     Rows keep the order of the files; still images are left out, `pseudo_file` is for those.
 
@@ -54,32 +54,30 @@ def merge_files(
         If `out` cannot be written.
     """
     skipped = Skipped() if skipped is None else skipped
-
-    def wanted(row: Mapping[str, Any]) -> str:
-        kind = kind_of(row)
-        if kind == "image":
-            return "a still image: `vidsieve data pseudo` makes pseudo-videos of them"
-        if only != "all" and (kind == "caption") != (only == "captions"):
-            return "a caption" if kind == "caption" else "a question"
-        return ""
-
+    captions = None if only == "all" else only == "captions"
     views = [
-        load_rows(path, root, wanted=wanted, skipped=skipped, empty=True, progress=progress) for path, root in sources
+        load_rows(
+            path,
+            root,
+            wanted=lambda row: unwanted(row, captions),
+            skipped=skipped,
+            empty=True,
+            progress=progress,
+        )
+        for path, root in sources
     ]
-    ends = np.cumsum([len(view) for view in views])
-    total = int(ends[-1])
-    if not total:
+    places = [(which, place) for which, view in enumerate(views) for place in range(len(view))]
+    if not places:
         raise TrainingError(f"none of these files has a row that can be used: {skipped.summary()}")
-    if count is not None and not 1 <= count <= total:
-        raise TrainingError(f"count must be from 1 to the {total} rows that there are, got {count}")
-    taken = np.arange(total)
+    if count is not None and not 1 <= count <= len(places):
+        raise TrainingError(f"count must be from 1 to the {len(places)} rows that there are, got {count}")
     if count is not None:
-        taken = np.sort(np.random.default_rng(seed).choice(total, count, replace=False))
-    found = Counter({str(path): 0 for path, _ in sources})
+        drawn = np.random.default_rng(seed).choice(len(places), count, replace=False)
+        places = [places[number] for number in sorted(drawn.tolist())]
+    counts = Counter({str(path): 0 for path, _ in sources})
     with writing(out) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for place in taken.tolist():
-            which = int(np.searchsorted(ends, place, side="right"))
-            row = views[which][place - int(ends[which])]
-            found[str(sources[which][0])] += 1
-            file.write(json.dumps({**row, **moved(row, out)}, ensure_ascii=False) + "\n")
-    return dict(found)
+        for which, place in places:
+            row = views[which][place]
+            counts[str(sources[which][0])] += 1
+            file.write(json.dumps(row | moved(row, out), ensure_ascii=False) + "\n")
+    return dict(counts)

@@ -7,14 +7,12 @@ their generated answer alone.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from vidsieve.adapters.adapter import Adapter
@@ -22,11 +20,10 @@ from vidsieve.answering import chat, check_question
 from vidsieve.errors import PromptError, TrainingError, VideoError
 from vidsieve.training.data.encodings import EncodingCache, Source
 from vidsieve.training.data.layouts import files_of
-from vidsieve.training.data.rows import Remembered, ask, kind_of
+from vidsieve.training.data.rows import Kind, Remembered, ask, kind_of, unwanted
 from vidsieve.training.data.samples import Caption, Choice
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.data.table import View, keys_of, load_rows
-from vidsieve.training.data.video_r1 import Kind
 from vidsieve.video.reading import Video, read_frames, read_video
 
 Sample = TypeVar("Sample", Choice, Caption)
@@ -52,14 +49,12 @@ def load_prompts(
     words = Remembered(processor.tokenizer)
 
     def wanted(row: Mapping[str, Any]) -> str:
-        kind = kind_of(row)
-        if kind == "image":
-            return "a still image: `vidsieve data pseudo` makes pseudo-videos of them"
-        if captions is not None and captions != (kind == "caption"):
-            return "a caption" if kind == "caption" else "a question"
+        kind, reason = kind_of(row), unwanted(row, captions)
+        if reason:
+            return reason
         if kind != "caption" and kinds is not None and kind != kinds:
             return f"a question of kind {kind!r}"
-        # A row that cannot be asked is told now, not when its turn comes.
+        # A row that cannot be asked is reported now, not when its turn comes.
         check_question(processor, str(row.get("prompt", CAPTION_PROMPT)) if kind == "caption" else ask(row, words).text)
         return ""
 
@@ -111,7 +106,7 @@ class FilePrompts:
         frames: int = 16,
         kinds: Kind | None = "multiple choice",
         cache: EncodingCache | None = None,
-        only: Callable[[frozenset[int]], bool] | None = None,
+        only: Callable[[frozenset[str]], bool] | None = None,
         root: Path | None = None,
         skipped: Skipped | None = None,
         rows: View | None = None,
@@ -120,24 +115,23 @@ class FilePrompts:
         self.cache, self.skipped = cache, Skipped() if skipped is None else skipped
         if rows is None:
             rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
-        taken = {"question": array("q"), "caption": array("q")}
-        for number, row in zip(rows.numbers.tolist(), rows, strict=True):
-            if only is None or only(rows.table.shown(number)):
-                for field, numbers in taken.items():
-                    if field in row:
-                        numbers.append(number)
-        self.choices, self.captions = (View(rows.table, np.array(numbers, np.int64)) for numbers in taken.values())
-        keys, shown = rows.table.keys()
-        self.videos = np.unique(keys[np.isin(shown, np.concatenate([self.choices.numbers, self.captions.numbers]))])
-        self._broken: set[frozenset[int]] = set()
+        table, questions, captions = rows.table, list[int](), list[int]()
+        for number, row in zip(rows.numbers, rows, strict=True):
+            if only is None or only(frozenset(table.shown[number])):
+                if "question" in row:
+                    questions.append(number)
+                if "caption" in row:
+                    captions.append(number)
+        self.choices, self.captions = View(table, questions), View(table, captions)
+        self.videos = sorted({key for number in (*questions, *captions) for key in table.shown[number]})
+        self._broken: set[frozenset[str]] = set()
         self._refused: set[int] = set()
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
         self.template = adapter.known_template() if adapter is not None else None
 
-    def first_of(self, keys: Sequence[int]) -> str:
-        """Return the path of the first file that has one of these keys, in the order of the rows."""
-        known = set(keys)
-        return next(name for key, name, *_ in self.choices.table.files() if key in known)
+    def first_of(self, keys: Sequence[str]) -> str:
+        """Return the path of the first file that has one of these resolved paths, in the order of the rows."""
+        return next(shown.name for key, shown in self.choices.table.files.items() if key in set(keys))
 
     def _row(self, rows: View, number: int, what: str, place: int = 0) -> tuple[int, dict[str, Any]]:
         """Return a row and its place in the file's order; `place` rows further on if that many were broken."""
@@ -156,12 +150,12 @@ class FilePrompts:
         for place in range(max(1, len(rows))):
             index, row = self._row(rows, number, what, place)
             keys = keys_of(row)
-            if keys in self._broken or int(rows.numbers[index]) in self._refused:
+            if keys in self._broken or rows.numbers[index] in self._refused:
                 continue
             try:
                 return read(index, row)
             except PromptError as error:
-                record = int(rows.numbers[index])
+                record = rows.numbers[index]
                 if record not in self._refused:
                     self._refused.add(record)
                     where = f"row {record + 1}, {Path(files_of(row)[0]).name}"
@@ -169,8 +163,9 @@ class FilePrompts:
             except VideoError as error:
                 if keys not in self._broken:  # another thread may have met it meanwhile
                     self._broken.add(keys)
-                    shown = int(np.isin(rows.table.keys()[0], np.array(list(keys), np.uint64)).sum())
-                    self.skipped.broken(files_of(row)[0], shown, str(error), file=self.path, later=True)
+                    name = files_of(row)[0]
+                    shown = sum(not keys.isdisjoint(shown) for shown in rows.table.shown)
+                    self.skipped.add("broken video", name, str(error), file=self.path, rows=shown, later=True)
         raise TrainingError(f"no row of {self.path} can be used: {self.skipped.summary()}")
 
     def _source(self, row: Mapping[str, Any]) -> Source:

@@ -11,7 +11,8 @@ import os
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cache
 from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
@@ -20,16 +21,16 @@ from typing import Any
 from PIL import Image
 
 from vidsieve.errors import TrainingError
-from vidsieve.io.files import relative, writing
-from vidsieve.training.data.layouts import layout_of, read_records
-from vidsieve.training.data.reading import image_fault, raw_records
+from vidsieve.io.files import writing
+from vidsieve.training.data.layouts import path_from, read_records
+from vidsieve.training.data.reading import image_fault
 
 Bounds = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """An image that can be opened, and what it shows in words."""
+    """An image that can be opened, and its caption."""
 
     image: Path
     caption: str
@@ -63,21 +64,21 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Pseudo:
-    """What was made: the videos, how many images there were to draw from, and the rows left out."""
+    """Pseudo-videos of a file, the number of images that they were drawn from, and the rows left out."""
 
     videos: tuple[PseudoVideo, ...]
     images: int
     left_out: tuple[LeftOut, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return counts, frames and what was left out as plain values."""
+        """Return counts, frames and rows left out as plain values."""
         frames = [sum(times for _, times in video.parts) for video in self.videos]
         return {
             "videos": len(self.videos),
             "images": self.images,
             "frames": {"min": min(frames), "mean": sum(frames) / len(frames), "max": max(frames)},
             "skipped": dict(Counter(row.reason for row in self.left_out)),
-            "left_out": [vars(r) for r in self.left_out],
+            "left_out": [asdict(row) for row in self.left_out],
         }
 
 
@@ -135,15 +136,19 @@ def pseudo_file(
         raise TrainingError(
             f"{', '.join(map(str, files[:3]))} has {different} usable images, and a video needs up to {images[1]}"
             f"{f' ({reasons})' if reasons else ''}: add captioned images, or ask for fewer by --images"
-            + (". Do their paths start from that folder? --image-root names another" if "missing" in reasons else "")
+            + (
+                ". Do their paths start from that folder? --image-root names another"
+                if "missing image" in reasons
+                else ""
+            )
         )
     wanted = max(1, 2 * len(usable) // sum(images)) if count is None else count
     draw = _videos(usable, images, frames, random.Random(seed))
     videos = tuple(next(draw) for _ in range(wanted))
-    where = {row.image: relative(row.image, target) for row in usable}
     with writing(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for video in videos:
-            row = {"frames": [[where[path], times] for path, times in video.frames], "caption": video.caption}
+            frames_of = [[path_from(str(path), target), times] for path, times in video.frames]
+            row = {"frames": frames_of, "caption": video.caption}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
     return Pseudo(videos, len(usable), tuple(left_out))
 
@@ -165,51 +170,28 @@ def read_captioned(
     """
     usable: list[Captioned] = []
     left_out: list[LeftOut] = []
-    seen: dict[Path, str] = {}  # what is wrong with an image, by path
-    folder = path.parent if root is None else root
-    for done, (number, name, caption, wrong, data) in enumerate(_images(path, root), 1):
-        image = folder / name
-        if not wrong and data:
-            wrong = image_fault(data)
-            image = image if wrong else _written(data, images or path.with_name(f"{path.name}.images"))
-        elif not wrong:
-            image = image.resolve()
-            if image not in seen:
-                seen[image] = image_fault(image)
-            wrong = seen[image]
-        if wrong:
-            left_out.append(LeftOut(number, name, wrong))
-        else:
-            usable.append(Captioned(image, caption))
+    fault_of = cache(image_fault)
+    for done, record in enumerate(read_records(path, root), 1):
+        left_out += [LeftOut(record.number, "", reason) for reason in Counter(record.left_out).elements()]
+        if record.fault:
+            left_out.append(LeftOut(record.number, "", record.fault))
+        for row in record.rows:
+            name, data = row.get("image", ""), row.get("bytes", b"")
+            image = Path(name) if data else Path(name).resolve()
+            fault = (image_fault(data) if data else fault_of(image)) if name or data else "no image, but a video"
+            if fault:
+                left_out.append(LeftOut(record.number, name, fault))
+                continue
+            if data:
+                image = _written(data, images or path.with_name(f"{path.name}.images"))
+            usable.append(Captioned(image, " ".join(row["caption"].split())))
         if progress is not None and done % 50 == 0:
             progress(done)
     return usable, left_out
 
 
-def _images(path: Path, root: Path | None) -> Iterator[tuple[int, str, str, str, bytes]]:
-    """Yield number, image, caption, what is wrong, and the image itself where it is inside the file."""
-    if layout_of(path).name == "vidsieve":
-        for number, row in raw_records(path):
-            yield number, *_row(row), b""
-        return
-    for record in read_records(path, root):
-        if record.fault:
-            yield record.number, "", "", record.fault, b""
-        for reason, count in (record.left_out or {}).items():
-            yield from [(record.number, "", "", reason, b"")] * count
-        for row in record.rows:
-            wrong = "" if "image" in row else "no image, but a video"
-            yield (
-                record.number,
-                row.get("image", ""),
-                " ".join(row.get("caption", "").split()),
-                wrong,
-                row.get("bytes", b""),
-            )
-
-
 def _written(data: bytes, folder: Path) -> Path:
-    """Write an image that was inside a file, named by what it is, and return its path."""
+    """Write an image that was inside a file, named by its contents, and return its path."""
     with Image.open(BytesIO(data)) as opened:
         ending = (opened.format or "png").lower()
     place = folder / f"{blake2b(data, digest_size=12).hexdigest()}.{ending}"
@@ -217,19 +199,6 @@ def _written(data: bytes, folder: Path) -> Path:
         with writing(place) as temporary:
             temporary.write_bytes(data)
     return place
-
-
-def _row(row: Any) -> tuple[str, str, str]:
-    """Return a record's image, caption and what is wrong with it, an empty text each where there is none."""
-    if not isinstance(row, dict):
-        return "", "", "not a JSON object"
-    name, caption = row.get("image"), row.get("caption")
-    if not isinstance(name, str) or not name:
-        return "", "", "no image named"
-    if not isinstance(caption, str):
-        return name, "", "no caption"
-    words = " ".join(caption.split())
-    return name, words, "" if words else "empty caption"
 
 
 def _videos(

@@ -1,4 +1,4 @@
-"""What a training prompt is."""
+"""Training prompts: questions and captions with the model's inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vidsieve.training.data.video_r1 import Kind
+from vidsieve.training.data.rows import Kind
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Caption:
     inputs : mapping
         Processor outputs of prompt and caption, ``labels`` on the caption only.
     key : str
-        What tells this row from all others of the data, pass after pass; empty where nothing does.
+        Different for each row of the data, the same in every pass; empty where there is none.
     """
 
     inputs: Mapping[str, Any]

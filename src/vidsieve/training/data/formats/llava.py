@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from vidsieve.options import Options, OptionsError, said_letter
-from vidsieve.training.data.layouts import Layout
+from vidsieve.training.data.layouts import Layout, Rows, Text, checked
 from vidsieve.training.data.reading import MalformedError
 
 LEAST_WORDS = 10
@@ -40,70 +42,79 @@ _DESCRIBING = re.compile(
 )
 
 
-def _matches(record: Any) -> bool:
-    return isinstance(record, dict) and "conversations" in record
+class _Turn(msgspec.Struct):
+    speaker: str = msgspec.field(name="from")
+    value: str
 
 
-def _rows(record: Any, folder: Path, file: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    if not isinstance(record, dict):
-        raise MalformedError(f"is {type(record).__name__}, not an object with fields")
-    pairs = _pairs(record.get("conversations"))
-    source = record.get("data_source")
-    common = {"source": source} if isinstance(source, str) and source else {}
-    if record.get("video") is not None:
-        row = common | {"video": _path(record, "video", folder)}
-        alone = len(pairs) == 1
-        return [row | _asked(question, answer, alone, "_cap_" in file.name) for question, answer in pairs], {}
-    if record.get("image") is not None:
-        return _image(record, pairs, common, folder)
-    return [], {"neither a video nor an image": 1}
+class _ImageInside(msgspec.Struct):
+    """Bytes of an image, as Parquet has them."""
+
+    data: Annotated[bytes, msgspec.Meta(min_length=1)] = msgspec.field(name="bytes")
+    path: str | None = None
 
 
-def _image(
-    record: dict[str, Any], pairs: list[tuple[str, str]], common: dict[str, Any], folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    image, caption = record["image"], pairs[0][1]
-    if isinstance(image, list):
+class _Conversation(msgspec.Struct):
+    conversations: Annotated[list[_Turn], msgspec.Meta(min_length=2)]
+    video: Text | None = None
+    image: Any = None
+    data_source: Any = None
+    id: Any = None
+
+
+class _Still(msgspec.Struct):
+    image: Text | _ImageInside
+
+
+def _matches(record: dict[str, Any]) -> bool:
+    return "conversations" in record
+
+
+def _rows(record: Any, folder: Path, file: Path) -> Rows:
+    talk = checked(record, _Conversation)
+    pairs, source = _pairs(talk.conversations), talk.data_source
+    row: dict[str, Any] = {"source": source} if isinstance(source, str) and source else {}
+    if talk.video is not None:
+        row["video"] = str(folder / talk.video)
+        alone, captions = len(pairs) == 1, "_cap_" in file.name
+        return [row | _fields(question, answer, alone, captions) for question, answer in pairs], {}
+    caption = pairs[0][1]
+    if talk.image is None:
+        return [], {"neither a video nor an image": 1}
+    if isinstance(talk.image, list):
         return [], {"several images": 1}
     if len(caption.split()) < LEAST_WORDS:
         return [], {f"an answer of fewer than {LEAST_WORDS} words, no caption": 1}
-    row = common | {"caption": caption}
-    if isinstance(image, dict):  # as Parquet has it
-        data = image.get("bytes")
-        if not isinstance(data, bytes) or not data:
-            raise MalformedError("image holds no bytes")
-        return [row | {"bytes": data, "image": str(image.get("path") or record.get("id") or "")}], {}
-    return [row | {"image": _path(record, "image", folder)}], {}
+    row["caption"], image = caption, checked(record, _Still).image
+    if isinstance(image, _ImageInside):
+        return [row | {"bytes": image.data, "image": str(image.path or talk.id or "")}], {}
+    return [row | {"image": str(folder / image)}], {}
 
 
-def _pairs(turns: Any) -> list[tuple[str, str]]:
-    """Return (what is asked, what is answered) of a conversation."""
-    if not isinstance(turns, list) or len(turns) < 2 or not all(isinstance(turn, dict) for turn in turns):
-        raise MalformedError("conversations must be a list of two turns or more")
-    if turns[0].get("from") == "system":
+def _pairs(turns: list[_Turn]) -> list[tuple[str, str]]:
+    """Return the (question, answer) pairs of a conversation, without placeholders."""
+    if turns[0].speaker == "system":
         turns = turns[1:]
-    if len(turns) % 2 or [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise MalformedError("the turns of conversations must be from human and gpt, one after the other")
-    if not all(isinstance(turn.get("value"), str) for turn in turns):
-        raise MalformedError("a turn of conversations has no text as its value")
-    said = [_PLACEHOLDER.sub("\n", turn["value"]).strip() for turn in turns]
-    if not all(said[1::2]):
-        raise MalformedError("an answer in conversations is empty")
-    return list(zip(said[::2], said[1::2], strict=True))
+    if [turn.speaker for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise MalformedError("conversations: turns must be from human and gpt, one after the other")
+    texts = [_PLACEHOLDER.sub("\n", turn.value).strip() for turn in turns]
+    if not all(texts[1::2]):
+        raise MalformedError("conversations: an answer is empty")
+    return list(zip(texts[::2], texts[1::2], strict=True))
 
 
-def _asked(question: str, answer: str, alone: bool, captions: bool) -> dict[str, Any]:
-    """Return the fields of a pair of turns."""
+def _fields(question: str, answer: str, alone: bool, captions: bool) -> dict[str, Any]:
+    """Return the row's fields of a pair of turns; `alone` if it is the only one, `captions` if the file holds these."""
     stem, options = _options(question)
     letter = said_letter(answer)
     if options and letter:
         if letter not in Options.parse(options).letters:
-            raise MalformedError(f"the answer {answer[:60]!r} is none of the options {', '.join(options)[:120]!r}")
+            raise MalformedError(f"the answer {answer!r:.60} is none of the options {', '.join(options)!r:.120}")
         return {"question": stem, "options": options, "answer": letter, "problem_type": "multiple choice"}
     if alone and (captions or (not options and _DESCRIBING.search(question))):
         return {"caption": answer} | ({"prompt": question} if question else {})
     if not question:
-        raise MalformedError("a question in conversations is empty")
+        raise MalformedError("conversations: a question is empty")
     return {"question": question, "answer": answer, "problem_type": "free-form"}
 
 
@@ -121,13 +132,6 @@ def _options(text: str) -> tuple[str, list[str]]:
         raise MalformedError(str(error)) from None
     stem = [line for line in lines[: numbers[0]] if line.rstrip(":").casefold() not in ("options", "choices")]
     return "\n".join(stem), options
-
-
-def _path(record: dict[str, Any], field: str, folder: Path) -> str:
-    name = record[field]
-    if not isinstance(name, str) or not name.strip():
-        raise MalformedError(f"{field} is {name!r:.60}, must be a path")
-    return str(folder / name)
 
 
 LAYOUT = Layout("llava", "LLaVA-Video-178K and LLaVA-OneVision-Data (conversations)", _matches, _rows)

@@ -1,0 +1,622 @@
+"""Captions rewritten by a teacher, a model behind an OpenAI-compatible server.
+
+Requests and answers are in a journal beside the output, on the disk before anything depends on them: the same call
+resumes a run that was stopped or killed. The output is written when every row is accounted for: rewritten, set aside
+with a reason, or unchanged as it has no caption. An answer with status 200 is paid for, whatever it holds; requests
+that a kill cut off count as if they were, at most. No file, log or error holds the key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+from PIL import Image
+
+from vidsieve.errors import TrainingError, VideoError
+from vidsieve.io.files import relative, writing
+from vidsieve.io.journal import Journal
+from vidsieve.training.data.layouts import files_of, moved, path_from, read_records
+from vidsieve.video.reading import read_frames, read_image, read_video
+
+PROMPT = (
+    "The images are frames of one video, in the order of time. Describe the video in one paragraph, for someone who "
+    "cannot see it: who and what is there and how it looks, where it is, what happens and in which order, what "
+    "changes, what can be read, and how the camera moves. Say only what can be seen, guess nothing, do not speak of "
+    "frames or images, and begin with the description itself.\n"
+    "This is an older caption of the video. It may be wrong, and it leaves much out; where it does not agree with what "
+    "you see, trust what you see: {caption}"
+)
+"""The instruction to the teacher; ``{caption}`` becomes the row's caption."""
+PATCH = 28
+"""Side in pixels of one token of Qwen2.5-VL; Qwen3-VL takes 32, so that its tokens are fewer."""
+_REFUSAL = re.compile(
+    r"\W*(?:i(?:['’]m| am)(?: so| very| really)? sorry|sorry,|i apologi[sz]e|as an ai\b|unfortunately, i\b"
+    r"|i (?:can['’]?t|cannot|can not|am unable|am not able)\b|i['’]m (?:unable|not able)\b"
+    r"|抱歉|对不起|很抱歉|我无法|我不能)",
+    re.IGNORECASE,
+)
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+"""A word; of Chinese and Japanese, a character."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Settings that captions depend on; a run is resumed only with the same ones.
+
+    Parameters
+    ----------
+    model : str
+    prompt : str
+        ``{caption}`` in it becomes the row's caption.
+    frames : int
+        Frames shown, uniformly over the video.
+    size : int
+        Longest side of a frame in pixels; smaller ones are not enlarged.
+    max_tokens : int
+        Longest answer; one that is cut off there is set aside.
+    temperature : float
+    min_words : int
+        Shorter answers are set aside.
+    """
+
+    model: str
+    prompt: str = PROMPT
+    frames: int = 16
+    size: int = 448
+    max_tokens: int = 1024
+    temperature: float = 0.2
+    min_words: int = 8
+
+    def instruction(self, row: dict[str, Any]) -> str:
+        """Return the text of the request about a row; no server takes half of a surrogate pair, which JSON can hold."""
+        return self.prompt.replace("{caption}", row["caption"]).encode("utf-8", "replace").decode()
+
+    def most(self, row: dict[str, Any]) -> tuple[int, int, int]:
+        """Return the images of a request and its tokens in and out, at most; three bytes of text are a token."""
+        images = self.frames if "video" in row else 1
+        if "frames" in row:
+            images = min(self.frames, sum(times for _, times in row["frames"]))
+        text = math.ceil(len(self.instruction(row).encode()) / 3)
+        return images, images * math.ceil(self.size / PATCH) ** 2 + text, self.max_tokens
+
+    def images(self, row: dict[str, Any]) -> list[str]:
+        """Return the frames of a row as JPEG in data URLs.
+
+        Raises
+        ------
+        VideoError
+            If they cannot be read.
+        """
+        if "frames" in row:
+            pixels = read_frames(row["frames"], frames=self.frames).pixels
+        elif "video" in row:
+            pixels = read_video(row["video"], frames=self.frames).pixels
+        else:
+            pixels = read_image(row["image"])[None]
+        urls = []
+        for frame in pixels:
+            image, file = Image.fromarray(frame), io.BytesIO()
+            image.thumbnail((self.size, self.size))
+            image.save(file, "JPEG", quality=85)
+            urls.append(f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}")
+        return urls
+
+
+@dataclass(frozen=True)
+class Server:
+    """Address of the teacher, and limits of a run.
+
+    Parameters
+    ----------
+    url : str
+    concurrency : int
+        Rows in work at a time.
+    rate : int, optional
+        Requests in a minute, evenly spaced.
+    retries : int
+        Repeats of a request after no connection, a timeout, 408, 409, 429 or 5xx.
+    timeout : float
+        Seconds without a byte after which a request is given up.
+    prices : (float, float), optional
+        US$ for a million tokens in, and out.
+    budget : float, optional
+        US$ that all runs together may cost at most. Needs prices.
+    """
+
+    url: str
+    concurrency: int = 8
+    rate: int | None = None
+    retries: int = 5
+    timeout: float = 120.0
+    prices: tuple[float, float] | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"https?://[^/@?#\s]*[^/@?#\s:][^@?#\s]*", self.url):  # not printed: it may hold a secret
+            raise TrainingError(
+                "the server's address must be like http://localhost:8000/v1, without a password and a query: the key "
+                "is read from OPENAI_API_KEY"
+            )
+        if self.budget is not None and self.prices is None:
+            raise TrainingError("a budget needs the prices of a million tokens, in and out")
+
+    def dollars(self, tokens_in: int, tokens_out: int) -> float | None:
+        """Return the price of tokens in US$; None without prices."""
+        return None if self.prices is None else (self.prices[0] * tokens_in + self.prices[1] * tokens_out) / 1e6
+
+
+def api_key() -> str:
+    """Return the key from the environment; ``none`` where there is none, as local servers take.
+
+    Raises
+    ------
+    TrainingError
+        If it could not be sent.
+    """
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    if not (key.isascii() and key.isprintable() and " " not in key):  # else the error of the HTTP library would show it
+        raise TrainingError("OPENAI_API_KEY holds blanks or characters that no key has: set it anew")
+    return key
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+    refusal: str | None = None
+
+
+class _Reply(msgspec.Struct):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Reply], msgspec.Meta(min_length=1)]
+    usage: Any = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    completion_tokens: Annotated[int, msgspec.Meta(ge=0)]
+
+
+@dataclass(frozen=True)
+class TeacherAnswer:
+    """A caption, or the reason why an answer is none; tokens in and out where the server counts them."""
+
+    caption: str = ""
+    reason: str = ""
+    detail: str = ""
+    usage: tuple[int, int] | None = None
+
+
+def judge(body: str, min_words: int = 8) -> TeacherAnswer:
+    """Return the contents of an answer with status 200: nothing in it is trusted.
+
+    SCORE's reward is the likelihood of the caption: a refusal, half a caption or a text that goes round in circles
+    would teach a policy to keep tokens that have nothing to do with it.
+    """
+    try:
+        completion = msgspec.json.decode(body, type=_Completion)
+    except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError) as error:
+        return TeacherAnswer(reason="malformed answer", detail=f"{error}: {_short(body)}")
+    try:
+        counted = msgspec.convert(completion.usage, _Usage)
+        usage = counted.prompt_tokens, counted.completion_tokens
+    except msgspec.ValidationError:
+        usage = None
+    reply = completion.choices[0]
+    # Models that think aloud put their thoughts first, and some servers leave them there.
+    caption = (reply.message.content or "").rpartition("</think>")[2].strip()
+    words = _WORD.findall(caption.casefold())
+    runs = list(zip(*(words[start:] for start in range(5)), strict=False))
+    reason = ""
+    if reply.message.refusal or reply.finish_reason == "content_filter" or _REFUSAL.match(caption):
+        reason = "refusal"
+    elif reply.finish_reason == "length":
+        reason = "cut off"
+    elif len(words) < min_words:
+        reason = "too short"
+    elif runs and len(set(runs)) < 2 / 3 * len(runs):  # a third of the runs of five words came before
+        reason = "repetition"
+    if reason:
+        return TeacherAnswer(reason=reason, detail=_short(reply.message.refusal or caption), usage=usage)
+    return TeacherAnswer(caption, usage=usage)
+
+
+def redact(text: str, key: str) -> str:
+    """Return a text without the key, and without words that begin like it, such as ``sk-ab***yz``."""
+    if len(key) < 8:  # ``none`` or ``EMPTY`` of local servers are no secret, and may be words of a caption
+        return text
+    return re.sub(re.escape(key[:5]) + r"[\w*.+/=…-]*", "[key]", text.replace(key, "[key]"))
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else f"{line[:200]}…"
+
+
+class CaptionItem(NamedTuple):
+    """A row of the input.
+
+    `row` has paths from the output, `shown` absolute ones. `key` is the same for the same row and settings, and empty
+    where nothing is to be asked: `reason` says why not, unless the row has no caption.
+    """
+
+    record: int
+    row: dict[str, Any]
+    shown: dict[str, Any]
+    key: str = ""
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class AnnotationReport:
+    """Outcome of all runs: ``rows == rewritten + unchanged + left + sum(aside.values())``.
+
+    `aside` counts rows by reason, `left_out` parts of records that are no rows. The output is written where no rows
+    are `left`; `stopped` is "interrupted", "budget" or "limit" where some are. `requests` includes repeats. Tokens are
+    those paid for: of `unmetered` answers, without numbers or cut off by a kill, at most.
+    """
+
+    rows: int
+    rewritten: int
+    unchanged: int
+    aside: dict[str, int]
+    left: int
+    requests: int
+    tokens_in: int
+    tokens_out: int
+    unmetered: int
+    dollars: float | None
+    stopped: str
+    left_out: dict[str, int]
+
+
+class _HaltedError(asyncio.CancelledError):
+    """Raised in place of a request where the run stops."""
+
+
+class Annotation:
+    """A file of rows whose captions a teacher rewrites.
+
+    Parameters
+    ----------
+    source, root : Path
+        As `read_records` takes them.
+    target : Path
+        JSON lines with paths from its folder; ``<target>.journal.jsonl`` and ``<target>.aside.jsonl`` are beside it.
+    teacher : Teacher
+    server : Server
+    again : bool
+        Ask once more about rows that were set aside without an answer, such as broken videos and refused requests.
+    """
+
+    def __init__(
+        self,
+        source: Path,
+        target: Path,
+        teacher: Teacher,
+        server: Server,
+        root: Path | None = None,
+        again: bool = False,
+    ) -> None:
+        self.source, self.target, self.teacher, self.server = source, target, teacher, server
+        self.root, self.again, self.key = root, again, api_key()
+        header = {"journal": 1, "settings": vars(teacher) | {"input": relative(source, target)}}
+        damaged = "its row is asked about again"
+        self.journal = Journal(self.beside("journal"), header, error=TrainingError, damaged=damaged)
+
+    def beside(self, kind: str) -> Path:
+        """Return the path of the "journal" or the "aside" of the output."""
+        return self.target.with_name(f"{self.target.name}.{kind}.jsonl")
+
+    def items(self, left_out: Counter[str] | None = None) -> Iterator[CaptionItem]:
+        """Yield every row, one record in memory at a time; parts that are no rows are counted in `left_out`."""
+        settings = json.dumps(vars(self.teacher), sort_keys=True)
+        for record in read_records(self.source, self.root):
+            if left_out is not None:
+                left_out.update(record.left_out)
+            if record.fault:
+                yield CaptionItem(record.number, {}, {}, reason="malformed record", detail=record.fault)
+            for shown in record.rows:
+                if "bytes" in shown:  # of Parquet: JSON lines cannot hold it
+                    yield CaptionItem(record.number, {}, {}, reason="image inside the file", detail=shown["image"])
+                    continue
+                row = shown | moved(shown, self.target)
+                missing = next((name for name in files_of(shown) if not os.path.isfile(name)), "")
+                key = reason = detail = ""
+                if missing and "caption" in row:  # not in the journal: it may come later
+                    reason, detail = "missing video", path_from(missing, self.target)
+                elif "caption" in row:
+                    text = settings + json.dumps(row, sort_keys=True, default=str)
+                    key = hashlib.sha256(text.encode()).hexdigest()[:32]
+                yield CaptionItem(record.number, row, shown, key, reason, detail)
+
+    def plan(self) -> dict[str, int]:
+        """Return the number of rows, and the requests that `run` would send at most; nothing is sent or written.
+
+        Keys: rows, and those of them that are unchanged, settled, faulty, or need requests; images, tokens_in,
+        tokens_out.
+
+        Raises
+        ------
+        TrainingError
+            If the input is unreadable, or the journal was begun with other settings.
+        """
+        self.journal.check()
+        self._load()
+        names = ("rows", "unchanged", "settled", "faulty", "requests", "images", "tokens_in", "tokens_out")
+        count = Counter(dict.fromkeys(names, 0))
+        for item in self.items():
+            kind = "faulty" if item.reason else "settled" if item.key in self.places else "requests"
+            count.update({"rows": 1, kind if item.key or item.reason else "unchanged": 1})
+            if item.key and kind == "requests":
+                count.update(dict(zip(names[5:], self.teacher.most(item.row), strict=True)))
+        return dict(count)
+
+    def run(
+        self,
+        limit: int | None = None,
+        progress: Callable[[int], None] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> AnnotationReport:
+        """Ask about rows that are not settled, and write the output once all are.
+
+        Parameters
+        ----------
+        limit : int, optional
+            Rows to ask about in this run at most.
+        progress : callable, optional
+            Called with the number of rows settled so far in this run.
+        note : callable, optional
+            Called with a text for a person.
+
+        Raises
+        ------
+        TrainingError
+            If the input is unreadable, the journal was begun with other settings, or the server answers nobody.
+        OutputError
+            If a file cannot be written.
+        """
+        self._progress, self._note = progress, note
+        with self.journal:
+            self._load()
+            if self.open:  # cut off by a kill, and perhaps paid for
+                self._record({"lost": [sum(tokens) for tokens in zip(*self.open.values(), strict=True)]})
+            asyncio.run(self._ask_all(limit))
+            report = self._report()
+            if not report.left:
+                self._write()
+        return report
+
+    # -- journal ------------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        self.places: dict[str, int] = {}
+        self.open: dict[str, list[int]] = {}
+        self.requests = self.answers = self.unmetered = self.tokens_in = self.tokens_out = 0
+        self.journal.load(self._take)
+
+    def _record(self, entry: dict[str, Any]) -> None:
+        self._take(entry, self.journal.add(entry))
+
+    def _take(self, entry: dict[str, Any], place: int) -> None:
+        """Count an entry: a request ``sent``, ``failed`` or ``lost``, or a row ``done`` or set ``aside``."""
+        if "sent" in entry:
+            self.requests += 1
+            self.open[entry["sent"]] = entry.get("most", [0, self.teacher.max_tokens])  # older journals have none
+        elif "failed" in entry:
+            self.open.pop(entry["failed"])
+        elif "lost" in entry:
+            self._pay(entry["lost"], len(self.open))
+            self.open.clear()
+        else:
+            key = entry["done"] if "done" in entry else entry["aside"]
+            self.open.pop(key, None)
+            if entry["usage"] is not None:
+                self.answers += 1
+                self._pay(entry["usage"], not entry["metered"])
+            if entry["usage"] is not None or not self.again:
+                self.places[key] = place
+
+    def _pay(self, usage: list[int], unmetered: int) -> None:
+        self.tokens_in, self.tokens_out = self.tokens_in + usage[0], self.tokens_out + usage[1]
+        self.unmetered += unmetered
+
+    def _settled(self, entry: dict[str, Any]) -> None:
+        self._record(entry)
+        self.count += 1
+        if self._progress is not None:
+            self._progress(self.count)
+
+    # -- output -------------------------------------------------------------------------------------------------------
+
+    def _outcomes(self, left_out: Counter[str] | None = None) -> Iterator[tuple[CaptionItem, dict[str, Any]]]:
+        """Yield every row with the entry that settled it: ``done``, ``aside``, ``unchanged`` or ``left``."""
+        for item in self.items(left_out):
+            if item.key in self.places:
+                yield item, next(self.journal.read([self.places[item.key]]))
+            elif item.reason:
+                yield item, {"aside": "", "reason": item.reason, "detail": item.detail}
+            else:
+                yield item, {"left" if item.key else "unchanged": ""}
+
+    def _report(self) -> AnnotationReport:
+        count, aside, left_out = Counter[str](), Counter[str](), Counter[str]()
+        for _, entry in self._outcomes(left_out):
+            count[next(iter(entry))] += 1
+            if "aside" in entry:
+                aside[entry["reason"]] += 1
+        dollars, stopped = self.server.dollars(self.tokens_in, self.tokens_out), self.stopped if count["left"] else ""
+        paid = self.requests, self.tokens_in, self.tokens_out, self.unmetered, dollars
+        rows = count.total(), count["done"], count["unchanged"], dict(aside), count["left"]
+        return AnnotationReport(*rows, *paid, stopped, dict(left_out))
+
+    def _write(self) -> None:
+        """Write the rows, and those that were set aside, in the order of the input."""
+        with (
+            writing(self.beside("aside")) as aside_path,
+            aside_path.open("w", encoding="utf-8") as aside,
+            writing(self.target) as path,
+            path.open("w", encoding="utf-8") as file,
+        ):
+            for item, entry in self._outcomes():
+                if "left" in entry:
+                    raise TrainingError(f"{self.source} or its videos changed meanwhile: run the same command again")
+                if "aside" in entry:
+                    why = {"record": item.record, "reason": entry["reason"], "detail": entry["detail"]}
+                    aside.write(_line(why | {"row": item.row}))
+                elif "done" in entry:
+                    new = {"caption": entry["caption"], "original_caption": item.row["caption"]}
+                    file.write(_line(item.row | new | {"teacher": self.teacher.model}))
+                else:
+                    file.write(_line(item.row))
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def _ask_all(self, limit: int | None) -> None:
+        try:
+            import aiolimiter
+            import openai
+        except ImportError:
+            raise TrainingError("annotating needs openai and aiolimiter: pip install 'vidsieve[teacher]'") from None
+        server, tasks, seen = self.server, set[asyncio.Task[None]](), set[str]()
+        self.stopped, self.error, self.heard, self.count, self.silent = "", "", False, 0, 0
+        self._reserved: dict[str, tuple[int, int]] = {}
+        self._pace = aiolimiter.AsyncLimiter(1, 60 / server.rate) if server.rate else None
+        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._start]})
+        async with openai.AsyncOpenAI(
+            base_url=server.url, api_key=self.key, timeout=server.timeout, max_retries=server.retries, http_client=http
+        ) as client:
+            # Not where another thread listens for Ctrl-C, nor where it is ignored, as in background jobs.
+            if (
+                threading.current_thread() is threading.main_thread()
+                and signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+            ):
+                asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._interrupt)
+            for item in self.items():
+                await asyncio.sleep(0)  # replies come meanwhile
+                if not item.key or item.key in self.places or item.key in seen:
+                    continue
+                # The first request goes alone: a wrong key or address costs one.
+                while tasks and (len(tasks) >= (server.concurrency if self.heard else 1) or not self._affords(item)):
+                    done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.gather(*done)
+                if not self.stopped and (len(seen) == limit or not self._affords(item)):
+                    self.stopped = "limit" if len(seen) == limit else "budget"
+                if self.stopped:
+                    break
+                seen.add(item.key)
+                self._reserved[item.key] = self.teacher.most(item.row)[1:]
+                tasks.add(asyncio.create_task(self._settle(client, item)))
+            await asyncio.gather(*tasks)
+        if self.error:
+            raise TrainingError(self.error)
+
+    def _affords(self, item: CaptionItem) -> bool:
+        """Return True if the budget holds for a row and the requests under way, however long their answers are."""
+        most = zip(self.teacher.most(item.row)[1:], *self._reserved.values(), strict=True)
+        tokens_in, tokens_out = (sum(tokens) for tokens in most)
+        dollars = self.server.dollars(self.tokens_in + tokens_in, self.tokens_out + tokens_out) or 0.0
+        return self.server.budget is None or dollars <= self.server.budget
+
+    async def _start(self, request: Any) -> None:
+        """Wait for the turn of a request, the first about its row or a repeat, and record it."""
+        if self._pace is not None:
+            await self._pace.acquire()
+        if self.stopped in ("interrupted", "error"):
+            raise _HaltedError
+        key = request.headers["Idempotency-Key"]
+        self._record({"sent": key, "most": self._reserved[key]})
+
+    async def _settle(self, client: Any, item: CaptionItem) -> None:
+        """Ask about a row, and record the outcome."""
+        from openai import APIConnectionError, APIStatusError
+
+        teacher, aside = self.teacher, {"aside": item.key, "usage": None, "metered": False}
+        try:
+            urls = await asyncio.to_thread(teacher.images, item.shown)
+            content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+            content.append({"type": "text", "text": teacher.instruction(item.row)})
+            raw = await client.chat.completions.with_raw_response.create(
+                model=teacher.model,
+                messages=[{"role": "user", "content": content}],
+                max_tokens=teacher.max_tokens,
+                temperature=teacher.temperature,
+                extra_headers={"Idempotency-Key": item.key},  # a server that knows it bills a repeat once
+            )
+            answer = judge(raw.text, teacher.min_words)
+            self.heard, self.silent = True, 0
+            paid = {"usage": answer.usage or teacher.most(item.row)[1:], "metered": answer.usage is not None}
+            if answer.reason:
+                self._settled({"aside": item.key, **self._why(answer.reason, answer.detail), **paid})
+            else:
+                self._settled({"done": item.key, "caption": redact(answer.caption, self.key), **paid})
+        except VideoError as error:
+            self._settled(aside | self._why("broken video", str(error)))
+        except APIStatusError as error:
+            self.heard = True
+            repeated = error.status_code in (408, 409, 429) or error.status_code >= 500
+            why = self._why("no answer" if repeated else "refused request", str(error))
+            unpaid = error.status_code == 402 or error.code == "insufficient_quota"
+            if unpaid or error.status_code == 401 or (error.status_code in (403, 404) and not self.answers):
+                self._record({"failed": item.key})
+                self._fail(
+                    f"{self.server.url} refuses all requests to {self.teacher.model} ({why['detail']}): see to "
+                    "OPENAI_API_KEY, the account, the model's name and the address, which mostly ends in /v1; then run "
+                    "the same command again"
+                )
+            else:
+                self._unanswered(aside | why)
+        except APIConnectionError as error:
+            self._unanswered(aside | self._why("no answer", str(error.__cause__ or error)))
+        except _HaltedError:
+            if item.key in self.open:  # its request failed before
+                self._record({"failed": item.key})
+        finally:
+            self._reserved.pop(item.key)
+
+    def _why(self, reason: str, detail: str) -> dict[str, Any]:
+        return {"reason": reason, "detail": redact(_short(detail), self.key)}
+
+    def _unanswered(self, entry: dict[str, Any]) -> None:
+        """Set a row aside without an answer, and stop the run where several in succession had none."""
+        self._settled(entry)
+        self.silent += 1
+        if self.silent >= max(3, self.server.concurrency):
+            self._fail(
+                f"{self.server.url} has answered none of the last {self.silent} rows ({entry['detail']}): see to the "
+                "server, or to the options that it refuses; then run the same command with --again"
+            )
+
+    def _fail(self, error: str) -> None:
+        self.error, self.stopped = self.error or error, "error"
+
+    def _interrupt(self) -> None:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # the next one interrupts as ever
+        self.stopped = "interrupted"
+        if self._note is not None:
+            self._note(f"stopping after {len(self.open)} requests that are under way; Ctrl-C again drops them")
+
+
+def _line(value: dict[str, Any]) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)  # columns of Parquet may be dates
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can hold half of a pair, UTF-8 cannot
+        text = json.dumps(value, default=str)
+    return text + "\n"

@@ -1,0 +1,75 @@
+"""JSON lines of vidsieve's own, one row a line.
+
+``{"video": path, "question": …, "options": […], "answer": …}`` or ``{"video": path, "caption": …}``, with a
+``"prompt"`` if captions are not asked for by the usual one. A caption may have still images in place of a video,
+``"frames": [[path, times], …]`` (a pseudo-video of one frame a second that shows each `times` times), or one
+``"image"``, of which pseudo-videos are made. ``"problem_type"`` names another kind of question than multiple choice,
+``"source"`` the set that a row was taken from. Fields of other names are kept as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from vidsieve.options import OptionsError
+from vidsieve.training.data.layouts import Layout, Rows, Text, checked
+from vidsieve.training.data.reading import MalformedError
+from vidsieve.training.data.rows import Kind, options_of
+
+_NEEDED = "a row needs video, and caption or question, options and answer; or frames or image, and caption"
+
+
+class _Video(msgspec.Struct):
+    video: Text
+    caption: Text | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Frames(msgspec.Struct):
+    frames: Annotated[list[tuple[str, Annotated[int, msgspec.Meta(ge=1)]]], msgspec.Meta(min_length=1)]
+    caption: Text
+
+
+class _Image(msgspec.Struct):
+    image: Text
+    caption: Text
+
+
+class _Asked(msgspec.Struct):
+    question: Text
+    answer: Any
+    problem_type: Kind = "multiple choice"
+
+
+class _Options(_Asked, kw_only=True):
+    options: list[str | int | float | bool]
+
+
+_SHOWN: dict[str, type[msgspec.Struct]] = {"video": _Video, "frames": _Frames, "image": _Image}
+
+
+def _matches(record: dict[str, Any]) -> bool:
+    return bool({"video", "frames", "image", "question", "caption"} & record.keys())
+
+
+def _rows(record: Any, folder: Path, file: Path) -> Rows:
+    if not isinstance(record, dict) or not _SHOWN.keys() & record.keys() or not {"caption", "question"} & record.keys():
+        raise MalformedError(_NEEDED)
+    shown, *others = [name for name in (*_SHOWN, "question") if name in record]
+    if others and (others != ["question"] or shown == "image"):
+        raise MalformedError(f"{shown} and {others[0]} do not go together")
+    checked(record, _SHOWN[shown])
+    if "question" in record and checked(record, _Asked).problem_type == "multiple choice":
+        checked(record, _Options)
+        try:
+            options_of(record).index(str(record["answer"]))
+        except OptionsError as error:
+            raise MalformedError(str(error)) from None
+    if shown == "frames":
+        return [record | {"frames": [[str(folder / name), times] for name, times in record["frames"]]}], {}
+    return [record | {shown: str(folder / record[shown])}], {}
+
+
+LAYOUT = Layout("vidsieve", "JSON lines of vidsieve's own", _matches, _rows)

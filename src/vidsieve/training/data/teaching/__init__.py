@@ -1,1 +1,0 @@
-"""Captions written anew by a model behind an OpenAI-compatible server."""
