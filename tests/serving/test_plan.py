@@ -120,7 +120,8 @@ def test_the_encoders_operations_are_those_that_torch_counts(tiny, family):
     inputs = inputs_for(family, [[grid if qwen else default_grid(family)]])
     with FlopCounterMode(display=False) as counted, torch.no_grad():
         adapter.video_features(inputs)
-    assert ours == pytest.approx(counted.get_total_flops(), rel=0.05)  # windows count as whole ones
+    rel = 0.05 if family == "qwen2_5_vl" else 0.005  # cut windows count as whole ones
+    assert ours == pytest.approx(counted.get_total_flops(), rel=rel)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "testbed"])
