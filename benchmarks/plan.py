@@ -29,7 +29,7 @@ from vidsieve.evaluation.blueprints import random_model
 from vidsieve.io.files import writing
 from vidsieve.io.machine import machine as setup
 from vidsieve.io.machine import spread, write_result
-from vidsieve.serving.plan import GPUS, Gpu, Load, clip_tokens, plan, read_model
+from vidsieve.serving.plan import Gpu, plan, read_gpu
 from vidsieve.video.reading import Video
 
 CASES = (("llava-onevision-0.1b", 16), ("qwen2.5-vl-0.1b", 32), ("llava-onevision-0.5b", 3))
@@ -72,15 +72,13 @@ def measured(name: str, frames: int, repeats: int) -> dict[str, Any]:
 
 def predicted(name: str, frames: int, lengths: dict[float, int], machine: Gpu) -> list[dict[str, Any]]:
     """Return the plan's row for each retention, for as much text as the measured prompt had."""
-    model = read_model(name)
-    clip = clip_tokens(model, frames, (HEIGHT, WIDTH))
-    text = lengths[1.0] - clip.grid.num_tokens - clip.newlines - clip.markers
-    load = Load(frames, (HEIGHT, WIDTH), text, answer_tokens=2, batch=1)
-    rows = plan(model, machine, load, RETENTIONS)["rows"]
-    for row in rows:
+    load = {"frames": frames, "size": (HEIGHT, WIDTH), "answer_tokens": 2, "batch": 1}
+    whole = plan(name, machine, [1.0], prompt_tokens=0, **load)["rows"][0]
+    result = plan(name, machine, RETENTIONS, prompt_tokens=lengths[1.0] - whole["llm_tokens"], **load)
+    for row in result["rows"]:
         if row["llm_tokens"] != lengths[row["retention"]]:
             raise SystemExit(f"{name}: {row['llm_tokens']} tokens predicted, {lengths[row['retention']]} measured")
-    return [{"parameters": model.parameters, **row} for row in rows]
+    return [{"parameters": result["parameters"], **row} for row in result["rows"]]
 
 
 def measured_cpu(side: int = 1536, megabytes: int = 256, repeats: int = 5) -> Gpu:
@@ -154,7 +152,7 @@ def worked() -> list[str]:
     cells = []
     for name, lengths in WORKED.items():
         for frames in lengths:
-            for row in plan(read_model(name), GPUS["H100"], Load(frames=frames), RETENTIONS)["rows"]:
+            for row in plan(name, read_gpu("H100"), RETENTIONS, frames=frames)["rows"]:
                 busy = 3600 / row["per_hour"]
                 hours = 1e6 / row["per_hour"]
                 cells.append(

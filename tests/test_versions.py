@@ -94,7 +94,7 @@ def build_page():
     from vidsieve.serving.page import build
 
     desk = SimpleNamespace(names=["full"], ask=None, methods={"full": None})
-    build(desk, "x", [])
+    build(desk, "x")
 
 
 def open_cluster():

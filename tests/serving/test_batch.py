@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from vidsieve import answering
+from vidsieve.adapters.encoded import stacked
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
@@ -34,7 +35,6 @@ from vidsieve.serving.batch import (
     line_of,
     read_ahead,
     read_row,
-    stacked,
 )
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for

@@ -28,7 +28,7 @@ def clips(tmp_path_factory):
 
 def made(testbed, *names):
     methods = {name: method_for(name, "testbed") for name in names}
-    return Desk(*testbed, methods | {"full": None}, max_new_tokens=4)
+    return Desk(*testbed, methods | {"full": None})
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_another_retention_or_method_encodes_nothing_and_another_question_decode
         found, _ = asked.ask(clips / "0.mp4", question, method, retention)
         assert ("encode" in found.ms) != reused and work == ([] if reused else ["tower"]) and "decode" not in found.ms
         chosen = None if method == "full" else method_for(method, "testbed", retention=retention)
-        alone = answer(*testbed, read_video(clips / "0.mp4", frames=16), question, chosen, max_new_tokens=4)
+        alone = answer(*testbed, read_video(clips / "0.mp4", frames=16), question, chosen)
         assert found.text == alone.text and found.prompt_tokens == alone.prompt_tokens
         assert [trace.indices for trace in found.traces] == [trace.indices for trace in alone.traces]
 
@@ -119,8 +119,8 @@ from vidsieve.serving.page import Desk, build
 
 clip, folder = Path(sys.argv[1]), Path(sys.argv[2])
 methods = {name: method_for(name, "testbed") for name in ("uniform", "divprune")}
-desk = Desk(*load_model("testbed"), methods | {"full": None}, max_new_tokens=4)
-page = build(desk, "testbed", [[str(clip), "what ?"]])
+desk = Desk(*load_model("testbed"), methods | {"full": None})
+page = build(desk, "testbed")
 (ask,) = (fn.fn for fn in page.fns.values() if fn.api_name == "ask")
 text, figure, spent = ask(str(clip), "where is the chime ?", "divprune", 0.1)
 assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 12, spent

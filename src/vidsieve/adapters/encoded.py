@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vidsieve.errors import NeedError, PromptError
 from vidsieve.types import EncoderOutputs, Selection, TokenGrid
@@ -178,6 +179,41 @@ class Encoded:
         """Return the batch with the vision encoder's signals of one video, which all of its prompts are about."""
         videos = (replace(v, features=replace(v.features, encoder=signals)) for v in self.videos)
         return replace(self, videos=tuple(videos))
+
+
+def stacked(prompts: Sequence[Encoded]) -> Encoded:
+    """Return prompts (1, L) that were encoded one by one as one batch (B, L), padded on the left.
+
+    Raises
+    ------
+    PromptError
+        If a prompt has further arguments, which nothing says how to join.
+    """
+    if len(prompts) == 1:
+        return prompts[0]
+    further = sorted({name for prompt in prompts for name in prompt.rest})
+    if further:
+        raise PromptError(f"prompts with {', '.join(further)} are answered one by one")
+    length = max(prompt.input_ids.shape[1] for prompt in prompts)
+    videos, images = [], []
+    for row, prompt in enumerate(prompts):
+        shift = length - prompt.input_ids.shape[1]
+        for span in prompt.videos:
+            columns = {name: getattr(span, name) + shift for name in ("columns", "tail_columns", "surplus_columns")}
+            videos.append(replace(span, row=row, **columns))
+        images += [replace(image, row=row, columns=image.columns + shift) for image in prompt.images]
+
+    def joined(parts: Iterable[Tensor], dim: int) -> Tensor:
+        return torch.cat([pad(part, (length - part.shape[-1], 0)) for part in parts], dim)
+
+    return Encoded(
+        joined((prompt.input_ids for prompt in prompts), 0),
+        joined((prompt.attention_mask for prompt in prompts), 0),
+        joined((prompt.positions for prompt in prompts), 1),
+        tuple(videos),
+        {},
+        tuple(images),
+    )
 
 
 def on_device(inputs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -49,3 +49,23 @@ def folder_digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if os.path.isfile(path)):
         digest_.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest_.hexdigest()[:16]
+
+
+def model_files_digest(model: str) -> str:
+    """Return a hash of the names, sizes, beginnings and ends of a model's files, or the revision of a hub id."""
+    folder, part = Path(model), 2**20
+    if not os.path.isdir(folder):
+        from transformers import AutoConfig
+
+        try:
+            return str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or "")
+        except (OSError, ValueError, KeyError):
+            return ""  # loading the model raises with the reason
+    digest_ = hashlib.blake2b(digest_size=8)
+    for path in sorted(path for path in folder.iterdir() if os.path.isfile(path)):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest_.update(f"{path.name} {size}".encode() + file.read(part))
+            file.seek(max(0, size - part))
+            digest_.update(file.read(part))
+    return digest_.hexdigest()

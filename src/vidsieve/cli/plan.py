@@ -1,9 +1,8 @@
-"""vidsieve plan: what serving takes, predicted from a configuration and a datasheet."""
+"""vidsieve plan: time, memory and cost of serving, predicted from a configuration and a datasheet."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -11,6 +10,8 @@ from rich.markup import escape
 from vidsieve.cli.shared import Json, Layout, check_output, out, positive, quiet, table, write_json
 from vidsieve.errors import EvaluationError
 from vidsieve.retention import parse_retentions
+
+UNITS = {"flops": ("TFLOPs", 1e12), "bytes": ("MB", 1e6), "s": ("ms", 1e-3)}  # by the last word of a figure's name
 
 
 def plan(
@@ -33,43 +34,27 @@ def plan(
 ) -> None:
     """Predict tokens, operations, memory, times and cost of serving from a configuration alone, without weights."""
     check_output(json)
-    amounts = parse_retentions(retention)
-    quiet()
-    from vidsieve.serving.plan import Load, read_gpu, read_model
-    from vidsieve.serving.plan import plan as predict
-
-    height, _, width = size.partition("x")
+    amounts, (height, _, width) = parse_retentions(retention), size.partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise EvaluationError(f"--size must be height x width in pixels, as 360x640; got {size!r}")
-    load = Load(frames, (int(height), int(width)), answer_tokens=answer_tokens, batch=batch)
-    result = predict(read_model(model, layout), read_gpu(gpu), load, amounts)
-    print_plan(result, price)
-    write_json(json, result)
+    quiet()
+    from vidsieve.serving import plan as serving
 
-
-def print_plan(result: Mapping[str, Any], price: float | None) -> None:
-    """Print a column for each retention, then the assumptions."""
-    rows = result["rows"]
-    lines = [
-        ("video tokens", *(f"{row['video_tokens']:,}" for row in rows)),
-        ("LLM tokens", *(f"{row['llm_tokens']:,}" for row in rows)),
-        ("prefill, TFLOPs", *(f"{row['prefill_flops'] / 1e12:,.4g}" for row in rows)),
-        ("encoder, TFLOPs", *(f"{row['encoder_flops'] / 1e12:,.4g}" for row in rows)),
-        ("KV cache of a request, MB", *(f"{row['kv_bytes'] / 1e6:,.1f}" for row in rows)),
-        ("requests that fit in memory", *(f"{row['concurrent']:,}" for row in rows)),
-        ("encoder, ms", *(f"{1e3 * row['encoder_s']:.1f}" for row in rows)),
-        ("prefill, ms", *(f"{1e3 * row['prefill_s']:.1f}" for row in rows)),
-        ("decoding, ms a token", *(f"{1e3 * row['decode_s']:.2f} (batch {row['batch']})" for row in rows)),
-        ("one request, s", *("–" if row["latency_s"] is None else f"{row['latency_s']:.3f}" for row in rows)),
-        ("requests an hour", *(f"{row['per_hour']:,.0f}" for row in rows)),
-    ]
-    if price is not None:
-        costs = (f"{1000 * price / row['per_hour']:,.3f}" if row["per_hour"] else "–" for row in rows)
-        lines.append(("price of 1,000 requests", *costs))
-    title = (
-        f"{escape(result['model'])} on {escape(result['gpu']['name'])}, {result['load']['frames']} frames: predicted"
+    card, pixels = serving.read_gpu(gpu), (int(height), int(width))
+    result = serving.plan(
+        model, card, amounts, layout=layout, frames=frames, size=pixels, answer_tokens=answer_tokens, batch=batch
     )
+    rows = result["rows"]
+    if price is not None:
+        rows = [row | {"price_of_1000": 1000 * price / row["per_hour"] if row["per_hour"] else None} for row in rows]
+    lines = []
+    for name in list(rows[0])[1:]:
+        part, _, last = name.rpartition("_")
+        unit, one = UNITS.get(last, ("", 1))
+        values = ("–" if row[name] is None else f"{row[name] / one:,.3f}".removesuffix(".000") for row in rows)
+        lines.append((f"{part}, {unit}" if unit else name.replace("_", " "), *values))
     columns = ("", *(f"{100 * row['retention']:g} %" for row in rows))
+    title = f"{escape(model)} on {escape(gpu)}, {frames} frames: predicted"
     out.print(table(title, columns, lines, right=range(1, len(columns))))
-    for line in result["assumptions"]:
-        out.print(f"- {escape(line)}", soft_wrap=True)
+    out.print("\n".join(f"- {line}" for line in result["assumptions"]), soft_wrap=True, markup=False)
+    write_json(json, result)

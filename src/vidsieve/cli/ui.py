@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import socket
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,34 +28,21 @@ def ui(
     _check_address(host, port)
     set_threads(threads)
     quiet()
-    from vidsieve.compressors.base import Compressor
-    from vidsieve.evaluation.conditions import check_known, method_for
+    from vidsieve.evaluation.conditions import check_known, named_methods
     from vidsieve.loading import load_model
     from vidsieve.serving.page import Desk, build
 
     names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if model == "testbed" else ["divprune"])
-    chosen: dict[str, Compressor | None] = {}
     for name in names:
-        if name != "full":
-            check_known(name)
-            chosen[name] = method_for(name, model)
-    chosen["full"] = None
-    desk = Desk(*load_model(model), chosen, frames=frames)
+        check_known(name)
+    chosen = named_methods(names, model)
+    page = build(Desk(*load_model(model), {**chosen, "full": None}, frames=frames), model)
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
-    with tempfile.TemporaryDirectory() as folder:
-        examples = _examples(Path(folder)) if model == "testbed" else []
-        page = build(desk, model, examples)
-        out.print(f"http://{host}:{port}", highlight=False)
-        page.queue(max_size=16).launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            show_error=True,
-            max_file_size=200 * 2**20,
-            allowed_paths=[folder],
-        )
+    out.print(f"http://{host}:{port}", highlight=False)
+    page.queue(max_size=16).launch(
+        server_name=host, server_port=port, share=False, quiet=True, show_error=True, max_file_size=200 * 2**20
+    )
 
 
 def _check_address(host: str, port: int) -> None:
@@ -71,17 +56,3 @@ def _check_address(host: str, port: int) -> None:
         raise OutputError(
             f"cannot listen on {host}:{port}: {error.strerror}; choose another --port, or a --host of this machine"
         ) from None
-
-
-def _examples(folder: Path) -> list[list[str]]:
-    """Return paths of videos of the testbed, each with a question."""
-    from vidsieve.testbed.files import write_scene
-    from vidsieve.testbed.questions import make_questions
-    from vidsieve.testbed.world import make_cast
-
-    rows = []
-    for index in range(3):
-        path = folder / f"scene-{index}.mp4"
-        write_scene(path, world="A", seed=9, index=index)
-        rows.append([str(path), make_questions(make_cast("A", 9, index), 9, index)[0].text])
-    return rows

@@ -16,17 +16,16 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
 
-from vidsieve.adapters.encoded import Encoded, on_device
+from vidsieve.adapters.encoded import Encoded, on_device, stacked
+from vidsieve.adapters.fingerprint import model_files_digest
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import chat
@@ -92,30 +91,20 @@ class RowQuestion(msgspec.Struct):
     question: str = ""
     options: list[str] | None = None
 
-    def prompt(self) -> str:
-        """Return the question, with its options if they have letters, as `vidsieve eval` asks it.
-
-        Raises
-        ------
-        ValueError
-            If the row has no video or question, or options that cannot be told apart.
-        """
-        for name in ("video", "question"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"it has no {name}")
-        options = Options.parse(self.options) if self.options else None
-        if options is None or not options.lettered:
-            return self.question
-        return Item("", Path(), self.question, options.texts, "").prompt()
-
 
 def read_row(text: bytes, line: int, root: Path) -> BatchRow:
-    """Return the row in a line of JSON."""
+    """Return the row in a line of JSON; its prompt lists options that have letters, as `vidsieve eval` does."""
     fields = None
     try:
         fields = msgspec.json.decode(text.strip(_BLANK))
-        question = msgspec.convert(fields, RowQuestion)
-        return BatchRow(line, fields, str(root / question.video), question.prompt())
+        row = msgspec.convert(fields, RowQuestion)
+        for name, value in (("video", row.video), ("question", row.question)):
+            if not value.strip():
+                raise ValueError(f"it has no {name}")
+        prompt, options = row.question, Options.parse(row.options) if row.options else None
+        if options is not None and options.lettered:
+            prompt = Item("", Path(), row.question, options.texts, "").prompt()
+        return BatchRow(line, fields, str(root / row.video), prompt)
     except (ValueError, RecursionError) as error:
         if isinstance(fields, dict):
             return BatchRow(line, fields, fault=str(error))
@@ -138,7 +127,7 @@ class Rows:
         self.count, self._starts, self._lines = 0, array("Q"), array("Q")
         digest, start = hashlib.blake2b(digest_size=16), 0
         try:
-            self._stamp = self._status()
+            self._status = path.stat()
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     digest.update(line)
@@ -170,12 +159,9 @@ class Rows:
 
     def check(self) -> None:
         """Raise BatchError if the file has changed since it was first read."""
-        if not os.path.isfile(self.path) or self._status() != self._stamp:
+        first, now = self._status, self.path.stat() if os.path.isfile(self.path) else None
+        if now is None or (now.st_size, now.st_mtime_ns) != (first.st_size, first.st_mtime_ns):
             raise BatchError(f"{self.path} has changed during the run: restore it, or name another output")
-
-    def _status(self) -> tuple[int, int]:
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
 
 
 # -- settings -------------------------------------------------------------------------------------------------
@@ -231,7 +217,7 @@ class BatchSettings:
             "method": "full" if method is None else method.describe(),
             "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
             "policy": "" if method is None else policy_digest(method),
-            "model_digest": model_files_digest(self.model),
+            "model_digest": "" if self.model == "testbed" else model_files_digest(self.model),
         }
         return asdict(self) | values | {"versions": versions()}
 
@@ -245,28 +231,6 @@ class BatchSettings:
             return read_video(row.video, fps=self.fps, max_frames=self.frames)
         except ROW_ERRORS as error:
             return failure(error)
-
-
-def model_files_digest(model: str) -> str:
-    """Return a hash of the names, sizes, beginnings and ends of a model's files, or the revision of a hub id."""
-    if model == "testbed":
-        return ""
-    folder, part = Path(model), 2**20
-    if not os.path.isdir(folder):
-        from transformers import AutoConfig
-
-        try:
-            return str(getattr(AutoConfig.from_pretrained(model), "_commit_hash", None) or "")
-        except (OSError, ValueError, KeyError):
-            return ""  # loading the model raises with the reason
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(path for path in folder.iterdir() if os.path.isfile(path)):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(part))
-            file.seek(max(0, size - part))
-            digest.update(file.read(part))
-    return digest.hexdigest()
 
 
 # -- answers --------------------------------------------------------------------------------------------------
@@ -391,41 +355,6 @@ class Answerer:
             )
             for prompt, text, count, length in zip(prompts, texts, kept, plan.prompt_tokens, strict=True)
         ]
-
-
-def stacked(prompts: Sequence[Encoded]) -> Encoded:
-    """Return prompts (1, L) that were encoded one by one as one batch (B, L), padded on the left.
-
-    Raises
-    ------
-    PromptError
-        If a prompt has further arguments, which nothing says how to join.
-    """
-    if len(prompts) == 1:
-        return prompts[0]
-    further = sorted({name for prompt in prompts for name in prompt.rest})
-    if further:
-        raise PromptError(f"prompts with {', '.join(further)} are answered one by one")
-    length = max(prompt.input_ids.shape[1] for prompt in prompts)
-    videos, images = [], []
-    for row, prompt in enumerate(prompts):
-        shift = length - prompt.input_ids.shape[1]
-        for span in prompt.videos:
-            columns = {name: getattr(span, name) + shift for name in ("columns", "tail_columns", "surplus_columns")}
-            videos.append(replace(span, row=row, **columns))
-        images += [replace(image, row=row, columns=image.columns + shift) for image in prompt.images]
-
-    def joined(parts: Iterable[Tensor], dim: int) -> Tensor:
-        return torch.cat([pad(part, (length - part.shape[-1], 0)) for part in parts], dim)
-
-    return Encoded(
-        joined((prompt.input_ids for prompt in prompts), 0),
-        joined((prompt.attention_mask for prompt in prompts), 0),
-        joined((prompt.positions for prompt in prompts), 1),
-        tuple(videos),
-        {},
-        tuple(images),
-    )
 
 
 def answer_groups(

@@ -35,7 +35,6 @@ class Desk:
         Name: method; None keeps all tokens.
     frames : int
         Taken evenly from a video.
-    max_new_tokens : int
 
     Raises
     ------
@@ -44,17 +43,10 @@ class Desk:
     """
 
     def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        methods: Mapping[str, Compressor | None],
-        *,
-        frames: int = 16,
-        max_new_tokens: int = 64,
+        self, model: Any, processor: Any, methods: Mapping[str, Compressor | None], *, frames: int = 16
     ) -> None:
         self.adapter, self.processor, self.methods = adapter_for(model), processor, dict(methods)
-        self.frames, self.max_new_tokens = frames, max_new_tokens
-        self._needs: frozenset[Need] = frozenset()
+        self.frames, self._needs = frames, frozenset[Need]()
         for method in self.methods.values():
             if method is not None:
                 self.adapter.check(method)
@@ -84,8 +76,7 @@ class Desk:
         with self._lock:
             self._clock = Clock()
             video, encoded = self._encode(path, changed, question)
-            options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "clock": self._clock}
-            return reply(self.adapter, self.processor, encoded, compressor, **options), video
+            return reply(self.adapter, self.processor, encoded, compressor, clock=self._clock), video
 
     def _reading(self, path: Path, changed: int) -> Video:
         with self._clock.part("decode"):
@@ -99,8 +90,8 @@ class Desk:
             return video, self.adapter.encode(on_device(inputs, device), needs=self._needs)
 
 
-def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
-    """Return the page (gradio.Blocks), not started; `examples` are pairs of a video's path and a question."""
+def build(desk: Desk, title: str) -> Any:
+    """Return the page (gradio.Blocks), not started."""
     import gradio as gr
 
     warn_untested("gradio", gr.__version__)
@@ -124,16 +115,13 @@ def build(desk: Desk, title: str, examples: list[list[str]]) -> Any:
                 method = gr.Dropdown(names, value=names[0], label="Method")
                 retention = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="Fraction of video tokens kept")
                 button = gr.Button("Ask", variant="primary")
-                if examples:
-                    gr.Examples(examples, [video, question])
             with gr.Column():
                 answer = gr.Textbox(label="Answer", interactive=False)
                 spent = gr.Markdown()
                 picture = gr.Plot(label="Kept tokens are bright")
         inputs, outputs = [video, question, method, retention], [answer, picture, spent]
-        button.click(ask, inputs, outputs, api_name="ask")
-        for event in (question.submit, retention.release, method.input):
-            event(ask, inputs, outputs, api_name=False)
+        events = [button.click, question.submit, retention.release, method.input]
+        gr.on(events, ask, inputs, outputs, api_name="ask")
     return page
 
 

@@ -72,6 +72,7 @@ def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, re
         dataset = data.from_numpy(np.array_split(numbers, tasks))
         dataset.context.enable_progress_bars = False
         dataset.context.target_max_block_size = 1  # a group's outcomes leave the worker at once
+        arguments = (settings, rows.path.resolve(), rows.root, rows.digest, readers, torch.get_num_threads())
         with warnings.catch_warnings():  # before Ray 2.64 there is no other argument for retries
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             answered = dataset.map_batches(
@@ -81,14 +82,7 @@ def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, re
                 num_cpus=1,
                 num_gpus=int(gpu),
                 max_task_retries=RETRIES,
-                fn_constructor_args=(
-                    settings,
-                    rows.path.resolve(),
-                    rows.root,
-                    rows.digest,
-                    readers,
-                    torch.get_num_threads(),
-                ),
+                fn_constructor_args=arguments,
             )
         for row in answered.iter_rows():
             yield int(row["group"]), json.loads(row["outcomes"])
