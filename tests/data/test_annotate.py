@@ -73,7 +73,7 @@ class Host:
         return [json.loads(line) for line in lines]
 
     def wait_for(self, count: int, process: subprocess.Popen) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while len(self.requests()) < count:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < end, "too few requests came"
