@@ -14,7 +14,6 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import openai
 import pytest
 import teacher_server
 from PIL import Image
@@ -74,7 +73,7 @@ class Host:
         return [json.loads(line) for line in lines]
 
     def wait_for(self, count: int, process: subprocess.Popen) -> None:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while len(self.requests()) < count:
             assert process.poll() is None, process.communicate()[0]
             assert time.monotonic() < end, "too few requests came"
@@ -206,19 +205,6 @@ def test_no_row_is_lost_doubled_or_paid_twice_by_a_bad_server_and_kills_of_both_
     rewritten(source, target, host.url)
     assert len(host.requests()) == len(requests), "a finished run sends nothing"
     assert lines_of(target) == written
-
-
-def test_the_official_client_is_answered(host):
-    host.start("--key", KEY)
-    with openai.OpenAI(base_url=host.url, api_key=KEY, max_retries=0) as client:
-        messages = [{"role": "user", "content": "what of row 3?"}]
-        answer = client.chat.completions.create(model="tiny-teacher", messages=messages)
-        assert answer.choices[0].message.content == caption_of("row 3") and answer.usage.total_tokens == 120
-    with (
-        openai.OpenAI(base_url=host.url, api_key="wrong", max_retries=0) as client,
-        pytest.raises(openai.AuthenticationError),
-    ):
-        client.chat.completions.create(model="tiny-teacher", messages=[{"role": "user", "content": "row 3"}])
 
 
 @pytest.mark.parametrize(

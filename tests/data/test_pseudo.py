@@ -139,18 +139,6 @@ def test_what_cannot_be_is_refused_before_a_file_is_written(tmp_path, settings, 
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_ten_thousand_rows_take_seconds(tmp_path):
-    source = listed(tmp_path, 100)
-    lines = source.read_text().splitlines()
-    with source.open("w") as file:
-        for number in range(10_000):
-            row = json.loads(lines[number % 100])
-            file.write(json.dumps(row | {"caption": f"caption {number}"}) + "\n")
-    seen = []
-    made = pseudo_file(source, tmp_path / "out.jsonl", count=10_000, progress=seen.append)
-    assert len(made.videos) == 10_000 and seen[-1] == 10_000 and seen == sorted(seen)
-
-
 # -- reading them ---------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from vidsieve.errors import TrainingError
 
 def annotate(
     source: Annotated[Path, typer.Argument(help="Rows with captions, in any layout that is read for training.")],
-    target: Annotated[Path, typer.Argument(help="File of JSON lines to write; OUT.journal.jsonl is beside it.")],
+    target: Annotated[Path, typer.Argument(help="File of JSON lines to write; with OUT.journal.jsonl.")],
     base_url: Annotated[str, typer.Option(help="The server's address, such as http://localhost:8000/v1.")],
     model: Annotated[str, typer.Option(help="The model's name on that server.")],
     prompt: Annotated[
@@ -55,7 +55,7 @@ def annotate(
     teacher = Teacher(model, _prompt(prompt) or PROMPT, frames, max_tokens=max_tokens)
     server = Server(base_url.rstrip("/"), concurrency, rate, prices=_prices(price), budget=budget)
     job = Annotation(source, target, teacher, server, root=video_root, again=again)
-    for path in (target, job.beside("journal"), job.beside("aside"), json):
+    for path in (target, job.sidecar("journal"), job.sidecar("aside"), json):
         check_output(path, reads=[source])
     plan = job.plan()
     cost = server.dollars(plan["tokens_in"], plan["tokens_out"])

@@ -300,7 +300,7 @@ class Annotation:
     source, root : Path
         As `read_records` takes them.
     target : Path
-        JSON lines with paths from its folder; ``<target>.journal.jsonl`` and ``<target>.aside.jsonl`` are beside it.
+        JSON lines with paths from its folder, which also holds ``<target>.journal.jsonl`` and ``<target>.aside.jsonl``.
     teacher : Teacher
     server : Server
     again : bool
@@ -320,9 +320,9 @@ class Annotation:
         self.root, self.again, self.key = root, again, api_key()
         header = {"journal": 1, "settings": vars(teacher) | {"input": relative(source, target)}}
         damaged = "its row is asked about again"
-        self.journal = Journal(self.beside("journal"), header, error=TrainingError, damaged=damaged)
+        self.journal = Journal(self.sidecar("journal"), header, error=TrainingError, damaged=damaged)
 
-    def beside(self, kind: str) -> Path:
+    def sidecar(self, kind: str) -> Path:
         """Return the path of the "journal" or the "aside" of the output."""
         return self.target.with_name(f"{self.target.name}.{kind}.jsonl")
 
@@ -471,7 +471,7 @@ class Annotation:
     def _write(self) -> None:
         """Write the rows, and those that were set aside, in the order of the input."""
         with (
-            writing(self.beside("aside")) as aside_path,
+            writing(self.sidecar("aside")) as aside_path,
             aside_path.open("w", encoding="utf-8") as aside,
             writing(self.target) as path,
             path.open("w", encoding="utf-8") as file,
@@ -497,7 +497,7 @@ class Annotation:
         except ImportError:
             raise TrainingError("annotating needs openai and aiolimiter: pip install 'vidsieve[teacher]'") from None
         server, tasks, seen = self.server, set[asyncio.Task[None]](), set[str]()
-        self.stopped, self.error, self.heard, self.count, self.silent = "", "", False, 0, 0
+        self.stopped, self.error, self.replied, self.count, self.silent = "", "", False, 0, 0
         self._reserved: dict[str, tuple[int, int]] = {}
         self._pace = aiolimiter.AsyncLimiter(1, 60 / server.rate) if server.rate else None
         http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._start]})
@@ -515,7 +515,7 @@ class Annotation:
                 if not item.key or item.key in self.places or item.key in seen:
                     continue
                 # The first request goes alone: a wrong key or address costs one.
-                while tasks and (len(tasks) >= (server.concurrency if self.heard else 1) or not self._affords(item)):
+                while tasks and (len(tasks) >= (server.concurrency if self.replied else 1) or not self._affords(item)):
                     done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                     await asyncio.gather(*done)
                 if not self.stopped and (len(seen) == limit or not self._affords(item)):
@@ -562,7 +562,7 @@ class Annotation:
                 extra_headers={"Idempotency-Key": item.key},  # a server that knows it bills a repeat once
             )
             answer = judge(raw.text, teacher.min_words)
-            self.heard, self.silent = True, 0
+            self.replied, self.silent = True, 0
             paid = {"usage": answer.usage or teacher.most(item.row)[1:], "metered": answer.usage is not None}
             if answer.reason:
                 self._settled({"aside": item.key, **self._why(answer.reason, answer.detail), **paid})
@@ -571,7 +571,7 @@ class Annotation:
         except VideoError as error:
             self._settled(aside | self._why("broken video", str(error)))
         except APIStatusError as error:
-            self.heard = True
+            self.replied = True
             repeated = error.status_code in (408, 409, 429) or error.status_code >= 500
             why = self._why("no answer" if repeated else "refused request", str(error))
             unpaid = error.status_code == 402 or error.code == "insufficient_quota"

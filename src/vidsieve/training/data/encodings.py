@@ -67,10 +67,10 @@ class _Pending:
 
 
 class EncodingCache:
-    """Encoded videos in a folder, made when they are first asked for.
+    """Encoded videos in a folder, encoded on first use.
 
     A video is known by its files' paths, sizes and times of change, the number of frames and the processor's settings.
-    A file that cannot be read is made again.
+    A file that cannot be read is replaced.
 
     Parameters
     ----------
@@ -233,7 +233,7 @@ class EncodingCache:
             save_file(tensors, temporary, metadata=header)
 
     def _load(self, path: Path) -> tuple[VideoFeatures, Wording] | None:
-        """Return a stored video, its tensors mapped from the file; None where it must be made again."""
+        """Return a stored video, its tensors mapped from the file; None where it must be encoded again."""
         if not os.path.exists(path):
             return None
         try:

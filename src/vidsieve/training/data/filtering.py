@@ -33,7 +33,7 @@ from vidsieve.training.data.table import View, load_rows
 Rule = Literal["any", "all"]
 Loaded = tuple[Any, Any]
 BLOCK = 32
-"""Questions of a unit: what is asked again where a run is killed."""
+"""Questions of a unit, asked again where a run is killed."""
 
 
 @torch.no_grad()
@@ -158,18 +158,17 @@ def filter_file(
     rule : {"any", "all"}
         A question goes when any of the models answers it blindly, or when all of them do.
     seeds : int
-        Answers of each model to each question; the first as `blind_answers` has it under seed 0.
+        Answers of each model to each question, under seeds 0, 1, … of `blind_answers`.
     right_in : int, optional
-        How many of them must be right for a model to answer blindly; default: all.
+        Right answers that make a model answer blindly; default: all.
     work : Path, optional
-        A folder where answers are kept as they come: the same call goes on there, and processes with other shares put
-        theirs beside. Default: memory.
+        A folder where answers are kept as they come, of all shares: the same call resumes there. Default: memory.
     names : sequence of str
-        What the models are called.
+        Names of the models.
     share : (int, int)
-        Which of how many processes this is.
+        Number of this process, from 0, and number of processes.
     skipped : Skipped, optional
-        Told of malformed records, which are left out too.
+        Counts and lists malformed records, which are left out too.
     progress : callable, optional
         Called with (answers done, answers in all) of this share.
 

@@ -38,7 +38,7 @@ Rows = tuple[list[dict[str, Any]], dict[str, int]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How the records of a published file are read.
+    """A published file format.
 
     Parameters
     ----------

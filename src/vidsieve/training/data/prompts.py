@@ -82,7 +82,7 @@ class FilePrompts:
     cache : EncodingCache, optional
         Where encoded videos are kept.
     only : callable, optional
-        Says of the keys of the files that a row shows (`keys_of`) whether it is taken; default: every row is.
+        Called with `keys_of` a row, the files that it shows; rows are taken for which it is true. Default: every row.
     root : Path, optional
         The folder that paths in the file start from; default: the folder of the file.
     skipped : Skipped, optional
@@ -146,7 +146,7 @@ class FilePrompts:
         return index, rows[index]
 
     def _readable(self, rows: View, number: int, what: str, read: Callable[[int, dict[str, Any]], Sample]) -> Sample:
-        """Return what `read` makes of row `number`, or of the next one whose video can be read."""
+        """Return the sample of row `number`, or of the next one whose video can be read."""
         for place in range(max(1, len(rows))):
             index, row = self._row(rows, number, what, place)
             keys = keys_of(row)
@@ -184,7 +184,7 @@ class FilePrompts:
         return chat(self.processor, self._video(row), question)
 
     def videos_to_encode(self, captions: bool) -> Iterator[tuple[Source, Callable[[], Video]]]:
-        """Yield what a cache encodes for the rows with captions, or with questions: its name, and how it is read."""
+        """Yield the source and the reader of each video for a cache, of rows with captions or with questions."""
         for row in self.captions if captions else self.choices:
             yield self._source(row), partial(self._video, row)
 

@@ -1,6 +1,6 @@
 """Raw records of a file, one after the other, so that memory does not grow with the file.
 
-JSON lists, JSON lines, CSV and Parquet are told apart by name and first byte. `layouts` reads what the records mean.
+JSON lists, JSON lines, CSV and Parquet differ in name and first byte. `layouts` gives the records their meaning.
 """
 
 from __future__ import annotations

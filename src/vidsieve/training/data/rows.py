@@ -1,4 +1,4 @@
-"""Rows of a file of training prompts: their kinds, and how a question is asked and its options are answered."""
+"""Rows of a file of training prompts: their kinds, and the prompts and options of questions."""
 
 from __future__ import annotations
 

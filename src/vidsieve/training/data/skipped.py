@@ -105,7 +105,7 @@ class Skipped:
         return texts + [f"{count} × {reason}" for reason, count in self.left_out.items()]
 
     def summary(self) -> str:
-        """Return what was left out in one text, empty if nothing was."""
+        """Return all reasons in one text, empty if nothing was left out."""
         return "; ".join(self.reasons())
 
     def lines(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts about a video that is encoded already: what the processor writes, without its pixels.
+"""Prompts about a video that is encoded already: the processor's text, without its pixels.
 
 A processor puts many placeholders, and with some families words, where the chat template has one. That text does not
 depend on the question, which follows it.
@@ -22,7 +22,7 @@ from vidsieve.video.reading import Video
 
 @dataclass(frozen=True)
 class Wording:
-    """What a processor makes of one video beside pixels.
+    """A processor's outputs about one video, without pixels.
 
     Parameters
     ----------
@@ -53,9 +53,9 @@ class Wording:
         text = chat_text(processor, question)
         if not text.startswith(self.start):
             raise UnsupportedCallError("the chat template depends on the question before the video: use no cache")
-        made = processor.tokenizer([self.head + text[len(self.start) :]], return_tensors="pt")
-        ids = made["input_ids"]
-        inputs = {"input_ids": ids, "attention_mask": made["attention_mask"]} | self.extras
+        encoded = processor.tokenizer([self.head + text[len(self.start) :]], return_tensors="pt")
+        ids = encoded["input_ids"]
+        inputs = {"input_ids": ids, "attention_mask": encoded["attention_mask"]} | self.extras
         for name, table in self.kinds.items():
             inputs[name] = torch.zeros_like(ids)
             for token, kind in table.tolist():
@@ -64,12 +64,12 @@ class Wording:
 
 
 def is_pixels(name: str) -> bool:
-    """Return whether an output of a processor holds pixels, or says which of them are padding."""
+    """Return True for an output of a processor that holds pixels, or their padding mask."""
     return name.startswith("pixel_")
 
 
 def worded(processor: Any, video: Video, question: str) -> tuple[dict[str, Any], Wording]:
-    """Return what `chat` does, and the wording that gives it again, but for the pixels.
+    """Return the outputs of `chat`, and the wording that gives them again without the pixels.
 
     Raises
     ------
@@ -78,15 +78,15 @@ def worded(processor: Any, video: Video, question: str) -> tuple[dict[str, Any],
     UnsupportedCallError
         If the wording does not give the same.
     """
-    # A copy of its own, for other threads use the processor too.
-    heard, listener = copy.copy(processor), _Listener(processor.tokenizer)
-    heard.tokenizer = listener
-    made, text = chat(heard, video, question), chat_text(processor, question)
-    said = listener.texts[-1] if listener.texts else ""
+    # A copy, as other threads use the processor too.
+    recording, tokenizer = copy.copy(processor), _RecordingTokenizer(processor.tokenizer)
+    recording.tokenizer = tokenizer
+    outputs, text = chat(recording, video, question), chat_text(processor, question)
+    written = tokenizer.texts[-1] if tokenizer.texts else ""
     rest = text.partition(processor.video_token)[2]
-    ids = made["input_ids"]
+    ids = outputs["input_ids"]
     kinds, extras = {}, {}
-    for name, value in made.items():
+    for name, value in outputs.items():
         if name in ("input_ids", "attention_mask") or is_pixels(name):
             continue
         if isinstance(value, Tensor) and value.shape == ids.shape:
@@ -94,21 +94,21 @@ def worded(processor: Any, video: Video, question: str) -> tuple[dict[str, Any],
             kinds[name] = torch.tensor(sorted(set(pairs)), dtype=torch.int64).reshape(-1, 2)
         else:
             extras[name] = torch.as_tensor(value)
-    wording = Wording(text[: len(text) - len(rest)], said[: len(said) - len(rest)], kinds, extras)
-    again = wording.inputs(processor, question) if rest and said.endswith(rest) else {}
-    if any(not is_pixels(name) and not _equal(again.get(name), value) for name, value in made.items()):
+    wording = Wording(text[: len(text) - len(rest)], written[: len(written) - len(rest)], kinds, extras)
+    again = wording.inputs(processor, question) if rest and written.endswith(rest) else {}
+    if any(not is_pixels(name) and not _equal(again.get(name), value) for name, value in outputs.items()):
         raise UnsupportedCallError(
             f"prompts of {type(processor).__name__} cannot be made again without the video's pixels: use no cache"
         )
-    return made, wording
+    return outputs, wording
 
 
 def _equal(one: Any, other: Any) -> bool:
     return isinstance(one, Tensor) and torch.equal(one, torch.as_tensor(other))
 
 
-class _Listener:
-    """A tokenizer that remembers what it was given: a processor's prompts, its placeholders in place."""
+class _RecordingTokenizer:
+    """A tokenizer that records its inputs: a processor's prompts with their placeholders."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self.texts = tokenizer, list[str]()
