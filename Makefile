@@ -54,6 +54,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -98,7 +98,7 @@ def methods() -> dict[str, Compressor]:
         least = {"dycoke": 0.3}.get(name, RETENTION)
         method = vidsieve.load(name, retention=least)
         if hasattr(method, "inner"):
-            found[f"{name}, outer part"] = replace(method, inner=False)
+            found[f"{name}, outer part"] = replace(method, inner=False)  # type: ignore[call-arg]
         if method.acts is Stage.LAYER:
             label = f"{name}, inside" if hasattr(method, "inner") else name
             found[label] = vidsieve.load(name, retention=0.3 if name in LATE else least)

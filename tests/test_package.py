@@ -192,3 +192,26 @@ def test_ruff_formats_everything():
     root = Path(__file__).parents[1]
     files = [path for name in ("src", "tests", "workbench", "benchmarks") for path in (root / name).rglob("*.py")]
     assert sum(path.read_text("utf-8").count("# fmt: " + "skip") for path in files) <= 10
+
+
+def commands(command, name=""):
+    """Yield (name, options) of every command that `vidsieve --help` and its groups list."""
+    if not hasattr(command, "commands"):
+        yield name.strip(), [p.name for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        return
+    for part, inner in command.commands.items():
+        if not inner.hidden:
+            yield from commands(inner, f"{name} {part}")
+
+
+def test_commands_and_options_stay_few():
+    import typer
+
+    from vidsieve.cli.main import app
+
+    options = dict(commands(typer.main.get_command(app)))
+    assert {"ask", "train cacovid", "data check", "testbed render"} <= options.keys()
+    assert "frames" in options["ask"]
+    assert len(options) <= 20, sorted(options)
+    count = sum(map(len, options.values()))
+    assert count <= 260, f"{count} options: { ({name: len(names) for name, names in options.items()}) }"
