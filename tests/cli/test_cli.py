@@ -391,7 +391,7 @@ def test_pickled_and_foreign_policies(run, tmp_path, scene):
 
     ScorePolicy.start(64, "qwen2_5_vl", hidden=8).save_pretrained(tmp_path / "other")
     _, err = run("ask", scene, "what ?", "--method", tmp_path / "other", code=2)
-    assert "made for width 64, this model has 128" in err
+    assert "trained for width 64, this model has 128" in err
     (tmp_path / "other" / "model.safetensors").write_bytes(pickle.dumps([1]))
     _, err = run("ask", scene, "what ?", "--method", tmp_path / "other", code=2)
     assert "no readable safetensors file" in err
@@ -478,7 +478,7 @@ def test_a_link_stays_a_link_and_a_pipe_a_pipe(tmp_path):
 
 def test_plan_takes_names_in_any_case_and_numbers_that_are_some(cli):
     assert "qwen2.5-vl-7b" in cli("plan", "--model", "Qwen2.5-VL-7B", "--gpu", "h100").lower()
-    assert "got inf" in cli("plan", "--model", "qwen2.5-vl-7b", "--gpu", "h100", "--videos-per-day", "inf", fails=True)
+    assert "got inf" in cli("plan", "--model", "qwen2.5-vl-7b", "--gpu", "h100", "--price", "inf", fails=True)
 
 
 @pytest.mark.parametrize(

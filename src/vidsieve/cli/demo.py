@@ -12,7 +12,7 @@ from rich.markup import escape
 from vidsieve.cli.shared import Json, Threads, check_output, err, out, quiet, run_task, set_threads, table, write_json
 from vidsieve.retention import parse_retention
 
-_ASKED = 3
+_EXAMPLES = 3
 _METHODS = ("random", "uniform", "downsample", "divprune", "score", "cacovid")
 
 
@@ -49,31 +49,31 @@ def demo(
     out.print(f"a fresh scene in {video_path}")
     model, processor = loading.load_model("testbed")
     methods = {name: method.with_retention(amount) for name, method in named_methods(list(_METHODS)).items()}
-    asked = make_questions(make_cast("A", seed, 0), seed, 0)[:_ASKED]
+    examples = make_questions(make_cast("A", seed, 0), seed, 0)[:_EXAMPLES]
     kept, record = {}, []
     warm_up = answering.read(video_path, answering.Clock(), frames=FRAMES, fps=None, max_frames=None)
-    answering.answer(model, processor, warm_up, asked[0].text, methods["random"], max_new_tokens=4)
-    answering.answer(model, processor, warm_up, asked[0].text, max_new_tokens=4)
+    answering.answer(model, processor, warm_up, examples[0].text, methods["random"], max_new_tokens=4)
+    answering.answer(model, processor, warm_up, examples[0].text, max_new_tokens=4)
     columns = ("method", "answer", "tokens", *answering.PARTS)
-    for question in asked:
+    for question in examples:
         lines = []
         for method in (None, *methods.values()):
             clock = answering.Clock()
             video = answering.read(video_path, clock, frames=FRAMES, fps=None, max_frames=None)
-            said = answering.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
+            reply = answering.answer(model, processor, video, question.text, method, max_new_tokens=4, clock=clock)
             name = "full" if method is None else method.name
-            share = ", ".join(f"{t.kept}/{t.total}" for t in said.traces) or "all"
-            mark = "✓" if said.text == question.answer else "✗"
-            times = (f"{said.ms.get(part, 0.0):.0f}" for part in answering.PARTS)
-            lines.append((name, f"{said.text} {mark}", share, *times))
-            record.append(said.as_dict() | {"question": question.text, "right_answer": question.answer})
-            if method is not None and question is asked[0]:
-                kept[name] = said.traces[0].indices
-                grid = said.traces[0].grid
+            share = ", ".join(f"{t.kept}/{t.total}" for t in reply.traces) or "all"
+            mark = "✓" if reply.text == question.answer else "✗"
+            times = (f"{reply.ms.get(part, 0.0):.0f}" for part in answering.PARTS)
+            lines.append((name, f"{reply.text} {mark}", share, *times))
+            record.append(reply.as_dict() | {"question": question.text, "right_answer": question.answer})
+            if method is not None and question is examples[0]:
+                kept[name] = reply.traces[0].indices
+                grid = reply.traces[0].grid
         title = f"full against compressed: {escape(question.text)} ({question.answer}); times in ms"
         out.print(table(title, columns, lines, right=range(2, len(columns))))
-    kept_picture(picture_path, video.pixels, grid, kept, title=f"{asked[0].text}  →  {asked[0].answer}")
-    out.print(f"what each method kept for “{escape(asked[0].text)}”: {picture_path}")
+    kept_picture(picture_path, video.pixels, grid, kept, title=f"{examples[0].text}  →  {examples[0].answer}")
+    out.print(f"what each method kept for “{escape(examples[0].text)}”: {picture_path}")
     task = ScenesTask(adapter_for(model), processor, "A", seed + 1, questions)
     conditions = scene_conditions(methods, [methods["random"].budget_ratio(grid.num_tokens)])
     accuracy = run_task(task, conditions, "fresh scenes")

@@ -33,7 +33,7 @@ from vidsieve.training.data.table import View, load_rows
 Rule = Literal["any", "all"]
 Loaded = tuple[Any, Any]
 BLOCK = 32
-"""Questions of a unit, asked again where a run is killed."""
+"""Questions of a unit; a killed run asks at most so many again."""
 
 
 @torch.no_grad()
@@ -67,7 +67,7 @@ def blind_answers(
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         chances = [random.Random(zlib.crc32(f"{seed} {row['question']}".encode())) for row in part]
-        asked = [
+        questions = [
             ask(relettered(row, chance) if seed else row, processor.tokenizer)
             for row, chance in zip(part, chances, strict=True)
         ]
@@ -77,7 +77,7 @@ def blind_answers(
                 add_generation_prompt=True,
                 tokenize=False,
             )
-            for question in asked
+            for question in questions
         ]
         encoded = processor.tokenizer(
             texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt"
@@ -87,7 +87,7 @@ def blind_answers(
         out = model.generate(
             **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
         )
-        for logits, question, chance in zip(out.logits[0].double().cpu(), asked, chances, strict=True):
+        for logits, question, chance in zip(out.logits[0].double().cpu(), questions, chances, strict=True):
             options = logits[question.option_ids]
             if seed:
                 weights = (options / temperature).softmax(0).tolist()
@@ -203,17 +203,17 @@ def filter_file(
     tokenizer = Remembered(loaded(0)[1].tokenizer)
     rows = load_rows(path, root, wanted=partial(_unusable, tokenizer=tokenizer), skipped=skipped, present=False)
     choices = (number for number, row in zip(rows.numbers, rows, strict=True) if kind_of(row) == "multiple choice")
-    asked = View(rows.table, choices)
-    if not len(asked):
+    questions = View(rows.table, choices)
+    if not len(questions):
         raise TrainingError(f"{path} has no multiple-choice questions to filter")
-    blocks = -(-len(asked) // BLOCK)
+    blocks = -(-len(questions) // BLOCK)
     units = [f"{model}/{block}" for model in range(len(models)) for block in range(blocks)]
     total = len(units[share[0] :: share[1]]) * BLOCK * seeds
 
     def measure(unit: str) -> dict[str, Any]:
         number, block = (int(part) for part in unit.split("/"))
         model, processor = loaded(number)
-        part = [asked[place] for place in range(block * BLOCK, min((block + 1) * BLOCK, len(asked)))]
+        part = [questions[place] for place in range(block * BLOCK, min((block + 1) * BLOCK, len(questions)))]
         marks = [
             blind_answers(model, processor, part, batch=batch, seed=seed, temperature=temperature)
             for seed in range(seeds)
@@ -226,8 +226,8 @@ def filter_file(
 
     config = {
         "file": str(path.resolve()),
-        "questions": len(asked),
-        "text": _digest(asked),
+        "questions": len(questions),
+        "text": _digest(questions),
         "models": names,
         "seeds": seeds,
         "temperature": temperature,
@@ -245,11 +245,11 @@ def filter_file(
     gone = blind.any(0) if rule == "any" else blind.all(0)
     if gone.all():
         raise TrainingError(
-            f"all {len(asked)} questions of {path} are answered rightly without the video: none would teach anything. "
-            "Take other questions, more seeds, or rule 'all' with a second model"
+            f"all {len(questions)} questions of {path} are answered rightly without the video: none would teach "
+            "anything. Take other questions, more seeds, or rule 'all' with a second model"
         )
-    _write(out, rows, asked, gone, right, names)
-    return _filtered(rows, asked, gone, right)
+    _write(out, rows, questions, gone, right, names)
+    return _filtered(rows, questions, gone, right)
 
 
 def _unusable(row: Mapping[str, Any], tokenizer: Any) -> str:
@@ -268,10 +268,10 @@ def _digest(rows: View) -> int:
 
 
 def _write(
-    out: Path, rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_], names: Sequence[str]
+    out: Path, rows: View, questions: View, gone: NDArray[np.bool_], right: NDArray[np.bool_], names: Sequence[str]
 ) -> None:
     """Write the rows that are left to `out`, and the others to ``<out>.dropped.jsonl``."""
-    place = {number: index for index, number in enumerate(asked.numbers) if gone[index]}
+    place = {number: index for index, number in enumerate(questions.numbers) if gone[index]}
     with (
         writing(out) as kept_path,
         kept_path.open("w", encoding="utf-8") as kept,
@@ -287,10 +287,10 @@ def _write(
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[np.bool_]) -> Filtered:
+def _filtered(rows: View, questions: View, gone: NDArray[np.bool_], right: NDArray[np.bool_]) -> Filtered:
     groups: dict[tuple[str, str], list[int]] = {}
     chance = 0.0
-    for index, row in enumerate(asked):
+    for index, row in enumerate(questions):
         groups.setdefault((str(row.get("source", "")), str(row.get("kind", kind_of(row)))), []).append(index)
         chance += 1 / len(row["options"])
     table = [
@@ -306,12 +306,12 @@ def _filtered(rows: View, asked: View, gone: NDArray[np.bool_], right: NDArray[n
     captions = sum("question" not in row for row in rows)
     missing = [shown.name for shown in rows.table.files.values() if not os.path.isfile(shown.name)]
     return Filtered(
-        len(asked),
-        len(asked) - int(gone.sum()),
+        len(questions),
+        len(questions) - int(gone.sum()),
         captions,
-        len(rows) - len(asked) - captions,
+        len(rows) - len(questions) - captions,
         tuple(right.mean((1, 2)).tolist()),
-        chance / len(asked),
+        chance / len(questions),
         table,
         (len(missing), (missing or [""])[0]),
     )

@@ -64,15 +64,15 @@ def _rows(record: Any, folder: Path, file: Path) -> Rows:
         record = {_RELEASE[name]: value for name, value in record.items() if name in _RELEASE} | record
     if checked(record, _Type).data_type == "image":
         return [], {"image": 1}
-    asked = checked(record, _Question)
-    question, options = asked.problem, list[str]()
-    if asked.problem_type == "multiple choice":
+    fields = checked(record, _Question)
+    question, options = fields.problem, list[str]()
+    if fields.problem_type == "multiple choice":
         options = [option.strip() for option in checked(record, _Choice).options or []]
         if not options:
             question, options = _inside(question)
-    row: dict[str, Any] = {"video": str(folder / asked.path), "question": question.strip(), "options": options}
-    row |= {"answer": _answer(asked, options), "problem_type": asked.problem_type}
-    source = asked.data_source
+    row: dict[str, Any] = {"video": str(folder / fields.path), "question": question.strip(), "options": options}
+    row |= {"answer": _answer(fields, options), "problem_type": fields.problem_type}
+    source = fields.data_source
     return [row | ({"source": source} if isinstance(source, str) and source else {})], {}
 
 
@@ -85,20 +85,20 @@ def _inside(problem: str) -> tuple[str, list[str]]:
     return question, options
 
 
-def _answer(asked: _Question, options: list[str]) -> str:
+def _answer(fields: _Question, options: list[str]) -> str:
     """Return the answer in a solution: the letter of an option, a number as it is written ("1,200"), or a text."""
-    tagged = _TAGGED.findall(asked.solution)
-    if len(tagged) > 1 or (not tagged and "answer>" in asked.solution):
-        raise MalformedError(f"solution: must hold one <answer>…</answer>, got {asked.solution!r:.80}")
-    answer: str = (tagged[0] if tagged else asked.solution).strip()
+    tagged = _TAGGED.findall(fields.solution)
+    if len(tagged) > 1 or (not tagged and "answer>" in fields.solution):
+        raise MalformedError(f"solution: must hold one <answer>…</answer>, got {fields.solution!r:.80}")
+    answer: str = (tagged[0] if tagged else fields.solution).strip()
     if not answer:
         raise MalformedError("solution: its answer is empty")
-    if asked.problem_type == "multiple choice":
+    if fields.problem_type == "multiple choice":
         letters = _letters(options)
         if said_letter(answer) not in letters:
             raise MalformedError(f"solution: must be one of the letters {', '.join(letters)}, got {answer!r:.80}")
         return said_letter(answer)
-    if asked.problem_type in ("numerical", "regression") and not _is_number(answer):
+    if fields.problem_type in ("numerical", "regression") and not _is_number(answer):
         raise MalformedError(f"solution: must be a number, got {answer!r:.80}")
     return answer
 
