@@ -417,5 +417,5 @@ def test_the_generate_reward_trains_on_questions_of_every_kind(testbed, tmp_path
     assert len(prompts.choices) == 1, "the other rewards need options"
     assert len(FilePrompts(adapter_for(model), processor, path, kinds=None).choices) == 2
     path.write_text(json.dumps(lines[0] | {"problem_type": "numerics"}))
-    with pytest.raises(TrainingError, match="problem_type is 'numerics', must be one of"):
+    with pytest.raises(TrainingError, match="problem_type: invalid enum value 'numerics', must be one of"):
         FilePrompts(adapter_for(model), processor, path)
