@@ -250,8 +250,8 @@ def test_malformed_records_of_a_file_of_questions_are_items_with_their_faults(tm
     items = read("questions", path)
     assert [item.id for item in items] == ["1", *(f"record {n}" for n in range(2, 7)), "7"]
     assert [bool(item.fault) for item in items] == [False, *[True] * 5, False]
-    assert "question must be a text that is not empty" in items[1].fault and "is not JSON" in items[5].fault
-    with pytest.raises(EvaluationError, match="no questions that can be asked: record 1: question must be a text"):
+    assert "question: expected a text that is not empty" in items[1].fault and "is not JSON" in items[5].fault
+    with pytest.raises(EvaluationError, match="no questions that can be asked: record 1: question: expected a text"):
         read("questions", _write(tmp_path / "bad.jsonl", json.dumps(bad[0])))
 
 
