@@ -336,6 +336,15 @@ def test_the_budget_is_never_exceeded_and_the_limit_stops_a_run_that_is_resumed(
         Server(host.url, budget=1.0)
 
 
+def test_requests_under_way_count_against_the_budget_at_their_longest(tmp_path, videos, host):
+    host.start("--slow", 0.3)
+    most = sum(TEACHER.most({"video": "", "caption": "row 10"})[1:])
+    assert most < 20 * 120, "twenty answers under way would cost more than one may"
+    settings = {"prices": (1e6, 1e6), "concurrency": 20, "budget": 120 + most}
+    report = rewritten(listed(tmp_path, videos, 30), tmp_path / "out.jsonl", host.url, **settings)
+    assert report.stopped == "budget" and 120 < report.dollars <= 120 + most
+
+
 def test_a_journal_of_an_older_version_is_resumed(tmp_path, videos, host):
     host.start()
     source, target = listed(tmp_path, videos, 4), tmp_path / "out.jsonl"
