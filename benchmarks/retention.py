@@ -40,8 +40,8 @@ INTRODUCTION = """\
 
 Written by `python benchmarks/retention.py`; every figure is in `benchmarks/results/retention.json`.
 
-**left**: video tokens after the last stage, over all. **of layers**: what the LLM's layers see on average, which a
-method's compute follows, and on which variant `ours` spends a budget, never more than asked for. **alive**: tokens
+**left**: video tokens after the last stage, over all. **of layers**: the mean fraction of tokens that a layer
+sees; compute is proportional to it, and variant `ours` keeps it at or below the retention. **alive**: tokens
 after the last stage + newlines that stay beside them, which no budget counts; where a method acts while decoding, the
 share of them that its layers read. `official` keeps what the release's arithmetic keeps. –: a method cannot keep so
 little here; why is below the table.

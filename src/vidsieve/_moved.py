@@ -13,7 +13,7 @@ PACKAGES = {"rl": "training", "data": "training.data", "eval": "evaluation"}
 MODULES = {
     "pipeline": "answering",
     "files": "io.files",
-    "store": "io.store",
+    "store": "io.journal",
     "checkpoints": "io.checkpoints",
     "versions": "io.versions",
     "data.video": "video.reading",

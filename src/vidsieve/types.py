@@ -17,7 +17,7 @@ from vidsieve.retention import Tokens as Tokens
 
 
 class Stage(Enum):
-    """Where a method drops tokens."""
+    """Where a method acts."""
 
     PRE_LLM = "before the LLM"
     LAYER = "inside LLM layers"

@@ -1,7 +1,7 @@
 """Pruning a batch of prompts: encode each video once, select, and build the shorter inputs.
 
 Kept placeholders, kept features, original position ids, and a left-padded mask go to the unmodified model
-through its public arguments; nothing inside the model is touched.
+through its public arguments. Methods inside the LLM add hooks to its layers for the length of a call.
 """
 
 from __future__ import annotations

@@ -28,16 +28,17 @@ Videos = Sequence[tuple[int, int]] | None
 
 
 class Family(ABC):
-    """Facts about a model family. A new family writes `video_features` and `encoder_outputs`, and what differs.
+    """Facts about a model family.
+
+    A new family sets `family` and `video_keys`, writes `video_features` and `encoder_outputs`, and overrides what
+    differs. The model's `forward` must take ``mm_encoder_outputs``: features that are encoded already, by modality.
 
     Attributes
     ----------
     family : str
         Its name in policies.
-    model_class : str
-        Name of the transformers class.
     video_keys, image_keys : tuple of str
-        Arguments that carry videos and still images, pixels first.
+        Arguments that carry videos and still images, pixels first; families without still images leave the second out.
     modality : str
         Kind of placeholder that videos have.
     position_rows : slice
@@ -60,9 +61,8 @@ class Family(ABC):
     """
 
     family: ClassVar[str]
-    model_class: ClassVar[str]
     video_keys: ClassVar[tuple[str, ...]]
-    image_keys: ClassVar[tuple[str, ...]]
+    image_keys: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
     layout: ClassVar[str] = "installed"

@@ -101,7 +101,7 @@ def ask(
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
     clock = answering.Clock()
     loaded = answering.read(video, clock, frames=shared.frames_asked(frames, fps), fps=fps, max_frames=None)
-    network, processor = loading.load_model(model, layout)
+    network, processor = loading.load_model(model, layout, device="auto")
     for note in loaded.notes:
         shared.out.print(f"note: {escape(note)}")
     request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)

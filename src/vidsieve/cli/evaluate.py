@@ -97,7 +97,9 @@ def evaluate(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of the run, to be gone on with.", show_default="runs/eval/TASK; testbed: none"
+            "--out",
+            help="Folder of the run; the same command resumes it.",
+            show_default="runs/eval/TASK; testbed: none",
         ),
     ] = None,
     share: shared.Share = None,
@@ -129,7 +131,7 @@ def evaluate(
         shard = shared.parse_share(share, folder is not None)
     else:
         if data is None:
-            raise EvaluationError(f"where is {task}? Give its folder as published, or the file of questions")
+            raise EvaluationError(f"DATA is missing: give the folder of {task}, or a file of questions")
         shard, folder = shared.parse_share(share), folder or Path("runs/eval", task)
         shared.check_output(folder / "run.json")
     shared.set_threads(threads)

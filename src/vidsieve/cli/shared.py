@@ -69,7 +69,7 @@ Fps = Annotated[
 ]
 Layout = Annotated[
     str | None,
-    typer.Option("--layout", help="'grid' for a LLaVA-Video checkpoint, as it was trained.", show_default=False),
+    typer.Option("--layout", help="Token layout; use 'grid' for LLaVA-Video checkpoints.", show_default=False),
 ]
 Earliest = Annotated[
     bool,

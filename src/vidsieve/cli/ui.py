@@ -36,7 +36,7 @@ def ui(
     for name in names:
         check_known(name)
     chosen = named_methods(names, model)
-    page = build(Desk(*load_model(model), {**chosen, "full": None}, frames=frames), model)
+    page = build(Desk(*load_model(model, device="auto"), {**chosen, "full": None}, frames=frames), model)
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
     out.print(f"http://{host}:{port}", highlight=False)

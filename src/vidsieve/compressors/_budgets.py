@@ -55,9 +55,9 @@ class TwoPartCompressor(PartedCompressor):
     inner_kept : float
         Share of the tokens that stay there.
 
-    With both parts R is, in variant ``"ours"``, the mean over layers: the part before the LLM keeps more than R, and
-    where that would be more than all, the part inside keeps more. In ``"official"`` R belongs to the part before the
-    LLM, and the part inside drops more on top.
+    With both parts R is, in variant ``"ours"``, the mean over layers: the part before the LLM keeps more than R; if
+    it would exceed 100 %, it keeps everything, and the part inside uses the rest. In
+    ``"official"`` R belongs to the part before the LLM, and the part inside drops more on top.
     """
 
     default_layer: ClassVar[tuple[int, int]]

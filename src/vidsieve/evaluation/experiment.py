@@ -22,9 +22,11 @@ import torch
 import transformers
 
 from vidsieve._version import __version__
+from vidsieve.errors import EvaluationError
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.stats import clustered_mean, mcnemar, paired_difference
 from vidsieve.evaluation.table import Table
+from vidsieve.io import faults
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Store, measure_all
 from vidsieve.io.machine import spread
@@ -195,10 +197,26 @@ def measured(
     store: Store | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Return the records of a task, those of all shards if there is a store."""
-    conditions = list({condition.key: condition for condition in conditions}.values())
+    """Return the records of a task, those of all shards if there is a store.
+
+    Raises
+    ------
+    EvaluationError
+        If two conditions differ in nothing that a table shows.
+    """
+    conditions = _distinct(conditions)
     measure = functools.partial(_measured, task, conditions)
     return Results(conditions, measure_all(store, task.units(), measure, progress))
+
+
+def _distinct(conditions: Sequence[Condition]) -> list[Condition]:
+    """Return each condition once; two of one key that are not the same are an error."""
+    by_key: dict[str, Condition] = {}
+    for condition in conditions:
+        known = by_key.setdefault(condition.key, condition)
+        if known is not condition and (known.digest != condition.digest or repr(known) != repr(condition)):
+            raise EvaluationError(f"two conditions are both {condition.key!r}: give one of them another label")
+    return list(by_key.values())
 
 
 def configuration(task: Task, conditions: Sequence[Condition]) -> dict[str, Any]:
@@ -225,8 +243,12 @@ def versions() -> dict[str, str]:
 
 
 def _measured(task: Task, conditions: Sequence[Condition], unit: str) -> dict[str, Any]:
-    """Return the records of one unit as its line in the journal has them."""
+    """Return the records of one unit as its line in the journal has them.
+
+    A line with ``unexpected`` stays out of the journal: the unit is measured again when the run is resumed.
+    """
     line: dict[str, Any] = {"samples": [], "refused": {}, "faults": {}, "select_ms": {}}
+    before, faults.seen = faults.seen, False
     for record in task.measure(unit, conditions):
         if not record.reason:
             line["samples"].append({"item": record.item, "condition": record.condition, **record.values})
@@ -238,6 +260,9 @@ def _measured(task: Task, conditions: Sequence[Condition], unit: str) -> dict[st
             line["faults"][record.item] = record.reason
         else:
             line["failed"] = record.reason
+    if faults.seen:
+        line["unexpected"] = True
+    faults.seen = faults.seen or before
     return line
 
 

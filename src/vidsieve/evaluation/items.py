@@ -98,7 +98,7 @@ class Benchmark:
         Returns the items of a folder; raises `EvaluationError` where files are missing, doubled or malformed. Videos
         are looked for, not opened.
     questions, videos : int
-        How many are published; 0: it is no one set.
+        Published number; 0 if the set has no fixed size.
     closing : str
         What ends a prompt, after the options.
     figure : str

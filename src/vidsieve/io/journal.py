@@ -162,7 +162,7 @@ class Journal:
                 place += len(line)
 
     def read(self, places: Sequence[int]) -> Iterator[Any]:
-        """Yield the entries at positions that `add` or `entries` gave."""
+        """Yield the entries at positions that `add` or `load` gave."""
         with self.path.open("rb") as file:
             for place in places:
                 file.seek(place)
@@ -267,7 +267,8 @@ def measure_all(
 ) -> dict[str, dict[str, Any]]:
     """Measure the units of a store's shard that have no record yet, and return all records in the order of `units`.
 
-    Without a store all units are measured and kept in memory.
+    Without a store all units are measured and kept in memory. A record with ``unexpected`` is not stored
+    either: its unit is measured again when the run is resumed.
     """
     records = store.records() if store is not None else {}
     first, step = store.share if store is not None else (0, 1)
@@ -277,14 +278,14 @@ def measure_all(
         if unit in records:
             continue
         record = dict(measure(unit))
-        if store is not None:
+        if store is not None and not record.get("unexpected"):
             store.add(unit, record)
         records[unit] = {"unit": unit, **record}
         done += 1
         if progress:
             progress(done, len(mine))
     if store is not None:
-        records = store.records()  # what other processes have measured meanwhile
+        records |= store.records()  # what other processes have measured meanwhile
     return {unit: records[unit] for unit in units if unit in records}
 
 

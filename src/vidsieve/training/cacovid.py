@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
+from vidsieve.errors import TrainingError
 from vidsieve.training import release_sampling, sampling
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite
 from vidsieve.training.controls import choice_loss, gated, teacher_scores
@@ -119,7 +120,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
     def prepare(self, sample: Choice) -> Prompted:
         """Return a prompt, its video encoded, and answered without it if the reward needs that.
 
-        So are the prompts of the first lines of metrics, from which an early warning reads how many need no video.
+        The first prompts of a run are also answered without video: the warning about blind answers needs that figure.
         """
         c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
         early = self.step < WINDOW * c.log_every and c.objective == "policy_gradient" and len(sample.option_ids) > 0
@@ -242,7 +243,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
         right = choice_reward(logits, sample.answer)
         if self.config.reward == "choice":
             return right, right
-        return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
+        if self.config.reward == "margin":
+            return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
+        raise TrainingError(f"reward {self.config.reward!r} has no branch in CaCoVIDTrainer.rewards")
 
     def next_ratio(self, ratio: float, right: float, per_frame: int) -> float:
         """Return the sampling ratio of a prompt's next iteration (dynamic sample ratio).

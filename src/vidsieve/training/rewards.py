@@ -21,8 +21,8 @@ def margin_reward(option_logits: Tensor, answer: int, blind_logits: Tensor | Non
     """Return log p(right) − max log p(wrong) (G,) float32: positive where the model answers correctly.
 
     With `blind_logits` each option counts by log p(option | video) − log p(option | no video), before the best wrong
-    option is chosen. Subtracted from the margin it would be one number for all rollouts of a prompt, which a group's
-    advantage cancels; with two options it still is.
+    option is chosen. Subtracted from the margin afterwards it would shift all rewards of a group
+    equally, and the advantage removes such a shift. With two options it is still only a shift and has no effect.
 
     Parameters
     ----------

@@ -109,7 +109,7 @@ class TrainConfig:
             (self.rate_low > self.rate_high, f"rate_low and rate_high must be {rates}"),
             (
                 self.warmup_steps and self.objective == "distil",
-                "warmup_steps comes before another objective than distil",
+                "warmup_steps has no effect with objective 'distil': set it to 0",
             ),
         )
 
@@ -183,7 +183,7 @@ class CaCoVIDConfig(TrainConfig):
             ),
             (
                 self.sampler == "official" and self.over != "frame",
-                "sampler 'official' draws from every frame: set over",
+                "sampler 'official' draws from every frame: set over=frame",
             ),
         )
 

@@ -168,8 +168,8 @@ class Trainer(ABC, Generic[Sample]):
         Raises
         ------
         TrainingError
-            If a loss or a parameter stops being finite, no reward of a step is, or settings have changed; the last good
-            checkpoint stays.
+            If a loss or gradient is not finite, if no reward of a step is finite, or if settings have changed; the last
+            good checkpoint stays.
         OutputError
             If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
         KeyboardInterrupt

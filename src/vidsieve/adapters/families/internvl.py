@@ -16,7 +16,6 @@ class InternVLAdapter(FrameAdapter):
     """Adapter of `InternVLForConditionalGeneration`; images may have several tiles, a frame has one."""
 
     family: ClassVar[str] = "internvl"
-    model_class: ClassVar[str] = "InternVLForConditionalGeneration"
     cls_token: ClassVar[bool] = True
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
 

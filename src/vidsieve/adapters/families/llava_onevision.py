@@ -25,7 +25,6 @@ class LlavaOnevisionAdapter(Adapter):
     """
 
     family: ClassVar[str] = "llava_onevision"
-    model_class: ClassVar[str] = "LlavaOnevisionForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images", "vision_aspect_ratio")

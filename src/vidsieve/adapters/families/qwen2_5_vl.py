@@ -27,7 +27,6 @@ class Qwen25VLAdapter(Adapter):
     """
 
     family: ClassVar[str] = "qwen2_5_vl"
-    model_class: ClassVar[str] = "Qwen2_5_VLForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")

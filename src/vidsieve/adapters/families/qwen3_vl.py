@@ -19,7 +19,6 @@ class Qwen3VLAdapter(Qwen25VLAdapter):
     """
 
     family: ClassVar[str] = "qwen3_vl"
-    model_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
 
     @property

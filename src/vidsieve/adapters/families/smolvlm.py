@@ -17,7 +17,6 @@ class SmolVLMAdapter(FrameAdapter):
     """Adapter of `SmolVLMForConditionalGeneration`; the LLM is a Llama under ``text_model``."""
 
     family: ClassVar[str] = "smolvlm"
-    model_class: ClassVar[str] = "SmolVLMForConditionalGeneration"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
     projector: ClassVar[str] = "model.connector"
 

@@ -63,8 +63,8 @@ class InnerRun(ABC):
         """Act on every pass through the layers of `decoder` until the block ends.
 
         Passes of other calls, on another cache or in another thread, are left alone. `words` (B, n) marks the columns
-        behind the prompt that are seen; None, and columns after them: all are. The masks that layers get do not tell:
-        transformers makes them as long as the cache of one layer, even where that is a shorter one.
+        after the prompt that are visible; without it, and beyond n, all are. Masks of layers cannot be used for this:
+        transformers sizes them by the cache of one layer, which may be shorter.
 
         Raises
         ------

@@ -37,7 +37,7 @@ Prompts = Callable[[Video], Mapping[str, Tensor]]
 class TimingTask:
     """Passes from a video to an answer; conditions take turns, so that other load on the machine falls on all alike.
 
-    A unit is a counted round at one length.
+    A unit is a counted round at one length, and not a cluster: its table has no statistics over clusters.
 
     Parameters
     ----------
