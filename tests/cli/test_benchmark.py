@@ -96,7 +96,7 @@ def test_the_command_is_told_without_the_share(monkeypatch):
         (("testbed", "--fps", "2"), "--fps means nothing for testbed: leave it out"),
         (("questions", "x.jsonl", "--model", "testbed", "--probes"), "--probes means nothing for questions"),
         (("testbed", "here"), "testbed makes its own scenes: leave here out"),
-        (("mlvu", "--model", "testbed"), "where is mlvu? Give its folder as published"),
+        (("mlvu", "--model", "testbed"), "DATA is missing: give the folder of mlvu"),
         (("mvlu", "x"), "Did you mean 'mlvu'"),
     ],
 )

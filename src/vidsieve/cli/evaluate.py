@@ -64,7 +64,8 @@ def evaluate(
         float | None, typer.Option(help="Frames a second; --frames is then the most.", show_default=False)
     ] = None,
     tokens_per_frame: Annotated[
-        int | None, typer.Option(help="At most so many, where the model lets one choose.", min=1, show_default=False)
+        int | None,
+        typer.Option(help="Most tokens per frame, for models with a variable resolution.", min=1, show_default=False),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -79,7 +80,7 @@ def evaluate(
         typer.Option(
             "--subset",
             "--questions",
-            help="So many questions, drawn by the seed.",
+            help="Number of questions, drawn by --seed.",
             min=1,
             show_default="all; testbed: 2000",
         ),
