@@ -18,6 +18,7 @@ from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import synchronise
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError
 
@@ -36,21 +37,16 @@ class Clock:
     @contextmanager
     def part(self, name: str, device: Any = None) -> Iterator[None]:
         """Measure a block, device synchronised."""
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         yield
-        _synchronise(device)
+        synchronise(device)
         self.ms[name] = self.ms.get(name, 0.0) + 1e3 * (time.perf_counter() - start)
 
     @property
     def total(self) -> float:
         """Milliseconds in all parts."""
         return sum(self.ms.values())
-
-
-def _synchronise(device: Any) -> None:
-    if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ class _FirstToken(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         if not self.at:
-            _synchronise(self.device)
+            synchronise(self.device)
             self.at = time.perf_counter()
         return scores
 
@@ -260,7 +256,7 @@ def generated(
             logits_processor=LogitsProcessorList([first]),
             **({"min_new_tokens": tokens} if exactly else {}),
         )
-    _synchronise(device)
+    synchronise(device)
     clock.ms["prefill"] = 1e3 * (first.at - start)
     clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
     return Generated(out, plan, dict(clock.ms))

@@ -25,7 +25,7 @@ from vidsieve.adapters.inside.layers import LayerRun
 from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds
+from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds, synchronise
 from vidsieve.compressors._decoder import LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
@@ -108,9 +108,8 @@ class Adapter(Family):
         """Return the whole prompt around one video of a batch, padding removed, on the video's device."""
         row, target = encoded.videos[video].row, encoded.videos[video].features.embeds.device
         table = self.model.get_input_embeddings()
-        device = (
-            table.weight.device if table.weight.device.type != "meta" else target
-        )  # offloaded: it comes when called
+        # Offloaded weights are on the meta device until the table is called.
+        device = table.weight.device if table.weight.device.type != "meta" else target
         ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
         positions = encoded.positions[self.position_rows, row].to(device)
         embeds = table(ids)
@@ -216,10 +215,10 @@ class Adapter(Family):
         selections, traces = [], []
         for number, span in enumerate(encoded.videos):
             video = self.video_tokens(encoded, number, outer.needs)
-            _synchronise(video.embeds)
+            synchronise(video.embeds.device)
             start = time.perf_counter()
             selection = outer.compress(video, generator=generator)
-            _synchronise(video.embeds)
+            synchronise(video.embeds.device)
             spent = 1e3 * (time.perf_counter() - start)
             budget = selection.num_kept if outer.adaptive_budget else outer.budget(video)
             if selection.num_kept != budget or int(selection.indices[-1]) >= video.num_tokens:
@@ -369,8 +368,3 @@ def _check_full(compressor: Compressor, kinds: Sequence[str], first: int, what: 
         f"{compressor.name} would {what} from layer {first} on, and this model has {names} in layer {which}: layers "
         f"from {other[-1] + 1} on can be used, or a method that acts before the LLM"
     )
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)

@@ -43,7 +43,7 @@ class Plan:
 
     def acting(self, cache: Any = None) -> AbstractContextManager[None]:
         """Let the method act inside the LLM while a block runs the model, on `cache` if the call is given one."""
-        return self._acting(self.run, cache) if self._acting is not None and self.run is not None else nullcontext()
+        return nullcontext() if self._acting is None else self._acting(self.run, cache)
 
     @property
     def traces(self) -> tuple[VideoTrace, ...]:

@@ -177,6 +177,12 @@ def execution_device(model: Any) -> torch.device:
     raise UnsupportedCallError("the model's weights are on the meta device: load them before the model is called")
 
 
+def synchronise(device: Any) -> None:
+    """Wait until a GPU has done its work, so that a clock can be read; other devices, and None, need no waiting."""
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def module_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return the weights of one module by name: brought where they are offloaded, whole where they are sharded."""
     with align_module_device(module):

@@ -19,7 +19,7 @@ from vidsieve.adapters.drop import padded
 from vidsieve.adapters.inside.hooks import InnerRun, per_row
 from vidsieve.adapters.inside.view import PromptRow, PromptView
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache
+from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache, synchronise
 from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import Selection
@@ -158,7 +158,7 @@ class LayerRun(InnerRun):
 
     def _cut(self, number: int, hidden: Tensor) -> Tensor:
         """Return the hidden states (R, L', D) of the columns that stay before layer `number`, dropped ones merged."""
-        _synchronise(hidden)
+        synchronise(hidden.device)
         start = time.perf_counter()
         stage = self.stages.index(number)
         before = self.kept[self.stages[stage - 1]] if stage else None
@@ -202,7 +202,7 @@ class LayerRun(InnerRun):
             rows.append(places[stay])
         self.kept[number] = padded(columns)
         self._renumbered |= reordered and len(self.positions) == 1  # several rows of positions have no common order
-        _synchronise(hidden)
+        synchronise(hidden.device)
         self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
         return _take(states, per_row(padded(rows), len(hidden)), 1) if dropped or reordered else states
 
@@ -272,8 +272,3 @@ def _take(values: Tensor, table: Tensor, dim: int) -> Tensor:
     lines = values.movedim((dim - 1, dim), (0, 1))
     lines = lines.expand(len(index), *lines.shape[1:])
     return lines[torch.arange(len(index), device=index.device)[:, None], index].movedim((0, 1), (dim - 1, dim))
-
-
-def _synchronise(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
