@@ -77,10 +77,15 @@ def test_of_long_settings_what_differs_is_told(tmp_path):
     with Store(tmp_path, {"conditions": many, "rows": list(range(99))}):
         pass
     other = {**many, "divprune": {"kept": 1}}
-    with pytest.raises(EvaluationError, match=r'conditions: \[\] there, \[\["divprune", \{"kept": 1\}\]\] now'):
+    with pytest.raises(EvaluationError, match=r"conditions: only now divprune\)"):
         Store(tmp_path, {"conditions": other, "rows": list(range(99))})
-    with pytest.raises(EvaluationError, match=r"rows: \[\] there, \[-1\] now"):
+    with pytest.raises(EvaluationError, match=r"rows: only now -1\)"):
         Store(tmp_path, {"conditions": many, "rows": [*range(99), -1]})
+    changed = {**many, "condition number 3": {"kept": 5}}
+    with pytest.raises(
+        EvaluationError, match=r'conditions: \(condition number 3: \{"kept": 3\} there, \{"kept": 5\} now\)'
+    ):
+        Store(tmp_path, {"conditions": changed, "rows": list(range(99))})
 
 
 HEADER = {"batch": 1, "settings": {"seed": 1, "prompt": "x" * 90 + "a"}}

@@ -142,7 +142,7 @@ def load_model(
         default = torch.float32 if name == "testbed" else "auto"
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or default)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].rstrip(".")
         raise ModelError(
             f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "
             "'testbed'"
@@ -155,6 +155,6 @@ def load_model(
         try:
             model.to(device)
         except (RuntimeError, AssertionError) as error:  # torch raises either for a device that does not exist
-            first = str(error).strip().splitlines()[0]
+            first = str(error).strip().splitlines()[0].rstrip(".")
             raise ModelError(f"cannot put the model on device {device!r}: {first}. Choose 'auto', or 'cpu'") from None
     return model.eval(), processor

@@ -263,7 +263,7 @@ def test_the_command_prints_a_column_for_each_retention(told, tmp_path):
     out = told("--frames", 32, "--retention", "1,0.25,0.1", "--price", 2, "--json", tmp_path / "p.json")
     for word in ("qwen2.5-vl-7b on H100", "100 %", "25 %", "10 %", "4,784 │ 1,196 │ 478", "predicted"):
         assert word in out
-    assert "989.4 TFLOP/s in bfloat16 without sparsity" in out and "0.131 │ 0.071 │ 0.060" in out
+    assert "989.4 TFLOP/s in bfloat16 without sparsity" in out and "0.131 │ 0.0712 │ 0.0599" in out
     result = json.loads((tmp_path / "p.json").read_text())
     assert [r["video_tokens"] for r in result["rows"]] == [4784, 1196, 478] and result["load"]["batch"] == 8
     assert all(line in out for line in result["assumptions"])

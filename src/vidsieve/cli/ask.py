@@ -48,9 +48,15 @@ def ask(
     fps: shared.Fps = None,
     layout: shared.Layout = None,
     max_new_tokens: shared.NewTokens = 64,
-    repeats: Annotated[int, typer.Option(help="Of several methods: counted rounds, after a warm-up.", min=1)] = 3,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Of several methods: counted rounds, after a warm-up.", min=1, show_default="3"),
+    ] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Write a picture of the kept tokens here: .png, .svg.", show_default=False)
+        Path | None,
+        typer.Option(
+            help=f"Write a picture of the kept tokens here: {', '.join(shared.PICTURES)}.", show_default=False
+        ),
     ] = None,
     overlay: Annotated[
         Path | None, typer.Option(help="Write the frames with kept tokens lit here, as an mp4.", show_default=False)
@@ -81,6 +87,8 @@ def ask(
     for option, value in (("--policy", policy), ("--contributions", contributions)):
         if several and value:
             raise OutputError(f"{option} is for one method, and --methods names several: leave {option} out")
+    if repeats is not None and not several:
+        raise OutputError("--repeats is for several methods, and --methods names one: leave --repeats out")
     for option, path in (("--picture", picture), ("--overlay", overlay)):
         if method == "full" and path is not None:
             raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
@@ -106,7 +114,7 @@ def ask(
         shared.out.print(f"note: {escape(note)}")
     request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
     if several:
-        result, kept, sections = _compared(request, chosen, repeats)
+        result, kept, sections = _compared(request, chosen, repeats or 3)
     else:
         result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions)
     if kept is not None:

@@ -22,6 +22,7 @@ BENCHMARK = {"methods": "", "retention": "0.25,0.1", "seed": 0}
 """Defaults of options that differ between tasks."""
 BASELINES = ("random", "uniform", "downsample")
 """Methods that every run on a set of questions measures."""
+SETS, SCENES = "Not for testbed", "For testbed only"
 ONLY_TESTBED = ("world", "probes")
 ONLY_BENCHMARKS = (
     "frames",
@@ -58,23 +59,37 @@ def evaluate(
         ),
     ] = None,
     frames: Annotated[
-        str | None, typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32")
+        str | None,
+        typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32", rich_help_panel=SETS),
     ] = None,
     fps: Annotated[
-        float | None, typer.Option(help="Frames a second; --frames is then the most.", show_default=False)
+        float | None,
+        typer.Option(help="Frames a second; --frames is then the most.", show_default=False, rich_help_panel=SETS),
     ] = None,
     tokens_per_frame: Annotated[
         int | None,
-        typer.Option(help="Most tokens per frame, for models with a variable resolution.", min=1, show_default=False),
+        typer.Option(
+            help="Most tokens per frame, for models with a variable resolution.",
+            min=1,
+            show_default=False,
+            rich_help_panel=SETS,
+        ),
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option(help="A paper's model, frames and tokens a frame, as cacovid:qwen2.5-vl.", show_default=False),
+        typer.Option(
+            help="A paper's model, frames and tokens a frame, as cacovid:qwen2.5-vl.",
+            show_default=False,
+            rich_help_panel=SETS,
+        ),
     ] = None,
     answer: Annotated[
-        str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
+        str,
+        typer.Option(
+            help="'generate' text and read its letter, or 'choice': the likeliest letter.", rich_help_panel=SETS
+        ),
     ] = "generate",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.", min=1, rich_help_panel=SETS)] = 16,
     subset: Annotated[
         int | None,
         typer.Option(
@@ -86,13 +101,16 @@ def evaluate(
         ),
     ] = None,
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="Count questions about missing videos as failures.")
+        bool,
+        typer.Option("--allow-missing", help="Count questions about missing videos as failures.", rich_help_panel=SETS),
     ] = False,
-    indices: Annotated[bool, typer.Option("--indices", help="Store which tokens each method kept.")] = False,
-    world: Annotated[str, typer.Option(help="Of testbed: A (trained on) or B (never trained on).")] = "A",
+    indices: Annotated[
+        bool, typer.Option("--indices", help="Store which tokens each method kept.", rich_help_panel=SETS)
+    ] = False,
+    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).", rich_help_panel=SCENES)] = "A",
     probes: Annotated[
         bool,
-        typer.Option("--probes", help="Of testbed: also ask question-aware methods another question."),
+        typer.Option("--probes", help="Also ask question-aware methods another question.", rich_help_panel=SCENES),
     ] = False,
     earliest: shared.Earliest = False,
     folder: Annotated[
@@ -104,8 +122,15 @@ def evaluate(
         ),
     ] = None,
     share: shared.Share = None,
-    layout: shared.Layout = None,
-    device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            help="Token layout; use 'grid' for LLaVA-Video checkpoints.", show_default=False, rich_help_panel=SETS
+        ),
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.", rich_help_panel=SETS)
+    ] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
     threads: shared.Threads = 0,
     report: shared.Report = None,

@@ -51,10 +51,17 @@ def plan(
     for name in list(rows[0])[1:]:
         part, _, last = name.rpartition("_")
         unit, one = UNITS.get(last, ("", 1))
-        values = ("–" if row[name] is None else f"{row[name] / one:,.3f}".removesuffix(".000") for row in rows)
+        values = (_shown(row[name], one) for row in rows)
         lines.append((f"{part}, {unit}" if unit else name.replace("_", " "), *values))
     columns = ("", *(f"{100 * row['retention']:g} %" for row in rows))
     title = f"{escape(model)} on {escape(gpu)}, {frames} frames: predicted"
     out.print(table(title, columns, lines, right=range(1, len(columns))))
     out.print("\n".join(f"- {line}" for line in result["assumptions"]), soft_wrap=True, markup=False)
     write_json(json, result)
+
+
+def _shown(value: float | None, unit: float) -> str:
+    """Return a prediction in a unit: counts in full, others to three digits."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) and unit == 1 else f"{float(f'{value / unit:.3g}'):,.6g}"

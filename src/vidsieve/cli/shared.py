@@ -240,7 +240,7 @@ def write_report(
             name = "-".join("".join(c if c.isalnum() else " " for c in part.title.lower()).split())
             for kind in ("png", "svg"):
                 save(part.figure, figures / f"{name}.{kind}")
-        out.print(f"figures: {len(drawn)} in {figures}" if drawn else "figures: none, as there is nothing to draw")
+        out.print(f"figures: {len(drawn)} in {figures}" if drawn else "figures: none, as this report holds no chart")
 
 
 def command_line() -> str:

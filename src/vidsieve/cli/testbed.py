@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import Json, check_output, check_world, moved, out, write_json
+from vidsieve.errors import OutputError
 
 app = typer.Typer(no_args_is_help=True, help="Scenes of the synthetic world, with their questions, as files.")
 
@@ -42,13 +44,15 @@ def render(
     check_output(json)
     check_output(folder / "questions.jsonl")
     check_world(world)
+    if os.path.isdir(folder) and os.listdir(folder):  # its clips would stay among the new ones
+        raise OutputError(f"{folder} is not empty: name a new folder, or remove this one")
     from vidsieve.testbed.files import write_scenes
 
     with Bar("scenes", scenes) as advance:
         summary = write_scenes(
             folder, world=world, seed=seed, scenes=scenes, layout=layout, broken=broken, leaked=leaked, progress=advance
         )
-    out.print(f"{summary['scenes']} scenes, {summary['questions']} questions in {folder}")
+    out.print(f"{scenes} scene{'s' * (scenes != 1)}, {summary['questions']} questions in {folder}")
     for name in summary.get("files", []):
         out.print(f"look at it: vidsieve data check {folder / name}", highlight=False, soft_wrap=True)
     write_json(json, summary)

@@ -59,7 +59,6 @@ Cache = Annotated[
     Path | None,
     typer.Option(help="Folder of encoded videos of --data, for later passes and runs.", show_default=False),
 ]
-Variant = Annotated[str, typer.Option(help="Defaults to start from: 'ours', 'paper', or (cacovid) 'official'.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: continue although settings or threads changed.")]
 LogTo = Annotated[str, typer.Option(help="Also log to 'tensorboard', 'wandb', or both (a,b).", show_default=False)]
@@ -122,7 +121,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         video_root: VideoRoot = None,
         pseudo: Pseudo = None,
         cache: Cache = None,
-        variant: Variant = "ours",
+        variant: str = "ours",
         set_: Set = None,
         resume: Resume = False,
         force: Force = False,
@@ -200,6 +199,9 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
     keyword = inspect.Parameter.KEYWORD_ONLY
     unused = {"given"} | ({"pseudo"} if "pseudo_steps" not in {item.name for item in options} else set())
     parameters = [p for p in inspect.signature(train, eval_str=True).parameters.values() if p.name not in unused]
+    variants = ", ".join(variant for name, variant in SETTINGS if name == method)
+    spoken = Annotated[str, typer.Option(help=f"Defaults to start from: {variants}.")]
+    parameters = [p.replace(annotation=spoken) if p.name == "variant" else p for p in parameters]
     for item in options:
         shown = {"help": item.metadata["help"], "show_default": shown_default(method, item)}
         annotation: Any = Annotated[type(item.default) | None, typer.Option(rich_help_panel="Settings", **shown)]

@@ -125,10 +125,13 @@ def _title(result: Mapping[str, Any]) -> tuple[str, int]:
     """Return the title of a result's table, and its number of clusters."""
     if "benchmark" in result:
         videos = result["videos"]
-        return f"{result['benchmark']}: {result['questions']} questions about {videos} videos", videos
+        return (
+            f"{result['benchmark']}: {result['questions']} questions about {videos} video{'s' * (videos != 1)}",
+            videos,
+        )
     scenes = result["n_scenes"]
     where = f"Testbed, world {result['world']}, seed {result['seed']}"
-    return f"{where}: {result['n_questions']} questions on {scenes} scenes", scenes
+    return f"{where}: {result['n_questions']} questions on {scenes} scene{'s' * (scenes != 1)}", scenes
 
 
 def _category_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:

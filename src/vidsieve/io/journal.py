@@ -299,21 +299,25 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _between(known: object, wanted: object) -> str:
-    """Return how two values differ: of tables and lists the entries only one has, of long texts where they part."""
+    """Return how two values differ: of long tables and lists the entries of one only, of long texts where they part."""
     if any(len(json.dumps(value)) > _SHORT for value in (known, wanted)):
-        if isinstance(known, dict) and isinstance(wanted, dict):
-            known, wanted = [*map(list, known.items())], [*map(list, wanted.items())]
-        if isinstance(known, list) and isinstance(wanted, list):
+        if isinstance(known, dict) and isinstance(wanted, dict) and known.keys() == wanted.keys():
+            return f"({differences(known, wanted)})"
+        if isinstance(known, dict | list) and isinstance(wanted, dict | list):
             gone, new = [v for v in known if v not in wanted], [v for v in wanted if v not in known]
-            known, wanted = (gone, new) if gone or new else (known, wanted)
+            names = {"there": ", ".join(map(str, gone)), "now": ", ".join(map(str, new))}
+            if gone or new:
+                return ", ".join(f"only {when} {_cut(text)}" for when, text in names.items() if text)
     texts = [json.dumps(value, ensure_ascii=False) for value in (known, wanted)]
     start = 0
     if isinstance(known, str) and isinstance(wanted, str) and max(map(len, texts)) > _SHORT:
         start = max(0, next((n for n, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), 0) - 20)
-    there, now = (
-        f"{'…' * (start > 0)}{text[start : start + _SHORT]}{'…' * (len(text) > start + _SHORT)}" for text in texts
-    )
+    there, now = (_cut(text, start) for text in texts)
     return f"{there} there, {now} now"
 
 
 _SHORT = 60
+
+
+def _cut(text: str, start: int = 0) -> str:
+    return f"{'…' * (start > 0)}{text[start : start + _SHORT]}{'…' * (len(text) > start + _SHORT)}"

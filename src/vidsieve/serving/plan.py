@@ -231,9 +231,10 @@ def plan(
             f"nothing was run; {gpu.tflops:.4g} TFLOP/s in bfloat16 without sparsity, {gpu.bandwidth:.4g} GB/s, "
             f"{gpu.memory:.4g} GB; reached: {gpu.efficiency:.0%} of the operations, {gpu.bandwidth_share:.0%} of the "
             f"bandwidth, {USABLE_MEMORY:.0%} of the memory for weights ({weights / 1e9:.2f} GB) and caches",
-            f"a prompt has {grid.frames}×{grid.height}×{grid.width} video tokens, {newlines} newlines and "
-            f"{prompt_tokens} tokens of text; models that write text around frames add up to 13 a frame; this one is "
-            f"made for {text.max_position_embeddings:,}, and pruning does not shorten positions",
+            f"a prompt has {grid.frames}×{grid.height}×{grid.width} video tokens, {newlines} "
+            f"newline{'s' * (newlines != 1)} and {prompt_tokens} tokens of text; models that write text around frames "
+            f"add up to 13 a frame; this one is made for {text.max_position_embeddings:,}, and pruning does not "
+            "shorten positions",
             "encoder and prefill run one request at a time, decoding the whole batch; parts do not overlap; reading "
             "videos, kernel launches, norms, softmax, sampling and selection take no time",
         ],
