@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -132,8 +133,12 @@ def list_methods(
 def main(app: typer.Typer = app) -> None:
     """Run a command line; a `VidsieveError` ends it with its text and exit code 2, without a traceback.
 
-    Exit code 1: some part of the command failed, such as one method among several.
+    Exit code 1: some part of the command failed, such as one method among several, or an error was not expected; its
+    traceback is shown with ``--debug``.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of a terminal whose encoding lacks a character
     try:
         app()
     except SystemExit as end:
@@ -141,10 +146,16 @@ def main(app: typer.Typer = app) -> None:
     except VidsieveError as error:
         if faults.debug:
             raise
-        err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        # A name in the text may hold newlines, and could write lines of its own.
+        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if faults.debug:
+            raise
+        err.print(f"[bold red]error:[/] {escape(faults.described(error))}", soft_wrap=True)
         sys.exit(1)

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
 from vidsieve.io.files import writing
+from vidsieve.io.texts import printable
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -29,9 +31,19 @@ if TYPE_CHECKING:
     from vidsieve.types import TokenGrid
     from vidsieve.video.reading import Video
 
+
+class PlainConsole(Console):
+    """A console whose texts cannot command the terminal: they may come from files and servers of strangers."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Yield the segments of something to print, each text `printable`."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
 # Files and pipes have no width of their own; rich would cut tables at 80.
-out = Console(width=None if sys.stdout.isatty() else 120)
-err = Console(stderr=True)
+out = PlainConsole(width=None if sys.stdout.isatty() else 120)
+err = PlainConsole(stderr=True)
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
 Share = Annotated[

@@ -101,7 +101,8 @@ class Table:
 
     def to_markdown(self) -> str:
         """Return the table as Markdown, with its title as a heading and its notes below."""
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.columns, *self.cells)]
+        rows = [[cell.replace("|", r"\|") for cell in row] for row in (self.columns, *self.cells)]
+        lines = [f"| {' | '.join(row)} |" for row in rows]
         lines.insert(1, "|" + "---|" * len(self.columns))
         return "\n".join([f"### {self.title}", "", *lines, *(f"\n{note}" for note in self.notes)])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.io.files import writing
-from vidsieve.report.pictures import new_figure
+from vidsieve.report.pictures import drawable, new_figure
 
 _MARKS = "os^Dv<>Phx*"
 
@@ -70,7 +70,7 @@ def against(
             places,
             heights,
             yerr=errors if any(errors) else None,
-            label=name.replace("$", r"\$"),
+            label=drawable(name),
             marker=_MARKS[number % len(_MARKS)],
             markersize=4,
             linewidth=1.3,
@@ -80,7 +80,9 @@ def against(
         )
     if level is not None:
         panel.axhline(level[1], linestyle="--", linewidth=1, color="#808080")
-        panel.annotate(level[0], (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        panel.annotate(
+            drawable(level[0]), (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+        )
     if log:
         panel.set_xscale("log")
         shown: list[float] = []
@@ -105,7 +107,7 @@ def cloud(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str,
             heights,
             s=9,
             alpha=0.55,
-            label=name.replace("$", r"\$"),
+            label=drawable(name),
             color=f"C{number}",
             marker=_MARKS[number % len(_MARKS)],
             linewidths=0,
@@ -123,9 +125,9 @@ def stacks(rows: Mapping[str, Mapping[str, float]], *, x: str) -> Any:
     names, left = list(rows), [0.0] * len(rows)
     for number, part in enumerate(parts):
         lengths = [rows[name].get(part, 0.0) for name in names]
-        panel.barh(range(len(names)), lengths, left=left, label=part, color=f"C{number}", height=0.7)
+        panel.barh(range(len(names)), lengths, left=left, label=drawable(part), color=f"C{number}", height=0.7)
         left = [a + b for a, b in zip(left, lengths, strict=True)]
-    panel.set_yticks(range(len(names)), names)
+    panel.set_yticks(range(len(names)), map(drawable, names))
     panel.invert_yaxis()
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure

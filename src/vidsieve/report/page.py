@@ -16,6 +16,7 @@ from PIL import Image
 
 from vidsieve.evaluation.table import Table
 from vidsieve.io.files import writing
+from vidsieve.io.texts import printable
 from vidsieve.report.charts import svg
 from vidsieve.types import TokenGrid
 
@@ -123,7 +124,7 @@ def page(
     command: str = "",
     about: Mapping[str, str] | None = None,
 ) -> str:
-    """Return the HTML of a report; every text is escaped.
+    """Return the HTML of a report; every text is escaped and printable.
 
     Parameters
     ----------
@@ -154,7 +155,7 @@ def page(
         about=dict(about or {}),
         viewer=any(part.frames for part in sections),
     )
-    return text
+    return printable(text)
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section], **options: Any) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from vidsieve.io.files import writing
+from vidsieve.io.texts import printable
 from vidsieve.types import TokenGrid
 
 _DIM = 0.22
@@ -26,6 +27,11 @@ def new_figure(**options: Any) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(**options)
+
+
+def drawable(text: str) -> str:
+    """Return a text as matplotlib draws it: printable, and no dollar sign begins a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) -> NDArray[np.uint8]:
@@ -91,12 +97,12 @@ def kept_figure(
             axis.imshow(lit[frame], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
-        label = name if name == "all tokens" else f"{name}\n{len(indices)} of {grid.num_tokens}"
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
+        label = name if name == "all tokens" else f"{drawable(name)}\n{len(indices)} of {grid.num_tokens}"
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     for axis, frame in zip(axes[0], shown, strict=True):
         axis.set_title(f"frame {frame}", fontsize=7)
     if title:
-        figure.suptitle(title, fontsize=9, parse_math=False)
+        figure.suptitle(drawable(title), fontsize=9)
     return figure
 
 
@@ -131,7 +137,7 @@ def overlay_video(
 def _titled(frames: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
     """Return frames with a line of text above them."""
     strip = Image.new("RGB", (frames.shape[2], 24))
-    ImageDraw.Draw(strip).text((6, 5), text, fill=(255, 255, 255), font=ImageFont.load_default(13))
+    ImageDraw.Draw(strip).text((6, 5), printable(text), fill=(255, 255, 255), font=ImageFont.load_default(13))
     line = np.broadcast_to(np.asarray(strip, np.uint8), (len(frames), *np.asarray(strip).shape))
     return np.concatenate([line, frames], 1)
 
@@ -150,7 +156,7 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], st
     """
     width, margin, gap, line = 13.0, 0.25, 0.04, 0.17  # inches
     cell = min(1.6, (width - 2 * margin) / max(len(frames) for frames, _ in videos))
-    texts = [textwrap.wrap(caption, 190, max_lines=4, placeholder=" …") for _, caption in videos]
+    texts = [textwrap.wrap(drawable(caption), 190, max_lines=4, placeholder=" …") for _, caption in videos]
     tall = [cell * min(1.5, frames.shape[1] / frames.shape[2]) for frames, _ in videos]
     heights = [high + 0.1 + line * len(text) + 0.3 for high, text in zip(tall, texts, strict=True)]
     total = sum(heights) + margin
@@ -169,7 +175,6 @@ def contact_sheet(path: str | Path, videos: Sequence[tuple[NDArray[np.uint8], st
             va="top",
             fontsize=8.5,
             linespacing=1.25,
-            parse_math=False,
         )
         top -= height
     with writing(Path(path)) as temporary:
