@@ -27,11 +27,11 @@ from vidsieve.evaluation.experiment import Measurement, Results, measured
 from vidsieve.evaluation.stats import Estimate, clustered_mean
 from vidsieve.evaluation.table import NONE, Table
 from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
-from vidsieve.io.files import writing
+from vidsieve.io.files import METRICS, writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.run_folder import METRICS, read_metrics
+from vidsieve.training.run_folder import read_metrics
 from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
