@@ -169,7 +169,9 @@ def test_a_changed_byte_of_a_journal_never_gives_another_entry(tmp_path):
         except EvaluationError as error:
             assert str(path) in str(error)
             continue
-        assert found == written[: len(found)] and len(found) >= 3 and place == len(whole) - 1
+        # Only the last line may be gone, and only where its end was hit; or the name of a line's checksum was.
+        assert len(found) == 4 or place == len(whole) - 1
+        assert [{key: entry[key] for key in ("row", "text")} for entry in found] == written[: len(found)]
     path.write_bytes(whole[: places[1]] + bytes(places[2] - places[1]) + whole[places[2] :])
     with Journal(path, HEADER) as journal:
         with pytest.raises(EvaluationError, match=r"line 3 of .*run.jsonl is damaged: remove that line, and"):

@@ -95,7 +95,7 @@ class Journal:
         if not first.endswith(b"\n"):
             return
         try:
-            known, _ = _entry(first)
+            known = _entry(first)
             changed = differences(known["settings"], self.header["settings"])
             if known.keys() - {"finished"} != self.header.keys() - {"finished"}:
                 raise ValueError("another kind of journal")
@@ -141,16 +141,13 @@ class Journal:
         """
         if not os.path.exists(self.path):
             return
-        place, checked = 0, False
+        place = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return  # being written by another process
                 try:
-                    entry, has_checksum = _entry(line)
-                    if checked and not has_checksum:
-                        raise ValueError("lines before it have a checksum")
-                    checked = has_checksum
+                    entry = _entry(line)
                     if number > 1 or self.header is None:
                         take(entry, place)
                 except (ValueError, KeyError, TypeError, IndexError):
@@ -171,7 +168,7 @@ class Journal:
             for place in places:
                 file.seek(place)
                 try:
-                    yield _entry(file.readline())[0]
+                    yield _entry(file.readline())
                 except ValueError:
                     raise self._error(f"{self.path} was damaged meanwhile: run the same command again") from None
 
@@ -204,15 +201,15 @@ def _ending(text: bytes) -> bytes:
     return b', "crc": "%08x"}\n' % zlib.crc32(text)
 
 
-def _entry(line: bytes) -> tuple[Any, bool]:
-    """Return the entry of a line, and whether it has a checksum; raise ValueError for a damaged line."""
+def _entry(line: bytes) -> Any:
+    """Return the entry of a line, with a checksum or of an older version; raise ValueError for a damaged line."""
     start = len(line) - len(_ending(b""))
     if not line.startswith(b', "crc": "', max(start, 0)):
-        return json.loads(line), False
+        return json.loads(line)
     text = line[:start] + b"}"
     if line[start:] != _ending(text):
         raise ValueError("its checksum differs")
-    return json.loads(text), True
+    return json.loads(text)
 
 
 class Store:
