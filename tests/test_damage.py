@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import OutputError, PolicyError, TrainingError
@@ -87,8 +88,6 @@ def test_a_save_that_is_cut_off_between_its_files_is_noticed(tmp_path):
 
 
 def test_files_of_older_versions_are_read(tmp_path):
-    from safetensors.torch import save_file
-
     policy = ScorePolicy.start(64, "llava_onevision", hidden=16, seed=3)
     policy.save_pretrained(tmp_path)
     save_file(dict(policy.state_dict()), tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -141,6 +140,22 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(testbed, straight, tmp
     assert (tmp_path / "policy/model.safetensors").read_bytes() == (straight / "policy/model.safetensors").read_bytes()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     assert [read_header(tmp_path / name)["step"] for name in (PREVIOUS, CHECKPOINT)] == [2, 3]
+
+
+@pytest.mark.parametrize("header", ["[" * 100_000, "[1]", '{"step": 1, "checksum": [1]}', "{}", "{"])
+def test_a_header_that_is_none_is_refused(tmp_path, header):
+    path = tmp_path / CHECKPOINT
+    save_file({"net.weight": torch.ones(3)}, path, metadata={"vidsieve": header})
+    with pytest.raises(TrainingError, match=r"is no readable checkpoint \("):
+        read_header(path)
+
+
+def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / CHECKPOINT)
+    with pytest.raises(TrainingError, match="no such file"):
+        read_header(tmp_path / CHECKPOINT)
+    with pytest.raises(OutputError, match="it is no file; remove it"):
+        save_state(tmp_path / CHECKPOINT, {}, None, {"step": 1})
 
 
 def test_without_a_good_checkpoint_the_run_ends(testbed, tmp_path):

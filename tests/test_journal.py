@@ -180,6 +180,16 @@ def test_a_changed_byte_of_a_journal_never_gives_another_entry(tmp_path):
             list(journal.read(places))
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"row": ' + "9" * 10_000 + "}", "\0" * 50, "[]"])
+def test_a_line_that_is_no_entry_is_named(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(EvaluationError, match=r"line 1 of .*run\.jsonl is damaged"):
+        Journal(path).load(lambda entry, place: entry["row"])
+    with pytest.raises(EvaluationError, match="is not a journal of this command, or its first line is damaged"):
+        Journal(path, HEADER).check()
+
+
 def test_a_journal_of_an_older_version_goes_on(tmp_path):
     path = tmp_path / "run.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in (HEADER, {"row": 1})))

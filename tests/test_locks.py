@@ -95,10 +95,16 @@ def test_of_a_process_on_another_machine_the_error_says_what_to_remove(tmp_path,
 
 
 def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
-    (tmp_path / ".run.jsonl.lock").mkdir()
-    for path in (tmp_path / "run.jsonl", "/proc/nowhere/run.jsonl"):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".folder.lock").mkdir()
+    (tmp_path / ".link.lock").symlink_to(victim)
+    (tmp_path / ".hard.lock").hardlink_to(victim)
+    os.mkfifo(tmp_path / ".pipe.lock")
+    for path in (*(tmp_path / name for name in ("folder", "link", "hard", "pipe")), "/proc/nowhere/run.jsonl"):
         with pytest.raises(OutputError, match=f"cannot write {path}"), locked(path):
             pass
+    assert victim.read_text() == "precious"
 
 
 def test_a_journal_that_is_refused_is_not_touched(held):

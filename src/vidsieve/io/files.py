@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,7 +105,7 @@ def locked(path: Path, error: type[VidsieveError] = OutputError) -> Iterator[Non
             lock = SoftFileLock(name, timeout=0)
             lock.acquire()
         holder = f"{os.getpid()}\n"
-        if not name.read_text(encoding="utf-8", errors="replace").startswith(holder):  # SoftFileLock writes its own
+        if not _beginning(name).startswith(holder):  # SoftFileLock writes its own
             name.write_text(f"{holder}{socket.gethostname()}\n", encoding="utf-8")
     except Timeout:
         raise error(f"another process is writing {path}{_holder(name)}: wait for it, or name another output") from None
@@ -122,10 +123,18 @@ def _holder(lock: Path) -> str:
     """Return in brackets which process holds a lock, and of a soft one how to remove it, where its file says so."""
     holder = None
     with suppress(OSError):
-        if os.path.isfile(lock):
-            holder = re.match(r"(\d+)\n([\w.-]+)", lock.read_text(encoding="utf-8", errors="replace"))
+        holder = re.match(r"(\d+)\n([\w.-]+)", _beginning(lock))
     advice = f"; if it is gone, remove {lock}" if lock.suffix == ".softlock" else ""
     return f" (process {holder[1]} on {holder[2]}{advice})" if holder else ""
+
+
+def _beginning(lock: Path) -> str:
+    """Return the beginning of a lock's file; raise OSError for what is no file, or has another name too."""
+    status = os.lstat(lock)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise OSError(errno.EEXIST, f"{lock} is no file of ours, remove it")
+    with lock.open(encoding="utf-8", errors="replace") as file:
+        return file.read(300)
 
 
 def refuse_other_run(folder: Path, marker: str) -> None:

@@ -88,7 +88,7 @@ class Journal:
         VidsieveError
             The type given as `error`.
         """
-        if self.header is None or not os.path.exists(self.path):
+        if self.header is None or not os.path.isfile(self.path):
             return
         with self.path.open("rb") as file:
             first, second = file.readline(), file.readline()
@@ -99,7 +99,7 @@ class Journal:
             changed = differences(known["settings"], self.header["settings"])
             if known.keys() - {"finished"} != self.header.keys() - {"finished"}:
                 raise ValueError("another kind of journal")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._error(
                 f"{self.path} is not a journal of this command, or its first line is damaged: name another output, or "
                 "move it away"
@@ -139,7 +139,7 @@ class Journal:
         VidsieveError
             If a line is damaged, or `take` cannot read what it holds; the type given as `error`.
         """
-        if not os.path.exists(self.path):
+        if not os.path.isfile(self.path):
             return
         place = 0
         with self.path.open("rb") as file:
@@ -150,7 +150,7 @@ class Journal:
                     entry = _entry(line)
                     if number > 1 or self.header is None:
                         take(entry, place)
-                except (ValueError, KeyError, TypeError, IndexError):
+                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
                     raise self._error(
                         f"line {number} of {self.path} is damaged: remove that line, and {self._damaged}"
                     ) from None
@@ -252,7 +252,7 @@ class Store:
     def _compare(self, path: Path, config: Mapping[str, Any]) -> None:
         try:
             changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}): {_ADVICE}") from None
         if changed:
             raise EvaluationError(f"{self.folder} holds results of another run ({changed}): {_ADVICE}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vidsieve.errors import OutputError
 from vidsieve.io.files import writing
 
 _HEADER, _CHECKSUM = "vidsieve", "checksum"
@@ -33,6 +35,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
     OutputError
         If the file cannot be written.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputError(f"cannot write {path}: it is no file; remove it")
     # Copies: slices of one tensor share memory, which would be stored as a whole for each.
     whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     digest = checksum(whole, header)
@@ -49,13 +53,17 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     ValueError
         If the file cannot be read, or not all is as it was written; the text says why.
     """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise ValueError("there is no such file")
     try:
         with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+            header: Any = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        expected = header.pop(_CHECKSUM, "")
-    except (SafetensorError, OSError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, RecursionError) as error:
         raise ValueError(str(error)) from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is damaged")
+    expected = header.pop(_CHECKSUM, "")
     if expected and expected != checksum(tensors, header):
         raise ValueError("it was damaged after it was written: its checksum differs")
     return header, tensors, expected

@@ -175,7 +175,7 @@ class RunFolder:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise TrainingError(
                     f"line {number} of {self.metrics} is damaged: remove that line, and its figures are missing"
                 ) from None

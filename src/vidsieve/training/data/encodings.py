@@ -107,7 +107,7 @@ class EncodingCache:
         advice = "give another folder, or remove this one"
         try:
             changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TrainingError(f"{path} is not a readable manifest of encoded videos ({error}): {advice}") from None
         if changed:
             raise TrainingError(f"the videos in {self.folder} were encoded with other settings ({changed}): {advice}")
