@@ -133,7 +133,7 @@ def cases(data: Path, port: int) -> dict[str, Case]:
             {name: Path.read_bytes for name in ("out.jsonl", "out.failed.jsonl", "out.journal.jsonl")},
         ),
         "data filter": Case(
-            ["data", "filter", questions, "out.jsonl", "--seeds", "8", "--threads", "1"],
+            ["data", "filter", questions, "out.jsonl", "--seeds", "24", "--threads", "1"],
             "out.jsonl.blind/units-1-of-1.jsonl",
             "",
             {
