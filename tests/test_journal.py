@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -151,3 +152,52 @@ def test_a_journal_is_locked_finished_and_discarded(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot write"), Journal(tmp_path / "file" / "run.jsonl"):
         pass
+
+
+def test_a_changed_byte_of_a_journal_never_gives_another_entry(tmp_path):
+    """Any byte of any line: the entries are the written ones, or those before a line that is cut off, or an error."""
+    path = tmp_path / "run.jsonl"
+    with Journal(path, HEADER) as journal:
+        for row in range(4):
+            journal.add({"row": row, "text": "ü" * row})
+        places = [place for place, _ in entries(journal)]
+        written = list(journal.read(places))
+    whole = path.read_bytes()
+    chance = random.Random(1)
+    for place in range(len(whole)):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << chance.randrange(8)
+        path.write_bytes(broken)
+        try:
+            with Journal(path, HEADER) as journal:
+                found = [entry for _, entry in entries(journal)]
+        except EvaluationError as error:
+            assert str(path) in str(error)
+            continue
+        # Only the last line may be gone, and only where its end was hit; or the name of a line's checksum was.
+        assert len(found) == 4 or place == len(whole) - 1
+        assert [{key: entry[key] for key in ("row", "text")} for entry in found] == written[: len(found)]
+    path.write_bytes(whole[: places[1]] + bytes(places[2] - places[1]) + whole[places[2] :])
+    with Journal(path, HEADER) as journal:
+        with pytest.raises(EvaluationError, match=r"line 3 of .*run.jsonl is damaged: remove that line, and"):
+            entries(journal)
+        with pytest.raises(EvaluationError, match=r"run\.jsonl was damaged meanwhile: run the same command again"):
+            list(journal.read(places))
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"row": ' + "9" * 10_000 + "}", "\0" * 50, "[]"])
+def test_a_line_that_is_no_entry_is_named(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(EvaluationError, match=r"line 1 of .*run\.jsonl is damaged"):
+        Journal(path).load(lambda entry, place: entry["row"])
+    with pytest.raises(EvaluationError, match="is not a journal of this command, or its first line is damaged"):
+        Journal(path, HEADER).check()
+
+
+def test_a_journal_of_an_older_version_goes_on(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (HEADER, {"row": 1})))
+    with Journal(path, HEADER) as journal:
+        journal.add({"row": 2})
+        assert [entry for _, entry in entries(journal)] == [{"row": 1}, {"row": 2}]

@@ -105,6 +105,10 @@ def test_corrupt_weights_are_refused(folder, harm):
 def test_corrupt_configurations_are_refused(folder):
     path = folder / "config.json"
     good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {"hidden_size": 16}))
+    with pytest.raises(PolicyError, match=r"config\.json was damaged or edited .*checksum differs"):
+        load("score", folder)
+    del good["checksum"]
     for text, message in [
         ("{", "not JSON"),
         ("[1]", "not the configuration"),
@@ -133,7 +137,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vidsieve.policies.save_file", fails)
+    monkeypatch.setattr("vidsieve.io.tensors.save_file", fails)
     with pytest.raises(OutputError, match="No space left"):
         policy.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +15,12 @@ from typing import Any, ClassVar, Self
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vidsieve._version import __version__
 from vidsieve.errors import PolicyError, PolicyMismatchError
 from vidsieve.io.files import writing
+from vidsieve.io.tensors import load_tensors, save_tensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -46,6 +46,8 @@ class PolicyConfig:
         Name of that model, for information only.
     training : dict
         Training record: settings, seed, data, steps, metrics.
+    weights : str
+        Checksum of the weights that this was saved with; empty in older files.
     """
 
     type: str
@@ -55,11 +57,12 @@ class PolicyConfig:
     network: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
+    weights: str = ""
 
     def to_json(self) -> str:
-        """Return the text of the file, with the versions of vidsieve and of the format."""
+        """Return the text of the file, with the versions of vidsieve and of the format, and a checksum."""
         stamped = dataclasses.asdict(self) | {"vidsieve_version": __version__, "format": FORMAT}
-        return json.dumps(stamped, indent=2, sort_keys=True) + "\n"
+        return json.dumps(stamped | {"checksum": _checksum(stamped)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: Path) -> PolicyConfig:
@@ -84,9 +87,20 @@ class PolicyConfig:
                 f"version reads up to {FORMAT}: upgrade vidsieve"
             )
         try:
-            return msgspec.convert(raw, cls)
+            config = msgspec.convert(raw, cls)
         except msgspec.ValidationError as error:
             raise PolicyError(f"{where} is damaged: {error}") from None
+        if raw.pop("checksum", None) not in (None, _checksum(raw)):
+            raise PolicyError(
+                f"{where} was damaged or edited after it was written, its checksum differs: fetch or train the policy "
+                'again; where the edit is wanted, remove its "checksum"'
+            )
+        return config
+
+
+def _checksum(values: dict[str, Any]) -> str:
+    """Return the CRC-32 of the values of a configuration, whatever the layout of its text."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 class Policy(nn.Module):
@@ -115,17 +129,17 @@ class Policy(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all.
 
+        Of a save that is cut off between the two, the loader notices that they do not belong together.
+
         Raises
         ------
         OutputError
             If the folder cannot be written.
         """
         folder = Path(folder)
-        weights = {name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items()}
-        with writing(folder / WEIGHTS) as temporary:
-            save_file(weights, temporary, metadata={"format": "pt", "vidsieve_version": __version__})
+        weights = save_tensors(folder / WEIGHTS, self.state_dict(), {"vidsieve_version": __version__})
         with writing(folder / CONFIG) as temporary:
-            temporary.write_text(self.config.to_json(), encoding="utf-8")
+            temporary.write_text(dataclasses.replace(self.config, weights=weights).to_json(), encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -142,7 +156,7 @@ class Policy(nn.Module):
         config = read_config(folder)
         if config.type != cls.method:
             raise PolicyError(f"{folder} holds a {config.type} policy, not a {cls.method} policy")
-        weights = read_weights(folder)
+        weights = read_weights(folder, config.weights)
         try:
             policy = cls(config)
             policy.load_state_dict(weights)
@@ -191,13 +205,18 @@ def pickles_in(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 
 
-def read_weights(folder: Path) -> Mapping[str, Tensor]:
+def read_weights(folder: Path, saved_as: str = "") -> Mapping[str, Tensor]:
     """Return the tensors of the policy in `folder`, from safetensors only.
+
+    Parameters
+    ----------
+    saved_as : str
+        Their checksum in the configuration; empty: not compared.
 
     Raises
     ------
     PolicyError
-        If the file is missing, corrupt or of another kind.
+        If the file is missing, corrupt, of another kind, or not the one that the configuration was saved with.
     """
     path = folder / WEIGHTS
     if not os.path.isfile(path):
@@ -205,9 +224,13 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
         advice = f"; {', '.join(others)} will not be loaded, because pickles can run code" if others else ""
         raise PolicyError(f"{WEIGHTS} is missing in {folder}{advice}")
     try:
-        weights: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
+        _, weights, digest = load_tensors(path)
+    except ValueError as error:
         raise PolicyError(f"{path} is no readable safetensors file ({error}); fetch or train it again") from None
+    if saved_as and digest != saved_as:
+        raise PolicyError(
+            f"{path} and its {CONFIG} are of different saves: fetch both again, or resume the training that writes them"
+        )
     return weights
 
 

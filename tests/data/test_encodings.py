@@ -227,6 +227,7 @@ def test_a_video_that_changed_at_the_same_size_is_encoded_anew(tmp_path):
         lambda whole: b"",
         lambda whole: b"\xff" * 300,
         lambda whole: whole.replace(b'"grid', b'"grad'),
+        lambda whole: whole[:-200] + bytes([whole[-200] ^ 1]) + whole[-199:],
     ],
 )
 def test_a_broken_file_is_made_again(data, tmp_path, reads, harm):

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from vidsieve.errors import OutputError, TrainingError
-from vidsieve.io import checkpoints
+from vidsieve.io import tensors
 from vidsieve.io.checkpoints import read_header, save_state
 from vidsieve.policies import read_config, read_weights
 from vidsieve.training.recipes import train_policy
@@ -104,16 +104,16 @@ def test_a_former_setting_that_had_another_value_is_named(tmp_path):
 
 def test_a_full_disk_stops_and_the_last_checkpoint_goes_on(testbed, tmp_path, monkeypatch):
     train(testbed, tmp_path / "straight")
-    original, calls = checkpoints.save_file, []
+    original, calls = tensors.save_file, []
 
-    def full(tensors, path, metadata):
+    def full(values, path, metadata):
         calls.append(1)
-        original(tensors, path, metadata)
+        original(values, path, metadata)
         if len(calls) == 3:  # the checkpoints of steps 0, 2, 4
             os.truncate(path, 1000)
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(tensors, "save_file", full)
     with pytest.raises(
         OutputError, match=r"No space left.*the last good checkpoint is .*: free disk space and continue with --re"
     ):

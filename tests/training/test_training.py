@@ -26,7 +26,7 @@ from vidsieve.training.judging import judge
 from vidsieve.training.losses import action_log_probs
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Packing, Rollouts
-from vidsieve.training.run_folder import CHECKPOINT, METRICS, read_metrics
+from vidsieve.training.run_folder import CHECKPOINT, METRICS, PREVIOUS, read_metrics
 from vidsieve.training.score import ScoreTrainer
 from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
 from vidsieve.training.sources import Files
@@ -65,7 +65,8 @@ def test_runs_are_not_overwritten_and_settings_not_mixed(testbed, tmp_path):
         train(testbed, tmp_path)
     with pytest.raises(TrainingError, match="lr was"):
         train(testbed, tmp_path, resume=True, lr=0.5)
-    (tmp_path / CHECKPOINT).write_bytes(b"nonsense")
+    for name in (CHECKPOINT, PREVIOUS):
+        (tmp_path / name).write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="no readable checkpoint"):
         train(testbed, tmp_path, resume=True)
     with pytest.raises(OutputError, match="cannot write"):

@@ -27,11 +27,11 @@ from vidsieve.evaluation.experiment import Measurement, Results, measured
 from vidsieve.evaluation.stats import Estimate, clustered_mean
 from vidsieve.evaluation.table import NONE, Table
 from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
-from vidsieve.io.files import writing
+from vidsieve.io.files import METRICS, writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.run_folder import CHECKPOINT, read_metrics
+from vidsieve.training.run_folder import read_metrics
 from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
@@ -98,7 +98,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         settings,
         variant=run.condition.variant,
         model_name="testbed",
-        resume=os.path.exists(home / CHECKPOINT),
+        resume=os.path.exists(home / METRICS),
     )
     task = ScenesTask(adapter_for(model), processor, "A", EVAL_SEED, run.questions)
     _, *conditions = scene_conditions({run.method: method_for(str(home))}, RETENTIONS, probes=run.condition.probes)

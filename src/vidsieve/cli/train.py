@@ -29,6 +29,7 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.io.files import METRICS, locked
 from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
@@ -157,6 +158,9 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         if cache is not None:
             check_output(cache / MANIFEST)
         check_trackers(words(log_to))
+        if is_main() and os.path.exists(folder / METRICS):
+            with locked(folder / METRICS):  # else refused only once the model is loaded
+                pass
         set_threads(threads)
         quiet()
         dtype = torch.bfloat16 if settings.get("precision") == "bf16" else None

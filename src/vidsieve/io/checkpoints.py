@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidsieve.errors import TrainingError
-from vidsieve.io.files import writing
-
-_HEADER = "vidsieve"
+from vidsieve.io.tensors import load_tensors, save_tensors
 
 
 def save_state(
-    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer | None, header: Mapping[str, Any]
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+    header: Mapping[str, Any],
+    keep: Path | None = None,
 ) -> None:
-    """Write the state of a run atomically.
+    """Write the state of a run atomically; the one before is renamed to `keep`, if that is given.
 
     Raises
     ------
@@ -35,13 +34,12 @@ def save_state(
             if value.data_ptr() in seen:  # a tied weight is stored once
                 continue
             seen.add(value.data_ptr())
-            tensors[f"{name}.{key}"] = value.detach().contiguous().clone()
+            tensors[f"{name}.{key}"] = value
     state = optimizer.state_dict()["state"] if optimizer is not None else {}
     for number, entry in state.items():
         for key, value in entry.items():
-            tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value).contiguous().clone()
-    with writing(path) as temporary:
-        save_file(tensors, temporary, metadata={_HEADER: json.dumps(dict(header))})
+            tensors[f"optimizer.{number}.{key}"] = torch.as_tensor(value)
+    save_tensors(path, tensors, header, keep)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -50,17 +48,17 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises
     ------
     TrainingError
-        If the file is no readable checkpoint.
+        If the file is no readable checkpoint, or damaged.
     """
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
-        with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads(file.metadata()[_HEADER])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        header, tensors, _ = load_tensors(path)
+        if not header:
+            raise ValueError("it has no header")
+    except ValueError as error:
         raise TrainingError(f"{path} is no readable checkpoint ({error}); start again in another folder") from None
     return header, tensors
 

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from filelock import FileLock, Timeout
-
 from vidsieve.errors import EvaluationError, OutputError, VidsieveError
-from vidsieve.io.files import append, writing
-
-RUN = "run.json"
+from vidsieve.io.files import RUN, append, locked, refuse_other_run, sync_folder, writing
 
 
 class Journal:
     """A file of JSON lines; entering it locks it, so that no other process appends to it.
 
     An entry is on the disk when `add` returns. A last line without its end was being written when the process was
-    killed: readers ignore it, and entering removes it.
+    killed: readers ignore it, and entering removes it. A line ends with its checksum, ``"crc"``; those of older
+    versions have none.
 
     Parameters
     ----------
@@ -50,26 +48,23 @@ class Journal:
     ) -> None:
         self.path, self._error, self._damaged = Path(path), error, damaged
         self.header: dict[str, Any] | None = None if header is None else json.loads(json.dumps(header))
-        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"), timeout=0)
+        self._lock = ExitStack()
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
+        self._lock.enter_context(locked(self.path, self._error))
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
-            self._lock.acquire()
-        except Timeout:
-            self._close()
-            raise self._error(f"another process is writing {self.path}: wait for it, or name another output") from None
-        except OSError as error:
-            self._close()
-            raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
-        try:
-            self._file.seek(0)
-            whole = self._file.read().rfind(b"\n") + 1
-            self._file.truncate(whole)
-            if not whole and self.header is not None:
-                self._append(self.header)
+            try:
+                self._file = self.path.open("a+b", buffering=0)
+                self._file.seek(0)
+                whole = self._file.read().rfind(b"\n") + 1
+                self._file.truncate(whole)
+            except OSError as error:
+                raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
+            if not whole:
+                sync_folder(self.path.parent)
+                if self.header is not None:
+                    self._append(self.header)
             self.check()
         except BaseException:
             self.__exit__(None, None, None)
@@ -78,9 +73,7 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._close()
-        with suppress(OSError):
-            os.unlink(self._lock.lock_file)  # while it is held: a process that waits for it looks again
-        self._lock.release()
+        self._lock.close()
 
     def _close(self) -> None:
         if self._file is not None:
@@ -95,20 +88,21 @@ class Journal:
         VidsieveError
             The type given as `error`.
         """
-        if self.header is None or not os.path.exists(self.path):
+        if self.header is None or not os.path.isfile(self.path):
             return
         with self.path.open("rb") as file:
             first, second = file.readline(), file.readline()
         if not first.endswith(b"\n"):
             return
         try:
-            known = json.loads(first)
+            known = _entry(first)
             changed = differences(known["settings"], self.header["settings"])
             if known.keys() - {"finished"} != self.header.keys() - {"finished"}:
                 raise ValueError("another kind of journal")
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._error(
-                f"{self.path} is not a journal of this command: name another output, or move it away"
+                f"{self.path} is not a journal of this command, or its first line is damaged: name another output, or "
+                "move it away"
             ) from None
         if changed and (second.endswith(b"\n") or "finished" in known or self._file is None):
             raise self._error(
@@ -134,7 +128,7 @@ class Journal:
         if self._file is None:
             raise RuntimeError("enter the journal before adding to it")
         place = self._file.seek(0, os.SEEK_END)
-        append(self._file, json.dumps(entry).encode() + b"\n", self.path)
+        append(self._file, _line(entry), self.path)
         return place
 
     def load(self, take: Callable[[Any, int], object]) -> None:
@@ -145,28 +139,38 @@ class Journal:
         VidsieveError
             If a line is damaged, or `take` cannot read what it holds; the type given as `error`.
         """
-        if not os.path.exists(self.path):
+        if not os.path.isfile(self.path):
             return
         place = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
                     return  # being written by another process
-                if number > 1 or self.header is None:
-                    try:
-                        take(json.loads(line), place)
-                    except (ValueError, KeyError, TypeError, IndexError):
-                        raise self._error(
-                            f"line {number} of {self.path} is damaged: remove that line, and {self._damaged}"
-                        ) from None
+                try:
+                    entry = _entry(line)
+                    if number > 1 or self.header is None:
+                        take(entry, place)
+                except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+                    raise self._error(
+                        f"line {number} of {self.path} is damaged: remove that line, and {self._damaged}"
+                    ) from None
                 place += len(line)
 
     def read(self, places: Sequence[int]) -> Iterator[Any]:
-        """Yield the entries at positions that `add` or `load` gave."""
+        """Yield the entries at positions that `add` or `load` gave.
+
+        Raises
+        ------
+        VidsieveError
+            If a line was damaged meanwhile; the type given as `error`.
+        """
         with self.path.open("rb") as file:
             for place in places:
                 file.seek(place)
-                yield json.loads(file.readline())
+                try:
+                    yield _entry(file.readline())
+                except ValueError:
+                    raise self._error(f"{self.path} was damaged meanwhile: run the same command again") from None
 
     def replace(self, header: Mapping[str, Any]) -> None:
         """Remove all entries, leaving a header.
@@ -177,7 +181,7 @@ class Journal:
         """
         self._close()
         with writing(self.path) as temporary:
-            temporary.write_text(json.dumps(header) + "\n", encoding="utf-8")
+            temporary.write_bytes(_line(header))
         self.header = json.loads(json.dumps(header))
         self._file = self.path.open("a+b", buffering=0)
 
@@ -185,6 +189,27 @@ class Journal:
         """Remove the file."""
         self._close()
         self.path.unlink(missing_ok=True)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """Return the line of an entry, with the CRC-32 of its JSON as the last key."""
+    text = json.dumps(entry).encode()
+    return text[:-1] + _ending(text)
+
+
+def _ending(text: bytes) -> bytes:
+    return b', "crc": "%08x"}\n' % zlib.crc32(text)
+
+
+def _entry(line: bytes) -> Any:
+    """Return the entry of a line, with a checksum or of an older version; raise ValueError for a damaged line."""
+    start = len(line) - len(_ending(b""))
+    if not line.startswith(b', "crc": "', max(start, 0)):
+        return json.loads(line)
+    text = line[:start] + b"}"
+    if line[start:] != _ending(text):
+        raise ValueError("its checksum differs")
+    return json.loads(text)
 
 
 class Store:
@@ -204,11 +229,12 @@ class Store:
     EvaluationError
         If the folder holds results of another run, another process has this shard open, or a file is damaged.
     OutputError
-        If the folder cannot be written.
+        If the folder cannot be written, or holds a training run.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
         self.folder, self.share = Path(folder), share
+        refuse_other_run(self.folder, RUN)
         path = self.folder / RUN
         if os.path.exists(path):
             self._compare(path, config)
@@ -226,7 +252,7 @@ class Store:
     def _compare(self, path: Path, config: Mapping[str, Any]) -> None:
         try:
             changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise EvaluationError(f"{path} cannot be read ({error}): {_ADVICE}") from None
         if changed:
             raise EvaluationError(f"{self.folder} holds results of another run ({changed}): {_ADVICE}")
@@ -249,10 +275,15 @@ class Store:
         EvaluationError
             If a file is damaged.
         """
-        records: dict[str, dict[str, Any]] = {}
-        for path in sorted(self.folder.glob("units-*-of-*.jsonl")):
-            _shard(path).load(lambda record, _: records.setdefault(record["unit"], record))
-        return records
+        return records_in(self.folder)
+
+
+def records_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of all units in the journals of a folder, as `Store.records` has them."""
+    records: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("units-*-of-*.jsonl")):
+        _shard(path).load(lambda record, _: records.setdefault(record["unit"], record))
+    return records
 
 
 def _shard(path: Path) -> Journal:

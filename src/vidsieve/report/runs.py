@@ -12,6 +12,7 @@ from vidsieve.evaluation.accuracy import accuracy_table
 from vidsieve.evaluation.table import named
 from vidsieve.evaluation.tasks.questions import frames_of
 from vidsieve.evaluation.tasks.timing import timing_table
+from vidsieve.io.journal import records_in
 from vidsieve.report.page import Kept, Section
 from vidsieve.report.sections import frames_section, result_sections, training_sections
 from vidsieve.types import TokenGrid
@@ -64,8 +65,7 @@ def _kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Se
         raise EvaluationError(
             f"{folder} has no kept indices: run its command again with --indices, into another folder"
         )
-    lines = [line for path in sorted(folder.glob("units-*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    records = {record["unit"]: record for record in map(json.loads, lines) if record["samples"]}
+    records = {unit: record for unit, record in records_in(folder).items() if record["samples"]}
     conditions = settings["conditions"]
     most = max(condition["frames"] for condition in conditions.values())
     sections = []

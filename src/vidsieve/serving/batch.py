@@ -537,8 +537,6 @@ def _write(target: Path, failed: Path, done: DoneRows) -> None:
             with writing(path) as temporary, temporary.open("wb") as file:
                 for row in done.rows(answered):
                     file.write(line_of(row))
-                file.flush()
-                os.fsync(file.fileno())
 
 
 def line_of(value: Any) -> bytes:

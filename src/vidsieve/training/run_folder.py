@@ -1,15 +1,16 @@
 """The folder of a training run: metrics line by line, the checkpoint, and the check of a resumed run's settings.
 
 Everything but a line of metrics is written to a temporary file and renamed, so that a run killed at any moment leaves a
-complete checkpoint. Metrics may be ahead of it; resuming cuts them back.
+complete checkpoint. Metrics may be ahead of it; resuming cuts them back. The checkpoint before the last one is kept, to
+take its place where that is damaged.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ import torch
 
 from vidsieve.errors import OutputError, TrainingError
 from vidsieve.io.checkpoints import load_state, read_header, save_state
-from vidsieve.io.files import writing
+from vidsieve.io.files import METRICS, locked, refuse_other_run, writing
 from vidsieve.policies import Policy
 
-CHECKPOINT = "checkpoint.safetensors"
-METRICS = "metrics.jsonl"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 POLICY, BEST = "policy", "best"
 
 FREE = frozenset({"steps", "max_minutes", "log_every", "save_every", "eval_every", "workers", "rollout_tokens"})
@@ -33,21 +33,35 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoint, self.metrics = path, path / CHECKPOINT, path / METRICS
+        self.previous, self._lock = path / PREVIOUS, ExitStack()
 
-    def begin(self, resume: bool) -> bool:
-        """Make the folder ready and delete half-written files of a killed process; return True if a run is resumed.
+    def begin(self, resume: bool, warn: Callable[[str], None] = lambda text: None) -> bool:
+        """Lock the folder and make it ready; return True if a run is resumed.
+
+        Half-written files of a killed process are deleted. In the place of a damaged checkpoint comes the one before.
+
+        Parameters
+        ----------
+        warn : callable
+            Called with the text about a damaged checkpoint.
 
         Raises
         ------
         OutputError
-            If it cannot be written, holds a run and `resume` is not set, or holds none and it is.
+            If it cannot be written, another process is writing it, or it holds a run of another command, a run and
+            `resume` is not set, or none and it is.
+        TrainingError
+            If no checkpoint is readable.
         """
-        there = os.path.exists(self.checkpoint)
+        refuse_other_run(self.path, METRICS)
+        checkpoints = self.checkpoint, self.previous
+        # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
+        if resume and not any(map(os.path.exists, (*checkpoints, self.metrics))):
+            raise OutputError(f"{self.path} holds no run to resume: leave --resume out to begin one")
+        self._lock.enter_context(locked(self.metrics))
+        there = any(map(os.path.exists, checkpoints))
         if there and not resume:
             raise OutputError(f"{self.path} holds a run already: continue it with --resume, or choose another folder")
-        # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
-        if not there and resume and not os.path.exists(self.metrics):
-            raise OutputError(f"{self.path} holds no run to resume: leave --resume out to begin one")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.path / POLICY, self.path / BEST):
@@ -57,12 +71,31 @@ class RunFolder:
                 self.metrics.write_text("", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"cannot write into {self.path}: {error.strerror or error}") from None
+        if there:
+            self._restore(warn)
         return there
+
+    def _restore(self, warn: Callable[[str], None]) -> None:
+        """Put the checkpoint before in the place of one that is damaged or gone."""
+        try:
+            read_header(self.checkpoint)
+        except TrainingError as damaged:
+            try:
+                step = read_header(self.previous)["step"]
+            except TrainingError:
+                raise damaged from None
+            os.replace(self.previous, self.checkpoint)
+            warn(f"{self.checkpoint} was damaged: the checkpoint before it, of step {step}, has taken its place")
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        self._lock.close()
 
     def discard(self) -> None:
         """Delete a run that could not begin, and the folder if nothing else is in it."""
-        for path in (self.checkpoint, self.metrics):
+        for path in (self.checkpoint, self.previous, self.metrics):
             path.unlink(missing_ok=True)
+        self.close()
         with suppress(OSError):  # not empty: it was there before
             self.path.rmdir()
 
@@ -72,9 +105,9 @@ class RunFolder:
         return "nothing was saved: free disk space and begin again"
 
     def save(self, policy: Policy, optimizer: torch.optim.Optimizer, header: Mapping[str, Any]) -> None:
-        """Write the checkpoint; raise OutputError if it cannot be written, then the one before stays."""
+        """Write the checkpoint; raise OutputError if it cannot be written, then the last one stays."""
         try:
-            save_state(self.checkpoint, {"policy": policy}, optimizer, header)
+            save_state(self.checkpoint, {"policy": policy}, optimizer, header, keep=self.previous)
         except OutputError as error:
             raise OutputError(f"{error}; {self._remedy()}") from error
 
@@ -119,26 +152,35 @@ class RunFolder:
         return header, list(changed.values())
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Add a line of metrics; raise OutputError if it cannot be written."""
+        """Add a line of metrics, on the disk when this returns; raise OutputError if it cannot be written."""
         try:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self.metrics}: {error.strerror or error}; {self._remedy()}") from None
 
     def cut(self, step: int) -> None:
-        """Drop metrics that were logged after `step`, so that no step appears twice."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if os.path.exists(self.metrics) else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        """Drop metrics that were logged after `step`, so that no step appears twice, and a last line that breaks off.
+
+        Raises
+        ------
+        TrainingError
+            If another line is damaged.
+        """
+        lines = self.metrics.read_bytes().split(b"\n") if os.path.exists(self.metrics) else [b""]
+        kept = []
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise TrainingError(
+                    f"line {number} of {self.metrics} is damaged: remove that line, and its figures are missing"
+                ) from None
         with writing(self.metrics) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+            temporary.write_bytes(b"".join(kept))
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -171,20 +172,22 @@ class Trainer(ABC, Generic[Sample]):
             If a loss or gradient is not finite, if no reward of a step is finite, or if settings have changed; the last
             good checkpoint stays.
         OutputError
-            If the folder cannot be written, holds another run and `resume` is not set, or holds none and it is.
+            If the folder cannot be written, another process is writing it, it holds a run and `resume` is not set, or
+            it holds none and it is.
         KeyboardInterrupt
             After Ctrl-C; the text names the last step.
         """
         self.processes.check_share(self.config.prompts_per_step)
-        if self.processes.together(lambda: self.run.begin(resume)):
-            self._load(force)
-        else:
-            self._save()
-        # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
-        with stop_on_signal(patient=self.processes.count > 1) as flag:
-            self._loop(flag)
-        self.policy.eval()
-        self._save_policy(POLICY)
+        with closing(self.run):
+            if self.processes.together(lambda: self.run.begin(resume, self.events.warn)):
+                self._load(force)
+            else:
+                self._save()
+            # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
+            with stop_on_signal(patient=self.processes.count > 1) as flag:
+                self._loop(flag)
+            self.policy.eval()
+            self._save_policy(POLICY)
         return self.policy
 
     def _loop(self, flag: StopFlag) -> None:

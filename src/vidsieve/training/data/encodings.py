@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
@@ -26,13 +24,13 @@ from vidsieve.adapters.fingerprint import digest, lasting, weights_digest
 from vidsieve.errors import OutputError, TrainingError, VideoError
 from vidsieve.io.files import writing
 from vidsieve.io.journal import differences
+from vidsieve.io.tensors import load_tensors, save_tensors
 from vidsieve.training.data.wording import Wording, is_pixels, worded
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_HEADER = "vidsieve"
 _PENDING = "vidsieve_pending"
 
 Source = tuple[tuple[Path, int], ...]
@@ -70,7 +68,7 @@ class EncodingCache:
     """Encoded videos in a folder, encoded on first use.
 
     A video is known by its files' paths, sizes and times of change, the number of frames and the processor's settings.
-    A file that cannot be read is replaced.
+    A file that cannot be read, or is damaged, is replaced.
 
     Parameters
     ----------
@@ -109,7 +107,7 @@ class EncodingCache:
         advice = "give another folder, or remove this one"
         try:
             changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise TrainingError(f"{path} is not a readable manifest of encoded videos ({error}): {advice}") from None
         if changed:
             raise TrainingError(f"the videos in {self.folder} were encoded with other settings ({changed}): {advice}")
@@ -125,7 +123,7 @@ class EncodingCache:
             If they do not fit on the disk; then nothing is written.
         """
         videos_of: dict[bool, set[str]] = {True: set(), False: set()}  # by whether their files are there
-        first: tuple[Path, dict[str, Tensor], dict[str, str]] | None = None
+        first: tuple[Path, dict[str, Tensor], dict[str, Any]] | None = None
         for source, read in videos:
             path = self._path(source)
             stored = os.path.exists(path)
@@ -142,7 +140,7 @@ class EncodingCache:
         if count * each > plan.free:
             raise OutputError(f"the encoded videos do not fit: {plan}. Free some space, give another folder, or none")
         if first is not None:
-            self._save(*first)
+            save_tensors(*first)
         return plan
 
     # -- prompts --------------------------------------------------------------------------------------------
@@ -181,7 +179,7 @@ class EncodingCache:
         stored = self._load(pending.path)  # another question about it may have come before
         video = stored[0] if stored is not None else self._encode(inputs)
         if stored is None:
-            self._save(pending.path, *self._packed(video, pending.wording))
+            save_tensors(pending.path, *self._packed(video, pending.wording))
         rest = {name: value for name, value in inputs.items() if not is_pixels(name) and name != _PENDING}
         return rest | {"mm_encoder_outputs": self._ready(video)}
 
@@ -211,7 +209,7 @@ class EncodingCache:
             parts.append([str(resolved), status.st_size, status.st_mtime_ns, times])
         return self.folder / f"{digest([parts, self.frames, self._settings])}.safetensors"
 
-    def _packed(self, video: VideoFeatures, wording: Wording) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def _packed(self, video: VideoFeatures, wording: Wording) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a video's features and wording as tensors, and the header of their file."""
         text = zlib.compress(json.dumps([wording.start, wording.head]).encode())
         tensors = {
@@ -224,27 +222,19 @@ class EncodingCache:
         tensors |= {f"extra.{name}": value for name, value in wording.extras.items()}
         grid = [video.grid.frames, video.grid.height, video.grid.width]
         header = {"stamp": self._stamp, "grid": grid, "per_row": video.per_row, "surplus": video.surplus}
-        # Copies: slices of one tensor share memory, which would be stored as a whole for each.
-        whole = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-        return whole, {_HEADER: json.dumps(header)}
-
-    def _save(self, path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-        with writing(path) as temporary:
-            save_file(tensors, temporary, metadata=header)
+        return tensors, header
 
     def _load(self, path: Path) -> tuple[VideoFeatures, Wording] | None:
         """Return a stored video, its tensors mapped from the file; None where it must be encoded again."""
         if not os.path.exists(path):
             return None
         try:
-            with safe_open(path, "pt") as file:
-                header = json.loads(file.metadata()[_HEADER])
-                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            header, tensors, _ = load_tensors(path)
             start, head = json.loads(zlib.decompress(tensors["text"].numpy().tobytes()))
             grid = TokenGrid(*header["grid"])
             if header["stamp"] != self._stamp or len(tensors["embeds"]) != grid.num_tokens:
                 return None
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, zlib.error):
+        except (ValueError, KeyError, TypeError, zlib.error):
             return None
 
         def named(prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,121 @@
+"""What a run writes is locked: one process at a time, whatever its path and file system."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vidsieve.errors import EvaluationError, OutputError
+from vidsieve.io.files import locked
+from vidsieve.io.journal import Journal, Store
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from vidsieve.io.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A file that another process has locked, and that process."""
+    path = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        yield path, other
+        other.kill()
+
+
+def test_a_second_process_is_refused_by_name_and_a_killed_one_holds_nothing(held, tmp_path):
+    path, other = held
+    link = tmp_path / "link"
+    link.symlink_to(path.parent)
+    (tmp_path / "file").symlink_to(path)
+    for other_path in (path, link / path.name, tmp_path / "file"):
+        with (
+            pytest.raises(OutputError, match=rf"is writing {other_path} \(process {other.pid} on .+\): wait"),
+            locked(other_path),
+        ):
+            pass
+    other.kill()
+    other.wait()
+    with locked(path):
+        assert list(path.parent.iterdir())
+    assert not list(path.parent.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_without_flock_a_file_is_the_lock(tmp_path, monkeypatch, code):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "run.jsonl"
+    with locked(path), pytest.raises(OutputError, match=rf"\(process {os.getpid()} on "), locked(path):
+        pass
+    assert not list(tmp_path.iterdir())
+    gone = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, str(path), str(code)], check=False)
+    assert gone.returncode == -9 and list(tmp_path.iterdir())
+    with locked(path):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+KILLED = """
+import fcntl, os, signal, sys
+from pathlib import Path
+from vidsieve.io.files import locked
+def flock(*_):
+    raise OSError(int(sys.argv[2]), "none")
+fcntl.flock = flock
+with locked(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_of_a_process_on_another_machine_the_error_says_what_to_remove(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "no locks")))
+    (tmp_path / ".run.jsonl.softlock").write_text("7\nelsewhere\n")
+    with (
+        pytest.raises(OutputError, match=r"\(process 7 on elsewhere; if it is gone, remove .*run\.jsonl\.softlock\)"),
+        locked(tmp_path / "run.jsonl"),
+    ):
+        pass
+
+
+def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / ".folder.lock").mkdir()
+    (tmp_path / ".link.lock").symlink_to(victim)
+    (tmp_path / ".hard.lock").hardlink_to(victim)
+    os.mkfifo(tmp_path / ".pipe.lock")
+    for path in (*(tmp_path / name for name in ("folder", "link", "hard", "pipe")), "/proc/nowhere/run.jsonl"):
+        with pytest.raises(OutputError, match=f"cannot write {path}"), locked(path):
+            pass
+    assert victim.read_text() == "precious"
+
+
+def test_a_journal_that_is_refused_is_not_touched(held):
+    path, _ = held
+    path.write_bytes(b'{"row": 1}\n{"ro')
+    with pytest.raises(EvaluationError, match="another process is writing"), Journal(path):
+        pass
+    assert path.read_bytes() == b'{"row": 1}\n{"ro'
+
+
+def test_a_folder_with_a_training_run_takes_no_evaluation(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(OutputError, match=rf"{tmp_path} holds a training run: name another folder"):
+        Store(tmp_path, {})
