@@ -637,7 +637,7 @@ class Annotation:
             return response.status_code, body.decode("utf-8", "replace"), known.get("Retry-After", "")
 
     async def _answer(self, client: Any, item: CaptionItem, request: bytes) -> tuple[int, str]:
-        """Return status and body of the answer to a request and its repeats; without an answer 0, and why."""
+        """Return the last status, 0 for none, and what it came with: the body, or what went wrong."""
         from httpx2 import HTTPError
 
         for repeats in range(self.server.retries + 1):
@@ -645,6 +645,8 @@ class Annotation:
             status, retry_after = 0, ""
             try:
                 status, text, retry_after = await self._send(client, item, request)
+                if not 200 <= status < 300:
+                    text = f"Error code: {status} - {text}"
             except TimeoutError:
                 text = f"no answer within {self.server.timeout:g} s"
             except HTTPError as error:
@@ -652,6 +654,8 @@ class Annotation:
             if not _is_passing(status):
                 break
             if repeats < self.server.retries:
+                if status:  # a server that says so has not worked for money
+                    self._record({"failed": item.key})
                 await self._wait(seconds_until_repeat(retry_after, repeats), text)
         return status, text
 
@@ -690,8 +694,7 @@ class Annotation:
                 else:
                     self._settled({"done": item.key, "caption": redact(answer.caption, self.key, 8), **paid})
                 return
-            detail = f"Error code: {status} - {text}" if status else text
-            why = self._why("no answer" if _is_passing(status) else "refused request", detail)
+            why = self._why("no answer" if _is_passing(status) else "refused request", text)
             hopeless = status in (401, 402) or '"insufficient_quota"' in text
             if hopeless or ((300 <= status < 400 or status in (403, 404)) and not self.answers):
                 self._record({"failed": item.key})
