@@ -101,14 +101,15 @@ class Visitors:
             body = _Limited(receive, MOST_BYTES + MOST_JSON, self._has_room)
         elif scope["method"] == "POST":
             try:
-                sent = await body.json()
+                sent = await body.json(headers)
                 session = str(sent.get("session_hash") or "")
             except (ValueError, RecursionError, AttributeError, _TooLargeError) as error:
                 app = _refusal(400, f"no request of this page: {error}")
-        visitor = _digest(token) if token else _digest(f"session {session}") if session else ""
+        session = session and _digest(f"session {session}")
+        visitor = _digest(token) if token else session
         if not _PAGE.fullmatch(path) or (session and self._sessions.setdefault(session, visitor) != visitor):
             app = _refusal(404, "not found")
-        elif path.startswith("/gradio_api/file=") and self._uploads.get(path.partition("=")[2], ("",))[0] != visitor:
+        elif path.startswith("/gradio_api/file=") and self._uploads.get(path.partition("=")[2], (None,))[0] != visitor:
             app = _refusal(404, "not among your uploads")
         elif sent is not None and "data" in sent and not self._may_ask(visitor, sent["data"], bool(token)):
             app = _refusal(403, "the video is not among your uploads, or no more: upload it, and keep the cookie")
@@ -149,8 +150,10 @@ class Visitors:
         if not known:
             for path in self._unclaimed.intersection(paths):
                 self._uploads[path] = visitor, self._uploads[path][1]
+        if not all(self._uploads.get(path, (None,))[0] == visitor for path in paths):
+            return False
         self._unclaimed.difference_update(paths)
-        return all(self._uploads.get(path, ("",))[0] == visitor for path in paths)
+        return True
 
     async def _upload(self, scope: Scope, limited: _Limited, visitor: str, claimed: bool) -> Response:
         """Return the answer to an upload of one file: a list with its path, as gradio's own."""
@@ -235,8 +238,8 @@ class _Limited:
             raise _TooLargeError("the request is too large, or the server has no room for more")
         return message
 
-    async def json(self) -> Any:
-        """Return the body's value, and keep the body for the next reader.
+    async def json(self, headers: MutableHeaders) -> Any:
+        """Return the body's value, and write it anew for the next reader, who then cannot understand it differently.
 
         Raises
         ------
@@ -247,8 +250,11 @@ class _Limited:
             message = await self.receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        self._again = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-        return json.loads(body)
+        value = json.loads(body)
+        again = json.dumps(value).encode()
+        headers["content-length"] = str(len(again))
+        self._again = [{"type": "http.request", "body": again, "more_body": False}]
+        return value
 
 
 def _refusal(status: int, text: str) -> Response:
