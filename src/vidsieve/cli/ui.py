@@ -50,7 +50,7 @@ def ui(
     out.print(f"http://{host}:{port}", highlight=False)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are deleted
     with tempfile.TemporaryDirectory(prefix="vidsieve-ui-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_RUN_HISTORY": "False"}
         visitors = Visitors(Path(folder), _hosts(host), desk.forget)
         app = {"middleware": [Middleware(visitors.around)]}
         build(desk, model).queue(max_size=WAITING).launch(
