@@ -7,6 +7,8 @@ before it is answered. The treatment of a row depends on its text alone, so that
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gzip
 import hashlib
 import json
 import re
@@ -30,6 +32,9 @@ LIES = {
     "filter": "refusal",
     "length": "cut off",
     "loop": "repetition",
+    "usage": "malformed answer",
+    "gzip": "malformed answer",
+    "endless": "malformed answer",
 }
 """Answers with status 200 that are no captions, and the reasons for which they are set aside."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
@@ -108,6 +113,21 @@ class Handler(BaseHTTPRequestHandler):
             echo = f"no: {self.headers['Authorization']} (sk-sec***6789)"
             code = "insufficient_quota" if self.server.args.quota else "bad"
             self.say(int(do), {"error": {"message": echo, "type": code, "code": code}})
+        elif do == "redirect":
+            self.send_response(307)
+            self.send_header("Location", self.server.args.to)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif do == "gzip":  # 64 MiB in 64 kB
+            self.say(200, gzip.compress(bytes(2**26)), {"Content-Encoding": "gzip"})
+        elif do in ("endless", "drip"):
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                self.wfile.write(head)
+                while True:
+                    self.wfile.write(b"10000\r\n" + b" " * 2**16 + b"\r\n" if do == "endless" else b"1\r\n \r\n")
+                    time.sleep(0.0 if do == "endless" else 0.1)
         elif do == "not-json":
             self.say(200, b"<html>all is well</html>")
         elif do == "no-choices":
@@ -130,6 +150,8 @@ class Handler(BaseHTTPRequestHandler):
             if do == "refused":
                 body["choices"][0]["message"]["refusal"] = "This is not something to describe."
             if do == "unmetered":
+                body["usage"] = {"total_tokens": 5}
+            if do == "usage":
                 body["usage"] = {"prompt_tokens": -5, "completion_tokens": "many"}
             self.say(200, body)
 
@@ -143,13 +165,15 @@ class Handler(BaseHTTPRequestHandler):
             "choices": [{"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}],
         }
 
-    def say(self, status, body):
+    def say(self, status, body, headers=None):
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(raw)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         if status == 429:
-            self.send_header("Retry-After", str(self.server.args.retry_after))
+            self.send_header("Retry-After", self.server.args.retry_after)
         self.end_headers()
         self.wfile.write(raw)
 
@@ -171,7 +195,8 @@ def main() -> None:
     parser.add_argument("--always", default="", help="what is done to every request")
     parser.add_argument("--refuse", nargs="*", default=[], help="rows that get no answer")
     parser.add_argument("--refuse-with", default="400", help="what they get")
-    parser.add_argument("--retry-after", type=float, default=0.0)
+    parser.add_argument("--retry-after", default="0")
+    parser.add_argument("--to", default="", help="where redirects lead")
     parser.add_argument("--key", default="", help="the only key that is taken")
     parser.add_argument("--quota", action="store_true", help="errors say that the account is empty")
     args = parser.parse_args()

@@ -21,19 +21,19 @@ from teacher_server import LIES, caption_of, fails, lie_for
 
 from vidsieve.cli.annotate import annotate
 from vidsieve.errors import OutputError, TrainingError
-from vidsieve.training.data.annotate import Annotation, Server, Teacher, judge, redact
+from vidsieve.training.data.annotate import Annotation, Server, Teacher, judge, redact, seconds_until_repeat
 from vidsieve.training.data.layouts import read_records
 from vidsieve.video.reading import write_video
 
 KEY = "sk-secret-0123456789"
 TEACHER = Teacher("tiny-teacher", frames=2)
 RUN = """
-import sys, typer, openai._base_client as client
+import sys, typer, vidsieve.training.data.annotate as client
 from rich.markup import escape
 from vidsieve.cli.annotate import annotate
 from vidsieve.cli.shared import err
 from vidsieve.errors import VidsieveError
-client.INITIAL_RETRY_DELAY = 0.1
+client.FIRST_WAIT = 0.1
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(annotate)
 try:
@@ -85,7 +85,7 @@ def host(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("vidsieve.training.data.annotate.FIRST_WAIT", 0.02)
     host = Host(tmp_path)
     yield host
     host.kill()
@@ -176,7 +176,7 @@ def test_no_row_is_lost_doubled_or_paid_twice_by_a_bad_server_and_kills_of_both_
     result = json.loads(report.read_text())
     rows = [f"row {number}" for number in range(200)]
     expected = Counter(LIES[lie] for row in rows if (lie := lie_for(row, 0.2)))
-    assert len(expected) == 4, "most kinds of lies were told"
+    assert len(expected) == 5, "all kinds of lies were told"
     expected.update(["missing video", "malformed record", "broken video"])
     assert result["aside"] == dict(expected)
     assert (result["rows"], result["unchanged"], result["left"]) == (204, 1, 0)
@@ -462,10 +462,112 @@ def test_captions_are_told_from_what_is_none(text, caption, reason):
     assert (answer.caption, answer.reason) == (caption, reason)
 
 
+# -- attacks of the server ----------------------------------------------------------------------------------------
+
+
+def test_a_redirect_is_not_followed(tmp_path, videos, host):
+    other = Host(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    try:
+        host.start("--always", "redirect", "--to", other.start().url + "/chat/completions")
+        with pytest.raises(TrainingError, match=r"refuses all requests .*a redirect to http.*not followed"):
+            rewritten(listed(tmp_path, videos, 9), tmp_path / "out.jsonl", host.url)
+        assert len(host.requests()) == 1 and not other.requests()
+    finally:
+        other.kill()
+
+
+def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(tmp_path, videos, host):
+    host.start("--always", "drip")
+    start = time.monotonic()
+    with pytest.raises(TrainingError, match=r"none of the last 3 rows \(no answer within 0.5 s\)"):
+        rewritten(listed(tmp_path, videos, 9), tmp_path / "out.jsonl", host.url, concurrency=1, retries=0, timeout=0.5)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("3", 3),
+        ("0.25", 0.25),
+        ("99999999", 120),
+        ("1e400", 120),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 120),
+        *((text, None) for text in ("", "nan", "-5", "soon", "٣ ثوان", "Fri, 31 Dec 1999 23:59:59 GMT", "1, 2")),
+        ("Fri, 99 Dec 99999999999999999999 23:59:59 GMT", None),
+    ],
+)
+def test_waits_before_repeats_are_capped(asked, seconds):
+    for repeats in (0, 3, 200):
+        wait = seconds_until_repeat(asked, repeats)
+        assert wait == seconds if seconds else 0.3 < wait <= 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--always", "429", "--retry-after", "99999999"), ()])
+def test_ctrl_c_ends_waits_at_once(tmp_path, videos, host, ctrl_c, options):
+    """A wait that the server asks for is announced; the other one is for the rate."""
+    host.start(*options)
+    process = begin(host, listed(tmp_path, videos, 9), tmp_path / "out.jsonl", "--rate", "60" if options else "1")
+    host.wait_for(1, process)
+    time.sleep(1)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    text = end(process, code=130)
+    assert time.monotonic() - start < 5 and len(host.requests()) == 1
+    assert not options or ("429 - {" in text and "asking again in 120 s; Ctrl-C stops" in text)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ("null", None),
+        ("{}", None),
+        ('{"prompt_tokens": 7}', None),
+        ('{"prompt_tokens": 7, "completion_tokens": 0, "x": [[]]}', (7, 0)),
+        *(
+            (text, "malformed")
+            for text in ("5", '"many"', "[]", "NaN", "1e400", '{"prompt_tokens": -1, "completion_tokens": 1}')
+        ),
+        *(
+            (f'{{"prompt_tokens": {value}, "completion_tokens": 1}}', "malformed")
+            for value in ('"7"', "NaN", "-0.5", "1e400", "9" * 30, "9" * 5000, "true", '{"a": 1}', "[" * 9999)
+        ),
+    ],
+)
+def test_malformed_usage_is_a_bad_row(usage, counted):
+    answer = judge(f'{{"choices": [{{"message": {{"content": "{GOOD}"}}}}], "usage": {usage}}}')
+    expected = (None, "malformed answer") if counted == "malformed" else (counted, "")
+    assert (answer.usage, answer.reason) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (f"x {KEY} sk-se***89", "x [key] [key]"),
+        ("Incorrect API key provided: sk-sec***6789.", "Incorrect API key provided: [key]"),
+        (f'{{"Authorization":"Bearer {KEY}"}}', '{"Authorization":"Bearer [key]"}'),
+        ("the key that ends in 6789", "the key that ends in [key]"),
+        (f"{KEY[:9].upper()} and {KEY[9:]}", "[key] and [key]"),
+        ("no key: error 678, or sk-", "no key: error 678, or sk-"),
+    ],
+)
+def test_keys_are_not_printed_also_in_part(text, shown):
+    assert redact(text, KEY) == shown
+
+
+def test_proxies_that_cannot_be_used_are_an_error(tmp_path, videos, host, monkeypatch):
+    for proxy in ("foo://me:secret@x", "socks9://x"):
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        with pytest.raises(TrainingError, match="the proxy that the environment names cannot be used") as error:
+            rewritten(listed(tmp_path, videos, 1), tmp_path / "out.jsonl", "http://203.0.113.7/v1")
+        assert "secret" not in str(error.value)
+
+
 def test_small_parts():
     assert judge("null").reason == judge("[" * 100_000).reason == "malformed answer"
     assert "missing required field `choices`" in judge('{"error": {"message": "too many images"}}').detail
-    assert redact("a none b", "none") == "a none b" and redact(f"x {KEY} sk-se***89", KEY) == "x [key] [key]"
+    assert redact("a none b", "none") == "a none b"
 
 
 def test_frames_are_sent_as_small_jpegs(tmp_path):
@@ -501,11 +603,19 @@ def test_commands_that_cannot_work_are_refused_before_anything_is_sent(tmp_path,
         pytest.raises(TrainingError, match="another process is writing"),
     ):
         rewritten(source, target, host.url)
-    for url in ("localhost:8000", "ftp://x/v1", f"http://me:{KEY}@x/v1", f"http://x/v1?key={KEY}", "http:///v1"):
+    for url in (
+        "localhost:8000",
+        "ftp://x/v1",
+        f"http://me:{KEY}@x/v1",
+        f"http://x/v1?key={KEY}",
+        "http:///v1",
+        "http://x:99999/v1",
+        "http://[::1/v1",
+    ):
         with pytest.raises(TrainingError, match="the server's address must") as error:
             Server(url)
         assert KEY not in str(error.value)
-    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.setitem(sys.modules, "httpx2", None)
     with pytest.raises(TrainingError, match=r"pip install 'vidsieve\[teacher\]'"):
         rewritten(source, target, host.url)
     assert not host.requests()

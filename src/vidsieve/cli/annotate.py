@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -73,7 +74,8 @@ def annotate(
     total = plan["requests"] if limit is None else min(limit, plan["requests"])
     try:
         with Bar("rows", total) as update:
-            report = job.run(limit, lambda done: update(done, total), lambda text: err.print(text, soft_wrap=True))
+            note = partial(err.print, soft_wrap=True, markup=False)
+            report = job.run(limit, lambda done: update(done, total), note)
     except KeyboardInterrupt:
         err.print("stopped; answers are in the journal: the same command resumes there", soft_wrap=True)
         raise typer.Exit(130) from None

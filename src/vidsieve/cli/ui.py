@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import socket
+import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,21 +33,35 @@ def ui(
     _check_address(host, port)
     set_threads(threads)
     quiet()
+    from starlette.middleware import Middleware
+
     from vidsieve.evaluation.conditions import check_known, named_methods
     from vidsieve.loading import load_model
-    from vidsieve.serving.page import Desk, build
+    from vidsieve.serving.page import WAITING, Desk, build
+    from vidsieve.serving.visitors import Visitors
 
     names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if model == "testbed" else ["divprune"])
     for name in names:
         check_known(name)
     chosen = named_methods(names, model)
-    page = build(Desk(*load_model(model, device="auto"), {**chosen, "full": None}, frames=frames), model)
+    desk = Desk(*load_model(model, device="auto"), {**chosen, "full": None}, frames=frames)
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
     out.print(f"http://{host}:{port}", highlight=False)
-    page.queue(max_size=16).launch(
-        server_name=host, server_port=port, share=False, quiet=True, show_error=True, max_file_size=200 * 2**20
-    )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are deleted
+    with tempfile.TemporaryDirectory(prefix="vidsieve-ui-", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_RUN_HISTORY": "False"}
+        visitors = Visitors(Path(folder), _hosts(host), desk.forget)
+        app = {"middleware": [Middleware(visitors.around)]}
+        build(desk, model).queue(max_size=WAITING).launch(
+            server_name=host, server_port=port, share=False, quiet=True, show_error=True, app_kwargs=app, ssr_mode=False
+        )
+
+
+def _hosts(host: str) -> set[str]:
+    """Return the names by which a server that listens on an address may be asked."""
+    names = {host.lower(), "localhost", "127.0.0.1", "::1"}
+    return names | {"*", socket.gethostname().lower(), socket.getfqdn().lower()} if host in ("0.0.0.0", "::") else names
 
 
 def _check_address(host: str, port: int) -> None:

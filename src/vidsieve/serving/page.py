@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
-from functools import lru_cache
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,39 @@ from vidsieve.video.reading import Video, read_video
 
 CACHED = 4
 """Number of decoded videos, and of encoded prompts, that are kept."""
+MOST_LETTERS = 4000
+"""Length of the longest question."""
+READING, WAITING, PATIENCE = 8, 16, 120.0
+"""Questions whose videos are read at a time, questions that wait for that, and seconds that one waits for the model."""
+
+
+class _Latest:
+    """The latest values by key, each made once, however many threads ask for it; an error is made anew each time."""
+
+    def __init__(self) -> None:
+        self._lock, self._cells = threading.Lock(), OrderedDict[tuple[Any, ...], tuple[threading.Lock, list[Any]]]()
+
+    def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        with self._lock:
+            lock, values = self._cells.setdefault(key, (threading.Lock(), []))
+            self._cells.move_to_end(key)
+            while len(self._cells) > CACHED:
+                self._cells.popitem(last=False)
+        with lock:
+            if not values:
+                values.append(make())
+            return values[0]
+
+    def forget(self, path: Path) -> None:
+        with self._lock:
+            for key in [key for key in self._cells if key[0] == path]:
+                del self._cells[key]
 
 
 class Desk:
-    """Answers questions one at a time; the latest videos stay decoded, and the latest prompts encoded.
+    """Answers questions, one at a time by the model; the latest videos stay decoded, and the latest prompts encoded.
+
+    Videos are read in the threads that ask, several at a time.
 
     Parameters
     ----------
@@ -51,8 +80,7 @@ class Desk:
             if method is not None:
                 self.adapter.check(method)
                 self._needs |= method.needs & ENCODER_NEEDS
-        self._read, self._encode = lru_cache(CACHED)(self._reading), lru_cache(CACHED)(self._encoding)
-        self._clock, self._lock = Clock(), threading.Lock()
+        self._videos, self._prompts, self._model = _Latest(), _Latest(), threading.Lock()
 
     @torch.no_grad()
     def ask(self, path: str | Path, question: str, method: str, retention: float) -> tuple[Answer, Video]:
@@ -61,33 +89,49 @@ class Desk:
         Raises
         ------
         PromptError
-            If the question is empty.
+            If the question is empty or too long.
+        VidsieveError
+            If the model answers others for too long.
         UnknownNameError, VideoError, BudgetError, RetentionError
         """
-        if not question.strip():
+        if not isinstance(question, str) or not question.strip():
             raise PromptError("the question is empty: ask something")
-        if method not in self.methods:
-            raise UnknownNameError("method", method, self.methods)
+        if len(question) > MOST_LETTERS:
+            raise PromptError(f"the question has {len(question):,} letters: ask in at most {MOST_LETTERS:,}")
+        question = question.encode("utf-8", "replace").decode()  # JSON can hold half of a surrogate pair
+        if not isinstance(method, str) or method not in self.methods:
+            raise UnknownNameError("method", str(method)[:100], self.methods)
         compressor = self.methods[method]
         if compressor is not None:
             compressor = compressor.with_retention(retention)
         path = Path(path).resolve()
         changed = path.stat().st_mtime_ns if os.path.isfile(path) else 0
-        with self._lock:
-            self._clock = Clock()
-            video, encoded = self._encode(path, changed, question)
-            return reply(self.adapter, self.processor, encoded, compressor, clock=self._clock), video
+        clock, device = Clock(), self.adapter.device
 
-    def _reading(self, path: Path, changed: int) -> Video:
-        with self._clock.part("decode"):
-            return read_video(path, frames=self.frames)
+        def read() -> Video:
+            with clock.part("decode"):
+                return read_video(path, frames=self.frames)
 
-    def _encoding(self, path: Path, changed: int, question: str) -> tuple[Video, Encoded]:
-        video, device = self._read(path, changed), self.adapter.device
-        with self._clock.part("preprocess"):
-            inputs = chat(self.processor, video, question)
-        with self._clock.part("encode", device):
-            return video, self.adapter.encode(on_device(inputs, device), needs=self._needs)
+        video = self._videos.get((path, changed), read)
+
+        def encode() -> Encoded:
+            with clock.part("preprocess"):
+                inputs = chat(self.processor, video, question)
+            with clock.part("encode", device):
+                return self.adapter.encode(on_device(inputs, device), needs=self._needs)
+
+        if not self._model.acquire(timeout=PATIENCE):
+            raise VidsieveError("the model is answering others: ask again in a minute")
+        try:
+            encoded = self._prompts.get((path, changed, question), encode)
+            return reply(self.adapter, self.processor, encoded, compressor, clock=clock), video
+        finally:
+            self._model.release()
+
+    def forget(self, path: Path) -> None:
+        """Drop what is kept of a video."""
+        self._videos.forget(path)
+        self._prompts.forget(path)
 
 
 def build(desk: Desk, title: str) -> Any:
@@ -96,9 +140,11 @@ def build(desk: Desk, title: str) -> Any:
 
     warn_untested("gradio", gr.__version__)
 
-    def ask(video: str | None, question: str, method: str, retention: float) -> tuple[str, Any, str]:
+    def ask(video: Any, question: Any, method: Any, retention: Any) -> tuple[str, Any, str]:
         if not video:
             raise gr.Error("Choose a video first.", print_exception=False)
+        if isinstance(video, dict):  # as it was sent, with other names in older releases
+            video = video.get("video", video)["path"]
         try:
             return shown(*desk.ask(video, question or "", method, retention))
         except VidsieveError as error:
@@ -121,7 +167,8 @@ def build(desk: Desk, title: str) -> Any:
                 picture = gr.Plot(label="Kept tokens are bright")
         inputs, outputs = [video, question, method, retention], [answer, picture, spent]
         events = [button.click, question.submit, retention.release, method.input]
-        gr.on(events, ask, inputs, outputs, api_name="ask")
+        gr.on(events, ask, inputs, outputs, api_name="ask", preprocess=False, concurrency_limit=READING)
+        page.unload(lambda: None)  # last: gradio's clients keep a heartbeat open for it, by which visitors are known
     return page
 
 

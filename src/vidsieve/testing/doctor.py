@@ -24,7 +24,7 @@ EXTRAS = {
     "benchmarks": "pyarrow",
     "lmms-eval": "lmms_eval",
     "ray": "ray.data",
-    "teacher": "openai",
+    "teacher": "httpx2",
     "tensorboard": "torch.utils.tensorboard",
     "ui": "gradio",
     "vllm": "vllm",

@@ -4,6 +4,9 @@ Requests and answers are in a journal beside the output, on the disk before anyt
 resumes a run that was stopped or killed. The output is written when every row is accounted for: rewritten, set aside
 with a reason, or unchanged as it has no caption. An answer with status 200 is paid for, whatever it holds; requests
 that a kill cut off count as if they were, at most. No file, log or error holds the key.
+
+The server is not trusted: redirects are not followed, compressed answers not unpacked, and the size of an answer, the
+time of a request and the wait before a repeat are limited.
 """
 
 from __future__ import annotations
@@ -15,14 +18,19 @@ import io
 import json
 import math
 import os
+import random
 import re
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 from PIL import Image
@@ -44,6 +52,10 @@ PROMPT = (
 """The instruction to the teacher; ``{caption}`` becomes the row's caption."""
 PATCH = 28
 """Side in pixels of one token of Qwen2.5-VL; Qwen3-VL takes 32, so that its tokens are fewer."""
+MOST_BYTES = 2 * 2**20
+"""Size of the longest answer that is read."""
+FIRST_WAIT, LONGEST_WAIT = 0.5, 120.0
+"""Seconds before the first repeat of a request, and before any, whatever ``Retry-After`` asks for."""
 _REFUSAL = re.compile(
     r"\W*(?:i(?:['’]m| am)(?: so| very| really)? sorry|sorry,|i apologi[sz]e|as an ai\b|unfortunately, i\b"
     r"|i (?:can['’]?t|cannot|can not|am unable|am not able)\b|i['’]m (?:unable|not able)\b"
@@ -131,7 +143,7 @@ class Server:
     retries : int
         Repeats of a request after no connection, a timeout, 408, 409, 429 or 5xx.
     timeout : float
-        Seconds without a byte after which a request is given up.
+        Seconds after which a request is given up.
     prices : (float, float), optional
         US$ for a million tokens in, and out.
     budget : float, optional
@@ -147,7 +159,8 @@ class Server:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"https?://[^/@?#\s]*[^/@?#\s:][^@?#\s]*", self.url):  # not printed: it may hold a secret
+        form = r"https?://[^/@?#\s]*[^/@?#\s:][^@?#\s]*"
+        if not re.fullmatch(form, self.url) or not _is_address(self.url):  # not printed: it may hold a secret
             raise TrainingError(
                 "the server's address must be like http://localhost:8000/v1, without a password and a query: the key "
                 "is read from OPENAI_API_KEY"
@@ -158,6 +171,13 @@ class Server:
     def dollars(self, tokens_in: int, tokens_out: int) -> float | None:
         """Return the price of tokens in US$; None without prices."""
         return None if self.prices is None else (self.prices[0] * tokens_in + self.prices[1] * tokens_out) / 1e6
+
+
+def _is_address(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:  # a port beyond 65535, or half of an IPv6 address
+        return False
 
 
 def api_key() -> str:
@@ -184,14 +204,17 @@ class _Reply(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Completion(msgspec.Struct):
-    choices: Annotated[list[_Reply], msgspec.Meta(min_length=1)]
-    usage: Any = None
+_Count = Annotated[int, msgspec.Meta(ge=0, le=10**9)] | None
 
 
 class _Usage(msgspec.Struct):
-    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)]
-    completion_tokens: Annotated[int, msgspec.Meta(ge=0)]
+    prompt_tokens: _Count = None
+    completion_tokens: _Count = None
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Reply], msgspec.Meta(min_length=1)]
+    usage: _Usage | None = None
 
 
 @dataclass(frozen=True)
@@ -214,11 +237,9 @@ def judge(body: str, min_words: int = 8) -> TeacherAnswer:
         completion = msgspec.json.decode(body, type=_Completion)
     except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError) as error:
         return TeacherAnswer(reason="malformed answer", detail=f"{error}: {_short(body)}")
-    try:
-        counted = msgspec.convert(completion.usage, _Usage)
+    counted, usage = completion.usage or _Usage(), None
+    if counted.prompt_tokens is not None and counted.completion_tokens is not None:
         usage = counted.prompt_tokens, counted.completion_tokens
-    except msgspec.ValidationError:
-        usage = None
     reply = completion.choices[0]
     # Models that think aloud put their thoughts first, and some servers leave them there.
     caption = (reply.message.content or "").rpartition("</think>")[2].strip()
@@ -238,11 +259,42 @@ def judge(body: str, min_words: int = 8) -> TeacherAnswer:
     return TeacherAnswer(caption, usage=usage)
 
 
-def redact(text: str, key: str) -> str:
-    """Return a text without the key, and without words that begin like it, such as ``sk-ab***yz``."""
+def redact(text: str, key: str, part: int = 4) -> str:
+    """Return a text without the words that hold `part` successive characters of the key, such as ``sk-ab***yz``."""
     if len(key) < 8:  # ``none`` or ``EMPTY`` of local servers are no secret, and may be words of a caption
         return text
-    return re.sub(re.escape(key[:5]) + r"[\w*.+/=…-]*", "[key]", text.replace(key, "[key]"))
+    key = key.lower()
+    parts = {key[start : start + part] for start in range(len(key) - part + 1)}
+
+    def shown(word: re.Match[str]) -> str:
+        return "[key]" if any(part in word[0].lower() for part in parts) else word[0]
+
+    return re.sub(r"[^\s\"'`<>(){}\[\],;]+", shown, text)
+
+
+def _is_passing(status: int) -> bool:
+    """Return True if the same request may have an answer later; 0 stands for none."""
+    return status in (0, 408, 409, 429) or status >= 500
+
+
+def seconds_until_repeat(retry_after: str, repeats: int) -> float:
+    """Return the wait before a repeat: what the server asks for, up to `LONGEST_WAIT`, else longer each time.
+
+    Parameters
+    ----------
+    retry_after : str
+        Seconds or a date; anything else counts as absent.
+    repeats : int
+        Earlier repeats of the request.
+    """
+    try:
+        asked = float(retry_after)
+    except ValueError:
+        try:
+            asked = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, IndexError, OverflowError, OSError):
+            asked = 0.0
+    return min(asked, LONGEST_WAIT) if asked > 0 else min(8.0, FIRST_WAIT * 2**repeats) * random.uniform(0.75, 1)
 
 
 def _short(text: str) -> str:
@@ -493,17 +545,20 @@ class Annotation:
     async def _ask_all(self, limit: int | None) -> None:
         try:
             import aiolimiter
-            import openai
+            import httpx2
         except ImportError:
-            raise TrainingError("annotating needs openai and aiolimiter: pip install 'vidsieve[teacher]'") from None
+            raise TrainingError("annotating needs httpx2 and aiolimiter: pip install 'vidsieve[teacher]'") from None
         server, tasks, seen = self.server, set[asyncio.Task[None]](), set[str]()
         self.stopped, self.error, self.replied, self.count, self.silent = "", "", False, 0, 0
         self._reserved: dict[str, tuple[int, int]] = {}
         self._pace = aiolimiter.AsyncLimiter(1, 60 / server.rate) if server.rate else None
-        http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._start]})
-        async with openai.AsyncOpenAI(
-            base_url=server.url, api_key=self.key, timeout=server.timeout, max_retries=server.retries, http_client=http
-        ) as client:
+        self._waiting, self._announced = set[asyncio.Task[Any]](), 0.0
+        headers = {"Authorization": f"Bearer {self.key}", "Accept-Encoding": "identity"}
+        try:
+            http = httpx2.AsyncClient(headers=headers, timeout=None, limits=httpx2.Limits())
+        except (ValueError, ImportError, httpx2.InvalidURL) as error:
+            raise TrainingError(f"the proxy that the environment names cannot be used ({error}): see to it") from None
+        async with http as client:
             # Not where another thread listens for Ctrl-C, nor where it is ignored, as in background jobs.
             if (
                 threading.current_thread() is threading.main_thread()
@@ -536,46 +591,112 @@ class Annotation:
         dollars = self.server.dollars(self.tokens_in + tokens_in, self.tokens_out + tokens_out) or 0.0
         return self.server.budget is None or dollars <= self.server.budget
 
-    async def _start(self, request: Any) -> None:
+    @contextmanager
+    def _idle(self) -> Iterator[None]:
+        """Wait inside, without a request under way: the end of the run ends the wait."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.stopped in ("interrupted", "error"):
+                raise _HaltedError from None
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    async def _start(self, item: CaptionItem) -> None:
         """Wait for the turn of a request, the first about its row or a repeat, and record it."""
         if self._pace is not None:
-            await self._pace.acquire()
+            with self._idle():
+                await self._pace.acquire()
         if self.stopped in ("interrupted", "error"):
             raise _HaltedError
-        key = request.headers["Idempotency-Key"]
-        self._record({"sent": key, "most": self._reserved[key]})
+        self._record({"sent": item.key, "most": self._reserved[item.key]})
+
+    async def _send(self, client: Any, item: CaptionItem, request: bytes) -> tuple[int, str, str]:
+        """Send one request and return status, body and ``Retry-After`` of the answer."""
+        url = f"{self.server.url}/chat/completions"
+        headers = {"Content-Type": "application/json", "Idempotency-Key": item.key}  # one who knows it bills it once
+        async with (
+            asyncio.timeout(self.server.timeout),
+            client.stream("POST", url, content=request, headers=headers) as response,
+        ):
+            known, body = response.headers, bytearray()
+            if response.has_redirect_location:
+                body += f"a redirect to {known['Location'][:200]}, which is not followed".encode()
+            elif known.get("Content-Encoding", "identity") != "identity":
+                body += b"a compressed answer, though none was asked for"
+            else:
+                async for chunk in response.aiter_raw():
+                    body += chunk
+                    if len(body) > MOST_BYTES:
+                        body[:] = f"an answer of more than {MOST_BYTES:,} bytes".encode()
+                        break
+            return response.status_code, body.decode("utf-8", "replace"), known.get("Retry-After", "")
+
+    async def _answer(self, client: Any, item: CaptionItem, request: bytes) -> tuple[int, str]:
+        """Return the last status, 0 for none, and what it came with: the body, or what went wrong."""
+        from httpx2 import HTTPError
+
+        for repeats in range(self.server.retries + 1):
+            await self._start(item)
+            status, retry_after = 0, ""
+            try:
+                status, text, retry_after = await self._send(client, item, request)
+                if not 200 <= status < 300:
+                    text = f"Error code: {status} - {text}"
+            except TimeoutError:
+                text = f"no answer within {self.server.timeout:g} s"
+            except HTTPError as error:
+                text = f"{error or type(error).__name__}"
+            if not _is_passing(status):
+                break
+            if repeats < self.server.retries:
+                if status:  # a server that says so has not worked for money
+                    self._record({"failed": item.key})
+                await self._wait(seconds_until_repeat(retry_after, repeats), text)
+        return status, text
+
+    async def _wait(self, seconds: float, why: str) -> None:
+        """Wait before a repeat, and say so, unless a wait as long was announced."""
+        end = time.monotonic() + seconds
+        if seconds >= 2 and end > self._announced + 1 and self._note is not None:
+            self._announced = end
+            why = self._why("", why)["detail"]
+            text = f"{self.server.url} did not answer ({why}): asking again in {seconds:.0f} s; Ctrl-C stops"
+            self._note(redact(text, self.key, 8))
+        with self._idle():
+            await asyncio.sleep(seconds)
 
     async def _settle(self, client: Any, item: CaptionItem) -> None:
         """Ask about a row, and record the outcome."""
-        from openai import APIConnectionError, APIStatusError
-
         teacher, aside = self.teacher, {"aside": item.key, "usage": None, "metered": False}
         try:
             urls = await asyncio.to_thread(teacher.images, item.shown)
             content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
             content.append({"type": "text", "text": teacher.instruction(item.row)})
-            raw = await client.chat.completions.with_raw_response.create(
-                model=teacher.model,
-                messages=[{"role": "user", "content": content}],
-                max_tokens=teacher.max_tokens,
-                temperature=teacher.temperature,
-                extra_headers={"Idempotency-Key": item.key},  # a server that knows it bills a repeat once
-            )
-            answer = judge(raw.text, teacher.min_words)
-            self.replied, self.silent = True, 0
-            paid = {"usage": answer.usage or teacher.most(item.row)[1:], "metered": answer.usage is not None}
-            if answer.reason:
-                self._settled({"aside": item.key, **self._why(answer.reason, answer.detail), **paid})
-            else:
-                self._settled({"done": item.key, "caption": redact(answer.caption, self.key), **paid})
-        except VideoError as error:
-            self._settled(aside | self._why("broken video", str(error)))
-        except APIStatusError as error:
-            self.replied = True
-            repeated = error.status_code in (408, 409, 429) or error.status_code >= 500
-            why = self._why("no answer" if repeated else "refused request", str(error))
-            unpaid = error.status_code == 402 or error.code == "insufficient_quota"
-            if unpaid or error.status_code == 401 or (error.status_code in (403, 404) and not self.answers):
+            request = {
+                "model": teacher.model,
+                "messages": [{"role": "user", "content": content}],
+                "max_tokens": teacher.max_tokens,
+                "temperature": teacher.temperature,
+            }
+            status, text = await self._answer(client, item, json.dumps(request).encode())
+            self.replied = self.replied or status > 0
+            if 200 <= status < 300:
+                answer = judge(text, teacher.min_words)
+                self.silent = 0
+                paid = {"usage": answer.usage or teacher.most(item.row)[1:], "metered": answer.usage is not None}
+                if answer.reason:
+                    self._settled({"aside": item.key, **self._why(answer.reason, answer.detail), **paid})
+                else:
+                    self._settled({"done": item.key, "caption": redact(answer.caption, self.key, 8), **paid})
+                return
+            why = self._why("no answer" if _is_passing(status) else "refused request", text)
+            hopeless = status in (401, 402) or '"insufficient_quota"' in text
+            if hopeless or ((300 <= status < 400 or status in (403, 404)) and not self.answers):
                 self._record({"failed": item.key})
                 self._fail(
                     f"{self.server.url} refuses all requests to {self.teacher.model} ({why['detail']}): see to "
@@ -584,8 +705,8 @@ class Annotation:
                 )
             else:
                 self._unanswered(aside | why)
-        except APIConnectionError as error:
-            self._unanswered(aside | self._why("no answer", str(error.__cause__ or error)))
+        except VideoError as error:
+            self._settled(aside | self._why("broken video", str(error)))
         except _HaltedError:
             if item.key in self.open:  # its request failed before
                 self._record({"failed": item.key})
@@ -593,7 +714,7 @@ class Annotation:
             self._reserved.pop(item.key)
 
     def _why(self, reason: str, detail: str) -> dict[str, Any]:
-        return {"reason": reason, "detail": redact(_short(detail), self.key)}
+        return {"reason": reason, "detail": _short(redact(detail[:10_000], self.key))}
 
     def _unanswered(self, entry: dict[str, Any]) -> None:
         """Set a row aside without an answer, and stop the run where several in succession had none."""
@@ -606,11 +727,17 @@ class Annotation:
             )
 
     def _fail(self, error: str) -> None:
-        self.error, self.stopped = self.error or error, "error"
+        self.error = self.error or redact(error, self.key, 8)
+        self._stop("error")
+
+    def _stop(self, why: str) -> None:
+        self.stopped = why
+        for task in self._waiting:
+            task.cancel()
 
     def _interrupt(self) -> None:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # the next one interrupts as ever
-        self.stopped = "interrupted"
+        self._stop("interrupted")
         if self._note is not None:
             self._note(f"stopping after {len(self.open)} requests that are under way; Ctrl-C again drops them")
 

@@ -1,0 +1,283 @@
+"""Visitors of a page that gradio serves: whose uploads are whose, and which requests come through."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import re
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
+from http.cookies import CookieError, SimpleCookie
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import MutableHeaders, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+MOST_UPLOADS, MOST_BYTES, MOST_BYTES_OF_ALL = 4, 200 * 2**20, 4 * 2**30
+"""Uploads that a visitor has, bytes of one, and bytes of all visitors' uploads."""
+MOST_JSON = 2**20
+"""Bytes of any other request."""
+IDLE = 300.0
+"""Seconds without a request after which a visitor without a heartbeat is gone."""
+
+_PAGE = re.compile(
+    r"/(|config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.*|pwa_icon(/\d+)?)"
+    r"|/gradio_api/(info/?|startup-events|app_id/?|theme\.css|upload|queue/(join|data|status)|reset/?|cancel"
+    r"|heartbeat/[^/]+|call/ask(/[^/]+)?|file=.*)"
+)
+"""What the page needs of gradio: its proxies, deep links, monitoring and editors are not among it."""
+
+
+class Visitors:
+    """ASGI middleware that keeps other sites out, and the files of visitors apart.
+
+    A visitor is a cookie. Uploads go into folders with random names, and only their visitor can ask about them or see
+    them. They are deleted when the visitor's last heartbeat ends, or after `IDLE` seconds without a request. An upload
+    of a client that keeps no cookies belongs to the first session of gradio that asks about it.
+
+    Parameters
+    ----------
+    folder : Path
+        Of uploads.
+    hosts : collection of str
+        Names in the Host header, in small letters; "*" stands for every IP address.
+    gone : callable
+        Called with the path of every upload that is deleted.
+    """
+
+    def __init__(self, folder: Path, hosts: Collection[str], gone: Callable[[Path], object]) -> None:
+        self._folder, self._hosts, self._gone = folder, hosts, gone
+        self._uploads: dict[str, tuple[str, int]] = {}  # path: visitor, bytes
+        self._unclaimed = set[str]()
+        self._sessions: dict[str, str] = {}  # session of gradio: visitor
+        self._seen: dict[str, float] = {}
+        self._requests, self._heartbeats = Counter[str](), Counter[str]()
+        self._arriving = 0
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def around(self, app: ASGIApp) -> Visitors:
+        """Return this middleware with the application inside."""
+        self._app = app
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or hand it on."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        headers, path = MutableHeaders(scope=scope), scope["path"]
+        if scope["type"] != "http" or not self._is_let_in(headers):
+            text = "open the page by the address that vidsieve ui prints, or by the machine's IP address"
+            await PlainTextResponse(text, 403)(scope, receive, send)
+            return
+        self._sweeper = self._sweeper or asyncio.create_task(self._sweep())
+        cookie = f"vidsieve-{(scope.get('server') or ('', 0))[1]}"
+        token, issued = _cookie(headers.get("cookie", ""), cookie), secrets.token_urlsafe(24)
+
+        async def reply(message: Message) -> None:
+            if not token and message["type"] == "http.response.start":
+                more = MutableHeaders(scope=message)
+                more.append("Set-Cookie", f"{cookie}={issued}; Path=/; HttpOnly; SameSite=Lax")
+            await send(message)
+
+        app: ASGIApp = self._app
+        body, sent, session = _Limited(receive, MOST_JSON), None, ""
+        if path.startswith("/gradio_api/heartbeat/"):
+            session = path.rpartition("/")[2]
+        elif path == "/gradio_api/queue/data":
+            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+        elif path == "/gradio_api/upload":
+            body = _Limited(receive, MOST_BYTES + MOST_JSON, self._has_room)
+        elif scope["method"] == "POST":
+            try:
+                sent = await body.json(headers)
+                session = str(sent.get("session_hash") or "")
+            except (ValueError, RecursionError, AttributeError, _TooLargeError) as error:
+                app = _refusal(400, f"no request of this page: {error}")
+        session = session and _digest(f"session {session}")
+        visitor = _digest(token) if token else session
+        if not _PAGE.fullmatch(path) or (session and self._sessions.setdefault(session, visitor) != visitor):
+            app = _refusal(404, "not found")
+        elif path.startswith("/gradio_api/file=") and self._uploads.get(path.partition("=")[2], (None,))[0] != visitor:
+            app = _refusal(404, "not among your uploads")
+        elif sent is not None and "data" in sent and not self._may_ask(visitor, sent["data"], bool(token)):
+            app = _refusal(403, "the video is not among your uploads, or no more: upload it, and keep the cookie")
+        heart = self._heartbeats if path.startswith("/gradio_api/heartbeat/") else Counter[str]()
+        self._requests[visitor] += 1
+        heart[visitor] += 1
+        try:
+            if path == "/gradio_api/upload" and app is self._app:
+                app = await self._upload(scope, body, visitor or _digest(issued), bool(token))
+            await app(scope, body.receive, reply)
+        finally:
+            for count in (self._requests, heart):
+                count[visitor] -= 1
+                if not count[visitor]:
+                    del count[visitor]
+            if visitor:
+                self._seen[visitor] = time.monotonic()
+            if heart is self._heartbeats and not heart[visitor]:
+                self._leave(visitor)
+
+    def _is_let_in(self, headers: MutableHeaders) -> bool:
+        """Return True unless another site sent the request, or resolves to this machine (DNS rebinding)."""
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+                return False
+            return name in self._hosts or ("*" in self._hosts and bool(ip_address(name)))
+        except ValueError:
+            return False
+
+    def _may_ask(self, visitor: str, data: Any, known: bool) -> bool:
+        """Return True if the first value is no file, or one with nothing but uploads of a visitor inside."""
+        video = data[0] if isinstance(data, list) and data else 0
+        paths = list(_paths(video)) if isinstance(video, dict) and visitor else []
+        if not paths or not all(isinstance(path, str) for path in paths):
+            return video is None
+        if not known:
+            for path in self._unclaimed.intersection(paths):
+                self._uploads[path] = visitor, self._uploads[path][1]
+        if not all(self._uploads.get(path, (None,))[0] == visitor for path in paths):
+            return False
+        self._unclaimed.difference_update(paths)
+        return True
+
+    async def _upload(self, scope: Scope, limited: _Limited, visitor: str, claimed: bool) -> Response:
+        """Return the answer to an upload of one file: a list with its path, as gradio's own."""
+        place = self._folder / secrets.token_urlsafe(16)
+        try:
+            async with (
+                asyncio.timeout(2 * IDLE),
+                Request(scope, limited.receive).form(max_files=1, max_fields=9) as form,
+            ):
+                file = form.get("files")
+                if not isinstance(file, UploadFile):
+                    return PlainTextResponse("no file in the field `files`", 400)
+                place.mkdir(mode=0o700)
+                name = re.sub(r"[^\w.-]", "_", Path(file.filename or "").name.lstrip("."))[-80:] or "video"
+                with (place / name).open("wb") as target:
+                    await run_in_threadpool(shutil.copyfileobj, file.file, target, 2**20)
+        except (HTTPException, _TooLargeError, ClientDisconnect, TimeoutError, OSError) as error:
+            shutil.rmtree(place, ignore_errors=True)
+            status = 413 if isinstance(error, _TooLargeError) else 400
+            return PlainTextResponse(str(error) or "no whole upload came", status)
+        finally:
+            self._arriving -= limited.taken
+        path = str(place / name)
+        self._uploads[path] = visitor, (place / name).stat().st_size
+        if not claimed:
+            self._unclaimed.add(path)
+        self._seen[visitor] = time.monotonic()
+        for old in [path for path, (whose, _) in self._uploads.items() if whose == visitor][:-MOST_UPLOADS]:
+            self._delete(old)
+        return JSONResponse([path])
+
+    def _has_room(self, size: int) -> bool:
+        self._arriving += size
+        return self._arriving + sum(size for _, size in self._uploads.values()) <= MOST_BYTES_OF_ALL
+
+    def _delete(self, path: str) -> None:
+        del self._uploads[path]
+        self._unclaimed.discard(path)
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
+        self._gone(Path(path))
+
+    def _leave(self, visitor: str) -> None:
+        """Delete everything of a visitor."""
+        for path in [path for path, (whose, _) in self._uploads.items() if whose == visitor]:
+            self._delete(path)
+        for session in [session for session, whose in self._sessions.items() if whose == visitor]:
+            del self._sessions[session]
+        self._seen.pop(visitor, None)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(IDLE / 10)
+            for visitor, seen in list(self._seen.items()):
+                if not self._requests[visitor] and time.monotonic() - seen > IDLE:
+                    self._leave(visitor)
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class _Limited:
+    """A request's body of limited size; `taken` bytes came so far."""
+
+    def __init__(self, receive: Receive, most: int, has_room: Callable[[int], bool] | None = None) -> None:
+        self._receive, self._most, self._has_room, self.taken = receive, most, has_room, 0
+        self._again: list[Message] = []
+
+    async def receive(self) -> Message:
+        """Return the next message.
+
+        Raises
+        ------
+        _TooLargeError
+        """
+        if self._again:
+            return self._again.pop()
+        message = await self._receive()
+        size = len(message.get("body", b""))
+        self.taken += size
+        if self.taken > self._most or (self._has_room is not None and not self._has_room(size)):
+            raise _TooLargeError("the request is too large, or the server has no room for more")
+        return message
+
+    async def json(self, headers: MutableHeaders) -> Any:
+        """Return the body's value, and write it anew for the next reader, who then cannot understand it differently.
+
+        Raises
+        ------
+        ValueError, RecursionError, _TooLargeError
+        """
+        body, more = bytearray(), True
+        while more:
+            message = await self.receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        value = json.loads(body)
+        again = json.dumps(value).encode()
+        headers["content-length"] = str(len(again))
+        self._again = [{"type": "http.request", "body": again, "more_body": False}]
+        return value
+
+
+def _refusal(status: int, text: str) -> Response:
+    return JSONResponse({"detail": text}, status)
+
+
+def _paths(value: Any) -> Iterator[Any]:
+    """Yield the values named ``path`` at any depth."""
+    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if name == "path":
+            yield part
+        else:
+            yield from _paths(part)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+def _cookie(header: str, name: str) -> str:
+    """Return the value of a cookie if it is one that `Visitors` issues."""
+    try:
+        morsel = SimpleCookie(header).get(name)
+    except CookieError:
+        return ""
+    return morsel.value if morsel is not None and re.fullmatch(r"[\w-]{32}", morsel.value, re.ASCII) else ""
