@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import struct
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vidsieve.errors import VideoError
 from vidsieve.serving.batch import read_row
 from vidsieve.training.data.layouts import confined_records
 from vidsieve.video import limits, reading
+from vidsieve.video.decoding import File, VideoFile
 from vidsieve.video.reading import read_frames, read_image, read_video, write_video
 
 
@@ -225,10 +227,15 @@ def test_time_and_packets_are_limited(folder, monkeypatch, name, value, match):
     refused(folder / "a.mp4", match)
 
 
+def test_time_is_limited_between_packets(folder):
+    with closing(File(VideoFile(folder / "a.mp4", end=0.0))) as file, pytest.raises(VideoError, match="was not read"):
+        next(file.packets())
+
+
 def test_images_are_limited_and_of_formats_that_run_nothing(tmp_path, monkeypatch):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
-    with pytest.raises(VideoError, match="cannot be read as an image"):
+    with pytest.raises(VideoError, match="EPS is not read"):
         read_image(tmp_path / "eps.png")
     with pytest.raises(VideoError, match="at least one frame and at most"):
         read_frames([(tmp_path / "a.png", 10**12)], frames=4)

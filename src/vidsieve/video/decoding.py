@@ -50,8 +50,8 @@ PLAYLISTS = {
 """How a file begins that names others, what it is, and the demuxer if it can be read."""
 LONGEST_PLAYLIST = 2**20
 """Bytes."""
-FFMPEG = ctypes.CDLL(av._core.__file__)
-"""The libraries that PyAV was linked with."""
+limit_blocks = getattr(ctypes.CDLL(av._core.__file__), "av_max_alloc", lambda size: None)
+"""FFmpeg's own limit of one block of memory; on Windows a library does not show those that it is linked with."""
 SEEKABLE = frozenset(
     {
         *("av1", "vvc", "hevc", "h264", "h263", "h261", "vp6", "vp6f", "vp8", "vp9", "theora", "flv1"),
@@ -108,7 +108,7 @@ class VideoFile:
         """
         check_file(self.path)
         # Of one block of memory, in the whole process; the index of a file may claim any number of frames.
-        FFMPEG.av_max_alloc(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
+        limit_blocks(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
         path, members = self.path.resolve(), None
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.frame_pixels)}
         try:
