@@ -261,7 +261,7 @@ def test_frames_shown_before_the_keyframe_they_follow_come_from_an_earlier_one(f
 
 
 def test_one_decoding_thread(files):
-    with closing(module.File(files("gop12"), {})) as file:
+    with closing(module.File(module.VideoFile(files("gop12")))) as file:
         assert file.codec.thread_count == 1
 
 

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, check_output, err, out, write_json
+from vidsieve.cli.shared import Json, MaxPixels, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
+from vidsieve.video import Limits
 
 
 def annotate(
@@ -43,6 +44,7 @@ def annotate(
     video_root: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
+    max_pixels: MaxPixels = Limits.pixels,
     json: Json = None,
 ) -> None:
     """Have captions rewritten by a teacher behind any OpenAI-compatible server, as SCORE's data were.

@@ -14,7 +14,7 @@ from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError
 from vidsieve.retention import parse_retention
-from vidsieve.video import check_file
+from vidsieve.video import Limits, check_file
 
 if TYPE_CHECKING:
     from vidsieve.answering import Clock
@@ -44,6 +44,7 @@ def ask(
     ] = None,
     retention: shared.Retention = "0.25",
     earliest: shared.Earliest = False,
+    max_pixels: shared.MaxPixels = Limits.pixels,
     frames: shared.Frames = None,
     fps: shared.Fps = None,
     layout: shared.Layout = None,

@@ -13,6 +13,7 @@ from vidsieve.cli.shared import (
     Earliest,
     Fps,
     Layout,
+    MaxPixels,
     Model,
     NewTokens,
     Retention,
@@ -27,6 +28,7 @@ from vidsieve.cli.shared import (
 from vidsieve.errors import ModelError, OutputError
 from vidsieve.io.stopping import stop_on_signal
 from vidsieve.retention import parse_retention
+from vidsieve.video import Limits
 
 if TYPE_CHECKING:
     from vidsieve.serving.batch import BatchReport
@@ -66,6 +68,7 @@ def batch(
             show_default=False,
         ),
     ] = None,
+    max_pixels: MaxPixels = Limits.pixels,
     threads: Threads = 0,
 ) -> None:
     """Answer questions about many videos with pruned prompts; a run that was stopped or killed can be resumed.

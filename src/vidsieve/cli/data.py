@@ -14,6 +14,7 @@ from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     PICTURES,
     Json,
+    MaxPixels,
     Share,
     Threads,
     check_output,
@@ -28,6 +29,7 @@ from vidsieve.cli.shared import (
 )
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import writing
+from vidsieve.video import Limits
 
 if TYPE_CHECKING:
     from vidsieve.training.data.skipped import Skipped
@@ -62,6 +64,7 @@ def check(
         Path | None, typer.Option("--list", help="List every fault here, as JSON lines.", show_default=False)
     ] = None,
     readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
+    max_pixels: MaxPixels = Limits.pixels,
     json: Json = None,
 ) -> None:
     """Report the contents of a file of prompts, and the part of it that can be used, before anything runs."""

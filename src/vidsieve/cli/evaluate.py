@@ -12,6 +12,7 @@ from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
 from vidsieve.retention import parse_retention, parse_retentions
+from vidsieve.video import Limits
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
@@ -132,6 +133,7 @@ def evaluate(
         str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.", rich_help_panel=SETS)
     ] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
+    max_pixels: shared.MaxPixels = Limits.pixels,
     threads: shared.Threads = 0,
     report: shared.Report = None,
     json: shared.Json = None,

@@ -20,6 +20,7 @@ from rich.segment import Segment
 from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
 from vidsieve.io.files import writing
 from vidsieve.io.texts import printable
+from vidsieve.video import limits
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -78,6 +79,20 @@ def positive(param: typer.CallbackParam, value: float | None) -> float | None:
 
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
+]
+
+
+def set_max_pixels(value: int) -> int:
+    """Limit the pixels of what is read from a video in this process."""
+    limits.pixels = value
+    return value
+
+
+MaxPixels = Annotated[
+    int,
+    typer.Option(
+        "--max-pixels", help="Frames × height × width read from a video at most.", min=1, callback=set_max_pixels
+    ),
 ]
 Layout = Annotated[
     str | None,

@@ -17,6 +17,7 @@ from vidsieve.cli.shared import (
     PAGE,
     Figures,
     Json,
+    MaxPixels,
     Report,
     Threads,
     check_output,
@@ -31,6 +32,7 @@ from vidsieve.cli.shared import (
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import METRICS, locked
 from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
+from vidsieve.video import Limits
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
@@ -128,6 +130,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         force: Force = False,
         log_to: LogTo = "",
         device: Device = "auto",
+        max_pixels: MaxPixels = Limits.pixels,
         threads: Threads = 0,
         json: Json = None,
         report: Report = None,

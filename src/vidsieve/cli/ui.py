@@ -13,8 +13,9 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import Model, Threads, err, out, quiet, set_threads, words
+from vidsieve.cli.shared import MaxPixels, Model, Threads, err, out, quiet, set_threads, words
 from vidsieve.errors import OutputError, PluginError
+from vidsieve.video import Limits
 
 
 def ui(
@@ -25,6 +26,7 @@ def ui(
     frames: Annotated[int, typer.Option(help="Frames taken evenly from a video.", min=1)] = 16,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 7860,
+    max_pixels: MaxPixels = Limits.pixels,
     threads: Threads = 0,
 ) -> None:
     """Serve a page: choose a video, ask, move the retention; see answer, kept tokens and times."""

@@ -39,6 +39,7 @@ from vidsieve.io.journal import Journal
 from vidsieve.loading import load_model
 from vidsieve.options import Options
 from vidsieve.types import Selection, Tokens
+from vidsieve.video import is_inside
 from vidsieve.video.reading import Video, read_video
 
 MAX_INITIAL_FAILURES = 50
@@ -92,8 +93,11 @@ class RowQuestion(msgspec.Struct):
     options: list[str] | None = None
 
 
-def read_row(text: bytes, line: int, root: Path) -> BatchRow:
-    """Return the row in a line of JSON; its prompt lists options that have letters, as `vidsieve eval` does."""
+def read_row(text: bytes, line: int, root: Path, confined: bool = False) -> BatchRow:
+    """Return the row in a line of JSON; its prompt lists options that have letters, as `vidsieve eval` does.
+
+    With `confined`, its video must lie in or below `root`, after symbolic links.
+    """
     fields = None
     try:
         fields = msgspec.json.decode(text.strip(_BLANK))
@@ -101,6 +105,8 @@ def read_row(text: bytes, line: int, root: Path) -> BatchRow:
         for name, value in (("video", row.video), ("question", row.question)):
             if not value.strip():
                 raise ValueError(f"it has no {name}")
+        if confined and not is_inside(root / row.video, root):
+            raise ValueError(f"{row.video} lies outside {root}, the folder that paths start from")
         prompt, options = row.question, Options.parse(row.options) if row.options else None
         if options is not None and options.lettered:
             prompt = Item("", Path(), row.question, options.texts, "").prompt()
@@ -114,7 +120,8 @@ def read_row(text: bytes, line: int, root: Path) -> BatchRow:
 class Rows:
     """The rows of a file of JSON lines, read in groups of `size`; memory holds two numbers for each group.
 
-    `count` and `groups` are the numbers of rows and groups, `digest` is a hash of the file's bytes.
+    `root` and `confined` are as in `read_row`; `count` and `groups` are the numbers of rows and groups, `digest` is a
+    hash of the file's bytes.
 
     Raises
     ------
@@ -122,8 +129,8 @@ class Rows:
         If the file cannot be read or has no rows.
     """
 
-    def __init__(self, path: Path, root: Path, size: int) -> None:
-        self.path, self.root, self.size = path, root, size
+    def __init__(self, path: Path, root: Path, size: int, confined: bool = False) -> None:
+        self.path, self.root, self.size, self.confined = path, root, size, confined
         self.count, self._starts, self._lines = 0, array("Q"), array("Q")
         digest, start = hashlib.blake2b(digest_size=16), 0
         try:
@@ -155,7 +162,7 @@ class Rows:
         with self.path.open("rb") as file:
             file.seek(self._starts[number])
             lines = ((line, text) for line, text in enumerate(file, self._lines[number]) if text.strip(_BLANK))
-            return [read_row(text, line, self.root) for line, text in islice(lines, self.size)]
+            return [read_row(text, line, self.root, self.confined) for line, text in islice(lines, self.size)]
 
     def check(self) -> None:
         """Raise BatchError if the file has changed since it was first read."""
@@ -486,8 +493,9 @@ def answer_file(
     ModelError, UnknownNameError, PolicyError, OutputError, …
         As `Answerer`.
     """
+    confined = root is not None
     root = (source.parent if root is None else root).resolve()  # reasons that name a path are the same everywhere
-    rows, (failed, path) = Rows(source, root, settings.batch), beside(target)
+    rows, (failed, path) = Rows(source, root, settings.batch, confined), beside(target)
     inputs = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
     header = {"batch": 1, "settings": inputs | settings.described()}
     for output in (target, failed):

@@ -20,6 +20,7 @@ import torch
 
 from vidsieve.io.versions import warn_untested
 from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups, line_of
+from vidsieve.video import limits
 
 TASK_ROWS, MAX_TASKS = 32, 1024
 """Rows that a worker takes at once, while this makes no more tasks than that."""
@@ -31,13 +32,22 @@ class RayWorker:
     """A model on a worker; a call yields the outcomes of each group as JSON."""
 
     def __init__(
-        self, settings: BatchSettings, path: Path, root: Path, digest: str, readers: int, threads: int
+        self,
+        settings: BatchSettings,
+        path: Path,
+        root: Path,
+        confined: bool,
+        digest: str,
+        readers: int,
+        threads: int,
+        pixels: int,
     ) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         torch.set_num_threads(threads)  # as in the process that began the run: the order of sums depends on it
-        self.rows, self.settings, self.readers = Rows(path, root, settings.batch), settings, readers
+        limits.pixels = pixels
+        self.rows, self.settings, self.readers = Rows(path, root, settings.batch, confined), settings, readers
         if self.rows.digest != digest:
             raise BatchError(f"{path} differs from the file of the same name where the run was started")
         self.answerer = Answerer(settings)
@@ -72,7 +82,8 @@ def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, re
         dataset = data.from_numpy(np.array_split(numbers, tasks))
         dataset.context.enable_progress_bars = False
         dataset.context.target_max_block_size = 1  # a group's outcomes leave the worker at once
-        arguments = (settings, rows.path.resolve(), rows.root, rows.digest, readers, torch.get_num_threads())
+        source = (rows.path.resolve(), rows.root, rows.confined, rows.digest)
+        arguments = (settings, *source, readers, torch.get_num_threads(), limits.pixels)
         with warnings.catch_warnings():  # before Ray 2.64 there is no other argument for retries
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             answered = dataset.map_batches(

@@ -8,28 +8,50 @@ missing references, damaged data) the file is decoded from its start instead.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import re
+import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
+from io import BytesIO
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import av
 import numpy as np
 from av import Packet, VideoFrame, VideoStream
+from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vidsieve.errors import VideoError
-from vidsieve.video import check_file
+from vidsieve.video import Limits, check_file, is_inside, limits
 
 # Starting threads costs more than converting a small frame; before PyAV 17 there were none.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
+CONTAINERS = (
+    "mov,matroska,avi,flv,mpeg,mpegts,mpegvideo,m4v,h263,h264,hevc,vvc,obu,av1,ivf,ogg,asf,rm,mxf,gxf,nut,dv,wtv,"
+    "yuv4mpegpipe,amv,gif,apng,mjpeg,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe"
+)
+"""The demuxers that FFmpeg may use, each for one file; their other names go with them."""
+PLAYLISTS = {
+    rb"#EXTM3U": ("an HLS playlist", "hls"),
+    rb"ffconcat": ("an ffconcat script", "concat"),
+    rb"<(?s:.*)<?MPD": ("a DASH manifest", ""),
+    rb"v=0\s": ("an SDP description", ""),
+}
+"""How a file begins that names others, what it is, and the demuxer if it can be read."""
+LONGEST_PLAYLIST = 2**20
+"""Bytes."""
+limit_blocks = getattr(ctypes.CDLL(av._core.__file__), "av_max_alloc", lambda size: None)
+"""FFmpeg's own limit of one block of memory; on Windows a library does not show those that it is linked with."""
 SEEKABLE = frozenset(
     {
         *("av1", "vvc", "hevc", "h264", "h263", "h261", "vp6", "vp6f", "vp8", "vp9", "theora", "flv1"),
@@ -48,6 +70,126 @@ Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
 Notes = dict[str, None]  # an ordered set
 Row = tuple[int, int, bool, int, bool]  # a packet: pts, bytes, is it a keyframe, dts, is it shown
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFile:
+    """A video file, notes on how it is read, and the time (`time.monotonic`) at which reading must have ended.
+
+    With `playlists`, the file may be an HLS playlist or an ffconcat script.
+    """
+
+    path: Path
+    notes: Notes = field(default_factory=dict)
+    playlists: bool = False
+    end: float = field(default_factory=lambda: time.monotonic() + limits.seconds)
+
+    def check_time(self) -> None:
+        """Check that there is time left.
+
+        Raises
+        ------
+        VideoError
+        """
+        if time.monotonic() > self.end:
+            raise VideoError(
+                f"{self.path} was not read within {limits.seconds:g} s: cut it into parts, or encode it again as mp4 "
+                "with a keyframe every few seconds"
+            )
+
+    def open(self) -> InputContainer:
+        """Return the file, opened by FFmpeg, which may open no other one and no protocol.
+
+        Members of a playlist must be files in or below its folder.
+
+        Raises
+        ------
+        VideoError
+        """
+        check_file(self.path)
+        # Of one block of memory, in the whole process; the index of a file may claim any number of frames.
+        limit_blocks(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
+        path, members = self.path.resolve(), None
+        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.frame_pixels)}
+        try:
+            what, demuxer = _playlist(path)
+            if what:
+                text = self._checked_playlist(path, what, demuxer)
+                options["format_whitelist"] += f",{demuxer}"
+                members = self._member_opener(text) if demuxer == "hls" else None
+            container = av.open(
+                os.fspath(path),  # absolute: FFmpeg reads "a:b.mp4" as a protocol
+                metadata_errors="replace",
+                options=options,
+                timeout=limits.seconds,
+                io_open=members,
+            )
+        except (OSError, av.FFmpegError) as error:
+            self.check_time()
+            unlisted = isinstance(error, av.ArgumentError)
+            why = "no video stream in a container that is read" if unlisted else error.strerror
+            raise VideoError(f"{self.path} is no video or cut short ({why}): fetch or encode it again") from error
+        return cast(InputContainer, container)
+
+    def _checked_playlist(self, path: Path, what: str, demuxer: str) -> bytes:
+        """Return the contents of a file that names others, if it may be read.
+
+        Raises
+        ------
+        VideoError
+        """
+        advice = "give the video itself" + (", or read it with allow_playlists=True" if demuxer else "")
+        if not self.playlists or not demuxer:
+            raise VideoError(f"{self.path} is no video but {what}, which names other files: {advice}")
+        if path.stat().st_size > LONGEST_PLAYLIST:
+            raise VideoError(f"{self.path} has more than {LONGEST_PLAYLIST} bytes, too many for {what}")
+        text = path.read_bytes()
+        lines = re.split(rb"[\r\n\0]", text)
+        if demuxer == "hls":
+            if not any(line.startswith(b"#EXT-X-ENDLIST") for line in lines):
+                raise VideoError(f"{self.path} has no end (#EXT-X-ENDLIST): read it when the broadcast is over")
+            return text
+        # FFmpeg opens the members of a script itself, from the same list of demuxers: none may be a list in turn.
+        for line in lines:
+            if name := re.match(rb"\s*file\s+['\"]?(.+?)['\"]?\s*$", line):
+                VideoFile(self._member(os.fsdecode(name[1])), end=self.end).open().close()
+        return text
+
+    def _member_opener(self, text: bytes) -> Callable[[str, int, Mapping[str, str]], IO[bytes]]:
+        """Return what opens a playlist for FFmpeg, and then its members, of which none may be a playlist in turn."""
+        playlist = iter([BytesIO(text)])
+
+        def open_member(url: str, flags: int, options: Mapping[str, str]) -> IO[bytes]:
+            if first := next(playlist, None):
+                return first
+            self.check_time()
+            member = self._member(url)
+            if what := _playlist(member)[0]:
+                raise VideoError(f"{self.path} names {url!r}, {what}: give that one itself")
+            return member.open("rb")
+
+        return open_member
+
+    def _member(self, name: str) -> Path:
+        """Return the path of a playlist's member.
+
+        Raises
+        ------
+        VideoError
+            If it is no file in or below the playlist's folder.
+        """
+        folder = self.path.resolve().parent
+        if not is_inside(folder / name, folder):
+            raise VideoError(f"{self.path} names {name!r}, outside its folder: give the video itself")
+        check_file(folder / name)
+        return folder / name
+
+
+def _playlist(path: Path) -> tuple[str, str]:
+    """Return what a file that names others is, and the demuxer if it can be read; empty for any other file."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((found for mark, found in PLAYLISTS.items() if re.match(mark, head)), ("", ""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +217,8 @@ class Reel:
 
     pixels: Pixels
 
-    def __init__(self, wanted: Ints, notes: Notes) -> None:
-        self.notes, self.names, self.missing = notes, wanted, set(wanted.tolist())
+    def __init__(self, wanted: Ints, source: VideoFile) -> None:
+        self.source, self.notes, self.names, self.missing = source, source.notes, wanted, set(wanted.tolist())
         self.aspect = Fraction(1)  # of a pixel
         self.size, self.matrix = (0, 0), [1, 0, 0, 0, 1]
         self.convert = VideoReformatter().reformat  # reused, since it caches its tables
@@ -92,6 +234,7 @@ class Reel:
         self.missing.discard(name)
         if first := self.size == (0, 0):
             self.size = self.shown(frame)
+            limits.check_pixels(self.source.path, len(self.names), *self.size)
             if self.size != (frame.width, frame.height):
                 stored, shown = f"{frame.width}×{frame.height}", "{}×{}".format(*self.size)
                 note = f"pixels are {float(self.aspect):.4g} times as wide as high: frames of {stored}"
@@ -117,16 +260,12 @@ class Reel:
 class File:
     """An open file, at the stream that a player would show, with one decoding thread."""
 
-    def __init__(self, path: Path, notes: Notes) -> None:
-        self.notes = notes
-        check_file(path)
-        try:  # absolute: FFmpeg reads "a:b.mp4" as a protocol
-            self.container = av.open(str(path.resolve()), metadata_errors="replace")
-        except av.FFmpegError as error:
-            raise VideoError(f"{path} is no video or cut short ({error.strerror}): fetch or encode it again") from error
+    def __init__(self, source: VideoFile) -> None:
+        self.source, self.notes, path = source, source.notes, source.path
+        self.container = source.open()
         self.close, streams = self.container.close, self.container.streams
         videos = [s for s in streams.video if not s.disposition & Disposition.attached_pic]
-        if not videos or self.container.format.name == "tty":  # FFmpeg reads any .txt as terminal art
+        if not videos:
             held = "cover art" if streams.video else "sound" if streams.audio else "other data"
             raise VideoError(f"{path} has no video stream, only {held}: give a file with one")
         videos = [s for s in videos if cast(object, s.codec_context) is not None]
@@ -144,29 +283,54 @@ class File:
         self.codec = best.codec_context
         aspect = best.sample_aspect_ratio or self.codec.sample_aspect_ratio or Fraction(1)
         self.aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond that it is an error in the file
+        self.size = self.codec.width * self.codec.height
+        self.codec.options = {"max_pixels": str(limits.frame_pixels)}
         self.codec.thread_count = 1  # frame threads restart after each seek, which costs more than they gain
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
-        """Yield the stream's intact packets until the file ends or breaks off."""
+        """Yield the stream's intact packets until the file ends or breaks off.
+
+        Raises
+        ------
+        VideoError
+            If the time is over, or there are too many.
+        """
         try:
-            for packet in self.container.demux(self.stream):
+            for count, packet in enumerate(self.container.demux(self.stream)):
+                self.source.check_time()
+                if count > limits.packets:
+                    raise VideoError(f"{self.source.path} has more than {limits.packets} packets: cut it into parts")
                 if packet.is_corrupt:
                     self.notes["corrupt packets were skipped"] = None
                 elif packet.size:
                     yield packet
         except (av.FFmpegError, IndexError) as error:  # IndexError: a damaged file seems to start a new stream
+            self.source.check_time()
             self.notes[f"the file breaks off ({error})"] = None
 
     def decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-        """Return the intact frames that `packet` completes; None flushes the decoder."""
+        """Return the intact frames that `packet` completes; None flushes the decoder.
+
+        Raises
+        ------
+        VideoError
+            If frames are too large.
+        """
         try:
             frames = self.codec.decode(packet)
         except av.FFmpegError:
+            size = self.codec.width * self.codec.height
+            if size > limits.frame_pixels or (self.size and not size):  # FFmpeg resets what is past `max_pixels`
+                raise VideoError(f"{self.source.path} has {self.too_large()}") from None
             self.notes["corrupt packets were skipped"] = None
             return []
         if any(frame.is_corrupt for frame in frames):
             self.notes["corrupt frames were skipped"] = None
         return [frame for frame in frames if not frame.is_corrupt]
+
+    def too_large(self) -> str:
+        """Return the fault of frames past the limit."""
+        return f"frames of more than {limits.frame_pixels} pixels: encode it smaller, or raise --max-pixels"
 
     def frames(self) -> Iterator[VideoFrame]:
         """Yield every intact frame that a player shows."""
@@ -184,7 +348,7 @@ class File:
         """Return the index from the packets; None if they do not determine the shown frames."""
         rows: list[Row] = []
         shown: list[tuple[int, int]] = []
-        prefix: list[VideoFrame] = []
+        seen: list[int | None] = []
         for packet in self.packets():
             if packet.pts is None:
                 return None
@@ -192,9 +356,8 @@ class File:
             rows.append((packet.pts, packet.size, packet.is_keyframe, dts, inside))
             if inside:  # else it is outside the edit list: decoded, never shown
                 shown.append((packet.pts, packet.duration or 0))
-            if len(prefix) < PREFIX:
-                prefix += self.decode(packet)
-        seen = [frame.pts for frame in prefix]
+            if len(seen) < PREFIX:
+                seen += [frame.pts for frame in self.decode(packet)]
         if not seen or None in seen or seen != sorted(cast("list[int]", seen)):
             return None
         # Frames before the first keyframe may never be shown.
@@ -263,7 +426,7 @@ def _is_still(stream: VideoStream) -> bool:
     return still or (stream.frames == 1 and stream.duration is None)
 
 
-def decode_groups(path: Path, index: Index, wanted: Ints, seek: bool | None, notes: Notes) -> Reel | None:
+def decode_groups(source: VideoFile, index: Index, wanted: Ints, seek: bool | None) -> Reel | None:
     """Return the wanted frames (pts), decoded from the keyframes before them; None if one is missing.
 
     `seek`: seek to those keyframes, or else skip the packets between them; None: whichever is less work.
@@ -273,12 +436,12 @@ def decode_groups(path: Path, index: Index, wanted: Ints, seek: bool | None, not
     if seek is None:
         seek = sum(last + 1 - start for start, last in runs) < len(rows) / 2
     for jumping in [True, False] if seek else [False]:
-        reel, position = Reel(wanted, notes), 0
-        with closing(File(path, notes)) as file:
+        reel, position = Reel(wanted, source), 0
+        with closing(File(source)) as file:
             reel.aspect = file.aspect
             if passed_over and (why := file.unseekable()):
                 if seek:
-                    notes[f"read from its start: {why}"] = None
+                    source.notes[f"read from its start: {why}"] = None
                 return None
             packets = file.packets()
             for start, last in runs:
@@ -292,7 +455,7 @@ def decode_groups(path: Path, index: Index, wanted: Ints, seek: bool | None, not
         if not reel.missing:
             return reel
     if seek:
-        notes["read from its start: frames decoded from its keyframes are not those that it shows"] = None
+        source.notes["read from its start: frames decoded from its keyframes are not those that it shows"] = None
     return None
 
 
@@ -313,10 +476,10 @@ def _runs(rows: list[Row], wanted: Ints) -> list[tuple[int, int]]:
     return runs
 
 
-def decode_all(path: Path, wanted: Ints, notes: Notes, *, counting: bool) -> Reel | None:
+def decode_all(source: VideoFile, wanted: Ints, *, counting: bool) -> Reel | None:
     """Return the wanted frames, by pts or by number, decoded from the start; None if one is missing."""
-    reel, newest = Reel(wanted, notes), None
-    with closing(File(path, notes)) as file:
+    reel, newest = Reel(wanted, source), None
+    with closing(File(source)) as file:
         reel.aspect = file.aspect
         for count, frame in enumerate(file.frames()):
             if not counting:
@@ -329,12 +492,14 @@ def decode_all(path: Path, wanted: Ints, notes: Notes, *, counting: bool) -> Ree
     return None
 
 
-def count_frames(path: Path, notes: Notes) -> Index:
+def count_frames(source: VideoFile) -> Index:
     """Return the index from decoding the whole file."""
-    with closing(File(path, notes)) as file:
+    path, notes = source.path, source.notes
+    with closing(File(source)) as file:
         seen = [(frame.pts, frame.duration) for frame in file.frames()]
         if not seen:
-            raise VideoError(f"{path} has a video stream, but no frame of it can be decoded: fetch or encode it again")
+            why = "fetch or encode it again" if file.size else f"it is damaged, or has {file.too_large()}"
+            raise VideoError(f"{path} has a video stream, but no frame of it can be decoded: {why}")
         shown = sorted((pts, duration) for pts, duration in seen if pts is not None)
         if len(dict(shown)) == len(seen):
             if [pts for pts, _ in shown] != [pts for pts, _ in seen]:

@@ -12,19 +12,27 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 import av
 import numpy as np
 from av import VideoFrame
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vidsieve.errors import VideoError
 from vidsieve.io.files import writing
-from vidsieve.video.decoding import File, Index, Ints, Notes, Pixels, count_frames, decode_all, decode_groups
+from vidsieve.video import check_file, limits
+from vidsieve.video.decoding import File, Index, Ints, Pixels, VideoFile, count_frames, decode_all, decode_groups
 
 TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame
+
+IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX")
+"""Formats of still images. Pillow reads others by running programs, such as Ghostscript for EPS."""
+FASTEST = 1e9
+"""Most frames per second that can be asked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +67,7 @@ def read_video(
     times: Sequence[float] | None = None,
     max_frames: int | None = None,
     seek: bool | None = None,
+    allow_playlists: bool = False,
 ) -> Video:
     """Return frames of a video file, chosen by exactly one of `frames`, `fps` and `times`.
 
@@ -71,29 +80,32 @@ def read_video(
     max_frames : limit for `fps`; beyond it, this many evenly spaced frames are returned
     seek : True to seek to keyframes, False to read the file from its start, None for whichever reads less; the frames
         are the same
+    allow_playlists : read HLS playlists and ffconcat scripts too, whose members must be in or below their folder
 
     Raises
     ------
     VideoError
-        If the file holds no readable video, or the request cannot be met.
+        If the file holds no readable video, the request cannot be met, or one of `vidsieve.video.limits` is passed.
     """
     request = _Request(Path(path), frames, fps, times, max_frames)
-    notes: Notes = {}
-    reel = None
-    with closing(File(request.path, notes)) as file:
-        index = file.index()
+    source, reel = VideoFile(request.path, playlists=allow_playlists), None
+    with closing(File(source)) as file:
+        index, shape = file.index(), (file.codec.width, file.codec.height)
     if index is not None:
         chosen, remarks = request.choose(index)
-        reel = decode_groups(request.path, index, index.pts[chosen], seek, notes)
-        reel = reel or decode_all(request.path, index.pts[chosen], notes, counting=False)
+        limits.check_pixels(request.path, len(chosen), *shape)
+        reel = decode_groups(source, index, index.pts[chosen], seek)
+        reel = reel or decode_all(source, index.pts[chosen], counting=False)
     if index is None or reel is None:  # the packets do not determine the shown frames: decode them all
-        index = count_frames(request.path, notes)
+        index = count_frames(source)
         chosen, remarks = request.choose(index)
-        reel = decode_all(request.path, chosen, notes, counting=True)
+        reel = decode_all(source, chosen, counting=True)
     if reel is None:
         raise VideoError(f"{path} changed while it was being read: read it again")
     size, rate = (reel.pixels.shape[1], reel.pixels.shape[2]), len(index.pts) / index.duration
-    return Video(reel.pixels, index.seconds[chosen], (*notes, *remarks), index.duration, rate, len(index.pts), size)
+    return Video(
+        reel.pixels, index.seconds[chosen], (*source.notes, *remarks), index.duration, rate, len(index.pts), size
+    )
 
 
 def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames: int | None = None) -> Video:
@@ -111,16 +123,39 @@ def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames:
     VideoError
         If there is no image, or one cannot be read.
     """
-    shown = np.repeat(np.arange(len(images)), [times for _, times in images])
-    if not len(shown):
-        raise VideoError("a video of still images needs at least one image, shown for at least one frame")
-    chosen = np.arange(len(shown)) if frames is None else _uniform(len(shown), frames)
-    first = read_image(images[shown[0]][0])
+    ends = list(accumulate(times for _, times in images))
+    total = ends[-1] if ends else 0
+    if not 0 < total <= limits.pixels:
+        raise VideoError(
+            "a video of still images needs at least one image, shown for at least one frame and at most "
+            f"{limits.pixels} in all"
+        )
+    count = total if frames is None else min(total, frames)
+    start = next(n for n, end in enumerate(ends) if end)
+    first = read_image(images[start][0])
     size = first.shape[1], first.shape[0]
+    limits.check_pixels(images[start][0], count, *size)
+    chosen = _uniform(total, count)
+    shown = np.searchsorted(ends, chosen, side="right").tolist()
     # Images without a chosen frame are not opened.
-    pictures = {0: first} | {n: read_image(images[n][0], size) for n in set(shown[chosen].tolist()) - {0}}
-    pixels = np.stack([pictures[n] for n in shown[chosen].tolist()])
-    return Video(pixels, chosen.astype(np.float64), (), float(len(shown)), 1.0, len(shown), (size[1], size[0]))
+    pictures = {start: first} | {n: read_image(images[n][0], size) for n in set(shown) - {start}}
+    pixels = np.stack([pictures[n] for n in shown])
+    return Video(pixels, chosen.astype(np.float64), (), float(total), 1.0, total, (size[1], size[0]))
+
+
+def open_image(file: str | os.PathLike[str] | BytesIO) -> Image.Image:
+    """Return a still image, whose header is read.
+
+    Raises
+    ------
+    OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError
+        If it is none of the `IMAGES`, or damaged.
+    """
+    image = Image.open(file)
+    if image.format not in IMAGES:
+        image.close()
+        raise UnidentifiedImageError(f"{image.format} is not read")
+    return image
 
 
 def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Pixels:
@@ -131,10 +166,14 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     VideoError
         If it cannot be read.
     """
+    check_file(Path(path))
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
+            limits.check_pixels(path, 1, *image.size)
             upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except VideoError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise VideoError(
             f"{path} cannot be read as an image ({error}): fetch it again, save it as 8-bit RGB, or leave it out"
         ) from None
@@ -157,7 +196,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     low, high, white = values.min(), values.max(), 1 if image.mode == "F" else 65535
     if not (low >= 0 and high <= white):
         raise ValueError(f"its pixels are numbers from {low:g} to {high:g}, and nothing says which of them is white")
-    return Image.fromarray((values * (255 / white)).round().astype(np.uint8))
+    scaled = np.multiply(values, np.float32(255 / white), dtype=np.float32)
+    return Image.fromarray(np.rint(scaled, out=scaled).astype(np.uint8))
 
 
 def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf: int = 12) -> None:
@@ -212,8 +252,8 @@ class _Request:
             count = getattr(self, name)
             if count is not None and (isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1):
                 raise VideoError(f"{self.path}: {name} must be a whole number of at least 1; got {count!r}")
-        if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise VideoError(f"{self.path}: fps must be a number above 0; got {self.fps!r}")
+        if self.fps is not None and not 0 < self.fps <= FASTEST:
+            raise VideoError(f"{self.path}: fps must be a number above 0, up to {FASTEST:g}; got {self.fps!r}")
         if self.max_frames is not None and self.fps is None:
             raise VideoError(f"{self.path}: max_frames limits fps; leave it out with {given[0]}")
         if self.times is not None and (np.ndim(self.times) != 1 or len(self.times) == 0):

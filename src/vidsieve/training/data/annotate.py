@@ -38,7 +38,7 @@ from PIL import Image
 from vidsieve.errors import TrainingError, VideoError
 from vidsieve.io.files import relative, writing
 from vidsieve.io.journal import Journal
-from vidsieve.training.data.layouts import files_of, moved, path_from, read_records
+from vidsieve.training.data.layouts import confined_records, files_of, moved, path_from
 from vidsieve.video.reading import read_frames, read_image, read_video
 
 PROMPT = (
@@ -350,7 +350,7 @@ class Annotation:
     Parameters
     ----------
     source, root : Path
-        As `read_records` takes them.
+        As `confined_records` takes them.
     target : Path
         JSON lines with paths from its folder, which also holds ``<target>.journal.jsonl`` and ``<target>.aside.jsonl``.
     teacher : Teacher
@@ -381,7 +381,7 @@ class Annotation:
     def items(self, left_out: Counter[str] | None = None) -> Iterator[CaptionItem]:
         """Yield every row, one record in memory at a time; parts that are no rows are counted in `left_out`."""
         settings = json.dumps(vars(self.teacher), sort_keys=True)
-        for record in read_records(self.source, self.root):
+        for record in confined_records(self.source, self.root):
             if left_out is not None:
                 left_out.update(record.left_out)
             if record.fault:

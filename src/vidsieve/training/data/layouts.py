@@ -21,6 +21,7 @@ import msgspec
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import relative
 from vidsieve.training.data.reading import MalformedError, raw_records
+from vidsieve.video import is_inside
 
 LAYOUTS = {
     "koala-36m": "vidsieve.training.data.formats.koala",
@@ -154,6 +155,17 @@ def read_records(path: Path, root: Path | None = None) -> Iterator[Record]:
             yield Record(number, fault=str(error))
         else:
             yield Record(number, tuple(rows), left_out)
+
+
+def confined_records(path: Path, root: Path | None = None) -> Iterator[Record]:
+    """Yield what `read_records` does; with a `root`, files outside it, after symbolic links, are faults of a record."""
+    for record in read_records(path, root):
+        names = {name: None for row in record.rows if "bytes" not in row for name in files_of(row)}
+        outside = next((name for name in names if root is not None and not is_inside(name, root)), None)
+        if outside is None:
+            yield record
+        else:
+            yield Record(record.number, fault=f"{outside} lies outside {root}, the folder that paths start from")
 
 
 def files_of(row: Mapping[str, Any]) -> list[str]:

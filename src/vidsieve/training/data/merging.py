@@ -37,7 +37,7 @@ def merge_files(
     Parameters
     ----------
     sources : sequence of (file, root)
-        As `read_records` takes them.
+        As `confined_records` takes them.
     only : {"all", "captions", "questions"}
     count : int, optional
         Rows in all, drawn evenly from all files' rows together; default: every row.

@@ -18,12 +18,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
-from vidsieve.training.data.layouts import path_from, read_records
+from vidsieve.training.data.layouts import confined_records, path_from
 from vidsieve.training.data.reading import image_fault
+from vidsieve.video.reading import open_image
 
 Bounds = tuple[int, int]
 
@@ -171,7 +170,7 @@ def read_captioned(
     usable: list[Captioned] = []
     left_out: list[LeftOut] = []
     fault_of = cache(image_fault)
-    for done, record in enumerate(read_records(path, root), 1):
+    for done, record in enumerate(confined_records(path, root), 1):
         left_out += [LeftOut(record.number, "", reason) for reason in Counter(record.left_out).elements()]
         if record.fault:
             left_out.append(LeftOut(record.number, "", record.fault))
@@ -192,7 +191,7 @@ def read_captioned(
 
 def _written(data: bytes, folder: Path) -> Path:
     """Write an image that was inside a file, named by its contents, and return its path."""
-    with Image.open(BytesIO(data)) as opened:
+    with open_image(BytesIO(data)) as opened:
         ending = (opened.format or "png").lower()
     place = folder / f"{blake2b(data, digest_size=12).hexdigest()}.{ending}"
     if not os.path.exists(place):

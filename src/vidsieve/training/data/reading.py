@@ -17,6 +17,7 @@ from typing import IO, Any
 from PIL import Image
 
 from vidsieve.errors import TrainingError
+from vidsieve.video.reading import open_image
 
 CHUNK = 2**16
 """Characters of a JSON list that are read at a time."""
@@ -62,7 +63,7 @@ def image_fault(image: Path | bytes) -> str:
     if isinstance(image, Path) and not os.path.isfile(image):
         return "missing image"
     try:
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+        with open_image(BytesIO(image) if isinstance(image, bytes) else image) as opened:
             opened.verify()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return "unreadable image"

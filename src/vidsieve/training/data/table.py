@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vidsieve.errors import PromptError, TrainingError
-from vidsieve.training.data.layouts import files_of, layout_of, read_records
+from vidsieve.training.data.layouts import confined_records, files_of, layout_of
 from vidsieve.training.data.reading import image_fault
 from vidsieve.training.data.skipped import Skipped
 
@@ -112,7 +112,7 @@ def load_rows(
     Parameters
     ----------
     path, root : Path
-        As `read_records`.
+        As `confined_records`.
     wanted : callable, optional
         Returns the reason why a row is left out, or an empty text to take it. Raises `TrainingError` or `PromptError`
         for a row that is wrong.
@@ -131,7 +131,7 @@ def load_rows(
     skipped = Skipped() if skipped is None else skipped
     skipped.layout[str(path)] = layout_of(path).name
     table = RecordTable()
-    for count, record in enumerate(read_records(path, root), 1):
+    for count, record in enumerate(confined_records(path, root), 1):
         where = f"record {record.number}"
         if record.fault:
             skipped.add("malformed record", where, record.fault, file=path)

@@ -1,0 +1,280 @@
+"""Videos, playlists and images that strangers send: each attack, and the answer that is expected."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import struct
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from vidsieve.cli import app
+from vidsieve.errors import VideoError
+from vidsieve.serving.batch import read_row
+from vidsieve.training.data.layouts import confined_records
+from vidsieve.video import limits, reading
+from vidsieve.video.decoding import File, VideoFile
+from vidsieve.video.reading import read_frames, read_image, read_video, write_video
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a video in two containers, below another one with the same."""
+    inner = tmp_path / "inner"
+    for place in (tmp_path, inner):
+        write_video(place / "a.mp4", np.full((8, 32, 48, 3), 90, np.uint8), 8)
+        with av.open(str(place / "a.mp4")) as source, av.open(str(place / "a.ts"), "w") as out:
+            copy = out.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(video=0):
+                if packet.size:
+                    packet.stream = copy
+                    out.mux(packet)
+    (inner / "out.mp4").symlink_to(tmp_path / "a.mp4")
+    (inner / "out.ts").symlink_to(tmp_path / "a.ts")
+    os.mkfifo(inner / "fifo.ts")
+    return inner
+
+
+def hls(member: str, tag: str = "", end: str = "#EXT-X-ENDLIST\n") -> str:
+    return f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n{tag}#EXTINF:2.0,\n{member}\n{end}"
+
+
+def script(member: str) -> str:
+    return f"ffconcat version 1.0\nfile {member}\n"
+
+
+def refused(path: Path, match: str, **how: Any) -> None:
+    with pytest.raises(VideoError, match=match) as caught:
+        read_video(path, **({"frames": 4} | how))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.m3u8", "x.ffconcat", "x.mpd", "x.txt"])
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        (hls("a.ts"), "is no video but an HLS playlist, which names other files"),
+        ("\ufeff\n" + hls("a.ts"), "an HLS playlist"),
+        (script("a.mp4"), "an ffconcat script, which names other files"),
+        ('<?xml version="1.0"?>\n<MPD><BaseURL>a.mp4</BaseURL></MPD>', "a DASH manifest, which names other files"),
+        ("v=0\nm=video 5004 RTP/AVP 96\n", "an SDP description, which names other files"),
+    ],
+)
+def test_a_file_that_names_others_is_refused_by_name(folder, name, text, what):
+    (folder / name).write_text(text, encoding="utf-8")
+    refused(folder / name, what)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("concat:a.mp4|a.mp4", "file:a.mp4", "subfile,,start,0,end,99,,:a.mp4", "http://127.0.0.1:1/a.mp4", "pipe:0"),
+        *("data:,x", "tcp://127.0.0.1:1", "testsrc", "lavfi:testsrc", "*.mp4", "a%03d.mp4", "a.mp4\0", "\ud800.mp4"),
+    ],
+)
+def test_a_path_is_a_path(folder, monkeypatch, name):
+    monkeypatch.chdir(folder)
+    refused(Path(name), "does not exist")
+
+
+def test_an_image_sequence_is_none_though_a_file_has_its_name(folder):
+    for name in ("p%03d.png", "p000.png", "p001.png"):
+        Image.new("RGB", (16, 16)).save(folder / name)
+    refused(folder / "p%03d.png", "is no video")
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        *(("fifo.ts", "is no file"), (".", "is no file"), ("socket", "is no file"), ("/dev/zero", "is no file")),
+        *(("/dev/stdin", "is no file|does not exist|is empty"), ("/proc/self/mem", "is empty|does not exist")),
+    ],
+)
+def test_pipes_devices_and_folders_are_not_opened(folder, monkeypatch, name, match):
+    monkeypatch.chdir(folder)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+        refused(Path(name), match)
+        for read in (lambda: read_image(name), lambda: read_frames([(name, 1)])):
+            with pytest.raises(VideoError, match=match):
+                read()
+
+
+@pytest.mark.parametrize("text", [hls("a.ts"), script("a.mp4"), script("'a.mp4'")])
+def test_a_playlist_is_read_if_asked_for(folder, text):
+    kind = "m3u8" if text.startswith("#EXTM3U") else "ffconcat"
+    (folder / f"x.{kind}").write_text(text)
+    video = read_video(folder / f"x.{kind}", frames=4, allow_playlists=True)
+    assert video.pixels.shape == (4, 32, 48, 3)
+
+
+@pytest.mark.parametrize("member", ["../a", "{above}/a", "out", "fifo.ts#", "http://127.0.0.1:1/a", "x", "x.m3u8#"])
+@pytest.mark.parametrize("kind", ["m3u8", "ffconcat"])
+def test_members_of_a_playlist_are_files_below_it(folder, kind, member):
+    """Absolute paths, `..`, links, pipes, addresses and other playlists are refused before they are opened."""
+    member = member.format(above=folder.parent)
+    member = member[:-1] if member.endswith("#") else f"{member}.{'ts' if kind == 'm3u8' else 'mp4'}"
+    (folder / "x.m3u8").write_text(hls("a.ts"))
+    path = folder / f"list.{kind}"
+    path.write_text((hls if kind == "m3u8" else script)(member))
+    refused(path, "outside its folder|is no file|does not exist|HLS playlist", allow_playlists=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (hls("a.ts", end=""), "has no end"),
+        (hls("a.ts", '#EXT-X-KEY:METHOD=AES-128,URI="../a.ts"\n'), "outside its folder"),
+        (hls("a.ts", '#EXT-X-MAP:URI="../a.mp4"\n'), "outside its folder"),
+        (hls("a.ts").replace("#EXTINF:2.0,\na.ts", "#EXT-X-STREAM-INF:BANDWIDTH=1\nx.m3u8"), "names .*HLS playlist"),
+        (script("a.mp4\n#\0file fifo.ts"), "is no file"),
+        (script("x.m3u8"), "an ffconcat script"),
+        (script("a.mp4\noption safe 0"), "is no video"),
+    ],
+)
+def test_a_playlist_leads_nowhere_else(folder, text, match):
+    (folder / "x.m3u8").write_text(text)
+    refused(folder / "x.m3u8", match, allow_playlists=True)
+
+
+def boxes(name: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack(">I4s", 8 + len(body), name) + body
+
+
+def mp4(path: Path, samples: int, width: int = 64, height: int = 64) -> Path:
+    """Write a file of 2 kB whose header claims any number of samples of one byte, all in one place."""
+    head = boxes(b"ftyp", b"isom\0\0\2\0isomiso2mp41") + boxes(b"mdat", bytes(1000))
+    matrix = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    entry = bytes(7) + b"\1" + bytes(16) + struct.pack(">HHIIIH", width, height, 72 << 16, 72 << 16, 0, 1)
+    entry = boxes(b"mp4v", entry + bytes(32) + struct.pack(">Hh", 24, -1))
+    table = boxes(
+        b"stbl",
+        boxes(b"stsd", struct.pack(">II", 0, 1), entry),
+        boxes(b"stts", struct.pack(">IIII", 0, 1, samples, 1)),
+        boxes(b"stsc", struct.pack(">5I", 0, 1, 1, samples, 1)),
+        boxes(b"stsz", struct.pack(">III", 0, 1, samples)),
+        boxes(b"stco", struct.pack(">III", 0, 1, 32)),
+    )
+    media = boxes(
+        b"mdia",
+        boxes(b"mdhd", struct.pack(">5I", 0, 0, 0, 1000, samples), b"\x55\xc4\0\0"),
+        boxes(b"hdlr", bytes(8) + b"vide" + bytes(13)),
+        boxes(b"minf", boxes(b"vmhd", b"\0\0\0\1" + bytes(8)), table),
+    )
+    size = struct.pack(">II", width << 16, height << 16)
+    track = boxes(b"trak", boxes(b"tkhd", struct.pack(">6I", 3, 0, 0, 1, 0, samples), bytes(16), matrix, size), media)
+    start = struct.pack(">5IIHH", 0, 0, 0, 1000, samples, 1 << 16, 0x100, 0)
+    path.write_bytes(
+        head + boxes(b"moov", boxes(b"mvhd", start, bytes(8), matrix, bytes(24), struct.pack(">I", 2)), track)
+    )
+    return path
+
+
+def peak() -> int:
+    """Return the most memory that this process has ever claimed, in bytes."""
+    return 1024 * int(re.findall(r"VmPeak:\s+(\d+)", Path("/proc/self/status").read_text())[0])
+
+
+@pytest.mark.parametrize(("samples", "size"), [(10**9, 64), (80_000_000, 64), (50, 65535)])
+def test_a_header_that_claims_too_much_costs_nothing(tmp_path, samples, size):
+    before = peak()
+    refused(mp4(tmp_path / "a.mp4", samples, size, size), "no frame of it can be decoded")
+    assert peak() < before + 2**29
+
+
+def test_frames_times_pixels_are_limited_before_decoding(folder, monkeypatch):
+    monkeypatch.setattr(limits, "pixels", 6 * 32 * 48)
+    assert len(read_video(folder / "a.mp4", frames=6).pixels) == 6
+    monkeypatch.setattr(reading, "decode_groups", None)  # would raise TypeError
+    refused(folder / "a.mp4", "would take 7 × 48 × 32 pixels, past the limit of 9216: .*--max-pixels", frames=7)
+    refused(folder / "a.mp4", "would take 8 × 48 × 32 pixels", frames=None, fps=1e9)
+    refused(folder / "a.mp4", "would take 1000 × 48 × 32 pixels", frames=None, times=[0.0] * 1000)
+    refused(folder / "a.mp4", "fps must be a number above 0, up to", frames=None, fps=1e300)
+    monkeypatch.setattr(limits, "pixels", 3 * 32 * 48)  # a frame counts four times
+    refused(folder / "a.mp4", "frames of more than 1152 pixels", frames=1)
+
+
+def test_frames_that_grow_within_a_stream_are_not_decoded(tmp_path, monkeypatch):
+    for name, size in (("small", 32), ("large", 256)):
+        with av.open(str(tmp_path / f"{name}.h264"), "w") as out:
+            stream = out.add_stream("libx264", rate=8)
+            stream.height, stream.width, stream.pix_fmt = size, size, "yuv420p"
+            for _ in range(4):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((size, size, 3), np.uint8), format="rgb24")))
+            out.mux(stream.encode(None))
+    path = tmp_path / "both.h264"
+    path.write_bytes((tmp_path / "small.h264").read_bytes() + (tmp_path / "large.h264").read_bytes())
+    assert read_video(path, frames=2).size == (32, 32)
+    monkeypatch.setattr(limits, "pixels", 4 * 128 * 128)
+    refused(path, "has frames of more than 16384 pixels", frames=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"), [("seconds", 0.0, "was not read within 0 s"), ("packets", 5, "more than 5 packets")]
+)
+def test_time_and_packets_are_limited(folder, monkeypatch, name, value, match):
+    monkeypatch.setattr(limits, name, value)
+    refused(folder / "a.mp4", match)
+
+
+def test_time_is_limited_between_packets(folder):
+    with closing(File(VideoFile(folder / "a.mp4", end=0.0))) as file, pytest.raises(VideoError, match="was not read"):
+        next(file.packets())
+
+
+def test_images_are_limited_and_of_formats_that_run_nothing(tmp_path, monkeypatch):
+    Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
+    (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with pytest.raises(VideoError, match="EPS is not read"):
+        read_image(tmp_path / "eps.png")
+    with pytest.raises(VideoError, match="at least one frame and at most"):
+        read_frames([(tmp_path / "a.png", 10**12)], frames=4)
+    with pytest.raises(VideoError, match=r"would take 100000 × 100 × 100 pixels"):
+        read_frames([(tmp_path / "a.png", 100_000)])
+    assert len(read_frames([(tmp_path / "a.png", 10**8)], frames=4).pixels) == 4
+    monkeypatch.setattr(limits, "pixels", 39_999)
+    with pytest.raises(VideoError, match="would take 4 × 100 × 100 pixels"):
+        read_image(tmp_path / "a.png")
+
+
+OUTSIDE = ["../a.mp4", "{above}/a.mp4", "out.mp4", "no/../../a.mp4", "a.mp4\0"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_rows_stay_inside_the_root_that_is_given(folder, name):
+    name = name.format(above=folder.parent)
+    rows, good = folder.parent / "rows.jsonl", {"video": "a.mp4", "caption": "x"}
+    rows.write_text("".join(f"{json.dumps(row)}\n" for row in (good, good | {"video": name})))
+    first, second = confined_records(rows, folder)
+    assert first.rows and not second.rows and f"lies outside {folder}" in second.fault
+    assert len(list(confined_records(rows))[1].rows) == 1  # without a root, paths are the user's
+    asked = [json.dumps({"video": video, "question": "What?"}).encode() for video in ("a.mp4", name)]
+    assert not read_row(asked[0], 1, folder, True).fault
+    assert "lies outside" in read_row(asked[1], 1, folder, True).fault and not read_row(asked[1], 1, folder).fault
+
+
+def test_rows_past_a_limit_are_counted_and_passed_over(folder):
+    write_video(folder / "large.mp4", np.zeros((8, 64, 96, 3), np.uint8), 8)
+    (folder / "list.m3u8").write_text(hls("a.ts"))
+    names = ("a.mp4", "large.mp4", "list.m3u8", "fifo.ts", "../a.mp4")
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"video": name, "caption": "x"}) + "\n" for name in names))
+    asked = ["data", "check", str(rows), "--frames", "8", "--max-pixels", "40000", "--video-root", str(folder)]
+    try:
+        result = CliRunner().invoke(app, asked)
+    finally:
+        limits.pixels = type(limits).pixels
+    text = " ".join(result.output.split())
+    assert result.exit_code == 0 and "1 of 4 rows can be used" in text
+    for reason in ("1 malformed record", "1 missing video", "2 broken videos", "would take 8 × 96 × 64 pixels"):
+        assert reason in text
