@@ -9,8 +9,9 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, check_output, err, out, write_json
+from vidsieve.cli.shared import LONGEST_ROW, Json, MaxRow, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
+from vidsieve.io.bounded import read_bytes
 
 
 def annotate(
@@ -42,6 +43,7 @@ def annotate(
     video_root: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
+    max_row: MaxRow = LONGEST_ROW,
     json: Json = None,
 ) -> None:
     """Have captions rewritten by a teacher behind any OpenAI-compatible server, as SCORE's data were.
@@ -108,8 +110,8 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 def _prompt(text: str | None) -> str | None:
     if text is not None and text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(Path(text[1:]), TrainingError).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
             raise TrainingError(f"cannot read the prompt {text[1:]}: {error}") from None
     if text is not None and not text.strip():
         raise TrainingError("the prompt is empty: write what the teacher is to describe")

@@ -10,9 +10,11 @@ import typer
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    LONGEST_ROW,
     Earliest,
     Fps,
     Layout,
+    MaxRow,
     Model,
     NewTokens,
     Retention,
@@ -57,6 +59,7 @@ def batch(
     video_root: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
+    max_row: MaxRow = LONGEST_ROW,
     ray: Annotated[
         int | None,
         typer.Option(

@@ -12,8 +12,10 @@ from rich.markup import escape
 from vidsieve.cli.annotate import annotate
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    LONGEST_ROW,
     PICTURES,
     Json,
+    MaxRow,
     Share,
     Threads,
     check_output,
@@ -62,6 +64,7 @@ def check(
         Path | None, typer.Option("--list", help="List every fault here, as JSON lines.", show_default=False)
     ] = None,
     readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
+    max_row: MaxRow = LONGEST_ROW,
     json: Json = None,
 ) -> None:
     """Report the contents of a file of prompts, and the part of it that can be used, before anything runs."""
@@ -135,6 +138,7 @@ def filter_prompts(
         str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")
     ] = "auto",
     threads: Threads = 0,
+    max_row: MaxRow = LONGEST_ROW,
     json: Json = None,
 ) -> None:
     """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens.
@@ -218,6 +222,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    max_row: MaxRow = LONGEST_ROW,
     json: Json = None,
 ) -> None:
     """Write one file of prompts from several, whatever their layouts: vidsieve data merge A.json B.csv OUT.jsonl."""
@@ -265,6 +270,7 @@ def pseudo_videos(
         Path | None,
         typer.Option(help="Folder that paths in SOURCE start from; default: that of the file.", show_default=False),
     ] = None,
+    max_row: MaxRow = LONGEST_ROW,
     json: Json = None,
 ) -> None:
     """Make pseudo-videos of captioned images, for the first stage of SCORE: vidsieve data pseudo IMAGES OUT.jsonl."""

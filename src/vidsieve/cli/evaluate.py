@@ -25,6 +25,7 @@ BASELINES = ("random", "uniform", "downsample")
 ONLY_TESTBED = ("world", "probes")
 ONLY_BENCHMARKS = (
     "frames",
+    "max_row",
     "fps",
     "tokens_per_frame",
     "protocol",
@@ -108,6 +109,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
     threads: shared.Threads = 0,
+    max_row: shared.MaxRow = shared.LONGEST_ROW,
     report: shared.Report = None,
     json: shared.Json = None,
 ) -> None:

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
+from vidsieve.io.bounded import Limits
 from vidsieve.io.files import writing
 
 if TYPE_CHECKING:
@@ -64,6 +65,19 @@ def positive(param: typer.CallbackParam, value: float | None) -> float | None:
     return value
 
 
+def limit_rows(value: int) -> int:
+    """Set the limit of rows of this process."""
+    Limits.row = value
+    return value
+
+
+MaxRow = Annotated[
+    int,
+    typer.Option(
+        "--max-row", help="Longest row of a file, in bytes; longer ones are bad rows.", min=1, callback=limit_rows
+    ),
+]
+LONGEST_ROW = Limits.row
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
 ]

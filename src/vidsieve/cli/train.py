@@ -14,9 +14,11 @@ from rich.markup import escape
 
 from vidsieve.cli.progress import Progress
 from vidsieve.cli.shared import (
+    LONGEST_ROW,
     PAGE,
     Figures,
     Json,
+    MaxRow,
     Report,
     Threads,
     check_output,
@@ -122,6 +124,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         video_root: VideoRoot = None,
         pseudo: Pseudo = None,
         cache: Cache = None,
+        max_row: MaxRow = LONGEST_ROW,
         variant: Variant = "ours",
         set_: Set = None,
         resume: Resume = False,

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vidsieve.io.bounded import Limits
 from vidsieve.io.versions import warn_untested
 from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups, line_of
 
@@ -31,11 +32,12 @@ class RayWorker:
     """A model on a worker; a call yields the outcomes of each group as JSON."""
 
     def __init__(
-        self, settings: BatchSettings, path: Path, root: Path, digest: str, readers: int, threads: int
+        self, settings: BatchSettings, path: Path, root: Path, digest: str, readers: int, threads: int, most: int
     ) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+        Limits.row = most
         torch.set_num_threads(threads)  # as in the process that began the run: the order of sums depends on it
         self.rows, self.settings, self.readers = Rows(path, root, settings.batch), settings, readers
         if self.rows.digest != digest:
@@ -72,7 +74,15 @@ def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, re
         dataset = data.from_numpy(np.array_split(numbers, tasks))
         dataset.context.enable_progress_bars = False
         dataset.context.target_max_block_size = 1  # a group's outcomes leave the worker at once
-        arguments = (settings, rows.path.resolve(), rows.root, rows.digest, readers, torch.get_num_threads())
+        arguments = (
+            settings,
+            rows.path.resolve(),
+            rows.root,
+            rows.digest,
+            readers,
+            torch.get_num_threads(),
+            Limits.row,
+        )
         with warnings.catch_warnings():  # before Ray 2.64 there is no other argument for retries
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             answered = dataset.map_batches(
