@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
 import torch
@@ -20,8 +20,12 @@ from torch import Tensor, nn
 
 from vidsieve._version import __version__
 from vidsieve.errors import PolicyError, PolicyMismatchError
+from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+"""A width or a number of heads: a product of three has no overflow."""
+Form = TypeVar("Form", bound=msgspec.Struct)
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -50,7 +54,7 @@ class PolicyConfig:
 
     type: str
     variant: str
-    hidden_size: int
+    hidden_size: Size
     family: str
     network: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
@@ -62,7 +66,7 @@ class PolicyConfig:
         return json.dumps(stamped, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> PolicyConfig:
+    def from_json(cls, text: bytes, where: Path) -> PolicyConfig:
         """Return the configuration in the text of the file `where`.
 
         Raises
@@ -73,10 +77,10 @@ class PolicyConfig:
             If its format is newer.
         """
         try:
-            raw = json.loads(text)
+            raw = parsed(text)
         except ValueError as error:
-            raise PolicyError(f"{where} is not JSON: {error}") from None
-        if not isinstance(raw, dict) or "type" not in raw or "format" not in raw:
+            raise PolicyError(f"{where} {error}") from None
+        if not isinstance(raw, dict) or "type" not in raw or type(raw.get("format")) is not int:
             raise PolicyError(f"{where} is not the configuration of a vidsieve policy")
         if raw["format"] > FORMAT:
             raise PolicyMismatchError(
@@ -86,7 +90,7 @@ class PolicyConfig:
         try:
             return msgspec.convert(raw, cls)
         except msgspec.ValidationError as error:
-            raise PolicyError(f"{where} is damaged: {error}") from None
+            raise PolicyError(f"{where} is damaged: {error!s:.300}") from None
 
 
 class Policy(nn.Module):
@@ -142,12 +146,12 @@ class Policy(nn.Module):
         config = read_config(folder)
         if config.type != cls.method:
             raise PolicyError(f"{folder} holds a {config.type} policy, not a {cls.method} policy")
-        weights = read_weights(folder)
         try:
-            policy = cls(config)
-            policy.load_state_dict(weights)
+            with torch.device("meta"):  # without memory: the configuration may ask for anything
+                policy = cls(config)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise PolicyError(f"the weights in {folder} do not fit their config.json: {error}") from None
+            raise PolicyError(f"{folder / CONFIG} describes no network: {error!s:.300}") from None
+        fill(policy, read_weights(folder), f"the weights in {folder} do not fit their config.json")
         if not parameters_without_nan(policy):
             raise PolicyError(f"the weights in {folder} are not all finite numbers: train the policy again")
         return policy.eval()
@@ -179,11 +183,7 @@ def read_config(folder: Path) -> PolicyConfig:
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise PolicyError(f"no policy in {folder}: {CONFIG} is missing; train one with `vidsieve train`")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} cannot be read: {error}") from None
-    return PolicyConfig.from_json(text, path)
+    return PolicyConfig.from_json(read_bytes(path, PolicyError), path)
 
 
 def pickles_in(folder: Path) -> list[str]:
@@ -209,6 +209,43 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise PolicyError(f"{path} is no readable safetensors file ({error}); fetch or train it again") from None
     return weights
+
+
+def fill(policy: Policy, weights: Mapping[str, Tensor], misfit: str) -> None:
+    """Give a policy without memory copies of weights, float32.
+
+    Raises
+    ------
+    PolicyError
+        If they are others than the policy's, of other shapes or no floating-point numbers; the text begins with
+        `misfit`.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise PolicyError(f"{misfit}: {name:.80} is {there.get(name)}, must be {wanted.get(name)}")
+        if len(wanted[name]) > 1 and not weights[name].numel():
+            raise PolicyError(f"{misfit}: {name} is empty, {wanted[name]}")
+        if weights[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise PolicyError(f"{misfit}: {name} is of {weights[name].dtype}, must be of floating-point numbers")
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}  # the file stays mapped
+    policy.load_state_dict(copies, assign=True)
+
+
+def network_of(config: PolicyConfig, form: type[Form]) -> Form:
+    """Return the arguments of a network as a struct.
+
+    Raises
+    ------
+    PolicyError
+        If one is missing, unknown, of another type, or not a finite number.
+    """
+    try:
+        json.dumps(config.network, allow_nan=False)
+        return msgspec.convert(config.network, form)
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"the network of a {config.type} policy: {error!s:.300}") from None
 
 
 def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
