@@ -225,8 +225,6 @@ def fill(policy: Policy, weights: Mapping[str, Tensor], misfit: str) -> None:
     for name in sorted(wanted.keys() | there.keys()):
         if wanted.get(name) != there.get(name):
             raise PolicyError(f"{misfit}: {name:.80} is {there.get(name)}, must be {wanted.get(name)}")
-        if len(wanted[name]) > 1 and not weights[name].numel():
-            raise PolicyError(f"{misfit}: {name} is empty, {wanted[name]}")
         if weights[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise PolicyError(f"{misfit}: {name} is of {weights[name].dtype}, must be of floating-point numbers")
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}  # the file stays mapped
@@ -250,6 +248,8 @@ def network_of(config: PolicyConfig, form: type[Form]) -> Form:
 
 def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     """Return linear layers of the given widths with activations between them, Xavier weights and zero biases."""
+    if min(sizes) < 1:
+        raise PolicyError(f"layers of widths {sizes}: the network is too narrow")
     layers: list[nn.Module] = []
     for i, (wide, narrow) in enumerate(pairwise(sizes)):
         linear = nn.Linear(wide, narrow)

@@ -27,7 +27,7 @@ class BlockShape:
     num_heads: Size
     num_kv_heads: Size
     head_dim: Annotated[int, msgspec.Meta(ge=2, le=2**20, multiple_of=2)]
-    intermediate_size: Annotated[int, msgspec.Meta(ge=0, le=2**20)]
+    intermediate_size: Size
     rms_norm_eps: Annotated[float, msgspec.Meta(ge=0)] = 1e-6
     rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10000.0
     rope_sections: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()

@@ -77,9 +77,9 @@ def read_json(path: Path, error: type[VidsieveError], advice: str, kind: type | 
     except ValueError as fault:
         if isinstance(fault, VidsieveError):
             raise
-        raise error(f"{path} {fault}: {advice}") from None
+        raise error(f"{path} is damaged (it {fault}): {advice}") from None
     if kind is not None and not isinstance(value, kind):
-        raise error(f"{path} holds {type(value).__name__}, not {kind.__name__}: {advice}")
+        raise error(f"{path} is damaged (it holds {type(value).__name__}, not {kind.__name__}): {advice}")
     return value
 
 

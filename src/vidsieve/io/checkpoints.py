@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vidsieve.errors import TrainingError
+from vidsieve.io.bounded import parsed
 from vidsieve.io.files import writing
 
 _HEADER = "vidsieve"
@@ -58,7 +59,7 @@ def read_header(path: Path) -> dict[str, Any]:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            header: dict[str, Any] = json.loads(file.metadata()[_HEADER])
+            header: dict[str, Any] = dict(parsed(file.metadata()[_HEADER].encode()))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise TrainingError(f"{path} is no readable checkpoint ({error}); start again in another folder") from None
@@ -76,6 +77,21 @@ def load_state(
         If the file is no readable checkpoint, or belongs to other networks.
     """
     header, tensors = _read(path)
+    try:
+        _restore(path, tensors, modules, optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(f"{path} belongs to another network: {str(error).splitlines()[-1].strip():.300}") from None
+    return header
+
+
+def _restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     for name, module in modules.items():
         state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
         missing, unexpected = module.load_state_dict(state, strict=False)
@@ -90,4 +106,8 @@ def load_state(
                 _, number, key = name.split(".", 2)
                 restored["state"].setdefault(int(number), {})[key] = value
         optimizer.load_state_dict(restored)
-    return header
+        for weight, state in optimizer.state.items():
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or any(
+                value.dim() and value.shape != weight.shape for value in state.values()
+            ):
+                raise ValueError("the optimiser's state does not fit the weights")

@@ -17,6 +17,7 @@ from typing import IO, Any, Self
 from filelock import FileLock, Timeout
 
 from vidsieve.errors import EvaluationError, OutputError, VidsieveError
+from vidsieve.io.bounded import read_json
 from vidsieve.io.files import append, writing
 
 RUN = "run.json"
@@ -224,10 +225,7 @@ class Store:
         self._journal.__exit__(kind, error, at)
 
     def _compare(self, path: Path, config: Mapping[str, Any]) -> None:
-        try:
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}): {_ADVICE}") from None
+        changed = differences(read_json(path, EvaluationError, _ADVICE, dict), json.loads(json.dumps(config)))
         if changed:
             raise EvaluationError(f"{self.folder} holds results of another run ({changed}): {_ADVICE}")
 

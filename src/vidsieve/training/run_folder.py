@@ -7,18 +7,23 @@ complete checkpoint. Metrics may be ahead of it; resuming cuts them back.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import field
 
 from vidsieve.errors import OutputError, TrainingError
+from vidsieve.io.bounded import Limits, lines, opened, parsed, read_json_lines
 from vidsieve.io.checkpoints import load_state, read_header, save_state
 from vidsieve.io.files import writing
 from vidsieve.policies import Policy
+from vidsieve.training.heldout import Best
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -103,6 +108,13 @@ class RunFolder:
             If the checkpoint is unreadable, of another network, or of other settings without `force`.
         """
         header = read_header(self.checkpoint)
+        try:
+            if not math.isfinite(msgspec.convert(header, _RunHeader).minutes):
+                raise ValueError(f"minutes is {header['minutes']}")
+        except ValueError as error:
+            raise TrainingError(
+                f"the header of {self.checkpoint} is damaged: {error!s:.300}; start again in another folder"
+            ) from None
         theirs = {**defaults, **header["config"], **header.get("origin", {})}
         changed = {
             name: f"{name} was {theirs[name]!r}, is {value!r}"
@@ -128,19 +140,52 @@ class RunFolder:
 
     def cut(self, step: int) -> None:
         """Drop metrics that were logged after `step`, so that no step appears twice."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if os.path.exists(self.metrics) else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept: list[bytes] = []
+        if os.path.exists(self.metrics):
+            with opened(self.metrics, TrainingError) as file:
+                kept = [line.rstrip(b"\n") for _, line, _ in lines(file, Limits.row) if _step_of(line) <= step]
         with writing(self.metrics) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            temporary.write_bytes(b"".join(line + b"\n" for line in kept))
 
 
-def _step_of(line: str) -> float:
+class _RunHeader(msgspec.Struct):
+    """What is read of a checkpoint's header."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    minutes: Annotated[float, msgspec.Meta(ge=0)]
+    config: dict[str, Any]
+    origin: dict[str, Any] = {}
+    window: list[dict[str, float]] = []
+    changes: list[dict[str, Any]] = []
+    best: Best = field(default_factory=Best)
+    warnings: dict[str, dict[str, Any]] = {}
+
+
+def _step_of(line: bytes) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return float(parsed(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return float("inf")
 
 
+Figure = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | float | None
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run, one dict per logged step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]
+    """Return the metrics of a run, one dict per logged step.
+
+    Raises
+    ------
+    TrainingError
+        If the file cannot be read, or a line of it is damaged.
+    """
+    path, advice = Path(folder) / METRICS, "remove that line"
+    rows = read_json_lines(path, TrainingError, advice)
+    for number, row in enumerate(rows, 1):
+        try:
+            msgspec.convert(row, dict[str, Figure])
+        except msgspec.ValidationError as error:
+            raise TrainingError(f"entry {number} of {path} is damaged ({error!s:.300}): {advice}") from None
+        if "step" not in row:
+            raise TrainingError(f"entry {number} of {path} has no step: {advice}")
+    return rows
