@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
-import sys
+import resource
 import time
 from pathlib import Path
 
@@ -114,7 +113,7 @@ def test_long_texts_that_regular_expressions_would_hang_on(tmp_path):
         choice | {"solution": solution, "options": ["A. a", "B. b"]},
     ):
         path.write_text(json.dumps(record))
-        assert list(read_records(path))[0].fault
+        assert next(iter(read_records(path))).fault
     assert time.monotonic() - begun < 10
 
 
@@ -212,17 +211,14 @@ def test_damaged_configurations_are_one_line(text, said, tmp_path):
 
 
 def test_a_small_configuration_costs_no_more_than_its_weights(tmp_path):
-    """It asks for 1 TB beside weights of 5 kB."""
+    """It asks for 2 GiB beside weights of 5 kB."""
     ScorePolicy.start(32, "none", hidden=16).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 2**20, "network": {"hidden": 2**18}}))
-    code = "import resource, sys, vidsieve\nwith __import__('contextlib').suppress(vidsieve.errors.PolicyError):\n"
-    code += "    vidsieve.load(sys.argv[1])\nprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
-    peaks = [
-        int(subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, check=True).stdout)
-        for name in (str(tmp_path), str(tmp_path / "none"))
-    ]
-    assert peaks[0] < peaks[1] + 200, peaks
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 2**14, "network": {"hidden": 2**14}}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(PolicyError, match=r"out\.weight is \(1, 16\), must be \(1, 16384\)"):
+        load(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**18  # KiB
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
@@ -245,8 +241,10 @@ def test_weights_of_other_types_are_refused(dtype, tmp_path):
 
 @pytest.mark.parametrize(
     "edit",
-    [{"step": "abc"}, {"step": -1}, {"step": True}, {"minutes": float("inf")}, {"minutes": float("nan")}, {"config": 3}]
-    + [{"window": [1]}, {"best": {"value": "x"}}, {"warnings": []}, {"changes": {"a": 1}}, {"origin": "x"}],
+    [
+        *({"step": "abc"}, {"step": -1}, {"step": True}, {"minutes": float("inf")}, {"minutes": float("nan")}),
+        *({"config": 3}, {"window": [1]}, {"best": {"value": "x"}}, {"warnings": []}, {"origin": "x"}),
+    ],
 )
 def test_an_edited_header_of_a_checkpoint_is_one_line(edit, tmp_path):
     module, run = torch.nn.Linear(2, 2), RunFolder(tmp_path)
@@ -261,8 +259,10 @@ def test_an_edited_header_of_a_checkpoint_is_one_line(edit, tmp_path):
 
 @pytest.mark.parametrize(
     "edit",
-    [{"optimizer.x.step": torch.ones(1)}, {"optimizer.0.exp_avg": torch.ones(3)}, {"optimizer.0.more": torch.ones(1)}]
-    + [{"policy.weight": torch.ones(3, 3)}, {"policy.more": torch.ones(1)}, {"optimizer": torch.ones(1)}],
+    [
+        *({"optimizer.x.step": torch.ones(1)}, {"optimizer.0.exp_avg": torch.ones(3)}),
+        *({"policy.weight": torch.ones(3, 3)}, {"policy.more": torch.ones(1)}),
+    ],
 )
 def test_edited_tensors_of_a_checkpoint_are_one_line(edit, tmp_path):
     module, path = torch.nn.Linear(2, 2), tmp_path / "checkpoint.safetensors"
@@ -271,9 +271,6 @@ def test_edited_tensors_of_a_checkpoint_are_one_line(edit, tmp_path):
     with safe_open(path, "pt") as file:
         header = file.metadata()
     save_file(load_file(path) | edit, path, metadata=header)
-    if "optimizer" in edit:
-        load_state(path, {"policy": module}, optimizer)  # a name that nothing reads
-        return
     with pytest.raises(TrainingError, match="another network"):
         load_state(path, {"policy": module}, optimizer)
 
@@ -290,9 +287,7 @@ def test_an_edited_line_of_metrics_is_named(line, tmp_path):
     assert path.read_text().startswith('{"step": 1, "loss": NaN}\n')
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", '{"benchmark": 1}', '{"n_questions": 3, "rows": [3]}', "[" * 10**5, '{"task": 1}']
-)
+@pytest.mark.parametrize("text", ["[]", '{"benchmark": 1}', '{"n_questions": 3, "rows": [3]}', "[" * 10**5, "{}"])
 def test_an_edited_result_is_one_line(text, tmp_path):
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(EvaluationError, match="give the command of the run again"):
