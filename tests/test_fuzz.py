@@ -182,7 +182,6 @@ CONTAINERS = {
     "gif": "gif",
     "webm": "libvpx",
     "mov": "mjpeg",
-    "ts": "mpeg4",
 }
 
 

@@ -207,7 +207,7 @@ def read_weights(folder: Path) -> Mapping[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{path} is no readable safetensors file ({error}); fetch or train it again") from None
+        raise PolicyError(f"{path} is no readable safetensors file ({error!s:.300}); fetch or train it again") from None
     return weights
 
 

@@ -98,7 +98,9 @@ def _weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     try:
         opened: list[Any] = [safe_open(path, "pt") for path in paths]
     except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{folder} has a file that is not readable safetensors ({error}): fetch it again") from None
+        raise PolicyError(
+            f"{folder} has a file that is not readable safetensors ({error!s:.300}): fetch it again"
+        ) from None
     files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
     prefixes = [name.removesuffix(_ANCHOR) for name in files if f".{name}".endswith(f".{_ANCHOR}")]
     if len(prefixes) != 1:

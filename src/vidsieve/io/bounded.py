@@ -20,6 +20,11 @@ LONGEST_FILE = 2**24
 CHUNK = 2**16
 """Bytes that are read at a time."""
 _MARK = re.compile(rb'["\[\]{},]')
+_BRACKETS = re.compile(rb"[\[{]+|[\]}]+")
+_INNER = re.compile(
+    rb"""(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"|\[(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+\])*+""", re.DOTALL
+)
+"""What closes behind it: texts, and lists of texts and numbers."""
 _QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
@@ -205,6 +210,16 @@ def list_items(file: IO[bytes], most: int) -> Iterator[bytes | None]:
             place = _QUOTED.match(buffer, place).end()  # type: ignore[union-attr]
             if buffer[place : place + 1] == b'"':
                 quoted, place = False, place + 1
+                continue
+        elif depth > 1:
+            place = _INNER.match(buffer, place).end()  # type: ignore[union-attr]
+            if run := _BRACKETS.match(buffer, place):
+                opens = run[0][:1] in b"[{"
+                size = len(run[0]) if opens else min(len(run[0]), depth - 1)
+                depth, place = depth + (size if opens else -size), place + size
+                continue
+            if buffer[place : place + 1] == b'"':
+                quoted, place = True, place + 1
                 continue
         elif found := _MARK.search(buffer, place):
             mark, place = found[0], found.end()

@@ -62,7 +62,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header: dict[str, Any] = dict(parsed(file.metadata()[_HEADER].encode()))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise TrainingError(f"{path} is no readable checkpoint ({error}); start again in another folder") from None
+        raise TrainingError(
+            f"{path} is no readable checkpoint ({error!s:.300}); start again in another folder"
+        ) from None
     return header, tensors
 
 

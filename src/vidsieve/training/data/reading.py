@@ -19,8 +19,8 @@ from vidsieve.io.bounded import CHUNK, Limits, check_value, lines, list_items, o
 
 BATCH = 64
 """Most rows of a Parquet file in memory at a time; each may hold an image."""
-_COLUMN = 16
-"""Most bytes of a Parquet column in one group of rows, in longest rows."""
+_GROUP = 16
+"""Bytes in one group of Parquet rows that memory may hold at once, in longest rows."""
 _VALUE = 16
 """Bytes that a value of a Parquet row counts in addition to its own: an empty list has none."""
 _LONGEST_FAULT = 300
@@ -137,32 +137,30 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for place in range(len(batch)):
                     number += 1
                     yield number, _arrow_record(batch.slice(place, 1))
-    except arrow.ArrowException as error:
-        raise TrainingError(f"cannot read {path}: {error}; fetch it again") from None
+    except (arrow.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise TrainingError(f"cannot read {path}: {error!s:.300}; fetch it again") from None
 
 
 def _batch(path: Path, metadata: Any) -> int:
-    """Return the number of rows to decode at a time; refuse columns that memory may not hold."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    largest = max((column.total_uncompressed_size for column in columns), default=0)
-    # Images do not compress; what does by much may be made to fill memory.
-    if any(c.total_uncompressed_size > max(_COLUMN * Limits.row, 2 * c.total_compressed_size) for c in columns):
+    """Return the number of rows to decode at a time; refuse groups that memory may not hold."""
+    sizes = (metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    largest, most = max(sizes, default=0), _GROUP * Limits.row
+    if largest > max(most, 2 * path.stat().st_size):  # images do not compress; what does by much may fill memory
         raise TrainingError(
-            f"{path} has a column of {largest:,} bytes in one group of rows: a larger --max-row allows more, or write "
-            "it in smaller groups"
+            f"{path} has {largest:,} bytes in one group of rows: a larger --max-row allows more, or write it in "
+            "smaller groups"
         )
-    return max(1, min(BATCH, _COLUMN * Limits.row // max(1, largest)))
+    return max(1, min(BATCH, most // max(1, largest)))
 
 
 def _arrow_record(row: Any) -> Any:
     """Return the row in a record batch of one, or its fault."""
     if row.nbytes + _VALUE * sum(_values(column) for column in row.columns) > Limits.row:
         return MalformedError(too_long(Limits.row))
-    record = row.to_pylist()[0]
     try:
+        record = row.to_pylist()[0]
         check_value(record)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date out of range
         return MalformedError(error)
     return record
 
