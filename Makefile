@@ -19,13 +19,18 @@ LMMS_EVAL ?=
 # One process a core, whole files each, in the order of collection: they share what they build.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-oldest test-newest test-lmms test-vllm check format lock clean
+.PHONY: demo fuzz test test-oldest test-newest test-lmms test-vllm check format lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
 
 test: check
 	$(BIN)/python -m pytest $(PARALLEL)
+
+# One minute of random rows, policies and videos from a new seed; `make fuzz FUZZ_SECONDS=600` takes half an hour.
+FUZZ_SECONDS ?= 20
+fuzz: $(VENV)/.installed-dev
+	VIDSIEVE_FUZZ_SECONDS=$(FUZZ_SECONDS) VIDSIEVE_FUZZ_SEED=$$(date +%s) $(BIN)/python -m pytest tests/test_fuzz.py
 
 # The same environment with nothing but transformers replaced: attach and contracts once more.
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed

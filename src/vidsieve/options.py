@@ -130,6 +130,8 @@ _NEGATED_BEFORE = re.compile(
     r"\s*(?:be\s+|the\s+|an?\s+|answer\s+|option\s+|choice\s+)*[\"'(\[*]*$",
     re.IGNORECASE,
 )
+_BEFORE = 200
+"""Characters before a letter in which it can be denied."""
 _SEVERAL = re.compile(rf"{_MARK}\s*(?:,|/|&|\+|and|or|和|或)\s*{_MARK}[A-Z]\b{_MARK}(?![a-z])")
 
 
@@ -176,7 +178,8 @@ def said_letter(answer: str) -> str:
 
 def _denied(text: str, match: re.Match[str]) -> bool:
     """True if a text denies that the letter in a match is the answer."""
-    before, after = text[: match.start(1)], match.end(1)
+    start, after = match.start(1), match.end(1)
+    before = text[max(0, start - _BEFORE) : start]
     return bool(_NEGATED_AFTER.match(text, after) or _NEGATED_BEFORE.search(before))
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 import msgspec
 import torch
@@ -19,9 +19,13 @@ from torch import Tensor, nn
 
 from vidsieve._version import __version__
 from vidsieve.errors import PolicyError, PolicyMismatchError
+from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
 from vidsieve.io.tensors import load_tensors, save_tensors
 
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
+"""A width or a number of heads: a product of three has no overflow."""
+Form = TypeVar("Form", bound=msgspec.Struct)
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -52,7 +56,7 @@ class PolicyConfig:
 
     type: str
     variant: str
-    hidden_size: int
+    hidden_size: Size
     family: str
     network: dict[str, Any] = field(default_factory=dict)
     base_model: str = ""
@@ -65,7 +69,7 @@ class PolicyConfig:
         return json.dumps(stamped | {"checksum": _checksum(stamped)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: Path) -> PolicyConfig:
+    def from_json(cls, text: bytes, where: Path) -> PolicyConfig:
         """Return the configuration in the text of the file `where`.
 
         Raises
@@ -76,10 +80,10 @@ class PolicyConfig:
             If its format is newer.
         """
         try:
-            raw = json.loads(text)
+            raw = parsed(text)
         except ValueError as error:
-            raise PolicyError(f"{where} is not JSON: {error}") from None
-        if not isinstance(raw, dict) or "type" not in raw or "format" not in raw:
+            raise PolicyError(f"{where} {error}") from None
+        if not isinstance(raw, dict) or "type" not in raw or type(raw.get("format")) is not int:
             raise PolicyError(f"{where} is not the configuration of a vidsieve policy")
         if raw["format"] > FORMAT:
             raise PolicyMismatchError(
@@ -89,7 +93,7 @@ class PolicyConfig:
         try:
             config = msgspec.convert(raw, cls)
         except msgspec.ValidationError as error:
-            raise PolicyError(f"{where} is damaged: {error}") from None
+            raise PolicyError(f"{where} is damaged: {error!s:.300}") from None
         if raw.pop("checksum", None) not in (None, _checksum(raw)):
             raise PolicyError(
                 f"{where} was damaged or edited after it was written, its checksum differs: fetch or train the policy "
@@ -156,12 +160,12 @@ class Policy(nn.Module):
         config = read_config(folder)
         if config.type != cls.method:
             raise PolicyError(f"{folder} holds a {config.type} policy, not a {cls.method} policy")
-        weights = read_weights(folder, config.weights)
         try:
-            policy = cls(config)
-            policy.load_state_dict(weights)
+            with torch.device("meta"):  # without memory: the configuration may ask for anything
+                policy = cls(config)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
-            raise PolicyError(f"the weights in {folder} do not fit their config.json: {error}") from None
+            raise PolicyError(f"{folder / CONFIG} describes no network: {error!s:.300}") from None
+        fill(policy, read_weights(folder, config.weights), f"the weights in {folder} do not fit their config.json")
         if not parameters_without_nan(policy):
             raise PolicyError(f"the weights in {folder} are not all finite numbers: train the policy again")
         return policy.eval()
@@ -193,11 +197,7 @@ def read_config(folder: Path) -> PolicyConfig:
     path = folder / CONFIG
     if not os.path.isfile(path):
         raise PolicyError(f"no policy in {folder}: {CONFIG} is missing; train one with `vidsieve train`")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PolicyError(f"{path} cannot be read: {error}") from None
-    return PolicyConfig.from_json(text, path)
+    return PolicyConfig.from_json(read_bytes(path, PolicyError), path)
 
 
 def pickles_in(folder: Path) -> list[str]:
@@ -226,7 +226,7 @@ def read_weights(folder: Path, saved_as: str = "") -> Mapping[str, Tensor]:
     try:
         _, weights, digest = load_tensors(path)
     except ValueError as error:
-        raise PolicyError(f"{path} is no readable safetensors file ({error}); fetch or train it again") from None
+        raise PolicyError(f"{path} is no readable safetensors file ({error!s:.300}); fetch or train it again") from None
     if saved_as and digest != saved_as:
         raise PolicyError(
             f"{path} and its {CONFIG} are of different saves: fetch both again, or resume the training that writes them"
@@ -234,8 +234,45 @@ def read_weights(folder: Path, saved_as: str = "") -> Mapping[str, Tensor]:
     return weights
 
 
+def fill(policy: Policy, weights: Mapping[str, Tensor], misfit: str) -> None:
+    """Give a policy without memory copies of weights, float32.
+
+    Raises
+    ------
+    PolicyError
+        If they are others than the policy's, of other shapes or no floating-point numbers; the text begins with
+        `misfit`.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in policy.state_dict().items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(wanted.keys() | there.keys()):
+        if wanted.get(name) != there.get(name):
+            raise PolicyError(f"{misfit}: {name:.80} is {there.get(name)}, must be {wanted.get(name)}")
+        if weights[name].dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            raise PolicyError(f"{misfit}: {name} is of {weights[name].dtype}, must be of floating-point numbers")
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}  # the file stays mapped
+    policy.load_state_dict(copies, assign=True)
+
+
+def network_of(config: PolicyConfig, form: type[Form]) -> Form:
+    """Return the arguments of a network as a struct.
+
+    Raises
+    ------
+    PolicyError
+        If one is missing, unknown, of another type, or not a finite number.
+    """
+    try:
+        json.dumps(config.network, allow_nan=False)
+        return msgspec.convert(config.network, form)
+    except (ValueError, TypeError) as error:
+        raise PolicyError(f"the network of a {config.type} policy: {error!s:.300}") from None
+
+
 def mlp(sizes: list[int], activation: type[nn.Module] = nn.SiLU) -> nn.Sequential:
     """Return linear layers of the given widths with activations between them, Xavier weights and zero biases."""
+    if min(sizes) < 1:
+        raise PolicyError(f"layers of widths {sizes}: the network is too narrow")
     layers: list[nn.Module] = []
     for i, (wide, narrow) in enumerate(pairwise(sizes)):
         linear = nn.Linear(wide, narrow)

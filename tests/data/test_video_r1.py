@@ -172,7 +172,7 @@ def test_unreadable_files(tmp_path):
     for content, message in [
         (None, "cannot read"),
         (b"\xff\xfe", "first record is not UTF-8"),
-        (b"[{]", "is not JSON in record 1"),
+        (b"[{]", "breaks off after record 0"),
         (b"", "holds no records"),
         (b"[]", "holds no records"),
     ]:

@@ -181,7 +181,7 @@ def test_reports_of_training(tmp_path):
     assert [section.title for section in sections] == ["The last step", "Loss"]
     assert sections[1].alt == "loss over 2 measurements, from 1 to 0.5"
     with pytest.raises(OutputError, match="no report"):
-        training_sections(tmp_path / "none")
+        training_sections(tmp_path / "none" / "metrics.jsonl")
 
 
 def test_reports_of_the_pipeline():

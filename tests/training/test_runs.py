@@ -96,7 +96,7 @@ def test_other_threads_are_refused_and_forced_ones_recorded(testbed, tmp_path):
 
 def test_a_former_setting_that_had_another_value_is_named(tmp_path):
     folder, policy, ours = RunFolder(tmp_path), torch.nn.Linear(2, 2), ScoreConfig().removed()
-    folder.save(policy, None, {"config": ours | {"slack": 0.1}})
+    folder.save(policy, None, {"step": 0, "minutes": 0.0, "config": ours | {"slack": 0.1}})
     with pytest.raises(TrainingError, match=r"slack was 0\.1, is 0\.0\. Use"):
         folder.load(policy, None, ours, {})
     assert folder.load(policy, None, ours, {}, force=True)[1] == ["slack was 0.1, is 0.0"]

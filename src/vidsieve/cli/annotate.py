@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, MaxPixels, check_output, err, out, write_json
+from vidsieve.cli.shared import Json, MaxPixels, MaxRow, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
-from vidsieve.video import Limits
+from vidsieve.io.bounded import read_bytes
+from vidsieve.io.limits import Limits
 
 
 def annotate(
@@ -45,6 +46,7 @@ def annotate(
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
     max_pixels: MaxPixels = Limits.pixels,
+    max_row: MaxRow = Limits.row,
     json: Json = None,
 ) -> None:
     """Have captions rewritten by a teacher behind any OpenAI-compatible server, as SCORE's data were.
@@ -112,8 +114,8 @@ def _prices(text: str | None) -> tuple[float, float] | None:
 def _prompt(text: str | None) -> str | None:
     if text is not None and text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            text = read_bytes(Path(text[1:]), TrainingError).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
             raise TrainingError(f"cannot read the prompt {text[1:]}: {error}") from None
     if text is not None and not text.strip():
         raise TrainingError("the prompt is empty: write what the teacher is to describe")

@@ -13,8 +13,9 @@ from rich.markup import escape
 from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError
+from vidsieve.io.limits import Limits
 from vidsieve.retention import parse_retention
-from vidsieve.video import Limits, check_file
+from vidsieve.video import check_file
 
 if TYPE_CHECKING:
     from vidsieve.answering import Clock

@@ -14,6 +14,7 @@ from vidsieve.cli.shared import (
     Fps,
     Layout,
     MaxPixels,
+    MaxRow,
     Model,
     NewTokens,
     Retention,
@@ -26,9 +27,9 @@ from vidsieve.cli.shared import (
     stoppable,
 )
 from vidsieve.errors import ModelError, OutputError
+from vidsieve.io.limits import Limits
 from vidsieve.io.stopping import stop_on_signal
 from vidsieve.retention import parse_retention
-from vidsieve.video import Limits
 
 if TYPE_CHECKING:
     from vidsieve.serving.batch import BatchReport
@@ -59,6 +60,7 @@ def batch(
     video_root: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
+    max_row: MaxRow = Limits.row,
     ray: Annotated[
         int | None,
         typer.Option(

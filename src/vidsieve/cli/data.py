@@ -15,6 +15,7 @@ from vidsieve.cli.shared import (
     PICTURES,
     Json,
     MaxPixels,
+    MaxRow,
     Share,
     Threads,
     check_output,
@@ -29,7 +30,7 @@ from vidsieve.cli.shared import (
 )
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import writing
-from vidsieve.video import Limits
+from vidsieve.io.limits import Limits
 
 if TYPE_CHECKING:
     from vidsieve.training.data.skipped import Skipped
@@ -65,6 +66,7 @@ def check(
     ] = None,
     readers: Annotated[int, typer.Option(help="Videos read at a time.", min=1)] = 2,
     max_pixels: MaxPixels = Limits.pixels,
+    max_row: MaxRow = Limits.row,
     json: Json = None,
 ) -> None:
     """Report the contents of a file of prompts, and the part of it that can be used, before anything runs."""
@@ -138,6 +140,7 @@ def filter_prompts(
         str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")
     ] = "auto",
     threads: Threads = 0,
+    max_row: MaxRow = Limits.row,
     json: Json = None,
 ) -> None:
     """Leave out questions that a model answers without seeing the video: they teach nothing of its tokens.
@@ -221,6 +224,7 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    max_row: MaxRow = Limits.row,
     json: Json = None,
 ) -> None:
     """Write one file of prompts from several, whatever their layouts: vidsieve data merge A.json B.csv OUT.jsonl."""
@@ -268,6 +272,7 @@ def pseudo_videos(
         Path | None,
         typer.Option(help="Folder that paths in SOURCE start from; default: that of the file.", show_default=False),
     ] = None,
+    max_row: MaxRow = Limits.row,
     json: Json = None,
 ) -> None:
     """Make pseudo-videos of captioned images, for the first stage of SCORE: vidsieve data pseudo IMAGES OUT.jsonl."""

@@ -11,8 +11,8 @@ import typer
 from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
+from vidsieve.io.limits import Limits
 from vidsieve.retention import parse_retention, parse_retentions
-from vidsieve.video import Limits
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
@@ -27,6 +27,7 @@ SETS, SCENES = "Not for testbed", "For testbed only"
 ONLY_TESTBED = ("world", "probes")
 ONLY_BENCHMARKS = (
     "frames",
+    "max_row",
     "fps",
     "tokens_per_frame",
     "protocol",
@@ -135,6 +136,7 @@ def evaluate(
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
     max_pixels: shared.MaxPixels = Limits.pixels,
     threads: shared.Threads = 0,
+    max_row: shared.MaxRow = Limits.row,
     report: shared.Report = None,
     json: shared.Json = None,
 ) -> None:

@@ -19,8 +19,8 @@ from rich.segment import Segment
 
 from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
 from vidsieve.io.files import writing
+from vidsieve.io.limits import limits
 from vidsieve.io.texts import printable
-from vidsieve.video import limits
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -77,22 +77,24 @@ def positive(param: typer.CallbackParam, value: float | None) -> float | None:
     return value
 
 
-Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
-]
-
-
-def set_max_pixels(value: int) -> int:
-    """Limit the pixels of what is read from a video in this process."""
-    limits.pixels = value
+def set_limit(param: typer.CallbackParam, value: int) -> int:
+    """Set the limit that an option ``--max-NAME`` is of, for this process."""
+    setattr(limits, str(param.name).removeprefix("max_"), value)
     return value
 
 
-MaxPixels = Annotated[
+MaxRow = Annotated[
     int,
     typer.Option(
-        "--max-pixels", help="Frames × height × width read from a video at most.", min=1, callback=set_max_pixels
+        "--max-row", help="Longest row of a file, in bytes; longer ones are bad rows.", min=1, callback=set_limit
     ),
+]
+MaxPixels = Annotated[
+    int,
+    typer.Option("--max-pixels", help="Frames × height × width read from a video at most.", min=1, callback=set_limit),
+]
+Fps = Annotated[
+    float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
 ]
 Layout = Annotated[
     str | None,

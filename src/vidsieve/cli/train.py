@@ -18,6 +18,7 @@ from vidsieve.cli.shared import (
     Figures,
     Json,
     MaxPixels,
+    MaxRow,
     Report,
     Threads,
     check_output,
@@ -31,8 +32,8 @@ from vidsieve.cli.shared import (
 )
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import METRICS, locked
+from vidsieve.io.limits import Limits
 from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
-from vidsieve.video import Limits
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
@@ -124,6 +125,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         video_root: VideoRoot = None,
         pseudo: Pseudo = None,
         cache: Cache = None,
+        max_row: MaxRow = Limits.row,
         variant: str = "ours",
         set_: Set = None,
         resume: Resume = False,

@@ -15,7 +15,7 @@ import typer
 
 from vidsieve.cli.shared import MaxPixels, Model, Threads, err, out, quiet, set_threads, words
 from vidsieve.errors import OutputError, PluginError
-from vidsieve.video import Limits
+from vidsieve.io.limits import Limits
 
 
 def ui(

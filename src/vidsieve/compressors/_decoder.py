@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidsieve.errors import PolicyError
+from vidsieve.policies import Size
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,14 @@ class BlockShape:
     time, …) instead of following each other.
     """
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_sections: tuple[int, ...] = ()
+    hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
+    head_dim: Annotated[int, msgspec.Meta(ge=2, le=2**20, multiple_of=2)]
+    intermediate_size: Size
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=0)] = 1e-6
+    rope_theta: Annotated[float, msgspec.Meta(gt=0)] = 10000.0
+    rope_sections: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
     qkv_bias: bool = True
     qk_norm: bool = False
     rope_interleaved: bool = False

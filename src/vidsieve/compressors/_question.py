@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from vidsieve.compressors._decoder import Attention, BlockShape, RMSNorm, rotary
-from vidsieve.policies import head, in_full, mlp
+from vidsieve.policies import Size, head, in_full, mlp
 from vidsieve.types import Prompt, VideoTokens
 
 Looks = Literal["all", "mean", "none"]
+
+
+class ScorerSettings(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of a `QuestionScorer`."""
+
+    heads: Size = 8
+    head_width: Size = 32
+    width: Size = 64
+    trust: float = 0.25
+    looks: Looks = "all"
 
 
 class FirstLook(nn.Module):

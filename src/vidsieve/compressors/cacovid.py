@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
+import msgspec
 import torch
 from torch import Generator, Tensor, nn
 
 from vidsieve.compressors._decoder import BlockShape, DecoderBlock, RMSNorm
-from vidsieve.compressors._question import QuestionScorer
+from vidsieve.compressors._question import QuestionScorer, ScorerSettings
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError, UnknownNameError
-from vidsieve.policies import Policy, PolicyConfig, head, mlp
+from vidsieve.policies import Policy, PolicyConfig, head, mlp, network_of
 from vidsieve.selection import (
     allocate_frames,
     even_counts,
@@ -30,6 +31,16 @@ Body = Literal["layer", "attention", "local", "question"]
 Allocation = Literal["frame_avg", "frame_ada", "frame_ada_st", "global"]
 
 
+class CaCoVIDNetwork(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of a `CaCoVIDPolicy`."""
+
+    body: str
+    shape: BlockShape
+    causal: bool = False
+    depth: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    scorer: ScorerSettings = msgspec.field(default_factory=ScorerSettings)
+
+
 class CaCoVIDPolicy(Policy):
     """Body over the prompt, then a token head and a frame head (Eq. 1-3).
 
@@ -43,17 +54,19 @@ class CaCoVIDPolicy(Policy):
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
-        network = dict(config.network)
-        self.body: Body = network["body"]
-        if self.body not in get_args(Body):
-            raise UnknownNameError("policy body", self.body, get_args(Body))
-        self.causal = bool(network.get("causal", False))
-        shape = BlockShape(**network["shape"])
+        network = network_of(config, CaCoVIDNetwork)
+        if network.body not in get_args(Body):
+            raise UnknownNameError("policy body", network.body, get_args(Body))
+        if unknown := config.network["shape"].keys() - BlockShape.__dataclass_fields__.keys():
+            raise PolicyError(f"a decoder block has no {min(unknown):.80}")
+        self.body, self.causal, shape = network.body, network.causal, network.shape
         width = shape.hidden_size
+        if width != config.hidden_size:
+            raise PolicyError(f"the policy's hidden_size {config.hidden_size} is not that of its shape, {width}")
         if self.body == "question":
-            self.scorer = QuestionScorer(shape, **network.get("scorer", {}))
+            self.scorer = QuestionScorer(shape, **msgspec.structs.asdict(network.scorer))
             return
-        blocks = (DecoderBlock(shape, feed_forward=self.body != "attention") for _ in range(network.get("depth", 1)))
+        blocks = (DecoderBlock(shape, feed_forward=self.body != "attention") for _ in range(network.depth))
         self.layers = nn.ModuleList(blocks)
         self.layernorm = RMSNorm(width, shape.rms_norm_eps)
         sizes = [width, *(width // 2**i for i in range(1, 5)), 2]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import PolicyError
-from vidsieve.policies import CONFIG, WEIGHTS, parameters_without_nan, pickles_in
+from vidsieve.io.bounded import read_json
+from vidsieve.policies import CONFIG, WEIGHTS, Size, parameters_without_nan, pickles_in
 
 QWEN2_7B = BlockShape(3584, 28, 4, 128, 18944, rms_norm_eps=1e-6, rope_theta=1e6)
 """A decoder block of the language model in LLaVA-OneVision-7B."""
@@ -31,14 +32,13 @@ QWEN2_7B = BlockShape(3584, 28, 4, 128, 18944, rms_norm_eps=1e-6, rope_theta=1e6
 _ANCHOR, _GATE = "token_compress.0.weight", "layers.0.mlp.gate_proj.weight"
 _UNUSED = "mode_selection."
 """A head that the release reads neither at inference nor in its loss."""
-_Count = Annotated[int, msgspec.Meta(gt=0)]
 
 
 class _Text(msgspec.Struct):
-    num_attention_heads: _Count
-    num_key_value_heads: _Count
+    num_attention_heads: Size
+    num_key_value_heads: Size
     hidden_size: int | None = None
-    head_dim: _Count | None = None
+    head_dim: Size | None = None
     rms_norm_eps: float = 1e-6  # transformers does not write values that equal its defaults
     rope_theta: float | None = None
     rope_scaling: dict[str, Any] | None = None
@@ -98,7 +98,9 @@ def _weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
     try:
         opened: list[Any] = [safe_open(path, "pt") for path in paths]
     except (SafetensorError, OSError) as error:
-        raise PolicyError(f"{folder} has a file that is not readable safetensors ({error}): fetch it again") from None
+        raise PolicyError(
+            f"{folder} has a file that is not readable safetensors ({error!s:.300}): fetch it again"
+        ) from None
     files = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 (not a mapping)
     prefixes = [name.removesuffix(_ANCHOR) for name in files if f".{name}".endswith(f".{_ANCHOR}")]
     if len(prefixes) != 1:
@@ -119,11 +121,13 @@ def _weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 
 def _block_shape(path: Path, weights: dict[str, Tensor]) -> BlockShape:
     """Return the shape of the policy's block: sizes from its tensors, heads and positions from the model's `path`."""
-    width, inner = weights[_ANCHOR].shape[-1], weights[_GATE].shape[0] if _GATE in weights else 0
+    width, inner = weights[_ANCHOR].shape[-1], weights[_GATE].shape[0] if _GATE in weights else 1
+    advice = f"fetch the model's {CONFIG} again"
+    raw = read_json(path, PolicyError, advice) if path.is_file() else {}
     try:
-        text = msgspec.json.decode(path.read_bytes(), type=_Config).text_config if path.is_file() else None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise PolicyError(f"{path} cannot be used ({error}): fetch the model's {CONFIG} again") from None
+        text = msgspec.convert(raw, _Config).text_config
+    except msgspec.ValidationError as error:
+        raise PolicyError(f"{path} cannot be used ({error!s:.300}): {advice}") from None
     if text is None:
         if width == QWEN2_7B.hidden_size:
             return QWEN2_7B

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vidsieve.compressors.base import ScoreCompressor
 from vidsieve.errors import PolicyError
-from vidsieve.policies import Policy, PolicyConfig, in_full
+from vidsieve.policies import Policy, PolicyConfig, Size, in_full, network_of
 from vidsieve.types import TokenGrid, VideoTokens
+
+
+class ScoreNetwork(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of a `ScorePolicy`."""
+
+    hidden: Size = 512
+    residual: bool = True
+    normalise: bool = False
+    target: Annotated[float, msgspec.Meta(gt=0, lt=1)] = 0.5
 
 
 class ScorePolicy(Policy):
@@ -30,17 +40,16 @@ class ScorePolicy(Policy):
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
-        network = dict(config.network)
-        hidden, target = int(network.get("hidden", 512)), float(network.get("target", 0.5))
-        self.residual, self.normalise = bool(network.get("residual", True)), bool(network.get("normalise", False))
-        width = config.hidden_size
+        network = network_of(config, ScoreNetwork)
+        self.residual, self.normalise = network.residual, network.normalise
+        width, hidden = config.hidden_size, network.hidden
         self.token, self.surprise = nn.Linear(width, hidden), nn.Linear(width, hidden, bias=False)
         self.out = nn.Linear(hidden, 1)
         for layer in (self.token, self.surprise):
             # As one layer on 2D inputs would start.
             nn.init.uniform_(layer.weight, -((2 * width) ** -0.5), (2 * width) ** -0.5)
         nn.init.zeros_(self.token.bias)
-        nn.init.constant_(self.out.bias, torch.logit(torch.tensor(target)).item())
+        nn.init.constant_(self.out.bias, torch.logit(torch.tensor(network.target, device="cpu")).item())
 
     def forward(self, video: VideoTokens) -> Tensor:
         """Return keep logits (N,) float32.

@@ -59,7 +59,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not header:
             raise ValueError("it has no header")
     except ValueError as error:
-        raise TrainingError(f"{path} is no readable checkpoint ({error}); start again in another folder") from None
+        raise TrainingError(
+            f"{path} is no readable checkpoint ({error!s:.300}); start again in another folder"
+        ) from None
     return header, tensors
 
 
@@ -74,6 +76,21 @@ def load_state(
         If the file is no readable checkpoint, or belongs to other networks.
     """
     header, tensors = _read(path)
+    try:
+        _restore(path, tensors, modules, optimizer)
+    except (RuntimeError, ValueError, KeyError) as error:
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(f"{path} belongs to another network: {str(error).splitlines()[-1].strip():.300}") from None
+    return header
+
+
+def _restore(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     for name, module in modules.items():
         state = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f"{name}.")}
         missing, unexpected = module.load_state_dict(state, strict=False)
@@ -88,4 +105,8 @@ def load_state(
                 _, number, key = name.split(".", 2)
                 restored["state"].setdefault(int(number), {})[key] = value
         optimizer.load_state_dict(restored)
-    return header
+        for weight, state in optimizer.state.items():
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys() or any(
+                value.dim() and value.shape != weight.shape for value in state.values()
+            ):
+                raise ValueError("the optimiser's state does not fit the weights")

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from vidsieve.errors import EvaluationError, OutputError, VidsieveError
+from vidsieve.io.bounded import read_json
 from vidsieve.io.files import RUN, append, locked, refuse_other_run, sync_folder, writing
 
 
@@ -250,10 +251,7 @@ class Store:
         self._journal.__exit__(kind, error, at)
 
     def _compare(self, path: Path, config: Mapping[str, Any]) -> None:
-        try:
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(config)))
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise EvaluationError(f"{path} cannot be read ({error}): {_ADVICE}") from None
+        changed = differences(read_json(path, EvaluationError, _ADVICE, dict), json.loads(json.dumps(config)))
         if changed:
             raise EvaluationError(f"{self.folder} holds results of another run ({changed}): {_ADVICE}")
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from vidsieve.errors import EvaluationError
+from vidsieve.errors import EvaluationError, VidsieveError
 from vidsieve.evaluation.accuracy import accuracy_table
 from vidsieve.evaluation.table import named
 from vidsieve.evaluation.tasks.questions import frames_of
 from vidsieve.evaluation.tasks.timing import timing_table
+from vidsieve.io.bounded import read_json
 from vidsieve.io.journal import records_in
 from vidsieve.report.page import Kept, Section
 from vidsieve.report.sections import frames_section, result_sections, training_sections
@@ -41,17 +41,20 @@ def run_page(folder: Path, videos: int = 0) -> tuple[str, list[Section]]:
             f"{folder} has no finished run: a page is made of result.json or metrics.jsonl; of a paper's table, by "
             "`python -m workbench reproduce … --report`"
         )
+    advice = "give the command of the run again"
+    result = read_json(path, EvaluationError, advice, dict)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{path} is damaged ({error}): give the command of the run again") from None
-    if "benchmark" in result or "n_questions" in result:
-        table = accuracy_table(result)
-    elif result.get("task") == "timing":
-        table = timing_table(result)
-    else:
-        raise EvaluationError(f"{folder} is no run of `eval`, `bench` or `train`: give its command again with --report")
-    return table.title, [*result_sections(table), *(_kept_sections(folder, result, videos) if videos else [])]
+        if "benchmark" in result or "n_questions" in result:
+            table = accuracy_table(result)
+        elif result.get("task") == "timing":
+            table = timing_table(result)
+        else:
+            raise EvaluationError(f"{folder} is no run of `eval`, `bench` or `train`: {advice} with --report")
+        return table.title, [*result_sections(table), *(_kept_sections(folder, result, videos) if videos else [])]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, VidsieveError):
+            raise
+        raise EvaluationError(f"{path} is damaged ({type(error).__name__}: {error!s:.200}): {advice}") from None
 
 
 def _kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Section]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vidsieve.errors import OutputError
+from vidsieve.errors import OutputError, TrainingError
 from vidsieve.evaluation.contributions import Contributions, rank_correlation, ranks
 from vidsieve.evaluation.table import Table, named
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section
 from vidsieve.report.pictures import kept_figure
+from vidsieve.training.run_folder import read_metrics
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
 
@@ -221,9 +221,11 @@ def training_sections(metrics: Path) -> list[Section]:
         If there is none.
     """
     try:
-        rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise OutputError(f"no report: {metrics} cannot be read ({error})") from None
+        rows = read_metrics(metrics.parent)
+    except TrainingError as error:
+        raise OutputError(f"no report: {error}") from None
+    if not rows:
+        raise OutputError(f"no report: {metrics} holds no step yet")
     sections = []
     for name, text in CURVES:
         points = [(float(row["step"]), float(row[name]), 0.0) for row in rows if isinstance(row.get(name), int | float)]

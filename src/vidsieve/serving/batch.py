@@ -34,8 +34,10 @@ from vidsieve.errors import OutputError, PromptError, VidsieveError
 from vidsieve.evaluation.conditions import known_fields, method_for, policy_digest
 from vidsieve.evaluation.experiment import versions
 from vidsieve.evaluation.items import Item
+from vidsieve.io.bounded import check_value, lines, opened, too_long
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Journal
+from vidsieve.io.limits import limits
 from vidsieve.loading import load_model
 from vidsieve.options import Options
 from vidsieve.types import Selection, Tokens
@@ -100,7 +102,11 @@ def read_row(text: bytes, line: int, root: Path, confined: bool = False) -> Batc
     """
     fields = None
     try:
-        fields = msgspec.json.decode(text.strip(_BLANK))
+        if len(text) > limits.row:
+            raise ValueError(too_long(limits.row))
+        decoded = msgspec.json.decode(text.strip(_BLANK))
+        check_value(decoded)
+        fields = decoded
         row = msgspec.convert(fields, RowQuestion)
         for name, value in (("video", row.video), ("question", row.question)):
             if not value.strip():
@@ -113,7 +119,7 @@ def read_row(text: bytes, line: int, root: Path, confined: bool = False) -> Batc
         return BatchRow(line, fields, str(root / row.video), prompt)
     except (ValueError, RecursionError) as error:
         if isinstance(fields, dict):
-            return BatchRow(line, fields, fault=str(error))
+            return BatchRow(line, fields, fault=f"{error!s:.300}")
         return BatchRow(line, None, fault=f"line {line} is not a JSON object: {error}")
 
 
@@ -131,19 +137,19 @@ class Rows:
 
     def __init__(self, path: Path, root: Path, size: int, confined: bool = False) -> None:
         self.path, self.root, self.size, self.confined = path, root, size, confined
-        self.count, self._starts, self._lines = 0, array("Q"), array("Q")
-        digest, start = hashlib.blake2b(digest_size=16), 0
+        self.count, self._starts, self._lines, start = 0, array("Q"), array("Q"), 0
         try:
-            self._status = path.stat()
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    digest.update(line)
+            with opened(path, BatchError) as file:
+                self._status = path.stat()
+                digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16))
+                file.seek(0)
+                for number, line, length in lines(file, limits.row):
                     if line.strip(_BLANK):
                         if self.count % size == 0:
                             self._starts.append(start)
                             self._lines.append(number)
                         self.count += 1
-                    start += len(line)
+                    start += length
         except OSError as error:
             raise BatchError(f"cannot read {path}: {error.strerror}") from None
         if not self.count:
@@ -161,8 +167,9 @@ class Rows:
         self.check()
         with self.path.open("rb") as file:
             file.seek(self._starts[number])
-            lines = ((line, text) for line, text in enumerate(file, self._lines[number]) if text.strip(_BLANK))
-            return [read_row(text, line, self.root, self.confined) for line, text in islice(lines, self.size)]
+            first = self._lines[number] - 1
+            rows = ((first + line, text) for line, text, _ in lines(file, limits.row) if text.strip(_BLANK))
+            return [read_row(text, line, self.root, self.confined) for line, text in islice(rows, self.size)]
 
     def check(self) -> None:
         """Raise BatchError if the file has changed since it was first read."""

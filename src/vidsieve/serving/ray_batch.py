@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from vidsieve.io.limits import Limits, limits
 from vidsieve.io.versions import warn_untested
 from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups, line_of
-from vidsieve.video import limits
 
 TASK_ROWS, MAX_TASKS = 32, 1024
 """Rows that a worker takes at once, while this makes no more tasks than that."""
@@ -40,13 +40,13 @@ class RayWorker:
         digest: str,
         readers: int,
         threads: int,
-        pixels: int,
+        bounds: Limits,
     ) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         torch.set_num_threads(threads)  # as in the process that began the run: the order of sums depends on it
-        limits.pixels = pixels
+        vars(limits).update(vars(bounds))
         self.rows, self.settings, self.readers = Rows(path, root, settings.batch, confined), settings, readers
         if self.rows.digest != digest:
             raise BatchError(f"{path} differs from the file of the same name where the run was started")
@@ -83,7 +83,7 @@ def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, re
         dataset.context.enable_progress_bars = False
         dataset.context.target_max_block_size = 1  # a group's outcomes leave the worker at once
         source = (rows.path.resolve(), rows.root, rows.confined, rows.digest)
-        arguments = (settings, *source, readers, torch.get_num_threads(), limits.pixels)
+        arguments = (settings, *source, readers, torch.get_num_threads(), limits)
         with warnings.catch_warnings():  # before Ray 2.64 there is no other argument for retries
             warnings.filterwarnings("ignore", message=".*ray_remote_args")
             answered = dataset.map_batches(

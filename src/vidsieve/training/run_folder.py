@@ -8,18 +8,24 @@ take its place where that is damaged.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
+from msgspec import field
 
 from vidsieve.errors import OutputError, TrainingError
+from vidsieve.io.bounded import lines, opened, parsed, read_json_lines
 from vidsieve.io.checkpoints import load_state, read_header, save_state
 from vidsieve.io.files import METRICS, locked, refuse_other_run, writing
+from vidsieve.io.limits import limits
 from vidsieve.policies import Policy
+from vidsieve.training.heldout import Best
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 POLICY, BEST = "policy", "best"
@@ -136,6 +142,13 @@ class RunFolder:
             If the checkpoint is unreadable, of another network, or of other settings without `force`.
         """
         header = read_header(self.checkpoint)
+        try:
+            if not math.isfinite(msgspec.convert(header, _RunHeader).minutes):
+                raise ValueError(f"minutes is {header['minutes']}")
+        except ValueError as error:
+            raise TrainingError(
+                f"the header of {self.checkpoint} is damaged: {error!s:.300}; start again in another folder"
+            ) from None
         theirs = {**defaults, **header["config"], **header.get("origin", {})}
         changed = {
             name: f"{name} was {theirs[name]!r}, is {value!r}"
@@ -169,20 +182,54 @@ class RunFolder:
         TrainingError
             If another line is damaged.
         """
-        lines = self.metrics.read_bytes().split(b"\n") if os.path.exists(self.metrics) else [b""]
-        kept = []
-        for number, line in enumerate(lines[:-1], 1):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise TrainingError(
-                    f"line {number} of {self.metrics} is damaged: remove that line, and its figures are missing"
-                ) from None
+        kept: list[bytes] = []
+        if os.path.exists(self.metrics):
+            with opened(self.metrics, TrainingError) as file:
+                for number, line, _ in lines(file, limits.row):
+                    if not line.endswith(b"\n"):
+                        break
+                    try:
+                        if parsed(line)["step"] <= step:
+                            kept.append(line)
+                    except (ValueError, KeyError, TypeError):
+                        raise TrainingError(
+                            f"line {number} of {self.metrics} is damaged: remove that line, and its figures are missing"
+                        ) from None
         with writing(self.metrics) as temporary:
             temporary.write_bytes(b"".join(kept))
 
 
+class _RunHeader(msgspec.Struct):
+    """What is read of a checkpoint's header."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    minutes: Annotated[float, msgspec.Meta(ge=0)]
+    config: dict[str, Any]
+    origin: dict[str, Any] = {}
+    window: list[dict[str, float]] = []
+    changes: list[dict[str, Any]] = []
+    best: Best = field(default_factory=Best)
+    warnings: dict[str, dict[str, Any]] = {}
+
+
+Figure = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)] | float | None
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run, one dict per logged step."""
-    return [json.loads(line) for line in (Path(folder) / METRICS).read_text(encoding="utf-8").splitlines()]
+    """Return the metrics of a run, one dict per logged step.
+
+    Raises
+    ------
+    TrainingError
+        If the file cannot be read, or a line of it is damaged.
+    """
+    path, advice = Path(folder) / METRICS, "remove that line"
+    rows = read_json_lines(path, TrainingError, advice)
+    for number, row in enumerate(rows, 1):
+        try:
+            msgspec.convert(row, dict[str, Figure])
+        except msgspec.ValidationError as error:
+            raise TrainingError(f"entry {number} of {path} is damaged ({error!s:.300}): {advice}") from None
+        if "step" not in row:
+            raise TrainingError(f"entry {number} of {path} has no step: {advice}")
+    return rows

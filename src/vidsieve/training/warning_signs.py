@@ -89,7 +89,8 @@ def warnings(lines: Sequence[Mapping[str, float]], steps: int, own_rate: bool) -
     texts = {}
     for sign in SIGNS:
         start = UNSETTLED * steps if sign.figure == "map_stability" else 0
-        values = [line[sign.figure] for line in lines if sign.figure in line and line["step"] > start][-WINDOW:]
+        figures = [line.get(sign.figure) for line in lines if line["step"] > start]
+        values = [value for value in figures if value is not None][-WINDOW:]
         shown = len(values) == WINDOW and all(value < sign.below or value > sign.above for value in values)
         if shown and (own_rate or sign.figure != "kept"):
             texts[sign.name] = sign.advice.format(value=values[-1])

@@ -32,7 +32,8 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vidsieve.errors import VideoError
-from vidsieve.video import Limits, check_file, is_inside, limits
+from vidsieve.io.limits import Limits, limits
+from vidsieve.video import check_file, is_inside
 
 # Starting threads costs more than converting a small frame; before PyAV 17 there were none.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}

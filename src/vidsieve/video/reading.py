@@ -24,7 +24,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vidsieve.errors import VideoError
 from vidsieve.io.files import writing
-from vidsieve.video import check_file, limits
+from vidsieve.io.limits import limits
+from vidsieve.video import check_file
 from vidsieve.video.decoding import File, Index, Ints, Pixels, VideoFile, count_frames, decode_all, decode_groups
 
 TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -11,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from vidsieve.errors import EvaluationError
+from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.options import LETTERS
+from vidsieve.training.data.reading import MalformedError, raw_records
 
 
 def one_file(folder: Path, *names: str) -> Path:
@@ -64,34 +64,19 @@ def rows_of(path: Path, kind: type[Row]) -> list[Row]:
     EvaluationError
         If the file cannot be read, or a row has other fields; the text names the first one.
     """
-    try:
-        parsed = _parquet(path) if path.suffix == ".parquet" else _parsed(path)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"cannot read {path}: {str(error).splitlines()[0]}; fetch it again") from None
-    if not isinstance(parsed, list):
-        raise EvaluationError(f"{path} holds {type(parsed).__name__}, must be a list of questions: fetch it again")
     rows = []
-    for number, row in enumerate(parsed, 1):
-        try:
-            rows.append(msgspec.convert(_stripped(row), kind))
-        except msgspec.ValidationError as error:
-            raise EvaluationError(f"row {number} of {path}: {error}; fetch the file again") from None
-    return rows
-
-
-def _parsed(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig")
-    if path.suffix == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def _parquet(path: Path) -> list[Any]:
     try:
-        from pyarrow.parquet import read_table
-    except ImportError:
-        raise EvaluationError(f"{path} is a Parquet file: pip install 'vidsieve[benchmarks]' to read it") from None
-    rows: list[Any] = read_table(path).to_pylist()
+        for number, row in raw_records(path):
+            try:
+                if isinstance(row, MalformedError):
+                    raise row
+                rows.append(msgspec.convert(_stripped(row), kind))
+            except ValueError as error:
+                raise EvaluationError(f"row {number} of {path}: {error!s:.300}; fetch the file again") from None
+    except TrainingError as error:
+        raise EvaluationError(str(error)) from None
+    if not rows:
+        raise EvaluationError(f"{path} holds no rows: fetch it again")
     return rows
 
 

@@ -13,8 +13,9 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures, on_device
 from vidsieve.adapters.fingerprint import digest, lasting, weights_digest
 from vidsieve.errors import OutputError, TrainingError, VideoError
+from vidsieve.io.bounded import LONGEST_FILE, parsed, read_json
 from vidsieve.io.files import writing
 from vidsieve.io.journal import differences
 from vidsieve.io.tensors import load_tensors, save_tensors
@@ -54,6 +56,13 @@ class EncodingPlan:
             f"{self.folder} has {self.videos - self.missing} of {self.videos} videos encoded; the others take about "
             f"{_size(self.missing * self.bytes_each)} ({_size(self.bytes_each)} each), {_size(self.free)} are free"
         )
+
+
+class _Header(msgspec.Struct):
+    stamp: str
+    grid: tuple[int, int, int]
+    per_row: bool
+    surplus: Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,7 @@ class EncodingCache:
 
     def _compare(self, path: Path, manifest: dict[str, Any]) -> None:
         advice = "give another folder, or remove this one"
-        try:
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise TrainingError(f"{path} is not a readable manifest of encoded videos ({error}): {advice}") from None
+        changed = differences(read_json(path, TrainingError, advice, dict), manifest)
         if changed:
             raise TrainingError(f"the videos in {self.folder} were encoded with other settings ({changed}): {advice}")
 
@@ -230,11 +236,13 @@ class EncodingCache:
             return None
         try:
             header, tensors, _ = load_tensors(path)
-            start, head = json.loads(zlib.decompress(tensors["text"].numpy().tobytes()))
-            grid = TokenGrid(*header["grid"])
-            if header["stamp"] != self._stamp or len(tensors["embeds"]) != grid.num_tokens:
+            known = msgspec.convert(header, _Header)
+            text = zlib.decompressobj().decompress(tensors["text"].numpy().tobytes(), LONGEST_FILE)
+            start, head = msgspec.convert(parsed(text), tuple[str, str])
+            grid = TokenGrid(*known.grid)
+            if known.stamp != self._stamp or tensors["embeds"].shape != (grid.num_tokens, self.adapter.hidden_size):
                 return None
-        except (ValueError, KeyError, TypeError, zlib.error):
+        except (ValueError, KeyError, TypeError, AttributeError, zlib.error):
             return None
 
         def named(prefix: str) -> dict[str, Tensor]:
@@ -246,8 +254,8 @@ class EncodingCache:
             tensors["tail"],
             tuple(named("deep.").values()),
             None,
-            header["per_row"],
-            header["surplus"],
+            known.per_row,
+            known.surplus,
         )
         return video, Wording(start, head, named("kind."), named("extra."))
 

@@ -31,8 +31,12 @@ LAYOUTS = {
 }
 """Name: module with ``LAYOUT``. The first one that `matches` reads a file."""
 
-Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
-"""A text that is not empty, as a field of a `msgspec.Struct`."""
+Words = Annotated[str, msgspec.Meta(max_length=2**16)]
+"""A text of a question, as a field of a `msgspec.Struct`: no longer than regular expressions read at once."""
+Text = Annotated[str, msgspec.Meta(pattern=r"\S", max_length=2**16)]
+"""One that is not empty."""
+Name = Annotated[str, msgspec.Meta(pattern=r"\S", max_length=4096)]
+"""The path of a file."""
 Form = TypeVar("Form", bound=msgspec.Struct)
 Rows = tuple[list[dict[str, Any]], dict[str, int]]
 
@@ -93,7 +97,7 @@ def checked(record: Any, form: type[Form]) -> Form:
     except msgspec.ValidationError as error:
         fault, _, place = str(error).replace("`", "").partition(" - at $")
         place, fault = place.lstrip("."), fault[:1].lower() + fault[1:]
-        fault = fault.replace(r"str matching regex '\\S'", "a text that is not empty")
+        fault = fault.replace(r"str matching regex '\\S'", "a text that is not empty").replace("str of", "a text of")
         fault = fault.replace("object missing required field", "missing field")
         if fault.startswith("invalid enum value"):
             known = next(part.type for part in msgspec.structs.fields(form) if part.encode_name == place)
@@ -118,7 +122,7 @@ def layout_of(path: Path) -> Layout:
         for layout in known:
             if layout.matches(record):
                 return layout
-        fields = ", ".join(map(str, list(record)[:8]))
+        fields = ", ".join(f"{name!s:.40}" for name in list(record)[:8])
     elif record is None:
         raise TrainingError(f"{path} holds no records; fetch it again")
     elif isinstance(record, MalformedError):

@@ -6,9 +6,7 @@ JSON lists, JSON lines, CSV and Parquet differ in name and first byte. `layouts`
 from __future__ import annotations
 
 import csv
-import json
 import os
-import re
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -17,27 +15,32 @@ from typing import IO, Any
 from PIL import Image
 
 from vidsieve.errors import TrainingError
+from vidsieve.io.bounded import CHUNK, check_value, lines, list_items, opened, parsed, too_long
+from vidsieve.io.limits import limits
 from vidsieve.video.reading import open_image
 
-CHUNK = 2**16
-"""Characters of a JSON list that are read at a time."""
-LONGEST = 2**26
-"""Characters of the longest record of a JSON list."""
 BATCH = 64
-"""Rows of a Parquet file in memory at a time; each may hold an image."""
+"""Most rows of a Parquet file in memory at a time; each may hold an image."""
+_GROUP = 16
+"""Bytes in one group of Parquet rows that memory may hold at once, in longest rows."""
+_VALUE = 16
+"""Bytes that a value of a Parquet row counts in addition to its own: an empty list has none."""
+_LONGEST_FAULT = 300
 _BOM = b"\xef\xbb\xbf"
-_BLANK = re.compile(r"[\s,]*")
-_CLOSED = re.compile(r"\s*[,\]]")
 
 
 class MalformedError(ValueError):
-    """A fault of one record."""
+    """A fault of one record, in one short text."""
+
+    def __init__(self, fault: object) -> None:
+        super().__init__(str(fault)[:_LONGEST_FAULT])
 
 
 def raw_records(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield the records of a file with their numbers: the line in JSON lines, else counted from 1.
 
-    A line that is not JSON is yielded as a `MalformedError`. NaN and Infinity are read as Python writes them.
+    A record that is longer than `limits.row`, not JSON, nested too deeply, or has a text with NUL or half of a
+    surrogate pair, is yielded as a `MalformedError`. NaN and Infinity are read as Python writes them.
 
     Raises
     ------
@@ -45,16 +48,15 @@ def raw_records(path: Path) -> Iterator[tuple[int, Any]]:
         If the file is unreadable, or breaks off.
     """
     try:
-        if path.suffix == ".csv":
-            yield from _csv(path)
-        elif path.suffix == ".parquet":
-            yield from _parquet(path)
-        elif _is_list(path):
-            with path.open(encoding="utf-8-sig") as file:
-                yield from _list(path, file)
-        else:
-            yield from _lines(path)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        with opened(path, TrainingError) as file:
+            if path.suffix == ".parquet":
+                yield from _parquet(path)
+                return
+            is_list = file.read(CHUNK).removeprefix(_BOM).lstrip().startswith(b"[")
+            file.seek(0)
+            read = _csv if path.suffix == ".csv" else _list if is_list else _lines
+            yield from read(path, file)
+    except OSError as error:
         raise TrainingError(f"cannot read {path}: {error}") from None
 
 
@@ -70,55 +72,58 @@ def image_fault(image: Path | bytes) -> str:
     return ""
 
 
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(CHUNK).removeprefix(_BOM).lstrip().startswith(b"[")
+def _record(text: bytes | None) -> Any:
+    """Return what a JSON text holds, or its fault; None stands for a text that is too long."""
+    try:
+        if text is None or len(text) > limits.row:
+            raise ValueError(too_long(limits.row))
+        return parsed(text)
+    except ValueError as error:
+        return MalformedError(error)
 
 
-def _list(path: Path, file: IO[str]) -> Iterator[tuple[int, Any]]:
-    decoder, number = json.JSONDecoder(), 0
-    buffer, place = file.read(CHUNK), 0
-    place = buffer.index("[") + 1
-    while True:
-        place = _BLANK.match(buffer, place).end()  # type: ignore[union-attr]
-        if buffer.startswith("]", place):
-            return
+def _list(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        for number, text in enumerate(list_items(file, limits.row), 1):
+            yield number, _record(text)
+    except ValueError as error:
+        raise TrainingError(f"cannot read {path}: it {error} after record {number}: fetch it again") from None
+
+
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    for number, line, _ in lines(file, limits.row):  # a text may hold other ends of lines, such as U+2028
+        if line.removeprefix(_BOM).strip():
+            yield number, _record(line)
+
+
+def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+    taken, number = 0, 0
+
+    def text(line: tuple[int, bytes, int]) -> str:
+        nonlocal taken
+        taken += line[2]
+        if taken > limits.row:
+            raise ValueError(too_long(limits.row))
+        return line[1].decode("utf-8-sig" if line[0] == 1 else "utf-8")
+
+    csv.field_size_limit(limits.row)
+    reader = csv.DictReader(map(text, lines(file, limits.row)))  # a map goes on after an error, a generator does not
+    try:
+        known = reader.fieldnames is not None
+    except (ValueError, csv.Error) as error:
+        raise TrainingError(f"cannot read {path}: {error}") from None
+    while known:
+        taken = 0
         try:
-            record, end = decoder.raw_decode(buffer, place)
-            fault = "" if _CLOSED.match(buffer, end) else "Expecting ',' or ']'"  # a number may go on
-        except json.JSONDecodeError as error:
-            fault = error.msg
-        if not fault:
-            place, number = end, number + 1
-            yield number, record
-            continue
-        length = len(buffer) - place
-        # Twice as much each time: a long record is not decoded from its start again and again.
-        more = file.read(max(CHUNK, length)) if length <= LONGEST else ""
-        if not more and not length:
-            raise TrainingError(f"{path} breaks off after record {number}: fetch it again")
-        if not more:
-            raise TrainingError(f"{path} is not JSON in record {number + 1}: {fault}")
-        buffer, place = buffer[place:] + more, 0
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):  # a text may hold other ends of lines, such as U+2028
-            if not line.removeprefix(_BOM).strip():
-                continue
-            try:
-                yield number, json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                yield number, MalformedError(f"is not UTF-8: {error}")
-            except ValueError as error:
-                yield number, MalformedError(f"is not JSON: {error}")
-
-
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**24)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from enumerate(csv.DictReader(file), 1)
+            record: Any = next(reader)
+            check_value(record)
+        except StopIteration:
+            return
+        except (ValueError, csv.Error) as error:
+            record = MalformedError(error)
+        number += 1
+        yield number, record
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
@@ -128,8 +133,43 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     except ImportError:
         raise TrainingError(f"{path} needs pyarrow: pip install 'vidsieve[benchmarks]'") from None
     try:
-        with parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=BATCH)
-            yield from enumerate((record for batch in batches for record in batch.to_pylist()), 1)
-    except arrow.ArrowException as error:
-        raise TrainingError(f"cannot read {path}: {error}; fetch it again") from None
+        with parquet.ParquetFile(path, buffer_size=2**20) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=_batch(path, file.metadata)):
+                for place in range(len(batch)):
+                    number += 1
+                    yield number, _arrow_record(batch.slice(place, 1))
+    except (arrow.ArrowException, ValueError, KeyError, OverflowError) as error:
+        raise TrainingError(f"cannot read {path}: {error!s:.300}; fetch it again") from None
+
+
+def _batch(path: Path, metadata: Any) -> int:
+    """Return the number of rows to decode at a time; refuse groups that memory may not hold."""
+    sizes = (metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+    largest, most = max(sizes, default=0), _GROUP * limits.row
+    if largest > max(most, 2 * path.stat().st_size):  # images do not compress; what does by much may fill memory
+        raise TrainingError(
+            f"{path} has {largest:,} bytes in one group of rows: a larger --max-row allows more, or write it in "
+            "smaller groups"
+        )
+    return max(1, min(BATCH, most // max(1, largest)))
+
+
+def _arrow_record(row: Any) -> Any:
+    """Return the row in a record batch of one, or its fault."""
+    if row.nbytes + _VALUE * sum(_values(column) for column in row.columns) > limits.row:
+        return MalformedError(too_long(limits.row))
+    try:
+        record = row.to_pylist()[0]
+        check_value(record)
+    except (ValueError, OverflowError) as error:  # a text that is not UTF-8, a date out of range
+        return MalformedError(error)
+    return record
+
+
+def _values(column: Any) -> int:
+    """Return the number of values in an array of Arrow, those of nested ones too."""
+    if not column.type.num_fields or not len(column):
+        return len(column)
+    inner = column.flatten()
+    return len(column) + sum(_values(part) for part in (inner if isinstance(inner, list) else [inner]))

@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from vidsieve.errors import OutputError
+from vidsieve.errors import OutputError, TrainingError
+from vidsieve.io.bounded import lines, opened, parsed
+from vidsieve.io.limits import limits
 
 
 class Skipped:
@@ -49,12 +51,13 @@ class Skipped:
         self._lock = threading.Lock()
         self._listed: set[tuple[str, str, str]] = set()
         if path is not None and os.path.exists(path):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                    self._listed.add((row["file"], row["what"], row["where"]))
-                except (ValueError, KeyError, TypeError):  # a line that a kill cut short
-                    continue
+            with opened(path, TrainingError) as file:
+                for _, line, _ in lines(file, limits.row):
+                    try:
+                        row = parsed(line)
+                        self._listed.add((row["file"], row["what"], row["where"]))
+                    except (ValueError, KeyError, TypeError):  # a line that a kill cut short
+                        continue
 
     def add(self, what: str, where: str, reason: str, *, file: Path, rows: int = 1, later: bool = False) -> None:
         """Count a fault, and list it.

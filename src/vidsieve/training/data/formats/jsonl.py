@@ -9,13 +9,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from vidsieve.options import OptionsError
-from vidsieve.training.data.layouts import Layout, Rows, Text, checked
+from vidsieve.training.data.layouts import Layout, Name, Rows, Text, Words, checked
 from vidsieve.training.data.reading import MalformedError
 from vidsieve.training.data.rows import Kind, options_of
 
@@ -23,28 +25,29 @@ _NEEDED = "a row needs video, and caption or question, options and answer; or fr
 
 
 class _Video(msgspec.Struct):
-    video: Text
+    video: Name
     caption: Text | msgspec.UnsetType = msgspec.UNSET
+    prompt: Words | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Frames(msgspec.Struct):
-    frames: Annotated[list[tuple[str, Annotated[int, msgspec.Meta(ge=1)]]], msgspec.Meta(min_length=1)]
+    frames: Annotated[list[tuple[Name, Annotated[int, msgspec.Meta(ge=1, le=10_000)]]], msgspec.Meta(min_length=1)]
     caption: Text
 
 
 class _Image(msgspec.Struct):
-    image: Text
+    image: Name
     caption: Text
 
 
 class _Asked(msgspec.Struct):
     question: Text
-    answer: Any
+    answer: Words | int | float | bool
     problem_type: Kind = "multiple choice"
 
 
 class _Options(_Asked, kw_only=True):
-    options: list[str | int | float | bool]
+    options: list[Words | int | float | bool]
 
 
 _SHOWN: dict[str, type[msgspec.Struct]] = {"video": _Video, "frames": _Frames, "image": _Image}
@@ -61,12 +64,20 @@ def _rows(record: Any, folder: Path, file: Path) -> Rows:
     if others and (others != ["question"] or shown == "image"):
         raise MalformedError(f"{shown} and {others[0]} do not go together")
     checked(record, _SHOWN[shown])
-    if "question" in record and checked(record, _Asked).problem_type == "multiple choice":
+    asked = checked(record, _Asked) if "question" in record else None
+    if asked is not None and isinstance(asked.answer, float) and not math.isfinite(asked.answer):
+        raise MalformedError(f"answer: must be finite, got {asked.answer}")
+    if asked is not None and asked.problem_type == "multiple choice":
         checked(record, _Options)
         try:
             options_of(record).index(str(record["answer"]))
         except OptionsError as error:
             raise MalformedError(str(error)) from None
+    if file.suffix == ".parquet":
+        try:
+            json.dumps(record)
+        except TypeError as error:
+            raise MalformedError(error) from None
     if shown == "frames":
         return [record | {"frames": [[str(folder / name), times] for name, times in record["frames"]]}], {}
     return [record | {shown: str(folder / record[shown])}], {}

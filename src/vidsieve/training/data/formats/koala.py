@@ -18,13 +18,13 @@ from typing import Any
 
 import msgspec
 
-from vidsieve.training.data.layouts import Layout, Rows, Text, checked
+from vidsieve.training.data.layouts import Layout, Name, Rows, Text, checked
 
 ENDINGS = (".mp4", ".mkv", ".webm")
 
 
 class _Clip(msgspec.Struct):
-    video_id: Text = msgspec.field(name="videoID")
+    video_id: Name = msgspec.field(name="videoID")
     caption: Text
 
 

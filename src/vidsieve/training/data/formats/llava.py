@@ -27,13 +27,13 @@ from typing import Annotated, Any
 import msgspec
 
 from vidsieve.options import Options, OptionsError, said_letter
-from vidsieve.training.data.layouts import Layout, Rows, Text, checked
+from vidsieve.training.data.layouts import Layout, Name, Rows, Words, checked
 from vidsieve.training.data.reading import MalformedError
 
 LEAST_WORDS = 10
 """Words that the caption of an image has at least."""
 
-_PLACEHOLDER = re.compile(r"\s*<(?:image|video)>\s*")
+_PLACEHOLDER = re.compile(r"<(?:image|video)>")
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s*\S")
 _DESCRIBING = re.compile(
     r"\b(?:descri\w+|caption\w*|narrat\w+|depict\w*|summar\w+|outline\w*|recount\w*|elaborate|in detail|detailed|"
@@ -44,26 +44,26 @@ _DESCRIBING = re.compile(
 
 class _Turn(msgspec.Struct):
     speaker: str = msgspec.field(name="from")
-    value: str
+    value: Words
 
 
 class _ImageInside(msgspec.Struct):
     """Bytes of an image, as Parquet has them."""
 
     data: Annotated[bytes, msgspec.Meta(min_length=1)] = msgspec.field(name="bytes")
-    path: str | None = None
+    path: Words | None = None
 
 
 class _Conversation(msgspec.Struct):
     conversations: Annotated[list[_Turn], msgspec.Meta(min_length=2)]
-    video: Text | None = None
+    video: Name | None = None
     image: Any = None
     data_source: Any = None
     id: Any = None
 
 
 class _Still(msgspec.Struct):
-    image: Text | _ImageInside
+    image: Name | _ImageInside
 
 
 def _matches(record: dict[str, Any]) -> bool:
@@ -97,7 +97,7 @@ def _pairs(turns: list[_Turn]) -> list[tuple[str, str]]:
         turns = turns[1:]
     if [turn.speaker for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise MalformedError("conversations: turns must be from human and gpt, one after the other")
-    texts = [_PLACEHOLDER.sub("\n", turn.value).strip() for turn in turns]
+    texts = ["\n".join(map(str.strip, _PLACEHOLDER.split(turn.value))).strip() for turn in turns]
     if not all(texts[1::2]):
         raise MalformedError("conversations: an answer is empty")
     return list(zip(texts[::2], texts[1::2], strict=True))

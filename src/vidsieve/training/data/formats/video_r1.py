@@ -30,7 +30,7 @@ from typing import Any, Literal
 import msgspec
 
 from vidsieve.options import Options, OptionsError, said_letter
-from vidsieve.training.data.layouts import Layout, Rows, Text, checked
+from vidsieve.training.data.layouts import Layout, Name, Rows, Text, Words, checked
 from vidsieve.training.data.reading import MalformedError
 from vidsieve.training.data.rows import Kind
 
@@ -47,12 +47,12 @@ class _Type(msgspec.Struct):
 class _Question(_Type):
     problem: Text
     solution: Text
-    path: Text
+    path: Name
     data_source: Any = None
 
 
 class _Choice(_Question):
-    options: list[str] | None = None
+    options: list[Words] | None = None
 
 
 def _matches(record: dict[str, Any]) -> bool:
@@ -87,8 +87,9 @@ def _inside(problem: str) -> tuple[str, list[str]]:
 
 def _answer(fields: _Question, options: list[str]) -> str:
     """Return the answer in a solution: the letter of an option, a number as it is written ("1,200"), or a text."""
-    tagged = _TAGGED.findall(fields.solution)
-    if len(tagged) > 1 or (not tagged and "answer>" in fields.solution):
+    several = fields.solution.count("<answer>") > 1
+    tagged = [] if several else _TAGGED.findall(fields.solution)
+    if several or (not tagged and "answer>" in fields.solution):
         raise MalformedError(f"solution: must hold one <answer>…</answer>, got {fields.solution!r:.80}")
     answer: str = (tagged[0] if tagged else fields.solution).strip()
     if not answer:
