@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidsieve import load
@@ -210,11 +209,19 @@ def test_damaged_configurations_are_one_line(text, said, tmp_path):
         load(tmp_path)
 
 
+def edited(folder: Path, **changed) -> None:
+    """Edit a configuration, and leave out the checksums that would tell."""
+    path = folder / "config.json"
+    config = {
+        name: value for name, value in json.loads(path.read_text()).items() if name not in ("checksum", "weights")
+    }
+    path.write_text(json.dumps(config | changed))
+
+
 def test_a_small_configuration_costs_no_more_than_its_weights(tmp_path):
     """It asks for 2 GiB beside weights of 5 kB."""
     ScorePolicy.start(32, "none", hidden=16).save_pretrained(tmp_path)
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 2**14, "network": {"hidden": 2**14}}))
+    edited(tmp_path, hidden_size=2**14, network={"hidden": 2**14})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(PolicyError, match=r"out\.weight is \(1, 16\), must be \(1, 16384\)"):
         load(tmp_path)
@@ -224,6 +231,7 @@ def test_a_small_configuration_costs_no_more_than_its_weights(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
 def test_weights_of_other_types_are_refused(dtype, tmp_path):
     ScorePolicy.start(32, "none", hidden=16).save_pretrained(tmp_path)
+    edited(tmp_path)
     path = tmp_path / "model.safetensors"
     weights = load_file(path)
     save_file(weights | {"out.bias": torch.zeros(1).to(dtype)}, path)
@@ -268,9 +276,7 @@ def test_edited_tensors_of_a_checkpoint_are_one_line(edit, tmp_path):
     module, path = torch.nn.Linear(2, 2), tmp_path / "checkpoint.safetensors"
     optimizer = torch.optim.AdamW(module.parameters())
     save_state(path, {"policy": module}, optimizer, {})
-    with safe_open(path, "pt") as file:
-        header = file.metadata()
-    save_file(load_file(path) | edit, path, metadata=header)
+    save_file(load_file(path) | edit, path, metadata={"vidsieve": '{"step": 1}'})  # without its checksum
     with pytest.raises(TrainingError, match="another network"):
         load_state(path, {"policy": module}, optimizer)
 
@@ -283,8 +289,6 @@ def test_an_edited_line_of_metrics_is_named(line, tmp_path):
         read_metrics(tmp_path)
     with pytest.raises(OutputError, match="no report"):
         run_page(tmp_path)
-    RunFolder(tmp_path).cut(5)
-    assert path.read_text().startswith('{"step": 1, "loss": NaN}\n')
 
 
 @pytest.mark.parametrize("text", ["[]", '{"benchmark": 1}', '{"n_questions": 3, "rows": [3]}', "[" * 10**5, "{}"])

@@ -63,7 +63,7 @@ def test_two_processes_with_one_share_and_damaged_lines_are_refused(tmp_path):
     with Store(tmp_path, CONFIG) as store, pytest.raises(EvaluationError, match=r"line 2 of .* is damaged"):
         store.records()
     (tmp_path / "run.json").write_text("[]")
-    with pytest.raises(EvaluationError, match=r"run\.json cannot be read"):
+    with pytest.raises(EvaluationError, match=r"run\.json is damaged"):
         Store(tmp_path, CONFIG)
 
 

@@ -247,7 +247,7 @@ def test_images_are_limited_and_of_formats_that_run_nothing(tmp_path, monkeypatc
         read_image(tmp_path / "a.png")
 
 
-OUTSIDE = ["../a.mp4", "{above}/a.mp4", "out.mp4", "no/../../a.mp4", "a.mp4\0"]
+OUTSIDE = ["../a.mp4", "{above}/a.mp4", "out.mp4", "no/../../a.mp4"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

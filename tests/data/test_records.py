@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_a_list(tmp_path):
         path = tmp_path / f"{count}.json"
         path.write_text(json.dumps([{"video": "a.mp4", "caption": "word " * 50}] * count))
         tracemalloc.start()
-        assert sum(1 for _ in read_records(path)) == count
+        assert sum(1 for _ in reading.raw_records(path)) == count
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert path.stat().st_size > 5e6

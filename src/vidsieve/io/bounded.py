@@ -22,10 +22,10 @@ CHUNK = 2**16
 """Bytes that are read at a time."""
 _MARK = re.compile(rb'["\[\]{},]')
 _BRACKETS = re.compile(rb"[\[{]+|[\]}]+")
-_INNER = re.compile(
-    rb"""(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+"|\[(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+\])*+""", re.DOTALL
-)
-"""What closes behind it: texts, and lists of texts and numbers."""
+_TEXT = rb'"(?:[^"\\]++|\\.)*+"'
+_FLAT = rb'(?:[^"\[\]{}]++|' + _TEXT + rb")*+"
+_INNER = re.compile(rb'(?:[^"\[\]{}]++|' + _TEXT + rb"|[\[{]" + _FLAT + rb"[\]}])*+", re.DOTALL)
+"""What closes again: texts, and lists and objects of texts and numbers."""
 _QUOTED = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
