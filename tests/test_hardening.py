@@ -93,9 +93,14 @@ def test_parquet_within_bounds(limited, tmp_path):
     assert ["has more" in record.fault for record in read_records(path)] == [False, True, True, False]
     parquet.write_table(arrow.Table.from_pylist([row | {"x": b"\xff"}]), path)
     assert [record.fault for record in read_records(path)] == ["Object of type bytes is not JSON serializable"]
-    bomb = arrow.Table.from_pylist([row | {"caption": "x" * 10**6}])
-    parquet.write_table(bomb, path, compression="zstd", use_dictionary=False)
-    with pytest.raises(TrainingError, match=r"1,000,\d+ bytes in one group of rows"):
+    for bomb, size in (({"caption": "x" * 10**6}, r"1,000,\d+"), ({"x": [0] * 10**5}, r"400,\d+")):  # 1 kB on disk
+        parquet.write_table(arrow.Table.from_pylist([row | bomb]), path, compression="zstd", use_dictionary="x" in bomb)
+        with pytest.raises(TrainingError, match=rf"{size} bytes in one group of rows"):
+            list(read_records(path))
+    data = bytearray(path.read_bytes())
+    data[-60:-30] = bytes(30)
+    path.write_bytes(data)
+    with pytest.raises(TrainingError, match="fetch it again"):
         list(read_records(path))
 
 

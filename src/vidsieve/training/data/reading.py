@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -25,6 +27,8 @@ _GROUP = 16
 """Bytes in one group of Parquet rows that memory may hold at once, in longest rows."""
 _VALUE = 16
 """Bytes that a value of a Parquet row counts in addition to its own: an empty list has none."""
+_LEVELS = 4
+"""Bytes that a nested value takes while its group is decoded, whatever its own."""
 _LONGEST_FAULT = 300
 _BOM = b"\xef\xbb\xbf"
 
@@ -135,7 +139,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with parquet.ParquetFile(path, buffer_size=2**20) as file:
             number = 0
-            for batch in file.iter_batches(batch_size=_batch(path, file.metadata)):
+            nested = any(field.type.num_fields for field in file.schema_arrow)
+            for batch in file.iter_batches(batch_size=_batch(path, file.metadata, nested)):
                 for place in range(len(batch)):
                     number += 1
                     yield number, _arrow_record(batch.slice(place, 1))
@@ -143,10 +148,25 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
         raise TrainingError(f"cannot read {path}: {error!s:.300}; fetch it again") from None
 
 
-def _batch(path: Path, metadata: Any) -> int:
+_COUNT = """
+import sys
+from pyarrow.parquet import ParquetFile
+groups = (ParquetFile(sys.argv[1]).metadata.row_group(number) for number in range(int(sys.argv[2])))
+print(max(sum(group.column(place).num_values for place in range(group.num_columns)) for group in groups))
+"""
+
+
+def _batch(path: Path, metadata: Any, nested: bool) -> int:
     """Return the number of rows to decode at a time; refuse groups that memory may not hold."""
-    sizes = (metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
-    largest, most = max(sizes, default=0), _GROUP * limits.row
+    count = metadata.num_row_groups
+    largest = max((metadata.row_group(number).total_byte_size for number in range(count)), default=0)
+    most = _GROUP * limits.row
+    if nested and count:  # one row may hold many values, in no bytes if they are equal
+        run = [sys.executable, "-c", _COUNT, str(path), str(count)]  # which damaged metadata of columns ends
+        counted = subprocess.run(run, capture_output=True, text=True, check=False)
+        if counted.returncode:
+            raise TrainingError(f"cannot read {path}: its columns are damaged; fetch it again")
+        largest = max(largest, _LEVELS * int(counted.stdout))
     if largest > max(most, 2 * path.stat().st_size):  # images do not compress; what does by much may fill memory
         raise TrainingError(
             f"{path} has {largest:,} bytes in one group of rows: a larger --max-row allows more, or write it in "
