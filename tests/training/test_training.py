@@ -65,6 +65,8 @@ def test_runs_are_not_overwritten_and_settings_not_mixed(testbed, tmp_path):
         train(testbed, tmp_path)
     with pytest.raises(TrainingError, match="lr was"):
         train(testbed, tmp_path, resume=True, lr=0.5)
+    with pytest.raises(TrainingError, match="give more steps"):
+        train(testbed, tmp_path, resume=True, steps=1)
     for name in (CHECKPOINT, PREVIOUS):
         (tmp_path / name).write_bytes(b"nonsense")
     with pytest.raises(TrainingError, match="no readable checkpoint"):

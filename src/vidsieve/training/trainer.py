@@ -169,8 +169,8 @@ class Trainer(ABC, Generic[Sample]):
         Raises
         ------
         TrainingError
-            If a loss or gradient is not finite, if no reward of a step is finite, or if settings have changed; the last
-            good checkpoint stays.
+            If a loss or gradient is not finite, if no reward of a step is finite, if settings have changed, or if a
+            resumed run has done more steps; the last good checkpoint stays.
         OutputError
             If the folder cannot be written, another process is writing it, it holds a run and `resume` is not set, or
             it holds none and it is.
@@ -347,6 +347,10 @@ class Trainer(ABC, Generic[Sample]):
         defaults = {f.name: f.default for f in fields(self.config)}
         header, changed = self.run.load(self.policy, self.optimizer, ours, defaults, force)
         self.step, self.minutes, self._window = int(header["step"]), float(header["minutes"]), header.get("window", [])
+        if self.step > self.config.steps:
+            raise TrainingError(
+                f"the run in {self.folder} has done {self.step} steps of {self.config.steps}: give more steps"
+            )
         self.changes = list(header.get("changes", []))
         self.best, self.warnings = Best(**header.get("best", {})), dict(header.get("warnings", {}))
         self.processes.together(lambda: self.run.cut(self.step))
