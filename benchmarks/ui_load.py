@@ -1,8 +1,7 @@
 """Memory and file descriptors of `vidsieve ui` while eight users ask 200 questions at once.
 
-``python benchmarks/ui_load.py --out benchmarks/results/ui_load.json``. With
-``MALLOC_ARENA_MAX=2`` the allocator keeps less, and a leak would show sooner. Every user is one of
-gradio's own clients and uploads a scene of the testbed with every question.
+``python benchmarks/ui_load.py --out benchmarks/results/ui_load.json``. Every user is one of gradio's own clients and
+uploads a scene of the testbed with every question.
 """
 
 from __future__ import annotations

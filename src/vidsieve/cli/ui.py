@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import signal
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +52,8 @@ def ui(
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
     out.print(f"http://{host}:{port}", highlight=False)
+    with suppress(OSError, AttributeError):  # glibc's M_ARENA_MAX: what one thread frees, another can use
+        ctypes.CDLL(None).mallopt(-8, 2)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that uploads are deleted
     with tempfile.TemporaryDirectory(prefix="vidsieve-ui-", ignore_cleanup_errors=True) as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_RUN_HISTORY": "False"}
