@@ -32,7 +32,7 @@ test: check
 FUZZ_SECONDS ?= 20
 FUZZ_SEED ?= $(shell git log -1 --format=%ct)
 fuzz: $(VENV)/.installed-dev
-	VIDSIEVE_FUZZ_SECONDS=$(FUZZ_SECONDS) VIDSIEVE_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/test_fuzz.py
+	VIDSIEVE_FUZZ_SECONDS=$(FUZZ_SECONDS) VIDSIEVE_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/hardening/test_fuzz.py
 
 # The same environment with nothing but transformers replaced: attach and contracts once more.
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed

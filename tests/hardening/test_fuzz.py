@@ -2,7 +2,7 @@
 
 `make fuzz` runs each target for 20 s from a new seed. A failure prints its seed; this runs one case again:
 
-    python tests/test_fuzz.py TARGET SEED
+    python tests/hardening/test_fuzz.py TARGET SEED
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def main(target, seed, seconds=0.0):
     """Run the cases from a seed on for some seconds, at least one."""
     end = used = 0.0
     while not end or time.monotonic() < end:
-        print(f"python tests/test_fuzz.py {target} {seed}", flush=True)
+        print(f"python tests/hardening/test_fuzz.py {target} {seed}", flush=True)
         faulthandler.dump_traceback_later(DEADLINE, exit=True)
         case(target, seed)
         faulthandler.cancel_dump_traceback_later()
