@@ -7,11 +7,10 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import EvaluationError
-from vidsieve.evaluation.contributions import attention_received, contributions, effects, rank_correlation
+from vidsieve.evaluation.contributions import attention_received, contributions, effects
 from vidsieve.loading import load_model
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
@@ -63,8 +62,3 @@ def test_attention_is_what_transformers_computes(asked):
         adapter.model.set_attn_implementation({"text_config": "sdpa"})
     rows = torch.stack([layer[0, :, -1].mean(0) for layer in out[:-1]]).mean(0)[encoded.videos[0].columns]
     np.testing.assert_allclose(found, rows.numpy(), atol=1e-6)
-
-
-def test_rank_correlation_is_scipys():
-    one, other = np.random.default_rng(1).integers(0, 9, (2, 50)).astype(float)
-    assert rank_correlation(one, other) == pytest.approx(spearmanr(one, other).statistic)

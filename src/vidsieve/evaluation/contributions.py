@@ -143,15 +143,3 @@ def attention_received(adapter: Adapter, encoded: Any) -> NDArray[np.float64]:
     listening = _Listening(retention=1.0)
     next_token_logits(adapter, adapter.plan(encoded, listening))
     return torch.stack(listening.seen).mean(0).double().numpy()
-
-
-def rank_correlation(one: NDArray[np.floating[Any]], other: NDArray[np.floating[Any]]) -> float:
-    """Return Spearman's correlation of two scores (N,), ties by the mean of their ranks."""
-    return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
-
-
-def ranks(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Return the rank of every value (N,), from 1 on, of equal ones their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    mean_ranks: NDArray[np.float64] = (counts.cumsum() - (counts - 1) / 2)[inverse]
-    return mean_ranks

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from vidsieve.errors import OutputError, TrainingError
-from vidsieve.evaluation.contributions import Contributions, rank_correlation, ranks
+from vidsieve.evaluation.contributions import Contributions
 from vidsieve.evaluation.table import Table, named
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section
 from vidsieve.report.pictures import kept_figure
+from vidsieve.training.heldout import rank_correlation, ranks
 from vidsieve.training.run_folder import read_metrics
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import Video
@@ -62,14 +64,15 @@ def contributions_sections(
     rivals = {"attention of the last token": measured.attention} | ({method: scores} if scores is not None else {})
     shown = {"contribution, measured": measured.contribution, **rivals}
     ways = [Kept(name, np.argsort(-np.asarray(v), kind="stable")[:kept].tolist(), v) for name, v in shown.items()]
-    sure, total = measured.sure, len(measured.contribution)
+    sure, total, contribution = measured.sure, len(measured.contribution), torch.as_tensor(measured.contribution)
+    tensors = {name: torch.as_tensor(v) for name, v in rivals.items()}
     lines = [
         (
             name,
-            f"{rank_correlation(v, measured.contribution):+.3f}",
-            f"{100 * ranks(v)[sure].mean() / total:.0f} %" if sure.any() else "–",
+            f"{rank_correlation(v, contribution):+.3f}",
+            f"{100 * ranks(v).numpy()[sure].mean() / total:.0f} %" if sure.any() else "–",
         )
-        for name, v in rivals.items()
+        for name, v in tensors.items()
     ]
     text = (
         f"Log-odds of “{answer}” with a token less without it, over {measured.subsets} random subsets of "
@@ -80,7 +83,7 @@ def contributions_sections(
     columns = ("", "rank correlation with contribution", "mean rank of those that surely contribute")
     points = {
         name: [(float(r), float(c), 0.0) for r, c in zip(100 * ranks(v) / len(v), measured.contribution, strict=True)]
-        for name, v in rivals.items()
+        for name, v in tensors.items()
     }
     figure = charts.cloud(points, x="rank of the score, %", y="measured contribution")
     alt = "Points, one a token: what it contributes, against its rank by attention and by the method."
