@@ -22,7 +22,7 @@ from vidsieve.errors import VideoError
 from vidsieve.serving.batch import read_row
 from vidsieve.training.data.layouts import confined_records
 from vidsieve.video import limits, reading
-from vidsieve.video.decoding import File, VideoFile
+from vidsieve.video.decoding import File, VideoFile, claimed_samples
 from vidsieve.video.reading import read_frames, read_image, read_video, write_video
 
 
@@ -151,8 +151,8 @@ def boxes(name: bytes, *parts: bytes) -> bytes:
     return struct.pack(">I4s", 8 + len(body), name) + body
 
 
-def mp4(path: Path, samples: int, width: int = 64, height: int = 64) -> Path:
-    """Write a file of 2 kB whose header claims any number of samples of one byte, all in one place."""
+def mp4(path: Path, samples: int, width: int = 64, height: int = 64, tracks: int = 1) -> Path:
+    """Write a small file whose header claims any number of samples of one byte, all in one place."""
     head = boxes(b"ftyp", b"isom\0\0\2\0isomiso2mp41") + boxes(b"mdat", bytes(1000))
     matrix = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
     entry = bytes(7) + b"\1" + bytes(16) + struct.pack(">HHIIIH", width, height, 72 << 16, 72 << 16, 0, 1)
@@ -175,7 +175,7 @@ def mp4(path: Path, samples: int, width: int = 64, height: int = 64) -> Path:
     track = boxes(b"trak", boxes(b"tkhd", struct.pack(">6I", 3, 0, 0, 1, 0, samples), bytes(16), matrix, size), media)
     start = struct.pack(">5IIHH", 0, 0, 0, 1000, samples, 1 << 16, 0x100, 0)
     path.write_bytes(
-        head + boxes(b"moov", boxes(b"mvhd", start, bytes(8), matrix, bytes(24), struct.pack(">I", 2)), track)
+        head + boxes(b"moov", boxes(b"mvhd", start, bytes(8), matrix, bytes(24), struct.pack(">I", 2)), track * tracks)
     )
     return path
 
@@ -188,8 +188,31 @@ def peak() -> int:
 @pytest.mark.parametrize(("samples", "size"), [(10**9, 64), (80_000_000, 64), (50, 65535)])
 def test_a_header_that_claims_too_much_costs_nothing(tmp_path, samples, size):
     before = peak()
-    refused(mp4(tmp_path / "a.mp4", samples, size, size), "no frame of it can be decoded")
+    message = "claims millions of samples" if samples > 10**6 else "no frame of it can be decoded"
+    refused(mp4(tmp_path / "a.mp4", samples, size, size), message)
     assert peak() < before + 2**29
+
+
+def test_tracks_together_claim_no_more_than_one_may(tmp_path):
+    before = peak()
+    refused(mp4(tmp_path / "a.mp4", 10**6, tracks=20), "claims millions of samples")
+    refused(mp4(tmp_path / "b.mp4", 10**5, tracks=20), "no frame of it can be decoded")
+    whole = (tmp_path / "a.mp4").read_bytes()
+    for name, data in (("moved", whole.replace(b"moov", b"mooo")), ("packed", whole.replace(b"mvhd", b"dcom"))):
+        (tmp_path / f"{name}.mp4").write_bytes(data)
+        refused(tmp_path / f"{name}.mp4", "claims millions of samples")
+    assert peak() < before + 2**29
+
+
+def test_runs_of_a_fragment_and_sounds_are_counted_as_ffmpeg_does(tmp_path):
+    path = tmp_path / "a.mp4"
+    run = boxes(b"moof", boxes(b"traf", boxes(b"trun", struct.pack(">II", 0, 10**9))))
+    path.write_bytes(boxes(b"ftyp", b"isom\0\0\2\0") + run)
+    assert claimed_samples(path) == 10**9
+    path.write_bytes(mp4(path, 10**9).read_bytes().replace(b"vide", b"soun"))  # PCM of six hours
+    assert claimed_samples(path) == 0
+    path.write_bytes(b"\x1a\x45\xdf\xa3" + bytes(4000))
+    assert claimed_samples(path) == 0
 
 
 def test_frames_times_pixels_are_limited_before_decoding(folder, monkeypatch):

@@ -49,8 +49,13 @@ PLAYLISTS = {
     rb"v=0\s": ("an SDP description", ""),
 }
 """How a file begins that names others, what it is, and the demuxer if it can be read."""
-LONGEST_PLAYLIST = 2**20
+LONGEST_PLAYLIST, LONGEST_HEADER = 2**20, 2**28
 """Bytes."""
+MOST_BOXES, MOST_CLAIMED = 2**18, 2**22
+"""Boxes of an mp4 that are looked at, and samples that these may claim without bytes of their own."""
+_SAMPLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})", re.DOTALL)
+_PLAIN_SOUND = re.compile(rb"soun.*stts.{4}\x00\x00\x00\x01.{4}\x00\x00\x00\x01", re.DOTALL)
+"""A track whose samples FFmpeg counts by chunks, such as PCM."""
 limit_blocks = getattr(ctypes.CDLL(av._core.__file__), "av_max_alloc", lambda size: None)
 """FFmpeg's own limit of one block of memory; on Windows a library does not show those that it is linked with."""
 SEEKABLE = frozenset(
@@ -111,6 +116,8 @@ class VideoFile:
         # Of one block of memory, in the whole process; the index of a file may claim any number of frames.
         limit_blocks(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
         path, members = self.path.resolve(), None
+        if claimed_samples(path) > MOST_CLAIMED:  # each takes memory before one is read
+            raise VideoError(f"{self.path} claims millions of samples that it has no room for: encode it again")
         options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.frame_pixels)}
         try:
             what, demuxer = _playlist(path)
@@ -184,6 +191,38 @@ class VideoFile:
             raise VideoError(f"{self.path} names {name!r}, outside its folder: give the video itself")
         check_file(folder / name)
         return folder / name
+
+
+def claimed_samples(path: Path) -> int:
+    """Return the number of samples that the header of an mp4 claims without bytes of their own; 0 for other files."""
+    count = place = 0
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        for _ in range(MOST_BOXES):
+            file.seek(place)
+            head = file.read(16)
+            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+            if length < 2:  # eight bytes of length follow, or the rest of the file
+                length = int.from_bytes(head[8:], "big") if length else size - place
+            if len(head) < 16 or length < 8:
+                break
+            if kind not in (b"mdat", b"free", b"skip", b"wide"):
+                file.seek(place)
+                for track in file.read(min(length, LONGEST_HEADER)).split(b"trak"):
+                    if b"dcom" in track:  # compressed, it can claim anything
+                        return MOST_CLAIMED + 1
+                    if not _PLAIN_SOUND.search(track):
+                        count += sum(map(_claimed, _SAMPLES.finditer(track)))
+            place += length
+            if place >= size:
+                break
+    return count
+
+
+def _claimed(table: re.Match[bytes]) -> int:
+    """Return the samples of a table that has no entry for each: all are of one size, or of the default one."""
+    size, samples, flags, run = (int.from_bytes(group or b"", "big") for group in table.groups())
+    return samples * (size > 0) + run * (not flags & 0xF00)
 
 
 def _playlist(path: Path) -> tuple[str, str]:
