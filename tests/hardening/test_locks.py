@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 
 import pytest
 
-from vidsieve.errors import EvaluationError, OutputError
+from vidsieve.errors import EvaluationError, OutputError, VidsieveError
 from vidsieve.io.files import locked
-from vidsieve.io.journal import Journal, Store
+from vidsieve.io.journal import LONGEST_LINE, Journal, Store
+from vidsieve.training.run_folder import RunFolder
 
 HOLD = """
 import sys, time
@@ -119,3 +121,50 @@ def test_a_folder_with_a_training_run_takes_no_evaluation(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(OutputError, match=rf"{tmp_path} holds a training run: name another folder"):
         Store(tmp_path, {})
+
+
+@pytest.mark.parametrize("plant", ["link", "pipe", "folder", "text"])
+def test_what_is_not_of_a_run_is_neither_written_nor_emptied(tmp_path, plant):
+    precious = tmp_path / "precious"
+    precious.write_text("ssh-rsa AAA")
+    for name, begin in (
+        ("metrics.jsonl", lambda folder: RunFolder(folder).begin(False)),
+        ("units-1-of-1.jsonl", lambda folder: Journal(folder / "units-1-of-1.jsonl").__enter__()),
+    ):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        path = folder / name
+        {
+            "link": lambda path=path: path.symlink_to(precious),
+            "pipe": lambda path=path: os.mkfifo(path),
+            "folder": path.mkdir,
+            "text": lambda path=path: path.write_text("my figures"),
+        }[plant]()
+        with pytest.raises(VidsieveError, match=r"is a link or no file|is not a journal of a run"):
+            begin(folder)
+        assert plant != "text" or path.read_text() == "my figures"
+    assert precious.read_text() == "ssh-rsa AAA"
+
+
+def test_results_without_their_settings_are_not_taken_for_another_run(tmp_path):
+    with Store(tmp_path, {"seed": 1}) as store:
+        store.add("a", {"right": 1})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(EvaluationError, match=r"but not its run\.json"):
+        Store(tmp_path, {"seed": 2})
+
+
+def test_a_journal_of_gigabytes_is_not_read_whole(tmp_path):
+    path = tmp_path / "units-1-of-1.jsonl"
+    with Journal(path) as journal:
+        journal.add({"unit": "a"})
+    line = path.read_bytes()
+    path.write_bytes(line + b'{"')
+    os.truncate(path, 2**31)  # zeros without an end
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with Journal(path):
+        assert path.read_bytes() == line
+    path.write_bytes(line + b"x" * (LONGEST_LINE + 1) + b"\n")
+    with pytest.raises(EvaluationError, match=r"line 2 of .* is damaged"):
+        Journal(path).load(lambda entry, place: None)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**19  # KiB

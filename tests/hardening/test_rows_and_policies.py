@@ -23,6 +23,7 @@ from vidsieve.io.limits import limits
 from vidsieve.options import said_letter
 from vidsieve.report.runs import run_page
 from vidsieve.serving.batch import BatchError, Rows, read_row
+from vidsieve.training.data import reading
 from vidsieve.training.data.layouts import read_records
 from vidsieve.training.run_folder import RunFolder, read_metrics
 
@@ -75,7 +76,7 @@ def test_bytes_that_are_no_text_and_rows_of_brackets(limited, tmp_path):
             list(read_records(path))
 
 
-def test_a_long_field_and_a_quote_without_end_in_csv(limited, tmp_path):
+def test_a_long_field_and_a_quote_without_end_in_csv(limited, tmp_path, monkeypatch):
     path = tmp_path / "rows.csv"
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
@@ -83,6 +84,10 @@ def test_a_long_field_and_a_quote_without_end_in_csv(limited, tmp_path):
         file.write('d,0,"' + "e\n" * 9000)
     faults = [record.fault for record in read_records(path)]
     assert faults[0] == faults[2] == "" and "has more than 4,500 bytes" in faults[1] and "more than" in faults[3]
+    monkeypatch.setattr(reading, "MOST_COLUMNS", 9)
+    path.write_text(",".join("abcdefghij") + "\n1\n")
+    with pytest.raises(TrainingError, match="more than 9 columns"):
+        list(read_records(path))
 
 
 def test_parquet_within_bounds(limited, tmp_path):

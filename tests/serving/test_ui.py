@@ -151,6 +151,8 @@ def test_an_upload_is_asked_about_and_seen_by_its_visitor_only(page, visitor, cl
         assert other.client.get(f"/gradio_api/file={path}").status_code == 404
     done, _ = ann.ask(file(path), QUESTION, "uniform", 0.5, session="annes")
     assert done and bob.client.get("/gradio_api/queue/data?session_hash=annes").status_code == 404
+    assert bob.client.get("/gradio_api/queue/data?session_hash=x&session_hash=annes").status_code == 404
+    assert bob.client.get("/gradio_api/queue/data?session_hash=&session_hash=annes").status_code == 404
 
 
 @pytest.mark.parametrize(

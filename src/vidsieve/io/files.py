@@ -137,6 +137,25 @@ def _beginning(lock: Path) -> str:
         return file.read(300)
 
 
+def refuse_foreign(path: Path, error: type[VidsieveError] = OutputError, *, begun: bool = False) -> None:
+    """Refuse a path that holds anything but JSON lines of our own, before they are appended to or cut.
+
+    With `begun`, the file is known to be ours, and its reader names damage.
+
+    Raises
+    ------
+    VidsieveError
+        If it is a link, a pipe, a folder, or begins otherwise; the type given as `error`.
+    """
+    if not os.path.lexists(path):
+        return
+    if os.path.islink(path) or not os.path.isfile(path):
+        raise error(f"{path} is a link or no file: remove it, or name another output")
+    with path.open("rb") as file:
+        if not begun and file.read(2) not in (b"", b"{", b'{"'):
+            raise error(f"{path} is not a journal of a run: name another output, or move it away")
+
+
 def refuse_other_run(folder: Path, marker: str) -> None:
     """Refuse a folder with the run of another kind of command.
 

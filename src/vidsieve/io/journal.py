@@ -16,8 +16,11 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from vidsieve.errors import EvaluationError, OutputError, VidsieveError
-from vidsieve.io.bounded import read_json
-from vidsieve.io.files import RUN, append, locked, refuse_other_run, sync_folder, writing
+from vidsieve.io.bounded import lines, read_json
+from vidsieve.io.files import RUN, append, locked, refuse_foreign, refuse_other_run, sync_folder, writing
+
+LONGEST_LINE = 2**26
+"""Bytes of the longest line that is read."""
 
 
 class Journal:
@@ -55,10 +58,10 @@ class Journal:
     def __enter__(self) -> Self:
         self._lock.enter_context(locked(self.path, self._error))
         try:
+            refuse_foreign(self.path, self._error)
             try:
                 self._file = self.path.open("a+b", buffering=0)
-                self._file.seek(0)
-                whole = self._file.read().rfind(b"\n") + 1
+                whole = _end_of_lines(self._file)
                 self._file.truncate(whole)
             except OSError as error:
                 raise OutputError(f"cannot write {self.path}: {error.strerror}") from None
@@ -144,8 +147,8 @@ class Journal:
             return
         place = 0
         with self.path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.endswith(b"\n"):
+            for number, line, length in lines(file, LONGEST_LINE):
+                if not line.endswith(b"\n") and length <= LONGEST_LINE:
                     return  # being written by another process
                 try:
                     entry = _entry(line)
@@ -155,7 +158,7 @@ class Journal:
                     raise self._error(
                         f"line {number} of {self.path} is damaged: remove that line, and {self._damaged}"
                     ) from None
-                place += len(line)
+                place += length
 
     def read(self, places: Sequence[int]) -> Iterator[Any]:
         """Yield the entries at positions that `add` or `load` gave.
@@ -239,6 +242,8 @@ class Store:
         path = self.folder / RUN
         if os.path.exists(path):
             self._compare(path, config)
+        elif any(file.stat().st_size for file in self.folder.glob("units-*-of-*.jsonl")):
+            raise EvaluationError(f"{self.folder} holds results of a run, but not its {RUN}: {_ADVICE}")
         else:
             with writing(path) as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -282,6 +287,19 @@ def records_in(folder: Path) -> dict[str, dict[str, Any]]:
     for path in sorted(folder.glob("units-*-of-*.jsonl")):
         _shard(path).load(lambda record, _: records.setdefault(record["unit"], record))
     return records
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Return the position behind the last whole line of a file."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        begin = max(0, end - 2**16)
+        file.seek(begin)
+        found = file.read(end - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        end = begin
+    return 0
 
 
 def _shard(path: Path) -> Journal:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vidsieve.errors import OutputError
+from vidsieve.io.bounded import LONGEST_FILE
 from vidsieve.io.files import writing
 
 _HEADER, _CHECKSUM = "vidsieve", "checksum"
@@ -56,6 +57,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     if not os.path.isfile(path):  # a pipe would be waited for
         raise ValueError("there is no such file")
     try:
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > LONGEST_FILE:
+                raise ValueError(f"its header has more than {LONGEST_FILE:,} bytes")
         with safe_open(path, "pt") as file:
             header: Any = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}

@@ -39,6 +39,9 @@ _PAGE = re.compile(
 """What the page needs of gradio: its proxies, deep links, monitoring and editors are not among it."""
 
 
+_SESSION = re.compile(r"[\w-]{0,64}", re.ASCII)
+
+
 class Visitors:
     """ASGI middleware that keeps other sites out, and the files of visitors apart.
 
@@ -96,7 +99,8 @@ class Visitors:
         if path.startswith("/gradio_api/heartbeat/"):
             session = path.rpartition("/")[2]
         elif path == "/gradio_api/queue/data":
-            session = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[0]
+            given = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True).get("session_hash", [""])
+            session = given[0] if len(given) == 1 else " "  # readers differ in which of several they take
         elif path == "/gradio_api/upload":
             body = _Limited(receive, MOST_BYTES + MOST_JSON, self._has_room)
         elif scope["method"] == "POST":
@@ -105,6 +109,8 @@ class Visitors:
                 session = str(sent.get("session_hash") or "")
             except (ValueError, RecursionError, AttributeError, _TooLargeError) as error:
                 app = _refusal(400, f"no request of this page: {error}")
+        if not _SESSION.fullmatch(session) or any(len(part) > 255 for part in path.split("/")):
+            app, session = _refusal(404, "not found"), ""
         session = session and _digest(f"session {session}")
         visitor = _digest(token) if token else session
         if not _PAGE.fullmatch(path) or (session and self._sessions.setdefault(session, visitor) != visitor):
@@ -167,13 +173,14 @@ class Visitors:
                 if not isinstance(file, UploadFile):
                     return PlainTextResponse("no file in the field `files`", 400)
                 place.mkdir(mode=0o700)
-                name = re.sub(r"[^\w.-]", "_", Path(file.filename or "").name.lstrip("."))[-80:] or "video"
+                name = re.sub(r"[^\w.-]", "_", Path(file.filename or "").name.lstrip("."))[-60:] or "video"
                 with (place / name).open("wb") as target:
                     await run_in_threadpool(shutil.copyfileobj, file.file, target, 2**20)
         except (HTTPException, _TooLargeError, ClientDisconnect, TimeoutError, OSError) as error:
             shutil.rmtree(place, ignore_errors=True)
             status = 413 if isinstance(error, _TooLargeError) else 400
-            return PlainTextResponse(str(error) or "no whole upload came", status)
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            return PlainTextResponse(why or "no whole upload came", status)
         finally:
             self._arriving -= limited.taken
         path = str(place / name)
@@ -234,7 +241,8 @@ class _Limited:
         message = await self._receive()
         size = len(message.get("body", b""))
         self.taken += size
-        if self.taken > self._most or (self._has_room is not None and not self._has_room(size)):
+        has_room = self._has_room is None or self._has_room(size)
+        if self.taken > self._most or not has_room:
             raise _TooLargeError("the request is too large, or the server has no room for more")
         return message
 

@@ -22,7 +22,7 @@ from msgspec import field
 from vidsieve.errors import OutputError, TrainingError
 from vidsieve.io.bounded import lines, opened, parsed, read_json_lines
 from vidsieve.io.checkpoints import load_state, read_header, save_state
-from vidsieve.io.files import METRICS, locked, refuse_other_run, writing
+from vidsieve.io.files import METRICS, locked, refuse_foreign, refuse_other_run, writing
 from vidsieve.io.limits import limits
 from vidsieve.policies import Policy
 from vidsieve.training.heldout import Best
@@ -61,6 +61,7 @@ class RunFolder:
         """
         refuse_other_run(self.path, METRICS)
         checkpoints = self.checkpoint, self.previous
+        refuse_foreign(self.metrics, begun=any(map(os.path.exists, checkpoints)))
         # A run that was killed before its first checkpoint has done nothing yet: it begins, resumed or not.
         if resume and not any(map(os.path.exists, (*checkpoints, self.metrics))):
             raise OutputError(f"{self.path} holds no run to resume: leave --resume out to begin one")

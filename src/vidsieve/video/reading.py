@@ -138,9 +138,11 @@ def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames:
     limits.check_pixels(images[start][0], count, *size)
     chosen = _uniform(total, count)
     shown = np.searchsorted(ends, chosen, side="right").tolist()
-    # Images without a chosen frame are not opened.
-    pictures = {start: first} | {n: read_image(images[n][0], size) for n in set(shown) - {start}}
-    pixels = np.stack([pictures[n] for n in shown])
+    pixels = np.empty((count, *first.shape), np.uint8)
+    for n in dict.fromkeys(shown):  # images without a chosen frame are not opened
+        pixels[[place for place, other in enumerate(shown) if other == n]] = (
+            first if n == start else read_image(images[n][0], size)
+        )
     return Video(pixels, chosen.astype(np.float64), (), float(total), 1.0, total, (size[1], size[0]))
 
 

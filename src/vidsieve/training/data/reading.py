@@ -27,6 +27,8 @@ _GROUP = 16
 """Bytes in one group of Parquet rows that memory may hold at once, in longest rows."""
 _VALUE = 16
 """Bytes that a value of a Parquet row counts in addition to its own: an empty list has none."""
+MOST_COLUMNS = 4096
+"""Columns of a CSV file."""
 _LEVELS = 4
 """Bytes that a nested value takes while its group is decoded, whatever its own."""
 _LONGEST_FAULT = 300
@@ -115,6 +117,8 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     reader = csv.DictReader(map(text, lines(file, limits.row)))  # a map goes on after an error, a generator does not
     try:
         known = reader.fieldnames is not None
+        if known and len(reader.fieldnames or ()) > MOST_COLUMNS:  # every row has a value for each
+            raise ValueError(f"it has more than {MOST_COLUMNS:,} columns")
     except (ValueError, csv.Error) as error:
         raise TrainingError(f"cannot read {path}: {error}") from None
     while known:
