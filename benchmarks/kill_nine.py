@@ -255,9 +255,11 @@ def main() -> None:
                 if options.only in case_name:
                     (folder / case_name).mkdir()
                     runs[case_name] = killed(case, folder / case_name, options.kills, draw)
+                    minutes = round((time.perf_counter() - begun) / 60, 1)
+                    write_result(
+                        options.json, {"machine": machine(), "seed": options.seed, "minutes": minutes, "runs": runs}
+                    )
             teacher.kill()
-    result = {"machine": machine(), "seed": options.seed, "minutes": round((time.perf_counter() - begun) / 60, 1)}
-    write_result(options.json, {**result, "runs": runs})
     for case_name, run in runs.items():
         print(case_name, {key: value for key, value in run.items() if key != "killed_after_seconds"})
     sys.exit(any(run["different_files"] for run in runs.values()))
