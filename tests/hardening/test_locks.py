@@ -140,7 +140,7 @@ def test_what_is_not_of_a_run_is_neither_written_nor_emptied(tmp_path, plant):
             "folder": path.mkdir,
             "text": lambda path=path: path.write_text("my figures"),
         }[plant]()
-        with pytest.raises(VidsieveError, match=r"is a link or no file|is not a journal of a run"):
+        with pytest.raises(VidsieveError, match=r"is a link or no file|is not a journal of this command"):
             begin(folder)
         assert plant != "text" or path.read_text() == "my figures"
     assert precious.read_text() == "ssh-rsa AAA"

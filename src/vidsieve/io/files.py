@@ -153,7 +153,7 @@ def refuse_foreign(path: Path, error: type[VidsieveError] = OutputError, *, begu
         raise error(f"{path} is a link or no file: remove it, or name another output")
     with path.open("rb") as file:
         if not begun and file.read(2) not in (b"", b"{", b'{"'):
-            raise error(f"{path} is not a journal of a run: name another output, or move it away")
+            raise error(f"{path} is not a journal of this command: name another output, or move it away")
 
 
 def refuse_other_run(folder: Path, marker: str) -> None:
