@@ -146,7 +146,7 @@ def test_an_upload_is_asked_about_and_seen_by_its_visitor_only(page, visitor, cl
     assert ann.client.get(f"/gradio_api/file={path}").content == clip
     assert [str(copy) for copy in page.files() if copy.name == Path(path).name] == [path], "gradio copies nothing"
     for other in (bob, robot):
-        for sent in (file(path), {"video": file(path)}, path):
+        for sent in (file(path), {"video": file(path)}):
             assert other.ask(sent, QUESTION, "uniform", 0.5) == (False, NOT_YOURS)
         assert other.client.get(f"/gradio_api/file={path}").status_code == 404
     done, _ = ann.ask(file(path), QUESTION, "uniform", 0.5, session="annes")
@@ -234,8 +234,9 @@ def test_other_sites_are_kept_out(page, visitor, clip, headers):
         ({2: None}, "unknown method"),
         *(({3: value}, "retention") for value in (float("nan"), float("inf"), "0.5", [1], None, 0, -1, 10**400)),
         ({0: None}, "Choose a video"),
-        ({0: [1]}, "not among your uploads"),
-        ({0: {"path": {"path": [1]}}}, "not among your uploads"),
+        ({0: [1]}, "Expected `object | null`, got `array`"),
+        ({0: {}}, "Expected a file with its `path`"),
+        ({0: {"path": {"path": [1]}}}, "Expected `str`, got `object`"),
     ],
 )
 def test_malformed_questions_have_one_line_answers(page, visitor, clip, change, said):
@@ -245,6 +246,44 @@ def test_malformed_questions_have_one_line_answers(page, visitor, clip, change, 
         data[place] = value
     done, text = ann.ask(*data)
     assert not done and said in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        *(({"fn_index": value}, "$.fn_index") for value in (1, 2, -1, 10**30, True, "0", None, [0])),
+        *(({"data": value}, "$.data") for value in ([], [None] * 3, [None] * 5, "text", {}, None)),
+        *(({"session_hash": value}, "$.session_hash") for value in ("", 5, [])),
+        ({"session_hash": None}, "Session hash not found"),
+        ({"session_hash": "a/b"}, "not found"),
+        ({"event_id": 5}, "$.event_id"),
+        *((value, "no request of this page") for value in ("text", [], 5, None)),
+    ],
+)
+def test_malformed_requests_reach_no_function(page, visitor, change, said):
+    whole = {"data": [None] * 4, "fn_index": 0, "session_hash": "mallory"}
+    sent = whole | change if isinstance(change, dict) else change
+    for path in ("queue/join", "call/ask", "cancel", "reset"):
+        reply = visitor(page).client.post(f"/gradio_api/{path}", content=json.dumps(sent), headers=JSON)
+        refused = 400 <= reply.status_code < 500 and "\n" not in reply.text
+        assert refused or (path != "queue/join" and reply.status_code == 200)
+        assert path != "queue/join" or said in reply.text
+
+
+@pytest.mark.parametrize(
+    "more", [{"meta": 5}, {"meta": {"_type": 5}}, {"size": "much"}, {"url": "http://127.0.0.1:1"}, {"x": [{"path": 1}]}]
+)
+def test_only_the_path_of_a_file_reaches_gradio(page, visitor, clip, more):
+    ann = visitor(page)
+    path = ann.upload(clip)
+    for sent in ({"path": path} | more, {"video": {"path": path} | more}):
+        assert ann.ask(sent, QUESTION, "uniform", 0.5)[0]
+
+
+def test_streams_of_sessions_that_are_none_end(page, visitor):
+    ann = visitor(page)
+    for path in ("queue/data?session_hash=none", "call/ask/none"):
+        assert "Not Found" in ann.client.get(f"/gradio_api/{path}").text
 
 
 def test_half_surrogates_and_control_characters_are_asked_with(page, visitor, clip):

@@ -10,13 +10,15 @@ import secrets
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from http.cookies import CookieError, SimpleCookie
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs, urlsplit
 
+import gradio
+import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders, UploadFile
 from starlette.exceptions import HTTPException
@@ -40,6 +42,45 @@ _PAGE = re.compile(
 
 
 _SESSION = re.compile(r"[\w-]{0,64}", re.ASCII)
+
+
+class _SentVideo(msgspec.Struct):
+    path: str = ""
+    video: _SentVideo | None = None  # in older releases, the file
+
+    def __post_init__(self) -> None:
+        self.path = self.video.path if self.video else self.path
+        if not self.path:
+            raise ValueError("Expected a file with its `path`")
+
+
+class _EventRequest(msgspec.Struct, omit_defaults=True):
+    fn_index: Literal[0] = 0
+    event_id: str = ""
+    session_hash: Annotated[str, msgspec.Meta(min_length=1)] | None = None
+
+    def fields(self) -> dict[str, Any]:
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return fields | {"fn_index": 0}
+
+
+class _AskRequest(_EventRequest, kw_only=True):
+    data: tuple[_SentVideo | None, Any, Any, Any]
+
+    def fields(self) -> dict[str, Any]:
+        video, *others = self.data
+        file = video and {"path": video.path, "meta": {"_type": "gradio.FileData"}}
+        wrapped = "video" in gradio.Video.data_model.model_fields
+        return super().fields() | {"data": [{"video": file} if file and wrapped else file, *others]}
+
+
+_POSTS: dict[str, type[_EventRequest]] = {
+    "/gradio_api/queue/join": _AskRequest,
+    "/gradio_api/call/ask": _AskRequest,
+    "/gradio_api/cancel": _EventRequest,
+    "/gradio_api/reset": _EventRequest,
+}
+"""Requests with JSON; nothing else of them reaches gradio than their `fields`."""
 
 
 class Visitors:
@@ -103,11 +144,11 @@ class Visitors:
             session = given[0] if len(given) == 1 else " "  # readers differ in which of several they take
         elif path == "/gradio_api/upload":
             body = _Limited(receive, MOST_BYTES + MOST_JSON, self._has_room)
-        elif scope["method"] == "POST":
+        elif scope["method"] == "POST" and path.rstrip("/") in _POSTS:
             try:
-                sent = await body.json(headers)
-                session = str(sent.get("session_hash") or "")
-            except (ValueError, RecursionError, AttributeError, _TooLargeError) as error:
+                sent = await body.json(headers, _POSTS[path.rstrip("/")])
+                session = sent.session_hash or ""
+            except (ValueError, RecursionError, _TooLargeError) as error:
                 app = _refusal(400, f"no request of this page: {error}")
         if not _SESSION.fullmatch(session) or any(len(part) > 255 for part in path.split("/")):
             app, session = _refusal(404, "not found"), ""
@@ -117,7 +158,7 @@ class Visitors:
             app = _refusal(404, "not found")
         elif path.startswith("/gradio_api/file=") and self._uploads.get(path.partition("=")[2], (None,))[0] != visitor:
             app = _refusal(404, "not among your uploads")
-        elif sent is not None and "data" in sent and not self._may_ask(visitor, sent["data"], bool(token)):
+        elif isinstance(sent, _AskRequest) and not self._may_ask(visitor, sent.data[0], bool(token)):
             app = _refusal(403, "the video is not among your uploads, or no more: upload it, and keep the cookie")
         heart = self._heartbeats if path.startswith("/gradio_api/heartbeat/") else Counter[str]()
         self._requests[visitor] += 1
@@ -126,6 +167,10 @@ class Visitors:
             if path == "/gradio_api/upload" and app is self._app:
                 app = await self._upload(scope, body, visitor or _digest(issued), bool(token))
             await app(scope, body.receive, reply)
+        except RuntimeError as error:  # gradio notices after the head of a stream that its session is none
+            if "response already started" not in str(error):
+                raise
+            await send({"type": "http.response.body", "body": b""})
         finally:
             for count in (self._requests, heart):
                 count[visitor] -= 1
@@ -147,19 +192,16 @@ class Visitors:
         except ValueError:
             return False
 
-    def _may_ask(self, visitor: str, data: Any, known: bool) -> bool:
-        """Return True if the first value is no file, or one with nothing but uploads of a visitor inside."""
-        video = data[0] if isinstance(data, list) and data else 0
-        paths = list(_paths(video)) if isinstance(video, dict) and visitor else []
-        if not paths or not all(isinstance(path, str) for path in paths):
-            return video is None
-        if not known:
-            for path in self._unclaimed.intersection(paths):
-                self._uploads[path] = visitor, self._uploads[path][1]
-        if not all(self._uploads.get(path, (None,))[0] == visitor for path in paths):
-            return False
-        self._unclaimed.difference_update(paths)
-        return True
+    def _may_ask(self, visitor: str, video: _SentVideo | None, known: bool) -> bool:
+        """Return True if a question is about no file, or an upload of its visitor."""
+        if video is None:
+            return True
+        whose, size = self._uploads.get(video.path, (None, 0))
+        if video.path in self._unclaimed and visitor and not known:
+            self._uploads[video.path] = (whose := visitor), size
+        if whose == visitor:
+            self._unclaimed.discard(video.path)
+        return whose == visitor
 
     async def _upload(self, scope: Scope, limited: _Limited, visitor: str, claimed: bool) -> Response:
         """Return the answer to an upload of one file: a list with its path, as gradio's own."""
@@ -246,8 +288,8 @@ class _Limited:
             raise _TooLargeError("the request is too large, or the server has no room for more")
         return message
 
-    async def json(self, headers: MutableHeaders) -> Any:
-        """Return the body's value, and write it anew for the next reader, who then cannot understand it differently.
+    async def json(self, headers: MutableHeaders, kind: type[_EventRequest]) -> _EventRequest:
+        """Return the body, and write it anew for the next reader, who then cannot understand it differently.
 
         Raises
         ------
@@ -258,8 +300,8 @@ class _Limited:
             message = await self.receive()
             body += message.get("body", b"")
             more = message.get("more_body", False)
-        value = json.loads(body)
-        again = json.dumps(value).encode()
+        value = msgspec.convert(json.loads(body), kind)
+        again = json.dumps(value.fields()).encode()
         headers["content-length"] = str(len(again))
         self._again = [{"type": "http.request", "body": again, "more_body": False}]
         return value
@@ -267,15 +309,6 @@ class _Limited:
 
 def _refusal(status: int, text: str) -> Response:
     return JSONResponse({"detail": text}, status)
-
-
-def _paths(value: Any) -> Iterator[Any]:
-    """Yield the values named ``path`` at any depth."""
-    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        if name == "path":
-            yield part
-        else:
-            yield from _paths(part)
 
 
 def _digest(text: str) -> str:
