@@ -21,14 +21,15 @@ from teacher_server import LIES, caption_of, fails, lie_for
 
 from vidsieve.cli.annotate import annotate
 from vidsieve.errors import OutputError, TrainingError
-from vidsieve.training.data.annotate import Annotation, Server, Teacher, judge, redact, seconds_until_repeat
+from vidsieve.training.data.annotate import Annotation
 from vidsieve.training.data.layouts import read_records
+from vidsieve.training.data.teacher import Server, Teacher, judge, redact, seconds_until_repeat
 from vidsieve.video.reading import write_video
 
 KEY = "sk-secret-0123456789"
 TEACHER = Teacher("tiny-teacher", frames=2)
 RUN = """
-import sys, typer, vidsieve.training.data.annotate as client
+import sys, typer, vidsieve.training.data.teacher as client
 from rich.markup import escape
 from vidsieve.cli.annotate import annotate
 from vidsieve.cli.shared import err
@@ -85,7 +86,7 @@ def host(tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr("vidsieve.training.data.annotate.FIRST_WAIT", 0.02)
+    monkeypatch.setattr("vidsieve.training.data.teacher.FIRST_WAIT", 0.02)
     host = Host(tmp_path)
     yield host
     host.kill()

@@ -55,7 +55,8 @@ def annotate(
     that was stopped or killed, and asks about no answered row twice. OUT is written when all rows are accounted for;
     rows set aside, with reasons, are in OUT.aside.jsonl.
     """
-    from vidsieve.training.data.annotate import PROMPT, Annotation, Server, Teacher
+    from vidsieve.training.data.annotate import Annotation
+    from vidsieve.training.data.teacher import PROMPT, Server, Teacher
 
     teacher = Teacher(model, _prompt(prompt) or PROMPT, frames, max_tokens=max_tokens)
     server = Server(base_url.rstrip("/"), concurrency, rate, prices=_prices(price), budget=budget)

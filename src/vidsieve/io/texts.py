@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
@@ -16,3 +19,12 @@ def printable(text: str) -> str:
     Newlines and tabs stay.
     """
     return _HIDDEN.sub("\ufffd", text)
+
+
+def json_line(value: Any) -> str:
+    """Return a value as a line of JSON that can be written as UTF-8: in ASCII if it holds half of a surrogate pair.
+
+    What JSON has no type for, such as a date from a column of Parquet, is written as a text.
+    """
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return (text if _HALF.search(text) is None else json.dumps(value, default=str)) + "\n"
