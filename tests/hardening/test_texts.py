@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 
@@ -12,10 +13,11 @@ from rich.table import Table as RichTable
 
 from vidsieve.cli.shared import PlainConsole
 from vidsieve.evaluation.table import Table
-from vidsieve.io.texts import printable
+from vidsieve.io.texts import json_line, printable
 from vidsieve.report import charts
 from vidsieve.report.page import Section, write_page
 from vidsieve.report.pictures import contact_sheet, kept_picture
+from vidsieve.training.data.merging import merge_files
 from vidsieve.types import TokenGrid
 
 ATTACKS = {
@@ -47,6 +49,21 @@ def test_a_text_cannot_command_the_terminal(text):
     for thing in (text, cells, f"[bold]{text}"):
         console.print(thing)
     assert shows_nothing_hidden(screen.getvalue())
+
+
+@pytest.mark.parametrize("text", [*ATTACKS.values(), "é 好"], ids=[*ATTACKS, "letters"])
+def test_a_line_of_json_can_be_written_and_read(text):
+    line = json_line({text: [text]})
+    assert json.loads(line.encode()) == {text: [text]} and line.count("\n") == 1
+
+
+def test_rows_in_a_folder_whose_name_is_not_utf8_can_be_merged(tmp_path):
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes(b"x")
+    (folder / "rows.jsonl").write_text('{"video": "a.mp4", "caption": "é"}\n')
+    merge_files([(folder / "rows.jsonl", None)], tmp_path / "out.jsonl", only="captions")
+    assert json.loads((tmp_path / "out.jsonl").read_text())["video"] == "\udcff/a.mp4"
 
 
 def test_colours_of_the_command_itself_stay():

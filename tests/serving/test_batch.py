@@ -22,6 +22,7 @@ from vidsieve.cli.main import main
 from vidsieve.errors import OutputError, VidsieveError
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.io.journal import Journal
+from vidsieve.io.texts import json_line
 from vidsieve.serving import batch
 from vidsieve.serving.batch import (
     Answerer,
@@ -32,7 +33,6 @@ from vidsieve.serving.batch import (
     Rows,
     answer_file,
     beside,
-    line_of,
     read_ahead,
     read_row,
 )
@@ -48,7 +48,7 @@ def lines(path):
 
 
 def write(path, rows):
-    path.write_bytes(b"".join(row if isinstance(row, bytes) else line_of(row) for row in rows))
+    path.write_bytes(b"".join(row if isinstance(row, bytes) else json_line(row).encode() for row in rows))
     return path
 
 
@@ -239,7 +239,7 @@ def test_a_device_that_fails_ends_the_run(scenes, monkeypatch, error):
 def test_rows_that_cannot_be_asked(text, reason):
     row = read_row(text, 7, Path())
     answered, fields = row.outcome(reason=row.fault)
-    assert not answered and reason in fields["reason"] and json.loads(line_of(fields)) == fields
+    assert not answered and reason in fields["reason"] and json.loads(json_line(fields)) == fields
     assert ("line" in fields) == (row.fields is None)
 
 

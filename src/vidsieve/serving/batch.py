@@ -9,7 +9,6 @@ end, in the input's order. `vidsieve.serving.ray_batch` answers the groups on wo
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections import deque
@@ -38,6 +37,7 @@ from vidsieve.io.bounded import check_value, lines, opened, too_long
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Journal
 from vidsieve.io.limits import limits
+from vidsieve.io.texts import json_line
 from vidsieve.loading import load_model
 from vidsieve.options import Options
 from vidsieve.types import Selection, Tokens
@@ -551,12 +551,4 @@ def _write(target: Path, failed: Path, done: DoneRows) -> None:
         if answered or done.failed:
             with writing(path) as temporary, temporary.open("wb") as file:
                 for row in done.rows(answered):
-                    file.write(line_of(row))
-
-
-def line_of(value: Any) -> bytes:
-    """Return a value as a line of JSON."""
-    try:
-        return json.dumps(value, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate, from a file name that is not UTF-8
-        return json.dumps(value).encode() + b"\n"
+                    file.write(json_line(row).encode())

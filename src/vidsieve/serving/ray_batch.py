@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from vidsieve.io.limits import Limits, limits
+from vidsieve.io.texts import json_line
 from vidsieve.io.versions import warn_untested
-from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups, line_of
+from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups
 
 TASK_ROWS, MAX_TASKS = 32, 1024
 """Rows that a worker takes at once, while this makes no more tasks than that."""
@@ -56,7 +57,7 @@ class RayWorker:
         """Answer the groups of a task."""
         groups = (int(group) for group in task["data"])
         for group, outcomes in answer_groups(self.rows, groups, self.settings, self.readers, self.answerer):
-            yield {"group": [group], "outcomes": [line_of(outcomes).decode()]}
+            yield {"group": [group], "outcomes": [json_line(outcomes)]}
 
 
 def answer_on_ray(rows: Rows, groups: Iterable[int], settings: BatchSettings, readers: int, workers: int) -> Outcomes:

@@ -7,7 +7,6 @@ options; several, with the options in other orders, are not.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import zlib
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Store, measure_all
+from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import moved
 from vidsieve.training.data.rows import Remembered, ask, kind_of, relettered
 from vidsieve.training.data.skipped import Skipped
@@ -284,7 +284,7 @@ def _write(
                 answers = right[:, :, place[number]].sum(1).tolist()
                 line |= {"right_blindly": dict(zip(names, answers, strict=True)), "of": right.shape[1]}
                 file = dropped
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json_line(line))
 
 
 def _filtered(rows: View, questions: View, gone: NDArray[np.bool_], right: NDArray[np.bool_]) -> Filtered:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
+from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import moved
 from vidsieve.training.data.rows import unwanted
 from vidsieve.training.data.skipped import Skipped
@@ -79,5 +79,5 @@ def merge_files(
         for which, place in places:
             row = views[which][place]
             counts[str(sources[which][0])] += 1
-            file.write(json.dumps(row | moved(row, out), ensure_ascii=False) + "\n")
+            file.write(json_line(row | moved(row, out)))
     return dict(counts)

@@ -6,7 +6,6 @@ worth (SCORE §4.4, stage one of its curriculum: 2–4 images, 3–6 frames each
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from collections import Counter, deque
@@ -20,6 +19,7 @@ from typing import Any
 
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import writing
+from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import confined_records, path_from
 from vidsieve.training.data.reading import image_fault
 from vidsieve.video.reading import open_image
@@ -148,7 +148,7 @@ def pseudo_file(
         for video in videos:
             frames_of = [[path_from(str(path), target), times] for path, times in video.frames]
             row = {"frames": frames_of, "caption": video.caption}
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            lines.write(json_line(row))
     return Pseudo(videos, len(usable), tuple(left_out))
 
 

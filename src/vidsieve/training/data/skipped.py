@@ -5,7 +5,6 @@ Missing or broken videos never end a run, and are always reported.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import Counter
@@ -15,6 +14,7 @@ from typing import Any
 from vidsieve.errors import OutputError, TrainingError
 from vidsieve.io.bounded import lines, opened, parsed
 from vidsieve.io.limits import limits
+from vidsieve.io.texts import json_line
 
 
 class Skipped:
@@ -93,7 +93,7 @@ class Skipped:
             if self.path is not None and (self.lists or later) and key not in self._listed:
                 self._listed.add(key)
                 entry = {"what": what, "where": where, "reason": reason, "rows": rows, "file": str(file)}
-                _write(self.path, json.dumps(entry, ensure_ascii=False) + "\n")
+                _write(self.path, json_line(entry))
 
     def leave(self, reason: str, count: int = 1) -> None:
         """Count parts of records that are not for training."""
