@@ -115,7 +115,7 @@ def damaged(data, chance, most=None):
 def fuzz_rows(folder, chance):
     from vidsieve.evaluation.benchmarks.questions import read
     from vidsieve.io.limits import limits
-    from vidsieve.serving.batch import Rows
+    from vidsieve.serving.batch_groups import Rows
     from vidsieve.training.data.table import load_rows
 
     limits.row = chance.choice([300, 4000, 2**24])

@@ -22,7 +22,7 @@ from vidsieve.io.checkpoints import load_state, save_state
 from vidsieve.io.limits import limits
 from vidsieve.options import said_letter
 from vidsieve.report.runs import run_page
-from vidsieve.serving.batch import BatchError, Rows, read_row
+from vidsieve.serving.batch_groups import BatchError, Rows, read_row
 from vidsieve.training.data import reading
 from vidsieve.training.data.layouts import read_records
 from vidsieve.training.run_folder import RunFolder, read_metrics

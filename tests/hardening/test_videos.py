@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from vidsieve.cli import app
 from vidsieve.errors import VideoError
-from vidsieve.serving.batch import read_row
+from vidsieve.serving.batch_groups import read_row
 from vidsieve.training.data.layouts import confined_records
 from vidsieve.video import limits, reading
 from vidsieve.video.decoding import File, VideoFile, claimed_samples

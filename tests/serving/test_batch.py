@@ -23,16 +23,14 @@ from vidsieve.errors import OutputError, VidsieveError
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.io.journal import Journal
 from vidsieve.io.texts import json_line
-from vidsieve.serving import batch
-from vidsieve.serving.batch import (
+from vidsieve.serving import batch, batch_groups
+from vidsieve.serving.batch import DoneRows, answer_file, beside
+from vidsieve.serving.batch_groups import (
     Answerer,
     BatchError,
     BatchRow,
     BatchSettings,
-    DoneRows,
     Rows,
-    answer_file,
-    beside,
     read_ahead,
     read_row,
 )
@@ -86,7 +84,7 @@ class Fake:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr(batch, "Answerer", Fake)
+    monkeypatch.setattr(batch_groups, "Answerer", Fake)
     monkeypatch.setattr(BatchSettings, "read", lambda self, row: row.fault or ("gone" if "gone" in row.video else ""))
     Fake.die, Fake.error, Fake.wait, Fake.asked = None, KeyboardInterrupt, 0.0, []
     return Fake
@@ -476,7 +474,7 @@ def test_a_run_that_failed_throughout_and_was_killed_ends_when_resumed(fake, tmp
 
 def test_rows_that_workers_do_not_return_are_missed(fake, tmp_path):
     def answer(rows, groups, settings, readers):
-        yield from batch.answer_groups(rows, list(groups)[:-1], settings, readers)
+        yield from batch_groups.answer_groups(rows, list(groups)[:-1], settings, readers)
 
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     with pytest.raises(BatchError, match="1 rows have no outcome: run the same command again"):

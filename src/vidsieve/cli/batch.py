@@ -81,7 +81,8 @@ def batch(
     if target.suffix != ".jsonl":
         raise OutputError(f"cannot write {target}: its name must end in .jsonl")
     from vidsieve.evaluation.conditions import check_known
-    from vidsieve.serving.batch import BatchSettings, answer_file, answer_groups, beside
+    from vidsieve.serving.batch import answer_file, beside
+    from vidsieve.serving.batch_groups import BatchSettings, answer_groups
 
     amount, (failed, journal) = parse_retention(retention), beside(target)
     for path in (target, failed, journal):

@@ -21,7 +21,7 @@ import torch
 from vidsieve.io.limits import Limits, limits
 from vidsieve.io.texts import json_line
 from vidsieve.io.versions import warn_untested
-from vidsieve.serving.batch import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups
+from vidsieve.serving.batch_groups import Answerer, BatchError, BatchSettings, Outcomes, Rows, answer_groups
 
 TASK_ROWS, MAX_TASKS = 32, 1024
 """Rows that a worker takes at once, while this makes no more tasks than that."""
