@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -37,6 +38,19 @@ LIES = {
     "endless": "malformed answer",
 }
 """Answers with status 200 that are no captions, and the reasons for which they are set aside."""
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+FLOODS = {
+    "status line": (b"HTTP/1.1 200 ", b"a" * 2**16),
+    "header": (b"HTTP/1.1 200 OK\r\nX: ", b"a" * 2**16),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n" * 1000),
+    "cookies": (b"HTTP/1.1 200 OK\r\n", b"Set-Cookie: a=b; Max-Age=9\r\n" * 1000),
+    "continue": (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "hints": (b"", b"HTTP/1.1 103 Early Hints\r\nX: y\r\n\r\n"),
+    "chunk size": (CHUNKED, b"0" * 2**16),
+    "chunk extension": (CHUNKED + b"1;", b"a" * 2**16),
+    "trailers": (CHUNKED + b"0\r\n", b"X: y\r\n" * 1000),
+}
+"""Replies that never get beyond their first lines: how they begin, and what goes on without end."""
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 
 
@@ -109,6 +123,18 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{")
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif do == "reset":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{")
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            self.connection.close()
+        elif do in FLOODS:
+            self.close_connection = True
+            begin, again = FLOODS[do]
+            with contextlib.suppress(OSError):
+                self.wfile.write(begin)
+                while True:
+                    self.wfile.write(again)
         elif do.isdigit():
             echo = f"no: {self.headers['Authorization']} (sk-sec***6789)"
             code = "insufficient_quota" if self.server.args.quota else "bad"

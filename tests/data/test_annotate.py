@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import teacher_server
 from PIL import Image
-from teacher_server import LIES, caption_of, fails, lie_for
+from teacher_server import FLOODS, LIES, caption_of, fails, lie_for
 
 from vidsieve.cli.annotate import annotate
 from vidsieve.errors import OutputError, TrainingError
@@ -486,6 +487,18 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(tmp_path, videos,
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("flood", [*FLOODS, "reset"])
+def test_an_answer_without_an_end_of_its_head_is_given_up(tmp_path, videos, host, flood):
+    host.start("--always", flood)
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = rewritten(
+        listed(tmp_path, videos, 1), tmp_path / "out.jsonl", host.url, concurrency=1, retries=1, timeout=1
+    )
+    assert time.monotonic() - start < 10 and report.aside == {"no answer": 1}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**17  # KiB
+    assert lines_of(tmp_path / "out.jsonl.aside.jsonl")[0]["detail"], "says why"
+
+
 @pytest.mark.parametrize(
     ("asked", "seconds"),
     [
@@ -555,6 +568,15 @@ def test_malformed_usage_is_a_bad_row(usage, counted):
 )
 def test_keys_are_not_printed_also_in_part(text, shown):
     assert redact(text, KEY) == shown
+
+
+@pytest.mark.parametrize("letters", [1, 8, 2**21])
+def test_long_answers_are_searched_for_long_keys_in_no_time(letters):
+    """Nothing else happens meanwhile: no other answer comes, no limit holds."""
+    text = " ".join("abcdefgh"[:letters] * -(-letters // 8) for _ in range(2**21 // (letters + 1) + 1))
+    start = time.monotonic()
+    assert redact(text, "sk-" + "0123456789" * 16, 8) == text
+    assert time.monotonic() - start < 5
 
 
 def test_proxies_that_cannot_be_used_are_an_error(tmp_path, videos, host, monkeypatch):

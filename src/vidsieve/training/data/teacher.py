@@ -253,9 +253,10 @@ def redact(text: str, key: str, part: int = 4) -> str:
     parts = {key[start : start + part] for start in range(len(key) - part + 1)}
 
     def shown(word: re.Match[str]) -> str:
-        return "[key]" if any(part in word[0].lower() for part in parts) else word[0]
+        low = word[0].lower()
+        return "[key]" if any(low[start : start + part] in parts for start in range(len(low) - part + 1)) else word[0]
 
-    return re.sub(r"[^\s\"'`<>(){}\[\],;]+", shown, text)
+    return re.sub(rf"[^\s\"'`<>(){{}}\[\],;]{{{part},}}", shown, text)  # as fast for a long key as for a short one
 
 
 def is_passing(status: int) -> bool:
@@ -364,7 +365,7 @@ class Client:
             except TimeoutError:
                 text = f"no answer within {self.server.timeout:g} s"
             except HTTPError as error:
-                text = f"{error or type(error).__name__}"
+                text = str(error) or type(error).__name__
             if not is_passing(status):
                 break
             if repeats < self.server.retries:
