@@ -124,12 +124,7 @@ def evaluate(
         ),
     ] = None,
     share: shared.Share = None,
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            help="Token layout; use 'grid' for LLaVA-Video checkpoints.", show_default=False, rich_help_panel=SETS
-        ),
-    ] = None,
+    layout: Annotated[str | None, shared.layout_option(SETS)] = None,
     device: Annotated[
         str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.", rich_help_panel=SETS)
     ] = "auto",

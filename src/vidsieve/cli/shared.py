@@ -96,10 +96,15 @@ MaxPixels = Annotated[
 Fps = Annotated[
     float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
 ]
-Layout = Annotated[
-    str | None,
-    typer.Option("--layout", help="Token layout; use 'grid' for LLaVA-Video checkpoints.", show_default=False),
-]
+
+
+def layout_option(panel: str | None = None) -> Any:
+    """Return the option ``--layout``, in a panel of the help."""
+    about = "Token layout; use 'grid' for LLaVA-Video checkpoints."
+    return typer.Option("--layout", help=about, show_default=False, rich_help_panel=panel)
+
+
+Layout = Annotated[str | None, layout_option()]
 Earliest = Annotated[
     bool,
     typer.Option("--earliest", help="Move methods inside the LLM to earlier layers where the retention asks for it."),
