@@ -109,6 +109,31 @@ def test_a_lock_that_cannot_be_written_is_an_error(tmp_path):
     assert victim.read_text() == "precious"
 
 
+@pytest.mark.parametrize(
+    ("command", "output"),
+    [
+        ("eval testbed --out run", "run/units-1-of-1.jsonl"),
+        ("eval questions rows.jsonl --model testbed --out run", "run/units-1-of-1.jsonl"),
+        ("data filter rows.jsonl kept.jsonl", "kept.jsonl.blind/units-1-of-1.jsonl"),
+        ("train score run --data rows.jsonl", "run/metrics.jsonl"),
+        ("data annotate rows.jsonl out.jsonl --base-url http://127.0.0.1:1/v1 --model m", "out.jsonl.journal.jsonl"),
+        ("batch rows.jsonl out.jsonl", "out.journal.jsonl"),
+        ("testbed render run", "run"),
+        ("report run page.html", "page.html"),
+    ],
+)
+def test_a_second_command_is_refused_before_it_does_anything(tmp_path, run, monkeypatch, command, output):
+    (tmp_path / "rows.jsonl").write_text('{"video": "a.mp4", "question": "what ?", "caption": "c"}\n')
+    (tmp_path / output).parent.mkdir(exist_ok=True)
+    monkeypatch.setattr("vidsieve.loading.load_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    hold = [sys.executable, "-c", HOLD, str(tmp_path / output)]
+    with subprocess.Popen(hold, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        said, error = run(*command.split(), code=2, cwd=tmp_path)
+        other.kill()
+    assert not said and error.startswith(f"error: another process is writing {output} (process {other.pid} on ")
+
+
 def test_a_journal_that_is_refused_is_not_touched(held):
     path, _ = held
     path.write_bytes(b'{"row": 1}\n{"ro')

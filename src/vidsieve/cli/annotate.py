@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, MaxPixels, MaxRow, check_output, err, out, write_json
+from vidsieve.cli.shared import Json, MaxPixels, MaxRow, check_free, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
 from vidsieve.io.bounded import read_bytes
 from vidsieve.io.limits import Limits
@@ -63,6 +63,8 @@ def annotate(
     job = Annotation(source, target, teacher, server, root=video_root, again=again)
     for path in (target, job.sidecar("journal"), job.sidecar("aside"), json):
         check_output(path, reads=[source])
+    if limit != 0:
+        check_free(job.sidecar("journal"))
     plan = job.plan()
     cost = server.dollars(plan["tokens_in"], plan["tokens_out"])
     others = {"unchanged": "have no caption", "settled": "are settled", "faulty": "cannot be asked about"}

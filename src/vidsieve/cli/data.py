@@ -18,6 +18,7 @@ from vidsieve.cli.shared import (
     MaxRow,
     Share,
     Threads,
+    check_free,
     check_output,
     err,
     out,
@@ -30,6 +31,7 @@ from vidsieve.cli.shared import (
 )
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import writing
+from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
 
 if TYPE_CHECKING:
@@ -150,7 +152,8 @@ def filter_prompts(
     """
     check_output(json, reads=(source,))
     check_output(target, (".jsonl",), reads=(source,))
-    mine = parse_share(share)
+    mine, work = parse_share(share), target.with_name(f"{target.name}.blind")
+    check_free(shard_path(work, mine))
     set_threads(threads)
     from vidsieve.loading import load_model
     from vidsieve.training.data.filtering import Rule, filter_file
@@ -160,7 +163,7 @@ def filter_prompts(
         raise UnknownNameError("rule", rule, get_args(Rule))
     quiet()
     names = model or ["testbed"]
-    work, skipped = target.with_name(f"{target.name}.blind"), Skipped()
+    skipped = Skipped()
     with stoppable(work), Bar("answers") as update:
         result = filter_file(
             source,

@@ -11,6 +11,7 @@ import typer
 from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
+from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
 from vidsieve.retention import parse_retention, parse_retentions
 
@@ -159,6 +160,8 @@ def evaluate(
             raise EvaluationError(f"DATA is missing: give the folder of {task}, or a file of questions")
         shard, folder = shared.parse_share(share), folder or Path("runs/eval", task)
         shared.check_output(folder / "run.json")
+    if folder is not None:
+        shared.check_free(shard_path(folder, shard))
     shared.set_threads(threads)
     if data is None:
         what, conditions = _testbed(given, world, probes, earliest)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli import shared
+from vidsieve.io.files import locked
 
 
 def report(
@@ -22,5 +23,6 @@ def report(
     shared.check_output(page, shared.PAGE)
     from vidsieve.report.runs import run_page
 
-    title, sections = run_page(folder, videos)
-    shared.write_report(page, title, lambda: sections, str(folder), figures)
+    with locked(page):
+        title, sections = run_page(folder, videos)
+        shared.write_report(page, title, lambda: sections, str(folder), figures)

@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
 from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
-from vidsieve.io.files import writing
+from vidsieve.io.files import locked, writing
 from vidsieve.io.limits import limits
 from vidsieve.io.texts import printable
 
@@ -164,6 +164,18 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
         tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell of /proc, or of a disk mounted for reading
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror} in {folder}; choose another path") from None
+
+
+def check_free(path: Path) -> None:
+    """Refuse an output that another process is writing, before any work is done.
+
+    Raises
+    ------
+    OutputError
+    """
+    if os.path.isdir(path.parent):
+        with locked(path):
+            pass
 
 
 @contextmanager

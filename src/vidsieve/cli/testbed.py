@@ -11,6 +11,7 @@ import typer
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import Json, check_output, check_world, moved, out, write_json
 from vidsieve.errors import OutputError
+from vidsieve.io.files import locked
 
 app = typer.Typer(no_args_is_help=True, help="Scenes of the synthetic world, with their questions, as files.")
 
@@ -44,14 +45,22 @@ def render(
     check_output(json)
     check_output(folder / "questions.jsonl")
     check_world(world)
-    if os.path.isdir(folder) and os.listdir(folder):  # its clips would stay among the new ones
-        raise OutputError(f"{folder} is not empty: name a new folder, or remove this one")
     from vidsieve.testbed.files import write_scenes
 
-    with Bar("scenes", scenes) as advance:
-        summary = write_scenes(
-            folder, world=world, seed=seed, scenes=scenes, layout=layout, broken=broken, leaked=leaked, progress=advance
-        )
+    with locked(folder):
+        if os.path.isdir(folder) and os.listdir(folder):  # its clips would stay among the new ones
+            raise OutputError(f"{folder} is not empty: name a new folder, or remove this one")
+        with Bar("scenes", scenes) as advance:
+            summary = write_scenes(
+                folder,
+                world=world,
+                seed=seed,
+                scenes=scenes,
+                layout=layout,
+                broken=broken,
+                leaked=leaked,
+                progress=advance,
+            )
     out.print(f"{scenes} scene{'s' * (scenes != 1)}, {summary['questions']} questions in {folder}")
     for name in summary.get("files", []):
         out.print(f"look at it: vidsieve data check {folder / name}", highlight=False, soft_wrap=True)

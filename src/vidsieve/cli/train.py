@@ -21,6 +21,7 @@ from vidsieve.cli.shared import (
     MaxRow,
     Report,
     Threads,
+    check_free,
     check_output,
     err,
     out,
@@ -31,7 +32,7 @@ from vidsieve.cli.shared import (
     write_report,
 )
 from vidsieve.errors import TrainingError, UnknownNameError
-from vidsieve.io.files import METRICS, locked
+from vidsieve.io.files import METRICS
 from vidsieve.io.limits import Limits
 from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
 
@@ -163,9 +164,8 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         if cache is not None:
             check_output(cache / MANIFEST)
         check_trackers(words(log_to))
-        if is_main() and os.path.exists(folder / METRICS):
-            with locked(folder / METRICS):  # else refused only once the model is loaded
-                pass
+        if is_main():
+            check_free(folder / METRICS)
         set_threads(threads)
         quiet()
         dtype = torch.bfloat16 if settings.get("precision") == "bf16" else None

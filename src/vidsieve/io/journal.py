@@ -247,7 +247,7 @@ class Store:
         else:
             with writing(path) as temporary:
                 temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        self._journal = _shard(self.folder / f"units-{share[0] + 1}-of-{share[1]}.jsonl").__enter__()
+        self._journal = _shard(shard_path(self.folder, share)).__enter__()
 
     def __enter__(self) -> Self:
         return self
@@ -279,6 +279,11 @@ class Store:
             If a file is damaged.
         """
         return records_in(self.folder)
+
+
+def shard_path(folder: Path, share: tuple[int, int]) -> Path:
+    """Return the path of a shard's journal."""
+    return folder / f"units-{share[0] + 1}-of-{share[1]}.jsonl"
 
 
 def records_in(folder: Path) -> dict[str, dict[str, Any]]:
