@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -326,6 +327,28 @@ def test_uploads_go_with_their_visitor(page, visitor, clip):
     lone = visitor(page).upload(clip)
     time.sleep(5)
     assert not os.path.exists(lone), "without a heartbeat, a while after the last request"
+
+
+def test_many_visitors_leave_in_no_time(tmp_path, monkeypatch):
+    """Who keeps no cookies is a new visitor each time; the server answers nobody while it deletes."""
+    from vidsieve.serving import visitors
+
+    monkeypatch.setattr(visitors, "IDLE", 0.1)
+    gate = visitors.Visitors(tmp_path, {"localhost"}, lambda path: None)
+    for number in range(20_000):
+        gate._sessions[f"session {number}"] = who = f"visitor {number}"
+        gate._uploads[str(tmp_path / str(number) / "clip.mp4")], gate._seen[who] = (who, 1), 0.0
+    gate._uploads["kept"], gate._seen["here"] = ("here", 1), time.monotonic() + 60
+
+    async def sweep():
+        task = asyncio.create_task(gate._sweep())
+        await asyncio.sleep(0.1)
+        task.cancel()
+
+    start = time.monotonic()
+    asyncio.run(sweep())
+    assert time.monotonic() - start < 10
+    assert set(gate._uploads) == {"kept"} and not gate._sessions and set(gate._seen) == {"here"}
 
 
 def test_a_client_without_cookies_keeps_what_it_asked_about(page, visitor, clip):

@@ -179,7 +179,7 @@ class Visitors:
             if visitor:
                 self._seen[visitor] = time.monotonic()
             if heart is self._heartbeats and not heart[visitor]:
-                self._leave(visitor)
+                self._leave({visitor})
 
     def _is_let_in(self, headers: MutableHeaders) -> bool:
         """Return True unless another site sent the request, or resolves to this machine (DNS rebinding)."""
@@ -244,20 +244,20 @@ class Visitors:
         shutil.rmtree(Path(path).parent, ignore_errors=True)
         self._gone(Path(path))
 
-    def _leave(self, visitor: str) -> None:
-        """Delete everything of a visitor."""
-        for path in [path for path, (whose, _) in self._uploads.items() if whose == visitor]:
+    def _leave(self, visitors: Collection[str]) -> None:
+        """Delete everything of visitors, in a time that does not depend on their number squared."""
+        for path in [path for path, (whose, _) in self._uploads.items() if whose in visitors]:
             self._delete(path)
-        for session in [session for session, whose in self._sessions.items() if whose == visitor]:
+        for session in [session for session, whose in self._sessions.items() if whose in visitors]:
             del self._sessions[session]
-        self._seen.pop(visitor, None)
+        for visitor in visitors:
+            self._seen.pop(visitor, None)
 
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(IDLE / 10)
-            for visitor, seen in list(self._seen.items()):
-                if not self._requests[visitor] and time.monotonic() - seen > IDLE:
-                    self._leave(visitor)
+            before = time.monotonic() - IDLE
+            self._leave({who for who, seen in self._seen.items() if seen < before and not self._requests[who]})
 
 
 class _TooLargeError(Exception):
