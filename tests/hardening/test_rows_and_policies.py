@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,13 @@ from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import EvaluationError, OutputError, PolicyError, TrainingError, VidsieveError
 from vidsieve.evaluation.benchmarks.questions import read as questions_of
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import check_unit
+from vidsieve.evaluation.tasks.questions import QuestionsTask
+from vidsieve.evaluation.tasks.testbed import ScenesTask
+from vidsieve.evaluation.tasks.timing import PARTS, TimingTask
 from vidsieve.io.checkpoints import load_state, save_state
+from vidsieve.io.journal import records_in
 from vidsieve.io.limits import limits
 from vidsieve.options import said_letter
 from vidsieve.report.runs import run_page
@@ -305,6 +312,34 @@ def test_an_edited_line_of_metrics_is_named(line, tmp_path):
         read_metrics(tmp_path)
     with pytest.raises(OutputError, match="no report"):
         run_page(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["questions", "testbed", "timing"])
+def test_an_edited_line_of_a_journal_is_named(name, tmp_path):
+    """Without its checksum, as an editor leaves it or another run has it; each value is taken away and changed."""
+    spent = {part: 1.0 for part in PARTS}
+    task, values = {
+        "questions": (QuestionsTask, {"score": 1.0, "kept": 3, "total": 9, "layers": 0.5, "prompt": [9, 3]}),
+        "testbed": (ScenesTask, {"right": True, "kept": 3, "total": 9, "layers": 0.5}),
+        "timing": (TimingTask, {"ms": spent, "visual": [9, 3], "prompt": [9, 3], "layers": 0.5, "seen": 3, "peak": 9}),
+    }[name]
+    sample = {"item": "0", "condition": Condition().key, **values}
+    good = {"unit": "0/0", "samples": [sample], "refused": {}, "faults": {}, "select_ms": {}}
+
+    def read(line):
+        (tmp_path / "units-1-of-1.jsonl").write_text(json.dumps(line) + "\n")
+        return records_in(tmp_path, partial(check_unit, task, {Condition().key}))
+
+    assert read(good) == {"0/0": good}
+    edits = [sample | {key: "x"} for key in sample if key != "item"]
+    needed = set(sample) if name == "timing" else {"item", "condition", "score", "right"} & set(sample)
+    edits += [{key: sample[key] for key in sample if key != gone} for gone in needed]
+    edits += [sample | ({"ms": {}} if name == "timing" else {"total": 0}), 3]
+    lines = [good | {"samples": [edit]} for edit in edits] + [good | {key: [["x"]]} for key in good]
+    lines += [{"unit": "0/0"}, [1], 3, good | {"unit": []}]
+    for line in lines:
+        with pytest.raises(EvaluationError, match=r"line 1 of .*units-1-of-1\.jsonl is damaged: remove that line, and"):
+            read(line)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"benchmark": 1}', '{"n_questions": 3, "rows": [3]}', "[" * 10**5, "{}"])
