@@ -104,11 +104,11 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    taken, number = 0, 0
+    taken, place, number = 0, 0, 0
 
     def text(line: tuple[int, bytes, int]) -> str:
-        nonlocal taken
-        taken += line[2]
+        nonlocal taken, place
+        taken, place = taken + line[2], line[0]
         if taken > limits.row:
             raise ValueError(too_long(limits.row))
         return line[1].decode("utf-8-sig" if line[0] == 1 else "utf-8")
@@ -122,13 +122,17 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     except (ValueError, csv.Error) as error:
         raise TrainingError(f"cannot read {path}: {error}") from None
     while known:
-        taken = 0
+        taken, begun = 0, place + 1
         try:
             record: Any = next(reader)
             check_value(record)
         except StopIteration:
             return
         except (ValueError, csv.Error) as error:
+            if taken > limits.row and place > begun:  # the rows behind it are in it
+                raise TrainingError(
+                    f"cannot read {path}: the record from line {begun} on {error}, or its quote is not closed"
+                ) from None
             record = MalformedError(error)
         number += 1
         yield number, record
