@@ -121,6 +121,18 @@ def test_parquet_within_bounds(limited, tmp_path):
         list(read_records(path))
 
 
+def test_parquet_of_many_parts(monkeypatch, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, row = tmp_path / "rows.parquet", {"video": "a.mp4", "caption": "c", "x": [1]}
+    parquet.write_table(arrow.Table.from_pylist([row] * 1000), path, row_group_size=1)
+    begun = time.monotonic()
+    assert sum(len(record.rows) for record in read_records(path)) == 1000
+    assert time.monotonic() - begun < 10, "the footer is read once, not for every group"
+    monkeypatch.setattr(reading, "_MOST_PARTS", 999)
+    with pytest.raises(TrainingError, match=r"cannot read .*limit; fetch it again$"):
+        list(read_records(path))
+
+
 def test_long_texts_that_regular_expressions_would_hang_on(tmp_path):
     begun, size = time.monotonic(), 2**16
     turns = [{"from": "human", "value": " " * size}, {"from": "gpt", "value": "a"}]
