@@ -17,7 +17,7 @@ from vidsieve import load
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import EvaluationError, OutputError, PolicyError, TrainingError, VidsieveError
+from vidsieve.errors import EvaluationError, ModelError, OutputError, PolicyError, TrainingError, VidsieveError
 from vidsieve.evaluation.benchmarks.questions import read as questions_of
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import check_unit
@@ -27,6 +27,7 @@ from vidsieve.evaluation.tasks.timing import PARTS, TimingTask
 from vidsieve.io.checkpoints import load_state, save_state
 from vidsieve.io.journal import records_in
 from vidsieve.io.limits import limits
+from vidsieve.loading import load_model
 from vidsieve.options import said_letter
 from vidsieve.report.runs import run_page
 from vidsieve.serving.batch import BatchError, Rows, read_row
@@ -282,6 +283,35 @@ def test_weights_of_other_types_are_refused(dtype, tmp_path):
         load(tmp_path)
     save_file({name: value.half() for name, value in weights.items()}, path)
     assert {p.dtype for p in load(tmp_path).policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("config.json", os.mkfifo, "a pipe or a device"),
+        ("part.safetensors", os.mkfifo, "a pipe or a device"),
+        ("tokenizer.json", lambda path: path.touch() or os.truncate(path, 10**9), "has more than 67,108,864 bytes"),
+        ("config.json", lambda path: path.write_text("[" * 200_000), "recursion depth"),
+        ("config.json", lambda path: path.write_text("[]"), "cannot load"),
+        (
+            "config.json",
+            lambda path: path.write_text('{"model_type": "llava_onevision", "text_config": 3}'),
+            "cannot load",
+        ),
+        (
+            "a.index.json",
+            lambda path: path.write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+            "outside its folder",
+        ),
+        ("a.index.json", lambda path: path.write_text('{"weight_map": {"a": "/dev/zero"}}'), "outside its folder"),
+        ("a.index.json", lambda path: path.write_text('{"weight_map": [1]}'), "outside its folder, or none"),
+    ],
+)
+def test_a_models_folder_of_strangers_is_one_line(name, make, said, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(ModelError, match=said) as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 # -- runs -----------------------------------------------------------------------------------------------------
