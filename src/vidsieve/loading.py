@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
+from vidsieve.io.bounded import read_json
 from vidsieve.policies import CONFIG, read_config
 
 if TYPE_CHECKING:
@@ -105,6 +106,24 @@ def own_device() -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
+_LONGEST_TEXT = 2**26
+"""Bytes of the longest configuration, template or tokenizer of a model; transformers reads them whole."""
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a model's folder whose files transformers would wait for, or fill memory with."""
+    for path in folder.glob("*"):
+        if path.suffix in (".json", ".jinja", ".safetensors", ".bin") and not os.path.isfile(path):
+            raise ModelError(f"{path} is a folder, a pipe or a device, or a link to nothing: fetch the model again")
+        if path.suffix in (".json", ".jinja") and path.stat().st_size > _LONGEST_TEXT:
+            raise ModelError(f"{path} has more than {_LONGEST_TEXT:,} bytes: fetch the model again")
+    for path in folder.glob("*.index.json"):
+        index = read_json(path, ModelError, "fetch the model again", dict)
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
+            raise ModelError(f"{path} names weights outside its folder, or none: fetch the model again")
+
+
 def load_model(
     name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
@@ -137,16 +156,17 @@ def load_model(
     source = str(shipped_model()) if name == "testbed" else name
     if "/" not in source and not os.path.exists(Path(source)):  # no hub id: a request to the hub would only take long
         raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
+    _check_files(Path(source))
     try:
         processor = AutoProcessor.from_pretrained(source)
         default = torch.float32 if name == "testbed" else "auto"
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or default)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        first = str(error).strip().splitlines()[0].rstrip(".")
+    except Exception as error:  # of a wrong file transformers raises anything
+        first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise ModelError(
             f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "
             "'testbed'"
-        ) from None
+        ) from error
     adapter_for(model, layout=layout)
     if layout is not None:
         model.config.vidsieve_layout = layout

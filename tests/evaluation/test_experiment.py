@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 
@@ -23,6 +24,7 @@ class Lengths:
     broken: bool = False
     asked: list = field(default_factory=list)
     name: str = "lengths"
+    form: ClassVar = (("length", int),)
 
     def settings(self):
         return {}

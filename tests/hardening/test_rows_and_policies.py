@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,17 @@ from vidsieve import load
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import EvaluationError, OutputError, PolicyError, TrainingError, VidsieveError
+from vidsieve.errors import EvaluationError, ModelError, OutputError, PolicyError, TrainingError, VidsieveError
 from vidsieve.evaluation.benchmarks.questions import read as questions_of
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import check_unit
+from vidsieve.evaluation.tasks.questions import QuestionsTask
+from vidsieve.evaluation.tasks.testbed import ScenesTask
+from vidsieve.evaluation.tasks.timing import PARTS, TimingTask
 from vidsieve.io.checkpoints import load_state, save_state
+from vidsieve.io.journal import records_in
 from vidsieve.io.limits import limits
+from vidsieve.loading import load_model
 from vidsieve.options import said_letter
 from vidsieve.report.runs import run_page
 from vidsieve.serving.batch_groups import BatchError, Rows, read_row
@@ -81,9 +89,14 @@ def test_a_long_field_and_a_quote_without_end_in_csv(limited, tmp_path, monkeypa
     with path.open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerows([("videoID", "timestamp", "caption"), ("a", "0", "c"), ("b", "0", "x" * 9000), ("c", "0", "d")])
-        file.write('d,0,"' + "e\n" * 9000)
     faults = [record.fault for record in read_records(path)]
-    assert faults[0] == faults[2] == "" and "has more than 4,500 bytes" in faults[1] and "more than" in faults[3]
+    assert faults[0] == faults[2] == "" and "has more than 4,500 bytes" in faults[1]
+    with path.open("a") as file:
+        file.write('d,0,"e\nf,0,' + "e\n" * 9000)
+    numbers = []
+    with pytest.raises(TrainingError, match=r"from line 5 on has more than 4,500 bytes: .* quote is not closed"):
+        numbers.extend(record.number for record in read_records(path))
+    assert numbers == [1, 2, 3]
     monkeypatch.setattr(reading, "MOST_COLUMNS", 9)
     path.write_text(",".join("abcdefghij") + "\n1\n")
     with pytest.raises(TrainingError, match="more than 9 columns"):
@@ -106,6 +119,18 @@ def test_parquet_within_bounds(limited, tmp_path):
     data[-60:-30] = bytes(30)
     path.write_bytes(data)
     with pytest.raises(TrainingError, match="fetch it again"):
+        list(read_records(path))
+
+
+def test_parquet_of_many_parts(monkeypatch, tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, row = tmp_path / "rows.parquet", {"video": "a.mp4", "caption": "c", "x": [1]}
+    parquet.write_table(arrow.Table.from_pylist([row] * 1000), path, row_group_size=1)
+    begun = time.monotonic()
+    assert sum(len(record.rows) for record in read_records(path)) == 1000
+    assert time.monotonic() - begun < 10, "the footer is read once, not for every group"
+    monkeypatch.setattr(reading, "_MOST_PARTS", 999)
+    with pytest.raises(TrainingError, match=r"cannot read .*limit; fetch it again$"):
         list(read_records(path))
 
 
@@ -260,6 +285,35 @@ def test_weights_of_other_types_are_refused(dtype, tmp_path):
     assert {p.dtype for p in load(tmp_path).policy.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("config.json", os.mkfifo, "a pipe or a device"),
+        ("part.safetensors", os.mkfifo, "a pipe or a device"),
+        ("tokenizer.json", lambda path: path.touch() or os.truncate(path, 10**9), "has more than 67,108,864 bytes"),
+        ("config.json", lambda path: path.write_text("[" * 200_000), "recursion depth"),
+        ("config.json", lambda path: path.write_text("[]"), "cannot load"),
+        (
+            "config.json",
+            lambda path: path.write_text('{"model_type": "llava_onevision", "text_config": 3}'),
+            "cannot load",
+        ),
+        (
+            "a.index.json",
+            lambda path: path.write_text('{"weight_map": {"a": "../b.safetensors"}}'),
+            "outside its folder",
+        ),
+        ("a.index.json", lambda path: path.write_text('{"weight_map": {"a": "/dev/zero"}}'), "outside its folder"),
+        ("a.index.json", lambda path: path.write_text('{"weight_map": [1]}'), "outside its folder, or none"),
+    ],
+)
+def test_a_models_folder_of_strangers_is_one_line(name, make, said, tmp_path):
+    make(tmp_path / name)
+    with pytest.raises(ModelError, match=said) as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
 # -- runs -----------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +359,34 @@ def test_an_edited_line_of_metrics_is_named(line, tmp_path):
         read_metrics(tmp_path)
     with pytest.raises(OutputError, match="no report"):
         run_page(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["questions", "testbed", "timing"])
+def test_an_edited_line_of_a_journal_is_named(name, tmp_path):
+    """Without its checksum, as an editor leaves it or another run has it; each value is taken away and changed."""
+    spent = {part: 1.0 for part in PARTS}
+    task, values = {
+        "questions": (QuestionsTask, {"score": 1.0, "kept": 3, "total": 9, "layers": 0.5, "prompt": [9, 3]}),
+        "testbed": (ScenesTask, {"right": True, "kept": 3, "total": 9, "layers": 0.5}),
+        "timing": (TimingTask, {"ms": spent, "visual": [9, 3], "prompt": [9, 3], "layers": 0.5, "seen": 3, "peak": 9}),
+    }[name]
+    sample = {"item": "0", "condition": Condition().key, **values}
+    good = {"unit": "0/0", "samples": [sample], "refused": {}, "faults": {}, "select_ms": {}}
+
+    def read(line):
+        (tmp_path / "units-1-of-1.jsonl").write_text(json.dumps(line) + "\n")
+        return records_in(tmp_path, partial(check_unit, task, {Condition().key}))
+
+    assert read(good) == {"0/0": good}
+    edits = [sample | {key: "x"} for key in sample if key != "item"]
+    needed = set(sample) if name == "timing" else {"item", "condition", "score", "right"} & set(sample)
+    edits += [{key: sample[key] for key in sample if key != gone} for gone in needed]
+    edits += [sample | ({"ms": {}} if name == "timing" else {"total": 0}), 3]
+    lines = [good | {"samples": [edit]} for edit in edits] + [good | {key: [["x"]]} for key in good]
+    lines += [{"unit": "0/0"}, [1], 3, good | {"unit": []}]
+    for line in lines:
+        with pytest.raises(EvaluationError, match=r"line 1 of .*units-1-of-1\.jsonl is damaged: remove that line, and"):
+            read(line)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"benchmark": 1}', '{"n_questions": 3, "rows": [3]}', "[" * 10**5, "{}"])

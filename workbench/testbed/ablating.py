@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -136,6 +136,7 @@ class AblationTask:
     processes: int = 2
     labels: Collection[str] | None = None
     name: str = "ablation"
+    form: ClassVar = ()
 
     @cached_property
     def runs(self) -> dict[str, Run]:

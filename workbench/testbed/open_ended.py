@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -167,6 +167,7 @@ class OpenTask:
     scenes: int
     model: str = "talker"
     name: str = "open"
+    form: ClassVar = (("task", str), ("said", str), ("score", float))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that records depend on."""

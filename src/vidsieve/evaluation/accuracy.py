@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from vidsieve.evaluation.experiment import Results, Scores
 from vidsieve.evaluation.table import Table, difference, few_note, named, number, with_error
 
+KEPT = (
+    ("kept", int, 0),
+    ("total", Annotated[int, msgspec.Meta(ge=1)], 1),
+    ("layers", float, 1.0),
+    ("prompt", tuple[int, int], (0, 0)),
+)
+"""What a sample may record of what was kept, as `Task.form` has it."""
 Groups = Mapping[str, Sequence[str]]
 """By category, such as ``duration``, the values that an item belongs to."""
 
@@ -59,7 +67,7 @@ def accuracy_rows(
 
 def _kept(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return means of what was kept, over the samples that record it."""
-    samples = [sample for sample in samples if "kept" in sample]
+    samples = [sample for sample in samples if sample.keys() >= {"kept", "total", "layers"}]
     if not samples:
         return dict.fromkeys(("kept", "real_retention", "layer_retention", "prompt_tokens"))
     prompts = [sample["prompt"] for sample in samples if "prompt" in sample]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import json
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 import transformers
@@ -61,12 +62,26 @@ class Measurement:
     reason: str = ""
 
 
+class _Unit(msgspec.Struct):
+    """A line of the journal."""
+
+    samples: list[dict[str, Any]]
+    refused: dict[str, str]
+    faults: dict[str, str] = {}
+    select_ms: dict[str, list[float]] = {}
+    failed: str = ""
+
+
 class Task(Protocol):
     """Something to measure, unit by unit. A unit, such as a video, is one cluster of the statistics."""
 
     @property
     def name(self) -> str:
         """Name of the task in files."""
+
+    @property
+    def form(self) -> Sequence[tuple[Any, ...]]:
+        """Values of a sample that the table reads: name, type and perhaps default, for `msgspec.defstruct`."""
 
     def settings(self) -> Mapping[str, Any]:
         """Return the settings that records depend on besides conditions and versions, as values for JSON."""
@@ -180,7 +195,8 @@ def run(
     about: dict[str, Any] = {"task": task.name, "command": command, "versions": versions()}
     if folder is not None:
         about["settings"] = configuration(task, conditions)
-    with nullcontext() if folder is None else Store(folder, about["settings"], share) as store:
+    check = functools.partial(check_unit, task, {condition.key for condition in conditions})
+    with nullcontext() if folder is None else Store(folder, about["settings"], share, check) as store:
         results = measured(task, conditions, store, progress)
     if len(results.units) < len(task.units()):
         return None
@@ -207,6 +223,13 @@ def measured(
     conditions = _distinct(conditions)
     measure = functools.partial(_measured, task, conditions)
     return Results(conditions, measure_all(store, task.units(), measure, progress))
+
+
+def check_unit(task: Task, keys: Set[str], record: Mapping[str, Any]) -> None:
+    """Raise ValueError for a line that is not of this task and conditions."""
+    form: Any = msgspec.defstruct("Sample", [("item", str), ("condition", str), *task.form])
+    if not {msgspec.convert(sample, form).condition for sample in msgspec.convert(record, _Unit).samples} <= keys:
+        raise ValueError("it has a sample of another condition")
 
 
 def _distinct(conditions: Sequence[Condition]) -> list[Condition]:

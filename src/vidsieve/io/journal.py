@@ -227,6 +227,8 @@ class Store:
     share : (int, int)
         Index of this process's shard and number of shards. Units measured in other shards count as done, so that a
         run can be resumed with another number of processes.
+    check : callable
+        Called with every record that is read; raises ValueError for one that this run cannot have written.
 
     Raises
     ------
@@ -236,8 +238,14 @@ class Store:
         If the folder cannot be written, or holds a training run.
     """
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], share: tuple[int, int] = (0, 1)) -> None:
-        self.folder, self.share = Path(folder), share
+    def __init__(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        share: tuple[int, int] = (0, 1),
+        check: Callable[[dict[str, Any]], object] = lambda record: None,
+    ) -> None:
+        self.folder, self.share, self._check = Path(folder), share, check
         refuse_other_run(self.folder, RUN)
         path = self.folder / RUN
         if os.path.exists(path):
@@ -276,9 +284,9 @@ class Store:
         Raises
         ------
         EvaluationError
-            If a file is damaged.
+            If a file is damaged, or `check` refuses a record.
         """
-        return records_in(self.folder)
+        return records_in(self.folder, self._check)
 
 
 def shard_path(folder: Path, share: tuple[int, int]) -> Path:
@@ -286,11 +294,18 @@ def shard_path(folder: Path, share: tuple[int, int]) -> Path:
     return folder / f"units-{share[0] + 1}-of-{share[1]}.jsonl"
 
 
-def records_in(folder: Path) -> dict[str, dict[str, Any]]:
+def records_in(
+    folder: Path, check: Callable[[dict[str, Any]], object] = lambda record: None
+) -> dict[str, dict[str, Any]]:
     """Return the records of all units in the journals of a folder, as `Store.records` has them."""
     records: dict[str, dict[str, Any]] = {}
+
+    def take(record: dict[str, Any], _: int) -> None:
+        check(record)
+        records.setdefault(record["unit"], record)
+
     for path in sorted(folder.glob("units-*-of-*.jsonl")):
-        _shard(path).load(lambda record, _: records.setdefault(record["unit"], record))
+        _shard(path).load(take)
     return records
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from vidsieve.errors import (
     UnsupportedCallError,
     VideoError,
 )
-from vidsieve.evaluation.accuracy import accuracy_rows, accuracy_table, numbered
+from vidsieve.evaluation.accuracy import KEPT, accuracy_rows, accuracy_table, numbered
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.items import Benchmark, Item, check_videos
@@ -77,6 +77,7 @@ class QuestionsTask:
     seed: int = 0
     indices: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
+    form: ClassVar = (("score", float), *KEPT)
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:

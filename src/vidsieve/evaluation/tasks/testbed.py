@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Generator, Tensor
@@ -18,7 +18,7 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError
-from vidsieve.evaluation.accuracy import accuracy_rows, accuracy_table
+from vidsieve.evaluation.accuracy import KEPT, accuracy_rows, accuracy_table
 from vidsieve.evaluation.conditions import Condition, label_of
 from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.table import Table
@@ -171,6 +171,7 @@ class ScenesTask:
     questions: int
     model: str = "testbed"
     name: str = "testbed"
+    form: ClassVar = (("right", bool), *KEPT)
 
     @cached_property
     def scenes(self) -> list[list[Question]]:

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,6 +69,12 @@ class TimingTask:
     seed: int = 0
     about: Mapping[str, Any] = field(default_factory=dict)
     name: str = "timing"
+    form: ClassVar = (
+        ("item", Annotated[str, msgspec.Meta(pattern="^[0-9]+$")]),
+        ("ms", Annotated[dict[Literal[PARTS], float], msgspec.Meta(min_length=len(PARTS))]),  # type: ignore[valid-type]
+        *(("visual", tuple[int, int]), ("prompt", tuple[int, int])),
+        *(("layers", float), ("seen", int), ("peak", int)),
+    )
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that records depend on."""

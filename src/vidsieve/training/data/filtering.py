@@ -220,6 +220,11 @@ def filter_file(
         ]
         return {"right": ["".join("01"[mark] for mark in answers) for answers in marks]}
 
+    def check(record: Mapping[str, Any]) -> None:
+        block = int(record["unit"].split("/")[1])
+        if [len(text) for text in record["right"]] != [min(BLOCK, len(questions) - block * BLOCK)] * seeds:
+            raise ValueError("it is of other questions or seeds")
+
     def step(done: int, count: int) -> None:
         if progress is not None:
             progress(done * BLOCK * seeds, total)
@@ -232,7 +237,7 @@ def filter_file(
         "seeds": seeds,
         "temperature": temperature,
     }
-    with nullcontext() if work is None else Store(work, config, share) as store:
+    with nullcontext() if work is None else Store(work, config, share, check) as store:
         records = measure_all(store, units, measure, step)
     if len(records) < len(units):
         return None

@@ -29,6 +29,8 @@ _VALUE = 16
 """Bytes that a value of a Parquet row counts in addition to its own: an empty list has none."""
 MOST_COLUMNS = 4096
 """Columns of a CSV file."""
+_MOST_PARTS = 2**16
+"""Columns, and groups of rows, of a Parquet file: each takes kilobytes before anything is read."""
 _LEVELS = 4
 """Bytes that a nested value takes while its group is decoded, whatever its own."""
 _LONGEST_FAULT = 300
@@ -104,11 +106,11 @@ def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    taken, number = 0, 0
+    taken, place, number = 0, 0, 0
 
     def text(line: tuple[int, bytes, int]) -> str:
-        nonlocal taken
-        taken += line[2]
+        nonlocal taken, place
+        taken, place = taken + line[2], line[0]
         if taken > limits.row:
             raise ValueError(too_long(limits.row))
         return line[1].decode("utf-8-sig" if line[0] == 1 else "utf-8")
@@ -122,13 +124,17 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
     except (ValueError, csv.Error) as error:
         raise TrainingError(f"cannot read {path}: {error}") from None
     while known:
-        taken = 0
+        taken, begun = 0, place + 1
         try:
             record: Any = next(reader)
             check_value(record)
         except StopIteration:
             return
         except (ValueError, csv.Error) as error:
+            if taken > limits.row and place > begun:  # the rows behind it are in it
+                raise TrainingError(
+                    f"cannot read {path}: the record from line {begun} on {error}, or its quote is not closed"
+                ) from None
             record = MalformedError(error)
         number += 1
         yield number, record
@@ -141,21 +147,23 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     except ImportError:
         raise TrainingError(f"{path} needs pyarrow: pip install 'vidsieve[benchmarks]'") from None
     try:
-        with parquet.ParquetFile(path, buffer_size=2**20) as file:
+        with parquet.ParquetFile(path, buffer_size=2**20, thrift_container_size_limit=_MOST_PARTS) as file:
             number = 0
             nested = any(field.type.num_fields for field in file.schema_arrow)
             for batch in file.iter_batches(batch_size=_batch(path, file.metadata, nested)):
                 for place in range(len(batch)):
                     number += 1
                     yield number, _arrow_record(batch.slice(place, 1))
-    except (arrow.ArrowException, ValueError, KeyError, OverflowError) as error:
-        raise TrainingError(f"cannot read {path}: {error!s:.300}; fetch it again") from None
+    except (arrow.ArrowException, OSError, ValueError, KeyError, OverflowError) as error:
+        fault = " ".join(str(error).split())
+        raise TrainingError(f"cannot read {path}: {fault:.300}; fetch it again") from None
 
 
 _COUNT = """
 import sys
-from pyarrow.parquet import ParquetFile
-groups = (ParquetFile(sys.argv[1]).metadata.row_group(number) for number in range(int(sys.argv[2])))
+from pyarrow.parquet import read_metadata
+metadata = read_metadata(sys.argv[1])
+groups = (metadata.row_group(number) for number in range(metadata.num_row_groups))
 print(max(sum(group.column(place).num_values for place in range(group.num_columns)) for group in groups))
 """
 
@@ -166,7 +174,7 @@ def _batch(path: Path, metadata: Any, nested: bool) -> int:
     largest = max((metadata.row_group(number).total_byte_size for number in range(count)), default=0)
     most = _GROUP * limits.row
     if nested and count:  # one row may hold many values, in no bytes if they are equal
-        run = [sys.executable, "-c", _COUNT, str(path), str(count)]  # which damaged metadata of columns ends
+        run = [sys.executable, "-c", _COUNT, str(path)]  # which damaged metadata of columns ends
         counted = subprocess.run(run, capture_output=True, text=True, check=False)
         if counted.returncode:
             raise TrainingError(f"cannot read {path}: its columns are damaged; fetch it again")
