@@ -22,7 +22,8 @@ from vidsieve.errors import VideoError
 from vidsieve.serving.batch import read_row
 from vidsieve.training.data.layouts import confined_records
 from vidsieve.video import limits, reading
-from vidsieve.video.decoding import File, VideoFile, claimed_samples
+from vidsieve.video.decoding import File
+from vidsieve.video.opening import VideoFile, claimed_samples
 from vidsieve.video.reading import read_frames, read_image, read_video, write_video
 
 

@@ -8,56 +8,28 @@ missing references, damaged data) the file is decoded from its start instead.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
-from io import BytesIO
 from itertools import chain, islice
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import av
 import numpy as np
 from av import Packet, VideoFrame, VideoStream
-from av.container import InputContainer
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vidsieve.errors import VideoError
-from vidsieve.io.limits import Limits, limits
-from vidsieve.video import check_file, is_inside
+from vidsieve.io.limits import limits
+from vidsieve.video.opening import VideoFile
 
 # Starting threads costs more than converting a small frame; before PyAV 17 there were none.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-CONTAINERS = (
-    "mov,matroska,avi,flv,mpeg,mpegts,mpegvideo,m4v,h263,h264,hevc,vvc,obu,av1,ivf,ogg,asf,rm,mxf,gxf,nut,dv,wtv,"
-    "yuv4mpegpipe,amv,gif,apng,mjpeg,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe"
-)
-"""The demuxers that FFmpeg may use, each for one file; their other names go with them."""
-PLAYLISTS = {
-    rb"#EXTM3U": ("an HLS playlist", "hls"),
-    rb"ffconcat": ("an ffconcat script", "concat"),
-    rb"<(?s:.*)<?MPD": ("a DASH manifest", ""),
-    rb"v=0\s": ("an SDP description", ""),
-}
-"""How a file begins that names others, what it is, and the demuxer if it can be read."""
-LONGEST_PLAYLIST, LONGEST_HEADER = 2**20, 2**28
-"""Bytes."""
-MOST_BOXES, MOST_CLAIMED = 2**18, 2**22
-"""Boxes of an mp4 that are looked at, and samples that these may claim without bytes of their own."""
-_SAMPLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})", re.DOTALL)
-_PLAIN_SOUND = re.compile(rb"soun.*stts.{4}\x00\x00\x00\x01.{4}\x00\x00\x00\x01", re.DOTALL)
-"""A track whose samples FFmpeg counts by chunks, such as PCM."""
-limit_blocks = getattr(ctypes.CDLL(av._core.__file__), "av_max_alloc", lambda size: None)
-"""FFmpeg's own limit of one block of memory; on Windows a library does not show those that it is linked with."""
 SEEKABLE = frozenset(
     {
         *("av1", "vvc", "hevc", "h264", "h263", "h261", "vp6", "vp6f", "vp8", "vp9", "theora", "flv1"),
@@ -74,162 +46,7 @@ PREFIX = 8
 """Number of frames decoded for the index, to check that they come in the order of the packets."""
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
-Notes = dict[str, None]  # an ordered set
 Row = tuple[int, int, bool, int, bool]  # a packet: pts, bytes, is it a keyframe, dts, is it shown
-
-
-@dataclass(frozen=True, eq=False)
-class VideoFile:
-    """A video file, notes on how it is read, and the time (`time.monotonic`) at which reading must have ended.
-
-    With `playlists`, the file may be an HLS playlist or an ffconcat script.
-    """
-
-    path: Path
-    notes: Notes = field(default_factory=dict)
-    playlists: bool = False
-    end: float = field(default_factory=lambda: time.monotonic() + limits.seconds)
-
-    def check_time(self) -> None:
-        """Check that there is time left.
-
-        Raises
-        ------
-        VideoError
-        """
-        if time.monotonic() > self.end:
-            raise VideoError(
-                f"{self.path} was not read within {limits.seconds:g} s: cut it into parts, or encode it again as mp4 "
-                "with a keyframe every few seconds"
-            )
-
-    def open(self) -> InputContainer:
-        """Return the file, opened by FFmpeg, which may open no other one and no protocol.
-
-        Members of a playlist must be files in or below its folder.
-
-        Raises
-        ------
-        VideoError
-        """
-        check_file(self.path)
-        # Of one block of memory, in the whole process; the index of a file may claim any number of frames.
-        limit_blocks(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
-        path, members = self.path.resolve(), None
-        if claimed_samples(path) > MOST_CLAIMED:  # each takes memory before one is read
-            raise VideoError(f"{self.path} claims millions of samples that it has no room for: encode it again")
-        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.frame_pixels)}
-        try:
-            what, demuxer = _playlist(path)
-            if what:
-                text = self._checked_playlist(path, what, demuxer)
-                options["format_whitelist"] += f",{demuxer}"
-                members = self._member_opener(text) if demuxer == "hls" else None
-            container = av.open(
-                os.fspath(path),  # absolute: FFmpeg reads "a:b.mp4" as a protocol
-                metadata_errors="replace",
-                options=options,
-                timeout=limits.seconds,
-                io_open=members,
-            )
-        except (OSError, av.FFmpegError) as error:
-            self.check_time()
-            unlisted = isinstance(error, av.ArgumentError)
-            why = "no video stream in a container that is read" if unlisted else error.strerror
-            raise VideoError(f"{self.path} is no video or cut short ({why}): fetch or encode it again") from error
-        return cast(InputContainer, container)
-
-    def _checked_playlist(self, path: Path, what: str, demuxer: str) -> bytes:
-        """Return the contents of a file that names others, if it may be read.
-
-        Raises
-        ------
-        VideoError
-        """
-        advice = "give the video itself" + (", or read it with allow_playlists=True" if demuxer else "")
-        if not self.playlists or not demuxer:
-            raise VideoError(f"{self.path} is no video but {what}, which names other files: {advice}")
-        if path.stat().st_size > LONGEST_PLAYLIST:
-            raise VideoError(f"{self.path} has more than {LONGEST_PLAYLIST} bytes, too many for {what}")
-        text = path.read_bytes()
-        lines = re.split(rb"[\r\n\0]", text)
-        if demuxer == "hls":
-            if not any(line.startswith(b"#EXT-X-ENDLIST") for line in lines):
-                raise VideoError(f"{self.path} has no end (#EXT-X-ENDLIST): read it when the broadcast is over")
-            return text
-        # FFmpeg opens the members of a script itself, from the same list of demuxers: none may be a list in turn.
-        for line in lines:
-            if name := re.match(rb"\s*file\s+['\"]?(.+?)['\"]?\s*$", line):
-                VideoFile(self._member(os.fsdecode(name[1])), end=self.end).open().close()
-        return text
-
-    def _member_opener(self, text: bytes) -> Callable[[str, int, Mapping[str, str]], IO[bytes]]:
-        """Return what opens a playlist for FFmpeg, and then its members, of which none may be a playlist in turn."""
-        playlist = iter([BytesIO(text)])
-
-        def open_member(url: str, flags: int, options: Mapping[str, str]) -> IO[bytes]:
-            if first := next(playlist, None):
-                return first
-            self.check_time()
-            member = self._member(url)
-            if what := _playlist(member)[0]:
-                raise VideoError(f"{self.path} names {url!r}, {what}: give that one itself")
-            return member.open("rb")
-
-        return open_member
-
-    def _member(self, name: str) -> Path:
-        """Return the path of a playlist's member.
-
-        Raises
-        ------
-        VideoError
-            If it is no file in or below the playlist's folder.
-        """
-        folder = self.path.resolve().parent
-        if not is_inside(folder / name, folder):
-            raise VideoError(f"{self.path} names {name!r}, outside its folder: give the video itself")
-        check_file(folder / name)
-        return folder / name
-
-
-def claimed_samples(path: Path) -> int:
-    """Return the number of samples that the header of an mp4 claims without bytes of their own; 0 for other files."""
-    count = place = 0
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for _ in range(MOST_BOXES):
-            file.seek(place)
-            head = file.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if length < 2:  # eight bytes of length follow, or the rest of the file
-                length = int.from_bytes(head[8:], "big") if length else size - place
-            if len(head) < 16 or length < 8:
-                break
-            if kind not in (b"mdat", b"free", b"skip", b"wide"):
-                file.seek(place)
-                for track in file.read(min(length, LONGEST_HEADER)).split(b"trak"):
-                    if b"dcom" in track:  # compressed, it can claim anything
-                        return MOST_CLAIMED + 1
-                    if not _PLAIN_SOUND.search(track):
-                        count += sum(map(_claimed, _SAMPLES.finditer(track)))
-            place += length
-            if place >= size:
-                break
-    return count
-
-
-def _claimed(table: re.Match[bytes]) -> int:
-    """Return the samples of a table that has no entry for each: all are of one size, or of the default one."""
-    size, samples, flags, run = (int.from_bytes(group or b"", "big") for group in table.groups())
-    return samples * (size > 0) + run * (not flags & 0xF00)
-
-
-def _playlist(path: Path) -> tuple[str, str]:
-    """Return what a file that names others is, and the demuxer if it can be read; empty for any other file."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return next((found for mark, found in PLAYLISTS.items() if re.match(mark, head)), ("", ""))
 
 
 @dataclass(frozen=True, eq=False)

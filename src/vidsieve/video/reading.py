@@ -26,7 +26,8 @@ from vidsieve.errors import VideoError
 from vidsieve.io.files import writing
 from vidsieve.io.limits import limits
 from vidsieve.video import check_file
-from vidsieve.video.decoding import File, Index, Ints, Pixels, VideoFile, count_frames, decode_all, decode_groups
+from vidsieve.video.decoding import File, Index, Ints, Pixels, count_frames, decode_all, decode_groups
+from vidsieve.video.opening import VideoFile
 
 TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame
 
