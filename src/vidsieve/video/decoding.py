@@ -8,6 +8,7 @@ missing references, damaged data) the file is decoded from its start instead.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 import av
 import numpy as np
-from av import Packet, VideoFrame, VideoStream
+from av import Packet, VideoCodecContext, VideoFrame, VideoStream
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
@@ -40,6 +41,10 @@ SEEKABLE = frozenset(
 """Codecs whose keyframes can be decoded alone, by their specification; other files are read from the start."""
 DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 """Codecs of decoders with another name."""
+HELD = dict.fromkeys(SEEKABLE, 5) | dict.fromkeys(("vp9", "av1"), 10) | dict.fromkeys(("h264", "hevc", "vvc"), 17)
+"""Frames that a decoder holds at most, with the one that it writes; other codecs are taken to hold the most."""
+TABLES = 0.75
+"""Bytes for each pixel of a held frame, besides its own: motion vectors and the like."""
 UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "vvc", "obu"})
 """Formats without presentation times: FFmpeg computes them, wrongly if pictures are reordered."""
 PREFIX = 8
@@ -74,15 +79,11 @@ class Reel:
 
     pixels: Pixels
 
-    def __init__(self, wanted: Ints, source: VideoFile) -> None:
-        self.source, self.notes, self.names, self.missing = source, source.notes, wanted, set(wanted.tolist())
-        self.aspect = Fraction(1)  # of a pixel
-        self.size, self.matrix = (0, 0), [1, 0, 0, 0, 1]
+    def __init__(self, wanted: Ints, file: File) -> None:
+        self.file, self.notes, self.names, self.missing = file, file.notes, wanted, set(wanted.tolist())
+        file.wanted = len(wanted)
+        self.size = (0, 0)
         self.convert = VideoReformatter().reformat  # reused, since it caches its tables
-
-    def shown(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return the width and height of a frame on screen, by the aspect ratio of its pixels."""
-        return max(1, round(frame.width * self.aspect)), frame.height
 
     def offer(self, name: int | None, frame: VideoFrame) -> None:
         """Fill in `frame` if it is wanted and missing."""
@@ -90,15 +91,14 @@ class Reel:
             return
         self.missing.discard(name)
         if first := self.size == (0, 0):
-            self.size = self.shown(frame)
-            limits.check_pixels(self.source.path, len(self.names), *self.size)
+            self.file.check(len(self.names), frame)
+            self.size = self.file.shown(frame)
             if self.size != (frame.width, frame.height):
                 stored, shown = f"{frame.width}×{frame.height}", "{}×{}".format(*self.size)
-                note = f"pixels are {float(self.aspect):.4g} times as wide as high: frames of {stored}"
+                note = f"pixels are {float(self.file.aspect):.4g} times as wide as high: frames of {stored}"
                 self.notes[f"{note} were scaled to {shown}"] = None
-            if matrix := cast("Mapping[str, bytes]", frame.side_data).get("DISPLAYMATRIX"):
-                self.matrix = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-        elif self.size != self.shown(frame):
+            self.matrix = self.turning(frame)
+        elif self.size != self.file.shown(frame):
             self.notes["frames of another size were scaled to that of the earliest"] = None
         rgb = cast(Pixels, self.convert(frame, *self.size, format="rgb24", **ONE_THREAD).to_ndarray())
         # x' = a·x + c·y, y' = b·x + d·y, rounded to the nearest of the eight rotations and reflections
@@ -113,6 +113,16 @@ class Reel:
         for slot in np.flatnonzero(self.names == name):
             self.pixels[slot] = rgb
 
+    def turning(self, frame: VideoFrame) -> list[float]:
+        """Return the first five numbers of the matrix that turns a frame upright."""
+        try:
+            matrix = cast("Mapping[str, bytes]", frame.side_data).get("DISPLAYMATRIX")
+        except ValueError:  # PyAV knows no name of some data, such as EXIF, and then gives none
+            self.notes["it has data that PyAV does not know, such as EXIF: mirrored frames stay mirrored"] = None
+            cos, sin = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+            return [cos, -sin, 0, sin, cos]
+        return np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else [1, 0, 0, 0, 1]
+
 
 class File:
     """An open file, at the stream that a player would show, with one decoding thread."""
@@ -120,7 +130,7 @@ class File:
     def __init__(self, source: VideoFile) -> None:
         self.source, self.notes, path = source, source.notes, source.path
         self.container = source.open()
-        self.close, streams = self.container.close, self.container.streams
+        streams = self.container.streams
         videos = [s for s in streams.video if not s.disposition & Disposition.attached_pic]
         if not videos:
             held = "cover art" if streams.video else "sound" if streams.audio else "other data"
@@ -141,8 +151,33 @@ class File:
         aspect = best.sample_aspect_ratio or self.codec.sample_aspect_ratio or Fraction(1)
         self.aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond that it is an error in the file
         self.size = self.codec.width * self.codec.height
+        self.wanted, self.form = 1, (0, 0, "")
         self.codec.options = {"max_pixels": str(limits.frame_pixels)}
         self.codec.thread_count = 1  # frame threads restart after each seek, which costs more than they gain
+
+    def close(self) -> None:
+        """Close the file and free its decoder, which holds frames as long as it lives."""
+        self.container.close()
+        del self.stream, self.codec
+
+    def shown(self, frame: VideoFrame | VideoCodecContext) -> tuple[int, int]:
+        """Return the width and height of a frame on screen, by the aspect ratio of its pixels."""
+        return max(1, round(frame.width * self.aspect)), frame.height
+
+    def check(self, frames: int, frame: VideoFrame | None = None) -> None:
+        """Check that `frames` frames like `frame`, or the next one, are within the limit, with those that are held.
+
+        Raises
+        ------
+        VideoError
+        """
+        name, like = DECODERS.get(self.codec.name, self.codec.name), frame or self.codec
+        count = HELD.get(name, 5 if self.codec.codec.intra_only else max(HELD.values()))
+        depth = like.format.padded_bits_per_pixel / 8 if like.format else 4
+        width, height = self.shown(like)
+        limits.check_pixels(
+            self.source.path, frames, width, height, 3 + count * (depth + TABLES) * like.width / max(1, width)
+        )
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Yield the stream's intact packets until the file ends or breaks off.
@@ -173,6 +208,7 @@ class File:
         VideoError
             If frames are too large.
         """
+        self.check_form()
         try:
             frames = self.codec.decode(packet)
         except av.FFmpegError:
@@ -181,9 +217,21 @@ class File:
                 raise VideoError(f"{self.source.path} has {self.too_large()}") from None
             self.notes["corrupt packets were skipped"] = None
             return []
+        self.check_form()
         if any(frame.is_corrupt for frame in frames):
             self.notes["corrupt frames were skipped"] = None
         return [frame for frame in frames if not frame.is_corrupt]
+
+    def check_form(self) -> None:
+        """Check the limit if the size or format of frames has changed; one that is reached may pass it, not a second.
+
+        Raises
+        ------
+        VideoError
+        """
+        if self.form != (form := (self.codec.width, self.codec.height, self.codec.pix_fmt or "")):
+            self.form = form
+            self.check(self.wanted)
 
     def too_large(self) -> str:
         """Return the fault of frames past the limit."""
@@ -227,8 +275,17 @@ class File:
         return self.indexed(shown, rows)
 
     def indexed(self, shown: list[tuple[int, int]], rows: list[Row]) -> Index:
-        """Return the index of frames (pts, duration); without a duration the last one gets the median."""
-        pts, tick = np.array([row[0] for row in shown]), self.stream.time_base or Fraction(1, av.time_base)
+        """Return the index of frames (pts, duration); without a duration the last one gets the median.
+
+        Raises
+        ------
+        VideoError
+            If times do not fit 64 bits.
+        """
+        tick = self.stream.time_base or Fraction(1, av.time_base)
+        if (shown[-1][0] - shown[0][0]) * tick.numerator >= 2**63:
+            raise VideoError(f"{self.source.path} has damaged timestamps, ages apart: encode it again")
+        pts = np.array([row[0] for row in shown])
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((self.stream.average_rate or 25) * tick)
         index = Index(pts, int(pts[-1]) + (shown[-1][1] or max(1, round(usual))), tick, rows)
         if (announced := (self.container.duration or 0) / av.time_base) > 1.05 * index.duration + 0.5:
@@ -293,9 +350,8 @@ def decode_groups(source: VideoFile, index: Index, wanted: Ints, seek: bool | No
     if seek is None:
         seek = sum(last + 1 - start for start, last in runs) < len(rows) / 2
     for jumping in [True, False] if seek else [False]:
-        reel, position = Reel(wanted, source), 0
         with closing(File(source)) as file:
-            reel.aspect = file.aspect
+            reel, position = Reel(wanted, file), 0
             if passed_over and (why := file.unseekable()):
                 if seek:
                     source.notes[f"read from its start: {why}"] = None
@@ -335,9 +391,8 @@ def _runs(rows: list[Row], wanted: Ints) -> list[tuple[int, int]]:
 
 def decode_all(source: VideoFile, wanted: Ints, *, counting: bool) -> Reel | None:
     """Return the wanted frames, by pts or by number, decoded from the start; None if one is missing."""
-    reel, newest = Reel(wanted, source), None
     with closing(File(source)) as file:
-        reel.aspect = file.aspect
+        reel, newest = Reel(wanted, file), None
         for count, frame in enumerate(file.frames()):
             if not counting:
                 if frame.pts is None or (newest is not None and frame.pts <= newest):
