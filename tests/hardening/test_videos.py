@@ -294,6 +294,9 @@ def test_images_are_limited_and_of_formats_that_run_nothing(tmp_path, monkeypatc
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     with pytest.raises(VideoError, match="EPS is not read"):
         read_image(tmp_path / "eps.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.ico")
+    with pytest.raises(VideoError, match="ICO is not read"):
+        read_image(tmp_path / "a.ico")
     with pytest.raises(VideoError, match="at least one frame and at most"):
         read_frames([(tmp_path / "a.png", 10**12)], frames=4)
     with pytest.raises(VideoError, match=r"would take 100000 × 100 × 100 pixels"):

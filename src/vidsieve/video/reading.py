@@ -33,8 +33,8 @@ from vidsieve.video.opening import VideoFile
 
 TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame
 
-IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX")
-"""Formats of still images. Pillow reads others by running programs, such as Ghostscript for EPS."""
+IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "PCX")
+"""Formats of still images. Pillow runs programs for others, such as EPS, and an ICO hides the size of what is in it."""
 DAMAGED = (
     *(OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, SyntaxError, MemoryError, RuntimeError),
     *(struct.error, zlib.error, Image.DecompressionBombError),
