@@ -17,6 +17,7 @@ from PIL import Image
 
 from vidsieve.errors import OutputError, VideoError
 from vidsieve.video import decoding as module
+from vidsieve.video.opening import VideoFile
 from vidsieve.video.reading import Video, read_image, read_video, write_video
 
 BITS = 10
@@ -261,7 +262,7 @@ def test_frames_shown_before_the_keyframe_they_follow_come_from_an_earlier_one(f
 
 
 def test_one_decoding_thread(files):
-    with closing(module.File(module.VideoFile(files("gop12")))) as file:
+    with closing(module.File(VideoFile(files("gop12")))) as file:
         assert file.codec.thread_count == 1
 
 

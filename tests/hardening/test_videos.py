@@ -7,6 +7,9 @@ import os
 import re
 import socket
 import struct
+import subprocess
+import sys
+import weakref
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,9 @@ from vidsieve.cli import app
 from vidsieve.errors import VideoError
 from vidsieve.serving.batch_groups import read_row
 from vidsieve.training.data.layouts import confined_records
-from vidsieve.video import limits, reading
-from vidsieve.video.decoding import File, VideoFile, claimed_samples
+from vidsieve.video import limits, opening, reading
+from vidsieve.video.decoding import File
+from vidsieve.video.opening import VideoFile, claimed_samples
 from vidsieve.video.reading import read_frames, read_image, read_video, write_video
 
 
@@ -188,7 +192,7 @@ def peak() -> int:
 @pytest.mark.parametrize(("samples", "size"), [(10**9, 64), (80_000_000, 64), (50, 65535)])
 def test_a_header_that_claims_too_much_costs_nothing(tmp_path, samples, size):
     before = peak()
-    message = "claims millions of samples" if samples > 10**6 else "no frame of it can be decoded"
+    message = "claims millions of samples" if samples > 10**6 else "would take 1 × 65535 × 65535 pixels|no frame of it"
     refused(mp4(tmp_path / "a.mp4", samples, size, size), message)
     assert peak() < before + 2**29
 
@@ -196,7 +200,7 @@ def test_a_header_that_claims_too_much_costs_nothing(tmp_path, samples, size):
 def test_tracks_together_claim_no_more_than_one_may(tmp_path):
     before = peak()
     refused(mp4(tmp_path / "a.mp4", 10**6, tracks=20), "claims millions of samples")
-    refused(mp4(tmp_path / "b.mp4", 10**5, tracks=20), "no frame of it can be decoded")
+    refused(mp4(tmp_path / "b.mp4", 10**5, tracks=8), "no frame of it can be decoded")
     whole = (tmp_path / "a.mp4").read_bytes()
     for name, data in (("moved", whole.replace(b"moov", b"mooo")), ("packed", whole.replace(b"mvhd", b"dcom"))):
         (tmp_path / f"{name}.mp4").write_bytes(data)
@@ -215,16 +219,46 @@ def test_runs_of_a_fragment_and_sounds_are_counted_as_ffmpeg_does(tmp_path):
     assert claimed_samples(path) == 0
 
 
+def test_segments_of_a_playlist_together_claim_no_more_than_one_may(folder):
+    for samples, match in (
+        (10**9, "claims millions of samples"),
+        (10**6, "no frame of it|claims millions"),
+    ):
+        mp4(folder / "part.mp4", samples)
+        text = hls("part.mp4").replace("part.mp4\n", "part.mp4\n" + "#EXTINF:2.0,\npart.mp4\n" * 5)
+        (folder / "list.m3u8").write_text(text)
+        before = peak()
+        refused(folder / "list.m3u8", match, allow_playlists=True)
+        assert peak() < before + 2**29
+    whole = (folder / "part.mp4").read_bytes()
+    (folder / "hidden.mp4").write_bytes(boxes(b"free", mp4(folder / "part.mp4", 10**9).read_bytes()))
+    ranges = hls("hidden.mp4").replace("hidden", f"#EXT-X-BYTERANGE:{len(whole)}@8\nhidden")
+    (folder / "list.m3u8").write_text(ranges)
+    refused(folder / "list.m3u8", "claims millions of samples", allow_playlists=True)
+
+
+def test_a_manifest_says_that_it_cannot_be_allowed(folder):
+    (folder / "x.mpd").write_text("<MPD></MPD>")
+    refused(
+        folder / "x.mpd", "a DASH manifest, .*only HLS playlists and ffconcat scripts can be read", allow_playlists=True
+    )
+
+
 def test_frames_times_pixels_are_limited_before_decoding(folder, monkeypatch):
-    monkeypatch.setattr(limits, "pixels", 6 * 32 * 48)
-    assert len(read_video(folder / "a.mp4", frames=6).pixels) == 6
+    monkeypatch.setattr(limits, "pixels", 50 * 32 * 48)
+    times = [0.0] * 51
+    assert len(read_video(folder / "a.mp4", times=times[1:]).pixels) == 50
     monkeypatch.setattr(reading, "decode_groups", None)  # would raise TypeError
-    refused(folder / "a.mp4", "would take 7 × 48 × 32 pixels, past the limit of 9216: .*--max-pixels", frames=7)
+    refused(
+        folder / "a.mp4", r"51 × 48 × 32 pixels, .*past the limit of 76800: .*--max-pixels", frames=None, times=times
+    )
+    monkeypatch.setattr(limits, "pixels", 16 * 32 * 48)  # H.264 may hold 17 frames, of 1.5 bytes a pixel and tables
+    refused(folder / "a.mp4", "would take 8 × 48 × 32 pixels, and 0 MiB to decode them", frames=8)
     refused(folder / "a.mp4", "would take 8 × 48 × 32 pixels", frames=None, fps=1e9)
     refused(folder / "a.mp4", "would take 1000 × 48 × 32 pixels", frames=None, times=[0.0] * 1000)
     refused(folder / "a.mp4", "fps must be a number above 0, up to", frames=None, fps=1e300)
-    monkeypatch.setattr(limits, "pixels", 3 * 32 * 48)  # a frame counts four times
-    refused(folder / "a.mp4", "frames of more than 1152 pixels", frames=1)
+    monkeypatch.setattr(limits, "pixels", 7 * 32 * 48)
+    refused(folder / "a.mp4", "would take 1 × 48 × 32 pixels", frames=1)
 
 
 def test_frames_that_grow_within_a_stream_are_not_decoded(tmp_path, monkeypatch):
@@ -238,7 +272,7 @@ def test_frames_that_grow_within_a_stream_are_not_decoded(tmp_path, monkeypatch)
     path = tmp_path / "both.h264"
     path.write_bytes((tmp_path / "small.h264").read_bytes() + (tmp_path / "large.h264").read_bytes())
     assert read_video(path, frames=2).size == (32, 32)
-    monkeypatch.setattr(limits, "pixels", 4 * 128 * 128)
+    monkeypatch.setattr(limits, "pixels", 8 * 128 * 128)
     refused(path, "has frames of more than 16384 pixels", frames=2)
 
 
@@ -260,14 +294,152 @@ def test_images_are_limited_and_of_formats_that_run_nothing(tmp_path, monkeypatc
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
     with pytest.raises(VideoError, match="EPS is not read"):
         read_image(tmp_path / "eps.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.ico")
+    with pytest.raises(VideoError, match="ICO is not read"):
+        read_image(tmp_path / "a.ico")
     with pytest.raises(VideoError, match="at least one frame and at most"):
         read_frames([(tmp_path / "a.png", 10**12)], frames=4)
     with pytest.raises(VideoError, match=r"would take 100000 × 100 × 100 pixels"):
         read_frames([(tmp_path / "a.png", 100_000)])
     assert len(read_frames([(tmp_path / "a.png", 10**8)], frames=4).pixels) == 4
     monkeypatch.setattr(limits, "pixels", 39_999)
-    with pytest.raises(VideoError, match="would take 4 × 100 × 100 pixels"):
+    with pytest.raises(VideoError, match="would take 1 × 100 × 100 pixels"):
         read_image(tmp_path / "a.png")
+
+
+PEAK = """
+import resource, sys
+from vidsieve.video.reading import read_image, read_video
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    read_image(sys.argv[1]) if sys.argv[2] == "image" else read_video(sys.argv[1], frames=1)
+finally:
+    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def cost(path: Path, how: str = "video") -> tuple[int, str]:
+    """Return the memory that reading takes in a process of its own, and its error."""
+    small = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, *sys.argv[1:]]).returncode)"
+    run = [sys.executable, "-S", "-c", small, "-c", PEAK, str(path), how]
+    done = subprocess.run(
+        run, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    )
+    return int(done.stdout), (done.stderr.splitlines() or [""])[-1]
+
+
+def encoded(path: Path, codec: str, form: str, size: int, frames: int, **options: str) -> Path:
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=8, options=options)
+        stream.width, stream.height, stream.pix_fmt, stream.thread_count = size, size, form, 1
+        for count in range(frames):
+            frame = av.VideoFrame(size, size, form)
+            frame.pts = count
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "codec", "form", "size", "message"),
+    [
+        ("a.apng", "apng", "rgba", 8000, "frames of more than 33554432 pixels"),
+        ("b.apng", "apng", "rgba", 4000, "would take 1 × 4000 × 4000 pixels, and .* MiB to decode"),
+        ("c.apng", "apng", "rgba", 3400, ""),
+        ("d.mp4", "libx264", "yuv444p", 3600, ""),
+    ],
+)
+def test_frames_that_a_decoder_holds_are_counted(tmp_path, name, codec, form, size, message):
+    how = {"pred": "none"} if codec == "apng" else {"preset": "ultrafast", "x264-params": "ref=16:keyint=99:bframes=0"}
+    taken, error = cost(encoded(tmp_path / name, codec, form, size, 6 if codec == "apng" else 24, **how))
+    assert taken < 2**30 and (re.search(message, error) if message else not error), (taken, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [("jpg", 8192), ("tif", 8192), ("webp", 5792), ("jp2", 5792), ("jp2", 5800)])
+def test_an_image_within_the_limit_takes_less_than_a_gibibyte(tmp_path, kind, size):
+    Image.new("CMYK" if kind == "jpg" else "RGBA", (size, size)).save(tmp_path / f"a.{kind}")
+    taken, error = cost(tmp_path / f"a.{kind}", "image")
+    assert taken < 2**30 and ("would take 1 × 5800" in error if size == 5800 else not error), (taken, error)
+
+
+def test_a_closed_file_frees_its_decoder(folder):
+    file = File(VideoFile(folder / "a.mp4"))
+    codec = weakref.ref(file.codec) if hasattr(file.codec, "__weakref__") else None
+    file.close()
+    assert not hasattr(file, "codec") and (codec is None or codec() is None)
+
+
+def element(name: str, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return bytes.fromhex(name) + (len(body) | 1 << 56).to_bytes(8, "big") + body
+
+
+def matroska(path: Path, tracks: int = 1, attached: int = 0) -> Path:
+    """Write tracks of one VP8 keyframe each, and an attachment of zeros."""
+    with av.open(str(encoded(path.with_suffix(".ivf"), "libvpx", "yuv420p", 64, 1))) as source:
+        data = next(bytes(packet) for packet in source.demux(video=0))
+    size = element("e0", element("b0", b"\x40"), element("ba", b"\x40"))
+    entries = [
+        element("ae", element("d7", number.to_bytes(2, "big")), element("83", b"\1"), element("86", b"V_VP8"), size)
+        for number in range(1, tracks + 1)
+    ]
+    blocks = [
+        element("a3", (number | 1 << 14).to_bytes(2, "big") + b"\0\0\x80", data) for number in range(1, tracks + 1)
+    ]
+    font = element("466e", b"a.ttf") + element("4660", b"font/ttf") + element("46ae", b"\x7f")
+    files = element("1941a469", element("61a7", font, element("465c", bytes(attached)))) if attached else b""
+    body = element("1654ae6b", *entries) + files + element("1f43b675", element("e7", b"\0"), *blocks)
+    path.write_bytes(element("1a45dfa3", element("4282", b"matroska")) + element("18538067", body))
+    return path
+
+
+def test_streams_and_headers_are_limited_before_a_decoder_sees_them(tmp_path, monkeypatch):
+    assert read_video(matroska(tmp_path / "a.mkv", 8, 1000), frames=1).size == (64, 64)
+    monkeypatch.setattr(VideoFile, "check_time", lambda file: None)
+    refused(matroska(tmp_path / "b.mkv", 9), "has 9 streams, 9 of them videos, past the limits of 256 and 8", frames=1)
+    refused(matroska(tmp_path / "c.mkv", 10_000), "of them videos, past the limits of 256 and 8", frames=1)
+    monkeypatch.setattr(opening._Counted, "left", 2**20)
+    refused(matroska(tmp_path / "d.mkv", 1, 2**21), "has a header of more than", frames=1)
+
+
+@pytest.mark.parametrize(
+    ("tick", "times", "match"),
+    [
+        ((1, 1), (0, 2**62 - 1), ""),
+        ((2**31 - 1, 1), (0, 2**62), "damaged timestamps"),
+        ((1000, 1), (0, 2**63 - 10), "damaged timestamps|"),
+        ((1, 2**31), (0, 2**62), ""),
+        ((1, 0), (0, 1), "is no video"),
+        ((0, 1), (0, 2**61), "is no video"),
+        ((1, 1), (-(2**62), 2**62), "damaged timestamps|"),
+    ],
+)
+def test_absurd_times_are_right_or_refused(tmp_path, tick, times, match):
+    """A second has tick[1] / tick[0] of the units in which an IVF file counts."""
+    with av.open(str(encoded(tmp_path / "a.ivf", "libvpx", "yuv420p", 64, 2))) as source:
+        data = [bytes(packet) for packet in source.demux(video=0) if packet.size]
+    head = struct.pack("<4sHH4sHHIIII", b"DKIF", 0, 32, b"VP80", 64, 64, tick[1], tick[0], 2, 0)
+    frames = [struct.pack("<Iq", len(one), time) + one for one, time in zip(data, times, strict=True)]
+    (tmp_path / "b.ivf").write_bytes(head + b"".join(frames))
+    try:
+        video = read_video(tmp_path / "b.ivf", frames=2)
+    except VideoError as error:
+        assert match and match.split("|")[0] in str(error)
+        return
+    assert not match or match.endswith("|")
+    assert (video.timestamps >= 0).all() and video.duration >= video.timestamps[1]
+    assert match or video.timestamps[1] == pytest.approx((times[1] - times[0]) * tick[0] / tick[1])
+
+
+@pytest.mark.parametrize("kind", ["tif", "jpg"])
+def test_an_image_with_exif_data_is_turned_as_a_video(tmp_path, kind):
+    exif, pixels = Image.Exif(), np.zeros((32, 64, 3), np.uint8)
+    exif[0x112], pixels[:, 32:] = 6, 255
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}", exif=exif)
+    video, image = read_video(tmp_path / f"a.{kind}", frames=1), read_image(tmp_path / f"a.{kind}")
+    assert np.abs(video.pixels[0].astype(int) - image).max() < 20
 
 
 OUTSIDE = ["../a.mp4", "{above}/a.mp4", "out.mp4", "no/../../a.mp4"]
@@ -292,7 +464,7 @@ def test_rows_past_a_limit_are_counted_and_passed_over(folder):
     names = ("a.mp4", "large.mp4", "list.m3u8", "fifo.ts", "../a.mp4")
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"video": name, "caption": "x"}) + "\n" for name in names))
-    asked = ["data", "check", str(rows), "--frames", "8", "--max-pixels", "40000", "--video-root", str(folder)]
+    asked = ["data", "check", str(rows), "--frames", "8", "--max-pixels", "70000", "--video-root", str(folder)]
     try:
         result = CliRunner().invoke(app, asked)
     finally:

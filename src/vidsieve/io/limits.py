@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from vidsieve.errors import VideoError
 
-LEAST_FRAMES = 4
-"""Frames counted at least, as decoding and converting hold several."""
+MEMORY = 4.2
+"""Bytes that reading may take for each pixel of the limit: three of a frame that is asked for, the rest to decode.
+
+By default 32 frames of 4K in 8-bit H.264 fit, whatever number of frames the file makes its decoder hold."""
 
 
 @dataclass
@@ -18,7 +20,8 @@ class Limits:
     Parameters
     ----------
     pixels : int
-        Frames × height × width of the frames asked for, counted as `LEAST_FRAMES` at least; also of an image.
+        Frames × height × width of the frames asked for; also of an image. With what the decoder holds, they may take
+        `MEMORY` bytes for each.
     seconds : float
         Time that reading may take.
     packets : int
@@ -34,21 +37,22 @@ class Limits:
 
     @property
     def frame_pixels(self) -> int:
-        """Pixels of the largest frame."""
-        return self.pixels // LEAST_FRAMES
+        """Pixels of the largest frame of a video, whatever decodes it."""
+        return self.pixels // 8
 
-    def check_pixels(self, path: str | os.PathLike[str], frames: int, width: int, height: int) -> None:
-        """Check that `frames` frames of `path` are within the limit.
+    def check_pixels(self, path: str | os.PathLike[str], frames: int, width: int, height: int, held: float) -> None:
+        """Check that `frames` frames of `path` are within the limit, with `held` bytes a pixel of one to decode them.
 
         Raises
         ------
         VideoError
         """
-        count = max(frames, LEAST_FRAMES)
-        if count * width * height > self.pixels:
+        area = width * height
+        if frames * area > self.pixels or (3 * frames + held) * area > MEMORY * self.pixels:
             raise VideoError(
-                f"{path} would take {count} × {width} × {height} pixels, past the limit of {self.pixels}: take fewer "
-                "frames, or raise --max-pixels (vidsieve.video.limits.pixels)"
+                f"{path} would take {frames} × {width} × {height} pixels, and {held * area / 2**20:.0f} MiB to decode "
+                f"them, past the limit of {self.pixels}: take fewer frames, or raise --max-pixels "
+                "(vidsieve.video.limits.pixels)"
             )
 
 

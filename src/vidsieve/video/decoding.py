@@ -8,56 +8,29 @@ missing references, damaged data) the file is decoded from its start instead.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
-import time
+import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
-from io import BytesIO
 from itertools import chain, islice
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import av
 import numpy as np
-from av import Packet, VideoFrame, VideoStream
-from av.container import InputContainer
+from av import Packet, VideoCodecContext, VideoFrame, VideoStream
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from vidsieve.errors import VideoError
-from vidsieve.io.limits import Limits, limits
-from vidsieve.video import check_file, is_inside
+from vidsieve.io.limits import limits
+from vidsieve.video.opening import VideoFile
 
 # Starting threads costs more than converting a small frame; before PyAV 17 there were none.
 ONE_THREAD: dict[str, Any] = {"threads": 1} if int(av.__version__.split(".")[0]) >= 17 else {}
-CONTAINERS = (
-    "mov,matroska,avi,flv,mpeg,mpegts,mpegvideo,m4v,h263,h264,hevc,vvc,obu,av1,ivf,ogg,asf,rm,mxf,gxf,nut,dv,wtv,"
-    "yuv4mpegpipe,amv,gif,apng,mjpeg,png_pipe,jpeg_pipe,bmp_pipe,tiff_pipe,webp_pipe"
-)
-"""The demuxers that FFmpeg may use, each for one file; their other names go with them."""
-PLAYLISTS = {
-    rb"#EXTM3U": ("an HLS playlist", "hls"),
-    rb"ffconcat": ("an ffconcat script", "concat"),
-    rb"<(?s:.*)<?MPD": ("a DASH manifest", ""),
-    rb"v=0\s": ("an SDP description", ""),
-}
-"""How a file begins that names others, what it is, and the demuxer if it can be read."""
-LONGEST_PLAYLIST, LONGEST_HEADER = 2**20, 2**28
-"""Bytes."""
-MOST_BOXES, MOST_CLAIMED = 2**18, 2**22
-"""Boxes of an mp4 that are looked at, and samples that these may claim without bytes of their own."""
-_SAMPLES = re.compile(rb"stsz.{4}(.{4})(.{4})|trun.(.{3})(.{4})", re.DOTALL)
-_PLAIN_SOUND = re.compile(rb"soun.*stts.{4}\x00\x00\x00\x01.{4}\x00\x00\x00\x01", re.DOTALL)
-"""A track whose samples FFmpeg counts by chunks, such as PCM."""
-limit_blocks = getattr(ctypes.CDLL(av._core.__file__), "av_max_alloc", lambda size: None)
-"""FFmpeg's own limit of one block of memory; on Windows a library does not show those that it is linked with."""
 SEEKABLE = frozenset(
     {
         *("av1", "vvc", "hevc", "h264", "h263", "h261", "vp6", "vp6f", "vp8", "vp9", "theora", "flv1"),
@@ -68,168 +41,17 @@ SEEKABLE = frozenset(
 """Codecs whose keyframes can be decoded alone, by their specification; other files are read from the start."""
 DECODERS = {"libdav1d": "av1", "libaom-av1": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 """Codecs of decoders with another name."""
+HELD = dict.fromkeys(SEEKABLE, 5) | dict.fromkeys(("vp9", "av1"), 10) | dict.fromkeys(("h264", "hevc", "vvc"), 17)
+"""Frames that a decoder holds at most, with the one that it writes; other codecs are taken to hold the most."""
+TABLES = 0.75
+"""Bytes for each pixel of a held frame, besides its own: motion vectors and the like."""
 UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "vvc", "obu"})
 """Formats without presentation times: FFmpeg computes them, wrongly if pictures are reordered."""
 PREFIX = 8
 """Number of frames decoded for the index, to check that they come in the order of the packets."""
 Pixels = NDArray[np.uint8]
 Ints = NDArray[np.int64]
-Notes = dict[str, None]  # an ordered set
 Row = tuple[int, int, bool, int, bool]  # a packet: pts, bytes, is it a keyframe, dts, is it shown
-
-
-@dataclass(frozen=True, eq=False)
-class VideoFile:
-    """A video file, notes on how it is read, and the time (`time.monotonic`) at which reading must have ended.
-
-    With `playlists`, the file may be an HLS playlist or an ffconcat script.
-    """
-
-    path: Path
-    notes: Notes = field(default_factory=dict)
-    playlists: bool = False
-    end: float = field(default_factory=lambda: time.monotonic() + limits.seconds)
-
-    def check_time(self) -> None:
-        """Check that there is time left.
-
-        Raises
-        ------
-        VideoError
-        """
-        if time.monotonic() > self.end:
-            raise VideoError(
-                f"{self.path} was not read within {limits.seconds:g} s: cut it into parts, or encode it again as mp4 "
-                "with a keyframe every few seconds"
-            )
-
-    def open(self) -> InputContainer:
-        """Return the file, opened by FFmpeg, which may open no other one and no protocol.
-
-        Members of a playlist must be files in or below its folder.
-
-        Raises
-        ------
-        VideoError
-        """
-        check_file(self.path)
-        # Of one block of memory, in the whole process; the index of a file may claim any number of frames.
-        limit_blocks(ctypes.c_size_t(max(limits.pixels, Limits.pixels)))
-        path, members = self.path.resolve(), None
-        if claimed_samples(path) > MOST_CLAIMED:  # each takes memory before one is read
-            raise VideoError(f"{self.path} claims millions of samples that it has no room for: encode it again")
-        options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.frame_pixels)}
-        try:
-            what, demuxer = _playlist(path)
-            if what:
-                text = self._checked_playlist(path, what, demuxer)
-                options["format_whitelist"] += f",{demuxer}"
-                members = self._member_opener(text) if demuxer == "hls" else None
-            container = av.open(
-                os.fspath(path),  # absolute: FFmpeg reads "a:b.mp4" as a protocol
-                metadata_errors="replace",
-                options=options,
-                timeout=limits.seconds,
-                io_open=members,
-            )
-        except (OSError, av.FFmpegError) as error:
-            self.check_time()
-            unlisted = isinstance(error, av.ArgumentError)
-            why = "no video stream in a container that is read" if unlisted else error.strerror
-            raise VideoError(f"{self.path} is no video or cut short ({why}): fetch or encode it again") from error
-        return cast(InputContainer, container)
-
-    def _checked_playlist(self, path: Path, what: str, demuxer: str) -> bytes:
-        """Return the contents of a file that names others, if it may be read.
-
-        Raises
-        ------
-        VideoError
-        """
-        advice = "give the video itself" + (", or read it with allow_playlists=True" if demuxer else "")
-        if not self.playlists or not demuxer:
-            raise VideoError(f"{self.path} is no video but {what}, which names other files: {advice}")
-        if path.stat().st_size > LONGEST_PLAYLIST:
-            raise VideoError(f"{self.path} has more than {LONGEST_PLAYLIST} bytes, too many for {what}")
-        text = path.read_bytes()
-        lines = re.split(rb"[\r\n\0]", text)
-        if demuxer == "hls":
-            if not any(line.startswith(b"#EXT-X-ENDLIST") for line in lines):
-                raise VideoError(f"{self.path} has no end (#EXT-X-ENDLIST): read it when the broadcast is over")
-            return text
-        # FFmpeg opens the members of a script itself, from the same list of demuxers: none may be a list in turn.
-        for line in lines:
-            if name := re.match(rb"\s*file\s+['\"]?(.+?)['\"]?\s*$", line):
-                VideoFile(self._member(os.fsdecode(name[1])), end=self.end).open().close()
-        return text
-
-    def _member_opener(self, text: bytes) -> Callable[[str, int, Mapping[str, str]], IO[bytes]]:
-        """Return what opens a playlist for FFmpeg, and then its members, of which none may be a playlist in turn."""
-        playlist = iter([BytesIO(text)])
-
-        def open_member(url: str, flags: int, options: Mapping[str, str]) -> IO[bytes]:
-            if first := next(playlist, None):
-                return first
-            self.check_time()
-            member = self._member(url)
-            if what := _playlist(member)[0]:
-                raise VideoError(f"{self.path} names {url!r}, {what}: give that one itself")
-            return member.open("rb")
-
-        return open_member
-
-    def _member(self, name: str) -> Path:
-        """Return the path of a playlist's member.
-
-        Raises
-        ------
-        VideoError
-            If it is no file in or below the playlist's folder.
-        """
-        folder = self.path.resolve().parent
-        if not is_inside(folder / name, folder):
-            raise VideoError(f"{self.path} names {name!r}, outside its folder: give the video itself")
-        check_file(folder / name)
-        return folder / name
-
-
-def claimed_samples(path: Path) -> int:
-    """Return the number of samples that the header of an mp4 claims without bytes of their own; 0 for other files."""
-    count = place = 0
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        for _ in range(MOST_BOXES):
-            file.seek(place)
-            head = file.read(16)
-            length, kind = int.from_bytes(head[:4], "big"), head[4:8]
-            if length < 2:  # eight bytes of length follow, or the rest of the file
-                length = int.from_bytes(head[8:], "big") if length else size - place
-            if len(head) < 16 or length < 8:
-                break
-            if kind not in (b"mdat", b"free", b"skip", b"wide"):
-                file.seek(place)
-                for track in file.read(min(length, LONGEST_HEADER)).split(b"trak"):
-                    if b"dcom" in track:  # compressed, it can claim anything
-                        return MOST_CLAIMED + 1
-                    if not _PLAIN_SOUND.search(track):
-                        count += sum(map(_claimed, _SAMPLES.finditer(track)))
-            place += length
-            if place >= size:
-                break
-    return count
-
-
-def _claimed(table: re.Match[bytes]) -> int:
-    """Return the samples of a table that has no entry for each: all are of one size, or of the default one."""
-    size, samples, flags, run = (int.from_bytes(group or b"", "big") for group in table.groups())
-    return samples * (size > 0) + run * (not flags & 0xF00)
-
-
-def _playlist(path: Path) -> tuple[str, str]:
-    """Return what a file that names others is, and the demuxer if it can be read; empty for any other file."""
-    with path.open("rb") as file:
-        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return next((found for mark, found in PLAYLISTS.items() if re.match(mark, head)), ("", ""))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,15 +79,11 @@ class Reel:
 
     pixels: Pixels
 
-    def __init__(self, wanted: Ints, source: VideoFile) -> None:
-        self.source, self.notes, self.names, self.missing = source, source.notes, wanted, set(wanted.tolist())
-        self.aspect = Fraction(1)  # of a pixel
-        self.size, self.matrix = (0, 0), [1, 0, 0, 0, 1]
+    def __init__(self, wanted: Ints, file: File) -> None:
+        self.file, self.notes, self.names, self.missing = file, file.notes, wanted, set(wanted.tolist())
+        file.wanted = len(wanted)
+        self.size = (0, 0)
         self.convert = VideoReformatter().reformat  # reused, since it caches its tables
-
-    def shown(self, frame: VideoFrame) -> tuple[int, int]:
-        """Return the width and height of a frame on screen, by the aspect ratio of its pixels."""
-        return max(1, round(frame.width * self.aspect)), frame.height
 
     def offer(self, name: int | None, frame: VideoFrame) -> None:
         """Fill in `frame` if it is wanted and missing."""
@@ -273,15 +91,14 @@ class Reel:
             return
         self.missing.discard(name)
         if first := self.size == (0, 0):
-            self.size = self.shown(frame)
-            limits.check_pixels(self.source.path, len(self.names), *self.size)
+            self.file.check(len(self.names), frame)
+            self.size = self.file.shown(frame)
             if self.size != (frame.width, frame.height):
                 stored, shown = f"{frame.width}×{frame.height}", "{}×{}".format(*self.size)
-                note = f"pixels are {float(self.aspect):.4g} times as wide as high: frames of {stored}"
+                note = f"pixels are {float(self.file.aspect):.4g} times as wide as high: frames of {stored}"
                 self.notes[f"{note} were scaled to {shown}"] = None
-            if matrix := cast("Mapping[str, bytes]", frame.side_data).get("DISPLAYMATRIX"):
-                self.matrix = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-        elif self.size != self.shown(frame):
+            self.matrix = self.turning(frame)
+        elif self.size != self.file.shown(frame):
             self.notes["frames of another size were scaled to that of the earliest"] = None
         rgb = cast(Pixels, self.convert(frame, *self.size, format="rgb24", **ONE_THREAD).to_ndarray())
         # x' = a·x + c·y, y' = b·x + d·y, rounded to the nearest of the eight rotations and reflections
@@ -296,6 +113,16 @@ class Reel:
         for slot in np.flatnonzero(self.names == name):
             self.pixels[slot] = rgb
 
+    def turning(self, frame: VideoFrame) -> list[float]:
+        """Return the first five numbers of the matrix that turns a frame upright."""
+        try:
+            matrix = cast("Mapping[str, bytes]", frame.side_data).get("DISPLAYMATRIX")
+        except ValueError:  # PyAV knows no name of some data, such as EXIF, and then gives none
+            self.notes["it has data that PyAV does not know, such as EXIF: mirrored frames stay mirrored"] = None
+            cos, sin = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+            return [cos, -sin, 0, sin, cos]
+        return np.frombuffer(bytes(matrix), np.int32)[:5].tolist() if matrix else [1, 0, 0, 0, 1]
+
 
 class File:
     """An open file, at the stream that a player would show, with one decoding thread."""
@@ -303,7 +130,7 @@ class File:
     def __init__(self, source: VideoFile) -> None:
         self.source, self.notes, path = source, source.notes, source.path
         self.container = source.open()
-        self.close, streams = self.container.close, self.container.streams
+        streams = self.container.streams
         videos = [s for s in streams.video if not s.disposition & Disposition.attached_pic]
         if not videos:
             held = "cover art" if streams.video else "sound" if streams.audio else "other data"
@@ -324,8 +151,33 @@ class File:
         aspect = best.sample_aspect_ratio or self.codec.sample_aspect_ratio or Fraction(1)
         self.aspect = aspect if Fraction(1, 8) <= aspect <= 8 else Fraction(1)  # beyond that it is an error in the file
         self.size = self.codec.width * self.codec.height
+        self.wanted, self.form = 1, (0, 0, "")
         self.codec.options = {"max_pixels": str(limits.frame_pixels)}
         self.codec.thread_count = 1  # frame threads restart after each seek, which costs more than they gain
+
+    def close(self) -> None:
+        """Close the file and free its decoder, which holds frames as long as it lives."""
+        self.container.close()
+        del self.stream, self.codec
+
+    def shown(self, frame: VideoFrame | VideoCodecContext) -> tuple[int, int]:
+        """Return the width and height of a frame on screen, by the aspect ratio of its pixels."""
+        return max(1, round(frame.width * self.aspect)), frame.height
+
+    def check(self, frames: int, frame: VideoFrame | None = None) -> None:
+        """Check that `frames` frames like `frame`, or the next one, are within the limit, with those that are held.
+
+        Raises
+        ------
+        VideoError
+        """
+        name, like = DECODERS.get(self.codec.name, self.codec.name), frame or self.codec
+        count = HELD.get(name, 5 if self.codec.codec.intra_only else max(HELD.values()))
+        depth = like.format.padded_bits_per_pixel / 8 if like.format else 4
+        width, height = self.shown(like)
+        limits.check_pixels(
+            self.source.path, frames, width, height, 3 + count * (depth + TABLES) * like.width / max(1, width)
+        )
 
     def packets(self) -> Iterator[Packet[VideoStream]]:
         """Yield the stream's intact packets until the file ends or breaks off.
@@ -356,6 +208,7 @@ class File:
         VideoError
             If frames are too large.
         """
+        self.check_form()
         try:
             frames = self.codec.decode(packet)
         except av.FFmpegError:
@@ -364,9 +217,21 @@ class File:
                 raise VideoError(f"{self.source.path} has {self.too_large()}") from None
             self.notes["corrupt packets were skipped"] = None
             return []
+        self.check_form()
         if any(frame.is_corrupt for frame in frames):
             self.notes["corrupt frames were skipped"] = None
         return [frame for frame in frames if not frame.is_corrupt]
+
+    def check_form(self) -> None:
+        """Check the limit if the size or format of frames has changed; one that is reached may pass it, not a second.
+
+        Raises
+        ------
+        VideoError
+        """
+        if self.form != (form := (self.codec.width, self.codec.height, self.codec.pix_fmt or "")):
+            self.form = form
+            self.check(self.wanted)
 
     def too_large(self) -> str:
         """Return the fault of frames past the limit."""
@@ -410,8 +275,17 @@ class File:
         return self.indexed(shown, rows)
 
     def indexed(self, shown: list[tuple[int, int]], rows: list[Row]) -> Index:
-        """Return the index of frames (pts, duration); without a duration the last one gets the median."""
-        pts, tick = np.array([row[0] for row in shown]), self.stream.time_base or Fraction(1, av.time_base)
+        """Return the index of frames (pts, duration); without a duration the last one gets the median.
+
+        Raises
+        ------
+        VideoError
+            If times do not fit 64 bits.
+        """
+        tick = self.stream.time_base or Fraction(1, av.time_base)
+        if (shown[-1][0] - shown[0][0]) * tick.numerator >= 2**63:
+            raise VideoError(f"{self.source.path} has damaged timestamps, ages apart: encode it again")
+        pts = np.array([row[0] for row in shown])
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((self.stream.average_rate or 25) * tick)
         index = Index(pts, int(pts[-1]) + (shown[-1][1] or max(1, round(usual))), tick, rows)
         if (announced := (self.container.duration or 0) / av.time_base) > 1.05 * index.duration + 0.5:
@@ -476,9 +350,8 @@ def decode_groups(source: VideoFile, index: Index, wanted: Ints, seek: bool | No
     if seek is None:
         seek = sum(last + 1 - start for start, last in runs) < len(rows) / 2
     for jumping in [True, False] if seek else [False]:
-        reel, position = Reel(wanted, source), 0
         with closing(File(source)) as file:
-            reel.aspect = file.aspect
+            reel, position = Reel(wanted, file), 0
             if passed_over and (why := file.unseekable()):
                 if seek:
                     source.notes[f"read from its start: {why}"] = None
@@ -518,9 +391,8 @@ def _runs(rows: list[Row], wanted: Ints) -> list[tuple[int, int]]:
 
 def decode_all(source: VideoFile, wanted: Ints, *, counting: bool) -> Reel | None:
     """Return the wanted frames, by pts or by number, decoded from the start; None if one is missing."""
-    reel, newest = Reel(wanted, source), None
     with closing(File(source)) as file:
-        reel.aspect = file.aspect
+        reel, newest = Reel(wanted, file), None
         for count, frame in enumerate(file.frames()):
             if not counting:
                 if frame.pts is None or (newest is not None and frame.pts <= newest):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import os
+import struct
+import zlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,12 +28,20 @@ from vidsieve.errors import VideoError
 from vidsieve.io.files import writing
 from vidsieve.io.limits import limits
 from vidsieve.video import check_file
-from vidsieve.video.decoding import File, Index, Ints, Pixels, VideoFile, count_frames, decode_all, decode_groups
+from vidsieve.video.decoding import File, Index, Ints, Pixels, count_frames, decode_all, decode_groups
+from vidsieve.video.opening import VideoFile
 
 TOLERANCE = 1e-6  # seconds: a time this close before a frame's timestamp belongs to that frame
 
-IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "ICO", "PCX")
-"""Formats of still images. Pillow reads others by running programs, such as Ghostscript for EPS."""
+IMAGES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "PCX")
+"""Formats of still images. Pillow runs programs for others, such as EPS, and an ICO hides the size of what is in it."""
+DAMAGED = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, SyntaxError, MemoryError, RuntimeError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow's readers raise for damaged files."""
+LAVISH = ("WEBP", "AVIF", "JPEG2000")
+"""Formats whose decoders take up to 32 bytes a pixel; others take 16."""
 FASTEST = 1e9
 """Most frames per second that can be asked for."""
 
@@ -81,7 +91,8 @@ def read_video(
     max_frames : limit for `fps`; beyond it, this many evenly spaced frames are returned
     seek : True to seek to keyframes, False to read the file from its start, None for whichever reads less; the frames
         are the same
-    allow_playlists : read HLS playlists and ffconcat scripts too, whose members must be in or below their folder
+    allow_playlists : read HLS playlists and ffconcat scripts too, whose members must be in or below their folder;
+        DASH manifests, SDP descriptions and patterns of image sequences are refused in any case
 
     Raises
     ------
@@ -91,10 +102,11 @@ def read_video(
     request = _Request(Path(path), frames, fps, times, max_frames)
     source, reel = VideoFile(request.path, playlists=allow_playlists), None
     with closing(File(source)) as file:
-        index, shape = file.index(), (file.codec.width, file.codec.height)
+        index = file.index()
+        if index is not None:
+            chosen, remarks = request.choose(index)
+            file.check(len(chosen))
     if index is not None:
-        chosen, remarks = request.choose(index)
-        limits.check_pixels(request.path, len(chosen), *shape)
         reel = decode_groups(source, index, index.pts[chosen], seek)
         reel = reel or decode_all(source, index.pts[chosen], counting=False)
     if index is None or reel is None:  # the packets do not determine the shown frames: decode them all
@@ -135,13 +147,13 @@ def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames:
     start = next(n for n, end in enumerate(ends) if end)
     first = read_image(images[start][0])
     size = first.shape[1], first.shape[0]
-    limits.check_pixels(images[start][0], count, *size)
+    limits.check_pixels(images[start][0], count, *size, 16)
     chosen = _uniform(total, count)
     shown = np.searchsorted(ends, chosen, side="right").tolist()
     pixels = np.empty((count, *first.shape), np.uint8)
     for n in dict.fromkeys(shown):  # images without a chosen frame are not opened
         pixels[[place for place, other in enumerate(shown) if other == n]] = (
-            first if n == start else read_image(images[n][0], size)
+            first if n == start else read_image(images[n][0], size, pixels.size)
         )
     return Video(pixels, chosen.astype(np.float64), (), float(total), 1.0, total, (size[1], size[0]))
 
@@ -161,8 +173,10 @@ def open_image(file: str | os.PathLike[str] | BytesIO) -> Image.Image:
     return image
 
 
-def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Pixels:
+def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None, taken: int = 0) -> Pixels:
     """Return a still image (H, W, 3) uint8 RGB, upright, scaled to `size` (width, height) if given.
+
+    `taken` bytes of memory, which others hold, count towards the limit.
 
     Raises
     ------
@@ -172,11 +186,15 @@ def read_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     check_file(Path(path))
     try:
         with open_image(path) as image:
-            limits.check_pixels(path, 1, *image.size)
-            upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    except VideoError:
+            held = (29 if image.format in LAVISH else 13) + taken / (image.width * image.height)
+            limits.check_pixels(path, 1, *image.size, held)
+            ImageOps.exif_transpose(image, in_place=True)
+            upright = _eight_bits(image)
+            upright = upright if upright.mode == "RGB" else upright.convert("RGB")
+            upright.load()
+    except VideoError:  # a ValueError too
         raise
-    except Exception as error:  # Pillow's readers raise many kinds for damaged files
+    except DAMAGED as error:
         raise VideoError(
             f"{path} cannot be read as an image ({error}): fetch it again, save it as 8-bit RGB, or leave it out"
         ) from None
