@@ -70,7 +70,7 @@ class Yard:
         self.folder = folder
         pixels = np.random.default_rng(0).integers(0, 255, (8, 48, 64, 3), np.uint8)
         write_video(folder / "sound.mp4", pixels, 4.0)
-        write_scenes(folder / "set", world="A", seed=7, scenes=2)
+        write_scenes(folder / "set", world="dense", seed=7, scenes=2)
         self.secret = folder / "secret.mp4"
         shutil.copy(folder / "sound.mp4", self.secret)
         self.server = socket.create_server(("127.0.0.1", 0))

@@ -86,7 +86,7 @@ def counted(target: Path) -> dict[str, Any]:
 
 def questions(folder: Path, clips: int, broken: int) -> Path:
     """Write clips, some of them broken, and one question on each."""
-    write_scenes(folder, world="A", seed=11, scenes=clips, broken=broken / clips)
+    write_scenes(folder, world="dense", seed=11, scenes=clips, broken=broken / clips)
     first: dict[str, str] = {}
     for line in (folder / "questions.jsonl").read_text().splitlines():
         row = json.loads(line)

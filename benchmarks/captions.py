@@ -70,7 +70,7 @@ def main() -> None:
         for retention in options.retention.split(",")
     }
     worlds: dict[str, Any] = {}
-    for world in ("A", "B"):
+    for world in ("dense", "dense-b"):
         values = cross_entropies(methods, world, options.seed, options.scenes)
         scenes = list(range(options.scenes))
         worlds[world] = {}

@@ -76,7 +76,7 @@ def evaluation(folder: Path) -> Callable[[], object]:
     from vidsieve.loading import load_model
 
     model, processor = load_model("testbed")
-    task = ScenesTask(adapter_for(model), processor, "A", 9001, 480, "testbed")
+    task = ScenesTask(adapter_for(model), processor, "dense", 9001, 480, "testbed")
     conditions = scene_conditions(named_methods(["random", "divprune", "uniform"], prefill=True), [0.25, 0.1], False)
     return lambda: run(task, conditions, folder)
 

@@ -158,7 +158,7 @@ def cases(data: Path, port: int) -> dict[str, Case]:
 
 def write_data(folder: Path) -> None:
     """Write scenes with questions, a file of questions for `batch`, of which three fail, and captions."""
-    write_scenes(folder, world="A", seed=3, scenes=24)
+    write_scenes(folder, world="dense", seed=3, scenes=24)
     rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text("utf-8").splitlines()]
     asked = [row for row in rows if "question" in row][:120]
     for number in (5, 40, 77):

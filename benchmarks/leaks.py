@@ -87,7 +87,7 @@ def reads(folder: Path) -> Callable[[int], None]:
 
 def prompt(folder: Path) -> tuple[Any, Any, Any]:
     model, processor = load_model("testbed")
-    write_scene(folder / "scene.mp4", world="A", seed=7, index=0)
+    write_scene(folder / "scene.mp4", world="dense", seed=7, index=0)
     inputs = chat(processor, read_video(folder / "scene.mp4", frames=8), "What colour is the square?")
     return model, processor, inputs
 

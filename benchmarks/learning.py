@@ -1,4 +1,4 @@
-"""Accuracy of every method on fresh questions of the testbed: three seeds, both worlds, one JSON file.
+"""Accuracy of every method on fresh questions of the testbed: three seeds, all worlds and models, one JSON file.
 
 Rows of the three seeds are pooled (errors clustered by scene), differences are paired question by question.
 `--markdown` prints the README's table from a result file.
@@ -22,6 +22,7 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
+from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
@@ -30,17 +31,20 @@ from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
 from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask, scene_conditions
 from vidsieve.io.machine import machine, write_result
-from vidsieve.loading import load_model, shipped_policy
+from vidsieve.loading import load_model, shipped_model, shipped_policy
 from vidsieve.policies import Policy
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Stage, VideoTokens
-from workbench.testbed.study import first_look, question_oracle
+from workbench.testbed import study
+from workbench.testbed.study import attention_of_layers, first_look, object_oracle, question_oracle
 
-WORLDS, SEEDS, RETENTIONS = ("A", "B"), (9001, 9002, 9003), (0.4, 0.25, 0.2, 0.15, 0.1, 0.05)
+TABLES = ("deep dense", "deep dense-b", "deep sparse", "deep sparse-b", "shallow sparse", "shallow sparse-b")
+"""Model and world of each table."""
+SEEDS, RETENTIONS = (9201, 9202, 9203), (0.4, 0.25, 0.1, 0.05, 0.025)
 PROBED = (0.1, 0.05)
 """Retentions at which question-aware policies also get another question, and other ways to spend their budget."""
-TRAINED = ("cacovid", "score")
+TRAINED = ("cacovid", "score", "sieve")
 
 
 class Remembering(torch.nn.Module):
@@ -49,19 +53,23 @@ class Remembering(torch.nn.Module):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy, self.config = policy, policy.config
-        self.known: dict[int, tuple[Tensor, Any]] = {}
+        self.known: dict[Any, tuple[Tensor, Any]] = {}
 
-    def forward(self, video: VideoTokens) -> Any:
+    def forward(self, video: VideoTokens, *arguments: Any) -> Any:
         """Return the policy's output for a video."""
         # Every question of a scene has its own features object.
-        key = id(video.embeds)
+        key = id(video.embeds), arguments
         if key not in self.known:
             if (
                 len(self.known) > 100
             ):  # of earlier scenes; features are kept with their scores, so their id is not reused
                 self.known.clear()
-            self.known[key] = video.embeds, self.policy(video)
+            self.known[key] = video.embeds, self.policy(video, *arguments)
         return self.known[key][1]
+
+    def serving(self, like: Tensor) -> Any:
+        """Return the context in which the policy runs."""
+        return self.policy.serving(like)
 
 
 def remembering(method: Compressor) -> Compressor:
@@ -84,11 +92,11 @@ AT_ONCE = 64
 """Rows that are measured before they are saved; an interruption loses no more."""
 
 
-def fingerprint(condition: SceneCondition, method: Compressor | None) -> str:
+def fingerprint(condition: SceneCondition, method: Compressor | None, model: str) -> str:
     """Return a hash of the measuring code, the model, and a method's code and policy."""
     package = Path(vidsieve.__file__).parent
     found = [path for name in COMMON for path in _files(package / name)]
-    found.append(package / "testbed/assets/model/model.safetensors")
+    found += [shipped_model(model) / "model.safetensors", Path(study.__file__)]
     if method is not None:
         found += [Path(inspect.getfile(k)) for k in type(method).__mro__ if k.__module__.startswith("vidsieve")]
         if method.trained:
@@ -105,9 +113,9 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[SceneCondition, str]]:
+def wanted_rows(adapter: Adapter, model: str, earliest: bool) -> dict[str, tuple[SceneCondition, str]]:
     """Return (condition, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
-    methods = named_methods(["all"], prefill=True)
+    methods = named_methods(["all"], model, prefill=True)
     moved = [
         (method, "earliest", True) if hasattr(method, "earliest") else (method, "layer", 1)
         for method in methods.values()
@@ -121,25 +129,36 @@ def wanted_rows(model: Any, earliest: bool) -> dict[str, tuple[SceneCondition, s
         for method, field, value in moved:
             at = dataclasses.replace(method.with_retention(retention), **{field: value})  # type: ignore[arg-type]
             found.append((SceneCondition(at, suffix="[earliest]"), method))
-        oracle = Oracle("question_oracle", retention, question_oracle(kept_tokens(retention, TOKENS)))
-        found.append((SceneCondition(oracle=oracle), None))
-        found.append((first_look(adapter_for(model), retention), None))
-    return {condition.key: (condition, fingerprint(condition, method)) for condition, method in found}
+        count = kept_tokens(retention, TOKENS)
+        oracles = (
+            Oracle("question_oracle", retention, question_oracle(count)),
+            Oracle("object_oracle", retention, object_oracle(count, True), per_question=False),
+        )
+        known = [SceneCondition(oracle=oracle) for oracle in oracles]
+        layers = range(len(adapter.decoder_layers)) if retention in PROBED else (adapter.first_full_layer,)
+        known += [first_look(adapter, retention, layer) for layer in layers]
+        if retention in PROBED:
+            known += attention_of_layers(adapter, retention)
+        found += [(condition, None) for condition in known]
+    return {condition.key: (condition, fingerprint(condition, method, model)) for condition, method in found}
 
 
 def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
-    """Return the marks of every row for one world and seed; rows measured earlier with the same code are kept."""
-    world, seed, questions, folder, earliest = task
-    path = folder / f"{world}-{seed}-{questions}.json"
+    """Return the marks of every row for one table and seed; rows measured earlier with the same code are kept."""
+    table, seed, questions, folder, earliest = task
+    which, world = table.split()
+    path = folder / f"{which}-{world}-{seed}-{questions}.json"
     part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}, "floors": {}}
     torch.set_num_threads(1)
     quiet()
-    model, processor = load_model("testbed")
-    rows = wanted_rows(model, earliest)
+    name = f"testbed:{which}"
+    model, processor = load_model(name)
+    adapter = adapter_for(model)
+    rows = wanted_rows(adapter, name, earliest)
     missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
     for start in range(0, len(missing), AT_ONCE):
         keys = missing[start : start + AT_ONCE]
-        task_of = ScenesTask(adapter_for(model), processor, world, seed, questions)
+        task_of = ScenesTask(adapter, processor, world, seed, questions, name)
         results = experiment.measured(task_of, [rows[key][0] for key in keys])
         for key in keys:
             part["marks"].pop(key, None)
@@ -149,7 +168,7 @@ def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
         part["made_by"] |= {key: rows[key][1] for key in keys}
         part["clusters"] = list(task_of.items.values())
         write_result(path, part)
-        print(f"{world} {seed}: {min(start + AT_ONCE, len(missing))} of {len(missing)} rows measured", flush=True)
+        print(f"{table} {seed}: {min(start + AT_ONCE, len(missing))} of {len(missing)} rows measured", flush=True)
     return {
         "marks": {key: part["marks"][key] for key in rows if key in part["marks"]},
         "clusters": part["clusters"],
@@ -207,28 +226,28 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
 
 NAMES = {
     "full": "all tokens",
-    "first_look": "layer 0's attention from the question, untrained: what `cacovid` starts from",
     "question_oracle": "oracle: knows which objects the question is about",
+    "object_oracle": "oracle: knows which objects can be asked about, not the question",
+    "first_look": "queries and keys on the LLM's inputs, words to video, untrained",
+    "words_attention": "attention words to video in a forward pass of all tokens",
+    "last_token_attention": "attention of the last token in a forward pass of all tokens",
 }
+KNOWING = ("full", "question_oracle", "object_oracle")
+"""Rows that no method can have."""
 
 
 def _label(method: str, variant: str) -> str:
-    return NAMES.get(method, f"`{method}`" + ("" if variant in ("ours", "-") else f", variant {variant}"))
+    name = NAMES.get(method, f"`{method}`")
+    return name if variant in ("ours", "-") else f"{name}, {'' if variant.startswith('layer') else 'variant '}{variant}"
 
 
-def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
-    """Return a table of accuracies on both worlds, with its largest standard error below."""
-    by = {
-        (world, r["method"], r["variant"], r["retention"]): r
-        for world, table in result["worlds"].items()
-        for r in table["rows"]
-    }
-    columns = [(world, retention) for world in WORLDS for retention in RETENTIONS]
-    heads = [f"{world}, {100 * retention:g} %" for world, retention in columns]
-    lines = [f"| kept | {' | '.join(heads)} |", "|---|" + "---|" * len(columns)]
+def markdown(table: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
+    """Return a table of accuracies, with its largest standard error below."""
+    by = {(r["method"], r["variant"], r["retention"]): r for r in table["rows"]}
+    lines = [f"| kept | {' | '.join(f'{100 * at:g} %' for at in RETENTIONS)} |", "|---|" + "---|" * len(RETENTIONS)]
     largest = 0.0
     for method, variant in methods:
-        rows = [by.get((world, method, variant, 1.0 if method == "full" else at)) for world, at in columns]
+        rows = [by.get((method, variant, 1.0 if method == "full" else at)) for at in RETENTIONS]
         if not any(rows):
             continue
         largest = max(largest, *(row["stderr"] for row in rows if row))
@@ -240,9 +259,9 @@ def markdown(result: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
     return "\n".join([*lines, "", about])
 
 
-def differences(result: dict[str, Any], methods: Sequence[tuple[str, str]], retentions: Sequence[float]) -> str:
-    """Return a table of paired differences to random and to both learned policies, 95 %, in points, on world A."""
-    rows = {(row["method"], row["variant"], row["retention"]): row for row in result["worlds"]["A"]["rows"]}
+def differences(table: dict[str, Any], methods: Sequence[tuple[str, str]], retentions: Sequence[float]) -> str:
+    """Return a table of paired differences to random and to the learned policies, 95 %, in points."""
+    rows = {(row["method"], row["variant"], row["retention"]): row for row in table["rows"]}
     names = ("random", *TRAINED)
     heads = [f"{100 * at:g} %: − {name}" for at in retentions for name in names]
     lines = [f"| kept | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
@@ -258,77 +277,67 @@ def differences(result: dict[str, Any], methods: Sequence[tuple[str, str]], rete
     return "\n".join(lines)
 
 
-def page(result: dict[str, Any], plain: Sequence[tuple[str, str]], probes: Sequence[tuple[str, str]]) -> str:
+def page(result: dict[str, Any]) -> str:
     """Return the document of a result."""
-    counts = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
-    size = " and ".join(
-        f"{questions:,} questions on {scenes} scenes of world {w}" for w, (questions, scenes) in counts.items()
-    )
-    refused = result["worlds"]["A"]["floors"].items()
-    floors = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in refused}
-    return "\n".join(
-        [
-            "# Accuracy of every method on the testbed",
-            "",
-            f"Written by `python benchmarks/learning.py`: {size}, seed {', '.join(map(str, result['seeds']))}, none of "
-            "them seen in training; world B's objects and backgrounds are never trained on. Kept: what the LLM's "
-            "layers see on average, exactly (`docs/retention.md`). Methods with two parts run by the one before the "
-            "LLM, as in SCORE's tables; `[earliest]` moves methods inside the LLM to earlier layers than their "
-            "papers', so that the budget can be met. This world is made so that cheap heuristics fail "
-            "(`python -m workbench separation`): an order of methods here is no order on real videos.",
-            "",
-            markdown(result, plain),
-            "",
-            "## Differences, question by question",
-            "",
-            "World A, percentage points with 95 % intervals, clustered by scene.",
-            "",
-            differences(result, plain, (0.25, 0.1)),
-            "",
-            "## Another question, other budgets",
-            "",
-            "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to share the "
-            "budget out among frames.",
-            "",
-            markdown(result, probes),
-            "",
-            "## Below what a method can keep",
-            "",
-            *(f"- `{name}`: {reason}" for name, reason in floors.items()),
-            "",
-        ]
-    )
+    parts = [
+        "# Accuracy of every method on the testbed",
+        "",
+        f"Written by `python benchmarks/learning.py`, seed {', '.join(map(str, result['seeds']))}, none of them seen "
+        "in training; on `dense-b` and `sparse-b` nothing is trained. Kept: what the LLM's layers see on average, "
+        "exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in SCORE's tables; "
+        "`[earliest]` moves methods inside the LLM to earlier layers than their papers', so that the budget can be "
+        "met. These worlds are made so that cheap heuristics fail: an order of methods here is none on real videos.",
+    ]
+    for name, table in result["tables"].items():
+        rows = list(dict.fromkeys((r["method"], r["variant"]) for r in table["rows"]))
+        layers = [row for row in rows if row[1].startswith("layer")]
+        probes = [row for row in rows if "[" in row[0] and "earliest" not in row[0]]
+        plain = [row for row in rows if row not in layers and row not in probes]
+        model, world = name.split()
+        refused = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in table["floors"].items()}
+        parts += ["", f"## The {model} model in the {world} world", ""]
+        parts += [f"{table['questions']:,} questions on {table['scenes']} scenes.", "", markdown(table, plain)]
+        parts += ["", "What the untrained LLM tells, layer by layer:", "", markdown(table, layers)]
+        parts += ["", "Percentage points with 95 % intervals, question by question, clustered by scene:", ""]
+        parts += [differences(table, plain, (0.1, 0.05))]
+        if probes:
+            parts += [
+                "",
+                "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to",
+            ]
+            parts += ["share the budget out among frames.", "", markdown(table, probes)]
+        parts += ["", "Below what a method can keep, or refused:" if refused else ""]
+        parts += ["", *(f"- `{method}`: {reason}" for method, reason in refused.items())]
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--questions", default="2000,2000,2000", help=f"of each seed of {SEEDS}, or of the first ones; 0: none"
+        "--questions", default="1200,1200,1200", help=f"of each seed of {SEEDS}, or of the first ones; 0: none"
     )
+    parser.add_argument("--tables", default=",".join(TABLES), help="model and world of each")
     parser.add_argument("--earliest", action="store_true", help="also methods that move to earlier layers")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
     parser.add_argument("--page", type=Path, help="also write the document of the result")
-    parser.add_argument("--markdown", action="store_true", help="print the table of an existing result")
+    parser.add_argument("--show", action="store_true", help="print an existing result")
     options = parser.parse_args()
-    if not options.markdown:
+    if not options.show:
         counts = [int(count) for count in options.questions.split(",")]
         sizes = [(seed, count) for seed, count in zip(SEEDS, counts, strict=False) if count]
-        tasks = [(world, seed, count, options.parts, options.earliest) for seed, count in sizes for world in WORLDS]
+        names = options.tables.split(",")
+        tasks = [(name, seed, count, options.parts, options.earliest) for name in names for seed, count in sizes]
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))
-        worlds = {world: compared(pooled([parts[world, seed] for seed, _ in sizes])) for world in WORLDS}
-        write_result(options.json, {"machine": machine(), "seeds": [seed for seed, _ in sizes], "worlds": worlds})
-    result = json.loads(options.json.read_text())
-    measured_on = {world: (table["questions"], table["scenes"]) for world, table in result["worlds"].items()}
-    rows = [(r["method"], r["variant"]) for r in result["worlds"]["A"]["rows"]]
-    plain = list(dict.fromkeys(row for row in rows if "[" not in row[0] or "earliest" in row[0]))
-    probes = [row for row in dict.fromkeys(rows) if row not in plain]
-    print(f"questions and scenes: {measured_on}\n\n{markdown(result, plain)}\n\n{markdown(result, probes)}")
+        tables = {name: compared(pooled([parts[name, seed] for seed, _ in sizes])) for name in names}
+        write_result(options.json, {"machine": machine(), "seeds": [seed for seed, _ in sizes], "tables": tables})
+    text = page(json.loads(options.json.read_text()))
+    print(text)
     if options.page is not None:
-        options.page.write_text(page(result, plain, probes), encoding="utf-8")
+        options.page.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

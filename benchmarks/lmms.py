@@ -108,7 +108,7 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_scenes(folder, world="A", seed=options.seed, scenes=options.scenes)
+        write_scenes(folder, world="dense", seed=options.seed, scenes=options.scenes)
         items = registry.benchmarks.get("questions").read(folder / "questions.jsonl")
         samples, accuracies, spent = ours(folder, options.threads)
         print(f"vidsieve eval: {len(items)} questions, {len(samples)} conditions, {spent:.0f} s", flush=True)

@@ -29,6 +29,8 @@ REFERENCES = {
 BESIDE = {"cacovid": ("full", "first_look"), "score": ("full",)}
 """By page: rows of `REFERENCES` that belong beside the method's own; `full` beside all."""
 BESIDE |= {f"train-{name}": (*rows, "question_oracle") for name, rows in BESIDE.items()}
+FORMER = {"A": "dense", "B": "dense-b"}
+"""By its former name, a world of results that were measured on the testbed's shallow model with its former policies."""
 
 Results = dict[str, dict[str, Any]]
 Condition = tuple[str, str]
@@ -82,11 +84,12 @@ def accuracy_cell(row: dict[str, Any] | None) -> str:
 def accuracy(page: str, name: str, result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines about accuracy on the testbed."""
     worlds = result.get("worlds", {})
-    asked = " and ".join(f"{world['questions']:,} of world {key}" for key, world in worlds.items())
+    asked = " and ".join(f"{world['questions']:,} of world {FORMER.get(key, key)}" for key, world in worlds.items())
     yield (
         "**Accuracy on the testbed**, a synthetic world with a tiny model trained on it: it says nothing about real "
         f"videos ([accuracy.md](../accuracy.md)). Share of questions answered rightly ({asked or 'none yet'}) ± its "
         "standard error, clustered by scene; in brackets the paired difference to `random`."
+        + (" The model is `testbed:shallow`, with its former policies." if worlds.keys() & FORMER.keys() else "")
     )
     yield ""
     wanted = conditions(name, worlds) + [(other, "-") for other in BESIDE.get(page, ("full",))]
@@ -95,7 +98,7 @@ def accuracy(page: str, name: str, result: dict[str, Any]) -> Iterator[str]:
         by = {(row["method"], row["variant"], row["retention"]): row for row in world["rows"]}
         for method, variant in wanted:
             at = [by.get((method, variant, 1.0 if method == "full" else ratio)) for ratio in RETENTIONS]
-            rows.append([f"{key}: {label(name, method, variant)}", *map(accuracy_cell, at)])
+            rows.append([f"{FORMER.get(key, key)}: {label(name, method, variant)}", *map(accuracy_cell, at)])
     yield from table(["kept", *map(percent, RETENTIONS)], rows)
     yield ""
     variants = [v for v in registry.compressors.get(name).variants if (name, v) not in wanted]
@@ -230,7 +233,8 @@ def open_tasks(result: dict[str, Any]) -> Iterator[str]:
     """Yield what every method is worth at tasks beyond multiple choice, and what it loses, by world."""
     for world, part in result.get("worlds", {}).items():
         names = list(part["rows"][0]["tasks"])
-        yield f"**World {world}**, {part['scenes']} scenes, % ± standard error, clustered by scene:\n"
+        name = FORMER.get(world, world)
+        yield f"**World {name}**, {part['scenes']} scenes, % ± standard error, clustered by scene:\n"
         yield from table(
             ("kept", *names), [(row_name(row), *task_cells(row, "mean", "stderr")) for row in part["rows"]]
         )

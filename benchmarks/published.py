@@ -43,7 +43,7 @@ def same(lines: list[dict[str, Any]], truth: dict[str, Any]) -> dict[str, Any]:
 
 def layout_row(folder: Path, layout: str, scenes: int, broken: float, testbed: Any) -> dict[str, Any]:
     """Return what became of one layout."""
-    write_scenes(folder / layout, world="A", seed=61, scenes=scenes, layout=layout, broken=broken)
+    write_scenes(folder / layout, world="dense", seed=61, scenes=scenes, layout=layout, broken=broken)
     truth = json.loads((folder / layout / "truth.json").read_text())
     result: dict[str, Any] = {"layout": layout, "files": []}
     for number, name in enumerate(truth["files"]):
@@ -79,7 +79,7 @@ def layout_row(folder: Path, layout: str, scenes: int, broken: float, testbed: A
 def filters(folder: Path, scenes: int, models: dict[str, Any]) -> list[dict[str, Any]]:
     """Return recall and precision of what filters drop, against the questions that give themselves away."""
     source = folder / "leaky" / "Video-R1-260k.json"
-    write_scenes(source.parent, world="A", seed=62, scenes=scenes, layout="video-r1", leaked=0.2)
+    write_scenes(source.parent, world="dense", seed=62, scenes=scenes, layout="video-r1", leaked=0.2)
     truth = json.loads((source.parent / "truth.json").read_text())
     planted = {(leak["video"], leak["question"]) for leak in truth["leaked"]}
     rows = []

@@ -55,7 +55,7 @@ def written(folder: Path, rows: int) -> Path:
 
     source = folder / "set" / "Video-R1-260k.json"
     if not source.exists():
-        write_scenes(source.parent, world="A", seed=5, scenes=8, layout="video-r1")
+        write_scenes(source.parent, world="dense", seed=5, scenes=8, layout="video-r1")
     records = [r for r in json.loads(source.read_text()) if r["data_type"] == "video"]
     path = source.with_name(f"rows-{rows}.json")
     with path.open("w") as file:

@@ -83,7 +83,7 @@ def scene_inputs(processor: Any) -> list[dict[str, Any]]:
     """Return one question about each of some scenes of the testbed."""
     made = []
     for number in range(SCENES):
-        cast = make_cast("A", 9001, number)
+        cast = make_cast("dense", 9001, number)
         made.append(chat_inputs(processor, render(cast, 9001, number), [make_questions(cast, 9001, number)[0].text]))
     return made
 

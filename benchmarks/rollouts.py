@@ -66,7 +66,7 @@ def testbed_prompts() -> tuple[Adapter, Any, Iterator[Prompt]]:
     def questions() -> Iterator[Prompt]:
         scene = 0
         while True:
-            cast = make_cast("A", SEED, scene)
+            cast = make_cast("dense", SEED, scene)
             question, frames = make_questions(cast, SEED, scene)[0], render(cast, SEED, scene)
             ids = processor.tokenizer(list(question.options), add_special_tokens=False)["input_ids"]
             caption = dict(prompts.caption(scene).inputs)
@@ -273,7 +273,7 @@ def agreement(questions: int) -> dict[str, Any]:
         for number in range(questions):
             block, place = divmod(number, 32 * prompts.per_scene)
             scene = block * 32 + place % 32
-            questions_of_scene = make_questions(make_cast("A", SEED, scene), SEED, scene)
+            questions_of_scene = make_questions(make_cast("dense", SEED, scene), SEED, scene)
             question = questions_of_scene[(place // 32) % len(questions_of_scene)]
             sample = prompts.choice(number)
             rollouts = Rollouts(prompts.adapter, sample.inputs)

@@ -56,7 +56,7 @@ def measured(pid: int, port: int, folder: Path, questions: int, users: int) -> t
     """Return one row for every 20 questions, and the errors."""
     clips = [folder / f"{user}.mp4" for user in range(users)]
     for index, clip in enumerate(clips):
-        write_scene(clip, world="A", seed=9, index=index)
+        write_scene(clip, world="dense", seed=9, index=index)
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()

@@ -355,7 +355,7 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
     broken = folder / "broken.mp4"
     broken.write_bytes(b"nothing")
     fresh = folder / f"fresh-{method}.mp4"  # refused with a video that vLLM has not seen, it must answer about it later
-    write_scene(fresh, world="A", seed=92, index=0)
+    write_scene(fresh, world="dense", seed=92, index=0)
     good: dict[str, Any] = {"question": question} if method == "cacovid" else {}
     found: dict[str, Any] = {}
     limit = server.client.models.list().data[0].model_extra["max_model_len"]
@@ -446,7 +446,7 @@ def failing(where: str, folder: Path) -> dict[str, Any]:
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[vidsieve.compressors]\nfragile = fragile:Fragile\n")
     ordinary, marked, second = (folder / f"{name}.mp4" for name in ("ordinary", "marked", "second"))
-    write_scene(ordinary, world="A", seed=93, index=0)
+    write_scene(ordinary, world="dense", seed=93, index=0)
     frames = np.random.default_rng(4).integers(0, 255, (2, 4, 144, 144, 3), np.uint8)
     write_video(marked, frames[0], 8.0)
     write_video(second, frames[1], 8.0)
@@ -596,8 +596,8 @@ def main() -> None:
         videos = []
         for index in range(5):
             path = folder / f"scene-{index}.mp4"
-            write_scene(path, world="A", seed=91, index=index)
-            cast = make_cast("A", 91, index)
+            write_scene(path, world="dense", seed=91, index=index)
+            cast = make_cast("dense", 91, index)
             videos += [(path, question.text) for question in make_questions(cast, 91, index)[:4]]
         videos = videos[: options.requests]
         if options.only in (None, "testbed"):

@@ -9,7 +9,8 @@ MODEL=llava-hf/llava-onevision-qwen2-7b-ov-hf
 BLIND=(--model "$MODEL" --model Qwen/Qwen2.5-VL-3B-Instruct)
 # One epoch of 31,000 questions at 8 a step.
 TRAIN=(--variant paper --frames 32 --precision bf16 --steps 3875 --prompts-per-step 8
-  --token-rollouts 24 --frame-rollouts 8 --iterations 5 --dynamic-ratio --body-lr 1e-7 --head-lr 1e-6 --save-every 100)
+  --ratio 0.02 --token-rollouts 24 --frame-rollouts 8 --iterations 5 --dynamic-ratio --body-lr 1e-7 --head-lr 1e-6
+  --save-every 100)
 if [ -n "$TESTBED" ]; then
   MODEL=testbed
   BLIND=(--model testbed --seeds 3)

@@ -11,8 +11,8 @@ KOALA=$DATA/Koala-36M/Koala_36M_1.csv
 LLAVA=$DATA/LLaVA-Video-178K/0_30_s_academic_v0_1/0_30_s_academic_v0_1_cap_processed.json
 ONEVISION=("$DATA"/LLaVA-OneVision-Data/*/train-*.parquet)
 # One epoch of each stage, 8 videos a step.
-TRAIN=(--variant paper --frames 128 --precision bf16 --prompts-per-step 8 --rollouts 16 --pseudo-steps 1250 --steps 8375
-  --save-every 100)
+TRAIN=(--variant paper --frames 128 --precision bf16 --lr 0.02 --prompts-per-step 8 --rollouts 16 --pseudo-steps 1250
+  --steps 8375 --save-every 100)
 ASK=(--concurrency 32)
 if [ -n "$TESTBED" ]; then
   MODEL=testbed IMAGES=12 CAPTIONS=30

@@ -27,6 +27,14 @@ def testbed():
     return load_model("testbed")
 
 
+@pytest.fixture(scope="session")
+def shallow():
+    """The tiny model whose first layer sees the video."""
+    from vidsieve.loading import load_model
+
+    return load_model("testbed:shallow")
+
+
 @pytest.fixture
 def ctrl_c():
     """Ctrl-C as in a terminal; jobs in the background ignore it."""

@@ -214,4 +214,4 @@ def test_commands_and_options_stay_few():
     assert "frames" in options["ask"]
     assert len(options) <= 20, sorted(options)
     count = sum(map(len, options.values()))
-    assert count <= 260, f"{count} options: { ({name: len(names) for name, names in options.items()}) }"
+    assert count <= 275, f"{count} options: { ({name: len(names) for name, names in options.items()}) }"

@@ -17,7 +17,7 @@ import vidsieve
 from vidsieve import registry
 from vidsieve.cli.main import app, method_rows
 from vidsieve.evaluation.conditions import check_known
-from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
@@ -74,15 +74,14 @@ def test_a_page_has_its_sections_and_its_arguments_are_the_method_s(name):
 
 def test_the_training_page_lists_every_setting_with_its_default_option_and_help():
     table = [row for row in rows((ROOT / "docs" / "training.md").read_text("utf-8")) if len(row) == 4]
-    for config in (CaCoVIDConfig, ScoreConfig):
+    for config in CONFIGS.values():
         for field in dataclasses.fields(config):
             option = f"--{field.name.replace('_', '-')}" if field.metadata["option"] else ""
             assert [field.name, str(field.default), option, field.metadata["help"]] in table
 
 
-@pytest.mark.parametrize("config", [CaCoVIDConfig, ScoreConfig])
-def test_a_trainer_s_page_has_its_variants_and_metrics(config):
-    method = "cacovid" if config is CaCoVIDConfig else "score"
+@pytest.mark.parametrize(("method", "config"), CONFIGS.items(), ids=list(CONFIGS))
+def test_a_trainer_s_page_has_its_variants_and_metrics(method, config):
     path = METHODS / f"train-{method}.md"
     text = section(path, "What differs here")
     variants = [cell.strip() for cell in text.strip().splitlines()[0].strip("|").split("|")][1:]
@@ -96,7 +95,7 @@ def test_a_trainer_s_page_has_its_variants_and_metrics(config):
     assert metrics and all(f'"{metric}"' in source for metric in metrics)
     own = (ROOT / "src" / "vidsieve" / "training" / f"{method}.py").read_text("utf-8")
     logged = set(re.findall(r'"(\w+)": ', own)) | set(re.findall(r'(?:figures|metrics)\["(\w+)"\]', own))
-    assert logged - {"packing", "params", "lr", "tokens", "frames"} <= set(metrics)
+    assert logged - {"packing", "params", "lr", "tokens", "frames", "one", "full"} <= set(metrics)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from vidsieve import load
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors._decoder import BlockShape, DecoderBlock
+from vidsieve.compressors._question import Match
 from vidsieve.compressors.cacovid import CaCoVID, CaCoVIDPolicy, official_selection
 from vidsieve.compressors.score import Score, ScorePolicy
 from vidsieve.errors import NeedError, OutputError, PolicyError, PolicyMismatchError, UnknownNameError
@@ -181,7 +183,7 @@ def test_the_first_look_is_layer_0_attention_of_the_question(family):
         encoded = adapter.encode(inputs)
         video = adapter.video_tokens(encoded, 0, frozenset({Need.QUESTION}))
         state = adapter.layer_state(0)
-        policy = CaCoVIDPolicy.start(state.shape, family, layers=[state.weights])
+        policy = CaCoVIDPolicy.start(state.shape, family, layers=[state.weights], scorer={"first_look": True})
         look = policy.scorer.first_look(video, video.prompt)  # (H, words, N)
         block = DecoderBlock(state.shape)
         block.load_state_dict(state.weights)
@@ -197,6 +199,42 @@ def test_the_first_look_is_layer_0_attention_of_the_question(family):
         wanted = weights.softmax(1) * video.num_tokens
         assert torch.allclose(look[h].exp(), wanted, rtol=1e-4, atol=1e-6)
     assert not any(p.requires_grad for p in policy.scorer.first_look.parameters())
+    scores = policy(video)[0].diff(dim=1)[:, 0]
+    assert torch.allclose(scores, 0.25 * look.clamp(-8, 8).amax((0, 1)), atol=1e-5), (
+        "the order that training starts from"
+    )
+
+
+@pytest.mark.parametrize("match", get_args(Match))
+def test_the_question_path_word_by_word(match):
+    """The scores of `QuestionScorer` from a loop over tokens and words, for every form of the match."""
+    video = make_video(TokenGrid(3, 2, 2))
+    policy = CaCoVIDPolicy.start(
+        BlockShape(WIDTH, 2, 1, WIDTH // 2, 2 * WIDTH), "none", scorer={"match": match, "match_width": 5}
+    )
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        before = policy(video)[0]
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.3, generator=draw)
+        scores, s = policy(video), policy.scorer
+        words = video.prompt.embeds[video.prompt.question_mask]
+        words = s.norm_word(words.mean(0, keepdim=True) if match == "mean" else words)
+        wanted = []
+        for n in range(video.num_tokens):
+            x = s.norm_token(video.embeds[n])
+            change = x - s.norm_token(video.embeds[n - 4]) if n >= 4 else x
+            hidden = torch.cat([s.content(x), s.change(change)])
+            matches = torch.stack([s.key(x) @ s.query(w) / 5**0.5 for w in words])
+            weight = matches.softmax(0)
+            total = matches.sum() if match in ("sum", "mean") else (weight * matches).sum()
+            if match == "cross_attention":
+                hidden, total = hidden + s.words((weight[:, None] * s.query(words)).sum(0)), 0.0
+            wanted.append(total + s.head(hidden)[0])
+    assert not bool(before.any()), "without training, every token is as good as any other"
+    wanted = torch.stack(wanted)
+    assert torch.allclose(scores[0][:, 1] - scores[0][:, 0], wanted, atol=1e-4)
+    assert torch.allclose(scores[1][:, 1] - scores[1][:, 0], wanted.reshape(3, 4).amax(1), atol=1e-4)
 
 
 def test_scores_without_the_concatenation():
@@ -267,6 +305,8 @@ def test_question_awareness_of_each_body():
     ]:
         policy = CaCoVIDPolicy.start(shape, "none", variant=variant, body=body).eval()
         with torch.no_grad():
+            for parameter in policy.parameters():  # the question path starts without knowledge: its queries are zero
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
             moved = float((policy(video)[0] - policy(other)[0]).abs().max())
         assert (moved == 0) if variant == "official" else (moved > 1e-6), (body, moved)
 

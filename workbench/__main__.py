@@ -6,7 +6,7 @@ import typer
 
 from vidsieve.cli.main import main, root
 from workbench.papers.reproduce import reproduce
-from workbench.testbed.commands import ablate, build, open_ended, separation, talker
+from workbench.testbed.commands import ablate, build, open_ended, separation, surrogate, talker
 
 app = typer.Typer(
     name="workbench", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -17,6 +17,7 @@ app.command("build")(build)
 app.command("talker")(talker)
 app.command("separation")(separation)
 app.command("ablate")(ablate)
+app.command("surrogate")(surrogate)
 app.command("open")(open_ended)
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _ASSETS = Path(__file__).parent / "testbed" / "assets"
+MODELS = ("deep", "shallow")
+"""The testbed's models: question words meet the video in the third layer, or in the first."""
 
 
 def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: Any) -> Compressor:
@@ -72,10 +74,20 @@ def policy_folder(path: str | Path) -> Path:
     return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
-def shipped_policies() -> list[str]:
-    """Return the names of the policies in the package, which are for the testbed's model."""
-    names = (path.parent.name for path in _ASSETS.glob(f"*/{CONFIG}") if path.parent.name != "model")
-    return sorted(name.replace("-", ":") for name in names)
+def shipped_policies(model: str | None = None) -> list[str]:
+    """Return the names of the policies in the package, or of those for one of the testbed's models.
+
+    All of these models show a policy the same video tokens, but not the same words: a policy that reads the question
+    is for the one that it was trained with.
+    """
+    names = []
+    for path in sorted(_ASSETS.glob(f"*/{CONFIG}")):
+        if path.parent.name in MODELS:
+            continue
+        config = read_config(path.parent)
+        if model is None or config.type == "score" or shipped_model(config.base_model) == shipped_model(model):
+            names.append(path.parent.name.replace("-", ":"))
+    return names
 
 
 def shipped_policy(name: str) -> Path:
@@ -92,9 +104,23 @@ def shipped_policy(name: str) -> Path:
     return folder
 
 
-def shipped_model() -> Path:
-    """Return the folder of the testbed's trained model in the package."""
-    return _ASSETS / "model"
+def is_testbed(name: str) -> bool:
+    """True if a model's name is one of the testbed's: "testbed", or "testbed:" and one of `MODELS`."""
+    return name.partition(":")[0] == "testbed"
+
+
+def shipped_model(name: str = "testbed") -> Path:
+    """Return the folder of one of the testbed's models in the package; "testbed" is "testbed:deep".
+
+    Raises
+    ------
+    ModelError
+        If the testbed has no such model.
+    """
+    which = name.partition(":")[2] or MODELS[0]
+    if which not in MODELS:
+        raise ModelError(f"the testbed has no model {which!r}; there are: {', '.join(MODELS)}")
+    return _ASSETS / which
 
 
 def own_device() -> str:
@@ -127,7 +153,7 @@ def _check_files(folder: Path) -> None:
 def load_model(
     name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
-    """Return the model and processor of a local folder or hub id; ``"testbed"`` is the one in the package.
+    """Return the model and processor of a local folder or hub id; ``"testbed"`` is in the package (`shipped_model`).
 
     Parameters
     ----------
@@ -135,7 +161,7 @@ def load_model(
     layout : str, optional
         As in `prune`; stored in the configuration of the loaded model.
     dtype : torch.dtype, optional
-        Default: the dtype in its files, float32 for the testbed's model.
+        Default: the dtype in its files, float32 for the testbed's models.
     device : str
         A device of torch, or "auto": this process's GPU if there is one.
 
@@ -153,13 +179,13 @@ def load_model(
 
     from vidsieve.adapters import adapter_for
 
-    source = str(shipped_model()) if name == "testbed" else name
+    source = str(shipped_model(name)) if is_testbed(name) else name
     if "/" not in source and not os.path.exists(Path(source)):  # no hub id: a request to the hub would only take long
         raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
     _check_files(Path(source))
     try:
         processor = AutoProcessor.from_pretrained(source)
-        default = torch.float32 if name == "testbed" else "auto"
+        default = torch.float32 if is_testbed(name) else "auto"
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or default)
     except Exception as error:  # of a wrong file transformers raises anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")

@@ -95,6 +95,7 @@ compressors = Registry(
         "divprune": "vidsieve.compressors.divprune:DivPrune",
         "cacovid": "vidsieve.compressors.cacovid:CaCoVID",
         "score": "vidsieve.compressors.score:Score",
+        "sieve": "vidsieve.compressors.sieve:Sieve",
         "visionzip": "vidsieve.compressors.visionzip:VisionZip",
         "fastv": "vidsieve.compressors.fastv:FastV",
         "dycoke": "vidsieve.compressors.dycoke:DyCoke",

@@ -31,7 +31,7 @@ def test_the_pipeline_of_a_made_clip(cli, tmp_path):
     )
     result = json.loads((tmp_path / "r.json").read_text())
     assert [row["method"] for row in result["rows"]] == ["full", "random", "downsample", "score"]
-    assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.33" in out
+    assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.2501" in out
     assert all(len(row["by_length"]) == 2 for row in result["rows"]) and result["attention"] == "sdpa"
     assert "Where the time goes" in (tmp_path / "r.html").read_text()
 

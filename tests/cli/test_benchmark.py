@@ -13,7 +13,7 @@ from vidsieve.testbed.files import write_scenes
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=5, scenes=2)
+    write_scenes(folder, world="dense", seed=5, scenes=2)
     return folder / "questions.jsonl"
 
 

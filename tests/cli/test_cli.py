@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory):
     path = tmp_path_factory.mktemp("scenes") / "scene.mp4"
-    write_scene(path, world="A", seed=7, index=0)
+    write_scene(path, world="dense", seed=7, index=0)
     return path
 
 
@@ -66,7 +66,7 @@ def test_list(run, tmp_path):
 
 def test_training_options_are_the_settings_with_their_texts(run):
     shown = {f.name: shown_default("cacovid", f) for f in dataclasses.fields(CaCoVIDConfig)}
-    assert shown["steps"] == "official: 100, ours: 700, paper: 400" and shown["seed"] == "42", (
+    assert shown["steps"] == "official: 100, ours: 300, paper: 400" and shown["seed"] == "42", (
         "the values that variants really use"
     )
     out, _ = run("train", "cacovid", "--help")
@@ -121,6 +121,8 @@ def test_several_methods_are_compared(run, topv, scene, tmp_path):
         "what colour is the home ?",
         "--methods",
         "divprune,fastv,holitom,topv",
+        "--model",
+        "testbed:shallow",
         "--threads",
         1,
         "--earliest",
@@ -161,7 +163,7 @@ def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
         "--questions",
         60,
         "--world",
-        "B",
+        "dense-b",
         "--json",
         tmp_path / "e.json",
         "--threads",
@@ -169,7 +171,7 @@ def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
     )
     result = json.loads((tmp_path / "e.json").read_text())
     assert {"world", "seed", "n_questions", "n_scenes", "versions", "rows"} <= result.keys()
-    assert (result["world"], result["seed"], result["n_questions"]) == ("B", 3, 60)
+    assert (result["world"], result["seed"], result["n_questions"]) == ("dense-b", 3, 60)
     rows = {row["method"]: row for row in result["rows"]}
     assert set(rows) == {"full", "random", "uniform", "score"}
     for name, row in rows.items():
@@ -201,7 +203,7 @@ def test_eval_testbed_writes_the_agreed_json(run, tmp_path):
         "--questions",
         60,
         "--world",
-        "B",
+        "dense-b",
         "--json",
         again,
         "--threads",
@@ -302,9 +304,9 @@ def test_bad_videos_exit_2_with_a_sentence(run, tmp_path, scene):
 
 def test_ask_with_a_method_inside_the_llm(run, scene):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "fastv", "--retention", "0.5", "--threads", 1)
-    assert "fastv (variant ours, retention 0.5): 144 of 576 video tokens (25.0%)" in out
+    assert "fastv (variant ours, retention 0.5): 192 of 576 video tokens (33.3%)" in out
     _, err = run("ask", scene, "what ?", "--method", "fastv", "--retention", "0.1", code=2)
-    assert "cannot go below 0.3334" in err
+    assert "cannot go below 0.2501" in err
 
 
 @pytest.mark.slow
@@ -434,7 +436,7 @@ def test_data_filter(run, tmp_path):
 )
 def test_outputs_never_replace_what_is_read_and_mistakes_come_early(cli, tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(tmp_path)
-    write_scenes(tmp_path, world="A", seed=5, scenes=1)
+    write_scenes(tmp_path, world="dense", seed=5, scenes=1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     names = {"v": "scene-0000.mp4", "q": "questions.jsonl"}
     assert said in cli(*(word.format(**names) for word in given), fails=True)

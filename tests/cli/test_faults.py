@@ -32,7 +32,7 @@ def broken(monkeypatch):
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=7, scenes=1)
+    write_scenes(folder, world="dense", seed=7, scenes=1)
     return folder
 
 

@@ -13,7 +13,7 @@ from vidsieve.testbed.files import write_scenes
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=5, scenes=2)
+    write_scenes(folder, world="dense", seed=5, scenes=2)
     return folder / "questions.jsonl"
 
 
@@ -61,7 +61,7 @@ def test_pages_of_other_runs(cli, tmp_path):
         "eval", "testbed", "--methods", "random", "--retention", "0.5", "--questions", "4", "--out", str(tmp_path / "t")
     )
     cli("report", str(tmp_path / "t"), str(tmp_path / "t.html"))
-    assert "Testbed, world A, seed 9001: 4 questions" in (tmp_path / "t.html").read_text()
+    assert "Testbed, world dense, seed 9001: 4 questions" in (tmp_path / "t.html").read_text()
     (tmp_path / "train").mkdir()
     (tmp_path / "train/metrics.jsonl").write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.6}\n')
     cli("report", str(tmp_path / "train"), str(tmp_path / "train.html"))

@@ -33,7 +33,7 @@ from vidsieve.video.reading import read_video
 def data(tmp_path_factory):
     """Two scenes and a pseudo-video, with questions and captions in words that every tokenizer here knows."""
     folder = tmp_path_factory.mktemp("files")
-    write_scenes(folder, world="A", seed=1, scenes=2)
+    write_scenes(folder, world="dense", seed=1, scenes=2)
     for number, colour in enumerate(["red", "blue"]):
         Image.new("RGB", (48, 40), colour).save(folder / f"{number}.png")
     rows = []

@@ -18,7 +18,7 @@ from vidsieve.training.data.rows import ask, options_of, relettered
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=3, scenes=3)
+    write_scenes(folder, world="dense", seed=3, scenes=3)
     return folder / "questions.jsonl"
 
 
@@ -86,7 +86,7 @@ def test_nothing_left_and_nothing_to_ask_are_errors(testbed, questions, tmp_path
 def leaky(tmp_path_factory):
     """Questions in Video-R1's form, a fifth of them with options that give the answer away; and which."""
     folder = tmp_path_factory.mktemp("leaky")
-    write_scenes(folder, world="A", seed=8, scenes=12, layout="video-r1", leaked=0.2)
+    write_scenes(folder, world="dense", seed=8, scenes=12, layout="video-r1", leaked=0.2)
     truth = json.loads((folder / "truth.json").read_text())
     return folder / "Video-R1-260k.json", {(leak["video"], leak["question"]) for leak in truth["leaked"]}
 

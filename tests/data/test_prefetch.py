@@ -173,7 +173,7 @@ def test_a_negative_number_of_workers_is_refused():
 @pytest.mark.parametrize("method", ["cacovid", "score"])
 def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, method, monkeypatch, ctrl_c):
     """Trained weights are equal to the bit with and without threads, and over a resumption with other threads."""
-    write_scenes(tmp_path, world="A", seed=2, scenes=3)
+    write_scenes(tmp_path, world="dense", seed=2, scenes=3)
     model, processor = testbed
     used = []
     monkeypatch.setattr(

@@ -206,7 +206,7 @@ def test_a_model_reads_short_and_long_ones(testbed, tmp_path):
 
 def test_rows_of_both_kinds_in_one_file_and_line_ends_in_captions(testbed, tmp_path):
     """A caption may hold U+2028, which is no end of a row; filtering keeps pseudo-videos, with paths from its file."""
-    write_scenes(tmp_path, world="A", seed=1, scenes=1)
+    write_scenes(tmp_path, world="dense", seed=1, scenes=1)
     listed(tmp_path)
     path = tmp_path / "questions.jsonl"
     row = {"frames": [["images/0.png", 3], ["images/1.png", 4]], "caption": "red \u2028 blue ."}

@@ -34,7 +34,7 @@ def rendered(tmp_path_factory):
     def render(layout):
         if layout not in made:
             made[layout] = tmp_path_factory.mktemp("set") / layout
-            write_scenes(made[layout], world="A", seed=5, scenes=SCENES, layout=layout, broken=BROKEN)
+            write_scenes(made[layout], world="dense", seed=5, scenes=SCENES, layout=layout, broken=BROKEN)
         folder = made[layout]
         return folder, json.loads((folder / "truth.json").read_text())
 
@@ -216,12 +216,12 @@ def test_what_is_written_is_read_again_word_for_word(tmp_path, layout):
     from vidsieve.testbed.world import make_cast
     from vidsieve.training.data.layouts import read_records
 
-    write_scenes(tmp_path, world="A", seed=5, scenes=2, layout=layout)
+    write_scenes(tmp_path, world="dense", seed=5, scenes=2, layout=layout)
     truth = (
         json.loads((tmp_path / "truth.json").read_text()) if layout != "vidsieve" else {"files": ["questions.jsonl"]}
     )
     rows = [row for name in truth["files"] for record in read_records(tmp_path / name) for row in record.rows]
-    casts = [make_cast("A", 5, index) for index in range(2)]
+    casts = [make_cast("dense", 5, index) for index in range(2)]
     if layout.startswith("llava-") and layout != "llava-video":
         assert len(rows) == 2 and all(len(row["caption"].split()) >= 10 for row in rows)
         return

@@ -15,12 +15,13 @@ from vidsieve.loading import load_model
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
+from vidsieve.training.rollouts import Rollouts
 
 
 @pytest.fixture(scope="module")
 def asked():
     model, processor = load_model("testbed")
-    cast = make_cast("A", 9001, 0)
+    cast = make_cast("dense", 9001, 0)
     question = next(q for q in make_questions(cast, 9001, 0) if q.kind == "shape")
     return adapter_for(model), processor, chat_inputs(processor, render(cast, 9001, 0), [question.text]), question
 
@@ -51,8 +52,8 @@ def test_the_tokens_that_show_the_object_are_found_and_repeat(asked):
 
 def test_attention_is_what_transformers_computes(asked):
     adapter, _, inputs, _ = asked
-    encoded = adapter.encode(inputs)
-    found = attention_received(adapter, encoded)
+    rollouts = Rollouts(adapter, inputs)
+    found, encoded = attention_received(rollouts), rollouts.encoded
     adapter.model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():

@@ -100,7 +100,7 @@ def logged(monkeypatch):
 def scenes(tmp_path_factory):
     """Three questions about each of two scenes."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=77, scenes=2)
+    write_scenes(folder, world="dense", seed=77, scenes=2)
     items = QUESTIONS.read(folder / "questions.jsonl")
     videos = sorted({item.video for item in items})
     return [item for video in videos for item in [i for i in items if i.video == video][:3]]
@@ -285,8 +285,8 @@ def test_documents_that_show_anything_but_one_video_are_refused(logged, scenes, 
 
 def test_a_budget_out_of_reach_is_an_error_and_earlier_layers_reach_it(logged, scenes, task):
     with pytest.raises(BudgetError, match=r"0\.3334"):
-        asked(loaded(method="fastv", retention=0.1), scenes[:1], task)
-    model = loaded(method="fastv", retention=0.2, earliest=True)
+        asked(loaded(pretrained="testbed:shallow", method="fastv", retention=0.1), scenes[:1], task)
+    model = loaded(pretrained="testbed:shallow", method="fastv", retention=0.2, earliest=True)
     (result,) = asked(model, scenes[:1], task, {"max_new_tokens": 1})
     assert result.token_counts.layer_retention == pytest.approx(0.2, abs=2e-3)
 

@@ -28,7 +28,7 @@ ASKED = 4
 def questions(tmp_path_factory):
     """Four questions about each of three scenes, one of which is no video."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=31, scenes=3)
+    write_scenes(folder, world="dense", seed=31, scenes=3)
     items = registry.benchmarks.get("questions").read(folder / "questions.jsonl")
     videos = sorted({item.video for item in items})
     videos[1].write_bytes(b"no video")
@@ -37,7 +37,7 @@ def questions(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def conditions():
-    methods = [vidsieve.load("random"), vidsieve.load("cacovid", "testbed"), vidsieve.load("fastv", layer=1)]
+    methods = [vidsieve.load("random"), vidsieve.load("cacovid", "testbed"), vidsieve.load("fastv", layer=2)]
     return [Condition(None, 16)] + [Condition(method.with_retention(0.3), 16) for method in methods]
 
 
@@ -193,7 +193,7 @@ def test_a_method_that_a_video_refuses_has_no_row(tmp_path, questions, testbed):
     task = QuestionsTask(BENCHMARK, questions[:1], adapter_for(model), processor, "testbed", max_new_tokens=1)
     result = run(tmp_path, task, conditions)
     assert [(row["method"], row["frames"]) for row in result["rows"]] == [("full", 16), ("uniform", 8)]
-    assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.3334" in result["refused"][0]["reason"]
+    assert [row["method"] for row in result["refused"]] == ["fastv"] and "0.2501" in result["refused"][0]["reason"]
     assert result["rows"][1]["vs_full"] is None, "all tokens of as many frames were not asked for"
     with pytest.raises(BudgetError):
         answer(model, processor, read_video(questions[0].video, frames=16), "Colour?", low)

@@ -30,7 +30,7 @@ def conditions():
 @pytest.fixture(scope="module")
 def task(testbed):
     model, processor = testbed
-    return ScenesTask(adapter_for(model), processor, "A", SEED, QUESTIONS)
+    return ScenesTask(adapter_for(model), processor, "dense", SEED, QUESTIONS)
 
 
 def run(folder, task, conditions, share=(0, 1)):
@@ -65,7 +65,7 @@ def by_hand(model, processor, methods, questions):
     found = {name: [] for name in methods}
     scene = 0
     while questions > 0:
-        cast = make_cast("A", SEED, scene)
+        cast = make_cast("dense", SEED, scene)
         frames, ready = list(render(cast, SEED, scene)), None
         for question in make_questions(cast, SEED, scene)[:questions]:
             content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]
@@ -109,8 +109,8 @@ def test_a_folder_changes_no_number(whole, task, conditions):
 
 
 def test_stopped_and_shared_runs_give_the_same_files(tmp_path, whole, task, conditions, monkeypatch):
-    scenes = len(scene_questions("A", SEED, QUESTIONS))
-    assert scenes == 3 and sum(map(len, scene_questions("A", SEED, QUESTIONS))) == QUESTIONS
+    scenes = len(scene_questions("dense", SEED, QUESTIONS))
+    assert scenes == 3 and sum(map(len, scene_questions("dense", SEED, QUESTIONS))) == QUESTIONS
     real, asked = measuring.read_scene, []
 
     def stopped(*arguments):
@@ -196,3 +196,12 @@ def test_what_the_command_refuses_is_refused_by_hand_too(whole, testbed):
     assert "cannot go below" in refused["reason"]
     with pytest.raises(BudgetError, match="cannot go below"):
         by_hand(*testbed, {"refused": method}, 1)
+
+
+def test_a_method_that_the_models_layers_do_not_allow_has_no_row(task):
+    """Of the deep model's layers the first two slide: SparseVLM's own first stage, layer 1 of 8, would run wrongly."""
+    conditions = scene_conditions(named_methods(["random", "sparsevlm"], prefill=True), [0.5])
+    table = experiment.run(replace(task, questions=3), conditions).result
+    assert [row["method"] for row in table["rows"]] == ["full", "random"]
+    (refused,) = table["refused"]
+    assert refused["method"] == "sparsevlm" and "sliding_attention in layer 0, 1: layers from 2 on" in refused["reason"]

@@ -54,7 +54,7 @@ def write(path, rows):
 def scenes(tmp_path_factory):
     """Questions on three scenes, and rows with a fault each between them."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_scenes(folder, world="A", seed=5, scenes=3)
+    write_scenes(folder, world="dense", seed=5, scenes=3)
     asked = [row for row in lines(folder / "questions.jsonl") if "question" in row]
     asked = [row | {"id": n} for n, row in enumerate(asked[::5])]
     (folder / "broken.mp4").write_bytes(b"nothing")

@@ -22,7 +22,7 @@ from vidsieve.video.reading import read_video
 def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     for index in range(6):
-        write_scene(folder / f"{index}.mp4", world="A", seed=9, index=index)
+        write_scene(folder / f"{index}.mp4", world="dense", seed=9, index=index)
     return folder
 
 

@@ -124,7 +124,7 @@ def clip(tmp_path_factory):
     from vidsieve.testbed.files import write_scene
 
     path = tmp_path_factory.mktemp("clip") / "0.mp4"
-    write_scene(path, world="A", seed=9, index=0)
+    write_scene(path, world="dense", seed=9, index=0)
     return path.read_bytes()
 
 

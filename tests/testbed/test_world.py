@@ -13,10 +13,15 @@ import pytest
 from vidsieve.testbed.questions import KINDS, make_caption, make_questions, place_of
 from vidsieve.testbed.sprites import sprite_bank
 from vidsieve.testbed.vocabulary import FIXTURES, GLYPHS, QUESTION_NAME, SHAPES, VOCABULARY
-from vidsieve.testbed.world import FRAMES, GRID, SIDE, TOKENS, make_cast, render
+from vidsieve.testbed.world import FRAMES, GRID, SIDE, TOKENS, WORLDS, make_cast, render
 from workbench.testbed import tower
 
-FROZEN = {"A": "9d4c547d685fab387462ecb31fb742c6", "B": "7ee29439ba3acfb60a4601f644b8dee9"}
+FROZEN = {
+    "dense": "9d4c547d685fab387462ecb31fb742c6",
+    "dense-b": "7ee29439ba3acfb60a4601f644b8dee9",
+    "sparse": "049cdff157179ddc151a145e34fb82f5",
+    "sparse-b": "9ddac24b6af17c61922c23e96f2be9d6",
+}
 
 
 def world_hash(world):
@@ -29,13 +34,13 @@ def world_hash(world):
     return digest.hexdigest()[:32]
 
 
-@pytest.mark.parametrize("world", ["A", "B"])
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_world_is_frozen(world):
     """100 scenes of each world: pixels, questions, captions. Changing them means re-running every number."""
     assert world_hash(world) == FROZEN[world]
 
 
-def scenes(count=40, world="A"):
+def scenes(count=40, world="dense"):
     for index in range(count):
         cast = make_cast(world, 77, index)
         yield cast, make_questions(cast, 77, index)
@@ -48,8 +53,9 @@ def test_a_cell_shows_one_thing_at_a_time():
         assert all(0 <= t < FRAMES and 0 <= r < GRID and 0 <= c < GRID for t, r, c in used)
 
 
-def test_every_question_has_one_right_answer():
-    for cast, questions in scenes():
+@pytest.mark.parametrize("world", ["dense", "sparse"])
+def test_every_question_has_one_right_answer(world):
+    for cast, questions in scenes(world=world):
         asked = [o for o in cast.objects if o.kind != "glyph"]
         assert {q.kind for q in questions} >= set(KINDS) - {"order"}
         for question in questions:
@@ -75,6 +81,20 @@ def test_every_question_has_one_right_answer():
             assert set(question.targets) <= {token for o in about for token in o.tokens()}
 
 
+def test_the_sparse_world_has_few_askable_objects_and_few_questions_about_order():
+    for cast, questions in scenes(20, "sparse"):
+        kinds = Counter(thing.kind for thing in cast.objects)
+        assert kinds == {"fixture": 2, "mover": 2, "flash": 18, "glyph": 140}
+        assert Counter(q.kind for q in questions)["order"] <= 4
+        colours = [o.colour for o in cast.objects if o.kind != "flash"]
+        named = [
+            word
+            for word in QUESTION_NAME
+            if any(QUESTION_NAME[word] in q.text for q in questions if "which shape was" in q.text)
+        ]
+        assert not set(named) & set(colours)
+
+
 def test_glyphs_are_never_named():
     for cast, questions in scenes(10):
         text = make_caption(cast) + " ".join(q.text + " ".join(q.options) for q in questions)
@@ -93,8 +113,9 @@ def test_answers_do_not_leak_through_the_text():
         assert max(of_kind) / sum(of_kind) < 0.33
 
 
-def test_captions_state_what_questions_ask():
-    for cast, questions in scenes(20):
+@pytest.mark.parametrize("world", ["dense", "sparse"])
+def test_captions_state_what_questions_ask(world):
+    for cast, questions in scenes(20, world):
         said = make_caption(cast).split()
         for question in questions:
             assert question.answer in said
@@ -110,20 +131,20 @@ def test_every_word_is_in_the_vocabulary():
 
 
 def test_frames_are_pixels_of_the_right_size():
-    frames = render(make_cast("A", 5, 0), 5, 0)
+    frames = render(make_cast("dense", 5, 0), 5, 0)
     assert frames.shape == (FRAMES, SIDE, SIDE, 3) and frames.dtype == np.uint8 and TOKENS == 576
-    assert np.array_equal(frames, render(make_cast("A", 5, 0), 5, 0))
-    assert not np.array_equal(frames, render(make_cast("A", 6, 0), 6, 0))
+    assert np.array_equal(frames, render(make_cast("dense", 5, 0), 5, 0))
+    assert not np.array_equal(frames, render(make_cast("dense", 6, 0), 6, 0))
 
 
-def test_world_b_draws_the_same_names_differently():
+def test_the_twins_draw_the_same_names_differently():
     a, b = sprite_bank("A"), sprite_bank("B")
     for name in (*SHAPES, *FIXTURES):
         assert np.abs(a[name] - b[name]).mean() > 0.02, name
 
 
 def test_objects_are_painted_where_the_cast_says():
-    cast = make_cast("A", 9, 3)
+    cast = make_cast("dense", 9, 3)
     frames = render(cast, 9, 3).astype(int)
     white = [o for o in cast.objects if o.colour == "white" and o.shape == "square"] or [
         o for o in cast.objects if o.shape in ("square", "circle", "diamond", "heart")
@@ -140,7 +161,7 @@ def test_many_scenes_are_made_by_processes_in_their_order(monkeypatch):
     used = []
     monkeypatch.setattr(tower, "get_context", lambda kind: used.append(kind) or multiprocessing.get_context(kind))
     few, many = (
-        list(tower.rendered("A", 3, 64, work=itemgetter(2))),
-        list(tower.rendered("A", 3, 65, work=itemgetter(2))),
+        list(tower.rendered("dense", 3, 64, work=itemgetter(2))),
+        list(tower.rendered("dense", 3, 65, work=itemgetter(2))),
     )
     assert few == list(range(64)) and many == list(range(65)) and used == ["spawn"]

@@ -67,7 +67,7 @@ def test_blind_answers_are_those_of_the_filter(testbed):
     """The filter writes the prompt anew without a video; here it is cut out of the ready one."""
     model, processor = testbed
     prompts = ScenePrompts(adapter_for(model), processor, seed=3)
-    questions = make_questions(make_cast("A", 3, 0), 3, 0)
+    questions = make_questions(make_cast("dense", 3, 0), 3, 0)
     rows = [{"video": "", "question": q.text, "options": list(q.options), "answer": q.answer} for q in questions]
     wanted = blind_answers(model, processor, rows)
     found = []

@@ -135,7 +135,7 @@ def test_attention_rows_are_those_of_the_eager_model(family):
 
 
 def test_the_first_look_finds_what_is_asked_and_mean_attention_does_not(prompts):
-    """World A's disclosed weakness, and CaCoVID's Figure 1: the question's targets by rank under both teachers."""
+    """World dense's weakness, and CaCoVID's Figure 1: the question's targets by rank under both teachers."""
     ranks = {"first_look": [], "attention": []}
     for number in range(12):
         index = number % 32
@@ -154,7 +154,7 @@ def test_the_first_look_finds_what_is_asked_and_mean_attention_does_not(prompts)
 def test_captions_are_looked_at_from_their_own_words(prompts):
     rollouts = Rollouts(prompts.adapter, prompts.caption(1).inputs)
     scores = {teacher: teacher_scores(rollouts, teacher) for teacher in ("first_look", "attention")}
-    cast = make_cast("A", 3, 1)
+    cast = make_cast("dense", 3, 1)
     named = {t for o in cast.objects if o.kind == "fixture" or o.shape in cast.unique_shapes for t in o.tokens()}
     inside = torch.zeros(TOKENS, dtype=torch.bool)
     inside[list(named)] = True
@@ -244,8 +244,8 @@ def test_entropy_floor_and_band_reach_the_loss(testbed, tmp_path):
     assert band["last_metrics"]["loss"] - free["last_metrics"]["loss"] == pytest.approx(0.2, abs=0.03)
 
 
-def test_the_release_draws_all_iterations_from_the_first_policy(testbed, tmp_path, cpo_calls):
-    record, _ = run(testbed, tmp_path, "cacovid", "official", steps=1, prompts_per_step=1, iterations=2, head_lr=0.01)
+def test_the_release_draws_all_iterations_from_the_first_policy(shallow, tmp_path, cpo_calls):
+    record, _ = run(shallow, tmp_path, "cacovid", "official", steps=1, prompts_per_step=1, iterations=2, head_lr=0.01)
     (first, _, masks, options), frames, (second, old, both, _) = cpo_calls[:3]
     assert (len(masks), len(frames[2]), len(both)) == (23, 8, 46)
     assert options["balanced"] and not frames[3]["balanced"]
@@ -277,13 +277,13 @@ def test_the_release_is_blind_and_the_paper_is_not(testbed, prompts):
 
 def test_a_pseudo_video_holds_still_images(testbed):
     for index in range(20):
-        cast, frames = make_pseudo("A", 3, index)
-        again = make_pseudo("A", 3, index)[1]
+        cast, frames = make_pseudo("dense", 3, index)
+        again = make_pseudo("dense", 3, index)[1]
         assert frames.shape[0] == FRAMES and (frames == again).all()
         changed = [t for t in range(1, FRAMES) if (frames[t] != frames[t - 1]).any()]
         lengths = [b - a for a, b in zip([0, *changed], [*changed, FRAMES], strict=True)]
         assert 3 <= len(lengths) <= 4 and all(HELD[0] <= length <= HELD[1] for length in lengths)
-        scene = render(make_cast("A", 3, index), 3, index)
+        scene = render(make_cast("dense", 3, index), 3, index)
         assert all(any((frame == other).all() for other in scene) for frame in frames)
         starts = {o.track[0][0] for o in cast.objects}
         assert starts <= {0, *changed}, "nothing appears while an image is held"
@@ -301,7 +301,7 @@ def test_the_curriculum_begins_with_pseudo_videos_and_their_own_tolerance(testbe
 
     monkeypatch.setattr(rl_score, "score_rewards", noted)
     run(testbed, tmp_path, "score", "paper", steps=3, prompts_per_step=1, pseudo_steps=2, lr=0.0, seed=3)
-    source = ScenePrompts(prompts.adapter, prompts.processor, seed=100_003)
+    source = ScenePrompts(prompts.adapter, prompts.processor, "sparse", seed=100_003)
     everything = torch.ones(1, TOKENS, dtype=torch.bool)
     samples = [source.pseudo(0), source.pseudo(1), source.caption(0)]
     wanted = [float(Rollouts(prompts.adapter, s.inputs).caption_ce(everything)[0]) for s in samples]
@@ -409,7 +409,7 @@ def test_the_entropy_floor_looks_at_what_is_drawn_from(testbed, tmp_path):
 
 
 def test_cacovids_entropy_floor_adds_what_is_missing_below_it(testbed, tmp_path):
-    settings = {"steps": 1, "prompts_per_step": 1, "objective": "distil"}
+    settings = {"steps": 1, "prompts_per_step": 1, "objective": "distil", "start": "first_look"}
     _, (plain,) = run(testbed, tmp_path / "a", "cacovid", **settings)
     _, (floor,) = run(testbed, tmp_path / "b", "cacovid", entropy_floor=0.69, **settings)
     missing = 0.69 - floor["entropy"] * math.log(2)
@@ -429,21 +429,58 @@ def test_a_prompt_taken_twice_in_a_step_teaches_what_it_teaches_once(testbed, tm
     assert once["gradient_norm"] > 0.001 and twice["gradient_norm"] == pytest.approx(once["gradient_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("looks", "features"), [("all", 9), ("mean", 4), ("none", 0)])
-def test_what_a_policy_sees_of_the_first_look(testbed, tmp_path, prompts, looks, features):
-    """Four heads: their strongest and their mean over words, and the strongest of all; or the means; or nothing."""
+@pytest.mark.parametrize("start", ["nothing", "first_look"])
+def test_what_a_policy_starts_from(testbed, tmp_path, prompts, start):
+    """The first layer that sees the video is the third of the deep model; without it, the policy starts blank."""
     from vidsieve import load
-    from vidsieve.types import Need
 
-    run(testbed, tmp_path, "cacovid", steps=1, looks=looks)
-    policy = load(tmp_path / "policy").policy
-    scorer = policy.scorer
-    assert scorer.trust.shape == (features,) and (scorer.first_look is None) == (looks == "none")
-    video = Rollouts(prompts.adapter, prompts.choice(0).inputs).video(frozenset({Need.QUESTION}))
-    if looks == "mean":
-        attention = scorer.first_look(video, video.prompt).clamp(-8, 8)
-        words = attention.shape[1]
-        even = torch.full((words, 1), 1 / words)
-        assert torch.allclose(scorer._look(video, video.prompt, even), attention.mean(1).T, atol=1e-5)
-    tokens, frames = policy(video)
-    assert tokens.shape == (TOKENS, 2) and frames.shape == (FRAMES, 2)
+    run(testbed, tmp_path, "cacovid", steps=1, start=start, head_lr=0.0)
+    scorer = load(tmp_path / "policy").policy.scorer
+    if start == "nothing":
+        assert scorer.first_look is None
+        return
+    adapter = prompts.adapter
+    assert adapter.first_full_layer == 2
+    assert torch.equal(
+        scorer.first_look.self_attn.q_proj.weight, adapter.layer_state(2).weights["self_attn.q_proj.weight"]
+    )
+
+
+def test_literal_policies_start_at_the_first_layer_that_sees_the_video(testbed, shallow, tmp_path):
+    run(testbed, tmp_path / "paper", "cacovid", "paper", steps=1, body_lr=0.0)
+    from vidsieve import load
+
+    policy, adapter = load(tmp_path / "paper" / "policy").policy, adapter_for(testbed[0])
+    assert torch.equal(
+        policy.layers[0].self_attn.q_proj.weight, adapter.layer_state(2).weights["self_attn.q_proj.weight"]
+    )
+    with pytest.raises(TrainingError, match="'official' starts from the LLM's layer 0, which has sliding"):
+        run(testbed, tmp_path / "official", "cacovid", "official", steps=1)
+    run(shallow, tmp_path / "shallow", "cacovid", "official", steps=1, prompts_per_step=1)
+
+
+def test_captions_that_one_token_predicts_are_an_error_before_training(shallow, tmp_path, monkeypatch):
+    monkeypatch.setattr(Rollouts, "caption_ce", lambda self, kept: torch.full((len(kept),), 1.5))
+    with pytest.raises(TrainingError, match=r"single token predicts the captions .* \(cross-entropy 1.500 and 1.500\)"):
+        run(shallow, tmp_path, "score", "paper", steps=1, prompts_per_step=2)
+    assert not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path)
+    run(shallow, tmp_path / "group", "score", steps=1, prompts_per_step=2)
+
+
+@pytest.mark.parametrize("world", ["dense", "sparse"])
+def test_the_captions_of_the_worlds_need_the_video(shallow, world):
+    prompts = ScenePrompts(adapter_for(shallow[0]), shallow[1], world, seed=3)
+    for number in range(2):
+        rollouts = Rollouts(prompts.adapter, prompts.caption(number).inputs)
+        masks = torch.zeros(2, TOKENS, dtype=torch.bool)
+        masks[0], masks[1, 300] = True, True
+        full, one = rollouts.caption_ce(masks).tolist()
+        assert one > 1.5 * full
+
+
+def test_a_world_is_for_the_testbeds_scenes_only(testbed, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("")
+    with pytest.raises(TrainingError, match="world chooses the testbed's scenes"):
+        train_policy("cacovid", *testbed, tmp_path / "run", {"world": "sparse"}, files=Files(tmp_path / "rows.jsonl"))
+    with pytest.raises(UnknownNameError, match="world"):
+        train_policy("cacovid", *testbed, tmp_path / "run", {"world": "sparser"})

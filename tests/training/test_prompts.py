@@ -18,7 +18,7 @@ from vidsieve.training.sources import Files
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("files")
-    write_scenes(place, world="A", seed=1, scenes=2)
+    write_scenes(place, world="dense", seed=1, scenes=2)
     return place
 
 

@@ -89,7 +89,7 @@ def test_other_threads_are_refused_and_forced_ones_recorded(testbed, tmp_path):
         record = train(testbed, tmp_path, resume=True, force=True, head_lr=0.003)
     finally:
         torch.set_num_threads(before)
-    changed = ["steps was 2, is 4", "head_lr was 0.002, is 0.003", f"threads was {before}, is {before + 1}"]
+    changed = ["steps was 2, is 4", "head_lr was 0.004, is 0.003", f"threads was {before}, is {before + 1}"]
     assert record["changes"] == [{"step": 2, "changed": changed}], "also what may change without --force"
     assert read_config(tmp_path / "policy").training["changes"] == record["changes"]
 

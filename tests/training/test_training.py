@@ -207,7 +207,7 @@ def object_share(policy, prompts, seed, scenes=4):
     right = []
     for index in range(scenes):
         video = Rollouts(prompts.adapter, prompts.caption(index).inputs).video()
-        things = [o for o in make_cast("A", seed, index).objects if o.kind != "glyph"]
+        things = [o for o in make_cast("dense", seed, index).objects if o.kind != "glyph"]
         shown = torch.zeros(video.num_tokens, dtype=torch.bool)
         shown[[token for thing in things for token in thing.tokens()]] = True
         with torch.no_grad():
@@ -227,12 +227,13 @@ def test_score_learns_what_objects_are(testbed, tmp_path):
     assert after > max(0.7, before + 0.15), (before, after)
 
 
-@pytest.mark.slow
-def test_cacovid_learns_to_be_right_more_often(testbed, tmp_path):
-    rates = {"head_lr": 0.02, "body_lr": 3e-4}
-    train(testbed, tmp_path, "cacovid", steps=24, prompts_per_step=8, log_every=8, save_every=24, **rates)
-    lines = read_metrics(tmp_path)
-    assert lines[-1]["right"] > lines[0]["right"] + 0.1
+def test_cacovid_learns_the_answers_of_few_prompts(testbed, tmp_path, monkeypatch):
+    """Eight prompts again and again: the policy finds the tokens that each of them needs, from nothing."""
+    choice = ScenePrompts.choice
+    monkeypatch.setattr(ScenePrompts, "choice", lambda self, number: choice(self, number % 8))
+    train(testbed, tmp_path, "cacovid", steps=20, prompts_per_step=8, log_every=4, save_every=20)
+    right = [line["right"] for line in read_metrics(tmp_path)]
+    assert right[0] < 0.75 and right[-1] > 0.95, right
 
 
 def test_the_rate_of_a_group_is_not_the_policys_to_choose(testbed, tmp_path):
@@ -308,7 +309,8 @@ def test_later_iterations_learn_from_earlier_rollouts_too(testbed, tmp_path, mon
 
     original = rl_cacovid.cpo_loss
     monkeypatch.setattr(rl_cacovid, "cpo_loss", noted)
-    train(testbed, tmp_path, "cacovid", variant="paper", steps=1, prompts_per_step=1, iterations=2, head_lr=0.01)
+    one = {"steps": 1, "prompts_per_step": 1, "iterations": 2, "frame_rollouts": 8, "head_lr": 0.01}
+    train(testbed, tmp_path, "cacovid", variant="paper", **one)
     (first, *_), _, (second, old, masks, advantages, options) = seen[:3]
     assert len(seen[0][2]) == 24 and len(masks) == 48 and not torch.equal(first, second)
     assert torch.equal(masks[:24], seen[0][2]) and torch.equal(old[:24], seen[0][1])
@@ -364,7 +366,9 @@ def test_bodies_start_as_the_llms_first_layers_and_train(testbed, tmp_path, body
     if body == "question":
         return
     assert len(policy.layers) == depth
-    for ours, theirs in zip(policy.layers, adapter_for(model).decoder_layers, strict=False):
+    adapter = adapter_for(model)
+    assert adapter.first_full_layer == 2, "the layers before slide, and do not see the whole prompt"
+    for ours, theirs in zip(policy.layers, adapter.decoder_layers[2:], strict=False):
         weights = theirs.state_dict()
         assert all(torch.equal(value, weights[name].float()) for name, value in ours.state_dict().items())
     assert any("mlp" in name for name in dict(policy.layers.named_parameters())) == (body != "attention")
@@ -405,7 +409,7 @@ def test_generated_answers_are_those_of_generate_and_agree_with_the_best_option(
 def test_the_generate_reward_trains_on_questions_of_every_kind(testbed, tmp_path):
     from vidsieve.testbed.files import write_scenes
 
-    write_scenes(tmp_path / "scenes", world="A", seed=1, scenes=1)
+    write_scenes(tmp_path / "scenes", world="dense", seed=1, scenes=1)
     lines = [
         {"video": "scene-0000.mp4", "question": "how many ?", "answer": "3", "problem_type": "numerical"},
         {"video": "scene-0000.mp4", "question": "what colour ?", "options": ["red", "blue"], "answer": "red"},

@@ -44,9 +44,10 @@ def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed(
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     single = sum(len(table.conditions) for table in TABLES)
     assert len([run for run in runs if run.seed == 0]) < single, "the base is run once"
-    limited = [table for table in TABLES if table.seeds == 3]
-    assert limited and len(runs_of(limited, 5, 24)) == 3 * len(limited[0].conditions)
-    assert len(runs_of(limited, 1, 24)) == len(limited[0].conditions) == limited[0].count(1) * 3
+    limited = [table for table in TABLES if table.seeds == 1][:1]
+    assert limited and len(runs_of(limited, 5, 24)) == len(limited[0].conditions)
+    (claimed,) = [table for table in TABLES if table.name == "pull"]
+    assert len(runs_of([claimed], 5, 24)) == 5 * len(claimed.conditions)
 
 
 def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch):

@@ -30,12 +30,12 @@ ABSENT = ("there", "made up")
 
 
 def asking(talker, seed=9001):
-    return OpenTask(*talker, "A", seed, 2)
+    return OpenTask(*talker, "dense", seed, 2)
 
 
 @pytest.fixture(scope="module")
 def scene(talker):
-    return read_scene(*talker, "A", 9001, 0)
+    return read_scene(*talker, "dense", 9001, 0)
 
 
 def test_a_caption_is_judged_sentence_by_sentence(talker, scene):
@@ -62,7 +62,7 @@ def test_a_method_that_reads_the_question_chooses_for_each(talker, scene, monkey
     method = vidsieve.load("cacovid", "testbed", retention=0.05)
     few = replace(scene, questions=scene.questions[:8])
     records = asking(talker, seed=0).measure_scene(few, "0", [Condition(method)])
-    frames = list(render(open_cast("A", 9001, 0)[0], 9001, 0))
+    frames = list(render(open_cast("dense", 9001, 0)[0], 9001, 0))
     alone = []
     for question in few.questions:
         content = [{"type": "video", "video": frames}, {"type": "text", "text": question.text}]

@@ -90,7 +90,7 @@ def test_trainings_stand_beside_the_retention_nearest_to_theirs():
     table = PAPER_TABLES["score:table5"]
     rows = [{"label": own.label, "0.1": {"seeds": [0.5 + n, 0.7 + n]}} for n, own in enumerate(table.trained.values())]
     cells = training_cells("m", table, [{"name": "residual", "rows": rows}], {r: ["0.4", "0.1"] for r in table.trained})
-    cell = cells["m", "without residual", "0.1", "testbed A, 10 %"]
+    cell = cells["m", "without residual", "0.1", "testbed dense, 10 %"]
     assert cell["measured"] == pytest.approx(60) and cell["stderr"] == pytest.approx(10)
     assert len(cells) == 2
 

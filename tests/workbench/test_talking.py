@@ -22,7 +22,7 @@ NAMES = {name: shape for shape, name in QUESTION_NAME.items()}
 
 @pytest.mark.parametrize("index", range(6))
 def test_counts_are_those_of_the_scene(index):
-    cast, gone = open_cast("A", 5, index)
+    cast, gone = open_cast("dense", 5, index)
     asked = counting_questions(cast, 5, index)
     seen = Counter(o.shape for o in cast.objects if o.kind == "flash")
     assert len(gone) == 2 and not set(gone) & set(cast.objects)
@@ -36,7 +36,7 @@ def test_counts_are_those_of_the_scene(index):
 
 @pytest.mark.parametrize("index", range(4))
 def test_what_is_asked_about_is_there_or_gone_and_looks_no_different(index):
-    cast, gone = open_cast("A", 5, index)
+    cast, gone = open_cast("dense", 5, index)
     asked = absent_questions(cast, gone, 5, index)
     missing = {QUESTION_NAME[o.shape] for o in gone}
     for question in asked:
@@ -47,14 +47,14 @@ def test_what_is_asked_about_is_there_or_gone_and_looks_no_different(index):
 
 
 def test_what_is_gone_is_not_drawn():
-    before, (cast, gone) = make_cast("A", 5, 0), open_cast("A", 5, 0)
+    before, (cast, gone) = make_cast("dense", 5, 0), open_cast("dense", 5, 0)
     drawn = render(cast, 5, 0)
     still = render(replace(before, objects=tuple(o for o in before.objects if o not in gone)), 5, 0)
     assert np.array_equal(drawn, still) and not np.array_equal(drawn, render(before, 5, 0))
 
 
 def test_training_prompts_know_the_new_words_and_what_is_needed():
-    frames, asked, caption, weights = describe_open(("A", 5, 0))
+    frames, asked, caption, weights = describe_open(("dense", 5, 0))
     assert frames.shape == (16, 144, 144, 3) and weights.shape == (576,) and caption
     counted = [q for q in asked if q.kind == "count"]
     assert any(q.answer == TALK_ID["three"] and len(q.needed) == 3 for q in counted)
@@ -62,10 +62,9 @@ def test_training_prompts_know_the_new_words_and_what_is_needed():
     assert max(q.answer for q in asked) < len(VOCABULARY) + len(TALK_WORDS)
 
 
-def test_the_talker_has_the_shipped_models_eyes_words_and_first_layer():
+def test_the_talker_has_the_shallow_models_eyes_words_and_first_layer(shallow):
     talker, processor = load_model(str(TALKER))
-    plain, _ = load_model("testbed")
-    mine, theirs = talker.float().state_dict(), plain.state_dict()
+    mine, theirs = talker.float().state_dict(), shallow[0].state_dict()
     assert WORD_ID.items() <= TALK_ID.items() and processor.tokenizer("none three")["input_ids"] == [
         TALK_ID["none"],
         TALK_ID["three"],

@@ -111,7 +111,7 @@ def reproduce(
         shared.out.print(one.to_rich())
     if testbed and spec.kind == "accuracy":
         shared.out.print(
-            f"testbed: {subset or 480} questions of each world; “relative” is of world A; trained rows are the "
+            f"testbed: {subset or 480} questions of each world; “relative” is of world dense; trained rows are the "
             "policies that come with the package",
             soft_wrap=True,
         )

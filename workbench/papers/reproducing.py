@@ -121,8 +121,8 @@ def testbed_cells(model: str, result: Mapping[str, Any]) -> Cells:
     for line in result["rows"]:
         where = model, _row(line), f"{line['retention']:g}"
         found[*where, column] = _percent(line["accuracy"], line["stderr"])
-        if result["world"] == "A":
-            note = "of the testbed's world A"
+        if result["world"] == "dense":
+            note = "of the testbed's world dense"
             found[*where, "relative"] = {"measured": 100 * line["accuracy"] / full, "note": note}
     for line in result["refused"]:
         found[model, line["method"], f"{line['retention']:g}", column] = {"measured": None, "note": line["reason"]}
@@ -147,7 +147,7 @@ def training_cells(
             error = 100 * (sum((s - mean) ** 2 for s in seeds) / (len(seeds) - 1) / len(seeds)) ** 0.5
         cell = {"measured": 100 * mean, "stderr": error, "note": f"at 10 %, {len(seeds)} seeds: {own.label}"}
         nearest = min(retentions[row], key=lambda kept: abs(float(kept) - 0.1))
-        found[model, row, nearest, "testbed A, 10 %"] = cell
+        found[model, row, nearest, "testbed dense, 10 %"] = cell
     return found
 
 

@@ -123,7 +123,7 @@ def on_testbed(part: Part, subset: int) -> dict[Any, Any]:
     kept = sorted({at for _, ratios in part.rows for at in ratios}, reverse=True)
     conditions += [SceneCondition(load("random", retention=at)) for at in kept]
     cells: dict[Any, Any] = {}
-    for world in ("A", "B"):
+    for world in ("dense", "dense-b"):
         task = ScenesTask(adapter_for(model), processor, world, 9001 + part.seed, subset)
         result = _run(task, conditions, "scenes", part.folder / f"testbed-{world}")
         part.settings[world] = result["settings"]
@@ -141,7 +141,7 @@ def trained(part: Part, seeds: int) -> dict[Any, Any]:
     labels = {own.label for own in part.spec.trained.values()}
     task = AblationTask(chosen_tables(list(wanted)), seeds, 480, part.folder / "trainings", labels=labels)
     if part.plan:
-        out.print(f"{part.family}: {len(task.runs)} trainings on the testbed, about a minute each", markup=False)
+        out.print(f"{part.family}: {len(task.runs)} trainings on the testbed, some ten minutes each", markup=False)
         return {}
     result = _run(task, [], "trainings")
     part.settings |= {"model": "testbed", "questions": 480, "seeds": seeds, "versions": result["versions"]}

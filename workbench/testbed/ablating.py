@@ -32,7 +32,7 @@ from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.run_folder import read_metrics
-from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
 RETENTIONS = (0.1, 0.05)
@@ -55,16 +55,22 @@ class Run:
         """A name made of everything that the result depends on, but the code itself."""
         c = self.condition
         settings = SETTINGS[self.method, c.variant] | c.settings
-        config = asdict((CaCoVIDConfig if self.method == "cacovid" else ScoreConfig)(**settings))
+        config = asdict(CONFIGS[self.method](**settings))
         parts = [self.method, c.variant, config, c.probes, self.seed, self.questions, EVAL_SEED, RETENTIONS]
-        parts += [WORLD_VERSION, _model_digest()]
+        parts += [WORLD_VERSION, _model_digest(c.model)]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.method}-{digest}-{self.seed}"
 
+    @property
+    def world(self) -> str:
+        """The world that the policy is trained and measured in."""
+        settings = SETTINGS[self.method, self.condition.variant] | self.condition.settings
+        return CONFIGS[self.method](**settings).world
+
 
 @cache
-def _model_digest() -> str:
-    return hashlib.sha256((shipped_model() / "model.safetensors").read_bytes()).hexdigest()
+def _model_digest(model: str) -> str:
+    return hashlib.sha256((shipped_model(model) / "model.safetensors").read_bytes()).hexdigest()
 
 
 def runs_of(tables: Sequence[AblationTable], seeds: int, questions: int) -> list[Run]:
@@ -88,7 +94,8 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     from vidsieve.loading import load_model
 
     torch.set_num_threads(1)
-    model, processor = load_model("testbed")
+    name = run.condition.model
+    model, processor = load_model(name)
     settings = run.condition.settings | {"seed": run.seed, "eval_prompts": 0}
     record = train_policy(
         run.method,
@@ -97,10 +104,10 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         home,
         settings,
         variant=run.condition.variant,
-        model_name="testbed",
+        model_name=name,
         resume=os.path.exists(home / METRICS),
     )
-    task = ScenesTask(adapter_for(model), processor, "A", EVAL_SEED, run.questions)
+    task = ScenesTask(adapter_for(model), processor, run.world, EVAL_SEED, run.questions, name)
     _, *conditions = scene_conditions({run.method: method_for(str(home))}, RETENTIONS, probes=run.condition.probes)
     marks = task.marks(measured(task, conditions))
     rows = {condition.key: condition.described() for condition in conditions}

@@ -11,9 +11,11 @@ import typer
 
 from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
+from vidsieve.errors import UnknownNameError
 from vidsieve.io.files import writing
 from vidsieve.loading import load_model
 from vidsieve.retention import parse_retentions
+from vidsieve.testbed.world import world_of
 
 TALKER = Path(__file__).with_name("talker")
 """The testbed's model, trained further to count and to say what is not there."""
@@ -23,7 +25,10 @@ Out = Annotated[
 
 
 def build(
-    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
+    folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished models go.")],
+    model: Annotated[
+        str, typer.Option(help="'shallow', 'deep' (from the shallow one), 'second' (another deep one), or 'all'.")
+    ] = "all",
     seed: Annotated[int, typer.Option(help="Seed of scenes and weights.")] = 11,
     scenes: Annotated[int, typer.Option(help="Training scenes of the language model.", min=1)] = 4000,
     quick: Annotated[
@@ -32,15 +37,17 @@ def build(
     threads: shared.Threads = 0,
     json: shared.Json = None,
 ) -> None:
-    """Train the testbed's model from nothing by the committed recipe; goes on where it was stopped."""
+    """Train the testbed's models by the committed recipe; goes on where it was stopped."""
+    if model not in (names := ("all", "shallow", "deep", "second")):
+        raise UnknownNameError("model", model, names)
     shared.check_output(json)
-    shared.check_output(folder / "model" / "config.json")
+    shared.check_output(folder / model / model / "config.json")
     shared.set_threads(threads)
     from workbench.testbed.build import build_testbed
 
     shared.quiet()
     record = build_testbed(
-        folder, seed=seed, scenes=scenes, quick=quick, log=lambda line: shared.out.print(line, highlight=False)
+        folder, model, seed=seed, scenes=scenes, quick=quick, log=lambda line: shared.out.print(line, highlight=False)
     )
     shared.write_json(json, record)
 
@@ -68,7 +75,7 @@ def separation(
     retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1,0.05,0.025",
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
     questions: Annotated[int, typer.Option(help="Questions.", min=2)] = 2400,
-    world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    world: Annotated[str, typer.Option(help="dense, dense-b, sparse or sparse-b.")] = "dense",
     model: Annotated[str, typer.Option(help="Folder of a testbed model, or 'testbed'.")] = "testbed",
     attention: Annotated[
         bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
@@ -80,7 +87,7 @@ def separation(
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
     shared.check_output(json)
-    shared.check_world(world)
+    world_of(world)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.tasks.testbed import ScenesTask
@@ -97,12 +104,48 @@ def separation(
     shared.write_json(json, result | {"targets": targets(result)})
 
 
+def surrogate(
+    folder: Annotated[Path, typer.Argument(help="Folder of the run.")],
+    variant: Annotated[str, typer.Option(help="ours, paper or official.")] = "ours",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting of `vidsieve train cacovid`.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 200,
+    model: Annotated[str, typer.Option(help="One of the testbed's models.")] = "testbed",
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
+) -> None:
+    """Search settings of CaCoVID without the LLM: a coin that knows what a question needs answers. No result."""
+    shared.check_output(json)
+    shared.set_threads(threads)
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.cli.train import parsed
+    from vidsieve.training.settings import CaCoVIDConfig
+    from workbench.testbed.surrogate import search
+
+    settings = parsed(CaCoVIDConfig, set_ or [])
+    shared.quiet()
+    network, processor = load_model(model)
+    figures = search(
+        adapter_for(network.requires_grad_(False)),
+        processor,
+        folder,
+        settings,
+        variant=variant,
+        prompts=prompts,
+        report=lambda line: shared.out.print(line, highlight=False),
+    )
+    shared.write_json(json, figures)
+
+
 def open_ended(
     methods: Annotated[str, typer.Option(help="Names, name:variant, policy folders, or 'all'.")] = "all",
     retention: Annotated[str, typer.Option(help="Retention ratios, comma-separated.")] = "0.25,0.1",
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 9001,
     scenes: Annotated[int, typer.Option(help="Scenes, some 35 questions and a caption each.", min=2)] = 60,
-    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).")] = "A",
+    world: Annotated[
+        str, typer.Option(help="dense or sparse; dense-b or sparse-b, on which nothing is trained.")
+    ] = "dense",
     model: Annotated[str, typer.Option(help="'talker', or the folder of one built anew.")] = "talker",
     earliest: shared.Earliest = False,
     folder: Out = None,
@@ -115,7 +158,7 @@ def open_ended(
     ratios = parse_retentions(retention)
     shared.check_output(json)
     shared.check_output(report, shared.PAGE)
-    shared.check_world(world)
+    world_of(world)
     shard = shared.parse_share(share, folder is not None)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
@@ -129,7 +172,7 @@ def open_ended(
     if "all" not in names and "random" not in names:
         names = ["random", *names]
     shared.quiet()
-    chosen = named_methods(names, earliest=earliest, prefill=True)
+    chosen = named_methods(names, "testbed:shallow", earliest=earliest, prefill=True)  # the talker's words are its
     check_prefill(chosen)
     network, processor = load_model(str(TALKER) if model == "talker" else model)
     task = OpenTask(adapter_for(network.float()), processor, world, seed, scenes, model)
@@ -140,7 +183,7 @@ def open_ended(
 def ablate(
     folder: Annotated[Path, typer.Argument(help="Where runs go; the same folder goes on where it was stopped.")],
     tables: Annotated[str, typer.Option(help="Names of tables, comma-separated.", show_default="all")] = "",
-    seeds: Annotated[int, typer.Option(help="Training seeds.", min=1)] = 5,
+    seeds: Annotated[int, typer.Option(help="Training seeds, at most.", min=1)] = 3,
     questions: Annotated[int, typer.Option(help="Questions each policy is measured on.", min=24)] = 480,
     processes: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
     search: Annotated[

@@ -159,15 +159,20 @@ def run_stage(
     seed: int,
     checkpoint: Path,
     log: Callable[[str], None],
+    frozen: Sequence[int] = (),
 ) -> dict[str, float]:
     """Train the language model through one stage, from `checkpoint` if it was begun.
+
+    The vectors of the words `frozen` stay as they are.
 
     Returns
     -------
     dict
         Held-out accuracy of every kind of question, and the minutes of all sittings.
     """
-    parameters = [*model.model.language_model.parameters(), model.model.image_newline]
+    parameters = [p.requires_grad_(True) for p in (*model.model.language_model.parameters(), model.model.image_newline)]
+    vectors = model.get_input_embeddings().weight
+    kept = vectors.detach()[list(frozen)].clone()
     optimizer = torch.optim.AdamW(parameters, stage.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     begun = load_state(checkpoint, {"model": model}, optimizer) if os.path.exists(checkpoint) else {}
     smooth = float(begun.get("loss", math.nan))
@@ -185,6 +190,8 @@ def run_stage(
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        with torch.no_grad():
+            vectors[list(frozen)] = kept
         smooth = loss.item() if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss.item()
         last = step + 1 == stage.steps
         if (step + 1) % stage.every == 0 or last:

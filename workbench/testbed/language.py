@@ -194,9 +194,23 @@ def run_blocks(
             mask[mine, prefix : mine.start] = False
         attend = mask.expand(batch, -1, -1)
     hidden = model.model.language_model(
-        inputs_embeds=x, position_ids=torch.cat([before, after], 1), attention_mask=attend[:, None], use_cache=False
+        inputs_embeds=x,
+        position_ids=torch.cat([before, after], 1),
+        attention_mask=_masks(model.config.text_config, attend, prefix, length, conversation),
+        use_cache=False,
     ).last_hidden_state[:, prefix:]
     return hidden.reshape(batch, count, length, -1), labels, weights
+
+
+def _masks(text: Any, attend: Tensor, prefix: int, length: int, conversation: bool) -> dict[str, Tensor]:
+    """Return the mask (B, 1, L, L) of each type of layer; a window counts the places that a block alone would have."""
+    masks = {"full_attention": attend[:, None]}
+    if text.sliding_window is not None:
+        place = torch.arange(attend.shape[1])
+        if not conversation:
+            place = torch.where(place < prefix, place, prefix + (place - prefix) % length)
+        masks["sliding_attention"] = (attend & (place[:, None] - place < text.sliding_window))[:, None]
+    return masks
 
 
 def weighted_loss(model: Any, hidden: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ class OpenTask:
     ----------
     adapter, processor : of the model
     world : str
-        "A" or "B".
+        Its name in `WORLDS`.
     seed, scenes : int
     model : str
         Name of the model in ``run.json``.

@@ -87,8 +87,8 @@ def upper_bound(
         conditions |= {(name, count): SceneCondition(m.with_retention(Tokens(count))) for name, m in methods.items()}
     found = {name: Found() for name in ("greedy", f"beam of {width}", *dict.fromkeys(name for name, _ in conditions))}
     clusters: list[int] = []
-    for scene_number, asked in enumerate(scene_questions("A", seed, questions)):
-        scene = read_scene(adapter, processor, "A", seed, scene_number, len(asked))
+    for scene_number, asked in enumerate(scene_questions("dense", seed, questions)):
+        scene = read_scene(adapter, processor, "dense", seed, scene_number, len(asked))
         generator = torch.Generator().manual_seed(seed + scene_number)
         for number in range(len(scene.questions)):
             ask = _asked(adapter, scene, number)

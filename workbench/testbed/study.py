@@ -104,35 +104,49 @@ def _word_similarity(adapter: Adapter, scene: SceneBatch, number: int, video: Vi
     return (tokens @ torch.nn.functional.normalize(words, dim=-1).T).amax(1)
 
 
-class _LastTokenAttention:
-    """Mean-over-heads attention of the last prompt token, every layer; one full forward serves a whole scene."""
+class _Attention:
+    """Attention in every layer of the unpruned LLM; one full forward serves a whole scene.
+
+    Per question and layer: that of the last prompt token (mean over heads), and the strongest of any head from any of
+    the question's words.
+    """
 
     def __init__(self) -> None:
         self.scene: SceneBatch | None = None
-        self.attention: list[Tensor] = []
+        self.rows: dict[str, list[Tensor]] = {}
 
-    def at(self, layer: int) -> Any:
-        """Return the score function of one layer."""
+    def at(self, kind: str, layer: int) -> Any:
+        """Return the score function of one layer, for "last_token" or "words"."""
 
         def score(adapter: Adapter, scene: SceneBatch, number: int, video: VideoTokens) -> Tensor:
             if scene is not self.scene:
-                self.scene, self.attention = scene, self._of(adapter, scene)
-            return self.attention[layer][number][scene.encoded.videos[number].columns]
+                self.scene, self.rows = scene, self._of(adapter, scene)
+            return self.rows[kind][layer][number][scene.encoded.videos[number].columns]
 
         return score
 
     @staticmethod
-    def _of(adapter: Adapter, scene: SceneBatch) -> list[Tensor]:
-        """Return the attention (B, L) of each layer of the unpruned LLM."""
-        whole = Selection(torch.arange(TOKENS))
-        inputs = adapter.build(scene.encoded, [[whole]] * len(scene.questions)).inputs
+    def _of(adapter: Adapter, scene: SceneBatch) -> dict[str, list[Tensor]]:
+        """Return the attention (B, L) of each layer, of both kinds."""
+        whole, encoded = Selection(torch.arange(TOKENS)), scene.encoded
+        inputs = adapter.build(encoded, [[whole]] * len(scene.questions)).inputs
+        asking = [
+            encoded.attention_mask[b].nonzero().flatten()[adapter.prompt(encoded, b).question_mask]
+            for b in range(len(scene.questions))
+        ]
         before = adapter.model.config.get_text_config()._attn_implementation
         adapter.model.set_attn_implementation({"text_config": "eager"})
         try:
             out = adapter.model(**inputs, logits_to_keep=1, use_cache=False, output_attentions=True)
         finally:
             adapter.model.set_attn_implementation({"text_config": before})
-        return [attention[:, :, -1].mean(1) for attention in out.attentions]
+        return {
+            "last_token": [attention[:, :, -1].mean(1) for attention in out.attentions],
+            "words": [
+                torch.stack([heads[:, rows].amax((0, 1)) for heads, rows in zip(attention, asking, strict=True)])
+                for attention in out.attentions
+            ],
+        }
 
 
 HEURISTICS: dict[str, tuple[Any, bool]] = {
@@ -150,8 +164,8 @@ def separation_conditions(
 
     The last one has another video's tokens (`wrong_video`).
     """
-    layers = range(len(adapter.decoder_layers)) if attention else ()
-    conditions, last = [FULL], _LastTokenAttention()
+    layers = range(len(adapter.decoder_layers)) if attention else (adapter.first_full_layer,)
+    conditions = [FULL]
     for retention in retentions:
         count = kept_tokens(retention, TOKENS)
         oracles = [
@@ -164,12 +178,22 @@ def separation_conditions(
         later = registry.compressors.get("frame_difference")(retention=retention, first_frame="next")
         conditions.append(SceneCondition(later, suffix="_next"))
         oracles = [Oracle(name, retention, build(count), "-", per) for name, (build, per) in HEURISTICS.items()]
-        oracles += [
-            Oracle(f"last_token_attention_{layer}", retention, _scored(last.at(layer))(count)) for layer in layers
-        ]
         conditions += [SceneCondition(oracle=oracle) for oracle in oracles]
-    conditions += [first_look(adapter, retention) for retention in retentions]
+        conditions += attention_of_layers(adapter, retention) if attention else []
+        conditions += [first_look(adapter, retention, layer) for layer in layers]
     return [*conditions, wrong_video(processor, world, seed)]
+
+
+def attention_of_layers(adapter: Adapter, retention: float) -> list[SceneCondition]:
+    """Return the conditions of every layer's attention under all tokens: from the question's words, the last token."""
+    seen, count = _Attention(), kept_tokens(retention, TOKENS)
+    return [
+        SceneCondition(
+            oracle=Oracle(f"{kind}_attention", retention, _scored(seen.at(kind, layer))(count), f"layer {layer}")
+        )
+        for kind in ("words", "last_token")
+        for layer in range(len(adapter.decoder_layers))
+    ]
 
 
 def targets(result: dict[str, Any]) -> list[str]:
@@ -180,7 +204,7 @@ def targets(result: dict[str, Any]) -> list[str]:
         found = [r["accuracy"] for r in rows if r["method"] == method and r["retention"] == retention]
         return max(found, default=float("nan"))
 
-    knowing = {"full", "wrong_video", "question_oracle", "object_oracle", "first_look"}
+    knowing = {"full", "wrong_video", "question_oracle", "object_oracle", "first_look", "words_attention"}
     full = value("full", 1.0)
     lines = [_line("full tokens ≥ .88", full, full >= 0.88)]
     wrong = value("wrong_video", 1.0)
@@ -214,12 +238,12 @@ def _line(condition: str, figure: float, met: bool) -> str:
     return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"
 
 
-def first_look(adapter: Adapter, retention: float | Tokens) -> SceneCondition:
-    """Return the condition of the LLM's own first look: layer 0's attention from question words, nothing trained.
+def first_look(adapter: Adapter, retention: float | Tokens, layer: int = 0) -> SceneCondition:
+    """Return the condition of a layer's queries and keys on what enters the LLM, question words to video tokens.
 
-    What CaCoVID's variant "ours" starts from; its training adds the difference to this row.
+    Nothing is trained, and nothing of the LLM runs. For layer 0 that is its attention.
     """
-    state = adapter.layer_state(0)
+    state = adapter.layer_state(layer)
     look = FirstLook(state.shape)
     look.load_state_dict({name: tensor for name, tensor in state.weights.items() if name in look.state_dict()})
 
@@ -232,7 +256,7 @@ def first_look(adapter: Adapter, retention: float | Tokens) -> SceneCondition:
     build = _scored(score, frozenset({Need.QUESTION}))
     count = retention.count if isinstance(retention, Tokens) else kept_tokens(retention, TOKENS)
     ratio = count / TOKENS if isinstance(retention, Tokens) else retention
-    return SceneCondition(oracle=Oracle("first_look", ratio, build(count)))
+    return SceneCondition(oracle=Oracle("first_look", ratio, build(count), f"layer {layer}"))
 
 
 def wrong_video(processor: Any, world: str, seed: int) -> SceneCondition:

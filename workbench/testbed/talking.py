@@ -1,9 +1,8 @@
 """Counting, things that are not there, and the training of the model that answers about them.
 
-The testbed's model has never been asked how many there are, nor about what is not in the video. A second one goes on
-import os
-from it and learns both, with its embeddings and its first layer as they were: policies for the one, which read nothing
-else of the LLM, serve the other.
+The testbed's models have never been asked how many there are, nor about what is not in the video. One more goes on
+from the shallow one and learns both, with its embeddings and its first layer as they were: policies for the shallow
+one, which read nothing else of the LLM, serve it too.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def enlarge(model: Any, seed: int) -> None:
 def build_talker(
     folder: Path, *, seed: int, scenes: int, stage: TrainingStage = TALKING, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Go on from the shipped model until it counts and says what is not there; write it to ``folder/model``.
+    """Go on from the shallow model until it counts and says what is not there; write it to ``folder/model``.
 
     A training that was stopped goes on from its last checkpoint in `folder`.
 
@@ -159,7 +158,9 @@ def build_talker(
     """
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(shipped_model(), dtype=torch.float32)
+    model: Any = LlavaOnevisionForConditionalGeneration.from_pretrained(
+        shipped_model("testbed:shallow"), dtype=torch.float32
+    )
     for part in (model.model.vision_tower, model.model.multi_modal_projector):
         part.requires_grad_(False)
     enlarge(model, seed)
@@ -169,8 +170,8 @@ def build_talker(
         figures = load_state(done, {"model": model})["stage"]
     else:
         log(f"rendering and encoding {scenes} scenes")
-        train = prepare(model, "A", seed + 10, scenes, describe=describe_open)
-        held = prepare(model, "A", seed + 11, min(60, scenes), describe=describe_open)
+        train = prepare(model, "dense", seed + 10, scenes, describe=describe_open)
+        held = prepare(model, "dense", seed + 11, min(60, scenes), describe=describe_open)
         begun = folder / "T.begun.safetensors"
         figures = run_stage(model, stage, train, held, seed, begun, log)
         save_state(done, {"model": model}, None, {"stage": figures})
@@ -184,7 +185,7 @@ def build_talker(
         "world_version": WORLD_VERSION,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "goes_on_from": json.loads((shipped_model() / "testbed.json").read_text()),
+        "goes_on_from": json.loads((shipped_model("testbed:shallow") / "testbed.json").read_text()),
     }
     save_model(model, folder / "model", record, words=(*VOCABULARY, *TALK_WORDS))
     return record

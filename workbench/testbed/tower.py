@@ -117,7 +117,7 @@ class DenseHeads(nn.Module):
 
 
 def train_tower(model: Any, recipe: TowerRecipe, seed: int, log: Log) -> dict[str, float]:
-    """Train the vision tower on single frames of world A, each patch and each token on its dense labels.
+    """Train the vision tower on single frames of the dense world, each patch and each token on its dense labels.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def encode(tower: Any, frames: NDArray[np.uint8]) -> Tensor:
 def _frames(seed: int, scenes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     frames = np.empty((scenes * FRAMES, SIDE, SIDE, 3), np.uint8)
     labels = np.empty((scenes * FRAMES, 2, CELLS), np.int64)
-    for index, (video, dense) in enumerate(rendered("A", seed, scenes)):
+    for index, (video, dense) in enumerate(rendered("dense", seed, scenes)):
         frames[index * FRAMES : (index + 1) * FRAMES] = video
         labels[index * FRAMES : (index + 1) * FRAMES] = dense.transpose(1, 0, 2)
     return frames, labels

@@ -190,6 +190,20 @@ class Adapter(Family):
             )
         _check_full(compressor, kinds, first, "drop tokens")
 
+    @property
+    def first_full_layer(self) -> int:
+        """The first decoder layer whose attention reaches the whole prompt.
+
+        Raises
+        ------
+        NeedError
+            If there is none.
+        """
+        kinds = layer_kinds(self.model.config.get_text_config())
+        if FULL not in kinds:
+            raise NeedError(f"no layer of this model has full attention, only {', '.join(sorted(set(kinds)))}")
+        return kinds.index(FULL)
+
     def layer_state(self, index: int = 0) -> LayerState:
         """Return shape and weights (copies) of one decoder layer, for policies that start from it.
 

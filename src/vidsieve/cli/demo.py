@@ -45,11 +45,11 @@ def demo(
     quiet()
     place = folder or Path(tempfile.mkdtemp(prefix="vidsieve-demo-"))
     video_path, picture_path = place / "scene.mp4", place / "kept.png"
-    write_scene(video_path, world="A", seed=seed, index=0)
+    write_scene(video_path, world="dense", seed=seed, index=0)
     out.print(f"a fresh scene in {video_path}")
     model, processor = loading.load_model("testbed")
     methods = {name: method.with_retention(amount) for name, method in named_methods(list(_METHODS)).items()}
-    examples = make_questions(make_cast("A", seed, 0), seed, 0)[:_EXAMPLES]
+    examples = make_questions(make_cast("dense", seed, 0), seed, 0)[:_EXAMPLES]
     kept, record = {}, []
     warm_up = answering.read(video_path, answering.Clock(), frames=FRAMES, fps=None, max_frames=None)
     answering.answer(model, processor, warm_up, examples[0].text, methods["random"], max_new_tokens=4)
@@ -74,7 +74,7 @@ def demo(
         out.print(table(title, columns, lines, right=range(2, len(columns))))
     kept_picture(picture_path, video.pixels, grid, kept, title=f"{examples[0].text}  →  {examples[0].answer}")
     out.print(f"what each method kept for “{escape(examples[0].text)}”: {picture_path}")
-    task = ScenesTask(adapter_for(model), processor, "A", seed + 1, questions)
+    task = ScenesTask(adapter_for(model), processor, "dense", seed + 1, questions)
     conditions = scene_conditions(methods, [methods["random"].budget_ratio(grid.num_tokens)])
     accuracy = run_task(task, conditions, "fresh scenes")
     out.print("model and policies are toys trained on this synthetic world: the README says what that proves")

@@ -110,7 +110,10 @@ def evaluate(
     indices: Annotated[
         bool, typer.Option("--indices", help="Store which tokens each method kept.", rich_help_panel=SETS)
     ] = False,
-    world: Annotated[str, typer.Option(help="A (trained on) or B (never trained on).", rich_help_panel=SCENES)] = "A",
+    world: Annotated[
+        str,
+        typer.Option(help="dense or sparse; dense-b or sparse-b, on which nothing is trained.", rich_help_panel=SCENES),
+    ] = "dense",
     probes: Annotated[
         bool,
         typer.Option("--probes", help="Also ask question-aware methods another question.", rich_help_panel=SCENES),
@@ -193,18 +196,20 @@ def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool)
     if given["subset"] < 2:
         raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
     ratios, names = parse_retentions(given["retention"]), shared.words(given["methods"])
-    shared.check_world(world)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import check_known, check_prefill, named_methods
     from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
-    from vidsieve.loading import load_model
+    from vidsieve.loading import is_testbed, load_model
+    from vidsieve.testbed.world import world_of
 
+    world_of(world)
     for name in names:
         check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
     shared.quiet()
-    methods = named_methods(names, earliest=earliest, prefill=True)
+    name = given["model"] if is_testbed(given["model"]) else "testbed"
+    methods = named_methods(names, name, earliest=earliest, prefill=True)
     check_prefill(methods)
     model, processor = load_model(given["model"])
     task = ScenesTask(adapter_for(model), processor, world, given["seed"], given["subset"], given["model"])

@@ -93,6 +93,7 @@ def server_command(
         return [*command, *extra]
     from types import SimpleNamespace
 
+    from vidsieve.loading import is_testbed
     from vidsieve.serving.vllm.shared import settings_of
     from vidsieve.types import Tokens
 
@@ -103,7 +104,7 @@ def server_command(
     settings |= {"retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed or 0}
     if on_error is not None:
         settings["on_error"] = on_error
-    if policy is None and model == "testbed" and method in ("cacovid", "score"):
+    if policy is None and is_testbed(model) and method in ("cacovid", "score"):
         policy = "testbed"
     if policy is not None:
         settings["policy"] = policy
@@ -149,8 +150,6 @@ def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
 
 
 def _folder(model: str) -> str:
-    if model != "testbed":
-        return model
-    from vidsieve.loading import shipped_model
+    from vidsieve.loading import is_testbed, shipped_model
 
-    return str(shipped_model())
+    return str(shipped_model(model)) if is_testbed(model) else model

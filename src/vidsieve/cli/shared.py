@@ -17,7 +17,7 @@ import typer
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from vidsieve.errors import EvaluationError, OutputError, PromptError, UnknownNameError, VidsieveError
+from vidsieve.errors import EvaluationError, OutputError, PromptError, VidsieveError
 from vidsieve.io.files import locked, writing
 from vidsieve.io.limits import limits
 from vidsieve.io.texts import printable
@@ -315,17 +315,6 @@ def check_question(question: str) -> None:
 def frames_asked(frames: int | None, fps: float | None) -> int | None:
     """Return the number of frames to read: 16 where neither a number nor a rate was given."""
     return 16 if frames is None and fps is None else frames
-
-
-def check_world(world: str) -> None:
-    """Refuse a world that the testbed does not have.
-
-    Raises
-    ------
-    UnknownNameError
-    """
-    if world not in ("A", "B"):
-        raise UnknownNameError("world", world, ("A", "B"))
 
 
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:

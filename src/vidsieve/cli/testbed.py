@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, check_output, check_world, moved, out, write_json
+from vidsieve.cli.shared import Json, check_output, moved, out, write_json
 from vidsieve.errors import OutputError
 from vidsieve.io.files import locked
 
@@ -26,7 +26,7 @@ def render(
     folder: Annotated[Path, typer.Argument(help="Where the videos go, and the file of their questions and captions.")],
     scenes: Annotated[int, typer.Option(help="How many scenes.", min=1)] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 7,
-    world: Annotated[str, typer.Option(help="A or B.")] = "A",
+    world: Annotated[str, typer.Option(help="dense, dense-b, sparse or sparse-b.")] = "dense",
     layout: Annotated[
         str,
         typer.Option(
@@ -44,9 +44,10 @@ def render(
     """Write scenes as mp4 files, with their questions and captions as JSON lines, or as a published set has them."""
     check_output(json)
     check_output(folder / "questions.jsonl")
-    check_world(world)
     from vidsieve.testbed.files import write_scenes
+    from vidsieve.testbed.world import world_of
 
+    world_of(world)
     with locked(folder):
         if os.path.isdir(folder) and os.listdir(folder):  # its clips would stay among the new ones
             raise OutputError(f"{folder} is not empty: name a new folder, or remove this one")

@@ -1,4 +1,4 @@
-"""vidsieve train: the two trainers, with options made from their settings."""
+"""vidsieve train: a command for each trainer, with options made from their settings."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def refuse_sharding() -> None:
 
 def add_command(method: str, config: type[TrainConfig], about: str) -> None:
     """Add the command that trains a method, with an option for every setting that has one."""
-    options = [item for item in fields(config) if item.metadata["option"]]
+    options = [item for item in fields(config) if item.metadata["option"] and item.name not in config.fixed]
 
     def train(
         folder: Out,
@@ -221,4 +221,5 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
 
 
 add_command("cacovid", CONFIGS["cacovid"], "Train CaCoVID: question-aware scores, rewarded by right answers.")
+add_command("sieve", CONFIGS["sieve"], "Train sieve: any budget, with or without the question, no labels needed.")
 add_command("score", CONFIGS["score"], "Train SCORE: question-free keep probabilities, rewarded by captions.")

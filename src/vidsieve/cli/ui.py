@@ -40,11 +40,11 @@ def ui(
     from starlette.middleware import Middleware
 
     from vidsieve.evaluation.conditions import check_known, named_methods
-    from vidsieve.loading import load_model
+    from vidsieve.loading import is_testbed, load_model
     from vidsieve.serving.page import WAITING, Desk, build
     from vidsieve.serving.visitors import Visitors
 
-    names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if model == "testbed" else ["divprune"])
+    names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if is_testbed(model) else ["divprune"])
     for name in names:
         check_known(name)
     chosen = named_methods(names, model)

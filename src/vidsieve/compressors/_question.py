@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from vidsieve.compressors._decoder import Attention, BlockShape, RMSNorm, rotary
+from vidsieve.errors import UnknownNameError
 from vidsieve.policies import Size, head, in_full, mlp
 from vidsieve.types import Prompt, VideoTokens
 
-Looks = Literal["all", "mean", "none"]
+Match = Literal["sum", "softmax", "cross_attention", "mean"]
 
 
 class ScorerSettings(msgspec.Struct, forbid_unknown_fields=True):
     """The arguments of a `QuestionScorer`."""
 
-    heads: Size = 8
-    head_width: Size = 32
+    match: str = "sum"
+    match_width: Size = 128
     width: Size = 64
-    trust: float = 0.25
-    looks: Looks = "all"
+    first_look: bool = False
+    budget: bool = False
 
 
 class FirstLook(nn.Module):
-    """The LLM's own first look at the question: queries and keys of its layer 0, kept as they are."""
+    """The LLM's own first look at the question: queries and keys of a layer, kept as they are.
+
+    The layer is the first with full attention, so layer 0 in most models.
+    """
 
     def __init__(self, shape: BlockShape) -> None:
         super().__init__()
@@ -49,75 +53,83 @@ class FirstLook(nn.Module):
 
 
 class QuestionScorer(nn.Module):
-    """Token and frame logits from three looks at the question.
+    """Token and frame logits from the words of the question, the token, and its change against the frame before.
 
-    1. The first look of the LLM (frozen): per head, the strongest and the weighted mean log-attention that a
-       token gets from the question's words, and the strongest of all heads.
-    2. A learned match: the token's similarity to each word in `heads` small spaces, soft maximum and weighted
-       sum over words. The sum lets two words name one thing that neither names alone.
-    3. The token itself, its change against the frame before, and a summary of the question, in `width`
-       dimensions.
+    A token's score is the sum over the question's words w of (Q·norm(w))·(K·norm(x)) / √m, so that two words name one
+    thing that neither names alone, plus a small network on [x; x − x of the frame before]. Q, and the last layer of the
+    network, start at zero: the policy starts without knowledge. A frame's score is the largest of its tokens'.
 
-    The weights of words are learned too. Token scores start in the order of the strongest first look, times `trust`.
-    With `looks` "mean" the first look is the weighted mean alone, and the weights of words and heads must be learned;
-    with "none" it is left out. In both cases the policy starts without knowledge.
+    With `budget`, the network also knows the fraction of tokens that will be kept, and if there is a question at all;
+    without a question, words add nothing.
+
+    With `first_look`, the strongest `FirstLook` of a token is added to its score, times a learned weight.
+
+    `match` changes how words and tokens meet: "softmax" weighs words by a softmax over them, "cross_attention" hands
+    the words so weighed to the network, and "mean" compares the token with the mean of the words.
     """
 
     def __init__(
         self,
         shape: BlockShape,
-        heads: int = 8,
-        head_width: int = 32,
+        match: str = "sum",
+        match_width: int = 128,
         width: int = 64,
-        trust: float = 0.25,
-        looks: Looks = "all",
+        first_look: bool = False,
+        budget: bool = False,
     ) -> None:
         super().__init__()
-        self.heads, self.head_width = heads, head_width
+        if match not in get_args(Match):
+            raise UnknownNameError("match", match, get_args(Match))
         size = shape.hidden_size
-        self.looks = looks
-        self.first_look = FirstLook(shape) if looks != "none" else None
+        self.match, self.match_width = match, match_width
         self.norm_token, self.norm_word = RMSNorm(size, shape.rms_norm_eps), RMSNorm(size, shape.rms_norm_eps)
-        self.key, self.query = nn.Linear(size, heads * head_width), nn.Linear(size, heads * head_width)
+        self.key, self.query = (nn.Linear(size, match_width, bias=False) for _ in range(2))
+        nn.init.orthogonal_(self.key.weight)
         self.content, self.change = nn.Linear(size, width), nn.Linear(size, width)
-        self.weigh_words, self.summary = nn.Linear(size, 1), nn.Linear(size, width)
-        count = {"all": 2 * shape.num_heads + 1, "mean": shape.num_heads, "none": 0}[looks]
-        start = torch.zeros(count)
-        if looks == "all":
-            start[-1] = trust
-        self.trust = nn.Parameter(start)
-        self.token_head = mlp([count + 2 * heads + 3 * width, width, width // 2, 2])
-        for parameter in self.token_head[-1].parameters():
+        self.head = mlp([2 * width, width, 1])
+        for parameter in self.head[-1].parameters():
             nn.init.zeros_(parameter)
-        self.frame_head = mlp([width // 2, width // 2, 2])
+        self.budget = nn.Linear(2, 2 * width) if budget else None
+        if match == "cross_attention":
+            self.words = nn.Linear(match_width, 2 * width, bias=False)
+            nn.init.orthogonal_(self.query.weight)
+        else:
+            nn.init.zeros_(self.query.weight)
+        self.first_look = FirstLook(shape) if first_look else None
+        if first_look:
+            self.trust = nn.Parameter(torch.tensor(0.25))
 
-    def forward(self, video: VideoTokens, prompt: Prompt) -> tuple[Tensor, Tensor]:
-        """Return token logits (N, 2) and frame logits (T, 2)."""
-        tokens = self.norm_token(video.embeds)
-        words = self.norm_word(prompt.embeds[prompt.question_mask])
-        weight = self.weigh_words(words).softmax(0)  # (words, 1)
-        look = self._look(video, prompt, weight).to(tokens.dtype)  # (N, 2H + 1)
-        keys = self.key(tokens).unflatten(1, (self.heads, -1))  # (N, h, e)
-        queries = self.query(words).unflatten(1, (self.heads, -1))  # (words, h, e)
-        similar = torch.einsum("nhe,whe->nhw", keys, queries) / math.sqrt(self.head_width)
-        match = torch.cat([similar.logsumexp(2), similar @ weight[:, 0]], 1)  # (N, 2h)
-        frames = tokens.reshape(video.grid.frames, video.grid.per_frame, -1)
+    def forward(
+        self, video: VideoTokens, prompt: Prompt | None, retention: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return token logits (N, 2) and frame logits (T, 2); `retention` is read where the scorer has a `budget`."""
+        tokens, grid = self.norm_token(video.embeds), video.grid
+        frames = tokens.reshape(grid.frames, grid.per_frame, -1)
         change = torch.cat([frames[:1], frames[1:] - frames[:-1]]).flatten(0, 1)
-        summary = (weight * self.summary(words)).sum(0).expand(tokens.shape[0], -1)
-        features = torch.cat([look, match, self.content(tokens), self.change(change), summary], 1)
-        hidden = self.token_head[:-1](features)
-        first = look @ self.trust
-        logits = in_full(self.token_head[-1], hidden) + torch.stack([-first, first], 1) / 2
-        pooled = hidden.reshape(video.grid.frames, video.grid.per_frame, -1).amax(1)
-        return logits, head(self.frame_head, pooled)
+        seen = torch.cat([self.content(tokens), self.change(change)], 1)  # (N, 2·width)
+        if self.budget is not None and retention is not None:
+            known = torch.tensor([math.log(retention) / 2 + 1, float(prompt is not None)]).to(seen)
+            seen = seen + self.budget(known)
+        scores = torch.zeros(len(tokens), device=tokens.device)
+        if prompt is not None:
+            match, words = self._match(tokens, prompt.embeds[prompt.question_mask])
+            scores, seen = scores + match.float(), seen + words
+        scores = scores + head(self.head, seen)[:, 0].float()
+        if self.first_look is not None and prompt is not None:
+            look = self.first_look(video, prompt).clamp(-8, 8).amax((0, 1))  # (N,)
+            scores = scores + self.trust * look
+        best = scores.reshape(grid.frames, -1).amax(1)
+        return torch.stack([-scores, scores], 1) / 2, torch.stack([-best, best], 1) / 2
 
-    def _look(self, video: VideoTokens, prompt: Prompt, weight: Tensor) -> Tensor:
-        """Return the features of the first look (N, 2H + 1), (N, H) or (N, 0); `weight` (words, 1) sums to 1."""
-        if self.first_look is None:
-            return video.embeds.new_zeros(video.num_tokens, 0)
-        attention = self.first_look(video, prompt).clamp(-8, 8)  # (H, words, N)
-        mean: Tensor = (attention * weight).sum(1)  # (H, N)
-        if self.looks == "mean":
-            return mean.T
-        strongest = attention.amax(1)  # (H, N)
-        return torch.cat([strongest, mean, strongest.amax(0, keepdim=True)]).T
+    def _match(self, tokens: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the match (N,) of tokens (N, D) with the question's words (W, D), and what the network gets of it."""
+        words = self.norm_word(words.mean(0, keepdim=True) if self.match == "mean" else words)
+        keys, queries = in_full(self.key, tokens), in_full(self.query, words)  # (N, m), (W, m)
+        scale = math.sqrt(self.match_width)
+        if self.match in ("sum", "mean"):
+            return keys @ queries.sum(0) / scale, tokens.new_zeros(())
+        logits = keys @ queries.T / scale  # (N, W)
+        weight = logits.softmax(1)
+        if self.match == "cross_attention":
+            return tokens.new_zeros(len(tokens)), self.words(weight @ queries)
+        return (weight * logits).sum(1), tokens.new_zeros(())

@@ -44,10 +44,10 @@ class CaCoVIDNetwork(msgspec.Struct, forbid_unknown_fields=True):
 class CaCoVIDPolicy(Policy):
     """Body over the prompt, then a token head and a frame head (Eq. 1-3).
 
-    Bodies: ``"layer"`` is a decoder layer (or several) that starts as the LLM's first, bidirectional over the whole
-    prompt (causal where ``causal`` is set, as the release is in effect); ``"attention"`` leaves out its SwiGLU;
-    ``"local"`` attends within frames and to the text; ``"question"`` scores each token against the words of
-    the question (`QuestionScorer`).
+    Bodies: ``"layer"`` is a decoder layer (or several) that starts as the LLM's first with full attention,
+    bidirectional over the whole prompt (causal where ``causal`` is set, as the release is in effect);
+    ``"attention"`` leaves out its SwiGLU; ``"local"`` attends within frames and to the text; ``"question"`` scores each
+    token against the words of the question (`QuestionScorer`).
     """
 
     method: ClassVar[str] = "cacovid"

@@ -15,7 +15,7 @@ from vidsieve import registry
 from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
-from vidsieve.loading import load, policy_folder, shipped_policies
+from vidsieve.loading import is_testbed, load, policy_folder, shipped_policies
 from vidsieve.policies import CONFIG
 from vidsieve.types import Stage, Tokens
 
@@ -103,7 +103,7 @@ def named_methods(
     Parameters
     ----------
     model : str
-        Name of the model, as in the command. The package has policies for the testbed's model only; for other models
+        Name of the model, as in the command. The package has policies for the testbed's models only; for other models
         ``all`` stands for the methods without a policy.
     earliest : bool
         True to move methods inside the LLM to earlier layers where their budget requires it.
@@ -122,8 +122,8 @@ def named_methods(
             methods[name] = method_for(name, model, **known_fields(name, earliest=earliest))
             continue
         every = [name for name in registry.compressors if not registry.compressors.get(name).trained]
-        if model == "testbed":
-            every = [*registry.compressors, *shipped_policies()]
+        if is_testbed(model):
+            every += shipped_policies(model)
         parts = {"inner": False} if prefill else {}
         methods |= {
             known: method_for(known, model, **known_fields(known, earliest=earliest, **parts)) for known in every
@@ -146,7 +146,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
     Parameters
     ----------
     model : str or None
-        For the testbed's model, trained methods have the policies of the package; for others `policy` is required.
+        For the testbed's models, trained methods have the policies of the package; for others `policy` is required.
     policy : str, optional
         Folder of the policy of a trained method.
 
@@ -161,8 +161,11 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
     if policy is not None and not trained:
         raise PolicyError(f"{base} is not trained and takes no policy; leave {policy} out")
     if policy is None and trained:
-        if model != "testbed":
+        if model is None or not is_testbed(model):
             raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
+        there = shipped_policies(model)
+        if name.removesuffix(":ours") not in there:
+            raise PolicyError(f"no policy of {name} comes with the package for {model}, only {', '.join(there)}")
         policy = "testbed"
     return load(base, policy, **({"variant": variant} if variant else {}), **fields)
 

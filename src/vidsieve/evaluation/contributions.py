@@ -3,38 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Generator
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.answering import next_token_logits
-from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView
 from vidsieve.errors import EvaluationError
+from vidsieve.training.controls import attention_rows
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.types import TokenGrid
 
 RIVALS = 8
 """Words that compete with the answer: those the model finds likeliest with all tokens."""
-
-
-@dataclass(frozen=True)
-class _Listening(LayerCompressor):
-    """Keeps every token, and notes what the last prompt token attends to, layer by layer."""
-
-    name: ClassVar[str] = "attention"
-    seen: list[Tensor] = field(default_factory=list, compare=False, repr=False)
-
-    def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        return tuple((layer, num_tokens) for layer in range(1, num_layers))
-
-    def step(self, view: LayerView, keep: int) -> LayerChoice:
-        self.seen.append(view.attention("last", view.layer - 1)[:, 0].mean(0).float().cpu())
-        return LayerChoice(torch.arange(keep, device=view.indices.device))
 
 
 @dataclass(frozen=True)
@@ -116,7 +100,7 @@ def contributions(
         if progress:
             progress(min(start + 32, subsets), subsets)
     mean, error = effects(masks.numpy(), torch.cat(odds).numpy())
-    attention = attention_received(adapter, rollouts.encoded)
+    attention = attention_received(rollouts)
     return Contributions(span.features.grid, int(likeliest[0]), mean, error, attention, subsets, share)
 
 
@@ -138,8 +122,8 @@ def effects(masks: NDArray[np.bool_], values: NDArray[np.float64]) -> tuple[NDAr
     return np.where(seen, means[0] - means[1], 0.0), np.where(seen, np.sqrt(errors[0] + errors[1]), np.inf)
 
 
-def attention_received(adapter: Adapter, encoded: Any) -> NDArray[np.float64]:
+def attention_received(rollouts: Rollouts) -> NDArray[np.float64]:
     """Return the attention (N,) of the last prompt token to the tokens of a prompt's one video, mean over layers."""
-    listening = _Listening(retention=1.0)
-    next_token_logits(adapter, adapter.plan(encoded, listening))
-    return torch.stack(listening.seen).mean(0).double().numpy()
+    last = rollouts.encoded.attention_mask[0].nonzero().flatten()[-1:]
+    layers = attention_rows(rollouts, last, range(len(rollouts.adapter.decoder_layers) - 1))  # each (H, 1, N)
+    return torch.stack([weights.mean((0, 1)).cpu() for weights in layers]).mean(0).double().numpy()

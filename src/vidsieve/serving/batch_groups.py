@@ -33,7 +33,7 @@ from vidsieve.evaluation.experiment import versions
 from vidsieve.evaluation.items import Item
 from vidsieve.io.bounded import check_value, lines, opened, too_long
 from vidsieve.io.limits import limits
-from vidsieve.loading import load_model
+from vidsieve.loading import is_testbed, load_model
 from vidsieve.options import Options
 from vidsieve.types import Selection, Tokens
 from vidsieve.video import is_inside
@@ -223,7 +223,7 @@ class BatchSettings:
             "method": "full" if method is None else method.describe(),
             "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
             "policy": "" if method is None else policy_digest(method),
-            "model_digest": "" if self.model == "testbed" else model_files_digest(self.model),
+            "model_digest": "" if is_testbed(self.model) else model_files_digest(self.model),
         }
         return asdict(self) | values | {"versions": versions()}
 

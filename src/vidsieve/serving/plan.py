@@ -19,7 +19,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import ModelError, SelectionError, UnknownNameError
 from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.evaluation.flops import prefill_flops
-from vidsieve.loading import shipped_model
+from vidsieve.loading import is_testbed, shipped_model
 from vidsieve.selection import kept_tokens
 from vidsieve.types import TokenGrid
 
@@ -88,7 +88,7 @@ def read_model(name: str, layout: str | None = None) -> Adapter:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    blueprint, source = BLUEPRINTS.get(name.lower()), str(shipped_model()) if name == "testbed" else name
+    blueprint, source = BLUEPRINTS.get(name.lower()), str(shipped_model(name)) if is_testbed(name) else name
     if not blueprint and "/" not in source and not os.path.exists(source):  # asking the hub would take long
         raise UnknownNameError("model", name, [*BLUEPRINTS, "testbed"], "Or give a folder, or a hub id as OWNER/NAME.")
     try:

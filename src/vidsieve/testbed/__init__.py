@@ -1,1 +1,1 @@
-"""A synthetic video world, questions about it, and a tiny model trained on it."""
+"""Synthetic video worlds, questions about them, and tiny models trained on them."""

@@ -1,4 +1,4 @@
-"""The testbed's model: transformers' own LLaVA-OneVision classes at a few million parameters."""
+"""The testbed's models: transformers' own LLaVA-OneVision classes at a few million parameters."""
 
 from __future__ import annotations
 

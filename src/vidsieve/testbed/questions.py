@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, QUESTION_NAME, SHAPES
-from vidsieve.testbed.world import GRID, Cast, SceneObject, scene_rng
+from vidsieve.testbed.world import GRID, Cast, SceneObject, scene_rng, world_of
 
 KINDS = ("colour", "shape", "place", "motion", "order", "change")
 CAPTION_PROMPT = "describe the video ."
@@ -61,6 +61,11 @@ def _orderable(members: list[SceneObject], attribute: str) -> bool:
     return len(set(starts)) == len(starts) and len(set(looks)) == len(looks)
 
 
+def _own_colour(cast: Cast, colour: str) -> bool:
+    """True if flashes alone wear a colour: else "the first crimson" might be a glyph, a mover or a fixture."""
+    return all(o.kind == "flash" for o in cast.objects if o.colour == colour)
+
+
 def _options(
     rng: np.random.Generator, answer: str, preferred: Iterable[str], others: Iterable[str]
 ) -> tuple[str, str, str, str]:
@@ -108,12 +113,17 @@ def make_questions(cast: Cast, seed: int, index: int) -> list[Question]:
         start = "what colour was the" if attribute == "colour" else "which shape was the"
         for word in words:
             members = _members(cast, **{named: word})
-            if _orderable(members, attribute):
+            if _orderable(members, attribute) and (named == "shape" or _own_colour(cast, word)):
                 looks = [getattr(o, attribute) for o in members]
                 about = [token for o in members for token in o.tokens()]
                 for end, which in ((0, "first"), (-1, "last")):
                     ask("order", f"{start} {which} {QUESTION_NAME[word]} ?", looks[end], looks, others, about)
-    return [questions[i] for i in rng.permutation(len(questions))]
+    mixed = [questions[i] for i in rng.permutation(len(questions))]
+    most = world_of(cast.world).settings.order_questions
+    if most is None:
+        return mixed
+    beyond = [i for i, question in enumerate(mixed) if question.kind == "order"][most:]
+    return [question for i, question in enumerate(mixed) if i not in beyond]
 
 
 def make_caption(cast: Cast) -> str:
@@ -139,7 +149,7 @@ def make_caption(cast: Cast) -> str:
             lines.append(f"the first {shape} is {members[0].colour} and the last {shape} is {members[-1].colour} .")
     for colour in COLOURS:
         members = _members(cast, colour=colour)
-        if _orderable(members, "shape"):
+        if _orderable(members, "shape") and _own_colour(cast, colour):
             lines.append(f"the first {colour} shape is {members[0].shape} and the last is {members[-1].shape} .")
     return " ".join(lines)
 

@@ -182,9 +182,9 @@ def _draw(drawing: Drawing, size: int, turn: float) -> NDArray[np.float32]:
 
 
 @lru_cache(maxsize=4)
-def sprite_bank(world: str) -> dict[str, NDArray[np.float32]]:
-    """Return for each shape its masks (sizes × turns, 24, 24) in [0, 1], float32; `world` is "A" or "B"."""
-    drawings = {"A": _WORLD_A, "B": _WORLD_B}[world]
+def sprite_bank(look: str) -> dict[str, NDArray[np.float32]]:
+    """Return for each shape its masks (sizes × turns, 24, 24) in [0, 1], float32; `look` is "A" or "B"."""
+    drawings = {"A": _WORLD_A, "B": _WORLD_B}[look]
     return {
         name: np.stack([_draw(drawings[name], size, turn) for size in SIZES for turn in TURNS])
         for name in (*SHAPES, *FIXTURES, *GLYPHS)

@@ -2,18 +2,24 @@
 
 A scene is 16 frames of 144×144 pixels on a 6×6 lattice of 24-pixel cells; one cell of one frame is one video token. Two
 *fixtures* are present throughout (one changes colour for two frames), two *movers* cross four cells, and more than a
-hundred small objects *flash* for one or two frames: 64 of shapes that questions ask about, 100 *glyphs* that look as
-salient and that no question is about. Free cells hold decoys, mosaics of random colours; the background drifts, cuts
-and flickers. Questions identify an object by one attribute; some shapes and colours occur exactly once.
+hundred small objects *flash* for one or two frames: some have shapes that questions ask about; the others, *glyphs*,
+look as salient, and no question is about them. Free cells hold decoys, mosaics of random colours; the background
+drifts, cuts and flickers. Questions identify an object by one attribute; some shapes and colours occur exactly once.
+
+In the `dense` world 64 flashes can be asked about, more than a small budget holds: the question is needed to choose.
+In the `sparse` world there are 18 among 140 glyphs: a policy that does not read the question can find them. Each has
+a twin, `dense-b` and `sparse-b`, with other drawings of the shapes, other backgrounds and motions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vidsieve.errors import UnknownNameError
 from vidsieve.testbed.sprites import CELL, SIZES, TURNS, sprite_bank
 from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, GLYPHS, SHAPES
 
@@ -39,7 +45,21 @@ _STEP = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """Numbers of objects in a scene; the defaults are the shipped world."""
+    """Numbers of objects in a scene; the defaults are those of the dense world.
+
+    Parameters
+    ----------
+    unique_shapes, unique_colours : int
+        Flashes whose shape, or whose colour, no other flash has.
+    decoy_share : float
+        Fraction of the free cells that hold decoys.
+    long_flash : float
+        Fraction of the flashes that last for two frames.
+    crowded : int, optional
+        Shapes that all other flashes share, so that few flashes still make classes of more than three; None: all.
+    order_questions : int, optional
+        Most questions about the first or last of a class; None: all.
+    """
 
     flashes: int = 64
     glyphs: int = 100
@@ -49,6 +69,38 @@ class WorldSettings:
     unique_colours: int = 2
     decoy_share: float = 0.45
     long_flash: float = 0.5
+    crowded: int | None = None
+    order_questions: int | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """A kind of scenes: their settings, and which of two sets of drawings, backgrounds and motions they have."""
+
+    look: Literal["A", "B"]
+    settings: WorldSettings
+
+
+_SPARSE = WorldSettings(flashes=18, glyphs=140, decoy_share=0.6, crowded=2, order_questions=4)
+WORLDS = {
+    "dense": World("A", WorldSettings()),
+    "dense-b": World("B", WorldSettings()),
+    "sparse": World("A", _SPARSE),
+    "sparse-b": World("B", _SPARSE),
+}
+"""The worlds by name. Models and policies are trained on `dense` or `sparse`, never on their twins."""
+
+
+def world_of(name: str) -> World:
+    """Return the world of a name.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if name not in WORLDS:
+        raise UnknownNameError("world", name, WORLDS)
+    return WORLDS[name]
 
 
 @dataclass(frozen=True)
@@ -84,7 +136,7 @@ class Cast:
 
 def scene_rng(world: str, seed: int, index: int, salt: int = 0) -> np.random.Generator:
     """Return the generator of scene `index` under `seed`; `salt` separates cast, drawing and questions."""
-    return np.random.default_rng([WORLD_VERSION, ord(world), seed, index, salt])
+    return np.random.default_rng([WORLD_VERSION, ord(world_of(world).look), seed, index, salt])
 
 
 class _Board:
@@ -130,15 +182,17 @@ def _shared_looks(rng: np.random.Generator, count: int, shapes: list[str], colou
     return looks[:count]
 
 
-def make_cast(world: str, seed: int, index: int, settings: WorldSettings | None = None) -> Cast:
-    """Return the objects of scene `index` of `world` ("A" or "B") under `seed`."""
-    s = settings or WorldSettings()
+def make_cast(world: str, seed: int, index: int) -> Cast:
+    """Return the objects of scene `index` of a world under `seed`."""
+    s = world_of(world).settings
     rng = scene_rng(world, seed, index)
     board = _Board(rng)
     shapes = [str(v) for v in rng.permutation(SHAPES)]
     colours = [str(v) for v in rng.permutation(COLOURS)]
     mover_shapes, shapes = shapes[: s.movers], shapes[s.movers :]
     lone_shapes, shared_shapes = shapes[: s.unique_shapes], shapes[s.unique_shapes :]
+    if s.crowded is not None:
+        shared_shapes = shared_shapes[: 2 + s.crowded]
     lone_colours, rare_colour, *common = colours[: s.unique_colours], *colours[s.unique_colours :]
     objects: list[SceneObject] = []
 
@@ -190,14 +244,14 @@ def _smooth(rng: np.random.Generator, coarse: int, size: int) -> NDArray[np.floa
     return np.asarray(rows[:, low] * (1 - across) + rows[:, low + 1] * across, np.float32)
 
 
-def _background(rng: np.random.Generator, world: str, size: int) -> NDArray[np.float32]:
-    """Return a low-saturation texture (size, size, 3): stripes over smooth noise in A, checks and rings in B."""
+def _background(rng: np.random.Generator, look: str, size: int) -> NDArray[np.float32]:
+    """Return a low-saturation texture (size, size, 3): stripes over smooth noise in look A, checks and rings in B."""
     tone = rng.uniform(70, 150)
     tint = rng.normal(scale=9, size=3)
     y, x = np.meshgrid(np.arange(float(size)), np.arange(float(size)), indexing="ij")
     angle, wave = rng.uniform(0, np.pi), rng.uniform(14, 40)
     along = x * np.cos(angle) + y * np.sin(angle)
-    if world == "A":
+    if look == "A":
         pattern = np.sin(2 * np.pi * along / wave)
     elif rng.random() < 0.5:
         across = -x * np.sin(angle) + y * np.cos(angle)
@@ -212,14 +266,14 @@ def _background(rng: np.random.Generator, world: str, size: int) -> NDArray[np.f
 
 def render(cast: Cast, seed: int, index: int) -> NDArray[np.uint8]:
     """Return the frames (16, 144, 144, 3) uint8 RGB of a cast; equal seeds give equal pixels."""
-    rng = scene_rng(cast.world, seed, index, salt=1)
+    rng, look = scene_rng(cast.world, seed, index, salt=1), world_of(cast.world).look
     margin = 32
     frames = np.empty((FRAMES, SIDE, SIDE, 3), np.float32)
     cut = int(rng.integers(4, FRAMES - 3)) if rng.random() < 0.5 else FRAMES
-    grounds = [_background(rng, cast.world, SIDE + 2 * margin) for _ in range(2)]
+    grounds = [_background(rng, look, SIDE + 2 * margin) for _ in range(2)]
     drift = rng.uniform(-1.5, 1.5, 2)
     for t in range(FRAMES):
-        swing = 10 * np.sin(t / 2.5) if cast.world == "B" else 0.0
+        swing = 10 * np.sin(t / 2.5) if look == "B" else 0.0
         oy, ox = (round(float(margin + d * (t - FRAMES / 2) + swing)) for d in drift)
         frames[t] = grounds[int(t >= cut)][oy : oy + SIDE, ox : ox + SIDE]
 
@@ -238,7 +292,7 @@ def render(cast: Cast, seed: int, index: int) -> NDArray[np.uint8]:
         tile = np.clip(mosaic, 0, 255)[at][:, at]
         ys, xs = corner(t, row, column, (CELL - side) // 2, (CELL - side) // 2)
         canvas[t, ys.start : ys.start + side, xs.start : xs.start + side] = tile
-    bank = sprite_bank(cast.world)
+    bank = sprite_bank(look)
     for thing in cast.objects:
         mask = bank[thing.shape][int(rng.integers(len(SIZES) * len(TURNS)))][..., None]
         dy, dx = (int(v) for v in rng.integers(-1, 2, 2))

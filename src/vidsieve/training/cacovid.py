@@ -77,6 +77,8 @@ class Prompted:
     rollouts: Rollouts
     ratio: float
     blind: Tensor | None = None
+    answer: int = 0
+    """Number of the option that is rewarded."""
     memory: dict[str, Memory] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the first iteration, from which the release draws in all of them."""
@@ -125,15 +127,18 @@ class CaCoVIDTrainer(Trainer[Choice]):
         c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
         early = self.step < WINDOW * c.log_every and c.objective == "policy_gradient" and len(sample.option_ids) > 0
         blind = rollouts.blind_logits(sample.option_ids) if c.blind_margin or early else None
-        return Prompted(sample, rollouts, c.ratio, blind)
+        answer = sample.answer
+        if c.reward == "agreement":
+            answer = int(rollouts.option_logits(rollouts.encoded.everything(), sample.option_ids)[0].argmax())
+        return Prompted(sample, rollouts, c.ratio, blind, answer)
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
         c, video = self.config, prompt.rollouts.video(frozenset({Need.QUESTION}))
-        token_logits, frame_logits = self.run_policy(video)  # (N, 2), (T, 2)
-        keep, frame_keep = difference(token_logits), difference(frame_logits)  # (N,), (T,)
         if c.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
             prompt.ratio = sampling.log_uniform(c.rate_low, c.rate_high, self.generator)
+        token_logits, frame_logits = self.policy_logits(prompt, video)  # (N, 2), (T, 2)
+        keep, frame_keep = difference(token_logits), difference(frame_logits)  # (N,), (T,)
         metrics: dict[str, float] = {}
         if c.objective == "distil" or self.step < c.warmup_steps:
             teacher = teacher_scores(prompt.rollouts, c.teacher)
@@ -158,6 +163,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
             "keep_probability": float(keep.detach().sigmoid().mean()),
         }
         return StepResult(loss, metrics)
+
+    def policy_logits(self, prompt: Prompted, video: VideoTokens) -> tuple[Tensor, Tensor]:
+        """Return the policy's logits of tokens (N, 2) and of frames (T, 2)."""
+        logits: tuple[Tensor, Tensor] = self.run_policy(video)
+        return logits
 
     def cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
         """Return the CPO loss of fresh and remembered rollouts; None where no reward is finite."""
@@ -204,7 +214,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         # Rollouts of this iteration may all be broken and earlier ones not: then they have no mean.
         means = {"reward": finite_mean(rewards), "right": finite_mean(right)}
         if prompt.blind is not None:
-            means["blind"] = finite_mean(choice_reward(prompt.blind[None], prompt.sample.answer))
+            means["blind"] = finite_mean(choice_reward(prompt.blind[None], prompt.answer))
         figures = {name: value for name, value in means.items() if math.isfinite(value)} | skipped
         figures["kept"] = float(token_masks.float().mean())
         known = prompt.memory["tokens"].rewards
@@ -240,11 +250,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
             right = torch.tensor([judge(sample.kind, text, sample.truth) for text in texts], device=keep_masks.device)
             return right, right
         logits = prompt.rollouts.option_logits(keep_masks, sample.option_ids)  # (G, options)
-        right = choice_reward(logits, sample.answer)
-        if self.config.reward == "choice":
+        right = choice_reward(logits, prompt.answer)
+        if self.config.reward in ("choice", "agreement"):
             return right, right
         if self.config.reward == "margin":
-            return margin_reward(logits, sample.answer, prompt.blind if self.config.blind_margin else None), right
+            return margin_reward(logits, prompt.answer, prompt.blind if self.config.blind_margin else None), right
         raise TrainingError(f"reward {self.config.reward!r} has no branch in CaCoVIDTrainer.rewards")
 
     def next_ratio(self, ratio: float, right: float, per_frame: int) -> float:

@@ -7,6 +7,7 @@ times 1 + p − sg(p), which is 1, so that the gradient of the answer's loss rea
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.adapters import decoder_layer
-from vidsieve.adapters.transformers_api import layer_hidden
+from vidsieve.adapters.transformers_api import layer_hidden, window_of
 from vidsieve.errors import NeedError
 from vidsieve.selection import mask_to_indices
 from vidsieve.training.data.samples import Choice
@@ -28,9 +29,9 @@ from vidsieve.types import Selection, VideoTokens
 def teacher_scores(rollouts: Rollouts, teacher: Teacher) -> Tensor:
     """Return a teacher's scores (N,) float32 of a prompt's video tokens; the policy learns their softmax.
 
-    ``"first_look"``: the strongest log-attention of any head of layer 0 from the question's words, or from the caption
-    where the prompt has one. ``"attention"``: the logarithm of the mean attention, over layers and heads, from the last
-    column of the prompt, or from the caption.
+    ``"first_look"``: the strongest log-attention of any head of the first full-attention layer from the question's
+    words, or from the caption where the prompt has one. ``"attention"``: the logarithm of the mean attention, over
+    layers and heads, from the last column of the prompt, or from the caption.
     """
     adapter, encoded = rollouts.adapter, rollouts.encoded
     real = encoded.attention_mask[0].nonzero().flatten()
@@ -42,7 +43,7 @@ def teacher_scores(rollouts: Rollouts, teacher: Teacher) -> Tensor:
                 raise NeedError("the prompt has no question, whose words the teacher 'first_look' needs")
         else:
             rows = (labels[0] != -100).nonzero().flatten()
-        weights = attention_rows(rollouts, rows, [0])[0]  # (H, R, N)
+        weights = attention_rows(rollouts, rows, [adapter.first_full_layer])[0]  # (H, R, N)
         return weights.amax((0, 1)).clamp(min=1e-12).log()
     # The column before a caption's token predicts it.
     rows = real[-1:] if labels is None else (labels[0] != -100).nonzero().flatten() - 1
@@ -66,11 +67,12 @@ def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> l
     text = adapter.model.config.get_text_config()
     attention: list[Tensor] = []
 
-    def read(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        weights = decoder_layer.attention_rows(layer, text, layer_hidden(args, kwargs, layer)[0], positions, asking)
+    def read(number: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden, window = layer_hidden(args, kwargs, layer)[0], window_of(text, number)
+        weights = decoder_layer.attention_rows(layer, text, hidden, positions, asking, window)
         attention.append(weights[..., columns.to(weights.device)])
 
-    hooks = [adapter.decoder_layers[n].register_forward_pre_hook(read, with_kwargs=True) for n in layers]
+    hooks = [adapter.decoder_layers[n].register_forward_pre_hook(partial(read, n), with_kwargs=True) for n in layers]
     try:
         rollouts.prefill(whole)
     finally:

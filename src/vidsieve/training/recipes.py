@@ -16,12 +16,15 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.compressors.sieve import SievePolicy
 from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.testbed.world import world_of
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.processes import is_main, joined
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, SieveConfig
+from vidsieve.training.sieve import SieveTrainer
 from vidsieve.training.sources import Files, held_out, source
 from vidsieve.training.trainer import Events, Report
 
@@ -52,7 +55,7 @@ def train_policy(
 
     Parameters
     ----------
-    method : {"cacovid", "score"}
+    method : {"cacovid", "score", "sieve"}
     settings : dict
         Fields of the trainer's configuration that differ from the variant's.
     model_name : str
@@ -73,6 +76,11 @@ def train_policy(
     check_trackers(log_to)
     config = CONFIGS[method](**SETTINGS[method, variant] | settings)
     folder, files, events = Path(folder), files or Files(), events or Events()
+    if files.data is not None and "world" in settings:
+        raise TrainingError(
+            "world chooses the testbed's scenes, and the videos of --data are read: leave one of them out"
+        )
+    world_of(config.world)
     model.requires_grad_(False)
     adapter = adapter_for(model)
     if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
@@ -94,9 +102,18 @@ def train_policy(
             "events": replace(events, report=report),
         }
         trainer: CaCoVIDTrainer | ScoreTrainer
-        if isinstance(config, CaCoVIDConfig):
+        decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+        if isinstance(config, SieveConfig):
+            sieve = SievePolicy.start(
+                adapter.hidden_size,
+                adapter.family,
+                seed=config.seed,
+                base_model=model_name,
+                match_width=config.match_width,
+            )
+            trainer = SieveTrainer(adapter, sieve.to(model.device), config, samples, folder, decode=decode, **shared)
+        elif isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
-            decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
             trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
         else:
             scorer = ScorePolicy.start(
@@ -117,17 +134,33 @@ def train_policy(
 
 
 def new_cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str) -> CaCoVIDPolicy:
-    """Return CaCoVID's policy before training: the LLM's first layers and new heads."""
-    depth, deepest = config.depth, len(adapter.decoder_layers)
-    if depth > deepest:
-        raise TrainingError(f"depth is {depth}, and this model's LLM has {deepest} layers to start from")
+    """Return CaCoVID's policy before training: the LLM's first layers that see the video, and new heads.
+
+    Raises
+    ------
+    TrainingError
+        If settings and model do not go together.
+    """
+    first, depth, deepest = adapter.first_full_layer, config.depth, len(adapter.decoder_layers)
+    if first + depth > deepest:
+        raise TrainingError(f"depth is {depth}, and this model's LLM has {deepest - first} layers to start from")
+    if first and variant == "official":
+        raise TrainingError(
+            f"variant 'official' starts from the LLM's layer 0, which has sliding attention in this model: the first "
+            f"layer that sees the whole video is {first}; choose variant 'paper', which starts there"
+        )
     question = config.body == "question" or (config.body == "variant" and variant == "ours")
     if config.causal and question:
         raise TrainingError("causal is for bodies that attend over the prompt: choose body layer, attention or local")
-    network: dict[str, Any] = (
-        {"scorer": {"trust": config.trust, "looks": config.looks}} if question else {"causal": config.causal}
-    )
-    states = [adapter.layer_state(number) for number in range(depth)]
+    if config.start == "first_look" and not question:
+        raise TrainingError("start 'first_look' is for body 'question'; the others start from the LLM's layer anyway")
+    scorer = {
+        "match": config.match,
+        "match_width": config.match_width,
+        "first_look": config.start == "first_look",
+    }
+    network: dict[str, Any] = {"scorer": scorer} if question else {"causal": config.causal}
+    states = [adapter.layer_state(first + number) for number in range(depth)]
     return CaCoVIDPolicy.start(
         states[0].shape,
         adapter.family,

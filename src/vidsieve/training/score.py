@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.errors import TrainingError
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite, split_advantage
 from vidsieve.training.controls import caption_loss, gated, teacher_scores
 from vidsieve.training.data.samples import Caption
@@ -29,7 +30,7 @@ from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.sampling import bernoulli_masks, log_uniform
 from vidsieve.training.settings import ScoreConfig
 from vidsieve.training.trainer import StepResult, Trainer
-from vidsieve.types import VideoTokens
+from vidsieve.types import Selection, VideoTokens
 
 SATURATED = 4.6
 """Logit beyond which a keep probability is within 1 % of 0 or 1."""
@@ -48,6 +49,33 @@ class ScoreTrainer(Trainer[Caption]):
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Return Adam."""
         return torch.optim.Adam(self.policy.parameters(), lr=self.config.lr)
+
+    def check_data(self) -> None:
+        """Refuse captions that one token predicts as well as all do: then every rollout is safe, and all is dropped.
+
+        Raises
+        ------
+        TrainingError
+        """
+        c = self.config
+        if c.advantage != "split" or c.objective != "policy_gradient":
+            return
+        rows: list[dict[str, float]] = []
+        with self.processes.agreeing():
+            for number in self.processes.share(range(c.prompts_per_step)):
+                sample = self.data(number)
+                rollouts = Rollouts(self.adapter, sample.inputs, self.packing)
+                middle = rollouts.num_tokens // 2
+                one = float(rollouts.caption_ce([Selection(torch.tensor([middle]))])[0])
+                rows.append({"one": one, "full": self.full_ce(sample, rollouts)})
+        rows = self.processes.in_order(rows)
+        one, full = (finite_mean(torch.tensor([row[name] for row in rows])) for name in ("one", "full"))
+        if one <= c.tolerance * full:
+            raise TrainingError(
+                f"a single token predicts the captions of the first {len(rows)} videos as well as all tokens do "
+                f"(cross-entropy {one:.3f} and {full:.3f}): keeping nothing would be rewarded. Take captions that "
+                "depend on the video, or advantage 'group' with rate_low and rate_high"
+            )
 
     def learning_rate(self, step: int) -> float:
         """Return 1, or a cosine from 1 to 0."""

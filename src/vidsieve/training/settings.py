@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from vidsieve.errors import TrainingError, UnknownNameError
 
@@ -14,12 +14,13 @@ Objective = Literal["policy_gradient", "distil", "straight_through"]
 Teacher = Literal["first_look", "attention"]
 Sampler = Literal["ocss", "multinomial", "random", "official"]
 Range = Literal["frame", "video"]
-Reward = Literal["choice", "margin", "generate"]
+Reward = Literal["choice", "agreement", "margin", "generate"]
 GroupAdvantage = Literal["group", "leave_one_out", "no_std", "official"]
 Advantage = Literal["split", "group", "leave_one_out", "no_std"]
 Schedule = Literal["constant", "cosine"]
 Precision = Literal["fp32", "bf16"]
-Looks = Literal["all", "mean", "none"]
+Match = Literal["sum", "softmax", "cross_attention", "mean"]
+Start = Literal["nothing", "first_look"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
@@ -42,7 +43,7 @@ def check(*faults: tuple[object, str]) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of both trainers.
+    """Settings of all trainers; those of `fixed` have no option, and may not change.
 
     Raises
     ------
@@ -52,9 +53,12 @@ class TrainConfig:
         If a value is not one of its `Literal`.
     """
 
+    fixed: ClassVar[tuple[str, ...]] = ()
+
     steps: int = option(1000, "Optimiser steps.", 1)
     prompts_per_step: int = option(8, "Prompts whose gradients are averaged in a step, over all processes.", 1)
     seed: int = option(42, "Seed of the policy's initial weights, the data order and every draw.", 0, 2**63 - 1)
+    world: str = option("dense", "World of the testbed's scenes, where there is no --data: 'dense' or 'sparse'.")
     grad_clip: float = setting(5.0, "Largest gradient norm.", 1e-12)
     log_every: int = option(20, "Steps between two lines of metrics.", 1)
     save_every: int = option(25, "Steps between two checkpoints.", 1)
@@ -75,7 +79,8 @@ class TrainConfig:
     )
     teacher: Teacher = setting(
         "first_look",
-        "Scores to distil: 'first_look', layer 0's strongest attention; 'attention', the mean of all layers.",
+        "Scores to distil: 'first_look', the strongest attention of the first layer that sees the video; 'attention', "
+        "the mean of all layers.",
     )
     warmup_steps: int = setting(0, "First steps, which distil the teacher (supervised warm-up, GRIP-VLM).", 0)
     entropy_floor: float = setting(
@@ -89,7 +94,7 @@ class TrainConfig:
         """True if the policy chooses how many tokens it keeps in training."""
         return False
 
-    def removed(self) -> dict[str, float]:
+    def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting; a run with another value cannot be resumed."""
         return {"entropy_weight": 1.0}
 
@@ -126,8 +131,9 @@ class CaCoVIDConfig(TrainConfig):
     over: Range = setting("frame", "Draw r of every 'frame', or of the whole 'video'.")
     reward: Reward = option(
         "choice",
-        "'choice': 1 for a right answer; 'margin': its log-probability above the best wrong option's; 'generate': the "
-        "score of a generated answer by Video-R1's rules, for questions of every kind.",
+        "'choice': 1 for a right answer; 'agreement': 1 for the model's own answer under all tokens, no label read; "
+        "'margin': the right answer's log-probability above the best wrong option's; 'generate': the score of a "
+        "generated answer by Video-R1's rules, for questions of every kind.",
     )
     blind_margin: bool = setting(False, "In 'margin', subtract each option's log-probability without the video.")
     answer_tokens: int = setting(16, "Longest answer under 'generate', in tokens.", 1)
@@ -150,8 +156,15 @@ class CaCoVIDConfig(TrainConfig):
     )
     causal: bool = setting(False, "Causal attention, as in the release: blind to a question after the video.")
     blind_filter: bool = setting(False, "Leave out the testbed's questions that are answered without the video.")
-    looks: Looks = setting("all", "What body 'question' sees of layer 0's attention: 'all', its 'mean', or 'none'.")
-    trust: float = setting(0.25, "Weight of that attention's order in body 'question' at the start, with 'all'.", 0)
+    start: Start = option(
+        "nothing", "'first_look': body 'question' starts from the LLM's own first attention to the question's words."
+    )
+    match: Match = setting(
+        "sum",
+        "How body 'question' matches words with tokens: 'sum' over words, 'softmax' over words, 'cross_attention' into "
+        "the network, or with the 'mean' of the words.",
+    )
+    match_width: int = setting(128, "Dimensions in which body 'question' matches words with tokens.", 1)
     depth: int = setting(1, "Decoder layers in the policy, initialised from the LLM's first.", 1)
     body_lr: float = option(1e-4, "Learning rate of the decoder layers (paper: 1e-7 at 7B).", 0)
     head_lr: float = option(1e-3, "Learning rate of everything else (paper: 1e-6 at 7B).", 0)
@@ -159,10 +172,10 @@ class CaCoVIDConfig(TrainConfig):
     score_decay: float = setting(0.0, "Weight of the pull towards a fair coin (k3 estimate of KL to ½).", 0)
     balanced: bool = setting(False, "Give kept and dropped tokens equal total weight, as the release does.")
 
-    def removed(self) -> dict[str, float]:
+    def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting."""
         least = 0.01 if self.sampler == "official" else 0.0
-        return super().removed() | {"ratio_least": least, "ratio_most": 0.12}
+        return super().removed() | {"ratio_least": least, "ratio_most": 0.12, "looks": "all", "trust": 0.25}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,6 +199,28 @@ class CaCoVIDConfig(TrainConfig):
                 "sampler 'official' draws from every frame: set over=frame",
             ),
         )
+
+
+@dataclass(frozen=True)
+class SieveConfig(CaCoVIDConfig):
+    """Settings of the training of `sieve`: CaCoVID's but for those of its network and its rate, which are `fixed`."""
+
+    fixed: ClassVar[tuple[str, ...]] = (
+        *("body", "causal", "depth", "body_lr", "start", "match"),
+        *("ratio", "dynamic_ratio", "ratio_high", "ratio_low"),
+    )
+
+    question_dropped: float = option(0.5, "Fraction of the prompts whose question the policy does not see.", 0, 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in fields(self):
+            if item.name in self.fixed and getattr(self, item.name) != item.default:
+                raise TrainingError(
+                    f"{item.name} is CaCoVID's; sieve has its own network and draws its rates: leave it out"
+                )
+        if not self.rate_high:
+            raise TrainingError("sieve is trained at a range of rates: set rate_low and rate_high")
 
 
 @dataclass(frozen=True)
@@ -213,7 +248,7 @@ class ScoreConfig(TrainConfig):
         """True if the rate is not drawn from a given range."""
         return not self.rate_high
 
-    def removed(self) -> dict[str, float]:
+    def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting."""
         return super().removed() | {"slack": 0.0, "band_weight": 1.0}
 
@@ -234,12 +269,24 @@ class ScoreConfig(TrainConfig):
         )
 
 
-CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {"cacovid": CaCoVIDConfig, "score": ScoreConfig}
+CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {
+    "cacovid": CaCoVIDConfig,
+    "score": ScoreConfig,
+    "sieve": SieveConfig,
+}
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cacovid", "paper"): {"steps": 400, "frames": 32},
-    ("cacovid", "ours"): {"reward": "margin", "score_decay": 0.002, "head_lr": 0.002, "steps": 700},
+    ("cacovid", "paper"): {"world": "sparse", "ratio": 0.083, "frame_rollouts": 0, "steps": 400, "frames": 32},
+    ("cacovid", "ours"): {
+        "ratio": 0.083,
+        "frame_rollouts": 0,
+        "prompts_per_step": 16,
+        "score_decay": 0.002,
+        "head_lr": 0.004,
+        "steps": 300,
+    },
     ("cacovid", "official"): {
+        "world": "sparse",
         "sampler": "official",
         "token_rollouts": 23,
         "advantage": "official",
@@ -250,8 +297,19 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "steps": 100,
         "frames": 32,
     },
-    ("score", "paper"): {"prompts_per_step": 2, "steps": 150, "frames": 128},
+    ("sieve", "ours"): {
+        "reward": "agreement",
+        "rate_low": 0.03,
+        "rate_high": 0.4,
+        "frame_rollouts": 0,
+        "prompts_per_step": 16,
+        "score_decay": 0.002,
+        "head_lr": 0.004,
+        "steps": 400,
+    },
+    ("score", "paper"): {"world": "sparse", "lr": 0.002, "steps": 100, "frames": 128},
     ("score", "ours"): {
+        "world": "sparse",
         "hidden": 256,
         "advantage": "group",
         "rate_low": 0.05,

@@ -140,8 +140,8 @@ def source(
     held: Any = None
     if data is None:
         filtered = isinstance(config, CaCoVIDConfig) and config.blind_filter
-        prompts = ScenePrompts(adapter, processor, seed=TRAINING_SEED + config.seed, blind_filter=filtered)
-        held = ScenePrompts(adapter, processor, seed=HELD_OUT_SEED) if eval_data is None else None
+        prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, blind_filter=filtered)
+        held = ScenePrompts(adapter, processor, config.world, HELD_OUT_SEED) if eval_data is None else None
     else:
         rows = rows_of(data)
         apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()

@@ -146,12 +146,15 @@ class Trainer(ABC, Generic[Sample]):
         """Return the factor on every learning rate at `step`: a cosine from 1 to 0 by default."""
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
-    def run_policy(self, video: VideoTokens) -> Any:
+    def check_data(self) -> None:
+        """Raise TrainingError before a new run if its data cannot teach what the algorithm is to learn."""
+
+    def run_policy(self, video: VideoTokens, *arguments: Any) -> Any:
         """Return the policy's output for a video, in the run's precision."""
         if self.config.precision == "fp32":
-            return self.policy(video)
+            return self.policy(video, *arguments)
         with torch.autocast(video.embeds.device.type, torch.bfloat16):
-            return self.policy(video)
+            return self.policy(video, *arguments)
 
     def fit(self, resume: bool = False, force: bool = False) -> Policy:
         """Run the remaining steps and return the policy, saved in ``folder/policy``.
@@ -182,6 +185,7 @@ class Trainer(ABC, Generic[Sample]):
             if self.processes.together(lambda: self.run.begin(resume, self.events.warn)):
                 self._load(force)
             else:
+                self.check_data()
                 self._save()
             # torchrun passes a signal on to processes that may have had it already: there none of them ends at once.
             with stop_on_signal(patient=self.processes.count > 1) as flag:

@@ -51,6 +51,13 @@ SIGNS = (
         below=0.05,
     ),
     Sign(
+        "saturated probabilities",
+        "saturated",
+        "{value:.0%} of the keep probabilities are within 1 % of 0 or 1, so little new is tried: lower lr, and start a "
+        "new run",
+        above=0.25,
+    ),
+    Sign(
         "blind answers",
         "blind",
         "{value:.0%} of the prompts are answered rightly without the video, and teach nothing about it: remove them "

@@ -17,7 +17,7 @@ from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import BudgetError
+from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
 from vidsieve.evaluation.accuracy import KEPT, accuracy_rows, accuracy_table
 from vidsieve.evaluation.conditions import Condition, label_of
 from vidsieve.evaluation.experiment import Measurement, Results
@@ -156,7 +156,7 @@ class ScenesTask:
     ----------
     adapter, processor : of the model
     world : str
-        "A" or "B".
+        Its name in `WORLDS`.
     seed : int
     questions : int
         Number of questions; those about the last scene are cut to fit.
@@ -198,7 +198,9 @@ class ScenesTask:
         scene = read_scene(self.adapter, self.processor, self.world, self.seed, index, len(self.scenes[index]), needs)
         refused: dict[str, str] = {}
         for condition in able:
-            with contained(refused, condition.key, BudgetError):
+            with contained(refused, condition.key, BudgetError, NeedError, StageError, UnsupportedCallError):
+                if condition.method is not None:
+                    self.adapter.check(condition.method)
                 marks, traces = answers(self.adapter, scene, condition, self.seed + index)
                 for number, (question, right) in enumerate(zip(scene.questions, marks, strict=True)):
                     kept: dict[str, Any] = {}

@@ -29,8 +29,8 @@ class ScenePrompts:
 
     Parameters
     ----------
-    adapter, processor : of the testbed's model
-    world : {"A", "B"}
+    adapter, processor : of one of the testbed's models
+    world : str, its name in `WORLDS`
     seed : int
         Training seeds and evaluation seeds must differ.
     per_scene : int
@@ -43,7 +43,7 @@ class ScenePrompts:
         self,
         adapter: Adapter,
         processor: Any,
-        world: str = "A",
+        world: str = "dense",
         seed: int = 1,
         per_scene: int = 8,
         blind_filter: bool = False,

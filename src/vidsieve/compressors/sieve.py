@@ -1,0 +1,116 @@
+"""Sieve: one policy for any budget, with the question or without it. vidsieve's own, beyond both papers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import msgspec
+import torch
+from torch import Tensor
+
+from vidsieve.compressors._decoder import BlockShape
+from vidsieve.compressors._question import QuestionScorer
+from vidsieve.compressors.base import ScoreCompressor
+from vidsieve.errors import PolicyError
+from vidsieve.policies import Policy, PolicyConfig, Size, network_of
+from vidsieve.types import Need, VideoTokens
+
+
+class SieveNetwork(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of a `SievePolicy`."""
+
+    match_width: Size = 128
+    width: Size = 64
+
+
+class SievePolicy(Policy):
+    """CaCoVID's question path, SCORE's surprise and the budget in one network (`QuestionScorer` with `budget`)."""
+
+    method: ClassVar[str] = "sieve"
+
+    def __init__(self, config: PolicyConfig) -> None:
+        super().__init__(config)
+        network = network_of(config, SieveNetwork)
+        shape = BlockShape(config.hidden_size, 1, 1, config.hidden_size, config.hidden_size)
+        self.scorer = QuestionScorer(shape, match_width=network.match_width, width=network.width, budget=True)
+
+    def forward(self, video: VideoTokens, retention: float, question: bool = True) -> tuple[Tensor, Tensor]:
+        """Return token logits (N, 2) and frame logits (T, 2) float32; column 0 = drop, 1 = keep.
+
+        Parameters
+        ----------
+        retention : float
+            Fraction of the tokens that will be kept.
+        question : bool
+            Read the question of `video`'s prompt.
+
+        Raises
+        ------
+        PolicyError
+            If the video comes without its prompt though `question` is True, or in another width.
+        """
+        if question and video.prompt is None:
+            raise PolicyError("this policy reads the question: hand over VideoTokens with a prompt, or question=False")
+        if video.embeds.shape[1] != self.config.hidden_size:
+            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        dtype = next(self.parameters()).dtype
+        prompt = None
+        if question and video.prompt is not None:
+            prompt = replace(video.prompt, embeds=video.prompt.embeds.to(dtype))
+        tokens, frames = self.scorer(replace(video, embeds=video.embeds.to(dtype)), prompt, retention)
+        return tokens.float(), frames.float()
+
+    @classmethod
+    def start(
+        cls, hidden_size: int, family: str, *, seed: int = 0, base_model: str = "", **network: Any
+    ) -> SievePolicy:
+        """Return an untrained policy."""
+        config = PolicyConfig(cls.method, "ours", hidden_size, family, network, base_model)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config)
+
+
+@dataclass(frozen=True)
+class Sieve(ScoreCompressor):
+    """Keep the tokens that the policy scores highest at the given budget, over the whole video.
+
+    Parameters
+    ----------
+    policy : SievePolicy
+        From `from_pretrained`; there is no sensible policy without training.
+    question : bool
+        Read the question. False: one selection serves every question about a video, and prompts without one.
+    """
+
+    name: ClassVar[str] = "sieve"
+    paper: ClassVar[str] = "vidsieve"
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    trained: ClassVar[bool] = True
+    policy: SievePolicy | None = None
+    question: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.question:
+            object.__setattr__(self, "needs", frozenset())
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
+        """Return the compressor with the policy in `folder`."""
+        return cls(policy=SievePolicy.from_pretrained(folder), **fields)
+
+    @classmethod
+    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
+        """Return the compressor with random weights, for contract checks and timing."""
+        return cls(policy=SievePolicy.start(hidden_size, "none", width=16).eval(), **fields)
+
+    def score(self, video: VideoTokens) -> Tensor:
+        """Return keep logits (N,)."""
+        if self.policy is None:
+            raise PolicyError("sieve needs a trained policy: vidsieve.load('sieve', FOLDER), or `vidsieve train sieve`")
+        with self.policy.serving(video.embeds):
+            logits: Tensor = self.policy(video, self.budget(video) / video.num_tokens, self.question)[0]
+        return logits[:, 1] - logits[:, 0]

@@ -1,0 +1,129 @@
+"""Sieve: one policy for every budget, with the question or without it, trained without labels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors.sieve import Sieve, SievePolicy
+from vidsieve.errors import PolicyError, TrainingError
+from vidsieve.testing import make_video
+from vidsieve.testing.checks import WIDTH
+from vidsieve.training.data.scenes import ScenePrompts
+from vidsieve.training.recipes import train_policy
+from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.sieve import SieveTrainer
+from vidsieve.types import Need, TokenGrid
+
+FEW = {"steps": 2, "prompts_per_step": 3, "token_rollouts": 4, "eval_prompts": 0}
+
+
+@pytest.fixture
+def policy():
+    policy = SievePolicy.start(WIDTH, "none", match_width=8, width=8)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.normal_(0, 0.5, generator=draw)
+    return policy.eval()
+
+
+def asking(video, seed):
+    words = torch.randn(video.prompt.embeds.shape, generator=torch.Generator().manual_seed(seed))
+    embeds = torch.where(video.prompt.question_mask[:, None], words, video.prompt.embeds)
+    return replace(video, prompt=replace(video.prompt, embeds=embeds))
+
+
+def test_the_switch_decides_if_the_question_is_read(policy):
+    video = make_video(TokenGrid(4, 3, 3))
+    one, other = asking(video, 1), asking(video, 2)
+    with_it, without = Sieve(policy=policy), Sieve(policy=policy, question=False)
+    assert not torch.equal(with_it.score(one), with_it.score(other))
+    assert torch.equal(without.score(one), without.score(other))
+    assert torch.equal(without.score(one), without.score(replace(video, prompt=None)))
+    assert (with_it.needs, without.needs) == ({Need.QUESTION}, frozenset())
+    with pytest.raises(PolicyError, match="question=False"):
+        policy(replace(video, prompt=None), 0.1)
+
+
+def test_the_policy_knows_the_budget(policy):
+    """At another retention tokens come in another order; without the budget's weights they do not."""
+    video = make_video(TokenGrid(4, 3, 3))
+    few, many = Sieve(policy=policy, retention=0.1), Sieve(policy=policy, retention=0.8)
+    assert not torch.equal(few.score(video).argsort(), many.score(video).argsort())
+    with torch.no_grad():
+        policy.scorer.budget.weight[:, 0] = 0
+    assert torch.equal(few.score(video), many.score(video))
+
+
+def test_a_saved_policy_is_loaded_with_its_switch(policy, tmp_path):
+    policy.save_pretrained(tmp_path)
+    loaded = vidsieve.load(tmp_path, retention=0.2, question=False)
+    video = make_video(TokenGrid(4, 3, 3))
+    assert torch.equal(loaded.score(video), Sieve(policy=policy, retention=0.2, question=False).score(video))
+
+
+def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, monkeypatch):
+    told, kept, original = [], [], SieveTrainer.token_masks
+
+    def run_policy(self, video, rate, asked):
+        told.append((rate, asked))
+        return self.policy(video, rate, asked)
+
+    def token_masks(self, *args):
+        masks = original(self, *args)
+        kept.append(float(masks.float().mean()))
+        return masks
+
+    monkeypatch.setattr(SieveTrainer, "run_policy", run_policy)
+    monkeypatch.setattr(SieveTrainer, "token_masks", token_masks)
+    train_policy("sieve", *testbed, tmp_path, FEW | {"prompts_per_step": 12})
+    rates = [rate for rate, _ in told]
+    assert 0.03 <= min(rates) < 0.08 and 0.2 < max(rates) <= 0.4
+    assert kept == pytest.approx(rates, abs=0.5 / 36)
+    assert 6 <= sum(asked for _, asked in told) <= 18, "half of the prompts come without their question"
+
+
+def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):
+    """The reward is 1 for the answer under all tokens, from a loop of our own; wrong labels change nothing."""
+    model, processor = testbed
+    prompts, rewards, original = ScenePrompts(adapter_for(model), processor, seed=3), [], SieveTrainer.rewards
+
+    def noted(self, prompt, masks):
+        found = original(self, prompt, masks)
+        rewards.append((prompt.sample, masks, found[0]))
+        return found
+
+    monkeypatch.setattr(SieveTrainer, "rewards", noted)
+    train_policy("sieve", *testbed, tmp_path / "right", FEW | {"steps": 1})
+    for sample, masks, found in rewards:
+        rollouts = Rollouts(prompts.adapter, sample.inputs)
+        everything = torch.ones(1, masks.shape[1], dtype=torch.bool)
+        answer = rollouts.option_logits(everything, sample.option_ids).argmax()
+        wanted = [float(rollouts.option_logits(mask[None], sample.option_ids).argmax() == answer) for mask in masks]
+        assert found.tolist() == wanted
+
+    choice = ScenePrompts.choice
+    monkeypatch.setattr(
+        ScenePrompts, "choice", lambda self, n: replace(choice(self, n), answer=(choice(self, n).answer + 1) % 4)
+    )
+    train_policy("sieve", *testbed, tmp_path / "wrong", FEW | {"steps": 1})
+    weights = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("right", "wrong")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"depth": 2}, "depth is CaCoVID's"),
+        ({"ratio": 0.1}, "ratio is CaCoVID's"),
+        ({"rate_low": 0.0, "rate_high": 0.0}, "a range of rates"),
+    ],
+)
+def test_settings_of_another_network_are_refused(testbed, tmp_path, settings, text):
+    with pytest.raises(TrainingError, match=text):
+        train_policy("sieve", *testbed, tmp_path, FEW | settings)
