@@ -407,13 +407,14 @@ def test_streams_and_headers_are_limited_before_a_decoder_sees_them(tmp_path, mo
 @pytest.mark.parametrize(
     ("tick", "times", "match"),
     [
-        ((1, 1), (0, 2**62 - 1), ""),
+        ((1, 1), (0, 2**62 - 1), "damaged timestamps"),
+        ((1, 1), (0, 2**31), ""),
         ((2**31 - 1, 1), (0, 2**62), "damaged timestamps"),
-        ((1000, 1), (0, 2**63 - 10), "damaged timestamps|"),
+        ((1000, 1), (0, 2**63 - 10), "damaged timestamps"),
         ((1, 2**31), (0, 2**62), ""),
         ((1, 0), (0, 1), "is no video"),
         ((0, 1), (0, 2**61), "is no video"),
-        ((1, 1), (-(2**62), 2**62), "damaged timestamps|"),
+        ((1, 1), (-(2**62), 2**62), "damaged timestamps"),
     ],
 )
 def test_absurd_times_are_right_or_refused(tmp_path, tick, times, match):

@@ -47,6 +47,8 @@ TABLES = 0.75
 """Bytes for each pixel of a held frame, besides its own: motion vectors and the like."""
 UNTIMED = frozenset({"avi", "h264", "hevc", "m4v", "mpegvideo", "vvc", "obu"})
 """Formats without presentation times: FFmpeg computes them, wrongly if pictures are reordered."""
+CENTURY = 3_200_000_000
+"""Seconds between the first and last frame of a video at most."""
 PREFIX = 8
 """Number of frames decoded for the index, to check that they come in the order of the packets."""
 Pixels = NDArray[np.uint8]
@@ -280,10 +282,10 @@ class File:
         Raises
         ------
         VideoError
-            If times do not fit 64 bits.
+            If the first and last are more than `CENTURY` apart, as wrapped or damaged times are.
         """
         tick = self.stream.time_base or Fraction(1, av.time_base)
-        if (shown[-1][0] - shown[0][0]) * tick.numerator >= 2**63:
+        if (shown[-1][0] - shown[0][0]) * tick > CENTURY:
             raise VideoError(f"{self.source.path} has damaged timestamps, ages apart: encode it again")
         pts = np.array([row[0] for row in shown])
         usual = np.median(np.diff(pts)) if len(pts) > 1 else 1 / ((self.stream.average_rate or 25) * tick)
