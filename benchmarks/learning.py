@@ -137,9 +137,8 @@ def wanted_rows(adapter: Adapter, model: str, earliest: bool) -> dict[str, tuple
         known = [SceneCondition(oracle=oracle) for oracle in oracles]
         layers = range(len(adapter.decoder_layers)) if retention in PROBED else (adapter.first_full_layer,)
         known += [first_look(adapter, retention, layer) for layer in layers]
-        if retention in PROBED:
-            known += attention_of_layers(adapter, retention)
         found += [(condition, None) for condition in known]
+    found += [(condition, None) for condition in attention_of_layers(adapter, PROBED)]
     return {condition.key: (condition, fingerprint(condition, method, model)) for condition, method in found}
 
 

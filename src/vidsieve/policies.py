@@ -22,6 +22,7 @@ from vidsieve.errors import PolicyError, PolicyMismatchError
 from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
 from vidsieve.io.tensors import load_tensors, save_tensors
+from vidsieve.types import VideoTokens
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 """A width or a number of heads: a product of three has no overflow."""
@@ -129,6 +130,11 @@ class Policy(nn.Module):
         half = like.is_cuda and like.dtype in (torch.float16, torch.bfloat16)
         with torch.no_grad(), torch.autocast(like.device.type, like.dtype if half else None, enabled=half):
             yield
+
+    def check_width(self, video: VideoTokens) -> None:
+        """Raise PolicyError if a video's tokens are of another width than the policy's."""
+        if video.embeds.shape[1] != self.config.hidden_size:
+            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, each complete or not at all.

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import EvaluationError, ModelError, OutputError, PolicyError, TrainingError, VidsieveError
 from vidsieve.evaluation.benchmarks.questions import read as questions_of
 from vidsieve.evaluation.conditions import Condition
-from vidsieve.evaluation.experiment import check_unit
+from vidsieve.evaluation.experiment import unit_check
 from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.evaluation.tasks.testbed import ScenesTask
 from vidsieve.evaluation.tasks.timing import PARTS, TimingTask
@@ -375,7 +374,7 @@ def test_an_edited_line_of_a_journal_is_named(name, tmp_path):
 
     def read(line):
         (tmp_path / "units-1-of-1.jsonl").write_text(json.dumps(line) + "\n")
-        return records_in(tmp_path, partial(check_unit, task, {Condition().key}))
+        return records_in(tmp_path, unit_check(task, {Condition().key}))
 
     assert read(good) == {"0/0": good}
     edits = [sample | {key: "x"} for key in sample if key != "item"]

@@ -6,6 +6,7 @@ are no methods; the heuristics are what anyone would try first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -179,18 +180,25 @@ def separation_conditions(
         conditions.append(SceneCondition(later, suffix="_next"))
         oracles = [Oracle(name, retention, build(count), "-", per) for name, (build, per) in HEURISTICS.items()]
         conditions += [SceneCondition(oracle=oracle) for oracle in oracles]
-        conditions += attention_of_layers(adapter, retention) if attention else []
         conditions += [first_look(adapter, retention, layer) for layer in layers]
+    conditions += attention_of_layers(adapter, retentions) if attention else []
     return [*conditions, wrong_video(processor, world, seed)]
 
 
-def attention_of_layers(adapter: Adapter, retention: float) -> list[SceneCondition]:
-    """Return the conditions of every layer's attention under all tokens: from the question's words, the last token."""
-    seen, count = _Attention(), kept_tokens(retention, TOKENS)
+def attention_of_layers(adapter: Adapter, retentions: Sequence[float]) -> list[SceneCondition]:
+    """Return the conditions of every layer's attention under all tokens: from the question's words, the last token.
+
+    One forward of a scene serves all of them.
+    """
+    seen = _Attention()
+
+    def at(kind: str, layer: int, retention: float) -> SceneCondition:
+        select = _scored(seen.at(kind, layer))(kept_tokens(retention, TOKENS))
+        return SceneCondition(oracle=Oracle(f"{kind}_attention", retention, select, f"layer {layer}"))
+
     return [
-        SceneCondition(
-            oracle=Oracle(f"{kind}_attention", retention, _scored(seen.at(kind, layer))(count), f"layer {layer}")
-        )
+        at(kind, layer, retention)
+        for retention in retentions
         for kind in ("words", "last_token")
         for layer in range(len(adapter.decoder_layers))
     ]
@@ -238,11 +246,13 @@ def _line(condition: str, figure: float, met: bool) -> str:
     return f"{'met   ' if met else 'MISSED'}  {condition}: {figure:+.3f}"
 
 
-def first_look(adapter: Adapter, retention: float | Tokens, layer: int = 0) -> SceneCondition:
+def first_look(adapter: Adapter, retention: float | Tokens, layer: int | None = None) -> SceneCondition:
     """Return the condition of a layer's queries and keys on what enters the LLM, question words to video tokens.
 
-    Nothing is trained, and nothing of the LLM runs. For layer 0 that is its attention.
+    Nothing is trained, and nothing of the LLM runs. For layer 0 that is its attention; default: the first layer that
+    sees the video, as in `FirstLook`.
     """
+    layer = adapter.first_full_layer if layer is None else layer
     state = adapter.layer_state(layer)
     look = FirstLook(state.shape)
     look.load_state_dict({name: tensor for name, tensor in state.weights.items() if name in look.state_dict()})

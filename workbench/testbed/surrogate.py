@@ -45,11 +45,7 @@ class NeedyPrompts(ScenePrompts):
 
     def choice(self, number: int) -> NeedyChoice:
         """Return prompt `number`."""
-        plain = super().choice(number)
-        block, place = divmod(number, 32 * self.per_scene)
-        index = block * 32 + place % 32
-        questions = self._scene(index)[1]
-        question = questions[(place // 32) % len(questions)]
+        plain, (index, question) = super().choice(number), self.asked(number)
         groups = needed_tokens(question.kind, question.targets, make_cast(self.world, self.seed, index))
         return NeedyChoice(plain.inputs, plain.option_ids, plain.answer, plain.truth, needed=tuple(groups))
 

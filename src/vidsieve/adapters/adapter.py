@@ -26,7 +26,7 @@ from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds, synchronise
-from vidsieve.compressors._decoder import LayerState
+from vidsieve.compressors._decoder import BlockShape, LayerState
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
 from vidsieve.errors import (
@@ -203,6 +203,10 @@ class Adapter(Family):
         if FULL not in kinds:
             raise NeedError(f"no layer of this model has full attention, only {', '.join(sorted(set(kinds)))}")
         return kinds.index(FULL)
+
+    def layer_shape(self, index: int = 0) -> BlockShape:
+        """Return the shape of one decoder layer; raises as `layer_state`, without its copies of weights."""
+        return block_shape(self.model.config.get_text_config(), self.decoder_layers[index])
 
     def layer_state(self, index: int = 0) -> LayerState:
         """Return shape and weights (copies) of one decoder layer, for policies that start from it.

@@ -40,11 +40,12 @@ def ui(
     from starlette.middleware import Middleware
 
     from vidsieve.evaluation.conditions import check_known, named_methods
-    from vidsieve.loading import is_testbed, load_model
+    from vidsieve.loading import is_testbed, load_model, shipped_policies
     from vidsieve.serving.page import WAITING, Desk, build
     from vidsieve.serving.visitors import Visitors
 
-    names = words(methods) or (["cacovid", "score", "divprune", "uniform"] if is_testbed(model) else ["divprune"])
+    trained = [name for name in ("cacovid", "score") if is_testbed(model) and name in shipped_policies(model)]
+    names = words(methods) or ([*trained, "divprune", "uniform"] if trained else ["divprune"])
     for name in names:
         check_known(name)
     chosen = named_methods(names, model)

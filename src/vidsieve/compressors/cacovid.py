@@ -82,8 +82,7 @@ class CaCoVIDPolicy(Policy):
         """
         if video.prompt is None:
             raise PolicyError("a CaCoVID policy reads the question: hand over VideoTokens with a prompt")
-        if video.embeds.shape[1] != self.config.hidden_size:
-            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        self.check_width(video)
         dtype = next(self.parameters()).dtype
         prompt = replace(video.prompt, embeds=video.prompt.embeds.to(dtype))
         if self.body == "question":

@@ -59,8 +59,7 @@ class ScorePolicy(Policy):
         PolicyError
             If the video has another width.
         """
-        if video.embeds.shape[1] != self.config.hidden_size:
-            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        self.check_width(video)
         return self.logits(video.embeds, video.grid)
 
     def logits(self, embeds: Tensor, grid: TokenGrid, chunk_tokens: int = 8192) -> Tensor:

@@ -53,8 +53,7 @@ class SievePolicy(Policy):
         """
         if question and video.prompt is None:
             raise PolicyError("this policy reads the question: hand over VideoTokens with a prompt, or question=False")
-        if video.embeds.shape[1] != self.config.hidden_size:
-            raise PolicyError(f"the policy reads width {self.config.hidden_size}, got {video.embeds.shape[1]}")
+        self.check_width(video)
         dtype = next(self.parameters()).dtype
         prompt = None
         if question and video.prompt is not None:

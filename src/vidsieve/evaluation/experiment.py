@@ -195,7 +195,7 @@ def run(
     about: dict[str, Any] = {"task": task.name, "command": command, "versions": versions()}
     if folder is not None:
         about["settings"] = configuration(task, conditions)
-    check = functools.partial(check_unit, task, {condition.key for condition in conditions})
+    check = unit_check(task, {condition.key for condition in conditions})
     with nullcontext() if folder is None else Store(folder, about["settings"], share, check) as store:
         results = measured(task, conditions, store, progress)
     if len(results.units) < len(task.units()):
@@ -225,11 +225,15 @@ def measured(
     return Results(conditions, measure_all(store, task.units(), measure, progress))
 
 
-def check_unit(task: Task, keys: Set[str], record: Mapping[str, Any]) -> None:
-    """Raise ValueError for a line that is not of this task and conditions."""
+def unit_check(task: Task, keys: Set[str]) -> Callable[[Mapping[str, Any]], None]:
+    """Return a function that raises ValueError for a line that is not of this task and conditions."""
     form: Any = msgspec.defstruct("Sample", [("item", str), ("condition", str), *task.form])
-    if not {msgspec.convert(sample, form).condition for sample in msgspec.convert(record, _Unit).samples} <= keys:
-        raise ValueError("it has a sample of another condition")
+
+    def check(record: Mapping[str, Any]) -> None:
+        if not {msgspec.convert(sample, form).condition for sample in msgspec.convert(record, _Unit).samples} <= keys:
+            raise ValueError("it has a sample of another condition")
+
+    return check
 
 
 def _distinct(conditions: Sequence[Condition]) -> list[Condition]:

@@ -160,12 +160,12 @@ def new_cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_nam
         "first_look": config.start == "first_look",
     }
     network: dict[str, Any] = {"scorer": scorer} if question else {"causal": config.causal}
-    states = [adapter.layer_state(first + number) for number in range(depth)]
+    blank = question and config.start == "nothing"  # of a large model a layer is a gigabyte, and none is read
     return CaCoVIDPolicy.start(
-        states[0].shape,
+        adapter.layer_shape(first),
         adapter.family,
         variant=variant,
-        layers=[state.weights for state in states],
+        layers=[{} if blank else adapter.layer_state(first + number).weights for number in range(depth)],
         seed=config.seed,
         base_model=model_name,
         body=None if config.body == "variant" else config.body,

@@ -77,11 +77,17 @@ class ScenePrompts:
         known = blind_answers(self.adapter.model, self.processor, rows, batch=len(rows))
         return [q for q, right in zip(questions, known, strict=True) if not right] or questions
 
+    def asked(self, number: int) -> tuple[int, Question]:
+        """Return the scene and the question of multiple-choice prompt `number`."""
+        block, place = divmod(number, 32 * self.per_scene)
+        index = block * 32 + place % 32
+        questions = self._scene(index)[1]
+        return index, questions[(place // 32) % len(questions)]
+
     def choice(self, number: int) -> Choice:
         """Return multiple-choice prompt `number`: question ⌊number / 32⌋ mod `per_scene` of one of 32 scenes."""
-        block, place = divmod(number, 32 * self.per_scene)
-        features, questions, _ = self._scene(block * 32 + place % 32)
-        question = questions[(place // 32) % len(questions)]
+        index, question = self.asked(number)
+        features = self._scene(index)[0]
         inputs = self._inputs(features, question.text, "")
         options = torch.tensor([WORD_ID[word] for word in question.options])
         return Choice(inputs, options, question.options.index(question.answer), question.answer)
