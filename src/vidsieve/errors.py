@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONGEST = 2000  # characters of a text that is shown, whatever the file that it quotes holds
+
 
 class VidsieveError(Exception):
-    """Base of all errors raised on purpose; the text says what to do."""
+    """Base of all errors raised on purpose; the text says what to do.
+
+    A text over `LONGEST` characters is shown without its middle: its start names what is wrong, its end the remedy.
+    """
+
+    def __str__(self) -> str:
+        text = str(self.args[0]) if self.args else ""
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class RetentionError(VidsieveError, ValueError):
@@ -27,9 +36,6 @@ class UnknownNameError(VidsieveError, KeyError):
         near = get_close_matches(given, names, n=3, cutoff=0.4)
         offer = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(names)}."
         super().__init__(f"unknown {kind} {given!r}. {offer}{' ' + hint if hint else ''}")
-
-    def __str__(self) -> str:
-        return str(self.args[0])
 
 
 class PluginError(VidsieveError, ImportError):

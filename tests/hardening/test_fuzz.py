@@ -223,7 +223,7 @@ def case(target, seed):
             try:
                 read(path)
             except VidsieveError as error:
-                assert len(str(error)) < 3000, f"an error of {len(str(error))} characters"
+                assert len(str(error)) < 3000, f"an error of {len(str(error))} characters: {error!s:.300}"
 
 
 def main(target, seed, seconds=0.0):
