@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import multiprocessing
+import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -26,24 +27,26 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.sieve import Sieve
 from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
-from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask, scene_conditions
+from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model, shipped_model, shipped_policy
-from vidsieve.policies import Policy
+from vidsieve.policies import Policy, read_config
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
-from vidsieve.types import Stage, VideoTokens
+from vidsieve.types import Need, VideoTokens
 from workbench.testbed import study
-from workbench.testbed.study import attention_of_layers, first_look, object_oracle, question_oracle
+from workbench.testbed.study import first_look, object_oracle, question_oracle
 
 TABLES = ("deep dense", "deep dense-b", "deep sparse", "deep sparse-b", "shallow sparse", "shallow sparse-b")
 """Model and world of each table."""
 SEEDS, RETENTIONS = (9201, 9202, 9203), (0.4, 0.25, 0.1, 0.05, 0.025)
 PROBED = (0.1, 0.05)
-"""Retentions at which question-aware policies also get another question, and other ways to spend their budget."""
+"""Retentions at which question-aware policies also get another question."""
+SEED = re.compile(r"\[seed \d+\]")
 TRAINED = ("cacovid", "score", "sieve")
 
 
@@ -92,7 +95,7 @@ AT_ONCE = 64
 """Rows that are measured before they are saved; an interruption loses no more."""
 
 
-def fingerprint(condition: SceneCondition, method: Compressor | None, model: str) -> str:
+def fingerprint(condition: SceneCondition, method: Compressor | None, folder: Path | None, model: str) -> str:
     """Return a hash of the measuring code, the model, and a method's code and policy."""
     package = Path(vidsieve.__file__).parent
     found = [path for name in COMMON for path in _files(package / name)]
@@ -101,9 +104,8 @@ def fingerprint(condition: SceneCondition, method: Compressor | None, model: str
         found += [Path(inspect.getfile(k)) for k in type(method).__mro__ if k.__module__.startswith("vidsieve")]
         if method.trained:
             found += [package / "compressors" / name for name in ("_decoder.py", "_question.py")]
-            found += shipped_policy(f"{method.name}:{method.variant}").iterdir()
-    row = condition.described()
-    digest = hashlib.sha256(repr((row["method"], row["variant"], row["retention"])).encode())
+            found += (folder or shipped_policy(f"{method.name}:{method.variant}")).iterdir()
+    digest = hashlib.sha256(condition.key.encode())
     for path in sorted(set(found)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -113,38 +115,44 @@ def _files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.py")) if path.is_dir() else [path]
 
 
-def wanted_rows(adapter: Adapter, model: str, earliest: bool) -> dict[str, tuple[SceneCondition, str]]:
-    """Return (condition, fingerprint) by key; `earliest` adds methods inside the LLM that move to earlier layers."""
-    methods = named_methods(["all"], model, prefill=True)
-    moved = [
-        (method, "earliest", True) if hasattr(method, "earliest") else (method, "layer", 1)
-        for method in methods.values()
-        if earliest and method.acts is Stage.LAYER and (hasattr(method, "earliest") or hasattr(method, "layer"))
+def wanted_rows(
+    adapter: Adapter, model: str, names: Sequence[str], folders: Sequence[Path]
+) -> dict[str, tuple[SceneCondition, str]]:
+    """Return (condition, fingerprint) by key: named methods, policies of more trainings, oracles, the first look."""
+    chosen: list[tuple[str, Compressor, Path | None]] = [
+        ("", method, None) for method in named_methods(names, model, prefill=True).values()
     ]
-    found: list[tuple[SceneCondition, Compressor | None]] = [(FULL, None)]
+    for folder in folders:
+        policy = vidsieve.load(folder)
+        chosen.append((f"[seed {read_config(folder).training['seed']}]", policy, folder))
+    chosen += [
+        (f"{suffix}[no question]", dataclasses.replace(method, question=False), folder)
+        for suffix, method, folder in chosen
+        if isinstance(method, Sieve)
+    ]
+    found: list[tuple[SceneCondition, Compressor | None, Path | None]] = [(FULL, None, None)]
+    for suffix, method, folder in chosen:
+        ready = remembering(method)
+        for retention in RETENTIONS:
+            plain = SceneCondition(ready.with_retention(retention), suffix=suffix)
+            found.append((plain, method, folder))
+            if retention in PROBED and Need.QUESTION in plain.needs and method.trained:
+                other = dataclasses.replace(plain, suffix=f"{suffix}[other question]", other_question=True)
+                found.append((other, method, folder))
     for retention in RETENTIONS:
-        for name, method in methods.items():
-            _, *conditions = scene_conditions({name: remembering(method)}, [retention], probes=retention in PROBED)
-            found += [(condition, method) for condition in conditions]
-        for method, field, value in moved:
-            at = dataclasses.replace(method.with_retention(retention), **{field: value})  # type: ignore[arg-type]
-            found.append((SceneCondition(at, suffix="[earliest]"), method))
         count = kept_tokens(retention, TOKENS)
         oracles = (
             Oracle("question_oracle", retention, question_oracle(count)),
             Oracle("object_oracle", retention, object_oracle(count, True), per_question=False),
         )
-        known = [SceneCondition(oracle=oracle) for oracle in oracles]
-        layers = range(len(adapter.decoder_layers)) if retention in PROBED else (adapter.first_full_layer,)
-        known += [first_look(adapter, retention, layer) for layer in layers]
-        found += [(condition, None) for condition in known]
-    found += [(condition, None) for condition in attention_of_layers(adapter, PROBED)]
-    return {condition.key: (condition, fingerprint(condition, method, model)) for condition, method in found}
+        known = [*(SceneCondition(oracle=oracle) for oracle in oracles), first_look(adapter, retention)]
+        found += [(condition, None, None) for condition in known]
+    return {row[0].key: (row[0], fingerprint(*row, model)) for row in found}
 
 
-def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
+def measured(task: tuple[str, int, int, Path, list[str], list[Path]]) -> dict[str, Any]:
     """Return the marks of every row for one table and seed; rows measured earlier with the same code are kept."""
-    table, seed, questions, folder, earliest = task
+    table, seed, questions, folder, names, folders = task
     which, world = table.split()
     path = folder / f"{which}-{world}-{seed}-{questions}.json"
     part: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"marks": {}, "made_by": {}, "floors": {}}
@@ -153,7 +161,7 @@ def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
     name = f"testbed:{which}"
     model, processor = load_model(name)
     adapter = adapter_for(model)
-    rows = wanted_rows(adapter, name, earliest)
+    rows = wanted_rows(adapter, name, names, folders)
     missing = [key for key, (_, made_by) in rows.items() if part["made_by"].get(key) != made_by]
     for start in range(0, len(missing), AT_ONCE):
         keys = missing[start : start + AT_ONCE]
@@ -176,14 +184,29 @@ def measured(task: tuple[str, int, int, Path, bool]) -> dict[str, Any]:
 
 
 def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return every row's marks over all seeds, with one cluster number per scene."""
-    marks: dict[str, list[bool]] = {}
+    """Return every row's marks over all seeds, with one cluster number per scene.
+
+    A row that was trained with several seeds becomes the mean over them, question by question; the shipped policy's
+    own marks move to a row of its own.
+    """
+    marks: dict[str, list[float]] = {}
     clusters: list[int] = []
     for part in parts:
         offset = 1 + max(clusters, default=-1)
         clusters += [offset + number for number in part["clusters"]]
         for key, values in part["marks"].items():
-            marks.setdefault(key, []).extend(values)
+            marks.setdefault(key, []).extend(map(float, values))
+    trained: dict[str, list[str]] = {}
+    for key in marks:
+        if SEED.search(key):
+            trained.setdefault(SEED.sub("", key), []).append(key)
+    for key, others in trained.items():
+        name, rest = key.split("/", 1)
+        base, _, probe = name.partition("[")
+        shipped = f"{base}[shipped]{'[' if probe else ''}{probe}/{rest}"
+        marks[shipped] = marks.pop(key)
+        every = [marks[shipped], *(marks[other] for other in others)]
+        marks[key] = [sum(values) / len(values) for values in zip(*every, strict=True)]
     return {"marks": marks, "clusters": clusters, "floors": parts[0]["floors"]}
 
 
@@ -194,6 +217,7 @@ def interval(estimate: Estimate) -> dict[str, Any]:
 def compared(data: dict[str, Any]) -> dict[str, Any]:
     """Return accuracy of every row and its paired differences to random, the best untrained method, oracle and full."""
     marks, clusters = data["marks"], data["clusters"]
+    free = [name for name in registry.compressors if not registry.compressors.get(name).trained]
     rows = []
     for key, values in marks.items():
         method, variant, retention = key.rsplit("/", 2)
@@ -201,12 +225,16 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
             "full": "full/-/1",
             "random": f"random/ours/{retention}",
             "question_oracle": f"question_oracle/-/{retention}",
+            "other_question": f"{method}[other question]/{variant}/{retention}",
         }
         if retention != "1":
-            free = [name for name in registry.compressors if name not in TRAINED]
             there = [key for key in (f"{name}/ours/{retention}" for name in free) if key in marks]
-            others["best_training_free"] = max(there, key=lambda name: sum(marks[name]))
+            if there:
+                others["best_training_free"] = max(there, key=lambda name: sum(marks[name]))
             others |= {name: f"{name}/ours/{retention}" for name in TRAINED}
+            others |= {
+                "first_look": next((k for k in marks if k.startswith("first_look") and k.endswith(f"/{retention}")), "")
+            }
         row = {
             "method": method,
             "variant": variant,
@@ -228,11 +256,7 @@ NAMES = {
     "question_oracle": "oracle: knows which objects the question is about",
     "object_oracle": "oracle: knows which objects can be asked about, not the question",
     "first_look": "queries and keys on the LLM's inputs, words to video, untrained",
-    "words_attention": "attention words to video in a forward pass of all tokens",
-    "last_token_attention": "attention of the last token in a forward pass of all tokens",
 }
-KNOWING = ("full", "question_oracle", "object_oracle")
-"""Rows that no method can have."""
 
 
 def _label(method: str, variant: str) -> str:
@@ -283,28 +307,27 @@ def page(result: dict[str, Any]) -> str:
         "",
         f"Written by `python benchmarks/learning.py`, seed {', '.join(map(str, result['seeds']))}, none of them seen "
         "in training; on `dense-b` and `sparse-b` nothing is trained. Kept: what the LLM's layers see on average, "
-        "exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in SCORE's tables; "
-        "`[earliest]` moves methods inside the LLM to earlier layers than their papers', so that the budget can be "
-        "met. These worlds are made so that cheap heuristics fail: an order of methods here is none on real videos.",
+        "exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in SCORE's tables. "
+        "These worlds are made so that cheap heuristics fail: an order of methods here is none on real videos.",
     ]
     for name, table in result["tables"].items():
         rows = list(dict.fromkeys((r["method"], r["variant"]) for r in table["rows"]))
-        layers = [row for row in rows if row[1].startswith("layer")]
-        probes = [row for row in rows if "[" in row[0] and "earliest" not in row[0]]
-        plain = [row for row in rows if row not in layers and row not in probes]
+        probes = [row for row in rows if "[" in row[0]]
+        plain = [row for row in rows if row not in probes]
         model, world = name.split()
         refused = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in table["floors"].items()}
         parts += ["", f"## The {model} model in the {world} world", ""]
         parts += [f"{table['questions']:,} questions on {table['scenes']} scenes.", "", markdown(table, plain)]
-        parts += ["", "What the untrained LLM tells, layer by layer:", "", markdown(table, layers)]
         parts += ["", "Percentage points with 95 % intervals, question by question, clustered by scene:", ""]
-        parts += [differences(table, plain, (0.1, 0.05))]
+        parts += [differences(table, plain, PROBED)]
         if probes:
             parts += [
                 "",
-                "`[other question]`: tokens are chosen for the scene's next question. `[frame_…]`: other ways to",
+                "`[other question]`: tokens are chosen for the scene's next question. `[no question]`: the policy is",
+                "not shown it. `[shipped]`, `[seed …]`: one training each, of which the rows above have the mean.",
+                "",
+                markdown(table, probes),
             ]
-            parts += ["share the budget out among frames.", "", markdown(table, probes)]
         parts += ["", "Below what a method can keep, or refused:" if refused else ""]
         parts += ["", *(f"- `{method}`: {reason}" for method, reason in refused.items())]
     return "\n".join(parts).rstrip() + "\n"
@@ -316,7 +339,8 @@ def main() -> None:
         "--questions", default="1200,1200,1200", help=f"of each seed of {SEEDS}, or of the first ones; 0: none"
     )
     parser.add_argument("--tables", default=",".join(TABLES), help="model and world of each")
-    parser.add_argument("--earliest", action="store_true", help="also methods that move to earlier layers")
+    parser.add_argument("--methods", default="all", help="names, as `vidsieve eval` has them")
+    parser.add_argument("--policies", type=Path, nargs="*", default=[], help="folders of more trainings, each table's")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
@@ -327,7 +351,10 @@ def main() -> None:
         counts = [int(count) for count in options.questions.split(",")]
         sizes = [(seed, count) for seed, count in zip(SEEDS, counts, strict=False) if count]
         names = options.tables.split(",")
-        tasks = [(name, seed, count, options.parts, options.earliest) for name in names for seed, count in sizes]
+        methods = options.methods.split(",")
+        tasks = [
+            (name, seed, count, options.parts, methods, options.policies) for name in names for seed, count in sizes
+        ]
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))

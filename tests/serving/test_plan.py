@@ -54,7 +54,7 @@ def tiny(tmp_path):
 def test_grids_and_newlines_are_those_of_the_adapter(tiny, family):
     _, adapter, folder = tiny(family)
     encoded = adapter.encode(inputs_for(family, [[default_grid(family, 5)]]))
-    grid, newlines, _ = encoded_video(read_model(folder), 5, SIZE)
+    grid, newlines, _, _ = encoded_video(read_model(folder), 5, SIZE)
     video = encoded.videos[0].features
     assert (grid, newlines) == (video.grid, len(video.tail)) and read_model(folder).family == family
 
@@ -73,7 +73,7 @@ def test_frames_are_scaled_as_by_the_real_processors(name, kind, limits, frames,
     processor = getattr(transformers, kind)(**({"size": limits} if limits else {}))
     pixels = np.zeros((frames, *size, 3), np.uint8)
     outputs = processor([pixels], do_sample_frames=False, return_tensors="pt")
-    grid, _, _ = encoded_video(read_model(name), frames, size)
+    grid, _, _, _ = encoded_video(read_model(name), frames, size)
     assert [[grid.frames, 2 * grid.height, 2 * grid.width]] == outputs["video_grid_thw"].tolist()
     assert grid.num_tokens * 4 == len(outputs["pixel_values_videos"])
 
@@ -94,7 +94,7 @@ def test_prompts_are_as_long_as_the_models_read_them(name, markers):
 def test_a_pruned_prompt_is_as_long_as_a_method_makes_it(tiny, family):
     network, _, folder = tiny(family)
     inputs = inputs_for(family, [[default_grid(family, 4)]])
-    grid, newlines, _ = encoded_video(read_model(folder), 4, SIZE)
+    grid, newlines, _, _ = encoded_video(read_model(folder), 4, SIZE)
     whole = vidsieve.prune(network, inputs, vidsieve.load("uniform", retention=1.0))["input_ids"].shape[1]
     for retention in (1.0, 0.5):  # a half leaves no row without a token
         pruned = vidsieve.prune(network, inputs, vidsieve.load("uniform", retention=retention))
@@ -115,7 +115,7 @@ def test_the_encoders_operations_are_those_that_torch_counts(tiny, family):
     if qwen:
         unit = vision.patch_size * vision.spatial_merge_size
         size = (9 * unit, 17 * unit)  # windows of 2×2, some cut
-    grid, _, ours = encoded_video(read_model(folder), frames, size)
+    grid, _, _, ours = encoded_video(read_model(folder), frames, size)
     network.set_attn_implementation("eager")
     inputs = inputs_for(family, [[grid if qwen else default_grid(family)]])
     with FlopCounterMode(display=False) as counted, torch.no_grad():
@@ -140,7 +140,7 @@ def test_parameters_are_counted_without_weights(tiny, testbed, family):
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm"])
 def test_a_cache_is_as_large_as_a_real_one(tiny, family):
     network, adapter, folder = tiny(family)
-    grid, _, _ = encoded_video(read_model(folder), 2, SIZE)
+    grid, _, _, _ = encoded_video(read_model(folder), 2, SIZE)
     inputs = inputs_for(family, [[grid]])
     pruned = vidsieve.prune(network, inputs, vidsieve.load("uniform", retention=0.25))
     with torch.no_grad():

@@ -13,6 +13,7 @@ from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import TrainingError, UnsupportedCallError
+from vidsieve.io.machine import total_memory
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.tiny_models import FAMILIES
@@ -21,7 +22,7 @@ from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rewards import margin_reward
-from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, Footprint, Packing, Rollouts, total_memory
+from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, Footprint, Packing, Rollouts
 from vidsieve.training.score import ScoreTrainer
 from vidsieve.training.settings import ScoreConfig
 from vidsieve.training.sources import Files

@@ -16,6 +16,7 @@ from vidsieve.testing.checks import WIDTH
 from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.settings import SETTINGS, SieveConfig
 from vidsieve.training.sieve import SieveTrainer
 from vidsieve.types import Need, TokenGrid
 
@@ -82,10 +83,43 @@ def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, 
     monkeypatch.setattr(SieveTrainer, "run_policy", run_policy)
     monkeypatch.setattr(SieveTrainer, "token_masks", token_masks)
     train_policy("sieve", *testbed, tmp_path, FEW | {"prompts_per_step": 12})
-    rates = [rate for rate, _ in told]
-    assert 0.03 <= min(rates) < 0.08 and 0.2 < max(rates) <= 0.4
+    drawn, other = told[::2], told[1::2]
+    assert [(rate, not asked) for rate, asked in drawn] == other, "every prompt teaches both readings, at one rate"
+    rates = [rate for rate, _ in drawn]
+    assert 0.06 <= min(rates) < 0.08 and 0.11 < max(rates) <= 0.15
     assert kept == pytest.approx(rates, abs=0.5 / 36)
-    assert 6 <= sum(asked for _, asked in told) <= 18, "half of the prompts come without their question"
+    assert 6 <= sum(asked for _, asked in drawn) <= 18, "half of the rollouts are drawn without the question"
+
+
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dropped):
+    """A prompt's gradient: plain CPO for one reading, and REINFORCE on the same masks for the other."""
+    adapter = adapter_for(testbed[0])
+    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"question_dropped": dropped, "score_decay": 0.0})
+    policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
+    with torch.no_grad():
+        policy.scorer.query.weight.normal_(0, 0.02)
+    prompts = ScenePrompts(adapter, testbed[1], seed=3)
+    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
+    for number in range(20):
+        prompt = trainer.prepare(prompts.choice(number))
+        result = trainer.train_step(prompt)
+        known = prompt.memory["tokens"]
+        if not bool((known.rewards == known.rewards[0]).all()):
+            break
+    advantage = (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
+    video, wanted = prompt.rollouts.video(frozenset({Need.QUESTION})), torch.tensor(0.0)
+    for asked in (True, False):
+        logits = policy(video, prompt.ratio, asked)[0].log_softmax(1)
+        chosen = torch.where(known.masks, logits[:, 1], logits[:, 0])  # (G, N)
+        wanted = wanted - (advantage[:, None] * chosen).mean()
+    found = torch.autograd.grad(result.loss, policy.parameters(), allow_unused=True)
+    expected = torch.autograd.grad(wanted, policy.parameters(), allow_unused=True)
+    assert any(gradient is not None and float(gradient.abs().max()) > 0 for gradient in found)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-7)
 
 
 def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ from vidsieve.cli.shared import (
     out,
     quiet,
     set_threads,
+    table,
     words,
     write_json,
     write_report,
@@ -67,6 +68,15 @@ Cache = Annotated[
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: continue although settings or threads changed.")]
 LogTo = Annotated[str, typer.Option(help="Also log to 'tensorboard', 'wandb', or both (a,b).", show_default=False)]
+DryRun = Annotated[
+    str,
+    typer.Option(
+        metavar="GPU",
+        help="Train nothing; predict memory, rollouts/s and hours from the model's configuration, for 'here' (this "
+        "machine, measured) or a GPU as `vidsieve plan` has them.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")]
 
 
@@ -114,6 +124,31 @@ def refuse_sharding() -> None:
             )
 
 
+def predicted(method: str, model: str, settings: dict[str, Any], variant: str, gpu: str) -> dict[str, Any]:
+    """Print and return what a training would take."""
+    import torch
+
+    from vidsieve.serving.dry_run import dry_run
+    from vidsieve.serving.plan import Gpu, read_gpu
+
+    half = settings.get("precision") == "bf16"
+    card = Gpu.here(torch.bfloat16 if half else torch.float32) if gpu == "here" else read_gpu(gpu)
+    found = dry_run(method, model, settings, card, variant=variant)
+    units = {"bytes": ("GB", 1e9), "s": ("s", 1.0)}
+    lines = []
+    for name, value in found.items():
+        part, _, last = name.rpartition("_")
+        unit, one = units.get(last, ("", 1.0))
+        if name.endswith("_per_s"):
+            part, unit = name.removesuffix("_per_s"), "a second"
+        if isinstance(value, (int, float)):
+            shown = f"{value:,}" if isinstance(value, int) and one == 1 else f"{value / one:.3g}"
+            lines.append(((part if unit else name).replace("_", " "), f"{shown} {unit}".strip()))
+    out.print(table(f"{escape(model)} on {escape(card.name)}: predicted", ("", ""), lines, right=[1]))
+    out.print("\n".join(f"- {line}" for line in found["assumptions"]), soft_wrap=True, markup=False)
+    return found
+
+
 def add_command(method: str, config: type[TrainConfig], about: str) -> None:
     """Add the command that trains a method, with an option for every setting that has one."""
     options = [item for item in fields(config) if item.metadata["option"] and item.name not in config.fixed]
@@ -133,6 +168,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         force: Force = False,
         log_to: LogTo = "",
         device: Device = "auto",
+        dry_run: DryRun = "",
         max_pixels: MaxPixels = Limits.pixels,
         threads: Threads = 0,
         json: Json = None,
@@ -155,6 +191,12 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         if settings.keys() & extra.keys():
             raise TrainingError(f"{min(settings.keys() & extra.keys())} is given as an option and by --set")
         settings |= extra
+        if dry_run:
+            check_output(json)
+            set_threads(threads)
+            quiet()
+            write_json(json, predicted(method, model, settings, variant, dry_run))
+            return
         refuse_sharding()
         if not is_main():  # only the main process of several prints
             out.quiet = err.quiet = True

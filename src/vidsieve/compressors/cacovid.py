@@ -137,7 +137,7 @@ class CaCoVIDPolicy(Policy):
             policy = cls(config)
         for number, weights in enumerate(layers or ()):
             target: nn.Module | None = policy.scorer.first_look if body == "question" else policy.layers[number]
-            if target is None:
+            if target is None or not weights:
                 continue
             target.load_state_dict({k: v for k, v in weights.items() if k in target.state_dict()})
         return policy

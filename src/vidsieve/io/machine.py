@@ -1,4 +1,4 @@
-"""Helpers of benchmarks: the machine, the spread of a figure, peak memory, a JSON file."""
+"""The machine and its memory, and helpers of benchmarks: the spread of a figure, peak memory, a JSON file."""
 
 from __future__ import annotations
 
@@ -34,6 +34,17 @@ def machine() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def total_memory() -> int:
+    """Return the bytes of memory of this machine or of the container around us; 8 GiB if unknown."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        total = 8 * 2**30
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if os.path.isfile(limit) else ""
+    return min(total, int(text)) if text.isdigit() else total
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

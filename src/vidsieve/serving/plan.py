@@ -6,7 +6,8 @@ A part takes as long as its matrix products, or as reading its weights and cache
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.errors import ModelError, SelectionError, UnknownNameError
 from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.evaluation.flops import prefill_flops
+from vidsieve.io.machine import total_memory
 from vidsieve.loading import is_testbed, shipped_model
 from vidsieve.selection import kept_tokens
 from vidsieve.types import TokenGrid
@@ -55,11 +57,38 @@ class Gpu:
     efficiency: float = 0.5
     bandwidth_share: float = 0.8
     width: int = 2
+    cpu: bool = False
+
+    @classmethod
+    def here(cls, dtype: torch.dtype = torch.float32) -> Gpu:
+        """Return this machine's GPU, or its CPU, with the speed of products and copies in `dtype`, measured now."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        side = 8192 if device.type == "cuda" else 1024
+        left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+        product, copy = _seconds(lambda: left @ right), _seconds(lambda: left.clone())
+        if device.type == "cuda":
+            name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+        else:
+            name, memory = f"this CPU, {torch.get_num_threads()} threads", total_memory()
+        moved = 2 * left.numel() * left.itemsize
+        return cls(name, 2e-12 * side**3 / product, 1e-9 * moved / copy, 1e-9 * memory, 1, 1, cpu=device.type == "cpu")
 
     def seconds(self, operations: float, size: float) -> float:
         """Return the longer of the times for `operations` and for reading `size` bytes."""
         reached, share = 1e12 * self.tflops * self.efficiency, 1e9 * self.bandwidth * self.bandwidth_share
         return max(operations / reached, size / share)
+
+
+def _seconds(work: Callable[[], object], least: float = 0.2) -> float:
+    """Return the mean time of `work` over `least` seconds, after one call that does not count."""
+    work()
+    count, start = 0, time.perf_counter()
+    while (now := time.perf_counter() - start) < least or not count:
+        work()
+        count += 1
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    return now / count
 
 
 def read_gpu(name: str) -> Gpu:
@@ -103,8 +132,8 @@ def read_model(name: str, layout: str | None = None) -> Adapter:
     return adapter_for(network, layout=layout)
 
 
-def encoded_video(adapter: Adapter, frames: int, size: tuple[int, int]) -> tuple[TokenGrid, int, float]:
-    """Return a video's grid of tokens, the number of newlines, and the operations of encoder and projector.
+def encoded_video(adapter: Adapter, frames: int, size: tuple[int, int]) -> tuple[TokenGrid, int, int, float]:
+    """Return a video's grid of tokens, its newlines and patches, and the operations of encoder and projector.
 
     `size`, height and width in pixels, matters to families that keep the frames' shape. Newlines are the model's own
     tokens, which stay: one for each row of the grid or one in all. Operations are those of all matrix products, a
@@ -149,7 +178,7 @@ def encoded_video(adapter: Adapter, frames: int, size: tuple[int, int]) -> tuple
         if module not in llm and isinstance(module, (Linear, Conv2d, Conv3d)):
             merged = "merger" in path or "connector" in path or (family == "internvl" and "projector" in path)
             products += module.weight.numel() * (grid.num_tokens if merged else grid.frames * patches)
-    return grid, newlines, float(2 * products + 4 * grid.frames * vision.hidden_size * pairs)
+    return grid, newlines, grid.frames * patches, float(2 * products + 4 * grid.frames * vision.hidden_size * pairs)
 
 
 def plan(
@@ -187,7 +216,7 @@ def plan(
             f"{model} does not fit on {gpu.name}: its weights take {weights / 1e9:.1f} GB of the {usable / 1e9:.1f} GB "
             "that can be used; choose a GPU with more memory or a smaller model"
         )
-    grid, newlines, encoder_flops = encoded_video(adapter, frames, size)
+    grid, newlines, _, encoder_flops = encoded_video(adapter, frames, size)
     encoder_s = gpu.seconds(encoder_flops, gpu.width * encoder)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * gpu.width  # keys and values

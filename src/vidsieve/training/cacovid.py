@@ -79,6 +79,8 @@ class Prompted:
     blind: Tensor | None = None
     answer: int = 0
     """Number of the option that is rewarded."""
+    asked: bool = True
+    """If the policy reads the question while it draws."""
     memory: dict[str, Memory] = field(default_factory=dict)
     first: dict[str, Tensor] = field(default_factory=dict)
     """Logits of the first iteration, from which the release draws in all of them."""

@@ -133,8 +133,12 @@ def train_policy(
     return record if files.data is None else {**record, "skipped": skipped.as_dict()}
 
 
-def new_cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str) -> CaCoVIDPolicy:
+def new_cacovid(
+    adapter: Adapter, config: CaCoVIDConfig, variant: str, model_name: str, blank: bool = False
+) -> CaCoVIDPolicy:
     """Return CaCoVID's policy before training: the LLM's first layers that see the video, and new heads.
+
+    With `blank` the layers have its shapes and no weights of it, as for a model that has none.
 
     Raises
     ------
@@ -160,7 +164,8 @@ def new_cacovid(adapter: Adapter, config: CaCoVIDConfig, variant: str, model_nam
         "first_look": config.start == "first_look",
     }
     network: dict[str, Any] = {"scorer": scorer} if question else {"causal": config.causal}
-    blank = question and config.start == "nothing"  # of a large model a layer is a gigabyte, and none is read
+    # Of a large model a layer is a gigabyte, and this path reads none.
+    blank = blank or (question and config.start == "nothing")
     return CaCoVIDPolicy.start(
         adapter.layer_shape(first),
         adapter.family,

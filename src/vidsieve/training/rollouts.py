@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +16,7 @@ from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.transformers_api import is_eager
 from vidsieve.errors import TrainingError, UnsupportedCallError
+from vidsieve.io.machine import total_memory
 from vidsieve.selection import mask_to_indices
 from vidsieve.training.rewards import caption_ce, label_span
 from vidsieve.types import Need, Selection, VideoTokens
@@ -144,17 +143,6 @@ class Packing:
     def record(self) -> dict[str, int | None]:
         """Return the present bounds on a prefill: tokens, and bytes by the estimate (None: no bound)."""
         return {"tokens": self.tokens, "bytes": None if self.bytes == math.inf else int(self.bytes)}
-
-
-def total_memory() -> int:
-    """Return the bytes of memory of this machine or of the container around us; 8 GiB if unknown."""
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):  # not on Windows
-        total = 8 * 2**30
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if os.path.isfile(limit) else ""
-    return min(total, int(text)) if text.isdigit() else total
 
 
 class Rollouts:

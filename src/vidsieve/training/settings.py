@@ -210,7 +210,9 @@ class SieveConfig(CaCoVIDConfig):
         *("ratio", "dynamic_ratio", "ratio_high", "ratio_low"),
     )
 
-    question_dropped: float = option(0.5, "Fraction of the prompts whose question the policy does not see.", 0, 1)
+    question_dropped: float = setting(
+        0.5, "Fraction of the prompts whose rollouts are drawn without their question.", 0, 1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -233,10 +235,10 @@ class ScoreConfig(TrainConfig):
     tolerance: float = setting(1.02, "τ, the factor on the cross-entropy under all tokens that is still safe.", 1)
     lr: float = option(0.02, "Learning rate of Adam at the start.", 0)
     schedule: Schedule = setting("constant", "Learning rate: 'constant', or 'cosine' to 0.")
-    advantage: Advantage = option(
+    advantage: Advantage = setting(
         "split", "'split': Eq. 7; 'group', 'leave_one_out', 'no_std': −CE within the group, no sparsity reward."
     )
-    score_decay: float = option(0.0, "Weight of the logits' variance in the loss; it keeps the policy exploring.", 0)
+    score_decay: float = setting(0.0, "Weight of the logits' variance in the loss; it keeps the policy exploring.", 0)
     least_safe: int = setting(1, "With fewer safe rollouts in a group, each has advantage ΔCE·S; Eq. 7 has 1.", 1)
     kept_low: float = setting(0.0, "Lower edge of the band in which the mean keep probability is free.", 0, 1)
     kept_high: float = setting(1.0, "Upper edge of that band.", 0, 1)
@@ -299,13 +301,13 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("sieve", "ours"): {
         "reward": "agreement",
-        "rate_low": 0.03,
-        "rate_high": 0.4,
+        "rate_low": 0.06,
+        "rate_high": 0.15,
         "frame_rollouts": 0,
         "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 400,
+        "steps": 300,
     },
     ("score", "paper"): {"world": "sparse", "lr": 0.002, "steps": 100, "frames": 128},
     ("score", "ours"): {
