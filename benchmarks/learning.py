@@ -27,14 +27,15 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
-from vidsieve.compressors.sieve import Sieve
 from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
 from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask
+from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model, shipped_model, shipped_policy
 from vidsieve.policies import Policy, read_config
+from vidsieve.report.pictures import new_figure
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Need, VideoTokens
@@ -44,6 +45,7 @@ from workbench.testbed.study import first_look, object_oracle, question_oracle
 TABLES = ("deep dense", "deep dense-b", "deep sparse", "deep sparse-b", "shallow sparse", "shallow sparse-b")
 """Model and world of each table."""
 SEEDS, RETENTIONS = (9201, 9202, 9203), (0.4, 0.25, 0.1, 0.05, 0.025)
+"""The first retention is for trained policies alone: it costs as much as the last four together."""
 PROBED = (0.1, 0.05)
 """Retentions at which question-aware policies also get another question."""
 SEED = re.compile(r"\[seed \d+\]")
@@ -123,23 +125,19 @@ def wanted_rows(
         ("", method, None) for method in named_methods(names, model, prefill=True).values()
     ]
     for folder in folders:
-        policy = vidsieve.load(folder)
-        chosen.append((f"[seed {read_config(folder).training['seed']}]", policy, folder))
-    chosen += [
-        (f"{suffix}[no question]", dataclasses.replace(method, question=False), folder)
-        for suffix, method, folder in chosen
-        if isinstance(method, Sieve)
-    ]
+        config = read_config(folder)
+        if shipped_model(config.base_model) == shipped_model(model):  # others have not learned its words
+            chosen.append((f"[seed {config.training['settings']['seed']}]", vidsieve.load(folder), folder))
     found: list[tuple[SceneCondition, Compressor | None, Path | None]] = [(FULL, None, None)]
     for suffix, method, folder in chosen:
         ready = remembering(method)
-        for retention in RETENTIONS:
+        for retention in RETENTIONS if method.trained else RETENTIONS[1:]:
             plain = SceneCondition(ready.with_retention(retention), suffix=suffix)
             found.append((plain, method, folder))
             if retention in PROBED and Need.QUESTION in plain.needs and method.trained:
                 other = dataclasses.replace(plain, suffix=f"{suffix}[other question]", other_question=True)
                 found.append((other, method, folder))
-    for retention in RETENTIONS:
+    for retention in RETENTIONS[1:]:
         count = kept_tokens(retention, TOKENS)
         oracles = (
             Oracle("question_oracle", retention, question_oracle(count)),
@@ -323,14 +321,61 @@ def page(result: dict[str, Any]) -> str:
         if probes:
             parts += [
                 "",
-                "`[other question]`: tokens are chosen for the scene's next question. `[no question]`: the policy is",
-                "not shown it. `[shipped]`, `[seed …]`: one training each, of which the rows above have the mean.",
+                "`[other question]`: tokens are chosen for the scene's next question. `[shipped]`, `[seed …]`: one",
+                "training each, of which the rows above have the mean.",
                 "",
                 markdown(table, probes),
             ]
         parts += ["", "Below what a method can keep, or refused:" if refused else ""]
         parts += ["", *(f"- `{method}`: {reason}" for method, reason in refused.items())]
     return "\n".join(parts).rstrip() + "\n"
+
+
+DRAWN = {
+    "question_oracle": ("oracle that knows the question", "#888888", ":"),
+    "object_oracle": ("oracle that does not", "#888888", "--"),
+    "cacovid": ("cacovid", "#d1495b", "-"),
+    "sieve": ("sieve", "#00798c", "-"),
+    "sieve:blind": ("sieve without the question", "#00798c", "--"),
+    "score": ("score", "#edae49", "-"),
+    "best": ("best without training", "#30638e", "-"),
+    "first_look": ("first layer's queries and keys, untrained", "#30638e", ":"),
+}
+"""Label, colour and line of the figure's curves."""
+
+
+def figure(result: dict[str, Any], path: Path) -> None:
+    """Draw accuracy against retention, a panel a table."""
+    tables = result["tables"]
+    canvas = new_figure(figsize=(5.2 * len(tables), 4.2), layout="constrained")
+    panels = canvas.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    for panel, (name, table) in zip(panels, tables.items(), strict=True):
+        curves: dict[str, dict[float, float]] = {}
+        for row in table["rows"]:
+            which = row["method"] + f":{row['variant']}" * (row["variant"] not in ("ours", "-"))
+            if which in DRAWN:
+                curves.setdefault(which, {})[row["retention"]] = row["mean"]
+            elif row["method"] == "first_look":
+                curves.setdefault("first_look", {})[row["retention"]] = row["mean"]
+            elif "[" not in row["method"] and not row["method"].endswith("oracle") and row["method"] != "full":
+                best = curves.setdefault("best", {})
+                best[row["retention"]] = max(row["mean"], best.get(row["retention"], 0.0))
+        (full,) = (row["mean"] for row in table["rows"] if row["method"] == "full")
+        panel.axhline(full, color="black", linewidth=1, label="all tokens")
+        for method, (label, colour, line) in DRAWN.items():
+            points = sorted(curves.get(method, {}).items())
+            if points:
+                panel.plot(*zip(*points, strict=True), line, color=colour, label=label, marker="o", markersize=3)
+        panel.set_xscale("log")
+        panel.set_xticks(RETENTIONS, [f"{100 * at:g} %" for at in RETENTIONS], minor=False)
+        panel.minorticks_off()
+        panel.set_title(f"{name.split()[1]} ({table['questions']:,} questions)", fontsize=10, loc="left")
+        panel.set_xlabel("video tokens kept")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("right answers, chance .25")
+    panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    with writing(path) as temporary:
+        canvas.savefig(temporary, dpi=130, format="png")
 
 
 def main() -> None:
@@ -345,6 +390,7 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
     parser.add_argument("--page", type=Path, help="also write the document of the result")
+    parser.add_argument("--figure", type=Path, help="also draw accuracy against retention, .png")
     parser.add_argument("--show", action="store_true", help="print an existing result")
     options = parser.parse_args()
     if not options.show:
@@ -364,6 +410,8 @@ def main() -> None:
     print(text)
     if options.page is not None:
         options.page.write_text(text, encoding="utf-8")
+    if options.figure is not None:
+        figure(json.loads(options.json.read_text()), options.figure)
 
 
 if __name__ == "__main__":

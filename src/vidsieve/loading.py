@@ -74,6 +74,11 @@ def policy_folder(path: str | Path) -> Path:
     return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
+def policy_name(name: str) -> str:
+    """Return the name of the policy that serves ``method:variant``: ``ours`` and ``blind`` share the method's own."""
+    return name.removesuffix(":ours").removesuffix(":blind")
+
+
 def shipped_policies(model: str | None = None) -> list[str]:
     """Return the names of the policies in the package, or of those for one of the testbed's models.
 
@@ -98,7 +103,7 @@ def shipped_policy(name: str) -> Path:
     PolicyError
         If there is none of that name.
     """
-    folder = _ASSETS / name.replace(":ours", "").replace(":", "-")
+    folder = _ASSETS / policy_name(name).replace(":", "-")
     if not os.path.isfile(folder / CONFIG):
         raise PolicyError(f"no policy {name!r} comes with the package; there are: {', '.join(shipped_policies())}")
     return folder

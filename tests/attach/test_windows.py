@@ -10,6 +10,9 @@ import torch
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.errors import UnsupportedCallError
+from vidsieve.loading import load_model
+from vidsieve.testbed.model import chat_inputs
+from vidsieve.testbed.world import make_cast, render
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import masked_logits
@@ -82,10 +85,21 @@ def test_a_window_without_layer_types_means_every_layer():
         vidsieve.attach(type(smolvlm())(config).eval(), fastv(2))
 
 
+def shipped(name):
+    """Return the testbed's deep model and a prompt about a scene, or two of different lengths."""
+    model, processor = load_model("testbed:deep")
+    questions = ["what colour is the old mark ?", "which shape is crimson ?"][: 1 + name.startswith("ragged")]
+    frames = render(make_cast("dense", 5, 0), 5, 0)
+    inputs = chat_inputs(processor, frames, questions)
+    pixels = inputs.pop("pixel_values_videos")
+    return model, {**inputs, "pixel_values_videos": pixels.repeat(len(questions), 1, 1, 1, 1)}
+
+
+@pytest.mark.parametrize("made", [lambda name: (sliding(S, F, S), configuration("llava_onevision", name)), shipped])
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
-def test_before_the_llm_the_result_is_the_stock_model_s_on_the_shortened_prompt(name):
+def test_before_the_llm_the_result_is_the_stock_model_s_on_the_shortened_prompt(made, name):
     """Definition 2 of correctness: kept tokens at their own positions, in a model that nothing is attached to."""
-    model, inputs = sliding(S, F, S), configuration("llava_onevision", name)
+    model, inputs = made(name)
     method, adapter = vidsieve.load("uniform", retention=0.5), adapter_for(model)
     with torch.no_grad(), vidsieve.attach(model, method) as session:
         logits, kept = model(**inputs).logits, session.kept_positions

@@ -11,6 +11,9 @@ import vidsieve
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.sieve import Sieve, SievePolicy
 from vidsieve.errors import PolicyError, TrainingError
+from vidsieve.evaluation import experiment
+from vidsieve.evaluation.conditions import named_methods
+from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
 from vidsieve.training.data.scenes import ScenePrompts
@@ -42,12 +45,12 @@ def asking(video, seed):
 def test_the_switch_decides_if_the_question_is_read(policy):
     video = make_video(TokenGrid(4, 3, 3))
     one, other = asking(video, 1), asking(video, 2)
-    with_it, without = Sieve(policy=policy), Sieve(policy=policy, question=False)
+    with_it, without = Sieve(policy=policy), Sieve(policy=policy, variant="blind")
     assert not torch.equal(with_it.score(one), with_it.score(other))
     assert torch.equal(without.score(one), without.score(other))
     assert torch.equal(without.score(one), without.score(replace(video, prompt=None)))
     assert (with_it.needs, without.needs) == ({Need.QUESTION}, frozenset())
-    with pytest.raises(PolicyError, match="question=False"):
+    with pytest.raises(PolicyError, match="choose variant 'blind'"):
         policy(replace(video, prompt=None), 0.1)
 
 
@@ -63,9 +66,9 @@ def test_the_policy_knows_the_budget(policy):
 
 def test_a_saved_policy_is_loaded_with_its_switch(policy, tmp_path):
     policy.save_pretrained(tmp_path)
-    loaded = vidsieve.load(tmp_path, retention=0.2, question=False)
+    loaded = vidsieve.load(tmp_path, retention=0.2, variant="blind")
     video = make_video(TokenGrid(4, 3, 3))
-    assert torch.equal(loaded.score(video), Sieve(policy=policy, retention=0.2, question=False).score(video))
+    assert torch.equal(loaded.score(video), Sieve(policy=policy, retention=0.2, variant="blind").score(video))
 
 
 def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, monkeypatch):
@@ -161,3 +164,15 @@ def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):
 def test_settings_of_another_network_are_refused(testbed, tmp_path, settings, text):
     with pytest.raises(TrainingError, match=text):
         train_policy("sieve", *testbed, tmp_path, FEW | settings)
+
+
+def test_the_shipped_policy_serves_both_variants_and_finds_what_is_asked(testbed):
+    """At a tenth of the tokens it answers better than without the question, and both better than random tokens."""
+    methods = named_methods(["sieve", "sieve:blind", "random"], "testbed")
+    assert [method.needs for method in methods.values()] == [frozenset({Need.QUESTION}), frozenset(), frozenset()]
+    task = ScenesTask(adapter_for(testbed[0]), testbed[1], "dense", 77, 48)
+    marks = task.marks(experiment.measured(task, scene_conditions(methods, [0.1])))
+    right = [sum(values) for key, values in marks.items() if key != "full/-/1"]
+    assert right[0] >= right[1] + 6 and right[1] >= right[2], right
+    with pytest.raises(PolicyError, match="no policy of sieve:blind comes with the package for testbed:shallow"):
+        named_methods(["sieve:blind"], "testbed:shallow")

@@ -93,7 +93,7 @@ def server_command(
         return [*command, *extra]
     from types import SimpleNamespace
 
-    from vidsieve.loading import is_testbed, shipped_policies
+    from vidsieve.loading import is_testbed, policy_name, shipped_policies
     from vidsieve.serving.vllm.shared import settings_of
     from vidsieve.types import Tokens
 
@@ -104,7 +104,7 @@ def server_command(
     settings |= {"retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed or 0}
     if on_error is not None:
         settings["on_error"] = on_error
-    name = f"{method}:{variant}" if variant not in ("", "ours") else method
+    name = policy_name(f"{method}:{variant}" if variant else method)
     if policy is None and is_testbed(model) and name in shipped_policies(model):
         policy = "testbed"
     if policy is not None:

@@ -44,7 +44,7 @@ def ui(
     from vidsieve.serving.page import WAITING, Desk, build
     from vidsieve.serving.visitors import Visitors
 
-    trained = [name for name in ("cacovid", "score") if is_testbed(model) and name in shipped_policies(model)]
+    trained = [name for name in ("cacovid", "sieve", "score") if is_testbed(model) and name in shipped_policies(model)]
     names = words(methods) or ([*trained, "divprune", "uniform"] if trained else ["divprune"])
     for name in names:
         check_known(name)

@@ -52,7 +52,9 @@ class SievePolicy(Policy):
             If the video comes without its prompt though `question` is True, or in another width.
         """
         if question and video.prompt is None:
-            raise PolicyError("this policy reads the question: hand over VideoTokens with a prompt, or question=False")
+            raise PolicyError(
+                "this policy reads the question: hand over VideoTokens with a prompt, or choose variant 'blind'"
+            )
         self.check_width(video)
         dtype = next(self.parameters()).dtype
         prompt = None
@@ -80,20 +82,21 @@ class Sieve(ScoreCompressor):
     ----------
     policy : SievePolicy
         From `from_pretrained`; there is no sensible policy without training.
-    question : bool
-        Read the question. False: one selection serves every question about a video, and prompts without one.
+    variant : str
+        "ours" reads the question. "blind" does not: one selection serves every question about a video, and prompts
+        without one. The policy is the same.
     """
 
     name: ClassVar[str] = "sieve"
     paper: ClassVar[str] = "vidsieve"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     trained: ClassVar[bool] = True
+    variants: ClassVar[tuple[str, ...]] = ("ours", "blind")
     policy: SievePolicy | None = None
-    question: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.question:
+        if self.variant == "blind":
             object.__setattr__(self, "needs", frozenset())
 
     @classmethod
@@ -111,5 +114,5 @@ class Sieve(ScoreCompressor):
         if self.policy is None:
             raise PolicyError("sieve needs a trained policy: vidsieve.load('sieve', FOLDER), or `vidsieve train sieve`")
         with self.policy.serving(video.embeds):
-            logits: Tensor = self.policy(video, self.budget(video) / video.num_tokens, self.question)[0]
+            logits: Tensor = self.policy(video, self.budget(video) / video.num_tokens, self.variant == "ours")[0]
         return logits[:, 1] - logits[:, 0]

@@ -15,7 +15,7 @@ from vidsieve import registry
 from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
-from vidsieve.loading import is_testbed, load, policy_folder, shipped_policies
+from vidsieve.loading import is_testbed, load, policy_folder, policy_name, shipped_policies
 from vidsieve.policies import CONFIG
 from vidsieve.types import Stage, Tokens
 
@@ -164,7 +164,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
         if model is None or not is_testbed(model):
             raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
         there = shipped_policies(model)
-        if name.removesuffix(":ours") not in there:
+        if policy_name(name) not in there:
             raise PolicyError(f"no policy of {name} comes with the package for {model}, only {', '.join(there)}")
         policy = "testbed"
     return load(base, policy, **({"variant": variant} if variant else {}), **fields)
