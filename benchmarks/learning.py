@@ -48,6 +48,8 @@ SEEDS, RETENTIONS = (9201, 9202, 9203), (0.4, 0.25, 0.1, 0.05, 0.025)
 """The first retention is for trained policies alone: it costs as much as the last four together."""
 PROBED = (0.1, 0.05)
 """Retentions at which question-aware policies also get another question."""
+PAIRS = (("sieve/ours", "cacovid/ours"), ("sieve/blind", "score/ours"))
+"""Rows whose means over all retentions are compared."""
 SEED = re.compile(r"\[seed \d+\]")
 TRAINED = ("cacovid", "score", "sieve")
 
@@ -246,7 +248,14 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
                     **interval(paired_difference(values, marks[other], clusters)),
                 }
         rows.append(row)
-    return {"questions": len(clusters), "scenes": len(set(clusters)), "rows": rows, "floors": data["floors"]}
+    curves = {}
+    for one, other in PAIRS:
+        both = [[marks.get(f"{name}/{at:g}", []) for at in RETENTIONS] for name in (one, other)]
+        if all(all(curve) for curve in both):
+            ours, theirs = ([sum(values) / len(values) for values in zip(*curve, strict=True)] for curve in both)
+            curves[f"{one} − {other}"] = interval(paired_difference(ours, theirs, clusters))
+    about = {"questions": len(clusters), "scenes": len(set(clusters))}
+    return {**about, "rows": rows, "curves": curves, "floors": data["floors"]}
 
 
 NAMES = {
@@ -318,6 +327,9 @@ def page(result: dict[str, Any]) -> str:
         parts += [f"{table['questions']:,} questions on {table['scenes']} scenes.", "", markdown(table, plain)]
         parts += ["", "Percentage points with 95 % intervals, question by question, clustered by scene:", ""]
         parts += [differences(table, plain, PROBED)]
+        for pair, found in table["curves"].items():
+            mean, half = 100 * found["mean"], 196 * found["stderr"]
+            parts += ["", f"Mean of the {len(RETENTIONS)} retentions, points: `{pair}` {mean:+.1f} ± {half:.1f}."]
         if probes:
             parts += [
                 "",
@@ -339,7 +351,7 @@ DRAWN = {
     "sieve:blind": ("sieve without the question", "#00798c", "--"),
     "score": ("score", "#edae49", "-"),
     "best": ("best without training", "#30638e", "-"),
-    "first_look": ("first layer's queries and keys, untrained", "#30638e", ":"),
+    "first_look": ("the LLM's own queries and keys, untrained", "#30638e", ":"),
 }
 """Label, colour and line of the figure's curves."""
 
@@ -367,7 +379,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
             if points:
                 panel.plot(*zip(*points, strict=True), line, color=colour, label=label, marker="o", markersize=3)
         panel.set_xscale("log")
-        panel.set_xticks(RETENTIONS, [f"{100 * at:g} %" for at in RETENTIONS], minor=False)
+        panel.set_xticks(RETENTIONS, [f"{100 * at:g} %" for at in RETENTIONS], minor=False, fontsize=8)
         panel.minorticks_off()
         panel.set_title(f"{name.split()[1]} ({table['questions']:,} questions)", fontsize=10, loc="left")
         panel.set_xlabel("video tokens kept")

@@ -5,7 +5,7 @@
 
 . "$(dirname "$0")/common.sh"
 
-MODEL=llava-hf/llava-onevision-qwen2-7b-ov-hf
+MODEL=${CHOSEN:-llava-hf/llava-onevision-qwen2-7b-ov-hf}
 BLIND=(--model "$MODEL" --model Qwen/Qwen2.5-VL-3B-Instruct)
 # One epoch of 31,000 questions at 8 a step.
 TRAIN=(--variant paper --frames 32 --precision bf16 --steps 3875 --prompts-per-step 8
@@ -31,6 +31,8 @@ each train cacovid "$OUT/run" --data "$OUT/filtered.jsonl" --model "$MODEL" "${T
 # 4. Evaluation: LongVideoBench, MLVU (dev and test) and Video-MME; published beside measured.
 if [ -n "$TESTBED" ]; then
   run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25 --questions 24 --threads 1 --out "$OUT/eval"
+elif [ -n "$CHOSEN" ]; then
+  benchmarks longvideobench mlvu mlvu-test videomme
 else
   run $WORKBENCH reproduce cacovid:table1 --data "$DATA" --policy "llava-onevision:cacovid=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
 fi

@@ -5,7 +5,7 @@
 
 . "$(dirname "$0")/common.sh"
 
-MODEL=Qwen/Qwen2.5-VL-7B-Instruct
+MODEL=${CHOSEN:-Qwen/Qwen2.5-VL-7B-Instruct}
 IMAGES=10000 CAPTIONS=57000
 KOALA=$DATA/Koala-36M/Koala_36M_1.csv
 LLAVA=$DATA/LLaVA-Video-178K/0_30_s_academic_v0_1/0_30_s_academic_v0_1_cap_processed.json
@@ -52,6 +52,8 @@ each train score "$OUT/run" --data "$REAL" --pseudo "$PSEUDO" --model "$MODEL" "
 # 5. Evaluation.
 if [ -n "$TESTBED" ]; then
   run $VIDSIEVE eval testbed --methods "$OUT/run/policy,uniform" --retention 0.25,0.1 --questions 24 --threads 1 --out "$OUT/eval"
+elif [ -n "$CHOSEN" ]; then
+  benchmarks lvbench mlvu videomme
 else
   run $WORKBENCH reproduce score:table1 --data "$DATA" --policy "qwen2.5-vl:score=$OUT/run/policy" --out "$OUT/table1" --bundle "$OUT/table1.json"
 fi

@@ -85,3 +85,25 @@ def test_what_would_run_at_full_size(tmp_path):
     assert "--out is needed" in recipe("score.sh", "--testbed", code=2)
     assert "unknown option --gpu" in recipe("score.sh", "--gpu", 3, code=2)
     assert "Options:" in recipe("score.sh", "--help")
+
+
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [
+        ("cacovid.sh", ["longvideobench", "mlvu", "mlvu-test", "videomme"]),
+        ("score.sh", ["lvbench", "mlvu", "videomme"]),
+    ],
+)
+def test_another_model_gets_the_papers_settings_and_its_benchmarks(tmp_path, name, sets):
+    model = "Qwen/Qwen3-VL-8B-Instruct"
+    papers, said = (
+        recipe(name, "--data", tmp_path, "--out", tmp_path / "o", "--print", *more) for more in ([], ["--model", model])
+    )
+
+    def training(text):
+        return next(line for line in text.splitlines() if " -m vidsieve train " in line)
+
+    own = training(papers).partition("--model ")[2].split()[0]
+    assert training(said) == training(papers).replace(own, model) != training(papers)
+    assert [line.split(" eval ")[1].split()[0] for line in said.splitlines() if " eval " in line] == sets
+    assert "reproduce" in papers and "reproduce" not in said

@@ -270,7 +270,7 @@ def test_demo(run, tmp_path):
     assert (tmp_path / "d" / "scene.mp4").stat().st_size > 1000
     assert (tmp_path / "d" / "kept.png").read_bytes().startswith(b"\x89PNG")
     methods = {row["method"] for row in result["accuracy"]["rows"]}
-    assert methods == {"full", "random", "uniform", "downsample", "divprune", "score", "cacovid"}
+    assert methods == {"full", "random", "uniform", "downsample", "divprune", "score", "cacovid", "sieve"}
     assert "full against compressed" in out
 
 

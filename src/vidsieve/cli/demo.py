@@ -13,7 +13,7 @@ from vidsieve.cli.shared import Json, Threads, check_output, err, out, quiet, ru
 from vidsieve.retention import parse_retention
 
 _EXAMPLES = 3
-_METHODS = ("random", "uniform", "downsample", "divprune", "score", "cacovid")
+_METHODS = ("random", "uniform", "downsample", "divprune", "score", "cacovid", "sieve")
 
 
 def demo(
