@@ -98,8 +98,14 @@ def test_memory_is_weights_optimiser_and_the_largest_pack(testbed):
     assert found["rollouts_per_prefill"] == 8
     assert found["activations_bytes"] >= 8 * Footprint.of(testbed[0]).rollout(found["rollout_tokens"])
     assert found["memory_bytes"] == sum(found[f"{part}_bytes"] for part in ("weights", "policy", "activations"))
-    small = predicted("sieve", gpu=replace(COUNTING, cpu=True, memory=4e-9 * Footprint.of(testbed[0]).rollout(122)))
-    assert small["rollouts_per_prefill"] == 1, "a quarter of a CPU's memory, as in training"
+    rollout = Footprint.of(testbed[0]).rollout(found["rollout_tokens"])
+    taken = found["weights_bytes"] + found["policy_bytes"]
+    small = predicted("sieve", gpu=replace(COUNTING, cpu=True, memory=1e-9 * (taken + 20 * rollout)))
+    assert small["rollouts_per_prefill"] == (taken + 20 * rollout) // (4 * rollout), "a quarter, as in training"
+    full = predicted("sieve", gpu=replace(COUNTING, memory=1e-9 * (taken + 3.5 * rollout)))
+    assert full["rollouts_per_prefill"] == 3, "what the model leaves on a GPU"
+    with pytest.raises(TrainingError, match="no rollout fits beside them: take --precision bf16"):
+        predicted("sieve", gpu=replace(COUNTING, memory=1e-9 * (taken + 0.5 * rollout)))
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-vl-7b", "qwen3-vl-8b", "llava-onevision-7b"])

@@ -103,12 +103,20 @@ def dry_run(
         groups = config.rollouts if config.objective == "policy_gradient" else 0
         iterations, complete = 1, int(config.advantage == "split")
 
-    footprint = Footprint.of(adapter.model)
-    most, free = (CPU_TOKENS, 1e9 * gpu.memory / CPU_SHARE) if gpu.cpu else (GPU_TOKENS, 1e9 * gpu.memory)
-    rows = max(1, math.floor(min(groups, most // length, free / footprint.rollout(length, positions))))
+    complete += config.objective == "distil" and config.teacher == "attention"
+
     llm = sum(p.numel() for p in adapter.language_model.parameters())
     parameters = sum(p.numel() for p in adapter.model.parameters())
     learned = sum(p.numel() for p in policy.parameters())
+    weights, optimised = width * parameters, 16 * learned  # float32 weights, gradients and two moments
+    pack, left = Footprint.of(adapter.model).rollout(length, positions), 1e9 * gpu.memory - weights - optimised
+    if left < pack:
+        raise TrainingError(
+            f"{model} and the policy take {(weights + optimised) / 1e9:.1f} of the {gpu.memory:.1f} GB of {gpu.name}, "
+            "and no rollout fits beside them: take --precision bf16, more memory, or a smaller model"
+        )
+    most, free = (CPU_TOKENS, min(left, 1e9 * gpu.memory / CPU_SHARE)) if gpu.cpu else (GPU_TOKENS, left)
+    rows = max(1, math.floor(min(groups, most // length, free / pack)))
     head = 2.0 * text.hidden_size * text.vocab_size * caption  # the last position is in `prefill_flops`
     read = width * llm
 
@@ -120,17 +128,17 @@ def dry_run(
     # Forward and backward; the first products need no gradient of their input.
     policy_flops = 2.5 * (2.0 * learned * (tokens + text_tokens * bool(layers)) + attended)
     parts = {
-        "encoder_s": gpu.seconds(encoder_flops, width * (parameters - llm)),
+        "encoder_s": gpu.seconds(encoder_flops, weights - read),
         "all_tokens_s": prefills(complete, whole, complete),
         "rollouts_s": iterations * prefills(groups, length, -(-groups // rows)),
-        "policy_s": iterations * gpu.seconds(policy_flops, 16 * learned),
+        "policy_s": iterations * gpu.seconds(policy_flops, optimised),
     }
     prompt_s = sum(parts.values())
     memory = {
-        "weights_bytes": width * parameters,
-        "policy_bytes": 16 * learned,  # float32 weights, gradients and two moments
+        "weights_bytes": weights,
+        "policy_bytes": optimised,
         "activations_bytes": max(
-            rows * footprint.rollout(length, positions) if groups else 0,
+            rows * pack if groups else 0,
             width * patches * (8 * vision.hidden_size + 3 * vision.intermediate_size),
         ),
     }
