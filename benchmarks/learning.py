@@ -310,7 +310,7 @@ def differences(table: dict[str, Any], methods: Sequence[tuple[str, str]], reten
 def page(result: dict[str, Any]) -> str:
     """Return the document of a result."""
     parts = [
-        "# Accuracy of every method on the testbed",
+        "# What learning adds on the testbed",
         "",
         f"Written by `python benchmarks/learning.py`, seed {', '.join(map(str, result['seeds']))}, none of them seen "
         "in training; on `dense-b` and `sparse-b` nothing is trained. Kept: what the LLM's layers see on average, "
