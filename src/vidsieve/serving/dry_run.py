@@ -7,14 +7,12 @@ from typing import Any
 
 import torch
 
-from vidsieve.compressors.score import ScorePolicy
-from vidsieve.compressors.sieve import SievePolicy
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.loading import is_testbed
 from vidsieve.serving.plan import Gpu, encoded_video, read_model
 from vidsieve.testbed.world import FRAMES
-from vidsieve.training.recipes import new_cacovid
+from vidsieve.training.recipes import new_cacovid, new_score, new_sieve
 from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, GPU_TOKENS, Footprint
 from vidsieve.training.sampling import tokens_per_draw
 from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig
@@ -80,15 +78,11 @@ def dry_run(
     text, vision = adapter.model.config.get_text_config(), adapter.model.config.vision_config
     with torch.device("meta"):
         if isinstance(config, SieveConfig):
-            policy: torch.nn.Module = SievePolicy.start(
-                adapter.hidden_size, adapter.family, match_width=config.match_width
-            )
+            policy: torch.nn.Module = new_sieve(adapter, config, model)
         elif isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model, blank=True)
         else:
-            policy = ScorePolicy.start(
-                adapter.hidden_size, adapter.family, hidden=config.hidden, residual=config.residual
-            )
+            policy = new_score(adapter, config, variant, model)
     frames = min(config.frames, FRAMES) if is_testbed(model) else config.frames
     grid, newlines, patches, encoder_flops = encoded_video(adapter, frames, size)
     tokens, kept = grid.num_tokens, kept_by_rollouts(config, grid.per_frame)

@@ -23,7 +23,7 @@ from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.processes import is_main, joined
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, SieveConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig
 from vidsieve.training.sieve import SieveTrainer
 from vidsieve.training.sources import Files, held_out, source
 from vidsieve.training.trainer import Events, Report
@@ -104,27 +104,13 @@ def train_policy(
         trainer: CaCoVIDTrainer | ScoreTrainer
         decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
         if isinstance(config, SieveConfig):
-            sieve = SievePolicy.start(
-                adapter.hidden_size,
-                adapter.family,
-                seed=config.seed,
-                base_model=model_name,
-                match_width=config.match_width,
-            )
+            sieve = new_sieve(adapter, config, model_name)
             trainer = SieveTrainer(adapter, sieve.to(model.device), config, samples, folder, decode=decode, **shared)
         elif isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
             trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
         else:
-            scorer = ScorePolicy.start(
-                adapter.hidden_size,
-                adapter.family,
-                variant=variant,
-                seed=config.seed,
-                base_model=model_name,
-                hidden=config.hidden,
-                residual=config.residual,
-            ).to(model.device)
+            scorer = new_score(adapter, config, variant, model_name).to(model.device)
             trainer = ScoreTrainer(adapter, scorer, config, samples, folder, **shared)
         record = trainer.fit(resume, force).config.training
     broken = skipped.videos["broken"]
@@ -175,6 +161,30 @@ def new_cacovid(
         base_model=model_name,
         body=None if config.body == "variant" else config.body,
         **network,
+    )
+
+
+def new_sieve(adapter: Adapter, config: SieveConfig, model_name: str) -> SievePolicy:
+    """Return the policy of `sieve` before training."""
+    return SievePolicy.start(
+        adapter.hidden_size,
+        adapter.family,
+        seed=config.seed,
+        base_model=model_name,
+        match_width=config.match_width,
+    )
+
+
+def new_score(adapter: Adapter, config: ScoreConfig, variant: str, model_name: str) -> ScorePolicy:
+    """Return SCORE's policy before training."""
+    return ScorePolicy.start(
+        adapter.hidden_size,
+        adapter.family,
+        variant=variant,
+        seed=config.seed,
+        base_model=model_name,
+        hidden=config.hidden,
+        residual=config.residual,
     )
 
 
