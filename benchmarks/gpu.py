@@ -24,7 +24,7 @@ from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.io.machine import machine, spread, write_result
 from vidsieve.testing.calls import CALLS, STEPS, Case
 from vidsieve.testing.equivalence import TOLERANCE, cell
-from vidsieve.testing.reference import masked_greedy, masked_logits
+from vidsieve.testing.reference import reference_greedy, reference_logits
 from vidsieve.testing.staged import LayeredSelections
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from vidsieve.types import Selection
@@ -323,8 +323,8 @@ def compiled(model: Any, family: str, inputs: Mapping[str, Any], device: str) ->
     stats = dict(torch._dynamo.utils.counters["stats"])
     adapter = adapter_for(model)
     chosen, _ = adapter.select(adapter.encode(inputs), method, torch.Generator().manual_seed(0))
-    wanted = masked_greedy(adapter, inputs, chosen, 1)
-    last = masked_logits(adapter, inputs, chosen)[:, -1].float().topk(2).values
+    wanted = reference_greedy(adapter, inputs, chosen, 1)
+    last = reference_logits(adapter, inputs, chosen)[:, -1].float().topk(2).values
     yield {
         "family": family,
         "backend": backend,

@@ -15,7 +15,7 @@ from vidsieve.compressors.dycoke import DyCoke
 from vidsieve.compressors.inside import DecodeView
 from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.testing.equivalence import configuration
-from vidsieve.testing.reference import masked_logits
+from vidsieve.testing.reference import reference_logits
 from vidsieve.testing.tiny_models import FAMILIES
 
 STEPS = 8
@@ -38,7 +38,7 @@ def reference(adapter, inputs, method, made, steps):
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     hook = layers[LAYER - 1].self_attn.register_forward_hook(lambda module, args, output: seen.append(output[1]))
-    masked_logits(adapter, inputs, chosen, made)
+    reference_logits(adapter, inputs, chosen, made)
     hook.remove()
     model.set_attn_implementation(before)
     hidden = torch.zeros(len(made), 1, prompt + made.shape[1], prompt + made.shape[1])
@@ -63,7 +63,7 @@ def reference(adapter, inputs, method, made, steps):
     with ExitStack() as stack:
         for layer in layers[LAYER:]:
             stack.callback(layer.register_forward_pre_hook(narrowed, with_kwargs=True).remove)
-        logits = masked_logits(adapter, inputs, chosen, made)
+        logits = reference_logits(adapter, inputs, chosen, made)
     return logits[:, prompt - 1 :], sum(shares) / len(shares)
 
 

@@ -10,7 +10,7 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.testing.reference import masked_greedy, masked_logits
+from vidsieve.testing.reference import reference_greedy, reference_logits
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for, placeholder
 
 WORDS = torch.arange(40, 46)[None]
@@ -58,7 +58,7 @@ def test_the_next_turn_is_answered_as_by_the_masked_reference(family, at):
             max_new_tokens=3,
             do_sample=False,
         )
-        wanted = masked_greedy(
+        wanted = reference_greedy(
             adapter_for(model), inputs, selections(model, inputs, method), 3, extra_ids=torch.cat([answer, WORDS], 1)
         )
     assert torch.equal(again[:, talk.shape[1] :], wanted)
@@ -71,7 +71,7 @@ def test_one_step_of_forward_takes_the_placeholder_as_a_word(family):
     with torch.no_grad(), vidsieve.attach(model, method):
         cache = output_cache(model(**inputs, use_cache=True))
         logits = model(input_ids=token, **cache_kwargs(model, cache)).logits[:, -1]
-        wanted = masked_logits(adapter_for(model), inputs, selections(model, inputs, method), token)[:, -1]
+        wanted = reference_logits(adapter_for(model), inputs, selections(model, inputs, method), token)[:, -1]
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
         with pytest.raises(UnsupportedCallError, match="another video"):
             model(input_ids=token.expand(1, 4), **cache_kwargs(model, cache))

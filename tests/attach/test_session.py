@@ -25,7 +25,7 @@ from vidsieve.errors import (
     UnsupportedModelError,
 )
 from vidsieve.testing.equivalence import configuration
-from vidsieve.testing.reference import masked_logits
+from vidsieve.testing.reference import reference_logits
 from vidsieve.testing.tiny_models import FAMILIES, IMAGE, VIDEO, default_grid, inputs_for, placeholder
 from vidsieve.types import Need, Selection, TokenGrid
 
@@ -510,7 +510,7 @@ def test_the_record_travels_with_the_cache(model, inputs):
             first = output_cache(model(**inputs, use_cache=True))
             as_tuple = model(**inputs, return_dict=False)[1]
         chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))
-        wanted = masked_logits(adapter, inputs, chosen, torch.tensor([[41]]))[:, -1]
+        wanted = reference_logits(adapter, inputs, chosen, torch.tensor([[41]]))[:, -1]
         with vidsieve.attach(model, vidsieve.load("uniform", retention=0.5)):
             for cache in (copy.deepcopy(first), as_tuple, first):
                 assert float((step(model, cache) - wanted).abs().max()) < 1e-4
@@ -612,7 +612,7 @@ def test_a_video_and_an_image_in_one_prompt(model, family):
         count = 16 if family in FRAMES else int((inputs["input_ids"][0] == IMAGE).sum())
         assert [len(image.columns) for image in encoded.images] == [count, count]
         chosen = adapter.select(encoded, random(), torch.Generator().manual_seed(0))[0]
-        wanted = masked_logits(adapter, inputs, chosen, videos=videos)
+        wanted = reference_logits(adapter, inputs, chosen, videos=videos)
         words = {"suppress_tokens": [IMAGE, VIDEO]}  # a random model says anything
         with vidsieve.attach(model, random(), videos=videos) as session:
             got = model(**inputs).logits
@@ -625,7 +625,7 @@ def test_a_video_and_an_image_in_one_prompt(model, family):
             second = generate(model, again, **words)
         alone = vidsieve.prune(model, inputs, random(), generator=torch.Generator().manual_seed(0), videos=videos)
         by_hand = model.generate(**alone, max_new_tokens=6, do_sample=False, **words)
-        reference = masked_logits(adapter, inputs, chosen, more[:, length:], videos=videos)[:, -1]
+        reference = reference_logits(adapter, inputs, chosen, more[:, length:], videos=videos)[:, -1]
     rows = torch.arange(2)[:, None].expand_as(kept)
     assert float((got[kept >= 0] - wanted[rows[kept >= 0], kept[kept >= 0]]).abs().max()) < 1e-4
     assert beams.shape[0] == 4 and torch.equal(by_hand[:, -6:], first.sequences[:, -6:])
@@ -786,7 +786,7 @@ def test_a_third_turn(model, inputs):
         chosen, _ = adapter.select(adapter.encode(inputs), random(), torch.Generator().manual_seed(0))
         made = talk[:, inputs["input_ids"].shape[1] :]
         for end in range(-4, 0):
-            wanted = masked_logits(adapter, inputs, chosen, made[:, :end])[:, -1].argmax(-1)
+            wanted = reference_logits(adapter, inputs, chosen, made[:, :end])[:, -1].argmax(-1)
             assert int(wanted) == int(made[0, end])
 
 

@@ -15,7 +15,7 @@ from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.world import make_cast, render
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import configuration
-from vidsieve.testing.reference import masked_logits
+from vidsieve.testing.reference import reference_logits
 from vidsieve.testing.tiny_models import FAMILIES, llava_onevision, smolvlm
 
 S, F = "sliding_attention", "full_attention"
@@ -104,7 +104,7 @@ def test_before_the_llm_the_result_is_the_stock_model_s_on_the_shortened_prompt(
     with torch.no_grad(), vidsieve.attach(model, method) as session:
         logits, kept = model(**inputs).logits, session.kept_positions
         chosen = adapter.select(adapter.encode(inputs), method)[0]
-        masked = masked_logits(adapter, inputs, chosen)
+        masked = reference_logits(adapter, inputs, chosen)
     assert any("count the tokens that are kept" in note for note in session.trace.notes)
     with torch.no_grad():
         features = model.model.get_video_features(inputs["pixel_values_videos"]).pooler_output

@@ -16,7 +16,7 @@ from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownNameError, UnsupportedCallError
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration
-from vidsieve.testing.reference import masked_logits
+from vidsieve.testing.reference import reference_logits
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.training import cacovid as rl_cacovid
 from vidsieve.training.cacovid import CaCoVIDTrainer
@@ -280,7 +280,7 @@ def test_packed_rollouts_equal_the_masked_reference(family):
         logits, ce = rollouts.option_logits(masks, options), rollouts.caption_ce(masks)
         for g, mask in enumerate(masks):
             with torch.no_grad():
-                wanted = masked_logits(adapter, inputs, [Selection(mask.nonzero().flatten())])[0]
+                wanted = reference_logits(adapter, inputs, [Selection(mask.nonzero().flatten())])[0]
             assert torch.allclose(logits[g], wanted[-1, options], atol=1e-4)
             loss = torch.nn.functional.cross_entropy(wanted[-5:-1], inputs["input_ids"][0, -4:])
             assert float(ce[g]) == pytest.approx(float(loss), abs=1e-4)

@@ -90,6 +90,7 @@ class Adapter(Family):
         positions = self.unpack_positions(given) if given is not None else self._positions(ids, mask, inputs)
         known = {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs", "mm_token_type_ids"}
         known |= {*self.video_keys, *self.image_keys}
+        known -= {*self.column_keys}
         rest = {k: v for k, v in inputs.items() if k not in known and v is not None}
         return Encoded(ids, mask.bool(), positions.expand(-1, *ids.shape), spans, rest, images)
 
@@ -284,6 +285,11 @@ class Adapter(Family):
                 if pieces
             },
         }
+        for name in self.column_keys:
+            values = encoded.rest.get(name)
+            if values is None:
+                raise PromptError(f"{name} is missing: hand over everything that the processor returned")
+            inputs[name] = values[index, columns].masked_fill(~real, 0)
         labels = encoded.rest.get("labels")
         if labels is not None:
             if labels.shape != encoded.input_ids.shape:

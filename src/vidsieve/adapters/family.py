@@ -37,8 +37,13 @@ class Family(ABC):
     ----------
     family : str
         Its name in policies.
+    definition : {"masked", "shortened"}
+        What a pruned run equals: a run of the whole prompt with the dropped tokens masked, or, where layers do more
+        than attend to every earlier token, a fresh run of the stock model on the shortened prompt at the same places.
     video_keys, image_keys : tuple of str
         Arguments that carry videos and still images, pixels first; families without still images leave the second out.
+    column_keys : tuple of str
+        Further arguments (B, L) of the model's `forward`, a value a token, that pruned prompts need too.
     modality : str
         Kind of placeholder that videos have.
     position_rows : slice
@@ -61,8 +66,10 @@ class Family(ABC):
     """
 
     family: ClassVar[str]
+    definition: ClassVar[Literal["masked", "shortened"]] = "masked"
     video_keys: ClassVar[tuple[str, ...]]
     image_keys: ClassVar[tuple[str, ...]] = ()
+    column_keys: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[Literal["video", "image"]] = "video"
     position_rows: ClassVar[slice] = slice(None)
     layout: ClassVar[str] = "installed"

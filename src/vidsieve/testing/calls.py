@@ -21,7 +21,7 @@ from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.errors import VidsieveError
 from vidsieve.selection import indices_to_mask
-from vidsieve.testing.reference import chosen_inside, masked_greedy, masked_logits
+from vidsieve.testing.reference import chosen_inside, reference_greedy, reference_logits
 from vidsieve.types import Selection, Stage
 
 STEPS = 8
@@ -72,11 +72,11 @@ class Case:
 
     def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
         """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens after the prompts."""
-        return masked_logits(self.adapter, self.inputs, chosen, extra, self.videos)
+        return reference_logits(self.adapter, self.inputs, chosen, extra, self.videos)
 
     def greedy(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
         """Return the reference's next `STEPS` tokens (B, STEPS) after the prompts and `extra`."""
-        return masked_greedy(self.adapter, self.inputs, chosen, STEPS, self.videos, extra)
+        return reference_greedy(self.adapter, self.inputs, chosen, STEPS, self.videos, extra)
 
     def generate(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
         """Return the output of the model's own `generate`, greedy by default."""
@@ -150,11 +150,13 @@ def _beam_reference(case: Case, chosen: list[Selection], count: int) -> tuple[Te
 def sampled(case: Case) -> Outcome:
     """Compare the logits of two sampled answers to each prompt, on the tokens that were sampled."""
     count, prompt = 2, case.ids.shape[1]
+    # Random models draw placeholders too, and the reference cannot read one that stands for nothing.
+    never = sorted({case.adapter.video_token_id, case.adapter.image_token_id})
     with torch.no_grad():
         chosen = case.chosen()
         torch.manual_seed(0)
         with case.attached():
-            out = case.generate(do_sample=True, num_return_sequences=count)
+            out = case.generate(do_sample=True, num_return_sequences=count, suppress_tokens=never)
         answers, logits, gap = out.sequences[:, prompt:], torch.stack(out.logits, 1), 0.0
         for i in range(count):
             wanted = case.logits(chosen, answers[i::count, :-1])[:, -STEPS:]

@@ -13,6 +13,7 @@ from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.inside import LayerCompressor
+from vidsieve.testing.shortened import shortened_logits
 from vidsieve.testing.staged import (
     Act,
     LayeredSelections,
@@ -25,7 +26,7 @@ from vidsieve.testing.staged import (
 from vidsieve.types import Selection
 
 
-def masked_logits(
+def reference_logits(
     adapter: Adapter,
     inputs: Mapping[str, Any],
     selections: Sequence[Selection],
@@ -33,6 +34,8 @@ def masked_logits(
     videos: Videos = None,
 ) -> Tensor:
     """Return the logits (B, L + E, V) of a full forward without cache in which dropped tokens are masked out.
+
+    For families of definition "shortened" it is `shortened_logits`.
 
     Parameters
     ----------
@@ -44,6 +47,8 @@ def masked_logits(
         Tokens after the prompt.
     videos : as in `prune`
     """
+    if adapter.definition == "shortened":
+        return shortened_logits(adapter, inputs, selections, extra_ids, videos)
     encoded = adapter.encode(inputs, videos)
     if not isinstance(selections, LayeredSelections):
         return _through(adapter, encoded, selections, extra_ids, {}, {})
@@ -150,7 +155,7 @@ def _deep(encoded: Encoded) -> dict[str, Any]:
     return {"visual_pos_masks": where, "deepstack_visual_embeds": [layer[where] for layer in layers]}
 
 
-def masked_greedy(
+def reference_greedy(
     adapter: Adapter,
     inputs: Mapping[str, Any],
     selections: Sequence[Selection],
@@ -164,6 +169,6 @@ def masked_greedy(
     """
     tokens = inputs["input_ids"][:, :0] if extra_ids is None else extra_ids
     for _ in range(steps):
-        logits = masked_logits(adapter, inputs, selections, tokens, videos)
+        logits = reference_logits(adapter, inputs, selections, tokens, videos)
         tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
     return tokens[:, tokens.shape[1] - steps :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ VOCABULARY = 128
 TEMPLATE = {"turn_start": START, "turn_end": END, "user": USER, "ignore": [VIDEO, IMAGE]}
 
 
-def _text(layers: int, **changes: Any) -> dict[str, Any]:
+def text_config(layers: int, **changes: Any) -> dict[str, Any]:
+    """Return the configuration of an LLM of width 64, with `changes`."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": 64,
@@ -43,18 +45,19 @@ QWEN_VISION = {
 QWEN_IDS = {"video_token_id": VIDEO, "image_token_id": IMAGE, "vision_start_token_id": 118, "vision_end_token_id": 119}
 
 
-def _mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+def mrope(sections: list[int], **more: Any) -> dict[str, Any]:
+    """Return the part of an LLM's configuration that gives it M-RoPE."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections} | more}
 
 
 def llava_onevision(seed: int = 0, layers: int = 3) -> Any:
     """Return a random LLaVA-OneVision, `layers` layers of width 64, frames of 56 px in 4×4 tokens."""
     vision = {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 8, "vision_use_head": False}
-    return _random_model(
+    return random_model(
         "LlavaOnevision",
         seed,
         vision_config=VISION | vision,
-        text_config=_text(layers, model_type="qwen2"),
+        text_config=text_config(layers, model_type="qwen2"),
         image_token_index=IMAGE,
         video_token_index=VIDEO,
         image_grid_pinpoints=[[56, 56]],
@@ -71,24 +74,24 @@ def llava_video(seed: int = 0, layers: int = 3) -> Any:
 def qwen2_5_vl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random Qwen2.5-VL, `layers` layers of width 64 with M-RoPE sections (2, 3, 3)."""
     vision = {"depth": 2, "window_size": 16, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-    text = _text(layers, **_mrope([2, 3, 3]))
-    return _random_model("Qwen2_5_VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
+    text = text_config(layers, **mrope([2, 3, 3]))
+    return random_model("Qwen2_5_VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
 
 
 def qwen3_vl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random Qwen3-VL, `layers` layers of width 64, interleaved M-RoPE, deepstack features in two layers."""
     vision = {"depth": 3, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}
-    text = _text(layers, head_dim=16, **_mrope([4, 2, 2], mrope_interleaved=True))
-    return _random_model("Qwen3VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
+    text = text_config(layers, head_dim=16, **mrope([4, 2, 2], mrope_interleaved=True))
+    return random_model("Qwen3VL", seed, vision_config=QWEN_VISION | vision, text_config=text, **QWEN_IDS)
 
 
 def internvl(seed: int = 0, layers: int = 3) -> Any:
     """Return a random InternVL, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
-    return _random_model(
+    return random_model(
         "InternVL",
         seed,
         vision_config=VISION | {"image_size": [32, 32], "patch_size": [4, 4]},
-        text_config=_text(layers, model_type="qwen2"),
+        text_config=text_config(layers, model_type="qwen2"),
         image_token_id=IMAGE,
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -97,18 +100,18 @@ def internvl(seed: int = 0, layers: int = 3) -> Any:
 
 def smolvlm(seed: int = 0, layers: int = 3) -> Any:
     """Return a random SmolVLM, `layers` layers of width 64, frames of 32 px in 4×4 tokens."""
-    return _random_model(
+    return random_model(
         "SmolVLM",
         seed,
         vision_config=VISION | {"image_size": 32, "patch_size": 4},
-        text_config=_text(layers, model_type="llama"),
+        text_config=text_config(layers, model_type="llama"),
         image_token_id=IMAGE,
         scale_factor=2,
     )
 
 
-def _random_model(name: str, seed: int, **fields: Any) -> Any:
-    """Return a model of transformers' classes `name`, in evaluation mode, with spread weights."""
+def random_model(name: str, seed: int, spread: float = 0.12, **fields: Any) -> Any:
+    """Return a model of transformers' classes `name` in evaluation mode, its weights normal with deviation `spread`."""
     import transformers
 
     config = getattr(transformers, f"{name}Config")(**fields)
@@ -118,7 +121,7 @@ def _random_model(name: str, seed: int, **fields: Any) -> Any:
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 # transformers' small initial weights make every answer nearly the same; spread the logits.
-                parameter.data.normal_(0, 0.12)
+                parameter.data.normal_(0, spread)
         # Words only: a random model would generate placeholders too, and no conversation can continue after one.
         model.get_output_embeddings().weight.data[100:] = 0
     model.config.vidsieve_template = TEMPLATE
@@ -154,14 +157,33 @@ def inputs_for(
     """
     draw = torch.Generator().manual_seed(seed)
     words = words or [5] * len(videos)
+    still = [118, *[IMAGE] * _IMAGE_TOKENS[family], 119] if image else []
+    parts = [[_placeholders(family, grid) for grid in grids] for grids in videos]
+    inputs = rows_to_batch(parts, words, pad, draw, still)
+    input_ids = inputs["input_ids"]
+    return inputs if not any(videos) else inputs | _pixels(family, videos, input_ids, draw, image)
+
+
+def rows_to_batch(
+    videos: list[list[list[int]]], words: list[int], pad: str, draw: torch.Generator, still: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """Return ``input_ids`` and ``attention_mask`` (B, L) of prompts in the tiny models' template.
+
+    Parameters
+    ----------
+    videos : per prompt and video, the ids that stand for it
+    words : per prompt, words after its last video
+    pad : {"left", "right"}
+    still : ids of a still image after each prompt's first video
+    """
     rows = []
-    for grids, count in zip(videos, words, strict=True):
+    for parts, count in zip(videos, words, strict=True):
         ids = [START, USER]
-        for number, grid in enumerate(grids):
-            ids += _placeholders(family, grid)
+        for number, part in enumerate(parts):
+            ids += part
             ids += torch.randint(10, 100, (2,), generator=draw).tolist()
-            if image and number == 0:
-                ids += [118, *[IMAGE] * _IMAGE_TOKENS[family], 119]
+            if number == 0:
+                ids += still
         ids += [*torch.randint(10, 100, (count,), generator=draw).tolist(), END, START, 110]
         rows.append(ids)
     length = max(map(len, rows))
@@ -170,8 +192,7 @@ def inputs_for(
     for number, row in enumerate(rows):
         where = slice(length - len(row), None) if pad == "left" else slice(0, len(row))
         input_ids[number, where], mask[number, where] = torch.tensor(row), 1
-    inputs = {"input_ids": input_ids, "attention_mask": mask}
-    return inputs if not any(videos) else inputs | _pixels(family, videos, input_ids, draw, image)
+    return {"input_ids": input_ids, "attention_mask": mask}
 
 
 _LLAVA = ("llava_onevision", "llava_video")

@@ -1,134 +1,24 @@
-"""Qwen2.5-VL: T × H/2 × W/2 merged tokens, positions in time, height and width (M-RoPE)."""
+"""Qwen2.5-VL: times in seconds, and a vision tower that sees windows in an order of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.vision_utils import get_vision_window_index
 
-from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import VideoFeatures
-from vidsieve.adapters.locate import needed, runs
-from vidsieve.adapters.probe import attention_modules
-from vidsieve.adapters.transformers_api import encoder_features
-from vidsieve.errors import PromptError
-from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+from vidsieve.adapters.families.mrope import MropeAdapter
 
 
-class Qwen25VLAdapter(Adapter):
-    """Adapter of `Qwen2_5_VLForConditionalGeneration`.
-
-    Position ids have four rows, as the model makes them for `generate`: text, time, height, width. The
-    last three are the rotary ones.
-    """
+class Qwen25VLAdapter(MropeAdapter):
+    """Adapter of `Qwen2_5_VLForConditionalGeneration`."""
 
     family: ClassVar[str] = "qwen2_5_vl"
-    video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
-    provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
-    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
-    position_rows: ClassVar[slice] = slice(1, 4)
-    projector: ClassVar[str] = "model.visual.merger"
-
-    def limit_frames(self, processor: Any, tokens: int) -> None:
-        """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to."""
-        reader = processor.video_processor
-        most = tokens * (reader.patch_size * reader.merge_size) ** 2
-        reader.size = type(reader.size)(**(dict(reader.size) | {"longest_edge": most}))
-        reader.size["shortest_edge"] = min(reader.size["shortest_edge"], most)
-
-    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
-        """Return each video of ``pixel_values_videos`` by ``video_grid_thw`` (videos, 3), or of ready features."""
-        grids = inputs.get("video_grid_thw")
-        if grids is None:
-            raise PromptError(
-                "video_grid_thw is missing: hand over everything that the processor returned, and call model.generate "
-                "itself, not the function of its class"
-            )
-        ready = encoder_features(inputs, "video")
-        if ready is None:
-            pixels = inputs["pixel_values_videos"].to(self.device)
-            ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
-        merge = self.model.config.vision_config.spatial_merge_size
-        shapes = [TokenGrid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
-        sizes = [grid.num_tokens for grid in shapes]
-        parts = torch.split(torch.cat(list(ready.pooler_output)), sizes)
-        deep = [torch.split(layer, sizes) for layer in _deep(ready)]
-        return [
-            VideoFeatures(part, grid, part[:0], tuple(layer[number] for layer in deep))
-            for number, (part, grid) in enumerate(zip(parts, shapes, strict=True))
-        ]
-
-    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the images of ``pixel_values`` by ``image_grid_thw`` (images, 3), or of ready features."""
-        ready = encoder_features(inputs, "image")
-        if ready is None:
-            pixels = needed(inputs, "pixel_values").to(self.device)
-            grids = needed(inputs, "image_grid_thw")
-            ready = self.model.model.get_image_features(pixels, grids, return_dict=True)
-        return torch.cat(list(ready.pooler_output)), tuple(_deep(ready))
-
-    def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
-        if inputs.get("mm_token_type_ids") is None:
-            # The installed model would fall back to 1-D positions without a word.
-            raise PromptError("mm_token_type_ids is missing: hand over everything that the processor returned")
-        grids = {key: inputs.get(key) for key in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts")}
-        rotary, _ = self.model.model.get_rope_index(
-            input_ids, mm_token_type_ids=self._kinds(input_ids), attention_mask=attention_mask, **grids
-        )
-        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return torch.cat([text[None], rotary])
-
-    def _kinds(self, input_ids: Tensor) -> Tensor:
-        """Return (B, L) int32: 0 text, 1 image, 2 video."""
-        return 2 * (input_ids == self.video_token_id).int() + (input_ids == self.image_token_id).int()
-
-    def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return positions (4, B, L) in which what follows a video goes on after its largest row, time included."""
-        moved = positions.clone()
-        kinds = self._kinds(input_ids)
-        for row in range(input_ids.shape[0]):
-            columns = attention_mask[row].bool().nonzero().flatten()
-            cursor = 0
-            for run in runs(kinds[row, columns]):
-                part = columns[run]
-                # Height starts where the part does; time of a video may run ahead of it.
-                block = positions[1:, row, part] - positions[2, row, part[0]]
-                moved[1:, row, part] = block + cursor
-                cursor += int(block.max()) + 1
-        return moved
-
-    def pack_positions(self, positions: Tensor) -> Tensor:
-        """Return (4, B, L)."""
-        return positions
-
-    def unpack_positions(self, position_ids: Tensor) -> Tensor:
-        """Return (4, B, L) from (4, B, L), or from (3, B, L) with the text row counted."""
-        if position_ids.ndim != 3 or position_ids.shape[0] not in (3, 4):
-            raise PromptError(f"position_ids must be (3, B, L) or (4, B, L), got {tuple(position_ids.shape)}")
-        if position_ids.shape[0] == 4:
-            return position_ids
-        text = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids[:1])
-        return torch.cat([text, position_ids])
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.visual)[-1]
+    video_keys: ClassVar[tuple[str, ...]] = (*MropeAdapter.video_keys, "second_per_grid_ts")
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
-        """Return the mean over each token's patches, which follow each other; windows are undone."""
-        merge = self.model.config.vision_config.spatial_merge_size**2
-        patches = torch.cat([some.flatten(0, 1) for some in values])
-        tokens: Tensor = patches.reshape(-1, merge, patches.shape[-1]).float().mean(1)
-        order = self.window_order(inputs)
-        return tokens if order is None else tokens[order.argsort().to(tokens.device)]
-
-    def window_order(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Return the order (M,) in which blocks see the tokens; None: raster order."""
+        """Return the mean over each token's patches, in raster order: the windows' order is undone."""
         vision = self.model.config.vision_config
         order: Tensor = get_vision_window_index(
             inputs["video_grid_thw"],
@@ -136,15 +26,5 @@ class Qwen25VLAdapter(Adapter):
             window_size=vision.window_size,
             patch_size=vision.patch_size,
         )[0]
-        return order
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor per prompt."""
-        return BaseModelOutputWithPooling(pooler_output=list(rows))
-
-
-def _deep(ready: Any) -> list[Tensor]:
-    """Return the deep features of an encoder's output, one tensor (N, D) a layer; none for most families."""
-    return [torch.cat(list(layer)) for layer in getattr(ready, "deepstack_features", None) or []]
+        tokens = super().pool_signals(values, inputs)
+        return tokens[order.argsort().to(tokens.device)]
