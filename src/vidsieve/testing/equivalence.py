@@ -132,7 +132,7 @@ def refusals(family: str, compressor: Compressor) -> dict[str, str]:
     return messages
 
 
-def _check_full_retention(case: Case) -> None:
+def check_full_retention(case: Case) -> None:
     """Compare the logits from the adapter's inputs, every token kept, with the model's own."""
     adapter, inputs = case.adapter, case.inputs
     with torch.no_grad():
@@ -178,7 +178,7 @@ def check_family(
     case = Case(adapter_for(model), inputs, method, videos)
     family = case.adapter.family
     if case.adapter.layout == "installed":
-        _check_full_retention(case)
+        check_full_retention(case)
     cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in CALLS]
     wrong = [
         f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}"
