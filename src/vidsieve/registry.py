@@ -122,6 +122,7 @@ families = Registry(
         "Qwen3VLMoeForConditionalGeneration": "vidsieve.adapters.families.qwen3_vl_moe:Qwen3VLMoeAdapter",
         "Qwen3_5ForConditionalGeneration": "vidsieve.adapters.families.qwen3_5:Qwen35Adapter",
         "Qwen3_5MoeForConditionalGeneration": "vidsieve.adapters.families.qwen3_5:Qwen35MoeAdapter",
+        "LlavaNextVideoForConditionalGeneration": "vidsieve.adapters.families.llava_next_video:LlavaNextVideoAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },

@@ -1,0 +1,78 @@
+"""Families that count their positions as text does (1-D), by the shape in which they take a video."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import VideoFeatures
+from vidsieve.adapters.families.llava_onevision import layer_options
+from vidsieve.adapters.locate import needed
+from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.errors import PromptError
+from vidsieve.types import TokenGrid
+
+
+class StackedAdapter(Adapter):
+    """Base of families that encode ``pixel_values_videos`` (videos, T, 3, H, W) frame by frame, n tokens each.
+
+    Ready features of videos must be (videos, T, n, D), which the models take too; their own outputs do not all say
+    which frames are one video.
+    """
+
+    video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def encode_frames(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the features of every frame of videos (videos, T, 3, H, W), T·n rows of D a video, in order."""
+        ready = self.model.model.get_video_features(pixels, return_dict=True, **layer_options(inputs))
+        features: Tensor = ready.pooler_output
+        return features
+
+    def frame_grid(self, frames: int, tokens: int) -> TokenGrid:
+        """Return the grid of a video of `frames` with `tokens` each; here a square."""
+        side = math.isqrt(tokens)
+        return TokenGrid(frames, side, side)
+
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return each video of ``pixel_values_videos``, or of ready features (videos, T, n, D)."""
+        ready = encoder_features(inputs, "video")
+        if ready is None:
+            pixels = inputs["pixel_values_videos"].to(self.device, self.model.dtype)
+            features = self.encode_frames(pixels, inputs)
+            features = features.reshape(*pixels.shape[:2], -1, features.shape[-1])
+        else:
+            features = ready.pooler_output
+            if not isinstance(features, Tensor) or features.ndim != 4:
+                raise PromptError(
+                    f"ready features of {self.family} do not say which frames are one video: reshape pooler_output to "
+                    "(videos, frames, tokens of a frame, width)"
+                )
+        grid = self.frame_grid(*features.shape[1:3])
+        return [VideoFeatures(video.flatten(0, 1), grid, video[:0, 0]) for video in features]
+
+    def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
+        """Return the video (1, T, n, D)."""
+        frames = video.embeds.unflatten(0, (video.grid.frames, -1))
+        return {"video": BaseModelOutputWithPooling(pooler_output=frames[None])}
+
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the images of ``pixel_values`` and what else `image_keys` names, or of ready features."""
+        ready = encoder_features(inputs, "image")
+        if ready is None:
+            pixels, *further = [needed(inputs, key) for key in self.image_keys]
+            pixels = pixels.to(self.device, self.model.dtype)
+            ready = self.model.model.get_image_features(pixels, *further, return_dict=True, **layer_options(inputs))
+        return torch.cat([image.flatten(0, -2) for image in ready.pooler_output]), ()
+
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
+        """Return the features as one tensor (N_kept, 1, D), which beams repeat row by row."""
+        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])

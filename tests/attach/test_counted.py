@@ -1,0 +1,88 @@
+"""Families that count positions: images beside videos, signals of the encoder, ready features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.errors import PromptError
+from vidsieve.loading import load
+from vidsieve.testing.calls import CALLS, Case
+from vidsieve.testing.equivalence import TOLERANCE, check_family
+from vidsieve.types import ENCODER_NEEDS
+from workbench.families import tiny
+
+STACKED = ["llava_next_video"]
+IMAGES = [*STACKED]
+SIGNALS = ["llava_next_video"]
+
+
+@pytest.fixture
+def made(request):
+    kind = tiny(request.param)
+    return adapter_for(kind.model(0, kind.layers)), kind
+
+
+@pytest.mark.parametrize("made", IMAGES, indirect=True)
+def test_images_beside_videos_stay_whole(made):
+    adapter, kind = made
+    inputs = kind.inputs([[2], [3]], [3, 9], "left", True)
+    check_family(adapter.model, inputs)
+    encoded = adapter.encode(inputs)
+    plan = adapter.plan(encoded, load("random", retention=0.3))
+    assert len(encoded.images) == 2
+    for row, image in enumerate(encoded.images):
+        assert torch.isin(image.columns, plan.kept_positions[row]).all()
+
+
+@pytest.mark.parametrize("made", SIGNALS, indirect=True)
+@pytest.mark.parametrize("call", ["prefill logits", "8 greedy tokens"])
+def test_visionzip_equals_the_reference(made, call):
+    adapter, kind = made
+    method = load("visionzip", retention=0.5, contextual=0.4)
+    difference, equal = CALLS[call](Case(adapter, kind.inputs([[3, 2], [2]], [3, 9], "left"), method))
+    assert difference <= TOLERANCE and equal is not False
+
+
+@torch.no_grad()
+def test_signals_of_llava_next_video_are_those_of_the_layer_that_is_projected():
+    kind = tiny("llava_next_video")
+    model, inputs = kind.model(0, kind.layers), kind.inputs([[2]], [3], "left")
+    found = adapter_for(model).encode(inputs, needs=ENCODER_NEEDS).videos[0].features.encoder
+    pixels = inputs["pixel_values_videos"][0]
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    weights = tower(pixels, output_attentions=True).attentions[-2]  # the second of three layers: output −2 is its own
+    patches = weights[:, :, 0, 1:].mean(1).unflatten(-1, (6, 6))
+    wanted = torch.nn.functional.avg_pool2d(patches[:, None], 2).flatten()
+    assert torch.allclose(found.attention, wanted, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", STACKED, indirect=True)
+def test_ready_features_say_which_frames_are_one_video(made):
+    adapter, kind = made
+    inputs = kind.inputs([[3, 3]], [3], "left")
+    first = adapter.encode(inputs)
+    rest = {name: value for name, value in inputs.items() if name != "pixel_values_videos"}
+    frames = torch.stack([v.features.embeds.unflatten(0, (3, -1)) for v in first.videos])
+    ready = {"video": BaseModelOutputWithPooling(pooler_output=frames)}
+    again = adapter.encode(rest | {"mm_encoder_outputs": ready})
+    for span, other in zip(first.videos, again.videos, strict=True):
+        assert torch.equal(span.features.embeds, other.features.embeds) and span.features.grid == other.features.grid
+    flat = {"video": BaseModelOutputWithPooling(pooler_output=frames.flatten(0, 1))}
+    with pytest.raises(PromptError, match="do not say which frames are one video"):
+        adapter.encode(rest | {"mm_encoder_outputs": flat})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("made", STACKED, indirect=True)
+def test_a_video_encoded_before_gives_the_same_logits(made):
+    adapter, kind = made
+    inputs = kind.inputs([[3]], [3], "left")
+    rest = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    ready = adapter.ready_features(adapter.encode(inputs).videos[0].features)
+    found = adapter.model(**rest, mm_encoder_outputs=ready).logits
+    assert torch.allclose(found, adapter.model(**inputs).logits, atol=TOLERANCE)
