@@ -123,6 +123,7 @@ families = Registry(
         "Qwen3_5ForConditionalGeneration": "vidsieve.adapters.families.qwen3_5:Qwen35Adapter",
         "Qwen3_5MoeForConditionalGeneration": "vidsieve.adapters.families.qwen3_5:Qwen35MoeAdapter",
         "LlavaNextVideoForConditionalGeneration": "vidsieve.adapters.families.llava_next_video:LlavaNextVideoAdapter",
+        "VideoLlama3ForConditionalGeneration": "vidsieve.adapters.families.video_llama_3:VideoLlama3Adapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },

@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from vidsieve.errors import SelectionError
+from vidsieve.errors import SelectionError, UnsupportedCallError
 from vidsieve.retention import Tokens as Tokens
 
 
@@ -42,28 +42,53 @@ READS_QUESTION = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """A video's token grid: `frames` × `height` × `width`, counted in LLM tokens, raster order."""
+    """A video's token grid: `frames` × `height` × `width`, counted in LLM tokens, raster order.
+
+    Where the model itself prunes videos, `places` are the raster indices of the tokens that it left, ascending; its
+    frames then have unequal numbers of tokens. None: every token is there.
+    """
 
     frames: int
     height: int
     width: int
+    places: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if min(self.frames, self.height, self.width) < 1:
             raise SelectionError(f"a token grid needs positive sides, got {self}")
+        if self.places == ():
+            raise SelectionError(f"the model's own pruning left no token of a video of {self}")
+
+    @property
+    def whole(self) -> TokenGrid:
+        """The grid with every token."""
+        return TokenGrid(self.frames, self.height, self.width)
 
     @property
     def per_frame(self) -> int:
-        """Tokens in one frame."""
+        """Tokens in one frame.
+
+        Raises
+        ------
+        UnsupportedCallError
+            If frames have unequal numbers.
+        """
+        if self.places is not None:
+            raise UnsupportedCallError(
+                f"the model's own pruning left {len(self.places)} tokens of a video of {self.whole}, and the method "
+                "reads whole frames: switch that pruning off in the processor (use_token_compression=False), or choose "
+                "a method that reads single tokens, as divprune"
+            )
         return self.height * self.width
 
     @property
     def num_tokens(self) -> int:
         """Tokens in all frames."""
-        return self.frames * self.per_frame
+        return self.frames * self.per_frame if self.places is None else len(self.places)
 
     def __str__(self) -> str:
-        return f"{self.frames}×{self.height}×{self.width}"
+        left = "" if self.places is None else f", {len(self.places)} of them left by the model"
+        return f"{self.frames}×{self.height}×{self.width}{left}"
 
 
 @dataclass(frozen=True)
@@ -168,7 +193,7 @@ class Selection:
     Parameters
     ----------
     indices : Tensor, (K,), int64
-        Kept tokens as raster indices, sorted, unique.
+        Kept tokens as raster indices, or as numbers among `TokenGrid.places`, sorted, unique.
     embeds : Tensor or None, (K, D)
         Given by methods that merge: the merged tokens, each at the index of its anchor.
     scores : Tensor or None, (N,), float32

@@ -15,7 +15,7 @@ from vidsieve.types import ENCODER_NEEDS
 from workbench.families import tiny
 
 STACKED = ["llava_next_video"]
-IMAGES = [*STACKED]
+IMAGES = [*STACKED, "video_llama_3"]
 SIGNALS = ["llava_next_video"]
 
 

@@ -25,13 +25,13 @@ class Tiny:
         weights spread enough that answers differ.
     inputs : callable
         ``inputs(batch, words, pad)`` returns the inputs of prompts with these videos, with so many words after the
-        last, padded on the side `pad`.
+        last, padded on the side `pad`. Some take ``image=True``: a still image after each prompt's first video.
     layers : int
         Fewest layers of the LLM that hold one of each kind.
     """
 
     model: Callable[[int, int], Any]
-    inputs: Callable[[Batch, list[int], str], dict[str, Tensor]]
+    inputs: Callable[..., dict[str, Tensor]]
     layers: int = 3
 
 

@@ -16,8 +16,8 @@ from vidsieve.types import Selection, TokenGrid
 class VideoTrace:
     """One video of one call.
 
-    `per_frame` counts kept tokens of each frame, `indices` are the kept raster indices, `select_ms` is the
-    time spent selecting, device synchronised.
+    `per_frame` counts kept tokens of each frame, `indices` are the kept raster indices of the whole grid,
+    `select_ms` is the time spent selecting, device synchronised.
     """
 
     row: int
@@ -44,7 +44,10 @@ class VideoTrace:
         cls, row: int, grid: TokenGrid, kept: Selection, select_ms: float, *, method: str, variant: str, nominal: str
     ) -> VideoTrace:
         """Return the record of one selection."""
-        frames = torch.bincount(kept.indices.cpu() // grid.per_frame, minlength=grid.frames)
+        indices = kept.indices.cpu()
+        if grid.places is not None:
+            indices = torch.tensor(grid.places)[indices]
+        frames = torch.bincount(indices // grid.whole.per_frame, minlength=grid.frames)
         return cls(
             row,
             grid,
@@ -53,7 +56,7 @@ class VideoTrace:
             nominal,
             kept.num_kept,
             tuple(frames.tolist()),
-            tuple(kept.indices.tolist()),
+            tuple(indices.tolist()),
             kept.embeds is not None,
             select_ms,
         )

@@ -46,7 +46,7 @@ class Downsample(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         grid = video.grid
-        labels = torch.empty(grid.frames, grid.height, grid.width, dtype=torch.int64)
+        labels = torch.empty(grid.frames, grid.per_frame, dtype=torch.int64).view(-1, grid.height, grid.width)
         if budget < grid.frames:
             lengths = even_counts(grid.frames, budget)
             labels[:] = torch.repeat_interleave(torch.arange(budget), lengths)[:, None, None]

@@ -19,7 +19,22 @@ from vidsieve.errors import PromptError
 from vidsieve.types import TokenGrid
 
 
-class StackedAdapter(Adapter):
+class CountedAdapter(Adapter):
+    """Base of families whose still images are encoded from what `image_keys` names, in this order."""
+
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
+
+    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the images of a call, or of ready features."""
+        ready = encoder_features(inputs, "image")
+        if ready is None:
+            pixels, *further = [needed(inputs, key) for key in self.image_keys]
+            pixels = pixels.to(self.device, self.model.dtype)
+            ready = self.model.model.get_image_features(pixels, *further, return_dict=True, **layer_options(inputs))
+        return torch.cat([image.flatten(0, -2) for image in ready.pooler_output]), ()
+
+
+class StackedAdapter(CountedAdapter):
     """Base of families that encode ``pixel_values_videos`` (videos, T, 3, H, W) frame by frame, n tokens each.
 
     Ready features of videos must be (videos, T, n, D), which the models take too; their own outputs do not all say
@@ -27,7 +42,6 @@ class StackedAdapter(Adapter):
     """
 
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
-    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def encode_frames(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the features of every frame of videos (videos, T, 3, H, W), T·n rows of D a video, in order."""
@@ -59,17 +73,8 @@ class StackedAdapter(Adapter):
 
     def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
         """Return the video (1, T, n, D)."""
-        frames = video.embeds.unflatten(0, (video.grid.frames, -1))
+        frames = video.embeds.reshape(video.grid.frames, -1, video.embeds.shape[-1])
         return {"video": BaseModelOutputWithPooling(pooler_output=frames[None])}
-
-    def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the images of ``pixel_values`` and what else `image_keys` names, or of ready features."""
-        ready = encoder_features(inputs, "image")
-        if ready is None:
-            pixels, *further = [needed(inputs, key) for key in self.image_keys]
-            pixels = pixels.to(self.device, self.model.dtype)
-            ready = self.model.model.get_image_features(pixels, *further, return_dict=True, **layer_options(inputs))
-        return torch.cat([image.flatten(0, -2) for image in ready.pooler_output]), ()
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
