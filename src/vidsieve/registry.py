@@ -124,6 +124,7 @@ families = Registry(
         "Qwen3_5MoeForConditionalGeneration": "vidsieve.adapters.families.qwen3_5:Qwen35MoeAdapter",
         "LlavaNextVideoForConditionalGeneration": "vidsieve.adapters.families.llava_next_video:LlavaNextVideoAdapter",
         "VideoLlama3ForConditionalGeneration": "vidsieve.adapters.families.video_llama_3:VideoLlama3Adapter",
+        "PerceptionLMForConditionalGeneration": "vidsieve.adapters.families.perception_lm:PerceptionLMAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },

@@ -14,7 +14,7 @@ from vidsieve.testing.equivalence import TOLERANCE, check_family
 from vidsieve.types import ENCODER_NEEDS
 from workbench.families import tiny
 
-STACKED = ["llava_next_video"]
+STACKED = ["llava_next_video", "perception_lm"]
 IMAGES = [*STACKED, "video_llama_3"]
 SIGNALS = ["llava_next_video"]
 
