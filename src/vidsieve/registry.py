@@ -125,6 +125,7 @@ families = Registry(
         "LlavaNextVideoForConditionalGeneration": "vidsieve.adapters.families.llava_next_video:LlavaNextVideoAdapter",
         "VideoLlama3ForConditionalGeneration": "vidsieve.adapters.families.video_llama_3:VideoLlama3Adapter",
         "PerceptionLMForConditionalGeneration": "vidsieve.adapters.families.perception_lm:PerceptionLMAdapter",
+        "Exaone4_5_ForConditionalGeneration": "vidsieve.adapters.families.exaone4_5:Exaone45Adapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },

@@ -7,6 +7,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.session import attach
 from vidsieve.errors import PromptError
 from vidsieve.loading import load
 from vidsieve.testing.calls import CALLS, Case
@@ -15,8 +16,9 @@ from vidsieve.types import ENCODER_NEEDS
 from workbench.families import tiny
 
 STACKED = ["llava_next_video", "perception_lm"]
-IMAGES = [*STACKED, "video_llama_3"]
-SIGNALS = ["llava_next_video"]
+GRIDS = ["exaone4_5"]
+IMAGES = [*STACKED, *GRIDS, "video_llama_3"]
+SIGNALS = ["llava_next_video", *GRIDS]
 
 
 @pytest.fixture
@@ -58,6 +60,17 @@ def test_signals_of_llava_next_video_are_those_of_the_layer_that_is_projected():
     patches = weights[:, :, 0, 1:].mean(1).unflatten(-1, (6, 6))
     wanted = torch.nn.functional.avg_pool2d(patches[:, None], 2).flatten()
     assert torch.allclose(found.attention, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("made", GRIDS, indirect=True)
+def test_generate_and_a_plain_forward_count_what_is_kept(made):
+    adapter, kind = made
+    inputs, method = kind.inputs([[3]], [3], "left"), load("random", retention=0.3)
+    with torch.no_grad(), attach(adapter.model, method) as session:
+        logits = adapter.model(**inputs).logits[:, -1]
+        out = adapter.model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
+    assert torch.allclose(out.logits[0], logits, atol=TOLERANCE)
+    assert session.trace.positions == "compact"
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.probe import received
 from vidsieve.errors import NeedError
 from vidsieve.testing.equivalence import CONFIGURATIONS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
@@ -109,3 +110,13 @@ def test_ready_features_carry_no_signals():
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": ready}}
     with pytest.raises(NeedError, match="need the video's pixels"):
         vidsieve.prune(model, rest, zipper())
+
+
+@pytest.mark.parametrize("cls_token", [False, True])
+def test_heads_that_share_keys_receive_as_if_each_had_its_own(cls_token):
+    draw = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8, generator=draw), torch.randn(2, 2, 5, 8, generator=draw)
+    for shared, own in zip(
+        received(query, key, 0.5, cls_token), received(query, key.repeat_interleave(2, 1), 0.5, cls_token), strict=True
+    ):
+        assert torch.allclose(shared, own)

@@ -65,10 +65,12 @@ def received(query: Tensor, key: Tensor, scale: float, cls_token: bool) -> tuple
     Parameters
     ----------
     query, key : Tensor, (F, H, n, d)
+        Several heads of queries may share one of keys.
     """
     first = int(cls_token)
     rows = []
     for q, k in zip(query.float(), key.float(), strict=True):
+        k = k.repeat_interleave(len(q) // len(k), 0)
         weights = ((q[:, :1] if cls_token else q) @ k.transpose(1, 2) * scale).softmax(-1)
         rows.append(weights.mean((0, 1))[first:])
     return torch.stack(rows), key.mean(1)[:, first:]
