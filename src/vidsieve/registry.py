@@ -127,6 +127,7 @@ families = Registry(
         "PerceptionLMForConditionalGeneration": "vidsieve.adapters.families.perception_lm:PerceptionLMAdapter",
         "Exaone4_5_ForConditionalGeneration": "vidsieve.adapters.families.exaone4_5:Exaone45Adapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
+        "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "SmolVLMForConditionalGeneration": "vidsieve.adapters.families.smolvlm:SmolVLMAdapter",
     },
 )
