@@ -148,10 +148,10 @@ class Adapter(Family):
                 f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
             )
         check_model(self.model)
-        if compressor.acts is not Stage.PRE_LLM:
-            check_layers(self.decoder_layers)
         for need in compressor.needs - self.provides:
             raise NeedError(f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give")
+        if compressor.acts is not Stage.PRE_LLM:
+            check_layers(self.decoder_layers)
         if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:
             self._check_layers(compressor)
         if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:

@@ -46,6 +46,8 @@ class Family(ABC):
         Further arguments (B, L) of the model's `forward`, a value a token, that pruned prompts need too.
     modality : str
         Kind of placeholder that videos have.
+    shared_placeholder : bool
+        True if still images have the same placeholder: the pixels of a call tell which it is.
     position_rows : slice
         Rows of the model's position ids that its rotary embedding reads.
     layout : str
@@ -71,6 +73,7 @@ class Family(ABC):
     image_keys: ClassVar[tuple[str, ...]] = ()
     column_keys: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[Literal["video", "image"]] = "video"
+    shared_placeholder: ClassVar[bool] = False
     position_rows: ClassVar[slice] = slice(None)
     layout: ClassVar[str] = "installed"
     projector: ClassVar[str] = "model.multi_modal_projector"

@@ -254,7 +254,7 @@ class Session:
         if is_pruned(call) or (self.compressor.idle and self._adapter.layout == "installed"):
             return False
         carries = self._adapter.carries_video(call)
-        placeholders = ids is not None and self._adapter.holds_video(ids)
+        placeholders = ids is not None and not self._adapter.shared_placeholder and self._adapter.holds_video(ids)
         if not carries and not placeholders:
             return False
         if cache is not None and not isinstance(cache, tuple) and cache.get_seq_length() > 0:

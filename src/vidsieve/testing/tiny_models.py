@@ -112,22 +112,28 @@ def smolvlm(seed: int = 0, layers: int = 3) -> Any:
 
 def random_model(name: str, seed: int, spread: float = 0.12, **fields: Any) -> Any:
     """Return a model of transformers' classes `name` in evaluation mode, its weights normal with deviation `spread`."""
-    import transformers
-
-    config = getattr(transformers, f"{name}Config")(**fields)
+    config = _class(f"{name}Config", f"{name}_Config")(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+        model = _class(f"{name}ForConditionalGeneration", name)(config)
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 # transformers' small initial weights make every answer nearly the same; spread the logits.
                 parameter.data.normal_(0, spread)
         # Words only: a random model would generate placeholders too, and no conversation can continue after one.
-        model.get_output_embeddings().weight.data[100:] = 0
+        head = next(module for path, module in model.named_modules() if path.split(".")[-1] == "lm_head")
+        head.weight.data[100:] = 0
     model.config.vidsieve_template = TEMPLATE
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model.eval()
+
+
+def _class(*names: str) -> Any:
+    """Return the first class of transformers by one of these names."""
+    import transformers
+
+    return next(getattr(transformers, name) for name in names if hasattr(transformers, name))
 
 
 FAMILIES = {
