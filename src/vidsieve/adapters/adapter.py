@@ -114,7 +114,7 @@ class Adapter(Family):
         ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
         positions = encoded.positions[self.position_rows, row].to(device)
         embeds = table(ids)
-        for image in encoded.images:
+        for image in (*encoded.images, *self.sounds(encoded.input_ids, encoded.rest)):
             if image.row == row:
                 embeds = embeds.index_copy(0, image.columns.to(device), image.embeds.to(embeds))
         for number in encoded.of_row(row):

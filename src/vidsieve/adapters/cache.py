@@ -138,7 +138,7 @@ class CacheRecord:
             after = torch.ones(ids.shape[0], total - self.prompt, dtype=torch.bool, device=ids.device)
             mask = torch.cat([self.full_mask.to(ids.device), after], 1)
         mask, positions = self._later(mask, total)
-        drop = {*adapter.video_keys, *adapter.image_keys, "mm_token_type_ids"}
+        drop = {*adapter.video_keys, *adapter.image_keys, *adapter.audio_keys, "mm_token_type_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | {
             "input_ids": ids,
             "attention_mask": mask,
@@ -186,6 +186,8 @@ def _check_words_only(fresh: Tensor, call: dict[str, Any], adapter: Adapter, *, 
         raise UnsupportedCallError("a later turn brings another video: start a new conversation without the cache")
     if adapter.holds_image(fresh) or (image and adapter.carries_image(call, fresh)):
         raise UnsupportedCallError("a later turn brings an image: not supported on a pruned cache")
+    if adapter.holds_sound(fresh):
+        raise UnsupportedCallError("a later turn brings a sound: not supported on a pruned cache")
 
 
 def record_of(cache: Any) -> CacheRecord | None:

@@ -42,6 +42,8 @@ class Family(ABC):
         than attend to every earlier token, a fresh run of the stock model on the shortened prompt at the same places.
     video_keys, image_keys : tuple of str
         Arguments that carry videos and still images, pixels first; families without still images leave the second out.
+    audio_keys : tuple of str
+        Arguments that carry sounds, features first; sounds reach the model as they are, and are never pruned.
     column_keys : tuple of str
         Further arguments (B, L) of the model's `forward`, a value a token, that pruned prompts need too.
     modality : str
@@ -71,6 +73,7 @@ class Family(ABC):
     definition: ClassVar[Literal["masked", "shortened"]] = "masked"
     video_keys: ClassVar[tuple[str, ...]]
     image_keys: ClassVar[tuple[str, ...]] = ()
+    audio_keys: ClassVar[tuple[str, ...]] = ()
     column_keys: ClassVar[tuple[str, ...]] = ()
     modality: ClassVar[Literal["video", "image"]] = "video"
     shared_placeholder: ClassVar[bool] = False
@@ -130,6 +133,19 @@ class Family(ABC):
         raise UnsupportedCallError(
             f"images and videos in one call are not supported for {self.family}; send them in separate calls"
         )
+
+    def sounds(self, input_ids: Tensor, inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
+        """Return every prompt's sounds, encoded and located by their placeholders; most families have none."""
+        return ()
+
+    def check_copies(self, input_ids: Tensor, copies: int) -> None:
+        """Refuse prompts that `generate` cannot repeat `copies` times; most families have none.
+
+        Raises
+        ------
+        UnsupportedCallError
+        """
+        return
 
     def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
@@ -212,6 +228,10 @@ class Family(ABC):
     def holds_image(self, ids: Tensor) -> bool:
         """True if prompts (B, L) hold placeholders of a still image."""
         return bool((ids == self.image_token_id).any())
+
+    def holds_sound(self, ids: Tensor) -> bool:
+        """True if prompts (B, L) hold placeholders of a sound."""
+        return False
 
     def locate(
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]

@@ -58,8 +58,10 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
     return tuple(spans)
 
 
-def find_images(ids: Tensor, token_id: int, embeds: Tensor, deep: tuple[Tensor, ...]) -> tuple[ImageSpan, ...]:
-    """Return each prompt's share of the features (M, D) of all images of a batch.
+def find_images(
+    ids: Tensor, token_id: int, embeds: Tensor, deep: tuple[Tensor, ...] = (), kind: str = "image"
+) -> tuple[ImageSpan, ...]:
+    """Return each prompt's share of the features (M, D) of all images (or another `kind`) of a batch.
 
     Raises
     ------
@@ -67,7 +69,7 @@ def find_images(ids: Tensor, token_id: int, embeds: Tensor, deep: tuple[Tensor, 
         If placeholders and features do not agree in number.
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
-    check_count(len(rows), len(embeds), "image")
+    check_count(len(rows), len(embeds), kind)
     spans = []
     for row in sorted(set(rows.tolist())):
         mine = rows == row

@@ -209,7 +209,9 @@ class Session:
             record = None
         ids, cache = call["input_ids"], call.get(CACHE)
         call["attention_mask"] = padding_mask(self._model, call, ids)
+        beams, answers = (setting(self._model, call, name) or 1 for name in ("num_beams", "num_return_sequences"))
         if record is None:
+            self._adapter.check_copies(ids, max(beams, answers))
             new, record = self._begin(call)
         else:
             new = self._continue(record, call)
@@ -223,10 +225,9 @@ class Session:
             if record.layers is not None:
                 record.layers.check_decoded(short.shape[1] - new["input_ids"].shape[1])
         result = restore.output(output)
-        beams = (setting(self._model, call, "num_beams") or 1) > 1
         full = result if isinstance(result, Tensor) else result.sequences
         used = cache if cache is not None else output_cache(output)
-        keep_record(used, record.grown(full, short, beams))
+        keep_record(used, record.grown(full, short, beams > 1))
         return result
 
     def _forward(self, original: Call, call: dict[str, Any], record: CacheRecord | None) -> Any:
@@ -341,8 +342,8 @@ class Session:
 
     def _continue(self, record: CacheRecord, call: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a later turn on a pruned cache."""
-        drop = {*self._adapter.video_keys, *self._adapter.image_keys, "mm_token_type_ids", "mm_encoder_outputs"}
-        drop |= {"position_ids"}
+        drop = {*self._adapter.video_keys, *self._adapter.image_keys, *self._adapter.audio_keys}
+        drop |= {"mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
         if Need.QUESTION in self.compressor.needs or self.compressor.acts is Stage.LAYER:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"

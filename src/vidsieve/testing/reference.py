@@ -92,7 +92,7 @@ def _through(
         columns = torch.cat([span.columns, span.tail_columns])
         embeds[span.row, columns] = torch.cat([tokens, span.features.tail]).to(embeds)
     visible = visible_tokens(encoded, selections)
-    for image in encoded.images:
+    for image in (*encoded.images, *adapter.sounds(encoded.input_ids, encoded.rest)):
         embeds[image.row, image.columns] = image.embeds.to(embeds)
     deep = _deep(encoded) if encoded.videos[0].features.deep else {}
     positions = encoded.positions

@@ -74,15 +74,20 @@ class MropeAdapter(Adapter):
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
+        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.cat([text[None], self.rotary(input_ids, attention_mask, inputs)])
+
+    def rotary(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Return (3, B, L): time, height and width by the installed model's `get_rope_index`."""
         if inputs.get("mm_token_type_ids") is None:
             # The installed model would fall back to 1-D positions without a word.
             raise PromptError("mm_token_type_ids is missing: hand over everything that the processor returned")
         index = self.model.model.get_rope_index
         wanted = signature(index).parameters.keys() & {*self.video_keys, *self.image_keys}
         grids = {key: inputs.get(key) for key in wanted}
-        rotary, _ = index(input_ids, mm_token_type_ids=self.kinds(input_ids), attention_mask=attention_mask, **grids)
-        text = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        return torch.cat([text[None], rotary])
+        kinds = self.kinds(input_ids)
+        rotary: Tensor = index(input_ids, mm_token_type_ids=kinds, attention_mask=attention_mask, **grids)[0]
+        return rotary
 
     def kinds(self, input_ids: Tensor) -> Tensor:
         """Return (B, L) int32: 0 text, 1 image, 2 video."""
