@@ -127,6 +127,7 @@ families = Registry(
         "PerceptionLMForConditionalGeneration": "vidsieve.adapters.families.perception_lm:PerceptionLMAdapter",
         "Exaone4_5_ForConditionalGeneration": "vidsieve.adapters.families.exaone4_5:Exaone45Adapter",
         "Qwen2_5OmniThinkerForConditionalGeneration": "vidsieve.adapters.families.qwen_omni:Qwen25OmniAdapter",
+        "Qwen3OmniMoeThinkerForConditionalGeneration": "vidsieve.adapters.families.qwen_omni:Qwen3OmniMoeAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

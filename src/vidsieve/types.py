@@ -152,7 +152,7 @@ class VideoTokens:
     grid : TokenGrid
         With ``grid.num_tokens == N``.
     positions : Tensor, (P, N), int64
-        Position ids of the tokens in the unpruned prompt.
+        Position ids of the tokens in the unpruned prompt; float32 in families whose times are fractions.
     prompt : Prompt or None
         Given to methods that need `Need.QUESTION`.
     encoder : EncoderOutputs or None
@@ -177,8 +177,8 @@ class VideoTokens:
             raise SelectionError(f"{self.embeds.shape[0]} tokens do not fill a grid of {self.grid}")
         if self.positions.ndim != 2 or self.positions.shape[1] != self.embeds.shape[0]:
             raise SelectionError(f"positions must be (P, N), got {tuple(self.positions.shape)}")
-        if self.positions.dtype != torch.int64:
-            raise SelectionError(f"positions must be int64, got {self.positions.dtype}")
+        if self.positions.dtype not in (torch.int64, torch.float32):
+            raise SelectionError(f"positions must be int64 or float32, got {self.positions.dtype}")
 
     @property
     def num_tokens(self) -> int:

@@ -6,17 +6,18 @@ from importlib import import_module
 
 import pytest
 import torch
+import transformers
 
 import vidsieve
 from vidsieve.adapters import adapter_for
-from vidsieve.errors import PromptError, UnsupportedCallError
+from vidsieve.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.loading import load
 from vidsieve.testing.equivalence import check_family
 from vidsieve.testing.tiny_models import IMAGE
 from vidsieve.types import Selection
 from workbench.families._omni import AUDIO
 
-OMNI = ("qwen2_5_omni",)
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 
 
 def sounding(family):
@@ -115,3 +116,15 @@ def test_seconds_must_come_with_the_video():
     del inputs["video_second_per_grid"]
     with pytest.raises(PromptError, match="video_second_per_grid is missing"):
         vidsieve.prune(model, inputs, load("uniform", retention=0.25))
+
+
+def test_a_whole_model_is_pruned_through_its_thinker():
+    thinker, make = sounding("qwen3_omni_moe")
+    config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
+    whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
+    inputs, method = make([[2]], [5], "left"), load("uniform", retention=0.25)
+    with pytest.raises(UnsupportedModelError, match=r"pass model\.thinker"):
+        vidsieve.attach(whole, method)
+    with vidsieve.attach(whole.thinker, method) as session:
+        whole.generate(**inputs, return_audio=False, thinker_max_new_tokens=2)
+    assert session.trace.videos[0].kept == 4

@@ -72,6 +72,12 @@ def adapter_for(
                 raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {base.__name__} has one layout only")
             adapter: Adapter = registry.families.get(name)(model, template, positions)
             return adapter
+    inside = getattr(model, "thinker", None)
+    if any(base.__name__ in registry.families for base in type(inside).__mro__):
+        raise UnsupportedModelError(
+            f"the talker of {type(model).__name__} reads the thinker's states at every token of the prompt, dropped "
+            "ones included: pass model.thinker, and ask for text alone"
+        )
     raise UnsupportedModelError(
         f"no adapter for {type(model).__name__}; supported: {', '.join(n for n in registry.families if ':' not in n)}. "
         "To add a family, write a vidsieve.adapters.Adapter and register it: "

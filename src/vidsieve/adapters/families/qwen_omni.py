@@ -89,3 +89,9 @@ class Qwen25OmniAdapter(MropeAdapter):
         of_prompt = torch.split(torch.arange(len(given["input_features"])), self._sounds_of(encoded.input_ids))
         index = torch.cat([of_prompt[row] for row in rows])
         return replace(plan, inputs=plan.inputs | {name: value[index] for name, value in given.items()})
+
+
+class Qwen3OmniMoeAdapter(Qwen25OmniAdapter):
+    """Adapter of `Qwen3OmniMoeThinkerForConditionalGeneration`: experts, deepstack features, times with fractions."""
+
+    family: ClassVar[str] = "qwen3_omni_moe"
