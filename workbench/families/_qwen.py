@@ -24,8 +24,11 @@ HEIGHT, WIDTH = 2, 4
 """Merged tokens of a frame."""
 
 
-def qwen_inputs(timed: bool) -> Callable[[Batch, list[int], str], dict[str, Tensor]]:
-    """Return the function that makes inputs; `timed` prompts have a time before each frame."""
+def qwen_inputs(timed: bool, patch: int = 96) -> Callable[[Batch, list[int], str], dict[str, Tensor]]:
+    """Return the function that makes inputs.
+
+    `timed` prompts have a time before each frame; a patch has `patch` values.
+    """
 
     def inputs(batch: Batch, words: list[int], pad: str = "left") -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(1)
@@ -39,7 +42,7 @@ def qwen_inputs(timed: bool) -> Callable[[Batch, list[int], str], dict[str, Tens
         ids = rows_to_batch([[placeholders(frames) for frames in videos] for videos in batch], words, pad, draw)
         grids = torch.tensor([[frames, 2 * HEIGHT, 2 * WIDTH] for videos in batch for frames in videos])
         return ids | {
-            "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), 96, generator=draw),
+            "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), patch, generator=draw),
             "video_grid_thw": grids,
             "mm_token_type_ids": 2 * (ids["input_ids"] == VIDEO).long() + (ids["input_ids"] == IMAGE).long(),
         }
