@@ -72,7 +72,7 @@ def deep(family: str, **vision: Any) -> Any:
     raw["vision_config"] |= vision
     torch.manual_seed(0)
     made = type(model)(type(model.config).from_dict(raw))
-    made.config.vidsieve_template = model.config.vidsieve_template
+    made.vidsieve_template = model.vidsieve_template
     if hasattr(model.config, "vidsieve_layout"):
         made.config.vidsieve_layout = model.config.vidsieve_layout
     made.generation_config = model.generation_config

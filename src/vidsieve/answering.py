@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.plan import Plan
-from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.pruning import adapter_with
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import synchronise
 from vidsieve.compressors.base import Compressor
@@ -179,7 +179,7 @@ def answer(
     UnsupportedModelError, NeedError, PolicyMismatchError, PromptError
     """
     clock = clock or Clock()
-    adapter = adapter_for(model)
+    adapter = adapter_with(model, processor)
     if compressor is not None:
         adapter.check(compressor)
     device = adapter.device

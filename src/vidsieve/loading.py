@@ -183,6 +183,7 @@ def load_model(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from vidsieve.adapters import adapter_for
+    from vidsieve.adapters.template import template_or_reason
 
     source = str(shipped_model(name)) if is_testbed(name) else name
     if "/" not in source and not os.path.exists(Path(source)):  # no hub id: a request to the hub would only take long
@@ -199,6 +200,7 @@ def load_model(
             "'testbed'"
         ) from error
     adapter_for(model, layout=layout)
+    model.vidsieve_template = template_or_reason(processor)
     if layout is not None:
         model.config.vidsieve_layout = layout
     if device != "cpu":

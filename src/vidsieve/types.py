@@ -104,7 +104,8 @@ class Prompt:
     video_mask : Tensor, (L,), bool
         True on the N tokens of this video's grid (a newline token is not part of the grid).
     question_mask : Tensor, (L,), bool
-        True on the question: the text of the last user turn, options included, without template tokens.
+        True on the question: the text of the last user turn, options included, without template tokens and words
+        between a video's frames.
     """
 
     embeds: Tensor

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 import vidsieve
-from vidsieve.adapters import Template, adapter_for
+from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import (
     AttachError,
@@ -439,11 +439,10 @@ def test_question_aware_methods_need_a_template_and_keep_their_selection(model, 
         more = torch.cat([out.sequences, torch.tensor([[41, 42]])], 1)
         model.generate(input_ids=more, **cache_kwargs(model, output_cache(out)), max_new_tokens=2, do_sample=False)
         assert "first question" in str(session.trace) and len(session.trace) == 1
-    stated = model.config.vidsieve_template
-    del model.config.vidsieve_template
-    with pytest.raises(NeedError, match="pass template="):
+    template = model.vidsieve_template
+    del model.vidsieve_template
+    with pytest.raises(NeedError, match=r"pass template=vidsieve\.Template\.of\(processor\)"):
         vidsieve.attach(model, method)
-    template = Template(stated["turn_start"], stated["turn_end"], stated["user"], frozenset(stated["ignore"]))
     with vidsieve.attach(model, method, template=template):
         generate(model, inputs)
 

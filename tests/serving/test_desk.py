@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import subprocess
 import sys
@@ -94,17 +95,13 @@ def test_what_cannot_be_asked(testbed, clips, tmp_path, change, error, said):
 
 
 def test_methods_that_do_not_fit_are_told_at_once(testbed):
-    model, processor = testbed
-    del model.config.vidsieve_template
-    try:
-        with pytest.raises(NeedError, match="chat template"):
-            Desk(model, processor, {"cacovid": vidsieve.load("cacovid", "testbed")}).ask("x", "what ?", "cacovid", 0.5)
-    except VideoError:
-        pass
-    finally:
-        from vidsieve.loading import load_model
-
-        model.config.vidsieve_template = load_model("testbed")[0].config.vidsieve_template
+    model, processor = copy.copy(testbed[0]), copy.copy(testbed[1])
+    del model.vidsieve_template
+    methods = {"cacovid": vidsieve.load("cacovid", "testbed")}
+    Desk(model, processor, methods)  # the processor tells the chat template
+    processor.chat_template = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+    with pytest.raises(NeedError, match=r"renders no user text: .* became 'user'"):
+        Desk(model, processor, methods)
 
 
 PAGE = """

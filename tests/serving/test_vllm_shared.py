@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vidsieve
-from vidsieve.adapters import adapter_for
+from vidsieve.adapters import Template, adapter_for
 from vidsieve.answering import chat, chat_text
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import (
@@ -152,7 +152,9 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
         encoded = adapter.encode(inputs)
         (wanted,), _ = adapter.select(encoded, method, torch.Generator().manual_seed(7))
     features = encoded.videos[0].features
-    weightless = weightless_adapter(model.config, CLASSES[family], lambda ids: model.get_input_embeddings()(ids))
+    embed = model.get_input_embeddings()
+    template = Template.of(processor)
+    weightless = weightless_adapter(model.config, CLASSES[family], lambda ids: embed(ids), template)
     assert all(weight.is_meta for weight in weightless.model.parameters())
     assert weightless.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
     selector = Selector(VllmSettings(method, seed=7), weightless)
@@ -177,7 +179,7 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
 
 
 def test_a_question_without_a_word_is_told_before_a_policy_reads_it():
-    processor, template = processor_for("qwen2_5_vl"), adapter_for(FAMILIES["qwen2_5_vl"]()).template()
+    processor, template = processor_for("qwen2_5_vl"), Template.of(processor_for("qwen2_5_vl"))
 
     def mask(question):
         ids = processor.tokenizer(f"<|im_start|> user {question} <|im_end|>", return_tensors="pt")["input_ids"][0]

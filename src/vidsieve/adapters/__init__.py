@@ -1,10 +1,11 @@
 """Where models are known: one file per family, and the mechanism that prunes their inputs."""
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Encoded, Template, VideoFeatures, VideoSpan
+from vidsieve.adapters.encoded import Encoded, VideoFeatures, VideoSpan
 from vidsieve.adapters.plan import Plan
-from vidsieve.adapters.pruning import adapter_for, prune
+from vidsieve.adapters.pruning import adapter_for, adapter_with, prune
 from vidsieve.adapters.session import Session, attach
+from vidsieve.adapters.template import Template
 
 __all__ = [
     "Adapter",
@@ -15,6 +16,7 @@ __all__ = [
     "VideoFeatures",
     "VideoSpan",
     "adapter_for",
+    "adapter_with",
     "attach",
     "prune",
 ]

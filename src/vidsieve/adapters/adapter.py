@@ -124,7 +124,9 @@ class Adapter(Family):
         video_mask = torch.zeros_like(real)
         video_mask[encoded.videos[video].columns.to(device)] = True
         question = torch.zeros_like(real)
-        question[real] = self.template().question_mask(ids[real])
+        place = real.long().cumsum(0) - 1
+        videos = [place[encoded.videos[number].columns.to(device)] for number in encoded.of_row(row)]
+        question[real] = self.template().question_mask(ids[real], videos)
         # On the video's device: the model's parts may lie on several.
         whole = embeds[real], positions[:, real], video_mask[real], question[real]
         return Prompt(*(part.to(target) for part in whole))

@@ -1,4 +1,4 @@
-"""A batch whose videos are encoded and located, and the ids of a chat template."""
+"""A batch whose videos are encoded and located."""
 
 from __future__ import annotations
 
@@ -10,81 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vidsieve.errors import NeedError, PromptError
+from vidsieve.errors import PromptError
 from vidsieve.types import EncoderOutputs, Selection, TokenGrid
-
-
-@dataclass(frozen=True)
-class Template:
-    """The chat template as token ids: enough to find the question of a prompt.
-
-    Parameters
-    ----------
-    turn_start, turn_end : int
-        Ids that open and close a turn.
-    user : int
-        Id of the role word that follows `turn_start` in a user's turn.
-    ignore : frozenset of int
-        Ids that are never part of a question: blanks, vision markers, placeholders.
-    """
-
-    turn_start: int
-    turn_end: int
-    user: int
-    ignore: frozenset[int] = frozenset()
-
-    def question_mask(self, input_ids: Tensor) -> Tensor:
-        """Return (L,) bool: the words of the last user turn of one prompt (L,) int64, options included.
-
-        Raises
-        ------
-        NeedError
-            If the prompt holds no user turn in this template.
-        PromptError
-            If its turn has no word: nothing but blanks, markers and words unknown to the tokenizer.
-        """
-        ids = input_ids.tolist()
-        starts = [i for i in range(len(ids) - 1) if ids[i] == self.turn_start and ids[i + 1] == self.user]
-        if not starts:
-            raise NeedError("the prompt has no user turn of the model's chat template: render it with the template")
-        first = starts[-1] + 2
-        last = next((i for i in range(first, len(ids)) if ids[i] == self.turn_end), len(ids))
-        mask = torch.zeros(len(ids), dtype=torch.bool, device=input_ids.device)
-        mask[[i for i in range(first, last) if ids[i] not in self.ignore]] = True
-        if not mask.any():
-            raise PromptError("the question has no word that the model knows: a method that reads it cannot choose")
-        return mask
-
-
-QWEN_TEMPLATE = Template(
-    turn_start=151644,
-    turn_end=151645,
-    user=872,
-    # newline, two newlines, blank, and the vision markers and placeholders of Qwen's tokenizers
-    ignore=frozenset({198, 271, 220, *range(151643, 151675)}),
-)
-
-
-def template_of(config: Any) -> Template:
-    """Return the template that a model's configuration states, or Qwen's where its vocabulary is Qwen's.
-
-    Raises
-    ------
-    NeedError
-        If neither is so.
-    """
-    stated = getattr(config, "vidsieve_template", None)
-    if stated is not None:
-        return Template(
-            int(stated["turn_start"]), int(stated["turn_end"]), int(stated["user"]), frozenset(stated["ignore"])
-        )
-    text = config.get_text_config()
-    if text.model_type.startswith("qwen") and text.vocab_size > max(QWEN_TEMPLATE.ignore):
-        return QWEN_TEMPLATE
-    raise NeedError(
-        "this method reads the question, and the chat template of this model is not known: pass "
-        "template=vidsieve.Template(turn_start=…, turn_end=…, user=…) with the tokenizer's ids"
-    )
 
 
 def kept_newlines(indices: Tensor, count: int, grid: TokenGrid, per_row: bool) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.encoded import ImageSpan, Template, VideoFeatures, VideoSpan, template_of
+from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.probe import Signals, listening, signals
+from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features, execution_device
 from vidsieve.errors import NeedError, UnknownNameError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need
@@ -64,7 +65,8 @@ class Family(ABC):
     Parameters
     ----------
     model : the transformers model
-    template : Template, optional
+    template : Template, or the error that there is none, optional
+        Default: the attribute ``vidsieve_template`` of the model, which `load_model` sets.
     convention : str
         One of `CONVENTIONS`.
     """
@@ -84,7 +86,7 @@ class Family(ABC):
 
     cls_token: ClassVar[bool] = False
 
-    def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
+    def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
         if convention not in CONVENTIONS:
             raise UnknownNameError("position convention", convention, CONVENTIONS)
         if convention == "compact" and self.position_rows != slice(None):
@@ -92,7 +94,7 @@ class Family(ABC):
                 f"compact positions are for families that count tokens; {self.family} places them in time and space"
             )
         self.model, self.convention = model, convention
-        self._template = template
+        self._template = template or getattr(model, "vidsieve_template", None)
 
     @abstractmethod
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
@@ -193,11 +195,14 @@ class Family(ABC):
         Raises
         ------
         NeedError
-            If they are not known for this model's tokenizer.
+            If they are not known, or the processor's chat template does not tell them.
         """
-        if self._template is not None:
+        if isinstance(self._template, Template):
             return self._template
-        return template_of(self.model.config)
+        raise self._template or NeedError(
+            "this method reads the question, and the chat template of this model is not known: pass "
+            "template=vidsieve.Template.of(processor)"
+        )
 
     def known_template(self) -> Template | None:
         """Return the chat template's ids, None where they are not known."""

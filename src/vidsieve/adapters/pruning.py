@@ -10,11 +10,18 @@ from torch import Generator
 
 from vidsieve import registry
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.encoded import Template
 from vidsieve.adapters.family import Videos
+from vidsieve.adapters.template import Template, template_or_reason
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import PromptError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
+from vidsieve.errors import (
+    NeedError,
+    PromptError,
+    StageError,
+    UnknownNameError,
+    UnsupportedCallError,
+    UnsupportedModelError,
+)
 from vidsieve.types import Stage
 
 LAYOUTS = ("installed", "grid")
@@ -46,12 +53,16 @@ def unwrapped(model: Any) -> Any:
 
 
 def adapter_for(
-    model: Any, template: Template | None = None, positions: str = "installed", layout: str | None = None
+    model: Any,
+    template: Template | NeedError | None = None,
+    positions: str = "installed",
+    layout: str | None = None,
 ) -> Adapter:
     """Return the adapter of a model, found by the names of its classes, and by the layout where it is not installed.
 
     A model that PEFT, DistributedDataParallel or FSDP have wrapped is the one inside (`Adapter.model`).
 
+    Without `template` it is the model's attribute ``vidsieve_template``, which `vidsieve.loading.load_model` sets.
     Without `layout` it is what the model's configuration states as ``vidsieve_layout``, or ``"installed"``.
 
     Raises
@@ -83,6 +94,18 @@ def adapter_for(
         "To add a family, write a vidsieve.adapters.Adapter and register it: "
         "vidsieve.registry.families.register('ClassName', 'module:Adapter')"
     )
+
+
+def adapter_with(model: Any, processor: Any) -> Adapter:
+    """Return the adapter of a model whose prompts are made by a processor, which tells their chat template.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If no family is registered for it.
+    """
+    stated = getattr(unwrapped(model), "vidsieve_template", None)
+    return adapter_for(model, stated or template_or_reason(processor))
 
 
 def prune(
@@ -119,7 +142,8 @@ def prune(
         each row, as they were trained; ``"installed"`` is what transformers makes (14×14, one newline in all).
         Default: ``vidsieve_layout`` in the model's configuration, or ``"installed"``.
     template : Template, optional
-        Ids of the chat template, for tokenizers that vidsieve does not know.
+        ``vidsieve.Template.of(processor)``, for methods that read the question; a model of
+        `vidsieve.loading.load_model` needs none.
     generator : torch.Generator, optional
         For methods that draw.
     videos : list of (first, count), optional

@@ -27,10 +27,10 @@ from vidsieve.adapters.calls import (
     padding_mask,
     setting,
 )
-from vidsieve.adapters.encoded import Template
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.pruning import adapter_for, is_pruned
+from vidsieve.adapters.template import Template
 from vidsieve.adapters.trace import Trace
 from vidsieve.adapters.transformers_api import (
     CACHE,
@@ -376,7 +376,8 @@ def attach(
     layout : str
         The token layout, as in `prune`.
     template : Template, optional
-        Ids of the chat template, for tokenizers that vidsieve does not know.
+        ``vidsieve.Template.of(processor)``, for methods that read the question; a model of
+        `vidsieve.loading.load_model` needs none.
     seed : int
         Start of the random draws of every call, for methods that draw.
     videos : list of (first, count), optional

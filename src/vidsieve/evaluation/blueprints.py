@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidsieve.adapters.template import Template
 from vidsieve.answering import timed
 from vidsieve.errors import UnknownNameError
 from vidsieve.video.reading import Video
@@ -146,8 +147,6 @@ def _configuration(name: str) -> Any:
     config = AutoConfig.for_model(family, **_FAMILIES[family](text, tower))
     if name.startswith("llava-video"):
         config.vidsieve_layout = "grid"
-    if family == "smolvlm":  # the words around the random ones of `RandomModel.inputs`
-        config.vidsieve_template = {"turn_start": 9, "turn_end": 10, "user": 872, "ignore": [49190]}
     return config
 
 
@@ -183,8 +182,9 @@ class RandomModel:
         most = min(_WORDS[1], known - 1000)  # below what stands for pixels
         question = torch.randint(_WORDS[0], most, (words,), generator=draw).tolist()
         holder = self._placeholders(inputs)
-        start, end, assistant = (9, 10, 11) if known < _WORDS[1] else (151644, 151645, 77091)
-        ids = torch.tensor([[start, 872, 198, *holder, *question, end, 198, start, assistant, 198]])
+        (start, user), (end,) = _turn(config)
+        assistant = 11 if known < _WORDS[1] else 77091
+        ids = torch.tensor([[start, user, 198, *holder, *question, end, 198, start, assistant, 198]])
         inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if self.family == "qwen2_5_vl":
             inputs["second_per_grid_ts"] = torch.tensor([2 / timed(video).sampled_fps])
@@ -207,6 +207,11 @@ class RandomModel:
         return [token] * (inputs["pixel_values_videos"].shape[1] * 14 * 14 + 1)
 
 
+def _turn(config: Any) -> tuple[tuple[int, int], tuple[int]]:
+    """Return the ids that open and close the user's turn in `RandomModel.inputs`."""
+    return ((9, 872), (10,)) if config.get_text_config().vocab_size < _WORDS[1] else ((151644, 872), (151645,))
+
+
 def random_model(name: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> RandomModel:
     """Return a model of a blueprint with random weights, made where it is to run.
 
@@ -224,6 +229,9 @@ def random_model(name: str, *, dtype: torch.dtype = torch.float32, device: str =
         model = AutoModelForImageTextToText.from_config(config(), dtype=dtype, attn_implementation="sdpa")
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    opening, closing = _turn(model.config)
+    markers = {198, 151652, 151653, model.config.image_token_id, getattr(model.config, "video_token_id", 0)}
+    model.vidsieve_template = Template((opening,), (closing,), frozenset(markers))
     return RandomModel(name, family, model.eval(), _video_processor(family))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from vidsieve.adapters.encoded import Encoded, on_device
-from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.pruning import adapter_with
 from vidsieve.answering import PARTS, Answer, Clock, chat, reply
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, UnknownNameError, VidsieveError
@@ -74,7 +74,7 @@ class Desk:
     def __init__(
         self, model: Any, processor: Any, methods: Mapping[str, Compressor | None], *, frames: int = 16
     ) -> None:
-        self.adapter, self.processor, self.methods = adapter_for(model), processor, dict(methods)
+        self.adapter, self.processor, self.methods = adapter_with(model, processor), processor, dict(methods)
         self.frames, self._needs = frames, frozenset[Need]()
         for method in self.methods.values():
             if method is not None:

@@ -23,6 +23,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.encoded import VideoFeatures
+from vidsieve.adapters.template import Template
 from vidsieve.io.files import writing
 from vidsieve.testbed.vocabulary import SPECIAL, TALK_WORDS, VOCABULARY
 from vidsieve.testbed.world import SIDE
@@ -74,7 +75,7 @@ def build_processor(words: Sequence[str] = VOCABULARY) -> LlavaOnevisionProcesso
 def build_config(
     layers: int = 6, width: int = 128, vision_width: int = 64, vision_layers: int = 3
 ) -> LlavaOnevisionConfig:
-    """Return the model's configuration, with the template's ids under `vidsieve_template`."""
+    """Return the model's configuration."""
     vision = SiglipVisionConfig(
         hidden_size=vision_width,
         intermediate_size=3 * vision_width,
@@ -98,7 +99,7 @@ def build_config(
         eos_token_id=WORD_ID["<|im_end|>"],
         pad_token_id=0,
     )
-    config = LlavaOnevisionConfig(
+    return LlavaOnevisionConfig(
         vision_config=vision.to_dict() | {"model_type": "siglip_vision_model"},
         text_config=text.to_dict() | {"model_type": "qwen2"},
         image_token_index=WORD_ID["<image>"],
@@ -107,13 +108,6 @@ def build_config(
         tie_word_embeddings=True,
         image_grid_pinpoints=[[SIDE, SIDE]],
     )
-    config.vidsieve_template = {
-        "turn_start": WORD_ID["<|im_start|>"],
-        "turn_end": WORD_ID["<|im_end|>"],
-        "user": WORD_ID["user"],
-        "ignore": [WORD_ID[word] for word in SPECIAL],
-    }
-    return config
 
 
 def build_model(seed: int = 0, **sizes: int) -> LlavaOnevisionForConditionalGeneration:
@@ -123,6 +117,7 @@ def build_model(seed: int = 0, **sizes: int) -> LlavaOnevisionForConditionalGene
         model = LlavaOnevisionForConditionalGeneration(build_config(**sizes))
     model.generation_config.eos_token_id = WORD_ID["<|im_end|>"]
     model.generation_config.pad_token_id = WORD_ID["<pad>"]
+    model.vidsieve_template = Template.of(build_processor())
     return model.eval()
 
 

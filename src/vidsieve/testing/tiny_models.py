@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vidsieve.adapters.template import Template
 from vidsieve.types import TokenGrid
 
 VIDEO, IMAGE, START, END, USER = 120, 121, 122, 123, 124
 VOCABULARY = 128
-TEMPLATE = {"turn_start": START, "turn_end": END, "user": USER, "ignore": [VIDEO, IMAGE]}
 
 
 def text_config(layers: int, **changes: Any) -> dict[str, Any]:
@@ -123,7 +124,7 @@ def random_model(name: str, seed: int, spread: float = 0.12, **fields: Any) -> A
         # Words only: a random model would generate placeholders too, and no conversation can continue after one.
         head = next(module for path, module in model.named_modules() if path.split(".")[-1] == "lm_head")
         head.weight.data[100:] = 0
-    model.config.vidsieve_template = TEMPLATE
+    model.vidsieve_template = template()
     model.generation_config.pad_token_id = 0
     model.generation_config.eos_token_id = None
     return model.eval()
@@ -311,6 +312,14 @@ def processor_for(family: str) -> Any:
         video_processor=video_processor(**sizes, cap_pixels_per_frame=False),
         chat_template=CHAT.replace("VIDEO", "<|vision_start|><|video_pad|><|vision_end|>"),
     )
+
+
+@cache
+def template() -> Template:
+    """Return the chat template that the tiny processors and `inputs_for` write, for all families the same."""
+    tokenizer = _tokenizer("qwen2_5_vl")
+    tokenizer.chat_template = CHAT.replace("VIDEO", "<|video_pad|>")
+    return Template.of(tokenizer)
 
 
 def _tokenizer(family: str) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.pruning import adapter_with
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
@@ -82,7 +82,7 @@ def train_policy(
         )
     world_of(config.world)
     model.requires_grad_(False)
-    adapter = adapter_for(model)
+    adapter = adapter_with(model, processor)
     if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
         (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
     read = files.data is not None or files.eval_data is not None

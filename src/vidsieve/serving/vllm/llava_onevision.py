@@ -44,7 +44,7 @@ class LlavaOnevision(theirs.LlavaOnevisionForConditionalGeneration):  # type: ig
         if settings is not None:
             check_engine(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._selector = Selector.of(settings, self, "LlavaOnevisionForConditionalGeneration")
+        self._selector = Selector.of(settings, self, "LlavaOnevisionForConditionalGeneration", vllm_config.model_config)
         self._carried: dict[str, Any] = {}
 
     def embed_multimodal(self, **kwargs: Any) -> Any:

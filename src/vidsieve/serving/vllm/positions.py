@@ -58,7 +58,7 @@ class CarriesPositions:
             check_engine(vllm_config, RATE)
             vllm_config.model_config.multimodal_config.video_pruning_rate = RATE
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self._selector = Selector.of(settings, self, self.transformers_class)
+        self._selector = Selector.of(settings, self, self.transformers_class, vllm_config.model_config)
         self._extents: dict[tuple[Any, ...], int] = {}
         self._carried: dict[str, Any] = {}
 

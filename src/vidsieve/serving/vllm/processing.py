@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptReplacement
 
-from vidsieve.adapters.encoded import template_of
+from vidsieve.adapters.template import Template
 from vidsieve.answering import chat_text
 from vidsieve.errors import PromptError, VidsieveError
 from vidsieve.serving.vllm.failures import KEY_BYTES, report_key
@@ -146,6 +146,10 @@ class PruningProcessor:
         """Numbers of tokens of the latest videos by vLLM's key, for the metrics of cached ones."""
         return LRUCache(10_000)
 
+    @cached_property
+    def _template(self) -> Template:
+        return Template.of(self.info.get_hf_processor())
+
     def _request(self, kwargs: Mapping[str, object]) -> tuple[VllmSettings | None, VideoRequest]:
         with _client_errors():
             return self._settings, request_of(kwargs, self._settings)
@@ -160,7 +164,7 @@ class PruningProcessor:
             ids: Tensor = processor.tokenizer(text, return_tensors="pt")["input_ids"]
             if ids.shape[1] > limit:
                 raise PromptError(f"vidsieve.question has {ids.shape[1]} tokens; this server's limit is {limit}")
-            template_of(self.info.get_hf_config()).question_mask(ids[0])  # raises here: the worker cannot
+            self._template.question_mask(ids[0])  # raises here: the worker cannot
         return ids
 
 

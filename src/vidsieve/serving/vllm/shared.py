@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.template import Template, template_or_reason
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, NeedError, PromptError, StageError, UnknownNameError, UnsupportedCallError
 from vidsieve.loading import load
@@ -160,7 +161,9 @@ def digest(indices: Tensor) -> str:
     return hashlib.sha256(indices.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:12]
 
 
-def weightless_adapter(config: Any, name: str, embed: Callable[[Tensor], Tensor]) -> Adapter:
+def weightless_adapter(
+    config: Any, name: str, embed: Callable[[Tensor], Tensor], template: Template | NeedError | None = None
+) -> Adapter:
     """Return the adapter of a weightless (meta-device) copy of the model, which computes positions and prompts.
 
     Parameters
@@ -170,13 +173,14 @@ def weightless_adapter(config: Any, name: str, embed: Callable[[Tensor], Tensor]
         The model's class in transformers.
     embed : callable
         The served model's embeddings (L, D) of ids (L,); the ids are on the video's device.
+    template : of the model's processor, for methods that read the question
     """
     import transformers
 
     with torch.device("meta"):
         model = getattr(transformers, name)(config)
         model.set_input_embeddings(_Embed(embed))
-    return adapter_for(model)
+    return adapter_for(model, template)
 
 
 class _Embed(torch.nn.Module):
@@ -203,12 +207,20 @@ class Selector:
         self.adapter.check(settings.method)
 
     @classmethod
-    def of(cls, settings: VllmSettings | None, model: Any, name: str) -> Selector | None:
-        """Return the selector of a served model whose class in transformers is `name`; None without settings."""
+    def of(cls, settings: VllmSettings | None, model: Any, name: str, model_config: Any) -> Selector | None:
+        """Return the selector of a served model whose class in transformers is `name`; None without settings.
+
+        From vLLM's `model_config` comes the processor, where the method reads the question.
+        """
         if settings is None:
             return None
         LOG.info("vidsieve prunes videos: %s", settings.method.describe())
-        return cls(settings, weightless_adapter(model.config, name, model.language_model.embed_input_ids))
+        template = None
+        if settings.reads_question:
+            from vllm.transformers_utils.processor import cached_processor_from_config
+
+            template = template_or_reason(cached_processor_from_config(model_config))
+        return cls(settings, weightless_adapter(model.config, name, model.language_model.embed_input_ids, template))
 
     @torch.no_grad()
     def __call__(

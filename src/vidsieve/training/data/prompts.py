@@ -212,7 +212,9 @@ class FilePrompts:
         asked = ask(row, self.processor.tokenizer)
         inputs = self._inputs(row, asked.text)
         if self.template is not None:
-            self.template.question_mask(inputs["input_ids"][0])  # a question without a known word has no policy
+            ids = inputs["input_ids"][0]
+            frames = (ids == self.adapter.video_token_id).nonzero().flatten()
+            self.template.question_mask(ids, [frames])  # a question without a known word has no policy
         return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind)
 
     def _caption(self, index: int, row: dict[str, Any]) -> Caption:
