@@ -135,6 +135,7 @@ families = Registry(
         "Glm46VForConditionalGeneration": "vidsieve.adapters.families.glm:Glm46vAdapter",
         "Glm4vMoeForConditionalGeneration": "vidsieve.adapters.families.glm:Glm4vMoeAdapter",
         "GlmOcrForConditionalGeneration": "vidsieve.adapters.families.glm:GlmOcrAdapter",
+        "VideoLlavaForConditionalGeneration": "vidsieve.adapters.families.video_llava:VideoLlavaAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

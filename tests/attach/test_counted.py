@@ -8,16 +8,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
-from vidsieve.errors import PromptError
+from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.loading import load
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import TOLERANCE, check_family
 from vidsieve.types import ENCODER_NEEDS
 from workbench.families import tiny
 
-STACKED = ["llava_next_video", "perception_lm"]
+STACKED = ["llava_next_video", "perception_lm", "video_llava"]
 GRIDS = ["exaone4_5"]
-IMAGES = [*STACKED, *GRIDS, "video_llama_3"]
+IMAGES = ["llava_next_video", "perception_lm", *GRIDS, "video_llama_3"]
 SIGNALS = ["llava_next_video", *GRIDS]
 
 
@@ -37,6 +37,12 @@ def test_images_beside_videos_stay_whole(made):
     assert len(encoded.images) == 2
     for row, image in enumerate(encoded.images):
         assert torch.isin(image.columns, plan.kept_positions[row]).all()
+
+
+def test_images_beside_a_video_are_refused_by_name_where_they_are_not_supported():
+    kind = tiny("video_llava")
+    with pytest.raises(UnsupportedCallError, match="not supported for video_llava"):
+        adapter_for(kind.model(0, 3)).encode(kind.inputs([[2]], [3], "left", True))
 
 
 @pytest.mark.parametrize("made", SIGNALS, indirect=True)
