@@ -136,6 +136,9 @@ families = Registry(
         "Glm4vMoeForConditionalGeneration": "vidsieve.adapters.families.glm:Glm4vMoeAdapter",
         "GlmOcrForConditionalGeneration": "vidsieve.adapters.families.glm:GlmOcrAdapter",
         "VideoLlavaForConditionalGeneration": "vidsieve.adapters.families.video_llava:VideoLlavaAdapter",
+        "HyperCLOVAXVisionV2ForConditionalGeneration": (
+            "vidsieve.adapters.families.hyperclovax_vision_v2:HyperCLOVAXVisionV2Adapter"
+        ),
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

@@ -16,7 +16,7 @@ from vidsieve.types import ENCODER_NEEDS
 from workbench.families import tiny
 
 STACKED = ["llava_next_video", "perception_lm", "video_llava"]
-GRIDS = ["exaone4_5"]
+GRIDS = ["exaone4_5", "hyperclovax_vision_v2"]
 IMAGES = ["llava_next_video", "perception_lm", *GRIDS, "video_llama_3"]
 SIGNALS = ["llava_next_video", *GRIDS]
 
@@ -37,6 +37,15 @@ def test_images_beside_videos_stay_whole(made):
     assert len(encoded.images) == 2
     for row, image in enumerate(encoded.images):
         assert torch.isin(image.columns, plan.kept_positions[row]).all()
+
+
+@pytest.mark.parametrize("made", [*STACKED, "video_llama_3", "hyperclovax_vision_v2"], indirect=True)
+@pytest.mark.parametrize("call", ["prefill logits", "8 greedy tokens", "second turn"])
+def test_a_method_inside_the_llm_equals_the_reference(made, call):
+    adapter, kind = made
+    method = load("fastv", retention=0.6, layer=1)
+    difference, equal = CALLS[call](Case(adapter, kind.inputs([[3, 2], [2]], [3, 9], "left"), method))
+    assert difference <= TOLERANCE and equal is not False
 
 
 def test_images_beside_a_video_are_refused_by_name_where_they_are_not_supported():

@@ -189,6 +189,11 @@ class Family(ABC):
         layers: torch.nn.ModuleList = self.language_model.layers
         return layers
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (…, V) that the model gives for the LLM's last hidden states (…, D)."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
     def template(self) -> Template:
         """Return the chat template's ids.
 

@@ -116,8 +116,7 @@ def _through(
             use_cache=False,
             **deep,
         ).last_hidden_state
-    logits: Tensor = model.get_output_embeddings()(hidden)
-    return logits
+    return adapter.logits(hidden)
 
 
 def attended(adapter: Adapter, inputs: Mapping[str, Any], layer: int, videos: Videos = None) -> list[Tensor]:
