@@ -8,7 +8,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.session import attach
-from vidsieve.errors import PromptError, UnsupportedCallError
+from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
 from vidsieve.loading import load
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import TOLERANCE, check_family
@@ -86,6 +86,13 @@ def test_generate_and_a_plain_forward_count_what_is_kept(made):
         out = adapter.model.generate(**inputs, max_new_tokens=1, output_logits=True, return_dict_in_generate=True)
     assert torch.allclose(out.logits[0], logits, atol=TOLERANCE)
     assert session.trace.positions == "compact"
+
+
+def test_a_policy_cannot_start_from_a_layer_of_another_build():
+    kind = tiny("exaone4_5")
+    adapter = adapter_for(kind.model(0, kind.layers))
+    with pytest.raises(NeedError, match="a Exaone4DecoderLayer: it has no norm before its attention"):
+        adapter.layer_state(adapter.first_full_layer)
 
 
 @torch.no_grad()

@@ -42,12 +42,14 @@ def layer_state(text: Any, layer: Any) -> LayerState:
     Raises
     ------
     NeedError
-        As `block_shape`.
+        As `block_shape`, and for a layer without a norm before its attention.
     PolicyError
         If a part of the layer is not a linear map.
     """
     weights: dict[str, Tensor] = {}
     modules = dict(layer.named_modules())
+    if "input_layernorm" not in modules:
+        raise NeedError(f"a policy cannot start from a {type(layer).__name__}: it has no norm before its attention")
     for name in _NORMS:
         if name in modules:
             weights[f"{name}.weight"] = plain(module_weights(modules[name])["weight"], name)
