@@ -139,6 +139,7 @@ families = Registry(
         "HyperCLOVAXVisionV2ForConditionalGeneration": (
             "vidsieve.adapters.families.hyperclovax_vision_v2:HyperCLOVAXVisionV2Adapter"
         ),
+        "Molmo2ForConditionalGeneration": "vidsieve.adapters.families.molmo2:Molmo2Adapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

@@ -78,8 +78,8 @@ def find_images(
     return tuple(spans)
 
 
-def needed(inputs: Mapping[str, Any], name: str) -> Any:
-    """Return an argument that images need.
+def needed(inputs: Mapping[str, Any], name: str, what: str = "an image") -> Any:
+    """Return an argument that images, or videos, need.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def needed(inputs: Mapping[str, Any], name: str) -> Any:
     """
     value = inputs.get(name)
     if value is None:
-        raise PromptError(f"the call has an image and no {name}: hand over everything that the processor returned")
+        raise PromptError(f"the call has {what} and no {name}: hand over everything that the processor returned")
     return value
 
 

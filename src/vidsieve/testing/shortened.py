@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.family import Videos
+from vidsieve.adapters.transformers_api import cache_kwargs, new_cache
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.staged import LayeredSelections, visible_tokens
 from vidsieve.types import Selection
@@ -60,6 +61,7 @@ def shortened_logits(
             "mm_encoder_outputs": _features(adapter, encoded, selections, row),
             # Without a cache transformers reads gaps in the positions as packed sequences.
             "use_cache": True,
+            **cache_kwargs(adapter.model, new_cache(adapter.model)),
         }
         for name in adapter.column_keys:
             if inputs.get(name) is not None:
