@@ -285,7 +285,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 450,
+        "steps": 300,
     },
     ("cacovid", "official"): {
         "world": "sparse",
@@ -307,7 +307,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 450,
+        "steps": 300,
     },
     ("score", "paper"): {"world": "sparse", "lr": 0.002, "steps": 100, "frames": 128},
     ("score", "ours"): {
