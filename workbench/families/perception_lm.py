@@ -15,10 +15,12 @@ def model(seed: int = 0, layers: int = 3) -> Any:
     Its vision tower is a CLIP, which gives what the family's own one gives: a class token, then the patches. That one
     is timm's, which is not among the packages that the tests install.
     """
+    from transformers import CLIPVisionConfig
+
     return random_model(
         "PerceptionLM",
         seed,
-        vision_config=CLIP | {"model_args": {"embed_dim": CLIP["hidden_size"]}},
+        vision_config=CLIPVisionConfig(**CLIP, model_args={"embed_dim": CLIP["hidden_size"]}),
         text_config=text_config(layers, model_type="llama"),
         projector_pooling_ratio=2,
         image_token_id=IMAGE,

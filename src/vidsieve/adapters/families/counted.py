@@ -64,8 +64,7 @@ class StackedAdapter(CountedAdapter):
     def encode_frames(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the features of every frame of videos (videos, T, 3, H, W), T·n rows of D a video, in order."""
         ready = self.model.model.get_video_features(pixels, return_dict=True, **layer_options(inputs))
-        features: Tensor = ready.pooler_output
-        return features
+        return torch.cat([part.flatten(0, -2) for part in ready.pooler_output])
 
     def frame_grid(self, frames: int, tokens: int) -> TokenGrid:
         """Return the grid of a video of `frames` with `tokens` each; here a square."""
@@ -81,13 +80,13 @@ class StackedAdapter(CountedAdapter):
             features = features.reshape(*pixels.shape[:2], -1, features.shape[-1])
         else:
             features = ready.pooler_output
-            if not isinstance(features, Tensor) or features.ndim != 4:
+            if any(video.ndim != 3 for video in features):
                 raise PromptError(
                     f"ready features of {self.family} do not say which frames are one video: reshape pooler_output to "
                     "(videos, frames, tokens of a frame, width)"
                 )
-        grid = self.frame_grid(*features.shape[1:3])
-        return [VideoFeatures(video.flatten(0, 1), grid, video[:0, 0]) for video in features]
+        grids = [self.frame_grid(*video.shape[:2]) for video in features]
+        return [VideoFeatures(v.flatten(0, 1), grid, v[:0, 0]) for v, grid in zip(features, grids, strict=True)]
 
     def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
         """Return the video (1, T, n, D)."""
