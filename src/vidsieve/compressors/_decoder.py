@@ -42,6 +42,11 @@ class BlockShape:
         if self.rope_sections and sum(self.rope_sections) * 2 != self.head_dim:
             raise PolicyError(f"rope sections {self.rope_sections} do not add up to half of head_dim {self.head_dim}")
 
+    @classmethod
+    def of_width(cls, hidden_size: int) -> BlockShape:
+        """Return the shape of a small block of this width, for policies that take over no layer of an LLM."""
+        return cls(hidden_size, 2, 1, hidden_size // 2, 2 * hidden_size)
+
 
 @dataclass(frozen=True)
 class LayerState:

@@ -204,7 +204,7 @@ class CaCoVID(Compressor):
     @classmethod
     def untrained(cls, hidden_size: int, **fields: Any) -> Self:
         """Return the compressor with random weights, for contract checks and timing."""
-        shape = BlockShape(hidden_size, 2, 1, hidden_size // 2, 2 * hidden_size)
+        shape = BlockShape.of_width(hidden_size)
         policy = CaCoVIDPolicy.start(shape, "none", variant=fields.get("variant", "ours"))
         return cls(policy=policy.eval(), **fields)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.pruning import adapter_with
+from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
@@ -150,10 +151,11 @@ def new_cacovid(
         "first_look": config.start == "first_look",
     }
     network: dict[str, Any] = {"scorer": scorer} if question else {"causal": config.causal}
-    # Of a large model a layer is a gigabyte, and this path reads none.
-    blank = blank or (question and config.start == "nothing")
+    # Of a large model a layer is a gigabyte, and this path reads none: any shape of the LLM's width will do.
+    apart = question and config.start == "nothing"
+    blank = blank or apart
     return CaCoVIDPolicy.start(
-        adapter.layer_shape(first),
+        BlockShape.of_width(adapter.hidden_size) if apart else adapter.layer_shape(first),
         adapter.family,
         variant=variant,
         layers=[{} if blank else adapter.layer_state(first + number).weights for number in range(depth)],

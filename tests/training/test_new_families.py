@@ -1,0 +1,81 @@
+"""Methods before the LLM and training steps on families whose LLMs are unlike LLaVA's: experts, recurrent layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve import registry
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors.score import ScorePolicy
+from vidsieve.compressors.sieve import SievePolicy
+from vidsieve.selection import kept_tokens
+from vidsieve.training.cacovid import CaCoVIDTrainer
+from vidsieve.training.data.samples import Caption, Choice
+from vidsieve.training.recipes import new_cacovid
+from vidsieve.training.score import ScoreTrainer
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig
+from vidsieve.training.sieve import SieveTrainer
+from vidsieve.types import Stage
+from workbench.families import families, tiny
+
+CHOSEN = [name for name in ("qwen3_5", "qwen3_vl_moe", "gemma4") if name in families()]
+pytestmark = [
+    pytest.mark.parametrize("family", CHOSEN),
+    pytest.mark.skipif(find_spec("transformers.models.gemma4") is None, reason="an older transformers"),
+]
+
+
+def before_the_llm() -> list[str]:
+    """Return the methods with a part before the LLM, that part alone where there are two."""
+    return [name for name in registry.compressors if registry.compressors.get(name).stage is Stage.PRE_LLM]
+
+
+def test_every_method_before_the_llm_keeps_its_budget(family):
+    kind = tiny(family)
+    model, inputs = kind.model(0, kind.layers), kind.inputs([[4]], [5], "left")
+    total = adapter_for(model).encode(inputs).videos[0].features.grid.num_tokens
+    for name in before_the_llm():
+        method = registry.compressors.get(name)
+        if method.trained:
+            compressor = method.untrained(model.get_input_embeddings().embedding_dim, retention=0.5)
+            compressor.policy.config = replace(compressor.policy.config, family=family)
+        else:
+            compressor = vidsieve.load(name, retention=0.5)
+        if compressor.needs - adapter_for(model).provides:
+            continue
+        with vidsieve.attach(model, compressor) as session:
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        (trace,) = session.trace.videos
+        assert compressor.adaptive_budget or len(trace.indices) == kept_tokens(0.5, total), name
+
+
+def test_a_training_step_moves_the_policy(family, tmp_path):
+    kind = tiny(family)
+    model = kind.model(0, kind.layers).requires_grad_(False)
+    adapter, inputs = adapter_for(model), kind.inputs([[3]], [5], "left")
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -4:] = inputs["input_ids"][:, -4:]
+    choice = Choice(inputs, torch.tensor([5, 6, 7]), 1)
+    caption = Caption(inputs | {"labels": labels})
+    small = {"seed": 1, "eval_prompts": 0}
+    cacovid = CaCoVIDConfig(**small, ratio=0.2, frame_rollouts=0, token_rollouts=8, reward="margin")
+    score = ScoreConfig(**small, rollouts=6, hidden=16)
+    sieve = SieveConfig(**small, rate_low=0.1, rate_high=0.5, frame_rollouts=0, token_rollouts=8, reward="margin")
+    trainers = (
+        (CaCoVIDTrainer, new_cacovid(adapter, cacovid, "ours", family), cacovid, choice),
+        (ScoreTrainer, ScorePolicy.start(adapter.hidden_size, family, hidden=16, seed=1), score, caption),
+        (SieveTrainer, SievePolicy.start(adapter.hidden_size, family, seed=1), sieve, choice),
+    )
+    for trainer, policy, config, sample in trainers:
+        step = trainer(adapter, policy, config, lambda number, sample=sample: sample, tmp_path)
+        result = step.train_step(step.prepare(sample))
+        assert result.loss is not None and bool(torch.isfinite(result.loss))
+        result.loss.backward()
+        gradients = [p.grad for p in policy.parameters() if p.grad is not None]
+        assert gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
+        assert any(bool((g != 0).any()) for g in gradients)
