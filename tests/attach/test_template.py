@@ -277,3 +277,13 @@ def test_a_tokenizer_without_offsets_is_told():
 
     with pytest.raises(NeedError, match=r"Slow does not say .* template=vidsieve\.Template\(openings="):
         vidsieve.Template.of(Slow())
+
+
+def test_a_tokenizer_of_another_kind_is_told():
+    """As when AutoTokenizer loads the words of one tokenizer into the class of another."""
+    processor = processor_for("qwen3_vl")
+    words = Tokenizer(models.BPE({"user": 0, "<|im_start|>": 1}, []))  # no letters, no unknown token: words vanish
+    words.pre_tokenizer = pre_tokenizers.ByteLevel()
+    processor.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    with pytest.raises(NeedError, match="has no token for"):
+        vidsieve.Template.of(processor)

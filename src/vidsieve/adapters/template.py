@@ -303,6 +303,11 @@ class _Rendering:
                 return
             end = start + len(word)
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and text[a:b].strip()]
+            if not inside:
+                raise NeedError(
+                    f"the tokenizer of {self.name}, {type(self.tokenizer).__name__}, has no token for {word!r}: it "
+                    "does not belong to this chat template"
+                )
             spans.append((inside[0], inside[-1] + 1))
             start = end
         yield _Probe(text, tuple(tokens["input_ids"]), said, tuple(spans))
