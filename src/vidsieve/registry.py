@@ -140,6 +140,7 @@ families = Registry(
             "vidsieve.adapters.families.hyperclovax_vision_v2:HyperCLOVAXVisionV2Adapter"
         ),
         "Molmo2ForConditionalGeneration": "vidsieve.adapters.families.molmo2:Molmo2Adapter",
+        "MiniCPMV4_6ForConditionalGeneration": "vidsieve.adapters.families.minicpmv4_6:MiniCPMV46Adapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

@@ -1,0 +1,106 @@
+"""Families that encode a video piece by piece: which pieces are one video, and where their tokens lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.adapters import adapter_for
+from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
+from vidsieve.testing.tiny_models import IMAGE, VIDEO
+from workbench.families import tiny
+from workbench.families._minicpm import FRAME, FRAME_END, SLICE, SLICE_END, minicpm_inputs
+
+METHOD = vidsieve.load("random", retention=0.3)
+FAMILIES = ["minicpmv4_6"]
+
+
+def small(family):
+    kind = tiny(family)
+    return kind.model(0, kind.layers), kind.inputs
+
+
+def whole(model, inputs):
+    """Return the largest difference of the logits of a prompt that keeps every token to the model's own."""
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        encoded = adapter.encode(inputs)
+        plan = adapter.build(encoded, encoded.per_row(encoded.everything()))
+        return float((model(**plan.inputs).logits - model(**inputs).logits).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_overviews_and_slices_are_a_grid_each_in_raster_order(family):
+    model, inputs = small(family)
+    batch = inputs([[2, 3]], [4])
+    adapter = adapter_for(model)
+    with torch.no_grad():
+        encoded = adapter.encode(batch)
+        ready = model.model.get_video_features(batch["pixel_values_videos"], batch["target_sizes_videos"])
+    overview, detail, second = encoded.videos
+    shapes = [(v.features.grid.frames, v.features.grid.height, v.features.grid.width) for v in encoded.videos]
+    assert shapes == [(2, 2, 4), (2, 6, 3), (3, 2, 4)]
+    where = (batch["input_ids"][0] == VIDEO).nonzero().flatten()
+    frame = 8 + 6 * 3
+    assert torch.equal(overview.columns, where[[*range(8), *range(frame, frame + 8)]])
+    assert torch.equal(second.columns, where[2 * frame :])
+    corner = detail.columns.view(2, 6, 3)[1, 3:, 1]  # the fifth of six slices of the second frame, 3×1 tokens
+    assert torch.equal(corner, where[frame + 8 + 4 * 3 :][:3])
+    at = torch.full_like(batch["input_ids"][0], -1).index_put((where,), torch.arange(len(where)))
+    for video in encoded.videos:
+        assert torch.equal(video.features.embeds, torch.cat(ready.pooler_output)[at[video.columns]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mode_of_a_call_goes_before_the_configuration(family):
+    model, _ = small(family)
+    inputs = minicpm_inputs(2, numbered=True)([[2]], [4])
+    if family == "minicpmv4_7":
+        inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == VIDEO).long()
+    assert whole(model, inputs | {"downsample_mode": "4x"}) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_stays_whole_beside_a_video(family):
+    model, inputs = small(family)
+    batch = inputs([[2]], [4])
+    ids, columns = batch["input_ids"], batch["input_ids"].shape[1]
+    still = torch.tensor([[FRAME, *[IMAGE] * 8, FRAME_END, SLICE, *[IMAGE] * 2, SLICE_END]])
+    batch |= {
+        "input_ids": torch.cat([ids[:, :-4], still, ids[:, -4:]], 1),
+        "attention_mask": torch.ones(1, columns + still.shape[1], dtype=torch.int64),
+        "pixel_values": torch.randn(1, 3, 4, 4 * (8 + 2) * 16, generator=torch.Generator().manual_seed(2)),
+        "target_sizes": torch.tensor([[8, 16], [4, 8]]),
+    }
+    if "mm_token_type_ids" in batch:
+        batch["mm_token_type_ids"] = adapter_for(model).kinds(batch["input_ids"])
+    assert whole(model, batch) < 1e-5
+    kept = adapter_for(model).prune(batch, METHOD).inputs["input_ids"][0]
+    assert int((kept == IMAGE).sum()) == 10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frames_of_two_sizes_are_two_grids(family):
+    """As the processor stacks frames: a composite of another size after each."""
+    model, inputs = small(family)
+    batch = inputs([[1, 4]], [4])
+    sizes = batch["target_sizes_videos"].clone()
+    sizes[[8, 10]] = sizes[[8, 10]].flip(1)  # after one frame and its six slices, 2×4 tokens turn to 4×2
+    batch["target_sizes_videos"] = sizes
+    grids = [video.features.grid for video in adapter_for(model).encode(batch).videos]
+    assert [(grid.frames, grid.height, grid.width) for grid in grids[2:]] == [(2, 2, 4), (2, 4, 2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_located_is_refused(family):
+    model, inputs = small(family)
+    adapter, batch = adapter_for(model), inputs([[2]], [4])
+    with pytest.raises(UnsupportedCallError, match="2 sizes"):
+        adapter.features(batch)
+    with pytest.raises(PromptError, match="a video and no target_sizes_videos"):
+        adapter.encode({name: value for name, value in batch.items() if name != "target_sizes_videos"})
+    with pytest.raises(PromptError, match="side by side"):
+        adapter.encode(batch | {"target_sizes_videos": batch["target_sizes_videos"].flip(0)})
+    with pytest.raises(NeedError, match="adapter does not give"):
+        vidsieve.attach(model, vidsieve.load("fastv", retention=0.5))
