@@ -13,7 +13,7 @@ from workbench.families import tiny
 from workbench.families._minicpm import FRAME, FRAME_END, SLICE, SLICE_END, minicpm_inputs
 
 METHOD = vidsieve.load("random", retention=0.3)
-FAMILIES = ["minicpmv4_6"]
+FAMILIES = ["minicpmv4_6", "minicpmv4_7"]
 
 
 def small(family):
@@ -33,7 +33,7 @@ def whole(model, inputs):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_overviews_and_slices_are_a_grid_each_in_raster_order(family):
     model, inputs = small(family)
-    batch = inputs([[2, 3]], [4])
+    batch = inputs([[2, 3]], [4], "left")
     adapter = adapter_for(model)
     with torch.no_grad():
         encoded = adapter.encode(batch)
@@ -55,16 +55,14 @@ def test_overviews_and_slices_are_a_grid_each_in_raster_order(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mode_of_a_call_goes_before_the_configuration(family):
     model, _ = small(family)
-    inputs = minicpm_inputs(2, numbered=True)([[2]], [4])
-    if family == "minicpmv4_7":
-        inputs["mm_token_type_ids"] = 2 * (inputs["input_ids"] == VIDEO).long()
+    inputs = minicpm_inputs(2, numbered=family != "minicpmv4_7")([[2]], [4], "left")
     assert whole(model, inputs | {"downsample_mode": "4x"}) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_stays_whole_beside_a_video(family):
     model, inputs = small(family)
-    batch = inputs([[2]], [4])
+    batch = inputs([[2]], [4], "left")
     ids, columns = batch["input_ids"], batch["input_ids"].shape[1]
     still = torch.tensor([[FRAME, *[IMAGE] * 8, FRAME_END, SLICE, *[IMAGE] * 2, SLICE_END]])
     batch |= {
@@ -84,7 +82,7 @@ def test_an_image_stays_whole_beside_a_video(family):
 def test_frames_of_two_sizes_are_two_grids(family):
     """As the processor stacks frames: a composite of another size after each."""
     model, inputs = small(family)
-    batch = inputs([[1, 4]], [4])
+    batch = inputs([[1, 4]], [4], "left")
     sizes = batch["target_sizes_videos"].clone()
     sizes[[8, 10]] = sizes[[8, 10]].flip(1)  # after one frame and its six slices, 2×4 tokens turn to 4×2
     batch["target_sizes_videos"] = sizes
@@ -95,12 +93,30 @@ def test_frames_of_two_sizes_are_two_grids(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_cannot_be_located_is_refused(family):
     model, inputs = small(family)
-    adapter, batch = adapter_for(model), inputs([[2]], [4])
+    adapter, batch = adapter_for(model), inputs([[2]], [4], "left")
     with pytest.raises(UnsupportedCallError, match="2 sizes"):
         adapter.features(batch)
     with pytest.raises(PromptError, match="a video and no target_sizes_videos"):
         adapter.encode({name: value for name, value in batch.items() if name != "target_sizes_videos"})
     with pytest.raises(PromptError, match="side by side"):
         adapter.encode(batch | {"target_sizes_videos": batch["target_sizes_videos"].flip(0)})
+    with pytest.raises(UnsupportedCallError, match="set in its video processor"):
+        adapter.limit_frames(None, 8)
     with pytest.raises(NeedError, match="adapter does not give"):
         vidsieve.attach(model, vidsieve.load("fastv", retention=0.5))
+
+
+def test_markers_that_stay_keep_their_corner_of_the_canvas():
+    model, inputs = small("minicpmv4_7")
+    batch = inputs([[2], [1]], [4, 2], "left")
+    wanted, _ = model.model.get_rope_index(
+        batch["input_ids"],
+        mm_token_type_ids=batch["mm_token_type_ids"],
+        target_sizes_videos=batch["target_sizes_videos"],
+        attention_mask=batch["attention_mask"],
+    )
+    plan = adapter_for(model, positions="legacy").prune(batch, METHOD)
+    for row, kept in enumerate(plan.kept_positions):
+        positions = plan.inputs["position_ids"][1:, row, kept >= 0]
+        assert torch.equal(positions, wanted[:, row, kept[kept >= 0]])
+        assert int((plan.inputs["input_ids"][row] == SLICE).sum()) == 6 * (2 - row)

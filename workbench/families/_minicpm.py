@@ -38,7 +38,10 @@ def minicpm_model(name: str, **fields: Any) -> Callable[[int, int], Any]:
 
 
 def minicpm_inputs(merged: int, numbered: bool) -> Callable[[Batch, list[int], str], dict[str, Tensor]]:
-    """Return the function that makes inputs; a token is `merged`² patches, and videos may have their `numbered` tag."""
+    """Return the function that makes inputs; a token is `merged`² patches.
+
+    Videos are `numbered`, or else ``mm_token_type_ids`` mark their tokens.
+    """
 
     def inputs(batch: Batch, words: list[int], pad: str = "left") -> dict[str, Tensor]:
         draw = torch.Generator().manual_seed(1)
@@ -60,9 +63,10 @@ def minicpm_inputs(merged: int, numbered: bool) -> Callable[[Batch, list[int], s
             for shape in [OVERVIEW, *[PART] * (DOWN * ACROSS * (k == 0))]
         ]
         sizes = torch.tensor(shapes, dtype=torch.int32) * merged
-        return rows_to_batch(prompts, words, pad, draw) | {
+        batch = rows_to_batch(prompts, words, pad, draw) | {
             "pixel_values_videos": torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=draw),
             "target_sizes_videos": sizes,
         }
+        return batch | ({} if numbered else {"mm_token_type_ids": 2 * (batch["input_ids"] == VIDEO).long()})
 
     return inputs

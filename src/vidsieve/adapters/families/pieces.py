@@ -58,6 +58,12 @@ class PieceAdapter(Adapter):
     def grids(self, pieces: Sequence[Piece], ids: Tensor) -> Iterator[Frames]:
         """Return the grids that the pieces of one prompt (L,) form; each is a video to methods."""
 
+    def limit_frames(self, processor: Any, tokens: int) -> None:
+        """Raise UnsupportedCallError: the processor alone makes a frame's size, and its slices."""
+        raise UnsupportedCallError(
+            f"the size of {self.family}'s frames, and their slices, are set in its video processor: leave the limit out"
+        )
+
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return all pieces of the batch as if they were one video.
 
