@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.adapters.decoder_layer import Decoder, block_shape, layer_state
+from vidsieve.adapters.decoder_layer import Decoder, block_shape, check_rotary, layer_state
 from vidsieve.adapters.drop import gathered, kept_columns
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Family, Videos
@@ -161,7 +161,7 @@ class Adapter(Family):
             # It reads the cached keys of the layer before its first one too.
             first = compressor.first_layer(len(self.decoder_layers)) - 1
             _check_full(compressor, layer_kinds(text), first, "read the cache")
-            block_shape(text, self.decoder_layers[0])
+            check_rotary(self.language_model.rotary_emb, self.layer_shape())
         config = getattr(getattr(compressor, "policy", None), "config", None)
         if config is not None:
             if config.hidden_size != self.hidden_size:
@@ -180,7 +180,7 @@ class Adapter(Family):
     def _check_layers(self, compressor: LayerCompressor) -> None:
         """Refuse to drop tokens at or before a layer that would not run correctly on the remaining ones."""
         layers, kinds = self.decoder_layers, layer_kinds(self.model.config.get_text_config())
-        block_shape(self.model.config.get_text_config(), layers[0])  # its rotary positions must be known to us
+        check_rotary(self.language_model.rotary_emb, self.layer_shape())
         if compressor.retention == 1.0:
             return
         # A token count can only be checked against a known video.
@@ -217,8 +217,9 @@ class Adapter(Family):
         Raises
         ------
         NeedError
-            If its rotary positions are of a kind that our block does not know.
+            If its rotary positions or its norms are of a kind that our block does not know.
         """
+        check_rotary(self.language_model.rotary_emb, self.layer_shape(index))
         return layer_state(self.model.config.get_text_config(), self.decoder_layers[index])
 
     def select(

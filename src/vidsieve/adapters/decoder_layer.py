@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -119,15 +120,17 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
     Raises
     ------
     NeedError
-        If its rotary positions are of a kind that our block does not know.
+        If its rotary positions or its norms are of a kind that our block does not know.
     """
     attention = layer.self_attn
+    if not hasattr(text, "rms_norm_eps"):
+        raise NeedError(f"policies and methods inside the LLM do not know the norms of a {type(layer).__name__}")
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") != "default":
         raise NeedError(f"policies do not know rotary positions of type {rope['rope_type']!r}")
     heads = int(text.num_attention_heads)
-    # Qwen3-VL interleaves its sections whatever its configuration says.
-    interleaved = text.model_type.startswith("qwen3_vl")
+    # Qwen3-VL and Cosmos 3 Edge interleave their sections whatever their configuration says.
+    interleaved = text.model_type.startswith(("qwen3_vl", "cosmos3_edge"))
     sections = rope.get("mrope_section") or ((24, 20, 20) if interleaved else ())
     return BlockShape(
         int(text.hidden_size),
@@ -142,6 +145,37 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
         qk_norm=hasattr(attention, "q_norm"),
         rope_interleaved=interleaved,
     )
+
+
+@torch.no_grad()
+def check_rotary(embedding: Any, shape: BlockShape) -> None:
+    """Refuse an LLM whose rotary embedding turns queries and keys otherwise than our block does.
+
+    Parameters
+    ----------
+    embedding : the LLM's module that makes cosines and sines from positions
+    shape : BlockShape
+        What its configuration says.
+
+    Raises
+    ------
+    NeedError
+    """
+    rows = max(1, len(shape.rope_sections))
+    device = next((buffer.device for buffer in embedding.buffers()), torch.device("cpu"))
+    positions = torch.arange(4 * rows, device=device).view(rows, 4)  # other ones in each row
+    plain_call = list(signature(type(embedding).forward).parameters) == ["self", "x", "position_ids"]
+    if plain_call:
+        theirs = embedding(torch.zeros(1, 1, 1, device=device), positions if rows == 1 else positions[:, None])
+        same = all(
+            their[0].shape == our.shape and torch.allclose(their[0].float(), our, atol=1e-3)
+            for their, our in zip(theirs, rotary(positions, shape), strict=True)
+        )
+    if not plain_call or not same:
+        raise NeedError(
+            f"the {type(embedding).__name__} of this model turns queries and keys by their positions in a way that "
+            "vidsieve cannot compute: choose a method that acts before the LLM, or a policy that starts from no layer"
+        )
 
 
 # -- attention ----------------------------------------------------------------------------------------------------

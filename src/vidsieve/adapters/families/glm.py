@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.families.mrope import MropeAdapter
+from vidsieve.adapters.transformers_api import encoder_features
 
 
 class Glm4vAdapter(MropeAdapter):
@@ -22,6 +24,7 @@ class Glm4vAdapter(MropeAdapter):
     family: ClassVar[str] = "glm4v"
     modality: ClassVar[Literal["video", "image"]] = "image"
     shared_placeholder: ClassVar[bool] = True
+    image_keys: ClassVar[tuple[str, ...]] = ()
 
     image_features = Adapter.image_features
 
@@ -29,6 +32,10 @@ class Glm4vAdapter(MropeAdapter):
     def video_token_id(self) -> int:
         """The id of an image placeholder, which frames have too."""
         return self.image_token_id
+
+    def carries_image(self, inputs: Mapping[str, Any], ids: Tensor) -> bool:
+        """True if a call has pixels or ready features of a still image."""
+        return inputs.get("pixel_values") is not None or encoder_features(inputs, "image") is not None
 
     def holds_image(self, ids: Tensor) -> bool:
         """Return False: pixels tell an image from a video."""
