@@ -12,6 +12,7 @@ class Cosmos3EdgeAdapter(MropeAdapter):
     """Adapter of `Cosmos3EdgeForConditionalGeneration`."""
 
     family: ClassVar[str] = "cosmos3_edge"
+    projector: ClassVar[str] = "model.projector"
 
 
 class Cosmos3OmniAdapter(Qwen3VLAdapter):
