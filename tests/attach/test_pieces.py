@@ -9,6 +9,7 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
 from vidsieve.testing.tiny_models import IMAGE, VIDEO
+from vidsieve.types import Need
 from workbench.families import tiny
 from workbench.families._minicpm import FRAME, FRAME_END, SLICE, SLICE_END, minicpm_inputs
 
@@ -120,3 +121,61 @@ def test_markers_that_stay_keep_their_corner_of_the_canvas():
         positions = plan.inputs["position_ids"][1:, row, kept >= 0]
         assert torch.equal(positions, wanted[:, row, kept[kept >= 0]])
         assert int((plan.inputs["input_ids"][row] == SLICE).sum()) == 6 * (2 - row)
+
+
+def shapes_of(model, batch):
+    """Return the grid of each video of a batch, in order of its first token."""
+    grids = [video.features.grid for video in adapter_for(model).encode(batch).videos]
+    return [(grid.frames, grid.height, grid.width) for grid in grids]
+
+
+def test_chunks_are_the_frames_of_a_video_that_ends_at_other_words():
+    model, inputs = small("kimi_k25")
+    batch = inputs([[3, 2], [1]], [4, 2], "right")
+    assert shapes_of(model, batch) == [(3, 2, 4), (2, 2, 4), (1, 2, 4)]
+    # A single chunk tells nothing of the length of a time: words make a video of its own if they are longer than any.
+    far = inputs([[1, 1]], [4], "left")
+    assert shapes_of(model, far) == [(2, 2, 4)]
+    words = torch.full((1, 10), 30)
+    split = int((far["input_ids"][0] == 119).nonzero()[0]) + 1  # behind the first chunk
+    ids = torch.cat([far["input_ids"][:, :split], words, far["input_ids"][:, split:]], 1)
+    assert shapes_of(model, far | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) == [(1, 2, 4)] * 2
+
+
+def test_chunks_of_two_sizes_are_two_videos():
+    model, inputs = small("kimi_k25")
+    batch = inputs([[4]], [4], "left")
+    grids = batch["video_grid_thw"].clone()
+    grids[2:, 1:] = grids[2:, 1:].flip(1)
+    assert shapes_of(model, batch | {"video_grid_thw": grids}) == [(2, 2, 4), (2, 4, 2)]
+
+
+def test_a_question_is_read_though_placeholders_have_no_embedding():
+    model, inputs = small("kimi_k25")
+    batch, adapter, seen = inputs([[2, 1]], [4], "left"), adapter_for(model), []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+        prompt = adapter.video_tokens(adapter.encode(batch), 0, frozenset({Need.QUESTION})).prompt
+    hook.remove()
+    assert torch.allclose(prompt.embeds, seen[0][0], atol=1e-6)
+
+
+def test_an_image_stays_whole_beside_chunks():
+    model, inputs = small("kimi_k25")
+    batch = inputs([[2]], [4], "left")
+    ids = batch["input_ids"]
+    ids = torch.cat([ids[:, :-4], torch.tensor([[118, 117, *[IMAGE] * 8, 119]]), ids[:, -4:]], 1)
+    batch |= {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.randn(32, 3, 4, 4, generator=torch.Generator().manual_seed(2)),
+        "image_grid_thw": torch.tensor([[1, 4, 8]]),
+    }
+    assert whole(model, batch) < 1e-5
+    assert int((adapter_for(model).prune(batch, METHOD).inputs["input_ids"] == IMAGE).sum()) == 8
+
+
+def test_latent_attention_is_no_start_of_a_policy():
+    with pytest.raises(NeedError, match="DeepseekV3Attention"):
+        adapter_for(small("kimi_k25")[0]).layer_shape()

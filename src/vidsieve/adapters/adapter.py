@@ -113,7 +113,7 @@ class Adapter(Family):
         device = table.weight.device if table.weight.device.type != "meta" else target
         ids, real = encoded.input_ids[row].to(device), encoded.attention_mask[row].to(device)
         positions = encoded.positions[self.position_rows, row].to(device)
-        embeds = table(ids)
+        embeds = self.words(ids)
         for image in (*encoded.images, *self.sounds(encoded.input_ids, encoded.rest)):
             if image.row == row:
                 embeds = embeds.index_copy(0, image.columns.to(device), image.embeds.to(embeds))

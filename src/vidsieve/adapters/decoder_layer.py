@@ -120,9 +120,11 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
     Raises
     ------
     NeedError
-        If its rotary positions or its norms are of a kind that our block does not know.
+        If its attention, rotary positions or norms are of a kind that our block does not know.
     """
     attention = layer.self_attn
+    if not hasattr(attention, "k_proj"):
+        raise NeedError(f"policies do not know {type(attention).__name__}, which has no projection to keys alone")
     if not hasattr(text, "rms_norm_eps"):
         raise NeedError(f"policies and methods inside the LLM do not know the norms of a {type(layer).__name__}")
     rope = getattr(text, "rope_parameters", None) or {}

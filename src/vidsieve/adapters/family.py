@@ -173,6 +173,12 @@ class Family(ABC):
         """The id of an image placeholder."""
         return int(self.model.config.image_token_id)
 
+    def words(self, ids: Tensor) -> Tensor:
+        """Return the embeddings (…, D) of ids, any for visual placeholders, which may have none of their own."""
+        visual = (ids == self.video_token_id) | (ids == self.image_token_id)
+        embeds: Tensor = self.model.get_input_embeddings()(ids.masked_fill(visual, 0))
+        return embeds
+
     @property
     def deep_layers(self) -> int:
         """Number of first LLM layers after which features of visual tokens are added."""

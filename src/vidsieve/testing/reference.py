@@ -84,7 +84,7 @@ def _through(
 ) -> Tensor:
     """Return the logits of whole prompts in which only `selections` are visible from the first layer on."""
     model = adapter.model
-    embeds = model.get_input_embeddings()(encoded.input_ids)
+    embeds = adapter.words(encoded.input_ids)
     for span, selection in zip(encoded.videos, selections, strict=True):
         tokens = span.features.embeds.clone()
         if selection.embeds is not None:
