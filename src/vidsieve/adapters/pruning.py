@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +61,8 @@ def adapter_for(
 ) -> Adapter:
     """Return the adapter of a model, found by the names of its classes, and by the layout where it is not installed.
 
+    A class that no family is registered for is tried through `GenericAdapter`, with a warning, if its signatures fit.
+
     A model that PEFT, DistributedDataParallel or FSDP have wrapped is the one inside (`Adapter.model`).
 
     Without `template` it is the model's attribute ``vidsieve_template``, which `vidsieve.loading.load_model` sets.
@@ -68,7 +71,7 @@ def adapter_for(
     Raises
     ------
     UnsupportedModelError
-        If no family is registered for it.
+        If no family is registered for it, and it does not fit what families have in common.
     UnsupportedCallError
         If its family has no such layout.
     """
@@ -89,11 +92,26 @@ def adapter_for(
             f"the talker of {type(model).__name__} reads the thinker's states at every token of the prompt, dropped "
             "ones included: pass model.thinker, and ask for text alone"
         )
-    raise UnsupportedModelError(
-        f"no adapter for {type(model).__name__}; supported: {', '.join(n for n in registry.families if ':' not in n)}. "
-        "To add a family, write a vidsieve.adapters.Adapter and register it: "
-        "vidsieve.registry.families.register('ClassName', 'module:Adapter')"
+    from vidsieve.adapters.families.generic import generic_adapter, lacking
+
+    missing = lacking(model)
+    if missing:
+        names = ", ".join(name for name in registry.families if ":" not in name)
+        raise UnsupportedModelError(
+            f"no adapter for {type(model).__name__}, and it lacks what families have in common: {'; '.join(missing)}. "
+            f"Supported: {names}. To add a family, write a vidsieve.adapters.Adapter and register it: "
+            "vidsieve.registry.families.register('ClassName', 'module:Adapter')"
+        )
+    if layout != "installed":
+        raise UnsupportedCallError(f"layout={layout!r} is for LLaVA-Video; {type(model).__name__} has one layout only")
+    tried = generic_adapter(model)
+    warnings.warn(
+        f"{type(model).__name__} is of no family that vidsieve knows: it is tried through the generic adapter, as "
+        f"{tried.family!r}. The first call with a video (and every vidsieve.prune) costs about three more, which "
+        "compare the model alone with the model behind this adapter",
+        stacklevel=3,
     )
+    return tried(model, template, positions)
 
 
 def adapter_with(model: Any, processor: Any) -> Adapter:

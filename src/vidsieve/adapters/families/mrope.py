@@ -57,7 +57,7 @@ class MropeAdapter(Adapter):
         shapes = [TokenGrid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
         sizes = [grid.num_tokens for grid in shapes]
         parts = torch.split(torch.cat(list(ready.pooler_output)), sizes)
-        deep = [torch.split(layer, sizes) for layer in _deep(ready)]
+        deep = [torch.split(layer, sizes) for layer in deep_features(ready)]
         return [
             VideoFeatures(part, grid, part[:0], tuple(layer[number] for layer in deep))
             for number, (part, grid) in enumerate(zip(parts, shapes, strict=True))
@@ -70,7 +70,7 @@ class MropeAdapter(Adapter):
             pixels = needed(inputs, "pixel_values").to(self.device)
             grids = needed(inputs, "image_grid_thw")
             ready = self.model.model.get_image_features(pixels, grids, return_dict=True)
-        return torch.cat(list(ready.pooler_output)), tuple(_deep(ready))
+        return torch.cat(list(ready.pooler_output)), tuple(deep_features(ready))
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return (4, B, L): text positions, and what the installed model's `get_rope_index` gives."""
@@ -147,6 +147,6 @@ class MropeAdapter(Adapter):
         return BaseModelOutputWithPooling(pooler_output=list(rows))
 
 
-def _deep(ready: Any) -> list[Tensor]:
+def deep_features(ready: Any) -> list[Tensor]:
     """Return the deep features of an encoder's output, one tensor (N, D) a layer; none for most families."""
     return [torch.cat(list(layer)) for layer in getattr(ready, "deepstack_features", None) or []]
