@@ -95,15 +95,17 @@ def video_llava():
 
 
 @UNKNOWN
-def test_a_family_with_stacked_frames_equals_its_reference():
+def test_a_family_with_stacked_frames_equals_its_reference(monkeypatch):
     model, inputs = video_llava()
+    forget(monkeypatch, model)
     check_family(model, inputs([[2]], [5], "left"))
     check_family(model, inputs([[2, 2], [2]], [3, 9], "left"))
 
 
 @UNKNOWN
-def test_a_family_whose_generate_drops_positions_is_exact_with_compact_ones_alone():
+def test_a_family_whose_generate_drops_positions_is_exact_with_compact_ones_alone(monkeypatch):
     model, make = hyperclovax()
+    forget(monkeypatch, model)
     for inputs in (make([[2]], [5], "left"), make([[3, 2], [2]], [3, 9], "left")):
         del inputs["mm_token_type_ids"]
         unproven(model, inputs, "does not hand position_ids on to its LLM: use positions='compact'")
@@ -121,9 +123,11 @@ def test_frames_are_told_by_runs_of_placeholders_or_by_the_grid(unknown, monkeyp
 
     assert grid(*unknown) == TokenGrid(3, 2, 4)
     model, make = video_llava()
+    forget(monkeypatch, model)
     assert grid(model, make([[2]], [5], "left")) == TokenGrid(2, 1, 10)
     # Four frames that the encoder merges in pairs, with a time before each pair.
     model, make = hyperclovax()
+    forget(monkeypatch, model)
     encode = model.model.get_video_features
 
     def merged(pixel_values_videos, video_grid_thw, **options):
@@ -182,9 +186,9 @@ def refused(model, match):
 
 def test_something_else_lacks_everything():
     wanted = (
-        "no adapter for Linear, and it lacks what families have in common: forward takes no mm_encoder_outputs; forward "
-        "takes no pixel_values_videos; its model has no get_video_features; its model has no language_model.layers; its "
-        "configuration states no video_token_id. Supported: Llava.*To add a family"
+        "no adapter for Linear, and it lacks what families have in common: forward takes no mm_encoder_outputs; "
+        "forward takes no pixel_values_videos; its model has no get_video_features; its model has no "
+        "language_model.layers; its configuration states no video_token_id. Supported: Llava.*To add a family"
     )
     refused(torch.nn.Linear(2, 2), wanted)
 

@@ -63,10 +63,10 @@ def minicpm_inputs(merged: int, numbered: bool) -> Callable[[Batch, list[int], s
             for shape in [OVERVIEW, *[PART] * (DOWN * ACROSS * (k == 0))]
         ]
         sizes = torch.tensor(shapes, dtype=torch.int32) * merged
-        batch = rows_to_batch(prompts, words, pad, draw) | {
+        found = rows_to_batch(prompts, words, pad, draw) | {
             "pixel_values_videos": torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=draw),
             "target_sizes_videos": sizes,
         }
-        return batch | ({} if numbered else {"mm_token_type_ids": 2 * (batch["input_ids"] == VIDEO).long()})
+        return found | ({} if numbered else {"mm_token_type_ids": 2 * (found["input_ids"] == VIDEO).long()})
 
     return inputs

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vidsieve.adapters.encoded import Encoded, Template, VideoFeatures
+from vidsieve.adapters.encoded import Encoded, VideoFeatures
 from vidsieve.adapters.families.mrope import MropeAdapter, deep_features
 from vidsieve.adapters.family import Family, Videos
+from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import PromptError, StageError, UnsupportedCallError, UnsupportedModelError
+from vidsieve.errors import NeedError, PromptError, StageError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Need, Selection, Stage, TokenGrid
 
 _TEXT = {"input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw", "kwargs"}
@@ -39,7 +40,7 @@ class GenericAdapter(MropeAdapter):
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     image_keys: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: Any, template: Template | None = None, convention: str = "installed") -> None:
+    def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
         if convention == "legacy":
             raise UnsupportedCallError(f"legacy positions of {self.family} are not known: use positions='installed'")
         super().__init__(model, template, convention)

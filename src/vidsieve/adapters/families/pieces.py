@@ -134,8 +134,8 @@ def span_of(frames: Sequence[Sequence[Piece]], across: int) -> VideoSpan:
     grid = TokenGrid(len(frames), down * first.height, across * first.width)
 
     def raster(parts: list[Tensor]) -> Tensor:
-        tiles = torch.stack(parts).unflatten(1, (first.height, first.width))
-        tiles = tiles.unflatten(0, (len(frames), down, across)).transpose(2, 3)
+        tiles = torch.stack(parts)
+        tiles = tiles.reshape(len(frames), down, across, first.height, first.width, *tiles.shape[2:]).transpose(2, 3)
         return tiles.flatten(0, 4)
 
     pieces = [piece for frame in frames for piece in frame]
