@@ -14,7 +14,7 @@ from workbench.families import tiny
 from workbench.families._minicpm import FRAME, FRAME_END, SLICE, SLICE_END, minicpm_inputs
 
 METHOD = vidsieve.load("random", retention=0.3)
-FAMILIES = ["minicpmv4_6", "minicpmv4_7"]
+FAMILIES = ["minicpmv4_6", "minicpmv4_7", "minicpm_ocr"]
 
 
 def small(family):
@@ -56,21 +56,23 @@ def test_overviews_and_slices_are_a_grid_each_in_raster_order(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_mode_of_a_call_goes_before_the_configuration(family):
     model, _ = small(family)
-    inputs = minicpm_inputs(2, numbered=family != "minicpmv4_7")([[2]], [4], "left")
-    assert whole(model, inputs | {"downsample_mode": "4x"}) < 1e-5
+    merged, mode = (4, "16x") if family == "minicpm_ocr" else (2, "4x")
+    inputs = minicpm_inputs(merged, numbered=family != "minicpmv4_7")([[2]], [4], "left")
+    assert whole(model, inputs | {"downsample_mode": mode}) < 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_stays_whole_beside_a_video(family):
     model, inputs = small(family)
+    sizes = torch.tensor([[2, 4], [1, 2]]) * (2 if family == "minicpm_ocr" else 4)
     batch = inputs([[2]], [4], "left")
     ids, columns = batch["input_ids"], batch["input_ids"].shape[1]
     still = torch.tensor([[FRAME, *[IMAGE] * 8, FRAME_END, SLICE, *[IMAGE] * 2, SLICE_END]])
     batch |= {
         "input_ids": torch.cat([ids[:, :-4], still, ids[:, -4:]], 1),
         "attention_mask": torch.ones(1, columns + still.shape[1], dtype=torch.int64),
-        "pixel_values": torch.randn(1, 3, 4, 4 * (8 + 2) * 16, generator=torch.Generator().manual_seed(2)),
-        "target_sizes": torch.tensor([[8, 16], [4, 8]]),
+        "pixel_values": torch.randn(1, 3, 4, 4 * int(sizes.prod(1).sum()), generator=torch.Generator().manual_seed(2)),
+        "target_sizes": sizes,
     }
     if "mm_token_type_ids" in batch:
         batch["mm_token_type_ids"] = adapter_for(model).kinds(batch["input_ids"])

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6: frames with slices that show them larger, merged inside the vision tower."""
+"""MiniCPM-V 4.6 and MiniCPM-OCR: frames with slices that show them larger, merged inside the vision tower."""
 
 from __future__ import annotations
 
@@ -74,3 +74,9 @@ class MiniCPMV46Adapter(PieceAdapter):
             sizes = needed(inputs, "target_sizes").to(self.device)
             ready = self.model.model.get_image_features(pixels, sizes, inputs.get("downsample_mode"), return_dict=True)
         return torch.cat(list(ready.pooler_output)), ()
+
+
+class MiniCPMOcrAdapter(MiniCPMV46Adapter):
+    """Adapter of `MiniCPMOcrForConditionalGeneration`: MiniCPM-V 4.6 that merges less, by its configuration."""
+
+    family: ClassVar[str] = "minicpm_ocr"
