@@ -128,6 +128,7 @@ families = Registry(
         "Exaone4_5_ForConditionalGeneration": "vidsieve.adapters.families.exaone4_5:Exaone45Adapter",
         "Qwen2_5OmniThinkerForConditionalGeneration": "vidsieve.adapters.families.qwen_omni:Qwen25OmniAdapter",
         "Qwen3OmniMoeThinkerForConditionalGeneration": "vidsieve.adapters.families.qwen_omni:Qwen3OmniMoeAdapter",
+        "Ernie4_5_VLMoeForConditionalGeneration": "vidsieve.adapters.families.ernie4_5_vl_moe:Ernie45VLMoeAdapter",
         "Cosmos3EdgeForConditionalGeneration": "vidsieve.adapters.families.cosmos3:Cosmos3EdgeAdapter",
         "Cosmos3OmniForConditionalGeneration": "vidsieve.adapters.families.cosmos3:Cosmos3OmniAdapter",
         "CohereCompassForConditionalGeneration": "vidsieve.adapters.families.cohere_compass:CohereCompassAdapter",

@@ -24,10 +24,10 @@ HEIGHT, WIDTH = 2, 4
 """Merged tokens of a frame."""
 
 
-def qwen_inputs(timed: bool, patch: int = 96) -> Callable[[Batch, list[int], str], dict[str, Tensor]]:
+def qwen_inputs(timed: bool, patch: int = 96, rows: int = 1) -> Callable[[Batch, list[int], str], dict[str, Tensor]]:
     """Return the function that makes inputs.
 
-    `timed` prompts have a time before each frame; a patch has `patch` values.
+    `timed` prompts have a time before each frame; a patch has `patch` values, a token `rows` rows of the grid's time.
     """
 
     def inputs(batch: Batch, words: list[int], pad: str = "left") -> dict[str, Tensor]:
@@ -40,7 +40,7 @@ def qwen_inputs(timed: bool, patch: int = 96) -> Callable[[Batch, list[int], str
             return [i for frame in range(frames) for i in (100 + frame, 118, *[VIDEO] * size, 119)]
 
         ids = rows_to_batch([[placeholders(frames) for frames in videos] for videos in batch], words, pad, draw)
-        grids = torch.tensor([[frames, 2 * HEIGHT, 2 * WIDTH] for videos in batch for frames in videos])
+        grids = torch.tensor([[rows * frames, 2 * HEIGHT, 2 * WIDTH] for videos in batch for frames in videos])
         return ids | {
             "pixel_values_videos": torch.randn(int(grids.prod(1).sum()), patch, generator=draw),
             "video_grid_thw": grids,

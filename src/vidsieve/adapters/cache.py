@@ -138,7 +138,8 @@ class CacheRecord:
             after = torch.ones(ids.shape[0], total - self.prompt, dtype=torch.bool, device=ids.device)
             mask = torch.cat([self.full_mask.to(ids.device), after], 1)
         mask, positions = self._later(mask, total)
-        drop = {*adapter.video_keys, *adapter.image_keys, *adapter.audio_keys, "mm_token_type_ids"}
+        drop = {*adapter.video_keys, *adapter.image_keys, *adapter.audio_keys, *adapter.column_keys}
+        drop |= {"mm_token_type_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | {
             "input_ids": ids,
             "attention_mask": mask,

@@ -343,7 +343,7 @@ class Session:
     def _continue(self, record: CacheRecord, call: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a later turn on a pruned cache."""
         drop = {*self._adapter.video_keys, *self._adapter.image_keys, *self._adapter.audio_keys}
-        drop |= {"mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
+        drop |= {*self._adapter.column_keys, "mm_token_type_ids", "mm_encoder_outputs", "position_ids"}
         new = {k: v for k, v in call.items() if k not in drop} | record.continuation(call, self._adapter)
         if Need.QUESTION in self.compressor.needs or self.compressor.acts is Stage.LAYER:
             note = f"{self.compressor.name} keeps the tokens it selected for the first question of this cache"

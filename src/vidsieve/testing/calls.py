@@ -173,7 +173,7 @@ def second_turn(case: Case, reselect: bool = False) -> Outcome:
         extra = torch.cat([first, words], 1)
         with case.attached(reselect=reselect):
             out = case.generate()
-            conversation = _longer(case.inputs, torch.cat([out.sequences[:, case.ids.shape[1] :], words], 1))
+            conversation = _longer(case, torch.cat([out.sequences[:, case.ids.shape[1] :], words], 1))
             names = conversation if reselect else ("input_ids", "attention_mask")
             sent = {name: conversation[name] for name in names}
             again = case.generate(sent, **cache_kwargs(case.adapter.model, output_cache(out)))
@@ -190,12 +190,12 @@ def reselected(case: Case) -> Outcome:
     return second_turn(case, reselect=True)
 
 
-def _longer(inputs: Mapping[str, Any], words: Tensor) -> dict[str, Any]:
+def _longer(case: Case, words: Tensor) -> dict[str, Any]:
     """Return inputs with `words` (B, E) after the prompts."""
-    longer = dict(inputs) | {"input_ids": torch.cat([inputs["input_ids"], words], 1)}
-    longer["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(words)], 1)
-    if "mm_token_type_ids" in inputs:
-        longer["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(words)], 1)
+    longer = dict(case.inputs) | {"input_ids": torch.cat([case.ids, words], 1)}
+    longer["attention_mask"] = torch.cat([longer["attention_mask"], torch.ones_like(words)], 1)
+    for name in {"mm_token_type_ids", *case.adapter.column_keys} & longer.keys():
+        longer[name] = torch.cat([longer[name], torch.zeros_like(words)], 1)
     return longer
 
 

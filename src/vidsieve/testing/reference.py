@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
@@ -104,6 +105,8 @@ def _through(
         steps = torch.arange(1, extra_ids.shape[1] + 1, device=extra_ids.device)
         positions = torch.cat([positions, positions[..., -1:] + steps], -1)
     masks[0] = hidden_mask(visible, embeds)
+    behind = (0, embeds.shape[1] - encoded.input_ids.shape[1])
+    further = {name: F.pad(encoded.rest[name], behind) for name in adapter.column_keys}
     if deep:
         words = torch.zeros_like(visible[:, deep["visual_pos_masks"].shape[1] :])
         deep["visual_pos_masks"] = torch.cat([deep["visual_pos_masks"], words], 1)
@@ -115,6 +118,7 @@ def _through(
             attention_mask=masks[0],
             use_cache=False,
             **deep,
+            **further,
         ).last_hidden_state
     return adapter.logits(hidden)
 

@@ -53,8 +53,9 @@ class MropeAdapter(Adapter):
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.device)
             ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
-        merge = self.model.config.vision_config.spatial_merge_size
-        shapes = [TokenGrid(t, h // merge, w // merge) for t, h, w in grids.tolist()]
+        vision = self.model.config.vision_config
+        merge, across = vision.spatial_merge_size, getattr(vision, "temporal_merge_size", 1)
+        shapes = [TokenGrid(t // across, h // merge, w // merge) for t, h, w in grids.tolist()]
         sizes = [grid.num_tokens for grid in shapes]
         parts = torch.split(torch.cat(list(ready.pooler_output)), sizes)
         deep = [torch.split(layer, sizes) for layer in deep_features(ready)]
