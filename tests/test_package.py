@@ -41,7 +41,7 @@ def test_help_is_fast_to_load():
 def modules():
     found = [m.name for m in pkgutil.walk_packages(vidsieve.__path__, "vidsieve.")]
     if importlib.util.find_spec("vllm") is None:  # `make test-vllm` imports these
-        theirs = ("processing", "llava_onevision", "qwen2_5_vl", "qwen3_vl")
+        theirs = ("processing", "llava_onevision", "qwen2_5_vl", "qwen3_5", "qwen3_vl", "qwen3_vl_moe")
         found = [name for name in found if name not in {f"vidsieve.serving.vllm.{part}" for part in theirs}]
     return found
 

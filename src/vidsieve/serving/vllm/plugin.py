@@ -13,6 +13,9 @@ MODELS = {
     "LlavaOnevisionForConditionalGeneration": "vidsieve.serving.vllm.llava_onevision:LlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "vidsieve.serving.vllm.qwen2_5_vl:Qwen25VL",
     "Qwen3VLForConditionalGeneration": "vidsieve.serving.vllm.qwen3_vl:Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "vidsieve.serving.vllm.qwen3_vl_moe:Qwen3VLMoe",
+    "Qwen3_5ForConditionalGeneration": "vidsieve.serving.vllm.qwen3_5:Qwen35",
+    "Qwen3_5MoeForConditionalGeneration": "vidsieve.serving.vllm.qwen3_5:Qwen35Moe",
 }
 """The serving class of each architecture."""
 

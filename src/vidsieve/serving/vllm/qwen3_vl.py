@@ -1,5 +1,7 @@
 """Qwen3-VL in vLLM: each frame follows its time in words, which are always kept; deepstack features inside the LLM.
 
+Qwen3-VL-MoE and Qwen3.5 have the same processor and prompts, and vLLM's classes of them inherit from Qwen3-VL's.
+
 The number of tokens that each frame keeps is known only after the vision encoder, so the whole video, its words too, is
 placeholders in the prompt, and the words' embeddings come with the video's.
 """
@@ -32,13 +34,9 @@ class Qwen3VLProcessor(PruningProcessor, theirs.Qwen3VLMultiModalProcessor):  # 
         return int(grid.prod()) // config.vision_config.spatial_merge_size**2, len(words)
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    Qwen3VLProcessor, info=theirs.Qwen3VLProcessingInfo, dummy_inputs=theirs.Qwen3VLDummyInputsBuilder
-)
-class Qwen3VL(CarriesPositions, theirs.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
-    """vLLM's model with pruned videos."""
+class WithTimes(CarriesPositions):
+    """Mixed in before a vLLM model whose frames follow their times."""
 
-    transformers_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
     _tokenizer: Any
 
     def unpruned(self, thw: Sequence[int], seconds: float | None, timestamps: Any) -> UnprunedVideo:
@@ -46,6 +44,15 @@ class Qwen3VL(CarriesPositions, theirs.Qwen3VLForConditionalGeneration):  # type
         grid = self.grid(thw)
         ids = words_of(timestamps, grid.height * grid.width, self._tokenizer, self.config)
         return UnprunedVideo(grid, torch.tensor(ids), {"video_grid_thw": torch.tensor([list(thw)])})
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    Qwen3VLProcessor, info=theirs.Qwen3VLProcessingInfo, dummy_inputs=theirs.Qwen3VLDummyInputsBuilder
+)
+class Qwen3VL(WithTimes, theirs.Qwen3VLForConditionalGeneration):  # type: ignore[misc]
+    """vLLM's model with pruned videos."""
+
+    transformers_class: ClassVar[str] = "Qwen3VLForConditionalGeneration"
 
 
 def words_of(timestamps: Any, tokens: int, tokenizer: Any, config: Any) -> list[int]:
