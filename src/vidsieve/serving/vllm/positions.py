@@ -147,6 +147,8 @@ class CarriesPositions:
                     input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
                 )
             )
+        if not multimodal_embeddings:  # vLLM's first runner asks about every running request at every step
+            return [], mrope_positions, int(mrope_positions.max()) + 1 - len(input_ids)
         rows = mrope_positions.clone()
         ids = torch.as_tensor(input_ids).to(rows.device)
         media = ((ids == self.config.image_token_id) | (ids == self.config.video_token_id)).nonzero().flatten()
