@@ -109,9 +109,10 @@ def pytest_report_header():
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get("skipped", [])
     gone = [item for item in ("gpu", "network") if item not in terminalreporter.config.option.markexpr]
+    source = "" if "VIDSIEVE_VLLM_SOURCE" in os.environ else "vLLM's sources (VIDSIEVE_VLLM_SOURCE), "
     terminalreporter.write_line("")
     terminalreporter.write_line(
-        f"not exercised here: {', '.join(gone)} (no such tests yet in this project), vLLM (make test-vllm), "
+        f"not exercised here: {', '.join(gone)} (no such tests yet in this project), vLLM (make test-vllm), {source}"
         "lmms-eval (make test-lmms)"
         f"{f'; {len(skipped)} skipped, reasons above' if skipped else ''}"
     )

@@ -34,10 +34,15 @@ def locked(name):
     return (ROOT / "requirements" / f"{name}.txt").read_text("utf-8").splitlines()
 
 
+READ = {"vllm": "0.33"}
+"""Newer releases that are allowed, and warned about: their sources pass a contract test, and they were not run."""
+
+
 @pytest.mark.parametrize("name", list(versions.TESTED))
-def test_upper_bounds_are_the_newest_minor_release_that_was_tested(name):
+def test_upper_bounds_are_the_newest_minor_release_that_was_tested_or_read(name):
     oldest, newest = versions.TESTED[name]
-    major, second = versions.minor(newest)
+    major, second = versions.minor(READ.get(name, newest))
+    assert name not in READ or not versions.is_tested(name, READ[name])
     assert requirement(name).specifier == SpecifierSet(f">={oldest},<{major}.{second + 1}")
 
 
