@@ -12,6 +12,7 @@ import torch
 import vidsieve
 from vidsieve.adapters import Template, adapter_for
 from vidsieve.answering import chat, chat_text
+from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import (
     BudgetError,
@@ -38,12 +39,23 @@ from vidsieve.serving.vllm.shared import (
 from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.types import TokenGrid, Tokens
 from vidsieve.video.reading import Video
+from workbench.families import tiny
 
 CLASSES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
+    "qwen3_5_moe": "Qwen3_5MoeForConditionalGeneration",
 }
+
+
+def small(family):
+    """Return a tiny model and its processor, which Qwen3-VL-MoE and Qwen3.5 share with Qwen3-VL."""
+    if family in FAMILIES:
+        return FAMILIES[family](), processor_for(family)
+    return tiny(family).model(0, tiny(family).layers), processor_for("qwen3_vl")
 
 
 def config(**settings):
@@ -132,13 +144,12 @@ def test_a_request_asks_beside_its_prompt():
 @pytest.mark.parametrize("name", ["divprune", "vidcom2", "random", "evs", "cacovid"])
 def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     """Indices, embeddings and positions, from the features alone: the shadow has no weights of its own."""
-    model, processor = FAMILIES[family](), processor_for(family)
-    adapter = adapter_for(model)
+    model, processor = small(family)
+    template = Template.of(processor)
+    adapter = adapter_for(model, template)
     if name == "cacovid":
-        state = adapter.layer_state(0)
-        policy = CaCoVIDPolicy.start(
-            state.shape, adapter.family, variant="ours", layers=[state.weights], seed=1, base_model="tiny"
-        )
+        shape = BlockShape.of_width(adapter.hidden_size)
+        policy = CaCoVIDPolicy.start(shape, adapter.family, variant="ours", seed=1, base_model="tiny")
         policy.save_pretrained(tmp_path)
         method = vidsieve.load("cacovid", tmp_path, retention=0.5)
     else:
@@ -153,7 +164,6 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
         (wanted,), _ = adapter.select(encoded, method, torch.Generator().manual_seed(7))
     features = encoded.videos[0].features
     embed = model.get_input_embeddings()
-    template = Template.of(processor)
     weightless = weightless_adapter(model.config, CLASSES[family], lambda ids: embed(ids), template)
     assert all(weight.is_meta for weight in weightless.model.parameters())
     assert weightless.model.get_input_embeddings().weight.is_meta, "ids go where the video is, on any device"
@@ -163,7 +173,7 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     grid, settings = features.grid, VllmSettings(method)
     count = kept_count(settings, request_of({"vidsieve": {"question": "?"}}, settings), grid.num_tokens)
     whole, columns = inputs["input_ids"][0], encoded.videos[0].columns
-    before = 3 if family == "qwen3_vl" else 0  # the first frame's time, in two words, and mark
+    before = 3 if family.startswith("qwen3") else 0  # the first frame's time, in two words, and mark
     stands = whole[int(columns[0]) - before : int(columns[-1]) + 1 + bool(before) + len(features.tail)]
     prompts = prompt[None] if name == "cacovid" else torch.empty(1, 0, dtype=torch.int64)
     fields = {COUNT: torch.tensor([count]), PROMPT: prompts, REPORT_KEY: None}
