@@ -145,6 +145,8 @@ families = Registry(
         "MiniCPMV4_7ForConditionalGeneration": "vidsieve.adapters.families.minicpmv4_7:MiniCPMV47Adapter",
         "Kimi_K25ForConditionalGeneration": "vidsieve.adapters.families.kimi_k25:KimiK25Adapter",
         "MiniCPMOcrForConditionalGeneration": "vidsieve.adapters.families.minicpmv4_6:MiniCPMOcrAdapter",
+        "Gemma4ForConditionalGeneration": "vidsieve.adapters.families.gemma4:Gemma4Adapter",
+        "Gemma4UnifiedForConditionalGeneration": "vidsieve.adapters.families.gemma4:Gemma4UnifiedAdapter",
         "InternVLForConditionalGeneration": "vidsieve.adapters.families.internvl:InternVLAdapter",
         "Lfm3VlForConditionalGeneration": "vidsieve.adapters.families.lfm3_vl:Lfm3VlAdapter",
         "NemotronH_Omni_Reasoning_V3": "vidsieve.adapters.families.nemotron_h_omni:NemotronHOmniAdapter",

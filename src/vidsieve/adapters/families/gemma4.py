@@ -1,0 +1,93 @@
+"""Gemma 4: windows, frames whose tokens see each other both ways, a time and markers around each, per-layer inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vidsieve.adapters.encoded import Encoded, VideoFeatures
+from vidsieve.adapters.families.counted import CountedAdapter
+from vidsieve.adapters.family import Videos
+from vidsieve.adapters.locate import needed
+from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.errors import UnsupportedCallError
+from vidsieve.types import Need, TokenGrid
+
+
+class Gemma4Adapter(CountedAdapter):
+    """Adapter of `Gemma4ForConditionalGeneration`.
+
+    Five of six layers see a window of tokens, the kept ones among them, and in it a frame's tokens see each other: a
+    pruned run equals one of the shortened prompt. Markers, times and, by default, positions are the whole prompt's, so
+    that a window may reach further back in positions than it is wide; under ``positions="compact"`` it may not. What is
+    kept of a frame lies between its markers and stays one block; per-layer inputs follow from the ids that are kept.
+    """
+
+    family: ClassVar[str] = "gemma4"
+    definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
+    video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
+    image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
+    column_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    projector: ClassVar[str] = "model.embed_vision"
+
+    def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
+        """Return a batch with its videos encoded and located, as `Adapter.encode`; sounds are refused."""
+        ids = inputs.get("input_ids")
+        if inputs.get("input_features") is not None or (ids is not None and self.holds_sound(ids)):
+            raise UnsupportedCallError(
+                f"audio and videos in one call are not supported for {self.family}: leave input_features and the "
+                "audio out of the prompt, or call the model as it is"
+            )
+        return super().encode(inputs, videos, needs)
+
+    def holds_sound(self, ids: Tensor) -> bool:
+        """True if prompts (B, L) hold placeholders of a sound."""
+        return bool((ids == self.model.config.audio_token_id).any())
+
+    def patch_side(self) -> int:
+        """Return the entries of ``video_position_ids`` along one side of a token."""
+        return int(self.model.config.vision_config.pooling_kernel_size)
+
+    def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
+        """Return each video of ``pixel_values_videos`` (frames of all, patches, C), or of ready features.
+
+        ``video_position_ids`` (frames, patches, 2) are columns and rows, −1 in padding.
+        """
+        places = needed(inputs, "video_position_ids", "a video")
+        counts = torch.as_tensor(needed(inputs, "num_frames_per_video", "a video"))
+        ready = encoder_features(inputs, "video")
+        if ready is None:
+            pixels, given = inputs["pixel_values_videos"].to(self.device), places.to(self.device)
+            ready = self.model.model.get_video_features(pixels, given, num_frames_per_video=counts, return_dict=True)
+        sizes = ((places.amax(1) + 1) // self.patch_side()).tolist()
+        firsts = (counts.cumsum(0) - counts).tolist()
+        grids = [TokenGrid(n, *reversed(sizes[first])) for n, first in zip(counts.tolist(), firsts, strict=True)]
+        parts = torch.split(torch.cat(list(ready.pooler_output)), [grid.num_tokens for grid in grids])
+        return [VideoFeatures(part, grid, part[:0]) for part, grid in zip(parts, grids, strict=True)]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (…, V) of the LLM's last hidden states (…, D), bent to stay below a cap."""
+        cap = self.model.config.get_text_config().final_logit_softcapping
+        logits = super().logits(hidden)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
+        """Return the features as one tensor per prompt."""
+        return BaseModelOutputWithPooling(pooler_output=list(rows))
+
+
+class Gemma4UnifiedAdapter(Gemma4Adapter):
+    """Adapter of `Gemma4UnifiedForConditionalGeneration`: no vision tower, a token is one large patch."""
+
+    family: ClassVar[str] = "gemma4_unified"
+
+    def patch_side(self) -> int:
+        """Return 1: the processor merges patches."""
+        return 1

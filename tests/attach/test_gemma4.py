@@ -1,0 +1,76 @@
+"""Gemma 4: positions, what stays around frames, images beside videos, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vidsieve
+from vidsieve.adapters import adapter_for
+from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
+from vidsieve.testing.calls import CALLS, Case
+from vidsieve.testing.equivalence import TOLERANCE
+from vidsieve.testing.tiny_models import VIDEO
+from workbench.families import tiny
+from workbench.families._gemma import AUDIO, BEGIN, END
+
+pytest.importorskip("transformers.models.gemma4_unified")
+RANDOM = vidsieve.load("random", retention=0.3)
+
+
+@pytest.fixture(params=["gemma4", "gemma4_unified"])
+def kind(request):
+    return tiny(request.param)
+
+
+@pytest.mark.parametrize("positions", ["installed", "compact"])
+def test_images_beside_videos_equal_the_shortened_prompt_at_either_positions(kind, positions):
+    model = kind.model(0, kind.layers)
+    inputs = kind.inputs([[3, 2], [2]], [3, 9], "left", image=True)
+    case = Case(adapter_for(model, positions=positions), inputs, RANDOM)
+    for name in ("prefill logits", "8 greedy tokens", "second turn"):
+        difference, equal = CALLS[name](case)
+        assert difference <= TOLERANCE and equal is not False, name
+
+
+def test_markers_and_times_stay_and_positions_are_the_whole_prompt_s(kind):
+    inputs = kind.inputs([[3]], [5], "left")
+    pruned = vidsieve.prune(kind.model(0, kind.layers), inputs, vidsieve.load("uniform", retention=0.1))
+    ids, kept = inputs["input_ids"][0], pruned["input_ids"][0]
+    assert (kept == VIDEO).sum() == 2
+    assert torch.equal(kept[kept != VIDEO], ids[ids != VIDEO])
+    assert (kept == BEGIN).sum() == (kept == END).sum() == 3
+    assert torch.equal(ids[pruned["position_ids"][0]], kept)
+    assert torch.equal(pruned["mm_token_type_ids"][0], 2 * (kept == VIDEO).long())
+
+
+def test_audio_beside_a_video_is_refused_by_name(kind):
+    model, inputs = kind.model(0, kind.layers), kind.inputs([[2]], [5], "left")
+    ids = inputs["input_ids"].clone()
+    ids[0, -4] = AUDIO
+    for more in ({"input_ids": ids}, {"input_features": torch.zeros(1, 4, 8)}):
+        with pytest.raises(UnsupportedCallError, match="audio and videos in one call are not supported for gemma4"):
+            vidsieve.prune(model, inputs | more, RANDOM)
+
+
+@pytest.mark.parametrize("name", ["mm_token_type_ids", "video_position_ids", "num_frames_per_video"])
+def test_arguments_that_are_missing_are_named(kind, name):
+    inputs = kind.inputs([[2]], [5], "left")
+    del inputs[name]
+    with pytest.raises(PromptError, match=f"{name}"):
+        vidsieve.prune(kind.model(0, kind.layers), inputs, RANDOM)
+
+
+def test_logits_are_capped_as_the_model_s_are(kind):
+    model, inputs, seen = kind.model(0, kind.layers), kind.inputs([[2]], [5], "left"), []
+    adapter = adapter_for(model)
+    adapter.language_model.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    with torch.no_grad():
+        wanted = model(**inputs).logits
+        assert torch.allclose(adapter.logits(seen[0]), wanted, atol=1e-5)
+        assert not torch.allclose(model.lm_head(seen[0]), wanted, atol=1e-3)
+
+
+def test_methods_inside_the_llm_are_refused(kind):
+    with pytest.raises(NeedError, match=r"fastv needs .*gemma4"):
+        vidsieve.attach(kind.model(0, kind.layers), vidsieve.load("fastv", retention=0.5))
