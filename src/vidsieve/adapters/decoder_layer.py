@@ -122,6 +122,8 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
     NeedError
         If its attention, rotary positions or norms are of a kind that our block does not know.
     """
+    if not hasattr(layer, "self_attn"):
+        raise NeedError(f"policies and methods inside the LLM need attention, which a {type(layer).__name__} has not")
     attention = layer.self_attn
     if not hasattr(attention, "k_proj"):
         raise NeedError(f"policies do not know {type(attention).__name__}, which has no projection to keys alone")
