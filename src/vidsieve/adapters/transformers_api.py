@@ -264,6 +264,15 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
     return (("chunked_attention" if getattr(text, "attention_chunk_size", None) else FULL),) * count
 
 
+def head_sizes(text: Any) -> list[tuple[int, int]]:
+    """Return (width of a head, heads of keys and values) of every decoder layer; some LLMs vary them."""
+    layers = getattr(text, "per_layer_config", None) or [text] * int(text.num_hidden_layers)
+    return [
+        (getattr(one, "head_dim", None) or text.hidden_size // text.num_attention_heads, one.num_key_value_heads)
+        for one in layers
+    ]
+
+
 def window_of(text: Any, layer: int) -> int | None:
     """Return the number of columns that a token sees, itself included; None for all."""
     return int(text.sliding_window) if layer_kinds(text)[layer] == SLIDING else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from vidsieve.adapters.transformers_api import head_sizes
+
 
 def paper_flops(text: Any, tokens: int) -> float:
     """Return T·(4nd² + 2n²d + 2ndm), as CaCoVID and others count (its section on complexity).
@@ -33,11 +35,10 @@ def prefill_flops(text: Any, tokens: int | Sequence[int]) -> float:
     tokens : of the whole prompt; or one number a layer, where methods drop tokens inside the LLM
     """
     d, m, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
-    size = getattr(text, "head_dim", None) or d // heads
-    query, value = heads * size, text.num_key_value_heads * size
     counts = [tokens] * text.num_hidden_layers if isinstance(tokens, int) else list(tokens)
     total = 2.0 * d * text.vocab_size
-    for n in counts:
+    for n, (size, shared) in zip(counts, head_sizes(text), strict=True):
+        query, value = heads * size, shared * size
         total += 2 * n * (d * (query + 2 * value) + query * d + 3 * d * m)
         total += 2 * n * (n + 1) * query  # scores and their sums: 2 products of n·(n + 1)/2 pairs
     return float(total)

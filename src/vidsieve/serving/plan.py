@@ -17,6 +17,7 @@ from torch.nn import Conv2d, Conv3d, Linear
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.families.frames import FrameAdapter
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.transformers_api import head_sizes
 from vidsieve.errors import ModelError, SelectionError, UnknownNameError
 from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.evaluation.flops import prefill_flops
@@ -218,8 +219,7 @@ def plan(
         )
     grid, newlines, _, encoder_flops = encoded_video(adapter, frames, size)
     encoder_s = gpu.seconds(encoder_flops, gpu.width * encoder)
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * gpu.width  # keys and values
+    token_bytes = 2 * gpu.width * sum(width * heads for width, heads in head_sizes(text))  # keys and values
     rows: list[dict[str, float | None]] = []
     for retention in retentions:
         kept = kept_tokens(retention, grid.num_tokens)

@@ -14,7 +14,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.plan import Plan
-from vidsieve.adapters.transformers_api import is_eager
+from vidsieve.adapters.transformers_api import head_sizes, is_eager
 from vidsieve.errors import TrainingError, UnsupportedCallError
 from vidsieve.io.machine import total_memory
 from vidsieve.selection import mask_to_indices
@@ -59,14 +59,12 @@ class Footprint:
     def of(cls, model: Any) -> Footprint:
         """Return the footprint of a transformers model."""
         text, size = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
-        heads = text.num_attention_heads
-        head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        scores = 2 * heads if is_eager(text) else 0
+        scores = 2 * text.num_attention_heads if is_eager(text) else 0
         return cls(
             token=size * (8 * text.hidden_size + 3 * text.intermediate_size),
             pair=size * (1 + scores),
             logits=text.vocab_size * (size + 8),
-            cached=2 * size * text.num_hidden_layers * text.num_key_value_heads * head,
+            cached=2 * size * sum(width * heads for width, heads in head_sizes(text)),
         )
 
     def rollout(self, length: int, positions: int = 1, cache: bool = False) -> int:
