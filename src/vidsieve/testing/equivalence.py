@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -149,6 +149,26 @@ def check_full_retention(case: Case) -> None:
             )
 
 
+def check_reach(case: Case) -> None:
+    """Change the feature of each prompt's last kept video token, and require that its last logits follow."""
+    adapter, inputs = case.adapter, case.inputs
+    with torch.no_grad():
+        encoded, chosen = adapter.encode(inputs, case.videos), case.chosen()
+        changed = list(chosen)
+        for row in range(len(case.ids)):
+            number = max(encoded.of_row(row), key=lambda i: int(encoded.videos[i].columns[chosen[i].indices[-1]]))
+            selection, embeds = chosen[number], encoded.videos[number].features.embeds
+            kept = embeds[selection.indices] if selection.embeds is None else selection.embeds
+            changed[number] = replace(selection, embeds=torch.cat([kept[:-1], 1 - kept[-1:]]))
+        plans = [adapter.build(encoded, encoded.per_row(some)) for some in (chosen, changed)]
+        before, after = (adapter.model(**plan.inputs, use_cache=True).logits[:, -1] for plan in plans)
+    for row in (before == after).all(-1).nonzero().flatten().tolist():
+        raise CheckFailure(
+            f"{adapter.family}: the last logits of prompt {row} do not depend on the last video token that is kept: no "
+            "layer reaches that far back, or its feature is not used"
+        )
+
+
 def check_family(
     model: Any, inputs: Mapping[str, Any], compressor: Compressor | None = None, videos: Videos = None
 ) -> list[EquivalenceCell]:
@@ -172,13 +192,16 @@ def check_family(
     ------
     CheckFailure
         If the adapter's inputs with every token kept give other logits than the model's own, or a call differs from the
-        reference by more than `TOLERANCE`, or generates other tokens.
+        reference by more than `TOLERANCE`, or generates other tokens; for families of definition "shortened" too if a
+        prompt's last logits do not depend on the last video token that is kept.
     """
     method = compressor or load("random", retention=0.3)
     case = Case(adapter_for(model), inputs, method, videos)
     family = case.adapter.family
     if case.adapter.layout == "installed":
         check_full_retention(case)
+    if case.adapter.definition == "shortened":
+        check_reach(case)
     cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in CALLS]
     wrong = [
         f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}"
