@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import transformers
+from tokenizers import Tokenizer
 
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.loading import load
@@ -14,7 +15,13 @@ from vidsieve.testing.tiny_models import IMAGE, VIDEO, processor_for
 from vidsieve.types import TokenGrid
 from workbench.families import tiny
 
-PATCHES = {"patch_size": 4, "merge_size": 2, "do_resize": False, "size": {"shortest_edge": 64, "longest_edge": 2**14}}
+PATCHES = {
+    "do_sample_frames": False,
+    "patch_size": 4,
+    "merge_size": 2,
+    "do_resize": False,
+    "size": {"shortest_edge": 64, "longest_edge": 2**14},
+}
 PAIRS = ("Qwen2VLVideoProcessor", PATCHES | {"temporal_patch_size": 2, "cap_pixels_per_frame": False})
 SQUARE = {"size": {"height": 48, "width": 48}, "do_center_crop": False}
 STILL = tuple(i for i in range(32) if i not in (16, 17, 20, 21) and i < 24)
@@ -30,17 +37,50 @@ MADE = {
         TokenGrid(4, 3, 3),
     ),
     "perception_lm": ("PerceptionLM", ("PerceptionLMVideoProcessor", SQUARE), {"patch_size": 8}, TokenGrid(4, 3, 3)),
+    "glm4v": ("Glm4v", ("Glm4vVideoProcessor", PATCHES), {}, TokenGrid(2, 2, 4)),
+    "glm46v": ("Glm46V", ("Glm46VVideoProcessor", PATCHES), {}, TokenGrid(2, 2, 4)),
+    "cosmos3_edge": (
+        "Cosmos3Edge",
+        ("Cosmos3EdgeVideoProcessor", PATCHES | {"return_metadata": True}),
+        {},
+        TokenGrid(4, 2, 4),
+    ),
+    "cohere_compass": ("CohereCompass", ("CohereCompassVideoProcessor", PAIRS[1]), {}, TokenGrid(2, 2, 4)),
     "video_llava": ("VideoLlava", ("VideoLlavaVideoProcessor", SQUARE), {"patch_size": 8}, TokenGrid(4, 1, 37)),
 }
+GLM = {
+    "<|vision_start|>": "<|begin_of_image|>",
+    "<|vision_end|>": "<|end_of_image|>",
+    "w116": "<|begin_of_video|>",
+    "w117": "<|end_of_video|>",
+}
+COHERE = {f"<|{name.lower()}|>": f"<|{name}|>" for name in ("VISION_START", "VISION_END", "VIDEO_PAD", "IMAGE_PAD")}
+WORDS = {"glm4v": GLM, "glm46v": GLM, "cohere_compass": COHERE}
+"""What families call the tokens of the tiny tokenizer, where that is not as Qwen does."""
 TEXT = "<|im_start|> user <|vision_start|><|video_pad|><|vision_end|> what colour <|im_end|> <|im_start|> assistant"
 
 
+def renamed(tokenizer, words):
+    """Return a tokenizer some of whose words have other names; all of these are special."""
+    core = tokenizer.backend_tokenizer.to_str()
+    for old, new in words.items():
+        core = core.replace(f'"{old}"', f'"{new}"')
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(core),
+        additional_special_tokens=list(words.values()),
+        pad_token="<pad>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # transformers' own reading of tensors by NumPy
 @pytest.mark.parametrize("family", MADE)
 def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
     name, (kind, settings), further, grid = MADE[family]
-    tokenizer = processor_for("qwen2_5_vl").tokenizer
-    tokenizer.video_token, tokenizer.video_token_id = "<|video_pad|>", VIDEO
-    tokenizer.image_token, tokenizer.image_token_id = "<|image_pad|>", IMAGE
+    words = WORDS.get(family, {})
+    tokenizer = renamed(processor_for("qwen2_5_vl").tokenizer, words)
+    tokenizer.video_token, tokenizer.video_token_id = words.get("<|video_pad|>", "<|video_pad|>"), VIDEO
+    tokenizer.image_token, tokenizer.image_token_id = words.get("<|image_pad|>", "<|image_pad|>"), IMAGE
     processor = getattr(transformers, f"{name}Processor")(
         video_processor=getattr(transformers, kind)(**settings),
         image_processor=transformers.Qwen2VLImageProcessor(),
@@ -50,7 +90,12 @@ def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
     frames = np.random.default_rng(0).integers(0, 255, (4, 16, 32, 3), dtype=np.uint8)
     frames[2, :, :16] = frames[1, :, :16]
     frames[3] = frames[2]
-    inputs = dict(processor(text=[TEXT], videos=[frames], return_tensors="pt"))
+    text = TEXT
+    for old, new in words.items():
+        text = text.replace(old, new.replace("_of_image", "_of_video"))
+    more = {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # others return them by themselves
+    inputs = dict(processor(text=[text], videos=[frames], return_tensors="pt", **more))
+    inputs.pop("video_metadata", None)
     tiny_family = tiny(family)
     case = Case(adapter_for(tiny_family.model(0, tiny_family.layers)), inputs, load("random", retention=0.5))
     assert case.adapter.encode(inputs).videos[0].features.grid == grid
