@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.answering import chat, check_question
@@ -226,7 +227,7 @@ class FilePrompts:
         labels = torch.full_like(ids, -100)
         labels[:, -answer.shape[1] :] = answer
         extended = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        kinds = inputs.get("mm_token_type_ids")
-        if kinds is not None:
-            extended["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(answer).to(kinds)], 1)
+        for name, value in inputs.items():  # what has one value a token, as mm_token_type_ids
+            if name not in extended and isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
+                extended[name] = torch.cat([value, torch.zeros_like(answer).to(value)], 1)
         return Caption(inputs | extended, key=f"{self.path}:{index}")
