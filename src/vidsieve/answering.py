@@ -128,6 +128,10 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
         As `chat_text`, and if the processor refuses the question or the frames.
     """
     text = chat_text(processor, question)
+    # Most processors do both by themselves where their model needs it; Cosmos 3 Edge's does not.
+    further = {"return_metadata": True}
+    if "mm_token_type_ids" in processor.model_input_names:
+        further["return_mm_token_type_ids"] = True
     try:
         inputs = processor(
             text=[text],
@@ -135,10 +139,11 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
             video_metadata=[timed(video)],
             do_sample_frames=False,
             return_tensors="pt",
+            **further,
         )
     except ValueError as error:
         raise PromptError(f"{type(processor).__name__} refuses the prompt: {str(error).splitlines()[0]}") from error
-    return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "video_metadata"}
 
 
 def timed(video: Video) -> Any:

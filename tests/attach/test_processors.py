@@ -8,11 +8,13 @@ import transformers
 from tokenizers import Tokenizer
 
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.answering import chat
 from vidsieve.loading import load
 from vidsieve.testing.calls import Case, prefill
 from vidsieve.testing.equivalence import TOLERANCE
 from vidsieve.testing.tiny_models import IMAGE, VIDEO, processor_for
 from vidsieve.types import TokenGrid
+from vidsieve.video.reading import Video
 from workbench.families import tiny
 
 PATCHES = {
@@ -93,9 +95,8 @@ def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
     text = TEXT
     for old, new in words.items():
         text = text.replace(old, new.replace("_of_image", "_of_video"))
-    more = {"return_mm_token_type_ids": True} if family == "cosmos3_edge" else {}  # others return them by themselves
-    inputs = dict(processor(text=[text], videos=[frames], return_tensors="pt", **more))
-    inputs.pop("video_metadata", None)
+    processor.chat_template = text
+    inputs = chat(processor, Video(frames, np.arange(4.0), (), 4.0, 1.0, 4, (16, 32)), "what colour")
     tiny_family = tiny(family)
     case = Case(adapter_for(tiny_family.model(0, tiny_family.layers)), inputs, load("random", retention=0.5))
     assert case.adapter.encode(inputs).videos[0].features.grid == grid
