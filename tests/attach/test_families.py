@@ -25,10 +25,14 @@ FAMILIES = [
 ]
 
 
+SOME = ("prefill logits", "8 greedy tokens", "2 beams", "second turn", "forward with labels")
+"""benchmarks/families.py makes every call."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_call_of_a_ragged_batch_equals_its_reference(family):
+def test_calls_on_a_ragged_batch_equal_their_reference(family):
     kind = tiny(family)
-    check_family(kind.model(0, kind.layers), kind.inputs([[3, 2], [2]], [3, 9], "left"))
+    check_family(kind.model(0, kind.layers), kind.inputs([[3, 2], [2]], [3, 9], "left"), calls=SOME)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

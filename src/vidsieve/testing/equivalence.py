@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,9 +170,13 @@ def check_reach(case: Case) -> None:
 
 
 def check_family(
-    model: Any, inputs: Mapping[str, Any], compressor: Compressor | None = None, videos: Videos = None
+    model: Any,
+    inputs: Mapping[str, Any],
+    compressor: Compressor | None = None,
+    videos: Videos = None,
+    calls: Iterable[str] = CALLS,
 ) -> list[EquivalenceCell]:
-    """Check a model family of your own: all tokens against the model itself, every call against the masked reference.
+    """Check a model family of your own: all tokens against the model itself, every call against its reference.
 
     Parameters
     ----------
@@ -183,6 +187,7 @@ def check_family(
     compressor : Compressor, optional
         Default: random at 0.3.
     videos : as `prune` takes it
+    calls : names among `CALLS`
 
     Returns
     -------
@@ -202,7 +207,7 @@ def check_family(
         check_full_retention(case)
     if case.adapter.definition == "shortened":
         check_reach(case)
-    cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in CALLS]
+    cells = [_cell(case, "given inputs", name, model.config._attn_implementation) for name in calls]
     wrong = [
         f"{c.call} differs by {c.difference:.1e}, tokens equal: {c.tokens_equal}"
         for c in cells
