@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,7 @@ def facts(family: str) -> dict[str, Any]:
     adapter: Adapter = adapter_for(model)
     text = model.config.get_text_config()
     kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or ["full_attention"]))
-    why = (type(adapter).__doc__ or "").strip().splitlines()[0]
+    why = " ".join((type(adapter).__doc__ or "").split())
     return {
         "class": type(model).__name__,
         "about": why,
@@ -105,7 +106,6 @@ def facts(family: str) -> dict[str, Any]:
         "calls": calls(family),
         "inside": inside(family),
         "encoder": bool(adapter.provides & ENCODER_NEEDS),
-        "images": bool(adapter.image_keys),
         "vllm": type(model).__name__ in MODELS,
     }
 
@@ -143,8 +143,8 @@ def page(result: Mapping[str, Any]) -> str:
         f"- inside: methods inside the LLM that run on {LAYERS} layers; the others are refused, see below.",
         "- encoder: signals of the vision encoder, which `visionzip` and others read.",
         "",
-        "| family | class | definition | positions | calls | inside | encoder | images beside videos | vLLM |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| family | class | definition | positions | calls | inside | encoder | vLLM |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         runs = [method for method, error in row["inside"].items() if not error]
@@ -156,19 +156,25 @@ def page(result: Mapping[str, Any]) -> str:
             "1-D" if row["positions"] == 1 else "M-RoPE",
             exact(row),
             inner,
-            *("yes" if row[key] else "no" for key in ("encoder", "images", "vllm")),
+            *("yes" if row[key] else "no" for key in ("encoder", "vllm")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## What each family is", ""]
     lines += [f"- `{name}` ({', '.join(row['layers'])}): {row['about']}" for name, row in rows.items()]
-    refused: dict[str, list[str]] = {}
+    reasons: dict[str, dict[str, list[str]]] = {}
     for name, row in rows.items():
         for what, outcome in {**row["calls"], **row["inside"]}.items():
             if isinstance(outcome, str) and outcome:
-                refused.setdefault(outcome, []).append(f"`{name}`: {what}")
-    if refused:
-        lines += ["", "## Refused", ""]
-        lines += [f"- {', '.join(where)}: {reason}" for reason, where in refused.items()]
+                reason = outcome.replace(f"the {name} adapter", "the adapter").removeprefix(f"{what} ")
+                reason = re.sub(r"\b[A-Z]\w*(RotaryEmbedding|DecoderLayer)\b", r"\1", reason.replace(what, "it"))
+                reasons.setdefault(reason.replace(name, "the family"), {}).setdefault(name, []).append(what)
+    lines += ["", "## Refused", ""]
+    for reason, where in reasons.items():
+        several: dict[str, list[str]] = {}
+        for name, names in where.items():
+            several.setdefault(", ".join(names), []).append(f"`{name}`")
+        places = [f"{', '.join(found)} ({which})" for which, found in several.items()]
+        lines.append(f"- {'; '.join(places)}: {reason}")
     if result["versions"]:
         lines += ["", "## Versions of transformers", ""]
         for version, missing in result["versions"].items():

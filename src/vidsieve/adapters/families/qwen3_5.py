@@ -8,7 +8,10 @@ from vidsieve.adapters.families.mrope import MropeAdapter
 
 
 class Qwen35Adapter(MropeAdapter):
-    """Adapter of `Qwen3_5ForConditionalGeneration`."""
+    """Adapter of `Qwen3_5ForConditionalGeneration`.
+
+    Recurrent layers and their convolution read every token before, so a pruned run equals one of the shortened prompt.
+    """
 
     family: ClassVar[str] = "qwen3_5"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
