@@ -55,9 +55,11 @@ test-newest:
 test-lmms: $(LMMS)/.installed
 	$(LMMS)/bin/python benchmarks/lmms.py
 
-# The same answers from the same tokens through vLLM's server as through transformers. Not part of CI, as above.
+# The same answers from the same tokens through vLLM as through transformers: every model with every kind of method in
+# one process, then a server over HTTP. Not part of CI, as above. PYTHONPATH finds the workbench.
 test-vllm: $(SERVING)/.installed
-	$(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
+	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_models.py --json benchmarks/results/vllm_models.json
+	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -3,7 +3,7 @@
 Needs an environment of its own (`make test-vllm`). Servers are started by `vidsieve serve`, asked by the official
 `openai` client; the transformers path runs here, on the frames that vLLM's own reader makes of the same files.
 
-    python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
+    PYTHONPATH=. python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 """
 
 from __future__ import annotations
@@ -30,27 +30,10 @@ import openai
 import torch
 
 import vidsieve
-from vidsieve.adapters import adapter_for
-from vidsieve.compressors.cacovid import CaCoVIDPolicy
-from vidsieve.compressors.score import ScorePolicy
 from vidsieve.loading import load_model, shipped_model
-from vidsieve.serving.vllm.shared import digest
 from vidsieve.testbed.files import write_scene
-from vidsieve.testbed.questions import make_questions
-from vidsieve.testbed.world import make_cast
-from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.video.reading import write_video
-
-FRAMES, TOKENS = 16, 8
-CHUNK = 160  # tokens a step, of all requests: prompts are cut in the middle of a video, and go on in another batch
-RETENTIONS = (1.0, 0.25, 0.1)
-SERVER = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}
+from vllm_models import CHUNK, ENGINE, FRAMES, RETENTIONS, TOKENS, locally, policies, questions, qwen
 
 
 @dataclass
@@ -114,7 +97,7 @@ class Server:
 def environment(plugins: Path | None) -> dict[str, str]:
     """Return the variables of a server that finds packages in the folder `plugins` too."""
     paths = [path for path in (plugins and str(plugins), os.environ.get("PYTHONPATH")) if path]
-    return os.environ | SERVER | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+    return os.environ | ENGINE | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 @contextlib.contextmanager
@@ -162,103 +145,6 @@ def serving(model: str, folder: Path, *options: str, plugins: Path | None = None
     finally:
         process.terminate()
         process.wait(60)
-
-
-def qwen(family: str, folder: Path) -> tuple[Any, Any]:
-    """Return a small random Qwen2.5-VL or Qwen3-VL with its processor, both written to a folder."""
-    tiny = FAMILIES[family]()
-    config, rope = tiny.config, dict(tiny.config.text_config.rope_parameters)
-    # Heads of 32, the least that vLLM's CPU kernels take.
-    config.text_config.update(
-        {
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "rope_parameters": rope | {"mrope_section": [4, 6, 6]},
-        }
-        | ({"head_dim": 32} if family == "qwen3_vl" else {})
-    )
-    config.vision_config.update({"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128})
-    torch.manual_seed(0)
-    model = type(tiny)(config).eval()
-    for weight in model.parameters():  # wide enough that answers depend on the video
-        if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=0.15)
-    processor = processor_for(family)
-    if family == "qwen3_vl":
-        processor.tokenizer = telling_time(processor.tokenizer)
-    else:  # 512 a video: vLLM encodes no more at once than the larger of a step and what it holds for the largest video
-        adapter_for(model).limit_frames(processor, 64)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return model, processor
-
-
-def telling_time(tokenizer: Any) -> Any:
-    """Return a tokenizer of tiny models in which each tenth of a second up to eight has a token of its own."""
-    from tokenizers import Tokenizer
-
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = state["model"]["vocab"]
-    spare = sorted(number for word, number in words.items() if re.fullmatch(r"w\d+", word))[:80]
-    named = {number: f"<{place / 10:.1f}" for place, number in enumerate(spare)}
-    state["model"]["vocab"] = {named.get(number, word): number for word, number in words.items()}
-    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    return tokenizer
-
-
-def policies(model: Any, folder: Path) -> dict[str, str]:
-    """Write policies that were never trained, and return their folders by method."""
-    adapter = adapter_for(model)
-    score = ScorePolicy.start(adapter.hidden_size, adapter.family, variant="ours", seed=1, base_model="tiny")
-    state = adapter.layer_state(0)
-    cacovid = CaCoVIDPolicy.start(
-        state.shape, adapter.family, variant="ours", layers=[state.weights], seed=1, base_model="tiny"
-    )
-    for name, policy in (("score", score), ("cacovid", cacovid)):
-        torch.nn.init.normal_(next(iter(policy.parameters())), std=0.5)
-        policy.save_pretrained(folder / name)
-    return {name: str(folder / name) for name in ("score", "cacovid")}
-
-
-def read(path: Path) -> tuple[Any, Any]:
-    """Return the frames that vLLM's own reader makes of a file, and what it says about them."""
-    from transformers.video_utils import VideoMetadata
-    from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
-
-    frames, about = VIDEO_LOADER_REGISTRY.load("opencv").load_bytes(path.read_bytes(), num_frames=FRAMES)
-    return np.asarray(frames), VideoMetadata(**{key: about[key] for key in about if key != "do_sample_frames"})
-
-
-def inputs_of(processor: Any, clips: Sequence[tuple[Any, Any]], question: str) -> dict[str, Any]:
-    """Return the processor's inputs that ask one question about videos as `read` gives them."""
-    content = [*({"type": "video"} for _ in clips), {"type": "text", "text": question}]
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    pixels, about = ([clip[part] for clip in clips] for part in (0, 1))
-    made = processor(text=[text], videos=pixels, video_metadata=about, do_sample_frames=False, return_tensors="pt")
-    return dict(made)
-
-
-@torch.no_grad()
-def locally(model: Any, processor: Any, paths: Sequence[Path], question: str, method: Any) -> tuple[str, int, set[str]]:
-    """Return answer, prompt tokens and digests of what was kept, under transformers in vLLM's position mode.
-
-    Of several videos each is selected from alone, as vLLM does: it encodes them before it knows what is around them.
-    """
-    clips = [read(path) for path in paths]
-    inputs = inputs_of(processor, clips, question)
-    adapter = adapter_for(model, positions="legacy" if "video_grid_thw" in inputs else "compact")
-    encoded = adapter.encode(inputs)
-    selections = encoded.everything()
-    if method is not None:
-        alone = (adapter.encode(inputs_of(processor, [clip], question), needs=method.needs) for clip in clips)
-        selections = [adapter.select(one, method)[0][0] for one in alone]
-    pruned = adapter.build(encoded, encoded.per_row(selections))
-    out = model.generate(**pruned.inputs, max_new_tokens=TOKENS, do_sample=False, use_cache=True)
-    length = pruned.inputs["input_ids"].shape[1]
-    text = processor.tokenizer.decode(out[0, length:], skip_special_tokens=True)
-    return text.strip(), length, {digest(one.indices) for one in selections} if method is not None else set()
 
 
 def parity(
@@ -394,6 +280,15 @@ def faults(server: Server, video: Path, question: str, folder: Path, method: str
     return found
 
 
+def install(folder: Path, name: str, group: str, target: str) -> Path:
+    """Write the metadata of a distribution whose only module offers `target` as an entry point; return the folder."""
+    about = folder / f"{name}-0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (about / "entry_points.txt").write_text(f"[{group}]\n{name} = {name}:{target}\n")
+    return folder
+
+
 FRAGILE = """
 from dataclasses import dataclass
 from typing import ClassVar
@@ -439,12 +334,8 @@ if __name__ == "__main__":
 
 def failing(where: str, folder: Path) -> dict[str, Any]:
     """Return what requests get whose method raises: DivPrune that does so on short videos, installed as a plug-in."""
-    plugins = folder / "plugins"
-    about = plugins / "fragile-0.dist-info"
-    about.mkdir(parents=True)
+    plugins = install(folder / "plugins", "fragile", "vidsieve.compressors", "Fragile")
     (plugins / "fragile.py").write_text(FRAGILE)
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: fragile\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[vidsieve.compressors]\nfragile = fragile:Fragile\n")
     ordinary, marked, second = (folder / f"{name}.mp4" for name in ("ordinary", "marked", "second"))
     write_scene(ordinary, world="dense", seed=93, index=0)
     frames = np.random.default_rng(4).integers(0, 255, (2, 4, 144, 144, 3), np.uint8)
@@ -593,25 +484,19 @@ def main() -> None:
         result = json.loads(options.json.read_text()) | result
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        videos = []
-        for index in range(5):
-            path = folder / f"scene-{index}.mp4"
-            write_scene(path, world="dense", seed=91, index=index)
-            cast = make_cast("dense", 91, index)
-            videos += [(path, question.text) for question in make_questions(cast, 91, index)[:4]]
-        videos = videos[: options.requests]
+        videos = questions(folder, 5, 4)[: options.requests]
         if options.only in (None, "testbed"):
-            model, processor = load_model("testbed")
-            shipped = {"score": "testbed", "cacovid": "testbed"}
-            where = str(shipped_model())
-            result["testbed"] = parity("testbed", model, processor, where, shipped, videos, folder)
+            model, processor = load_model("testbed:shallow")
+            made = policies(model, folder / "testbed")
+            where = str(shipped_model("testbed:shallow"))
+            result["testbed"] = parity("testbed:shallow", model, processor, where, made, videos, folder)
         for family, said in (("qwen2_5_vl", "Qwen2.5-VL, tiny"), ("qwen3_vl", "Qwen3-VL, tiny")):
             if options.only in (None, family):
                 model, processor = qwen(family, folder / family)
                 made = policies(model, folder / family)
                 result[family] = parity(said, model, processor, str(folder / family), made, videos, folder)
         if options.only in (None, "failing"):
-            result["failing"] = failing(str(shipped_model()), folder)
+            result["failing"] = failing(str(shipped_model("testbed:shallow")), folder)
         if options.only in (None, "load"):
             result["load"] = load(folder, options.load, 16, layers=4)
     if options.json:
