@@ -176,7 +176,13 @@ def page(result: Mapping[str, Any]) -> str:
         places = [f"{', '.join(found)} ({which})" for which, found in several.items()]
         lines.append(f"- {'; '.join(places)}: {reason}")
     if result["versions"]:
-        lines += ["", "## Versions of transformers", ""]
+        lines += [
+            "",
+            "## Versions of transformers",
+            "",
+            "Which families exist in which; they are tested with the newest.",
+            "",
+        ]
         for version, missing in result["versions"].items():
             lines.append(f"- {version}: {'all of them' if not missing else 'all but ' + ', '.join(missing)}")
     return "\n".join(lines) + "\n"
