@@ -167,6 +167,8 @@ def check_rotary(embedding: Any, shape: BlockShape) -> None:
     """
     rows = max(1, len(shape.rope_sections))
     device = next((buffer.device for buffer in embedding.buffers()), torch.device("cpu"))
+    if device.type == "meta":  # without values, or offloaded: the same one anew
+        embedding, device = type(embedding)(embedding.config), torch.device("cpu")
     positions = torch.arange(4 * rows, device=device).view(rows, 4)  # other ones in each row
     plain_call = list(signature(type(embedding).forward).parameters) == ["self", "x", "position_ids"]
     if plain_call:
