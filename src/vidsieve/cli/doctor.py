@@ -13,7 +13,7 @@ from vidsieve.cli.shared import Json, check_output, write_json
 def doctor(json: Json = None) -> None:
     """Check versions, extras, model families and methods on this machine, for a bug report.
 
-    Every family and every method generates two tokens from a tiny model with random weights. Exit code 1 if one of
+    Every method, and six families, generate two tokens from tiny models with random weights. Exit code 1 if one of
     them, or an installed extra, does not work.
     """
     from vidsieve.testing import doctor

@@ -99,13 +99,20 @@ def found_extras() -> list[Finding]:
 
 
 def found_families() -> list[Finding]:
-    """Return the model families, and whether each one's adapter prunes a tiny model."""
+    """Return the model families: whether each with a tiny model here prunes, and which ones transformers has."""
+    import transformers
+
     from vidsieve.testing.tiny_models import FAMILIES
 
     rows = []
     for family in FAMILIES:
         error = _failure(family, "random") or _failure(family, "fastv")
         rows.append(Finding("family", family, error or "prunes before the LLM and inside it", error is None))
+    for name in registry.families:
+        family, model = registry.families.get(name).family, name.partition(":")[0]
+        if family not in FAMILIES:
+            state = "not tried: no tiny model here" if hasattr(transformers, model) else "not in this transformers"
+            rows.append(Finding("family", family, state, None))
     return rows
 
 
