@@ -253,10 +253,14 @@ class Family(ABC):
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every video and every prompt's still images, encoded and located by their placeholders."""
-        images: tuple[ImageSpan, ...] = ()
-        if self.carries_image(inputs, ids):
-            images = find_images(ids, self.image_token_id, *self.image_features(inputs))
+        images = self.locate_images(ids, inputs)
         return find_videos(ids, self.video_token_id, self.features(inputs, needs)), images
+
+    def locate_images(self, ids: Tensor, inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
+        """Return the still images of every prompt, encoded and located by their placeholders."""
+        if not self.carries_image(inputs, ids):
+            return ()
+        return find_images(ids, self.image_token_id, *self.image_features(inputs))
 
     def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
         """Return every video of a batch, with the signals of the vision encoder that are needed."""

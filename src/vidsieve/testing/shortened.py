@@ -26,16 +26,8 @@ def shortened_logits(
     """Return the logits (B, L + E, V) of one fresh run of the stock model a prompt, 0 at columns that it does not read.
 
     A run has one prompt, no padding, no mask and a new cache: the ids that stay, at the positions of the whole prompt,
-    with the video's features and the caller's further columns, such as ``mm_token_type_ids``, cut alike.
-
-    Parameters
-    ----------
-    inputs : mapping
-        Processor outputs of a batch, padding allowed.
-    selections : one Selection per video, in placeholder order
-    extra_ids : Tensor, optional, (B, E), int64
-        Tokens after the prompt.
-    videos : as in `prune`
+    with the video's features and the caller's further columns, such as ``mm_token_type_ids``, cut alike. Parameters are
+    those of `reference_logits`.
 
     Raises
     ------

@@ -34,18 +34,22 @@ class CountedAdapter(Adapter):
         return torch.cat([image.flatten(0, -2) for image in ready.pooler_output]), ()
 
 
-class CompactPositions(Adapter):
-    """Positions counted over what is kept: the one convention of families whose `generate` ignores positions.
-
-    Their models count every slot anew whatever positions they are given, so that a video's original ones would reach a
-    plain forward and be lost in `generate`. Stands before an adapter that shares all else with them.
-    """
+class CountedPositions(Adapter):
+    """Positions of one row, counted; stands before an adapter that shares all else with a family."""
 
     position_rows = Adapter.position_rows
     positions = Adapter.positions
     legacy_positions = Adapter.legacy_positions
     pack_positions = Adapter.pack_positions
     unpack_positions = Adapter.unpack_positions
+
+
+class CompactPositions(CountedPositions):
+    """Positions counted over what is kept: the one convention of families whose `generate` ignores positions.
+
+    Their models count every slot anew whatever positions they are given, so that a video's original ones would reach a
+    plain forward and be lost in `generate`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.encoded import Encoded, VideoFeatures
+from vidsieve.adapters.families.counted import CountedPositions
 from vidsieve.adapters.families.mrope import MropeAdapter, deep_features
 from vidsieve.adapters.family import Family, Videos
 from vidsieve.adapters.template import Template
@@ -211,13 +212,8 @@ class GenericAdapter(MropeAdapter):
         )
 
 
-class CountedGenericAdapter(GenericAdapter):
+class CountedGenericAdapter(CountedPositions, GenericAdapter):
     """Adapter of an unknown class that counts its positions as text does."""
-
-    position_rows: ClassVar[slice] = slice(None)
-    positions = Family.positions
-    pack_positions = Family.pack_positions
-    unpack_positions = Family.unpack_positions
 
 
 def lacking(model: Any) -> list[str]:

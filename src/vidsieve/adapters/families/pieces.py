@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.family import Videos
-from vidsieve.adapters.locate import check_count, find_images
+from vidsieve.adapters.locate import check_count
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import Need, TokenGrid
 
@@ -86,14 +86,11 @@ class PieceAdapter(Adapter):
         self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every grid of frames and every prompt's still images, located by their placeholders."""
-        images: tuple[ImageSpan, ...] = ()
-        if self.carries_image(inputs, ids):
-            images = find_images(ids, self.image_token_id, *self.image_features(inputs))
         pieces = find_pieces(ids, self.video_token_id, self.pieces(inputs))
         spans = []
         for row in dict.fromkeys(piece.row for piece in pieces):
             spans += [span_of(*grid) for grid in self.grids([p for p in pieces if p.row == row], ids[row])]
-        return tuple(spans), images
+        return tuple(spans), self.locate_images(ids, inputs)
 
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
