@@ -25,6 +25,7 @@ from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
 from vidsieve.errors import VidsieveError
 from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
+from vidsieve.io.versions import minor
 from vidsieve.serving.vllm.plugin import MODELS
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import TOLERANCE, check_full_retention, configuration
@@ -101,6 +102,7 @@ def facts(family: str) -> dict[str, Any]:
         "class": type(model).__name__,
         "about": why,
         "definition": adapter.definition,
+        "oldest": adapter.oldest,
         "layers": kinds,
         "positions": adapter.encode(inputs).positions[adapter.position_rows].shape[0],
         "calls": calls(family),
@@ -180,7 +182,7 @@ def page(result: Mapping[str, Any]) -> str:
             "",
             "## Versions of transformers",
             "",
-            "Which families exist in which; they are tested with the newest.",
+            "Families that run in each; an older transformers is refused by name.",
             "",
         ]
         for version, missing in result["versions"].items():
@@ -210,10 +212,8 @@ def main() -> None:
     versions = dict(known.get("versions", {}))
     for folder in map(Path, options.installed):
         (about,) = folder.glob("transformers-*.dist-info")
-        modules = {name: type(subject(name)[0]).__module__.split(".")[2] for name in rows}
-        there = {path.name for path in (folder / "transformers" / "models").iterdir()}
         version = about.name.removeprefix("transformers-").removesuffix(".dist-info")
-        versions[version] = [name for name, module in modules.items() if module not in there]
+        versions[version] = [name for name, row in rows.items() if minor(version) < minor(row["oldest"])]
     result = {"machine": machine(), "families": rows, "versions": versions}
     write_result(options.json, result)
     with writing(options.page) as temporary:

@@ -81,6 +81,17 @@ def cli(run):
     return lambda *arguments, fails=False: " ".join(run(*arguments, code=2 if fails else 0)).strip()
 
 
+@pytest.fixture(autouse=True)
+def _families_are_there(request):
+    """Skip a test whose parameters or marker name a model family that the installed transformers cannot run."""
+    from workbench.families import absent
+
+    marker, calls = request.node.get_closest_marker("families"), getattr(request.node, "callspec", None)
+    names = [*(marker.args if marker else ()), *(calls.params.values() if calls else ())]
+    for reason in filter(None, (absent(name) for name in names if isinstance(name, str))):
+        pytest.skip(reason)
+
+
 @pytest.fixture
 def topv(monkeypatch):
     """TopV, of the workbench, among the methods."""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.testing.calls import Case
@@ -17,8 +18,6 @@ from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.equivalence import check_family
 from workbench.families import tiny
 
-qwen3_5 = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-pytest.importorskip("transformers.models.gemma4")
 BATCH, WORDS = [[2], [1]], [6, 9]
 
 

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
-import transformers
 
+from vidsieve.adapters.families.qwen2_vl import Qwen2VLAdapter
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.errors import NeedError, PolicyError, StageError, UnsupportedCallError
+from vidsieve.errors import NeedError, PolicyError, StageError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.loading import load
 from vidsieve.testing.calls import Case, prefill
 from vidsieve.testing.equivalence import TOLERANCE, check_family
 from workbench.families import families, tiny
 
-
-def _reason(family: str) -> str:
-    return f"{family} is not in transformers {transformers.__version__}"
-
-
-FAMILIES = [
-    pytest.param(name, marks=pytest.mark.skipif(find_spec(f"transformers.models.{name}") is None, reason=_reason(name)))
-    for name in families()
-]
-
-
 SOME = ("prefill logits", "8 greedy tokens", "2 beams", "second turn", "forward with labels")
 """benchmarks/families.py makes every call."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_calls_on_a_ragged_batch_equal_their_reference(family):
     kind = tiny(family)
     check_family(kind.model(0, kind.layers), kind.inputs([[3, 2], [2]], [3, 9], "left"), calls=SOME)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_one_prompt_and_prompts_padded_on_the_right_are_read_alike(family):
     kind = tiny(family)
     adapter = adapter_for(kind.model(0, kind.layers))
@@ -45,7 +32,7 @@ def test_one_prompt_and_prompts_padded_on_the_right_are_read_alike(family):
 
 
 @pytest.mark.parametrize("method", ["prunevid", "sparsevlm"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families())
 def test_methods_inside_the_llm_equal_the_reference_or_are_refused(family, method):
     kind = tiny(family)
     adapter = adapter_for(kind.model(0, 6))
@@ -62,7 +49,6 @@ def test_methods_inside_the_llm_equal_the_reference_or_are_refused(family, metho
 
 @pytest.mark.parametrize("family", ["glm4v", "glm_ocr"])
 def test_an_llm_that_turns_other_pairs_of_numbers_is_refused(family):
-    pytest.importorskip(f"transformers.models.{family}")
     kind = tiny(family)
     adapter = adapter_for(kind.model(0, 6))
     with pytest.raises(NeedError, match="in a way that vidsieve cannot compute"):
@@ -71,8 +57,16 @@ def test_an_llm_that_turns_other_pairs_of_numbers_is_refused(family):
         adapter.layer_state()
 
 
+def test_an_older_transformers_is_refused_by_name(monkeypatch):
+    kind = tiny("qwen2_vl")
+    model = kind.model(0, kind.layers)
+    monkeypatch.setattr(Qwen2VLAdapter, "oldest", "5.999")
+    with pytest.raises(UnsupportedModelError, match=r"qwen2_vl needs transformers 5\.999 or newer, and 5\.\d+"):
+        adapter_for(model)
+
+
+@pytest.mark.families("cohere_compass")
 def test_a_layer_without_root_mean_squares_is_refused():
-    pytest.importorskip("transformers.models.cohere_compass")
     kind = tiny("cohere_compass")
     with pytest.raises(NeedError, match="norms of a CohereCompassDecoderLayer"):
         adapter_for(kind.model(0, 4)).layer_state(3)

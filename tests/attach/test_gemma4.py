@@ -14,7 +14,6 @@ from vidsieve.testing.tiny_models import VIDEO
 from workbench.families import tiny
 from workbench.families._gemma import AUDIO, BEGIN, END
 
-pytest.importorskip("transformers.models.gemma4_unified")
 RANDOM = vidsieve.load("random", retention=0.3)
 
 

@@ -11,6 +11,7 @@ from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
 from vidsieve.types import Need
 from workbench.families.molmo2 import FRAME, FRAME_END, PATCH, inputs, model
 
+pytestmark = pytest.mark.families("molmo2")
 IMAGE, LOW, END = 133, 135, 134
 
 

@@ -10,6 +10,7 @@ from vidsieve.adapters import adapter_for
 from vidsieve.errors import NeedError, UnsupportedCallError
 from workbench.families.nemotron_h_omni import AUDIO, TINY
 
+pytestmark = pytest.mark.families("nemotron_h_omni")
 RANDOM = vidsieve.load("random", retention=0.3)
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 

@@ -10,6 +10,7 @@ import transformers
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import PromptError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.loading import load
 from vidsieve.testing.equivalence import check_family
@@ -17,6 +18,7 @@ from vidsieve.testing.tiny_models import IMAGE
 from vidsieve.types import Selection
 from workbench.families._omni import AUDIO
 
+pytestmark = pytest.mark.families("qwen2_5_omni", "qwen3_omni_moe")
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
 
 
@@ -104,10 +106,10 @@ def test_a_later_turn_with_a_sound_is_refused():
     model, make = sounding("qwen2_5_omni")
     inputs = make([[2]], [5], "left")
     with vidsieve.attach(model, load("uniform", retention=0.25)):
-        cache = model(**inputs).cache
+        cache = output_cache(model(**inputs))
         sound = torch.tensor([[AUDIO, 30]])
         with pytest.raises(UnsupportedCallError, match="brings a sound"):
-            model(input_ids=sound, cache=cache)
+            model(input_ids=sound, **cache_kwargs(model, cache))
 
 
 def test_seconds_must_come_with_the_video():

@@ -131,6 +131,7 @@ def shapes_of(model, batch):
     return [(grid.frames, grid.height, grid.width) for grid in grids]
 
 
+@pytest.mark.families("kimi_k25")
 def test_chunks_are_the_frames_of_a_video_that_ends_at_other_words():
     model, inputs = small("kimi_k25")
     batch = inputs([[3, 2], [1]], [4, 2], "right")
@@ -144,6 +145,7 @@ def test_chunks_are_the_frames_of_a_video_that_ends_at_other_words():
     assert shapes_of(model, far | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}) == [(1, 2, 4)] * 2
 
 
+@pytest.mark.families("kimi_k25")
 def test_chunks_of_two_sizes_are_two_videos():
     model, inputs = small("kimi_k25")
     batch = inputs([[4]], [4], "left")
@@ -152,6 +154,7 @@ def test_chunks_of_two_sizes_are_two_videos():
     assert shapes_of(model, batch | {"video_grid_thw": grids}) == [(2, 2, 4), (2, 4, 2)]
 
 
+@pytest.mark.families("kimi_k25")
 def test_a_question_is_read_though_placeholders_have_no_embedding():
     model, inputs = small("kimi_k25")
     batch, adapter, seen = inputs([[2, 1]], [4], "left"), adapter_for(model), []
@@ -163,6 +166,7 @@ def test_a_question_is_read_though_placeholders_have_no_embedding():
     assert torch.allclose(prompt.embeds, seen[0][0], atol=1e-6)
 
 
+@pytest.mark.families("kimi_k25")
 def test_an_image_stays_whole_beside_chunks():
     model, inputs = small("kimi_k25")
     batch = inputs([[2]], [4], "left")
@@ -178,6 +182,7 @@ def test_an_image_stays_whole_beside_chunks():
     assert int((adapter_for(model).prune(batch, METHOD).inputs["input_ids"] == IMAGE).sum()) == 8
 
 
+@pytest.mark.families("kimi_k25")
 def test_latent_attention_is_no_start_of_a_policy():
     with pytest.raises(NeedError, match="DeepseekV3Attention"):
         adapter_for(small("kimi_k25")[0]).layer_shape()

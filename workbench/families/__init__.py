@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
+import transformers
 from torch import Tensor
+
+from vidsieve import registry
 
 Batch = list[list[int]]
 """Per prompt, the number of frames (Qwen: temporal pairs) of each of its videos."""
@@ -45,3 +49,16 @@ def families() -> list[str]:
     """Return every family with a file here, sorted."""
     names = [module.name for module in iter_modules(__path__)]
     return sorted(name for name in names if not name.startswith("_"))
+
+
+@cache
+def absent(family: str) -> str:
+    """Return in words why the installed transformers cannot run a family that has an adapter; "" if it can."""
+    for name in registry.families:
+        adapter = registry.families.get(name)
+        if adapter.family == family:
+            model = name.partition(":")[0]
+            there = hasattr(transformers, model)
+            reason: str = adapter.too_old() if there else f"transformers {transformers.__version__} has no {model}"
+            return reason
+    return ""

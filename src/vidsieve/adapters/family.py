@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
+import transformers
 from torch import Tensor
 
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
@@ -16,7 +17,8 @@ from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.probe import Signals, listening, signals
 from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features, execution_device
-from vidsieve.errors import NeedError, UnknownNameError, UnsupportedCallError
+from vidsieve.errors import NeedError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
+from vidsieve.io import versions
 from vidsieve.types import ENCODER_NEEDS, Need
 
 T = TypeVar("T")
@@ -38,6 +40,8 @@ class Family(ABC):
     ----------
     family : str
         Its name in policies.
+    oldest : str
+        First minor release of transformers whose model of this family runs as its tests ask.
     definition : {"masked", "shortened"}
         What a pruned run equals: a run of the whole prompt with the dropped tokens masked, or, where layers do more
         than attend to every earlier token, a fresh run of the stock model on the shortened prompt at the same places.
@@ -69,9 +73,17 @@ class Family(ABC):
         Default: the attribute ``vidsieve_template`` of the model, which `load_model` sets.
     convention : str
         One of `CONVENTIONS`.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If the installed transformers is older than `oldest`.
+    UnknownNameError, UnsupportedCallError
+        For a convention that does not exist, or not for this family.
     """
 
     family: ClassVar[str]
+    oldest: ClassVar[str] = versions.TESTED["transformers"][0]
     definition: ClassVar[Literal["masked", "shortened"]] = "masked"
     video_keys: ClassVar[tuple[str, ...]]
     image_keys: ClassVar[tuple[str, ...]] = ()
@@ -87,6 +99,8 @@ class Family(ABC):
     cls_token: ClassVar[bool] = False
 
     def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
+        if reason := self.too_old():
+            raise UnsupportedModelError(reason)
         if convention not in CONVENTIONS:
             raise UnknownNameError("position convention", convention, CONVENTIONS)
         if convention == "compact" and self.position_rows != slice(None):
@@ -95,6 +109,14 @@ class Family(ABC):
             )
         self.model, self.convention = model, convention
         self._template = template or getattr(model, "vidsieve_template", None)
+
+    @classmethod
+    def too_old(cls) -> str:
+        """Return in words why the installed transformers cannot run this family; "" if it can."""
+        here = transformers.__version__
+        if versions.minor(here) >= versions.minor(cls.oldest):
+            return ""
+        return f"{cls.family} needs transformers {cls.oldest} or newer, and {here} is installed: update transformers"
 
     @abstractmethod
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:

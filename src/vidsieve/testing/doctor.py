@@ -109,10 +109,11 @@ def found_families() -> list[Finding]:
         error = _failure(family, "random") or _failure(family, "fastv")
         rows.append(Finding("family", family, error or "prunes before the LLM and inside it", error is None))
     for name in registry.families:
-        family, model = registry.families.get(name).family, name.partition(":")[0]
-        if family not in FAMILIES:
-            state = "not tried: no tiny model here" if hasattr(transformers, model) else "not in this transformers"
-            rows.append(Finding("family", family, state, None))
+        adapter, model = registry.families.get(name), name.partition(":")[0]
+        if adapter.family not in FAMILIES:
+            there = hasattr(transformers, model)
+            state = (adapter.too_old() or "not tried: no tiny model here") if there else "not in this transformers"
+            rows.append(Finding("family", adapter.family, state, None))
     return rows
 
 

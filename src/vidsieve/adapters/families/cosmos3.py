@@ -12,6 +12,7 @@ class Cosmos3EdgeAdapter(MropeAdapter):
     """Adapter of `Cosmos3EdgeForConditionalGeneration`."""
 
     family: ClassVar[str] = "cosmos3_edge"
+    oldest: ClassVar[str] = "5.23"
     projector: ClassVar[str] = "model.projector"
 
 

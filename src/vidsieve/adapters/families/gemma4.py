@@ -28,6 +28,7 @@ class Gemma4Adapter(CountedAdapter):
     """
 
     family: ClassVar[str] = "gemma4"
+    oldest: ClassVar[str] = "5.23"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")

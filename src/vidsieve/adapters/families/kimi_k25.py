@@ -27,6 +27,7 @@ class KimiK25Adapter(PieceAdapter):
     """
 
     family: ClassVar[str] = "kimi_k25"
+    oldest: ClassVar[str] = "5.24"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_grid_thw")
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     projector: ClassVar[str] = "model.mm_projector"

@@ -17,6 +17,7 @@ class Lfm3VlAdapter(CountedPositions, MropeAdapter):
     """
 
     family: ClassVar[str] = "lfm3_vl"
+    oldest: ClassVar[str] = "5.23"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     projector: ClassVar[str] = "model.multi_modal_projector"

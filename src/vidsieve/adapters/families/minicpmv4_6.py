@@ -80,3 +80,4 @@ class MiniCPMOcrAdapter(MiniCPMV46Adapter):
     """Adapter of `MiniCPMOcrForConditionalGeneration`: MiniCPM-V 4.6 that merges less, by its configuration."""
 
     family: ClassVar[str] = "minicpm_ocr"
+    oldest: ClassVar[str] = "5.22"

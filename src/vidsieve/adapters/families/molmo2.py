@@ -26,6 +26,7 @@ class Molmo2Adapter(Adapter):
     """
 
     family: ClassVar[str] = "molmo2"
+    oldest: ClassVar[str] = "5.20"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_token_pooling", "video_grids")
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")

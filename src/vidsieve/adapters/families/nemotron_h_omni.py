@@ -24,6 +24,7 @@ class NemotronHOmniAdapter(Adapter):
     """
 
     family: ClassVar[str] = "nemotron_h_omni"
+    oldest: ClassVar[str] = "5.24"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)

@@ -26,6 +26,7 @@ class Qwen25OmniAdapter(MropeAdapter):
     """
 
     family: ClassVar[str] = "qwen2_5_omni"
+    oldest: ClassVar[str] = "5.22"
     provides: ClassVar[frozenset[Need]] = Adapter.provides
     video_keys: ClassVar[tuple[str, ...]] = (*MropeAdapter.video_keys, "video_second_per_grid")
     audio_keys: ClassVar[tuple[str, ...]] = (
