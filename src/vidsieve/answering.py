@@ -129,9 +129,12 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
     """
     text = chat_text(processor, question)
     # Most processors do both by themselves where their model needs it; Cosmos 3 Edge's does not.
-    further = {"return_metadata": True}
+    further: dict[str, Any] = {"return_metadata": True}
     if "mm_token_type_ids" in processor.model_input_names:
         further["return_mm_token_type_ids"] = True
+    if pixels := getattr(getattr(processor, "video_processor", None), "vidsieve_frame_pixels", None):
+        least = processor.video_processor.size["shortest_edge"]
+        further["videos_kwargs"] = {"size": {"shortest_edge": least, "longest_edge": pixels * len(video.pixels)}}
     try:
         inputs = processor(
             text=[text],

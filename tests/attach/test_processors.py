@@ -75,27 +75,47 @@ def renamed(tokenizer, words):
     )
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation")  # transformers' own reading of tensors by NumPy
-@pytest.mark.parametrize("family", MADE)
-def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
-    name, (kind, settings), further, grid = MADE[family]
+def own_processor(family, **changes):
+    """Return a processor of the family's own classes."""
+    name, (kind, settings), further, _ = MADE[family]
     words = WORDS.get(family, {})
     tokenizer = renamed(processor_for("qwen2_5_vl").tokenizer, words)
     tokenizer.video_token, tokenizer.video_token_id = words.get("<|video_pad|>", "<|video_pad|>"), VIDEO
     tokenizer.image_token, tokenizer.image_token_id = words.get("<|image_pad|>", "<|image_pad|>"), IMAGE
     processor = getattr(transformers, f"{name}Processor")(
-        video_processor=getattr(transformers, kind)(**settings),
+        video_processor=getattr(transformers, kind)(**settings | changes),
         image_processor=transformers.Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
         **further,
     )
-    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 32, 3), dtype=np.uint8)
-    frames[2, :, :16] = frames[1, :, :16]
-    frames[3] = frames[2]
     text = TEXT
     for old, new in words.items():
         text = text.replace(old, new.replace("_of_image", "_of_video"))
     processor.chat_template = text
+    return processor
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # transformers' own reading of tensors by NumPy
+@pytest.mark.parametrize("family", ["exaone4_5", "glm4v", "glm46v", "cosmos3_edge", "cohere_compass"])
+def test_a_limit_of_a_frame_is_one_however_long_the_video_is(family):
+    processor = own_processor(family, do_resize=True)
+    kind = tiny(family)
+    adapter = adapter_for(kind.model(0, kind.layers))
+    adapter.limit_frames(processor, 24)
+    for count in (4, 16):
+        frames = np.zeros((count, 96, 128, 3), dtype=np.uint8)
+        inputs = chat(processor, Video(frames, np.arange(count), (), count, 1.0, count, (96, 128)), "what colour")
+        for _, height, width in inputs["video_grid_thw"].tolist():
+            assert 12 <= height * width // 4 <= 24
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # transformers' own reading of tensors by NumPy
+@pytest.mark.parametrize("family", MADE)
+def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
+    processor, grid = own_processor(family), MADE[family][-1]
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 32, 3), dtype=np.uint8)
+    frames[2, :, :16] = frames[1, :, :16]
+    frames[3] = frames[2]
     inputs = chat(processor, Video(frames, np.arange(4.0), (), 4.0, 1.0, 4, (16, 32)), "what colour")
     tiny_family = tiny(family)
     case = Case(adapter_for(tiny_family.model(0, tiny_family.layers)), inputs, load("random", retention=0.5))

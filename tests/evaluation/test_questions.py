@@ -231,3 +231,20 @@ def test_frames_of_qwen_take_as_many_tokens_as_they_may(testbed):
             assert height * width // 4 >= min(most, 4) // 2
     with pytest.raises(UnsupportedCallError, match="fixed number of tokens"):
         adapter_for(testbed[0]).limit_frames(testbed[1], 9)
+
+
+def test_frames_of_processors_that_bound_whole_videos_take_as_many_tokens_as_they_may():
+    import numpy as np
+
+    from vidsieve.answering import chat
+    from vidsieve.testing.tiny_models import FAMILIES, processor_for
+    from vidsieve.video.reading import Video
+
+    adapter = adapter_for(FAMILIES["qwen3_vl"]())
+    processor = processor_for("qwen3_vl")
+    adapter.limit_frames(processor, 24)
+    for frames in (2, 6, 16):
+        pixels = np.zeros((frames, 96, 128, 3), dtype=np.uint8)
+        video = Video(pixels, np.arange(frames) / 2, (), frames / 2, 2.0, frames, (96, 128))
+        grid = chat(processor, video, "Who?")["video_grid_thw"][0].tolist()
+        assert grid[0] == frames // 2 and 12 <= grid[1] * grid[2] // 4 <= 24

@@ -35,9 +35,14 @@ class MropeAdapter(Adapter):
     projector: ClassVar[str] = "model.visual.merger"
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
-        """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to."""
+        """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to.
+
+        Processors since Qwen3-VL bound the pixels of a whole video: `vidsieve.answering.chat` multiplies theirs by its
+        frames.
+        """
         reader = processor.video_processor
         most = tokens * (reader.patch_size * reader.merge_size) ** 2
+        reader.vidsieve_frame_pixels = most if bounds_videos(reader) else None
         reader.size = type(reader.size)(**(dict(reader.size) | {"longest_edge": most}))
         reader.size["shortest_edge"] = min(reader.size["shortest_edge"], most)
 
@@ -146,6 +151,15 @@ class MropeAdapter(Adapter):
             layers = [list(layer) for layer in deep]
             return BaseModelOutputWithDeepstackFeatures(pooler_output=list(rows), deepstack_features=layers)
         return BaseModelOutputWithPooling(pooler_output=list(rows))
+
+
+def bounds_videos(reader: Any) -> bool:
+    """True if a video processor scales the frames of a longer video down further."""
+    side, most = 4 * reader.patch_size * reader.merge_size, (4 * reader.patch_size * reader.merge_size) ** 2
+    size = {"shortest_edge": 1, "longest_edge": 2 * most}
+    videos = [torch.zeros(frames, 3, side, side, dtype=torch.uint8) for frames in (2, 8)]
+    grids = reader(videos, do_sample_frames=False, return_tensors="pt", size=size)["video_grid_thw"]
+    return not torch.equal(grids[0, 1:], grids[1, 1:])
 
 
 def deep_features(ready: Any) -> list[Tensor]:
