@@ -160,6 +160,8 @@ def load_model(
 ) -> tuple[Any, Any]:
     """Return the model and processor of a local folder or hub id; ``"testbed"`` is in the package (`shipped_model`).
 
+    Of a whole Omni model it is the thinker.
+
     Parameters
     ----------
     name : str
@@ -180,7 +182,7 @@ def load_model(
         If there is no such layout, or not in this family.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from vidsieve.adapters import adapter_for
     from vidsieve.adapters.template import template_or_reason
@@ -192,7 +194,9 @@ def load_model(
     try:
         processor = AutoProcessor.from_pretrained(source)
         default = torch.float32 if is_testbed(name) else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype or default)
+        config = AutoConfig.from_pretrained(source)
+        config = getattr(config, "thinker_config", config)  # of an Omni model, whose talker speaks
+        model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype or default)
     except Exception as error:  # of a wrong file transformers raises anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise ModelError(

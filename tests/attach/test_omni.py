@@ -12,9 +12,9 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import PromptError, UnsupportedCallError, UnsupportedModelError
-from vidsieve.loading import load
+from vidsieve.loading import load, load_model
 from vidsieve.testing.equivalence import check_family
-from vidsieve.testing.tiny_models import IMAGE
+from vidsieve.testing.tiny_models import IMAGE, processor_for
 from vidsieve.types import Selection
 from workbench.families._omni import AUDIO
 
@@ -120,10 +120,25 @@ def test_seconds_must_come_with_the_video():
         vidsieve.prune(model, inputs, load("uniform", retention=0.25))
 
 
-def test_a_whole_model_is_pruned_through_its_thinker():
-    thinker, make = sounding("qwen3_omni_moe")
+@pytest.fixture
+def whole():
+    """A whole model, with a talker that is switched off."""
+    thinker, _ = sounding("qwen3_omni_moe")
     config = transformers.Qwen3OmniMoeConfig(thinker_config=thinker.config.to_dict(), enable_audio_output=False)
-    whole = transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
+    return transformers.Qwen3OmniMoeForConditionalGeneration(config).eval()
+
+
+def test_of_a_whole_checkpoint_the_thinker_is_loaded(whole, tmp_path):
+    whole.save_pretrained(tmp_path)
+    processor_for("qwen3_vl").save_pretrained(tmp_path)
+    loaded, _ = load_model(str(tmp_path))
+    assert type(loaded) is type(whole.thinker)
+    theirs = whole.thinker.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in loaded.state_dict().items())
+
+
+def test_a_whole_model_is_pruned_through_its_thinker(whole):
+    _, make = sounding("qwen3_omni_moe")
     inputs, method = make([[2]], [5], "left"), load("uniform", retention=0.25)
     with pytest.raises(UnsupportedModelError, match=r"pass model\.thinker"):
         vidsieve.attach(whole, method)
