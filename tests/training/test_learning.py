@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.errors import NeedError, TrainingError, UnknownNameError
 from vidsieve.testbed.pseudo import HELD, make_pseudo
 from vidsieve.testbed.world import FRAMES, TOKENS, make_cast, render
 from vidsieve.testing.equivalence import configuration
@@ -151,6 +151,16 @@ def test_the_first_look_finds_what_is_asked_and_mean_attention_does_not(prompts)
     assert sorted(ranks["attention"])[6] > 60
 
 
+def test_the_oracle_names_what_is_asked_about_and_needs_to_be_told(prompts):
+    sample = prompts.choice(3)
+    rollouts = Rollouts(prompts.adapter, sample.inputs)
+    scores = teacher_scores(rollouts, "oracle", sample.targets)
+    assert set(torch.topk(scores, len(sample.targets)).indices.tolist()) == set(prompts.asked(3)[1].targets)
+    assert float(scores.softmax(0)[sample.targets].sum()) > 0.99
+    with pytest.raises(NeedError, match="must be told which tokens"):
+        teacher_scores(rollouts, "oracle")
+
+
 def test_captions_are_looked_at_from_their_own_words(prompts):
     rollouts = Rollouts(prompts.adapter, prompts.caption(1).inputs)
     scores = {teacher: teacher_scores(rollouts, teacher) for teacher in ("first_look", "attention")}
@@ -208,6 +218,7 @@ def test_the_caption_control_scores_as_rollouts_do(prompts):
     [
         ("cacovid", {"objective": "distil"}),
         ("cacovid", {"objective": "distil", "teacher": "attention"}),
+        ("cacovid", {"objective": "distil", "teacher": "oracle"}),
         ("cacovid", {"objective": "straight_through"}),
         ("score", {"objective": "distil"}),
         ("score", {"objective": "straight_through"}),

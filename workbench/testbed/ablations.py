@@ -200,6 +200,7 @@ TABLES: tuple[AblationTable, ...] = (
             LOOKING,
             _ours("distilled from the attention of the first layer that sees the video", **DISTILLED),
             _ours("distilled from mean attention", teacher="attention", **DISTILLED),
+            _ours("distilled from an oracle", teacher="oracle", **DISTILLED),
             _ours("a quarter of the steps distils, then CPO", warmup_steps=STEPS // 4),
             _ours("straight-through, as many rollouts", objective="straight_through"),
         ),

@@ -143,7 +143,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         keep, frame_keep = difference(token_logits), difference(frame_logits)  # (N,), (T,)
         metrics: dict[str, float] = {}
         if c.objective == "distil" or self.step < c.warmup_steps:
-            teacher = teacher_scores(prompt.rollouts, c.teacher)
+            teacher = teacher_scores(prompt.rollouts, c.teacher, prompt.sample.targets)
             frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()
             loss = distillation_loss(keep, teacher) + distillation_loss(frame_keep, frames)
         elif c.objective == "straight_through":

@@ -24,16 +24,29 @@ from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.settings import Teacher
 from vidsieve.types import Selection, VideoTokens
 
+UNLIKELY = -12.0
+"""Log-score of a token that the oracle does not name."""
+
 
 @torch.no_grad()
-def teacher_scores(rollouts: Rollouts, teacher: Teacher) -> Tensor:
+def teacher_scores(rollouts: Rollouts, teacher: Teacher, targets: Tensor | None = None) -> Tensor:
     """Return a teacher's scores (N,) float32 of a prompt's video tokens; the policy learns their softmax.
 
     ``"first_look"``: the strongest log-attention of any head of the first full-attention layer from the question's
     words, or from the caption where the prompt has one. ``"attention"``: the logarithm of the mean attention, over
-    layers and heads, from the last column of the prompt, or from the caption.
+    layers and heads, from the last column of the prompt, or from the caption. ``"oracle"``: 0 for `targets`, the tokens
+    that the question is about, and `UNLIKELY` for the others.
     """
     adapter, encoded = rollouts.adapter, rollouts.encoded
+    if teacher == "oracle":
+        if targets is None:
+            raise NeedError(
+                "the teacher 'oracle' must be told which tokens a question is about, as the testbed's questions for "
+                "cacovid tell: choose 'first_look' or 'attention'"
+            )
+        scores = torch.full((encoded.videos[0].features.grid.num_tokens,), UNLIKELY)
+        scores[targets] = 0.0
+        return scores.to(encoded.videos[0].features.embeds.device)
     real = encoded.attention_mask[0].nonzero().flatten()
     labels = encoded.rest.get("labels")
     if teacher == "first_look":

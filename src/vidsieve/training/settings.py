@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 from vidsieve.errors import TrainingError, UnknownNameError
 
 Objective = Literal["policy_gradient", "distil", "straight_through"]
-Teacher = Literal["first_look", "attention"]
+Teacher = Literal["first_look", "attention", "oracle"]
 Sampler = Literal["ocss", "multinomial", "random", "official"]
 Range = Literal["frame", "video"]
 Reward = Literal["choice", "agreement", "margin", "generate"]
@@ -80,7 +80,7 @@ class TrainConfig:
     teacher: Teacher = setting(
         "first_look",
         "Scores to distil: 'first_look', the strongest attention of the first layer that sees the video; 'attention', "
-        "the mean of all layers.",
+        "the mean of all layers; 'oracle', equal ones for the tokens that a testbed's question is about.",
     )
     warmup_steps: int = setting(0, "First steps, which distil the teacher (supervised warm-up, GRIP-VLM).", 0)
     entropy_floor: float = setting(

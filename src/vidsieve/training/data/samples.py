@@ -27,6 +27,8 @@ class Choice:
         The right answer as text: letter or word of the right option, a number, …
     kind : str
         How a generated answer is judged.
+    targets : Tensor, (tokens,), int64, optional
+        Video tokens that the question is about, where they are known.
     """
 
     inputs: Mapping[str, Any]
@@ -34,6 +36,7 @@ class Choice:
     answer: int
     truth: str = ""
     kind: Kind = "multiple choice"
+    targets: Tensor | None = None
 
 
 @dataclass(frozen=True)

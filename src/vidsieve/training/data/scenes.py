@@ -90,7 +90,8 @@ class ScenePrompts:
         features = self._scene(index)[0]
         inputs = self._inputs(features, question.text, "")
         options = torch.tensor([WORD_ID[word] for word in question.options])
-        return Choice(inputs, options, question.options.index(question.answer), question.answer)
+        right, targets = question.options.index(question.answer), torch.tensor(list(question.targets))
+        return Choice(inputs, options, right, question.answer, targets=targets)
 
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`, one a scene."""
