@@ -54,7 +54,8 @@ def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     table = AblationTable("t", "cacovid", "", (AblationCondition("a", TINY, probes=True),), probes=True)
     (run,) = runs_of([table], 1, 24)
     result = perform(run, tmp_path)
-    assert len(result["clusters"]) == 24 and {len(marks) for marks in result["marks"].values()} == {24}
+    assert result["clusters"].keys() == {"", "dense-b"} and len(result["clusters"]["dense-b"]) == 24
+    assert "cacovid[dense-b]/0.05" in result["marks"] and {len(marks) for marks in result["marks"].values()} == {24}
     assert {"cacovid/0.1", "cacovid[other question]/0.05"} <= result["marks"].keys()
     (tmp_path / run.folder / RESULT).unlink()
     again = perform(run, tmp_path)
@@ -72,7 +73,7 @@ def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
     for number, name in enumerate(task.units()):
         marks = [(place + number) % 3 == 0 for place in range(8)]
         both = {"cacovid/0.1": marks, "cacovid/0.05": marks[::-1]}
-        results[name] = {"marks": both, "clusters": [0, 0, 1, 1, 2, 2, 3, 3], "curve": [], "minutes": 1.0}
+        results[name] = {"marks": both, "clusters": {"": [0, 0, 1, 1, 2, 2, 3, 3]}, "curve": [], "minutes": 1.0}
     monkeypatch.setattr(AblationTask, "_results", iter(results.values()))
     shown = experiment.run(task, [])
     assert shown.result["tables"] == [tabulated(table, 2, 8, results)]
@@ -107,13 +108,30 @@ def test_tables_name_differences_that_are_none():
     for run in runs_of([table], 2, 80):
         marks = right if run.condition.label == "a" else wrong
         curve = [{"step": 1, "right": 0.5 + 0.1 * run.seed}]
-        results[run.folder] = {"marks": marks, "clusters": clusters, "curve": curve, "minutes": 1.0}
+        results[run.folder] = {"marks": marks, "clusters": {"": clusters}, "curve": curve, "minutes": 1.0}
     made = tabulated(table, 2, 80, results)
     assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
     assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
     text = ablation_table(made).to_markdown()
     assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
     assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
+
+
+def test_a_transfer_table_compares_each_place_with_its_own_first_row():
+    conditions = (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2}))
+    table = AblationTable("t", "cacovid", "why", conditions, transfer=True)
+    results = {}
+    for run in runs_of([table], 1, 80):
+        first = run.condition.label == "a"
+        here, there = [True] * 80, [first or i % 2 == 0 for i in range(80)]
+        marks = {
+            f"cacovid{at}/{keep:g}": here if at == "" else there for at in ("", "[dense-b]") for keep in (0.1, 0.05)
+        }
+        scenes = [i // 4 for i in range(80)]
+        results[run.folder] = {"marks": marks, "clusters": {"": scenes, "dense-b": scenes}, "curve": [], "minutes": 1.0}
+    rows = tabulated(table, 1, 80, results)["rows"]
+    assert [row["label"] for row in rows] == ["a", "a — in dense-b", "b", "b — in dense-b"]
+    assert [row["0.1"]["difference"] for row in rows] == [None, None, 0.0, -0.5]
 
 
 def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
@@ -125,7 +143,7 @@ def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
         marks = [run.condition.label == "a"] * 80
         results[run.folder] = {
             "marks": {"cacovid/0.1": marks, "cacovid/0.05": marks},
-            "clusters": [i // 4 for i in range(80)],
+            "clusters": {"": [i // 4 for i in range(80)]},
             "curve": [],
             "minutes": 1.0,
         }

@@ -26,7 +26,7 @@ from vidsieve.evaluation.conditions import Condition, method_for
 from vidsieve.evaluation.experiment import Measurement, Results, measured
 from vidsieve.evaluation.stats import Estimate, clustered_mean
 from vidsieve.evaluation.table import NONE, Table
-from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
+from vidsieve.evaluation.tasks.testbed import SceneCondition, ScenesTask, scene_conditions
 from vidsieve.io.files import METRICS, writing
 from vidsieve.loading import shipped_model
 from vidsieve.testbed.world import WORLD_VERSION
@@ -36,9 +36,10 @@ from vidsieve.training.settings import CONFIGS, SETTINGS
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
 RETENTIONS = (0.1, 0.05)
-EVAL_SEED = 9101
+EVAL_SEED = 9401
 """Scenes that neither training nor the published comparisons see."""
 RESULT = "result.json"
+SECOND = "second answerer"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Run:
     condition: AblationCondition
     seed: int
     questions: int
+    second: Path | None = None
+    """Folder of a second answerer, with which policies of the deep model are measured too."""
 
     @property
     def folder(self) -> str:
@@ -57,7 +60,9 @@ class Run:
         settings = SETTINGS[self.method, c.variant] | c.settings
         config = asdict(CONFIGS[self.method](**settings))
         parts = [self.method, c.variant, config, c.probes, self.seed, self.questions, EVAL_SEED, RETENTIONS]
-        parts += [WORLD_VERSION, _model_digest(c.model)]
+        parts += [WORLD_VERSION, _model_digest(shipped_model(c.model)), f"{self.world}-b"]
+        if self.second is not None:
+            parts.append(_model_digest(self.second))
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return f"{self.method}-{digest}-{self.seed}"
 
@@ -69,20 +74,27 @@ class Run:
 
 
 @cache
-def _model_digest(model: str) -> str:
-    return hashlib.sha256((shipped_model(model) / "model.safetensors").read_bytes()).hexdigest()
+def _model_digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-def runs_of(tables: Sequence[AblationTable], seeds: int, questions: int) -> list[Run]:
+def runs_of(tables: Sequence[AblationTable], seeds: int, questions: int, second: Path | None = None) -> list[Run]:
     """Return every run that tables need, each once; the first seed of all of them first."""
     found: dict[str, Run] = {}
     for seed in range(seeds):
         for table in tables:
             for condition in table.conditions:
-                run = Run(table.method, condition, seed, questions)
+                run = Run(table.method, condition, seed, questions, second if condition.model == "testbed" else None)
                 if seed < table.count(seeds):
                     found.setdefault(run.folder, run)
     return list(found.values())
+
+
+def marks_in(task: ScenesTask, conditions: Sequence[SceneCondition]) -> dict[str, Any]:
+    """Return the marks of every condition but the first, all tokens, by method and retention."""
+    rows = {condition.key: condition.described() for condition in conditions[1:]}
+    marks = task.marks(measured(task, conditions[1:]))
+    return {f"{rows[key]['method']}/{rows[key]['retention']:g}": own for key, own in marks.items()}
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
@@ -107,13 +119,19 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         model_name=name,
         resume=os.path.exists(home / METRICS),
     )
+    policy, twin = {run.method: method_for(str(home))}, f"{run.world}-b"
     task = ScenesTask(adapter_for(model), processor, run.world, EVAL_SEED, run.questions, name)
-    _, *conditions = scene_conditions({run.method: method_for(str(home))}, RETENTIONS, probes=run.condition.probes)
-    marks = task.marks(measured(task, conditions))
-    rows = {condition.key: condition.described() for condition in conditions}
-    marks = {f"{rows[key]['method']}/{rows[key]['retention']:g}": own for key, own in marks.items()}
-    clusters = list(task.items.values())
-    result = {"marks": marks, "clusters": clusters, "curve": read_metrics(home), "minutes": record["minutes"]}
+    found = marks_in(task, scene_conditions(policy, RETENTIONS, probes=run.condition.probes))
+    elsewhere = {twin: replace(task, world=twin)}
+    if run.second is not None:
+        other, processor = load_model(str(run.second))
+        elsewhere[SECOND] = replace(task, adapter=adapter_for(other), processor=processor, model=str(run.second))
+    clusters = {"": list(task.items.values())}
+    for place, there in elsewhere.items():
+        clusters[place] = list(there.items.values())
+        for key, marks in marks_in(there, scene_conditions(policy, RETENTIONS)).items():
+            found[f"{run.method}[{place}]/{key.rpartition('/')[2]}"] = marks
+    result = {"marks": found, "clusters": clusters, "curve": read_metrics(home), "minutes": record["minutes"]}
     with writing(home / RESULT) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")
     return result
@@ -134,6 +152,8 @@ class AblationTask:
         Trainings at a time, one thread each.
     labels : collection of str, optional
         Labels of the conditions that are trained; default: all.
+    second : Path, optional
+        As `Run` has it.
     """
 
     tables: Sequence[AblationTable]
@@ -142,13 +162,14 @@ class AblationTask:
     folder: Path
     processes: int = 2
     labels: Collection[str] | None = None
+    second: Path | None = None
     name: str = "ablation"
     form: ClassVar = ()
 
     @cached_property
     def runs(self) -> dict[str, Run]:
         """Trainings by the names of their folders."""
-        runs = runs_of(self.tables, self.seeds, self.questions)
+        runs = runs_of(self.tables, self.seeds, self.questions, self.second)
         return {run.folder: run for run in runs if self.labels is None or run.condition.label in self.labels}
 
     def settings(self) -> dict[str, Any]:
@@ -176,7 +197,9 @@ class AblationTask:
     def tabulate(self, results: Results) -> Table:
         """Return the first table, with the others as further ones; the result has ``tables`` as `tabulated`."""
         by_folder = {unit: record["samples"][0] for unit, record in results.units.items()}
-        made = [tabulated(table, self.seeds, self.questions, by_folder, self.labels) for table in self.tables]
+        made = [
+            tabulated(table, self.seeds, self.questions, by_folder, self.labels, self.second) for table in self.tables
+        ]
         first, *others = map(ablation_table, made)
         return replace(first, more=others, result={**self.settings(), "rows": [], "refused": [], "tables": made})
 
@@ -203,24 +226,27 @@ def tabulated(
     questions: int,
     results: dict[str, dict[str, Any]],
     labels: Collection[str] | None = None,
+    second: Path | None = None,
 ) -> dict[str, Any]:
     """Return a table's rows: accuracy at every retention and difference to the first row, from results by folder.
 
-    With `labels` only the conditions of these have rows.
+    With `labels` only the conditions of these have rows. Rows of another world or model differ from the first there.
     """
     count = table.count(seeds)
     rows: list[dict[str, Any]] = []
-    first: dict[str, list[list[bool]]] = {}
+    first: dict[tuple[str, float], list[list[bool]]] = {}
     for condition in table.conditions:
         if labels is not None and condition.label not in labels:
             continue
-        trained = [results[Run(table.method, condition, seed, questions).folder] for seed in range(count)]
-        clusters = trained[0]["clusters"]
-        for view in _views(trained[0]["marks"], table.method) if table.probes else [table.method]:
+        of = runs_of([replace(table, conditions=(condition,))], seeds, questions, second)
+        trained = [results[run.folder] for run in of]
+        for view in _views(trained[0]["marks"], table):
+            place = _place(view)
+            clusters = trained[0]["clusters"][place]
             row: dict[str, Any] = {"label": condition.label + ("" if view == table.method else f" {_named(view)}")}
             for retention in RETENTIONS:
                 marks = [result["marks"][f"{view}/{retention:g}"] for result in trained]
-                base = first.setdefault(f"{retention:g}", marks)
+                base = first.setdefault((place, retention), marks)
                 per_seed = [sum(line) / len(line) for line in marks]
                 gap = difference(marks, base, clusters) if marks is not base else None
                 row[f"{retention:g}"] = {
@@ -237,11 +263,22 @@ def tabulated(
     return {"name": table.name, "method": table.method, "paper": table.paper, "seeds": count, "rows": rows}
 
 
-def _views(marks: dict[str, Any], method: str) -> Iterator[str]:
-    yield from dict.fromkeys(key.rsplit("/", 1)[0] for key in marks if key.startswith(method))
+def _views(marks: dict[str, Any], table: AblationTable) -> list[str]:
+    """Return the views that a table shows: the method itself, its probes, the same in other places."""
+    views = dict.fromkeys(key.rsplit("/", 1)[0] for key in marks)
+    shown = {view: table.transfer if _place(view) else table.probes for view in views}
+    return [view for view in views if view == table.method or shown[view]]
+
+
+def _place(view: str) -> str:
+    """Return the world or model that a view is measured in, where it is not the one of training."""
+    inside = view.partition("[")[2].rstrip("]")
+    return inside if inside.endswith("-b") or inside == SECOND else ""
 
 
 def _named(view: str) -> str:
+    if place := _place(view):
+        return f"— with the {SECOND}" if place == SECOND else f"— in {place}"
     return {
         "other question": "— given another question",
         "frame_avg": "— same budget for every frame",

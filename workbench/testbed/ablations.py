@@ -48,6 +48,8 @@ class AblationTable:
         Keep the learning curves.
     probes : bool
         Show what conditions with probes do when given another question, and with other ways of spending the budget.
+    transfer : bool
+        Show every condition in the twin world, and with the second answerer where the command has one.
     """
 
     name: str
@@ -57,6 +59,7 @@ class AblationTable:
     seeds: int = 0
     curves: bool = False
     probes: bool = False
+    transfer: bool = False
 
     def count(self, seeds: int) -> int:
         """Return how many seeds are trained where the command is told `seeds`."""
@@ -204,6 +207,7 @@ TABLES: tuple[AblationTable, ...] = (
             _ours("a quarter of the steps distils, then CPO", warmup_steps=STEPS // 4),
             _ours("straight-through, as many rollouts", objective="straight_through"),
         ),
+        transfer=True,
     ),
     AblationTable(
         "allocation",

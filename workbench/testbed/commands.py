@@ -186,6 +186,10 @@ def ablate(
     seeds: Annotated[int, typer.Option(help="Training seeds, at most.", min=1)] = 3,
     questions: Annotated[int, typer.Option(help="Questions each policy is measured on.", min=24)] = 480,
     processes: Annotated[int, typer.Option(help="Runs at a time, one thread each.", min=1)] = 2,
+    second: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a second answerer, of `build --model second`.", show_default=False),
+    ] = None,
     search: Annotated[
         int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
     ] = 50,
@@ -209,7 +213,7 @@ def ablate(
     from workbench.testbed.search import search_table
 
     chosen = chosen_tables(shared.words(tables))
-    task = AblationTask(chosen, seeds, questions, folder, processes)
+    task = AblationTask(chosen, seeds, questions, folder, processes, second=second)
     with shared.stoppable(folder), Bar("trainings", len(task.units())) as advance:
         table = experiment.run(task, [], command=shared.command_line(), progress=advance)
     if table is None:
