@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import StaticCache
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import cache_kwargs, new_cache
 from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
 from vidsieve.testing.calls import CALLS, Case
-from vidsieve.testing.equivalence import TOLERANCE
+from vidsieve.testing.equivalence import TOLERANCE, check_family
 from vidsieve.testing.tiny_models import VIDEO
 from workbench.families import tiny
 from workbench.families._gemma import AUDIO, BEGIN, END
@@ -68,6 +70,52 @@ def test_logits_are_capped_as_the_model_s_are(kind):
         wanted = model(**inputs).logits
         assert torch.allclose(adapter.logits(seen[0]), wanted, atol=1e-5)
         assert not torch.allclose(model.lm_head(seen[0]), wanted, atol=1e-3)
+
+
+STATIC = {"cache_implementation": "static", "disable_compile": True}
+
+
+def first_logits(model, inputs, **options):
+    wanted = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**inputs, **wanted, **options).logits[0]
+
+
+def test_a_cache_of_fixed_length_is_refused_where_the_stock_model_answers_otherwise_on_it():
+    unified = tiny("gemma4_unified")
+    model, inputs = unified.model(0, 4), unified.inputs([[3]], [5], "left")
+    grown = first_logits(model, inputs)
+    assert (first_logits(model, inputs, **STATIC) - grown).abs().max() > 0.1
+    fixed = StaticCache(model.config.get_text_config(), max_cache_len=64)
+    with vidsieve.attach(model, RANDOM):
+        for options in (STATIC, {"cache_implementation": "offloaded_static"}, cache_kwargs(model, fixed)):
+            with pytest.raises(UnsupportedCallError, match=r"frames of gemma4_unified otherwise .* leave cache_impl"):
+                first_logits(model, inputs, **options)
+    assert "leave cache_implementation out" in check_family(model, inputs, calls=["static cache"])[0].error
+
+
+def test_other_caches_are_served(kind):
+    """Those that grow; a fixed one for a plain forward and the turns after it; and for text alone."""
+    model, inputs = kind.model(0, 4), kind.inputs([[3]], [5], "left")
+    with vidsieve.attach(model, RANDOM), torch.no_grad():
+        wanted = first_logits(model, inputs)
+        assert torch.equal(first_logits(model, inputs, cache_implementation="dynamic"), wanted)
+        assert torch.equal(first_logits(model, inputs, **cache_kwargs(model, new_cache(model))), wanted)
+        longer = {"input_ids": torch.cat([inputs["input_ids"], torch.tensor([[40, 41]])], 1)}
+        answers = []
+        for cache in (new_cache(model), StaticCache(model.config.get_text_config(), max_cache_len=64)):
+            given = cache_kwargs(model, cache)
+            assert torch.allclose(model(**inputs, **given).logits[:, -1], wanted, atol=TOLERANCE)
+            answers.append(first_logits(model, longer, **given))
+        assert torch.allclose(*answers, atol=TOLERANCE)
+        text = {"input_ids": torch.arange(40, 50)[None]}
+        assert torch.allclose(first_logits(model, text, **STATIC), first_logits(model, text), atol=TOLERANCE)
+
+
+def test_a_cache_of_fixed_length_is_served_where_frames_are_causal():
+    unified = tiny("gemma4_unified")
+    model, inputs = unified.model(0, 4), unified.inputs([[3]], [5], "left")
+    model.config.text_config.use_bidirectional_attention = None
+    assert CALLS["static cache"](Case(adapter_for(model), inputs, RANDOM))[0] <= TOLERANCE
 
 
 def test_methods_inside_the_llm_are_refused(kind):

@@ -31,7 +31,7 @@ class Tiny:
         ``inputs(batch, words, pad)`` returns the inputs of prompts with these videos, with so many words after the
         last, padded on the side `pad`. Some take ``image=True``: a still image after each prompt's first video.
     layers : int
-        Fewest layers of the LLM that hold one of each kind.
+        Fewest layers of the LLM that hold one of each kind and let a fault in it reach the answer.
     """
 
     model: Callable[[int, int], Any]

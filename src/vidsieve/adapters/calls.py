@@ -43,6 +43,8 @@ _COUNT_FROM_PROMPT = {
     "ForcedEOSTokenLogitsProcessor": "forced_eos_token_id",
 }
 """Classes of transformers that count from the length of the prompt, and the option that builds them correctly."""
+_GROWING = (None, "dynamic", "offloaded", "quantized", "hybrid")
+"""Kinds of cache that grow; `generate` reads "hybrid", which older models were saved with, as none."""
 
 
 def arguments(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +86,14 @@ def check_generate(model: Any, call: dict[str, Any]) -> None:
             "generate(use_cache=False) cannot run on a pruned prompt: transformers would read the gaps in its "
             "positions as packed sequences. Leave the cache on."
         )
+
+
+def fixed_length(model: Any, call: dict[str, Any]) -> bool:
+    """True if `generate` runs a call on a cache of fixed length: it then makes the masks before it calls the model."""
+    cache = call.get(CACHE)
+    if cache is not None:
+        return bool(getattr(cache, "is_compileable", False))
+    return setting(model, call, "cache_implementation") not in _GROWING
 
 
 def check_cache(cache: Any, compressor: Compressor) -> None:

@@ -171,6 +171,15 @@ class Family(ABC):
         """
         return
 
+    def check_fixed_cache(self) -> None:
+        """Refuse `generate` on a cache of fixed length where transformers masks such prompts otherwise; most are alike.
+
+        Raises
+        ------
+        UnsupportedCallError
+        """
+        return
+
     def legacy_positions(self, positions: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return installed positions (rows, B, L) as transformers before 5.3 and vLLM counted them; here the same."""
         return positions

@@ -24,6 +24,7 @@ from vidsieve.adapters.calls import (
     check_inner,
     check_logits_to_keep,
     count_from_prompt,
+    fixed_length,
     padding_mask,
     setting,
 )
@@ -212,6 +213,8 @@ class Session:
         beams, answers = (setting(self._model, call, name) or 1 for name in ("num_beams", "num_return_sequences"))
         if record is None:
             self._adapter.check_copies(ids, max(beams, answers))
+            if fixed_length(self._model, call):
+                self._adapter.check_fixed_cache()
             new, record = self._begin(call)
         else:
             new = self._continue(record, call)

@@ -92,3 +92,15 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
     def patch_side(self) -> int:
         """Return 1: the processor merges patches."""
         return 1
+
+    def check_fixed_cache(self) -> None:
+        """Refuse it where a frame's tokens see each other.
+
+        In layers with full attention they do so in the model's `forward`, and not under the masks that `generate`
+        makes for such a cache: the stock model gives other logits on it.
+        """
+        if self.model.config.get_text_config().use_bidirectional_attention == "vision":
+            raise UnsupportedCallError(
+                f"generate masks the frames of {self.family} otherwise on a cache of fixed length (static) than on one "
+                "that grows, and the model answers otherwise: leave cache_implementation out, or pass a DynamicCache"
+            )
