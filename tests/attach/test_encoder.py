@@ -117,6 +117,6 @@ def test_heads_that_share_keys_receive_as_if_each_had_its_own(cls_token):
     draw = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 5, 8, generator=draw), torch.randn(2, 2, 5, 8, generator=draw)
     for shared, own in zip(
-        received(query, key, 0.5, cls_token), received(query, key.repeat_interleave(2, 1), 0.5, cls_token), strict=True
+        *(received(query, keys, 0.5, cls_token=cls_token) for keys in (key, key.repeat_interleave(2, 1))), strict=True
     ):
         assert torch.allclose(shared, own)

@@ -13,6 +13,7 @@ from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import TOLERANCE, check_family
 from vidsieve.testing.tiny_models import VIDEO
+from vidsieve.types import ENCODER_NEEDS, TokenGrid
 from workbench.families import tiny
 from workbench.families._gemma import AUDIO, BEGIN, END
 
@@ -70,6 +71,67 @@ def test_logits_are_capped_as_the_model_s_are(kind):
         wanted = model(**inputs).logits
         assert torch.allclose(adapter.logits(seen[0]), wanted, atol=1e-5)
         assert not torch.allclose(model.lm_head(seen[0]), wanted, atol=1e-3)
+
+
+def turned(states, angles):
+    """Turn half of each head's numbers by the column of a patch, the other by its row."""
+    cosine, sine = (part[:, :, None] for part in angles)
+    halves = []
+    for part in zip(*(x.chunk(2, -1) for x in (states, cosine, sine)), strict=True):
+        first, second = part[0].chunk(2, -1)
+        halves.append(part[0] * part[1] + torch.cat([-second, first], -1) * part[2])
+    return torch.cat(halves, -1)
+
+
+def test_encoder_signals_are_the_tower_s_own_pooled_by_place_without_padding():
+    kind = tiny("gemma4")
+    model, inputs = kind.model(0, 4), kind.inputs([[2], [1]], [3, 9], "left")
+    places = inputs["video_position_ids"]
+    smaller = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+    places[2] = -1
+    places[2, :16] = smaller[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        videos = adapter_for(model).features(inputs, ENCODER_NEEDS)
+    assert [video.grid for video in videos] == [TokenGrid(2, 2, 4), TokenGrid(1, 2, 2)]
+    assert model.config.vision_config._attn_implementation == "sdpa"
+
+    model.set_attn_implementation("eager")
+    block, seen = model.model.vision_tower.encoder.layers[-1].self_attn, {}
+    block.register_forward_hook(lambda module, args, kwargs, out: seen.update(kwargs, out=out[1]), with_kwargs=True)
+    with torch.no_grad():
+        adapter_for(model).features(inputs)
+        keys = block.k_norm(block.k_proj(seen["hidden_states"]).unflatten(-1, (-1, block.head_dim)))
+        keys = turned(keys, seen["position_embeddings"]).mean(2)  # (F, patches, d)
+    for video, frames in zip(videos, ([0, 1], [2]), strict=True):
+        attention, wanted = [], []
+        for frame in frames:
+            where = places[frame].tolist()
+            real = [number for number, (column, _) in enumerate(where) if column >= 0]
+            got = seen["out"][frame].mean(0)[real].mean(0)  # padding asks too in the tower, and nobody reads it
+            for row in range(video.grid.height):
+                for column in range(video.grid.width):
+                    mine = [n for n in real if (where[n][0] // 2, where[n][1] // 2) == (column, row)]
+                    assert len(mine) == 4
+                    attention.append(got[mine].mean())
+                    wanted.append(keys[frame, mine].mean(0))
+        assert torch.allclose(video.encoder.attention, torch.stack(attention), atol=1e-6)
+        assert torch.allclose(video.encoder.keys, torch.stack(wanted), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["visionzip", "fastvid"])
+def test_methods_that_read_the_encoder_equal_the_shortened_prompt(method):
+    kind = tiny("gemma4")
+    case = Case(
+        adapter_for(kind.model(0, 4)), kind.inputs([[3, 2], [2]], [3, 9], "left"), vidsieve.load(method, retention=0.4)
+    )
+    for name in ("prefill logits", "8 greedy tokens"):
+        difference, equal = CALLS[name](case)
+        assert difference <= TOLERANCE and equal is not False, name
+
+
+def test_a_model_without_a_tower_gives_no_encoder_signals():
+    with pytest.raises(NeedError, match=r"visionzip needs .*the gemma4_unified adapter does not give"):
+        vidsieve.attach(tiny("gemma4_unified").model(0, 4), vidsieve.load("visionzip", retention=0.5))
 
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}

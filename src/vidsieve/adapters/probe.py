@@ -20,7 +20,9 @@ from vidsieve.errors import NeedError
 from vidsieve.types import EncoderOutputs
 
 _NAME = "vidsieve_probe"
-_listening: dict[int, list[tuple[Tensor, Tensor, float]]] = {}
+Note = tuple[Tensor, Tensor, float, Tensor | None]
+"""Queries and keys (F, H, n, d) of a call, the scale, and which patches (F, n) bool are no padding; None: all."""
+_listening: dict[int, list[Note]] = {}
 """By id of an attention module: the arguments of its calls, while it is listened to."""
 
 
@@ -28,7 +30,9 @@ def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     notes = _listening.get(id(module))
     if notes is not None:
         scaling = kwargs.get("scaling")
-        notes.append((query.detach(), key.detach(), query.shape[-1] ** -0.5 if scaling is None else float(scaling)))
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        real = None if attention_mask is None else attention_mask[:, 0].any(1)  # a tower's mask hides padding alone
+        notes.append((query.detach(), key.detach(), scale, real))
     return fused_attention(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -39,15 +43,15 @@ def attention_modules(tower: Any) -> list[Any]:
 
 
 @contextmanager
-def listening(config: Any, module: Any) -> Iterator[list[tuple[Tensor, Tensor, float]]]:
-    """Note queries and keys (B, H, n, d) and the scale of every call of one attention module of a tower.
+def listening(config: Any, module: Any) -> Iterator[list[Note]]:
+    """Note every call of one attention module of a tower.
 
     Parameters
     ----------
     config : the tower's configuration, whose attention implementation is swapped until the block ends
     module : the attention module
     """
-    notes: list[tuple[Tensor, Tensor, float]] = []
+    notes: list[Note] = []
     _listening[id(module)] = notes
     try:
         with attention_through(config, _NAME, _probe):
@@ -56,7 +60,9 @@ def listening(config: Any, module: Any) -> Iterator[list[tuple[Tensor, Tensor, f
         del _listening[id(module)]
 
 
-def received(query: Tensor, key: Tensor, scale: float, cls_token: bool) -> tuple[Tensor, Tensor]:
+def received(
+    query: Tensor, key: Tensor, scale: float, real: Tensor | None = None, *, cls_token: bool
+) -> tuple[Tensor, Tensor]:
     """Return the attention each key gets (F, n) float32 and the keys averaged over heads (F, n, d).
 
     With a class token (the first), its row, averaged over heads, without itself; otherwise the mean over queries and
@@ -66,13 +72,18 @@ def received(query: Tensor, key: Tensor, scale: float, cls_token: bool) -> tuple
     ----------
     query, key : Tensor, (F, H, n, d)
         Several heads of queries may share one of keys.
+    real : Tensor, (F, n), bool, optional
+        False on padding, which neither gives attention nor gets any; default: there is none.
     """
     first = int(cls_token)
     rows = []
-    for q, k in zip(query.float(), key.float(), strict=True):
-        k = k.repeat_interleave(len(q) // len(k), 0)
+    for frame, (q, k) in enumerate(zip(query.float(), key.float(), strict=True)):
+        there = slice(None) if real is None else real[frame]
+        q, k = q[:, there], k.repeat_interleave(len(q) // len(k), 0)[:, there]
         weights = ((q[:, :1] if cls_token else q) @ k.transpose(1, 2) * scale).softmax(-1)
-        rows.append(weights.mean((0, 1))[first:])
+        row = weights.new_zeros(key.shape[2])
+        row[there] = weights.mean((0, 1))
+        rows.append(row[first:])
     return torch.stack(rows), key.mean(1)[:, first:]
 
 
@@ -95,9 +106,7 @@ class Signals:
         return EncoderOutputs(self.attention[start : start + count], self.keys[start : start + count])
 
 
-def signals(
-    notes: list[tuple[Tensor, Tensor, float]], cls_token: bool, pool: Callable[[list[Tensor]], Tensor]
-) -> Signals:
+def signals(notes: list[Note], cls_token: bool, pool: Callable[[list[Tensor]], Tensor]) -> Signals:
     """Return the signals of one encoding from its notes; `pool` maps (F, n, C) a call to (M, C) LLM tokens.
 
     Raises
@@ -107,6 +116,6 @@ def signals(
     """
     if not notes:
         raise NeedError("signals of the vision encoder need the video's pixels; ready features do not carry them")
-    parts = [received(*note, cls_token) for note in notes]
+    parts = [received(*note, cls_token=cls_token) for note in notes]
     attention = pool([weights[..., None] for weights, _ in parts])[:, 0]
     return Signals(attention.float(), pool([keys for _, keys in parts]))

@@ -13,9 +13,10 @@ from vidsieve.adapters.encoded import Encoded, VideoFeatures
 from vidsieve.adapters.families.counted import CountedAdapter
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import needed
+from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import UnsupportedCallError
-from vidsieve.types import Need, TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
 class Gemma4Adapter(CountedAdapter):
@@ -33,7 +34,7 @@ class Gemma4Adapter(CountedAdapter):
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
     column_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION}) | ENCODER_NEEDS
     projector: ClassVar[str] = "model.embed_vision"
 
     def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
@@ -71,6 +72,22 @@ class Gemma4Adapter(CountedAdapter):
         parts = torch.split(torch.cat(list(ready.pooler_output)), [grid.num_tokens for grid in grids])
         return [VideoFeatures(part, grid, part[:0]) for part, grid in zip(parts, grids, strict=True)]
 
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block."""
+        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean over each token's patches, by the places of patches in their frame."""
+        patches = torch.cat(values)  # (F, patches, C)
+        places, side = needed(inputs, "video_position_ids", "a video").to(patches.device), self.patch_side()
+        real = (places >= 0).all(-1)
+        columns, rows = (places // side).unbind(-1)
+        sizes = real.sum(1) // side**2
+        first = sizes.cumsum(0) - sizes
+        token = first[:, None] + rows * (columns.amax(1, keepdim=True) + 1) + columns
+        sums = torch.zeros(int(sizes.sum()), patches.shape[-1], device=patches.device)
+        return sums.index_add(0, token[real], patches[real].float()) / side**2
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (…, V) of the LLM's last hidden states (…, D), bent to stay below a cap."""
         cap = self.model.config.get_text_config().final_logit_softcapping
@@ -88,6 +105,7 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
     """Adapter of `Gemma4UnifiedForConditionalGeneration`: no vision tower, a token is one large patch."""
 
     family: ClassVar[str] = "gemma4_unified"
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
 
     def patch_side(self) -> int:
         """Return 1: the processor merges patches."""
