@@ -91,12 +91,10 @@ def dry_run(
     length, whole, positions = round(kept * tokens) + around, tokens + around, caption + 1
 
     if isinstance(config, CaCoVIDConfig):
-        groups = config.token_rollouts + config.frame_rollouts if config.objective == "policy_gradient" else 0
         iterations, complete = config.iterations, int(config.reward == "agreement")
     else:
-        groups = config.rollouts if config.objective == "policy_gradient" else 0
         iterations, complete = 1, int(config.advantage == "split")
-
+    groups = config.masks
     complete += config.objective == "distil" and config.teacher == "attention"
 
     llm = sum(p.numel() for p in adapter.language_model.parameters())

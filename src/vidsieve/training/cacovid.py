@@ -115,11 +115,8 @@ class CaCoVIDTrainer(Trainer[Choice]):
 
     @property
     def rollouts(self) -> int:
-        """Masks under which the frozen model answers: over tokens, and over frames where rewards are compared."""
-        c = self.config
-        if c.objective == "distil":
-            return 0
-        return c.token_rollouts + (c.frame_rollouts if c.objective == "policy_gradient" else 0)
+        """Masks under which the frozen model answers."""
+        return self.config.masks
 
     def prepare(self, sample: Choice) -> Prompted:
         """Return a prompt, its video encoded, and answered without it if the reward needs that.

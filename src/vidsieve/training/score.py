@@ -83,8 +83,8 @@ class ScoreTrainer(Trainer[Caption]):
 
     @property
     def rollouts(self) -> int:
-        """Masks under which the frozen model predicts the caption; none where a teacher is distilled."""
-        return 0 if self.config.objective == "distil" else self.config.rollouts
+        """Masks under which the frozen model predicts the caption."""
+        return self.config.masks
 
     def train_step(self, sample: Caption) -> StepResult:
         """Return the loss of one video: a policy gradient, or a control without it."""

@@ -177,6 +177,13 @@ class CaCoVIDConfig(TrainConfig):
         least = 0.01 if self.sampler == "official" else 0.0
         return super().removed() | {"ratio_least": least, "ratio_most": 0.12, "looks": "all", "trust": 0.25}
 
+    @property
+    def masks(self) -> int:
+        """Masks under which the frozen model answers a prompt; over frames where rewards are compared."""
+        if self.objective == "distil":
+            return 0
+        return self.token_rollouts + (self.frame_rollouts if self.objective == "policy_gradient" else 0)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         pairs = (("blind_margin", self.blind_margin), ("dynamic_ratio", self.dynamic_ratio))
@@ -253,6 +260,11 @@ class ScoreConfig(TrainConfig):
     def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting."""
         return super().removed() | {"slack": 0.0, "band_weight": 1.0}
+
+    @property
+    def masks(self) -> int:
+        """Masks under which the frozen model predicts a caption; none where a teacher is distilled."""
+        return 0 if self.objective == "distil" else self.rollouts
 
     def __post_init__(self) -> None:
         super().__post_init__()
