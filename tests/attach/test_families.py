@@ -10,6 +10,8 @@ from vidsieve.errors import NeedError, PolicyError, StageError, UnsupportedCallE
 from vidsieve.loading import load
 from vidsieve.testing.calls import Case, prefill
 from vidsieve.testing.equivalence import TOLERANCE, check_family
+from vidsieve.training.controls import teacher_scores
+from vidsieve.training.rollouts import Rollouts
 from workbench.families import families, tiny
 
 SOME = ("prefill logits", "8 greedy tokens", "2 beams", "second turn", "forward with labels")
@@ -55,6 +57,8 @@ def test_an_llm_that_turns_other_pairs_of_numbers_is_refused(family):
         adapter.check(load("prunevid", retention=0.3))
     with pytest.raises(NeedError, match="a policy that starts from no layer"):
         adapter.layer_state()
+    with pytest.raises(NeedError, match="in a way that vidsieve cannot compute"):
+        teacher_scores(Rollouts(adapter, kind.inputs([[2]], [5], "left")), "attention")
 
 
 def test_an_older_transformers_is_refused_by_name(monkeypatch):

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import StaticCache
 
 import vidsieve
+from vidsieve import registry
 from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import cache_kwargs, new_cache
 from vidsieve.errors import NeedError, PromptError, UnsupportedCallError
-from vidsieve.testing.calls import CALLS, Case
+from vidsieve.testing.calls import CALLS, Case, prefill
 from vidsieve.testing.equivalence import TOLERANCE, check_family
 from vidsieve.testing.tiny_models import VIDEO
+from vidsieve.training.controls import teacher_scores
+from vidsieve.training.recipes import new_cacovid
+from vidsieve.training.rollouts import Rollouts
+from vidsieve.training.settings import CaCoVIDConfig
 from vidsieve.types import ENCODER_NEEDS, TokenGrid
 from workbench.families import tiny
 from workbench.families._gemma import AUDIO, BEGIN, END
@@ -180,6 +187,61 @@ def test_a_cache_of_fixed_length_is_served_where_frames_are_causal():
     assert CALLS["static cache"](Case(adapter_for(model), inputs, RANDOM))[0] <= TOLERANCE
 
 
-def test_methods_inside_the_llm_are_refused(kind):
-    with pytest.raises(NeedError, match=r"fastv needs .*gemma4"):
-        vidsieve.attach(kind.model(0, kind.layers), vidsieve.load("fastv", retention=0.5))
+INSIDE = {"fastv", "pyramiddrop", "sparsevlm", "framefusion", "prunevid", "holitom", "dycoke"}
+
+
+def method(name, family):
+    kind = registry.compressors.get(name)
+    if not kind.trained:
+        return vidsieve.load(name, retention=0.5)
+    compressor = kind.untrained(64, retention=0.5)
+    compressor.policy.config = replace(compressor.policy.config, family=family)
+    return compressor
+
+
+def test_every_method_runs_or_is_refused_before_the_model_does(kind):
+    """Twelve layers, so that each method inside the LLM has its own."""
+    model, inputs = kind.model(0, 12), kind.inputs([[3]], [5], "left")
+    adapter, refused = adapter_for(model), {}
+    for name in registry.compressors:
+        compressor = method(name, adapter.family)
+        try:
+            session = vidsieve.attach(model, compressor)
+        except NeedError as error:
+            refused[name] = str(error)
+            continue
+        with session:
+            model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        assert session.trace.videos
+    reads_tower = set() if adapter.provides & ENCODER_NEEDS else {"visionzip", "fastvid"}
+    assert refused.keys() == INSIDE | reads_tower
+    for name, error in refused.items():
+        assert f"the {adapter.family} adapter does not give" in error and "as divprune" in error
+        if "inside an LLM layer" in error:
+            assert ("inner=False" in error) == hasattr(method(name, adapter.family), "inner")
+    assert "differ in the sizes of their heads" in refused["fastv"]
+
+
+@pytest.mark.parametrize("name", ["prunevid", "holitom", "framefusion", "dycoke"])
+def test_the_part_before_the_llm_of_a_method_inside_it_runs(name):
+    kind = tiny("gemma4")
+    case = Case(
+        adapter_for(kind.model(0, 4)),
+        kind.inputs([[5]], [5], "left"),
+        vidsieve.load(name, retention=0.5, inner=False),
+    )
+    assert prefill(case)[0] <= TOLERANCE
+
+
+def test_what_would_compute_a_layer_anew_is_refused_in_words(kind):
+    """Policies that start from one, and teachers."""
+    adapter = adapter_for(kind.model(0, 4))
+    for layer in range(4):
+        with pytest.raises(NeedError, match="policies and teachers do not know the layers of gemma4"):
+            adapter.layer_state(layer)
+    with pytest.raises(NeedError, match="train a policy that starts from no layer"):
+        new_cacovid(adapter, CaCoVIDConfig(body="layer"), "paper", "")
+    assert new_cacovid(adapter, CaCoVIDConfig(), "ours", "").body == "question"
+    rollouts = Rollouts(adapter, kind.inputs([[2]], [5], "left"))
+    with pytest.raises(NeedError, match="without a teacher"):
+        teacher_scores(rollouts, "attention")

@@ -10,8 +10,11 @@ import torch
 import vidsieve
 from vidsieve import registry
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.compressors._decoder import BlockShape
+from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
+from vidsieve.errors import NeedError, PolicyError
 from vidsieve.selection import kept_tokens
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.samples import Caption, Choice
@@ -22,7 +25,7 @@ from vidsieve.training.sieve import SieveTrainer
 from vidsieve.types import Stage
 from workbench.families import tiny
 
-pytestmark = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe", "gemma4"])
+FAMILIES = pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl_moe", "gemma4"])
 
 
 def before_the_llm() -> list[str]:
@@ -30,6 +33,7 @@ def before_the_llm() -> list[str]:
     return [name for name in registry.compressors if registry.compressors.get(name).stage is Stage.PRE_LLM]
 
 
+@FAMILIES
 def test_every_method_before_the_llm_keeps_its_budget(family):
     kind = tiny(family)
     model, inputs = kind.model(0, kind.layers), kind.inputs([[4]], [5], "left")
@@ -49,6 +53,7 @@ def test_every_method_before_the_llm_keeps_its_budget(family):
         assert compressor.adaptive_budget or len(trace.indices) == kept_tokens(0.5, total), name
 
 
+@FAMILIES
 def test_a_training_step_moves_the_policy(family, tmp_path):
     kind = tiny(family)
     model = kind.model(0, kind.layers).requires_grad_(False)
@@ -74,3 +79,30 @@ def test_a_training_step_moves_the_policy(family, tmp_path):
         gradients = [p.grad for p in policy.parameters() if p.grad is not None]
         assert gradients and all(bool(torch.isfinite(g).all()) for g in gradients)
         assert any(bool((g != 0).any()) for g in gradients)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_5_moe"])
+def test_a_policy_that_would_start_from_a_layer_of_experts_is_refused_in_words(family):
+    kind = tiny(family)
+    adapter = adapter_for(kind.model(0, kind.layers))
+    with pytest.raises((PolicyError, NeedError), match=r"mlp.gate_proj.weight is not there|rope sections"):
+        new_cacovid(adapter, CaCoVIDConfig(body="layer"), "paper", family)
+
+
+def test_a_policy_takes_over_the_attention_of_a_layer_of_experts():
+    kind = tiny("qwen3_vl_moe")
+    adapter = adapter_for(kind.model(0, kind.layers))
+    wanted = adapter.decoder_layers[0].self_attn.q_proj.weight
+    for config, variant in ((CaCoVIDConfig(body="attention"), "paper"), (CaCoVIDConfig(start="first_look"), "ours")):
+        policy = new_cacovid(adapter, config, variant, "qwen3_vl_moe")
+        block = policy.scorer.first_look if policy.body == "question" else policy.layers[0]
+        assert torch.equal(block.self_attn.q_proj.weight, wanted)
+
+
+def test_a_policy_says_which_part_of_a_layer_has_another_shape():
+    shape = BlockShape.of_width(64)
+    policy = CaCoVIDPolicy.start(shape, "none", variant="paper")
+    weights = policy.layers[0].state_dict()
+    weights["self_attn.q_proj.weight"] = torch.zeros(128, 64)
+    with pytest.raises(PolicyError, match=r"self_attn.q_proj.weight is \(128, 64\) where the policy's block has"):
+        CaCoVIDPolicy.start(shape, "none", variant="paper", layers=[weights])

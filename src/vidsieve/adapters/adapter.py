@@ -150,8 +150,9 @@ class Adapter(Family):
                 f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
             )
         check_model(self.model)
-        for need in compressor.needs - self.provides:
-            raise NeedError(f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give")
+        for need in sorted(compressor.needs - self.provides, key=lambda need: need.name):
+            if need is not Need.LAYER_ATTENTION or compressor.acts is not Stage.PRE_LLM:
+                raise self._lacking(compressor, need)
         if compressor.acts is not Stage.PRE_LLM:
             check_layers(self.decoder_layers)
         if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:
@@ -176,6 +177,19 @@ class Adapter(Family):
                 )
         if Need.QUESTION in compressor.needs:
             self.template()
+
+    def _lacking(self, compressor: Compressor, need: Need) -> NeedError:
+        """Return the error that a method reads what this family does not provide, and what to choose instead."""
+        inner = need is Need.LAYER_ATTENTION
+        reason = f" ({self.lacks[need]})" if need in self.lacks else ""
+        others = "a method that acts before the LLM" if inner else "a method that reads the video's tokens alone"
+        part = (
+            ", or the part of this one before the LLM (inner=False)" if inner and hasattr(compressor, "inner") else ""
+        )
+        return NeedError(
+            f"{compressor.name} needs {need.value}, which the {self.family} adapter does not give{reason}: choose "
+            f"{others}, as divprune{part}"
+        )
 
     def _check_layers(self, compressor: LayerCompressor) -> None:
         """Refuse to drop tokens at or before a layer that would not run correctly on the remaining ones."""

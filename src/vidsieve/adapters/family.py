@@ -63,6 +63,8 @@ class Family(ABC):
         Path of the module that projects the vision tower's features to the width of the LLM.
     provides : frozenset of Need
         Signals that methods can read.
+    lacks : mapping of Need to str
+        Why it does not provide others, where that is not plain; ends a sentence.
     cls_token : bool
         True if the vision tower has a class token.
 
@@ -95,7 +97,7 @@ class Family(ABC):
     layout: ClassVar[str] = "installed"
     projector: ClassVar[str] = "model.multi_modal_projector"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
-
+    lacks: ClassVar[Mapping[Need, str]] = {}
     cls_token: ClassVar[bool] = False
 
     def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
@@ -117,7 +117,7 @@ class CaCoVIDPolicy(Policy):
         Raises
         ------
         PolicyError
-            If there are several for the ``"question"`` body, which has one.
+            If there are several for the ``"question"`` body, which has one, or if they lack a part of its block.
         """
         depth = len(layers) if layers is not None else 1
         if depth > 1 and (body or variant) in ("question", "ours"):
@@ -139,8 +139,28 @@ class CaCoVIDPolicy(Policy):
             target: nn.Module | None = policy.scorer.first_look if body == "question" else policy.layers[number]
             if target is None or not weights:
                 continue
-            target.load_state_dict({k: v for k, v in weights.items() if k in target.state_dict()})
+            _take_over(target, weights)
         return policy
+
+
+def _take_over(block: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load a layer of an LLM into a block of the policy.
+
+    Raises
+    ------
+    PolicyError
+        If the layer has a part of the block not at all, or in another shape.
+    """
+    own = block.state_dict()
+    for name, value in own.items():
+        found = tuple(weights[name].shape) if name in weights else "not there"
+        if found != tuple(value.shape):
+            raise PolicyError(
+                f"a policy cannot start from this LLM's layer, whose {name} is {found} where the policy's block has "
+                f"{tuple(value.shape)}: choose body 'question', which takes over no such layer, or, where only mlp is "
+                "another (experts), body 'attention'"
+            )
+    block.load_state_dict({name: weights[name] for name in own})
 
 
 def _local_mask(prompt: Prompt, grid: TokenGrid) -> Tensor:

@@ -65,7 +65,7 @@ class Case:
         if self.given is not None:
             return self.given
         with torch.set_grad_enabled(gradients):
-            if isinstance(self.compressor, LayerCompressor):
+            if isinstance(self.compressor, LayerCompressor) and self.compressor.acts is Stage.LAYER:
                 return chosen_inside(self.adapter, self.inputs, self.compressor, self.videos)
             encoded = self.adapter.encode(self.inputs, self.videos, self.compressor.needs)
             return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]

@@ -69,8 +69,15 @@ def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> l
 
     Recomputed from each layer's own projections while the whole prompt runs through the LLM once: no full attention
     matrix, whatever the attention backend.
+
+    Raises
+    ------
+    NeedError
+        If a layer, or the way it turns queries and keys by positions, is of a kind that we do not compute.
     """
     adapter, encoded = rollouts.adapter, rollouts.encoded
+    for shape in [adapter.layer_shape(number) for number in layers]:
+        decoder_layer.check_rotary(adapter.language_model.rotary_emb, shape)
     whole = encoded.everything()
     kept = rollouts.build(whole).kept_positions[0]  # without padding, columns of the prompt lie elsewhere
     place = torch.full((encoded.input_ids.shape[1],), -1, dtype=torch.int64, device=kept.device)

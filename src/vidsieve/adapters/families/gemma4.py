@@ -15,8 +15,11 @@ from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
-from vidsieve.errors import UnsupportedCallError
+from vidsieve.compressors._decoder import BlockShape
+from vidsieve.errors import NeedError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+
+DIFFERENT = "differ in the sizes of their heads, and share keys and values"
 
 
 class Gemma4Adapter(CountedAdapter):
@@ -35,6 +38,7 @@ class Gemma4Adapter(CountedAdapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
     column_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION}) | ENCODER_NEEDS
+    lacks: ClassVar[Mapping[Need, str]] = {Need.LAYER_ATTENTION: f"its LLM's layers {DIFFERENT}"}
     projector: ClassVar[str] = "model.embed_vision"
 
     def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
@@ -88,6 +92,13 @@ class Gemma4Adapter(CountedAdapter):
         sums = torch.zeros(int(sizes.sum()), patches.shape[-1], device=patches.device)
         return sums.index_add(0, token[real], patches[real].float()) / side**2
 
+    def layer_shape(self, index: int = 0) -> BlockShape:
+        """Refuse: no layer of this LLM is one of the blocks that policies and teachers compute."""
+        raise NeedError(
+            f"policies and teachers do not know the layers of {self.family}, which {DIFFERENT}: train a policy that "
+            "starts from no layer (sieve, score, cacovid with body 'question' and start 'nothing'), without a teacher"
+        )
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (…, V) of the LLM's last hidden states (…, D), bent to stay below a cap."""
         cap = self.model.config.get_text_config().final_logit_softcapping
@@ -106,6 +117,10 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
 
     family: ClassVar[str] = "gemma4_unified"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    lacks: ClassVar[Mapping[Need, str]] = {
+        **Gemma4Adapter.lacks,
+        **dict.fromkeys(ENCODER_NEEDS, "it has no vision tower"),
+    }
 
     def patch_side(self) -> int:
         """Return 1: the processor merges patches."""
