@@ -25,6 +25,7 @@ PATCHES = {
     "size": {"shortest_edge": 64, "longest_edge": 2**14},
 }
 PAIRS = ("Qwen2VLVideoProcessor", PATCHES | {"temporal_patch_size": 2, "cap_pixels_per_frame": False})
+POOLED = {"do_sample_frames": False, "do_resize": False, "patch_size": 4, "pooling_kernel_size": 2}
 SQUARE = {"size": {"height": 48, "width": 48}, "do_center_crop": False}
 STILL = tuple(i for i in range(32) if i not in (16, 17, 20, 21) and i < 24)
 """Of four frames of 2×4 tokens: the third one's left half, and the whole fourth, do not change; one token stays."""
@@ -48,6 +49,8 @@ MADE = {
         TokenGrid(4, 2, 4),
     ),
     "cohere_compass": ("CohereCompass", ("CohereCompassVideoProcessor", PAIRS[1]), {}, TokenGrid(2, 2, 4)),
+    "gemma4": ("Gemma4", ("Gemma4VideoProcessor", POOLED), {}, TokenGrid(4, 2, 4)),
+    "gemma4_unified": ("Gemma4Unified", ("Gemma4UnifiedVideoProcessor", POOLED), {}, TokenGrid(4, 2, 4)),
     "video_llava": ("VideoLlava", ("VideoLlavaVideoProcessor", SQUARE), {"patch_size": 8}, TokenGrid(4, 1, 37)),
 }
 GLM = {
@@ -57,7 +60,19 @@ GLM = {
     "w117": "<|end_of_video|>",
 }
 COHERE = {f"<|{name.lower()}|>": f"<|{name}|>" for name in ("VISION_START", "VISION_END", "VIDEO_PAD", "IMAGE_PAD")}
-WORDS = {"glm4v": GLM, "glm46v": GLM, "cohere_compass": COHERE}
+GEMMA = {
+    "<|vision_start|>": "<|image>",
+    "<|vision_end|>": "<image|>",
+    "<|video_pad|>": "<|video|>",
+    "<|image_pad|>": "<|image|>",
+    "<|im_start|>": "<|turn>",
+    "<|im_end|>": "<turn|>",
+    "w117": "<|audio|>",
+    "w115": "<|audio>",
+    "w116": "<audio|>",
+}
+GEMMA_MARKS = {"boi": "<|image>", "eoi": "<image|>", "audio": "<|audio|>", "boa": "<|audio>", "eoa": "<audio|>"}
+WORDS = {"gemma4": GEMMA, "gemma4_unified": GEMMA, "glm4v": GLM, "glm46v": GLM, "cohere_compass": COHERE}
 """What families call the tokens of the tiny tokenizer, where that is not as Qwen does."""
 TEXT = "<|im_start|> user <|vision_start|><|video_pad|><|vision_end|> what colour <|im_end|> <|im_start|> assistant"
 
@@ -82,6 +97,10 @@ def own_processor(family, **changes):
     tokenizer = renamed(processor_for("qwen2_5_vl").tokenizer, words)
     tokenizer.video_token, tokenizer.video_token_id = words.get("<|video_pad|>", "<|video_pad|>"), VIDEO
     tokenizer.image_token, tokenizer.image_token_id = words.get("<|image_pad|>", "<|image_pad|>"), IMAGE
+    if name.startswith("Gemma4"):
+        for mark, token in GEMMA_MARKS.items():
+            setattr(tokenizer, f"{mark}_token", token)
+        further = {"feature_extractor": getattr(transformers, f"{name}AudioFeatureExtractor")()}
     processor = getattr(transformers, f"{name}Processor")(
         video_processor=getattr(transformers, kind)(**settings | changes),
         image_processor=transformers.Qwen2VLImageProcessor(),
@@ -89,6 +108,8 @@ def own_processor(family, **changes):
         **further,
     )
     text = TEXT
+    if name.startswith("Gemma4"):  # its processor writes the markers
+        text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     for old, new in words.items():
         text = text.replace(old, new.replace("_of_image", "_of_video"))
     processor.chat_template = text

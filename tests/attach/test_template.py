@@ -35,6 +35,10 @@ GEMMA = (
     "{% if loop.first and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}CONTENT"
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+GEMMA4 = (
+    "<bos>{% for m in messages %}<|turn>{{ m.role.replace('assistant', 'model') }}\nCONTENT<turn|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn>model\n<|channel>thought\n<channel|>{% endif %}"
+)
 GLM = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m.role }}|>\nCONTENT{% if m.role == 'user' and enable_thinking is defined "
     "and not enable_thinking %}/nothink{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n<think>"
@@ -53,11 +57,11 @@ PLAIN = (
     "{% for m in messages %}{{ m.role | upper }}: CONTENT\n{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-FORMS = {"chatml": CHATML, "gemma": GEMMA, "glm": GLM, "llama": LLAMA, "smol": SMOL, "plain": PLAIN}
+FORMS = {"chatml": CHATML, "gemma": GEMMA, "gemma4": GEMMA4, "glm": GLM, "llama": LLAMA, "smol": SMOL, "plain": PLAIN}
 SPECIAL = [
     *("<bos>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "[gMASK]", "<sop>", "<|system|>"),
     *("<|user|>", "<|assistant|>", "<|tool|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    *("<end_of_utterance>", "<|video|>"),
+    *("<end_of_utterance>", "<|video|>", "<|turn>", "<turn|>", "<|channel>", "<channel|>"),
 ]
 SENTENCES = (
     "What colour is the home of the user? The assistant said red, at 12.5 seconds.\nUser: USER: user\nAssistant:\n"
