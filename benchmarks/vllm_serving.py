@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,11 @@ class Server:
     def __post_init__(self) -> None:
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=600, max_retries=0)
 
+    @cached_property
+    def name(self) -> str:
+        """The served model's name."""
+        return self.client.models.list().data[0].id
+
     def ask(
         self,
         video: Path | Sequence[Path],
@@ -65,7 +71,7 @@ class Server:
         content.append({"type": "text", "text": text})
         extra: dict[str, Any] = {"mm_processor_kwargs": {"vidsieve": asked}} if asked else {}
         return self.client.chat.completions.create(
-            model=self.client.models.list().data[0].id,
+            model=self.name,
             max_tokens=tokens,
             **{"temperature": 0, **(options or {})},
             messages=[{"role": "user", "content": content}],
