@@ -139,7 +139,8 @@ def policies(model: Any, folder: Path) -> dict[str, str]:
     shape, weights = start(adapter)
     cacovid = CaCoVIDPolicy.start(shape, adapter.family, variant="ours", layers=[weights], seed=1, base_model="tiny")
     for name, policy in (("score", score), ("cacovid", cacovid)):
-        torch.nn.init.normal_(next(iter(policy.parameters())), std=0.5)
+        for parameter in policy.parameters():  # some start at zero, and leave the question out
+            torch.nn.init.normal_(parameter, std=0.5)
         policy.save_pretrained(folder / name)
     return {name: str(folder / name) for name in ("score", "cacovid")}
 
@@ -237,11 +238,12 @@ def matrix(family: str, folder: Path, asked: list[tuple[list[Path], str]]) -> di
         tally = {
             kept: dict.fromkeys(("requests", "same_text", "same_tokens", "same_indices"), 0) for kept in RETENTIONS
         }
-        differ, texts = [], set()
+        differ, texts, selections = [], set(), set()
         for (clips, question, kept), (said, tokens) in zip(jobs, answers, strict=True):
             chosen = vidsieve.load(method, folders.get(method), retention=kept) if kept < 1 else None
             text, length, wanted = locally(model, processor, clips, question, chosen, frames)
             texts.add(text)
+            selections |= wanted
             counts = tally[kept]
             counts["requests"] += 1
             counts["same_text"] += said == text
@@ -249,7 +251,12 @@ def matrix(family: str, folder: Path, asked: list[tuple[list[Path], str]]) -> di
             counts["same_indices"] += wanted <= marks
             if said != text:
                 differ.append([[clip.name for clip in clips], question, kept, said, text])
-        rows[method] = {"by_retention": tally, "different_texts": len(texts), "differ": differ}
+        rows[method] = {
+            "by_retention": tally,
+            "different_texts": len(texts),
+            "different_selections": len(selections),  # more where the question is read
+            "differ": differ,
+        }
         print(family, method, json.dumps(rows[method]), flush=True)
     return rows
 
