@@ -90,6 +90,6 @@ def test_features_that_are_ready_tell_their_grid_or_are_refused(model, inputs):
             vidsieve.prune(model, stock, RANDOM)
 
 
-def test_methods_inside_the_llm_are_refused(model):
-    with pytest.raises(NeedError, match=r"fastv needs .*nemotron_h_omni"):
-        vidsieve.attach(model, vidsieve.load("fastv", retention=0.5))
+def test_methods_that_read_the_vision_encoder_are_refused(model):
+    with pytest.raises(NeedError, match=r"visionzip needs .*nemotron_h_omni"):
+        vidsieve.attach(model, vidsieve.load("visionzip", retention=0.5))

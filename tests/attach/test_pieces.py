@@ -106,7 +106,7 @@ def test_what_cannot_be_located_is_refused(family):
     with pytest.raises(UnsupportedCallError, match="set in its video processor"):
         adapter.limit_frames(None, 8)
     with pytest.raises(NeedError, match="adapter does not give"):
-        vidsieve.attach(model, vidsieve.load("fastv", retention=0.5))
+        vidsieve.attach(model, vidsieve.load("visionzip", retention=0.5))
 
 
 def test_markers_that_stay_keep_their_corner_of_the_canvas():

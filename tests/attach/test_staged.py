@@ -226,7 +226,9 @@ def test_below_its_floor_a_method_may_start_earlier_and_says_where():
     method = vidsieve.load("fastv", retention=0.5, earliest=True)
     with torch.no_grad(), vidsieve.attach(model, method) as session:
         model(**inputs)
-    assert session.trace.videos[0].layers == (1,) and "(fewer from layer 1 on)" in str(session.trace)
+    assert session.trace.videos[0].layers == (1,) and "(fewer from layer 1 on, by attention in layer 0)" in str(
+        session.trace
+    )
 
 
 def test_pyramiddrops_release_counts_positions_anew():

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Generator, Tensor
@@ -25,10 +25,10 @@ from vidsieve.adapters.inside.layers import LayerRun
 from vidsieve.adapters.inside.view import place
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import FULL, check_layers, check_model, layer_kinds, synchronise
+from vidsieve.adapters.transformers_api import FULL, SLIDING, check_layers, check_model, layer_kinds, synchronise
 from vidsieve.compressors._decoder import BlockShape, LayerState
 from vidsieve.compressors.base import Compressor
-from vidsieve.compressors.inside import DecodeCompressor, LayerCompressor
+from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor, layers_in_words
 from vidsieve.errors import (
     NeedError,
     PolicyMismatchError,
@@ -38,6 +38,8 @@ from vidsieve.errors import (
     UnsupportedCallError,
 )
 from vidsieve.types import Need, Prompt, Selection, Stage, Tokens, VideoTokens
+
+Method = TypeVar("Method", bound=Compressor)
 
 
 class Adapter(Family):
@@ -155,14 +157,12 @@ class Adapter(Family):
                 raise self._lacking(compressor, need)
         if compressor.acts is not Stage.PRE_LLM:
             check_layers(self.decoder_layers)
+            kinds = layer_kinds(self.model.config.get_text_config())
+            check_rotary(self.rotary_embedding, self.layer_shape(kinds.index(FULL) if FULL in kinds else 0), FULL)
         if isinstance(compressor, LayerCompressor) and compressor.acts is Stage.LAYER:
             self._check_layers(compressor)
         if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
-            text = self.model.config.get_text_config()
-            # It reads the cached keys of the layer before its first one too.
-            first = compressor.first_layer(len(self.decoder_layers)) - 1
-            _check_full(compressor, layer_kinds(text), first, "read the cache")
-            check_rotary(self.language_model.rotary_emb, self.layer_shape())
+            self._check_cuts(compressor, "read fewer tokens")
         config = getattr(getattr(compressor, "policy", None), "config", None)
         if config is not None:
             if config.hidden_size != self.hidden_size:
@@ -193,19 +193,79 @@ class Adapter(Family):
 
     def _check_layers(self, compressor: LayerCompressor) -> None:
         """Refuse to drop tokens at or before a layer that would not run correctly on the remaining ones."""
-        layers, kinds = self.decoder_layers, layer_kinds(self.model.config.get_text_config())
-        check_rotary(self.language_model.rotary_emb, self.layer_shape())
         if compressor.retention == 1.0:
             return
-        # A token count can only be checked against a known video.
-        count = compressor.retention.count if isinstance(compressor.retention, Tokens) else 10**6
-        first = compressor.stages(len(layers), count)[0][0]
+        first = self._check_cuts(compressor, "drop tokens")
         if first < self.deep_layers:
             raise StageError(
                 f"{self.family} adds visual features after its first {self.deep_layers} layers: {compressor.name} "
                 f"cannot drop tokens before layer {self.deep_layers}, it wants {first}"
             )
-        _check_full(compressor, kinds, first, "drop tokens")
+
+    def _check_cuts(self, compressor: LayerCompressor | DecodeCompressor, what: str) -> int:
+        """Return the first layer from which on there are fewer tokens; refuse one from which there cannot be."""
+        depth, cuts = len(self.decoder_layers), self.cuts(compressor)
+        if cuts == ():
+            self._refuse_layer(compressor, 0, cuts, what)
+        method = self.fitted(compressor)
+        if isinstance(method, LayerCompressor):
+            # A token count can only be checked against a known video.
+            count = method.retention.count if isinstance(method.retention, Tokens) else 10**6
+            layers = [layer for layer, _ in method.stages(depth, count)]
+        else:
+            layers = [method.first_layer(depth)]
+        for layer in layers:
+            if cuts is not None and layer not in cuts:
+                self._refuse_layer(compressor, layer, cuts, what)
+        return layers[0]
+
+    def _refuse_layer(self, compressor: InnerCompressor, layer: int, cuts: Sequence[int], what: str) -> NoReturn:
+        kinds = layer_kinds(self.model.config.get_text_config())
+        others = {kind: [n for n, one in enumerate(kinds) if one == kind] for kind in kinds if kind != FULL}
+        has = " and ".join(f"{kind} in {layers_in_words(where)}" for kind, where in others.items())
+        full = [number for number, kind in enumerate(kinds) if kind == FULL]
+        if cuts:
+            raise UnsupportedCallError(
+                f"{compressor.name} would {what} from layer {layer} on, and this model has {has}: "
+                f"{layers_in_words(cuts, len(kinds))} can be used, or a method that acts before the LLM"
+            )
+        ends = self.definition == "masked" and kinds[-1] != FULL
+        why = f"full attention in {layers_in_words(full) if full else 'none'}, {has}"
+        raise UnsupportedCallError(
+            f"{compressor.name} needs a layer of full attention with further ones behind it, and "
+            f"{f'the last layer of this model has {kinds[-1]}' if ends else f'this model has {why}'}: choose a method "
+            "that acts before the LLM"
+        )
+
+    @property
+    def rotary_embedding(self) -> Any:
+        """The module that makes cosines and sines from positions for the LLM's layers; None if it has none."""
+        return getattr(self.language_model, "rotary_emb", None)
+
+    def cuts(self, compressor: InnerCompressor) -> tuple[int, ...] | None:
+        """Return the layers from which on this LLM lets a method have fewer tokens; None: all but the first.
+
+        The layer whose attention chooses them, `lookback` layers earlier, must have full attention. In families of
+        definition "masked" all layers from there on must, and the one that is read may slide; in the others, layers of
+        other kinds run on the tokens that are left, and one with a cache of keys must come first, which counts all.
+        """
+        kinds, back = layer_kinds(self.model.config.get_text_config()), compressor.lookback
+        other = [number for number, kind in enumerate(kinds) if kind != FULL]
+        if not other:
+            return None
+        decodes, shortened = isinstance(compressor, DecodeCompressor), self.definition == "shortened"
+        attends = [number for number, kind in enumerate(kinds) if kind in (FULL, SLIDING)]
+        readable = (FULL,) if decodes or shortened else (FULL, SLIDING)
+        first = (attends[0] if shortened and attends else other[-1]) + 1
+        cuts = [cut for cut in range(first, len(kinds)) if kinds[cut - back] in readable]
+        return tuple(cut for cut in cuts if FULL in kinds[cut:] or not decodes)
+
+    def fitted(self, compressor: Method) -> Method:
+        """Return a method whose own choice of layers is among those that this LLM lets it use."""
+        if not isinstance(compressor, InnerCompressor) or compressor.acts is Stage.PRE_LLM:
+            return compressor
+        cuts = self.cuts(compressor)
+        return compressor.fitted(cuts) if cuts else compressor
 
     @property
     def first_full_layer(self) -> int:
@@ -233,7 +293,7 @@ class Adapter(Family):
         NeedError
             If its rotary positions or its norms are of a kind that our block does not know.
         """
-        check_rotary(self.language_model.rotary_emb, self.layer_shape(index))
+        check_rotary(self.rotary_embedding, self.layer_shape(index))
         return layer_state(self.model.config.get_text_config(), self.decoder_layers[index])
 
     def select(
@@ -245,7 +305,7 @@ class Adapter(Family):
         """
         outer = compressor
         if compressor is not None and compressor.acts is not Stage.PRE_LLM:
-            outer = compressor.outer(len(self.decoder_layers))
+            outer = self.fitted(compressor).outer(len(self.decoder_layers))
         if outer is None:
             return encoded.everything(), []
         selections, traces = [], []
@@ -356,6 +416,7 @@ class Adapter(Family):
         """Return the run of a method's part inside the LLM; None where it has none."""
         if compressor.acts is Stage.PRE_LLM:
             return None
+        compressor = self.fitted(compressor)
         positions = self.unpack_positions(plan.inputs["position_ids"])
         videos = place(encoded, plan.kept_positions, selections)
         rotary, real, depth = positions[self.position_rows], plan.kept_positions >= 0, len(self.decoder_layers)
@@ -363,8 +424,9 @@ class Adapter(Family):
             spent = tuple(trace.select_ms for trace in traces)
             return LayerRun(compressor, rotary, real, videos, depth, spent)
         if isinstance(compressor, DecodeCompressor):
-            first = compressor.first_layer(depth)
-            return DecodeRun(compressor, rotary, real, videos, first, positions[0], tuple(traces))
+            first, kinds = compressor.first_layer(depth), layer_kinds(self.model.config.get_text_config())
+            readers = tuple(number for number in range(first, depth) if kinds[number] == FULL)
+            return DecodeRun(compressor, rotary, real, videos, first, readers, positions[0], tuple(traces))
         raise StageError(f"{compressor.name} acts {compressor.acts.value}: derive it from a base class of that stage")
 
     def acting(
@@ -373,9 +435,7 @@ class Adapter(Family):
         """Let the run of a method act inside this model's LLM while a block runs; see `InnerRun.hooked`."""
         if run is None:
             return nullcontext()
-        decoder = Decoder(
-            list(self.decoder_layers), self.model.config.get_text_config(), self.language_model.rotary_emb
-        )
+        decoder = Decoder(list(self.decoder_layers), self.model.config.get_text_config(), self.rotary_embedding)
         return run.hooked(decoder, cache, words)
 
     def prune(
@@ -388,24 +448,3 @@ class Adapter(Family):
         """Return the plan of running a batch of the processor's outputs: check, encode, select, build."""
         self.check(compressor)
         return self.plan(self.encode(inputs, videos, compressor.needs), compressor, generator)
-
-
-def _check_full(compressor: Compressor, kinds: Sequence[str], first: int, what: str) -> None:
-    """Refuse an LLM that has other layers than full attention from layer `first` on.
-
-    Those before may slide: they see the whole prompt, or what a part before the LLM leaves of it.
-    """
-    other = [number for number, kind in enumerate(kinds) if kind != FULL]
-    if not other or other[-1] < first:
-        return
-    names = ", ".join(sorted({kinds[number] for number in other}))
-    if other[-1] + 1 >= len(kinds):
-        raise UnsupportedCallError(
-            f"{compressor.name} needs full attention in every layer from the first that it changes on, and the last "
-            f"layer of this model has {names}: choose a method that acts before the LLM"
-        )
-    which = ", ".join(map(str, other))
-    raise UnsupportedCallError(
-        f"{compressor.name} would {what} from layer {first} on, and this model has {names} in layer {which}: layers "
-        f"from {other[-1] + 1} on can be used, or a method that acts before the LLM"
-    )

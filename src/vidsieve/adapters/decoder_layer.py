@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidsieve.adapters.transformers_api import module_weights
+from vidsieve.adapters.transformers_api import FULL, attention_of, module_weights, norm_of
 from vidsieve.compressors._decoder import BlockShape, LayerState, rotary, rotate
 from vidsieve.errors import NeedError, PolicyError
 
@@ -23,10 +23,13 @@ _LINEAR = (
     "mlp.down_proj",
 )
 _NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+_EPSILONS = ("rms_norm_eps", "layer_norm_epsilon")
+_INTERLEAVED = {"qwen3_vl": (24, 20, 20), "cosmos3_edge": (24, 20, 20), "qwen3_5": (11, 11, 10)}
+"""By the first letters of a model type: rotary sections where a configuration has none."""
 
 
 class Decoder(NamedTuple):
-    """The parts of an LLM that a run works with: decoder layers, text configuration, rotary embedding."""
+    """The parts of an LLM that a run works with: decoder layers, text configuration, rotary embedding or None."""
 
     layers: Sequence[Any]
     config: Any
@@ -43,7 +46,7 @@ def layer_state(text: Any, layer: Any) -> LayerState:
     Raises
     ------
     NeedError
-        As `block_shape`, and for a layer without a norm before its attention.
+        As `block_shape`, and for a layer without a norm before its attention, or whose attention has a gate.
     PolicyError
         If a part of the layer is not a linear map.
     """
@@ -51,6 +54,9 @@ def layer_state(text: Any, layer: Any) -> LayerState:
     modules = dict(layer.named_modules())
     if "input_layernorm" not in modules:
         raise NeedError(f"a policy cannot start from a {type(layer).__name__}: it has no norm before its attention")
+    shape = block_shape(text, layer)
+    if shape.query_gate:
+        raise NeedError(f"a policy cannot start from a {type(layer).__name__}: its attention has a gate")
     for name in _NORMS:
         if name in modules:
             weights[f"{name}.weight"] = plain(module_weights(modules[name])["weight"], name)
@@ -65,7 +71,7 @@ def layer_state(text: Any, layer: Any) -> LayerState:
                     weights[f"{name}.bias"] = bias
     finally:
         layer.train(training)
-    return LayerState(block_shape(text, layer), {k: v.float().clone().cpu() for k, v in weights.items()})
+    return LayerState(shape, {k: v.float().clone().cpu() for k, v in weights.items()})
 
 
 def linear_map(module: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -122,57 +128,77 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
     NeedError
         If its attention, rotary positions or norms are of a kind that our block does not know.
     """
-    if not hasattr(layer, "self_attn"):
+    attention = attention_of(layer)
+    if attention is None:
         raise NeedError(f"policies and methods inside the LLM need attention, which a {type(layer).__name__} has not")
-    attention = layer.self_attn
     if not hasattr(attention, "k_proj"):
         raise NeedError(f"policies do not know {type(attention).__name__}, which has no projection to keys alone")
-    if not hasattr(text, "rms_norm_eps"):
+    eps = next((getattr(text, name) for name in _EPSILONS if hasattr(text, name)), None)
+    if eps is None:
         raise NeedError(f"policies and methods inside the LLM do not know the norms of a {type(layer).__name__}")
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
-        raise NeedError(f"policies do not know rotary positions of type {rope['rope_type']!r}")
+    rope = rope.get(FULL, rope)  # in some LLMs each kind of layer has its own
+    kind, share = rope.get("rope_type", "default"), rope.get("partial_rotary_factor", 1.0)
+    if kind not in ("default", "proportional"):
+        raise NeedError(f"policies do not know rotary positions of type {kind!r}")
     heads = int(text.num_attention_heads)
-    # Qwen3-VL and Cosmos 3 Edge interleave their sections whatever their configuration says.
-    interleaved = text.model_type.startswith(("qwen3_vl", "cosmos3_edge"))
-    sections = rope.get("mrope_section") or ((24, 20, 20) if interleaved else ())
+    size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
+    width = int(size * share) if kind == "default" else size
+    # Some LLMs interleave their sections whatever their configuration says.
+    usual = next((usual for name, usual in _INTERLEAVED.items() if text.model_type.startswith(name)), ())
     return BlockShape(
         int(text.hidden_size),
         heads,
         int(text.num_key_value_heads),
-        int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        size,
         int(text.intermediate_size),
-        float(text.rms_norm_eps),
+        float(eps),
         float(rope.get("rope_theta", 10000.0)),
-        tuple(sections),
+        tuple(rope.get("mrope_section") or usual),
         qkv_bias=attention.q_proj.bias is not None,
         qk_norm=hasattr(attention, "q_norm"),
-        rope_interleaved=interleaved,
+        rope_interleaved=bool(usual),
+        rope_width=(None if width == size else width) if hasattr(text, "rope_parameters") else 0,
+        rope_still=0 if kind == "default" else size // 2 - int(size * share // 2),
+        query_gate=text.model_type.startswith("qwen3_5"),
     )
 
 
+def angles(embedding: Any, x: Tensor, positions: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines that an LLM's rotary embedding makes for layers of a kind."""
+    kinds = {"layer_type": kind} if "layer_type" in signature(type(embedding).forward).parameters else {}
+    turns: tuple[Tensor, Tensor] = embedding(x, positions, **kinds)
+    return turns
+
+
 @torch.no_grad()
-def check_rotary(embedding: Any, shape: BlockShape) -> None:
+def check_rotary(embedding: Any, shape: BlockShape, kind: str | None = None) -> None:
     """Refuse an LLM whose rotary embedding turns queries and keys otherwise than our block does.
 
     Parameters
     ----------
-    embedding : the LLM's module that makes cosines and sines from positions
+    embedding : the LLM's module that makes cosines and sines from positions; None if it has none
     shape : BlockShape
         What its configuration says.
+    kind : str, optional
+        The kind of layer that is asked for, where each may have its own; None: an LLM must have one for all.
 
     Raises
     ------
     NeedError
     """
+    if embedding is None and shape.turned == 0:
+        return
     rows = max(1, len(shape.rope_sections))
     device = next((buffer.device for buffer in embedding.buffers()), torch.device("cpu"))
     if device.type == "meta":  # without values, or offloaded: the same one anew
         embedding, device = type(embedding)(embedding.config), torch.device("cpu")
     positions = torch.arange(4 * rows, device=device).view(rows, 4)  # other ones in each row
-    plain_call = list(signature(type(embedding).forward).parameters) == ["self", "x", "position_ids"]
+    parameters = [*signature(type(embedding).forward).parameters]
+    plain_call = parameters == ["self", "x", "position_ids", *(["layer_type"] if kind and len(parameters) > 3 else [])]
     if plain_call:
-        theirs = embedding(torch.zeros(1, 1, 1, device=device), positions if rows == 1 else positions[:, None])
+        given = positions if rows == 1 else positions[:, None]
+        theirs = angles(embedding, torch.zeros(1, 1, 1, device=device), given, kind or FULL)
         same = all(
             their[0].shape == our.shape and torch.allclose(their[0].float(), our, atol=1e-3)
             for their, our in zip(theirs, rotary(positions, shape), strict=True)
@@ -189,7 +215,7 @@ def check_rotary(embedding: Any, shape: BlockShape) -> None:
 
 def at_home(hidden: Tensor, layer: Any) -> Tensor:
     """Return a layer's input on the layer's own device, where it is moved only after our hook has run."""
-    weight = layer.input_layernorm.weight
+    weight = norm_of(layer).weight
     return hidden if weight.device.type == "meta" else hidden.to(weight.device)
 
 
@@ -197,10 +223,17 @@ def rotated(attend: Any, kind: Literal["q", "k"], shape: BlockShape, x: Tensor, 
     """Return queries or keys (H, n, d) float32 of an attention module, at positions (P, n), from its input x (n, D)."""
     count = shape.num_heads if kind == "q" else shape.num_kv_heads
     states = getattr(attend, f"{kind}_proj")(x).unflatten(-1, (count, -1))
+    if kind == "q" and shape.query_gate:
+        states = states[..., : shape.head_dim]
     if shape.qk_norm:
         states = getattr(attend, f"{kind}_norm")(states)
-    cosine, sine = rotary(positions.to(x.device), shape)
+    cosine, sine = _turns(positions.to(x.device), shape)
     return rotate(states.transpose(0, 1), cosine, sine).float()
+
+
+def _turns(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines; an LLM that reads several rows of positions reads the one of a family in all."""
+    return rotary(positions.expand(max(len(positions), len(shape.rope_sections)), -1), shape)
 
 
 def attention_scores(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -225,8 +258,8 @@ def attention_rows(
     window : int, optional
         Number of tokens that each sees back, itself included; None: all.
     """
-    shape, attend = block_shape(text, layer), layer.self_attn
-    x = layer.input_layernorm(at_home(hidden, layer))
+    shape, attend = block_shape(text, layer), attention_of(layer)
+    x = norm_of(layer)(at_home(hidden, layer))
     rows = rows.to(x.device)
     query = rotated(attend, "q", shape, x[rows], positions[:, rows.to(positions.device)])
     keys = rotated(attend, "k", shape, x, positions)
@@ -240,7 +273,8 @@ def attention_rows(
 def rope_bias(text: Any, layer: Any, queries: Tensor, keys: Tensor) -> Tensor:
     """Return the scores (Q, n) float32 of a query and a key of ones, by their positions (P, Q) and (P, n) alone."""
     shape = block_shape(text, layer)
-    cosine_q, sine_q = rotary(queries, shape)
-    cosine_k, sine_k = rotary(keys, shape)
-    bias: Tensor = (cosine_q @ cosine_k.T + sine_q @ sine_k.T) / shape.head_dim**0.5
+    cosine_q, sine_q = _turns(queries, shape)
+    cosine_k, sine_k = _turns(keys, shape)
+    unturned = shape.head_dim - shape.turned
+    bias: Tensor = (cosine_q @ cosine_k.T + sine_q @ sine_k.T + unturned) / shape.head_dim**0.5
     return bias

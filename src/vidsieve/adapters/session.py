@@ -329,6 +329,7 @@ class Session:
         with self._adapter.acting(run, cache, call["attention_mask"][:, record.short_prompt :]):
             yield
         if run.fresh:
+            self._note_windows()
             self.trace.prompt_tokens = (record.prompt, run.real.shape[1])
         run.fresh, before, run.listed = False, run.listed, run.traces()
         self.trace.revise(before, run.listed)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vidsieve.compressors.inside import layers_in_words
 from vidsieve.types import Selection, TokenGrid
 
 
@@ -34,6 +35,8 @@ class VideoTrace:
     """For methods inside the LLM: mean over layers of the fraction of tokens that a layer sees."""
     layers: tuple[int, ...] = ()
     """For methods inside the LLM: the layers from which on there are fewer tokens."""
+    attention_layers: tuple[int, ...] = ()
+    """For methods inside the LLM: the layers whose attention was read."""
     decoded: float | None = None
     """For methods that act while decoding: mean over steps of the share of the kept tokens that later layers read."""
     newlines: int = 0
@@ -80,8 +83,11 @@ class VideoTrace:
     def inside(self) -> str:
         """Summary of the part inside the LLM; empty without one."""
         held = "" if self.held is None else f", {self.held:.1%} on average over layers"
-        held += f" (fewer from layer {', '.join(map(str, self.layers))} on)" if self.layers else ""
-        return held + ("" if self.decoded is None else f", {self.decoded:.1%} of them read while decoding")
+        if self.decoded is not None:
+            held = f", {self.decoded:.1%} of them read while decoding"
+        by = f", by attention in {layers_in_words(self.attention_layers)}" if self.attention_layers else ""
+        held += f" (fewer from layer {', '.join(map(str, self.layers))} on{by})" if held and self.layers else ""
+        return held
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values for JSON."""
@@ -101,6 +107,7 @@ class VideoTrace:
             "layer_retention": self.layer_retention,
             "newlines": self.newlines,
             "stage_layers": list(self.layers),
+            "attention_layers": list(self.attention_layers),
             "decode_share": self.decoded,
         }
 

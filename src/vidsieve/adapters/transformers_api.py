@@ -77,7 +77,7 @@ def check_model(model: nn.Module) -> None:
         unsupported(f"{type(model).__name__}.forward takes no {', '.join(missing)}")
 
 
-def check_layers(layers: Iterable[nn.Module]) -> None:
+def check_layers(layers: nn.ModuleList) -> None:
     """Refuse decoder layers whose calls our hooks would not understand.
 
     Raises
@@ -89,7 +89,7 @@ def check_layers(layers: Iterable[nn.Module]) -> None:
         missing = sorted({"hidden_states", "attention_mask"} - _parameters(type(layer).forward))
         if missing:
             unsupported(f"{type(layer).__name__}.forward takes no {', '.join(missing)}")
-        attention: Any = layer.self_attn
+    for attention in filter(None, map(attention_of, layers)):
         cache_argument(attention)
 
 
@@ -211,10 +211,10 @@ def output_cache(output: Any) -> Any:
 
 
 def first_keys(cache: Any, least: int = 1) -> Tensor | None:
-    """Return the keys (R, H, n, d) of a cache's first layer; None where there are not `least` columns of them."""
-    layers = getattr(cache, "layers", None)
-    keys = getattr(layers[0], "keys", None) if layers else None
-    return keys if isinstance(keys, Tensor) and keys.ndim == 4 and keys.shape[2] >= least else None
+    """Return the keys (R, H, n, d) of a cache's first layer that has any; None if there are not `least` columns."""
+    every = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", None) or ())
+    keys = next((keys for keys in every if isinstance(keys, Tensor)), None)
+    return keys if keys is not None and keys.ndim == 4 and keys.shape[2] >= least else None
 
 
 def uses_cache(model: Any, call: Mapping[str, Any]) -> bool:
@@ -251,6 +251,28 @@ def repeats_hooks(layers: Iterable[nn.Module]) -> bool:
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_ATTENTION, _MIXER, _NORMS = "self_attn", "mixer", ("input_layernorm", "operator_norm", "norm")
+"""Names in decoder layers: of attention, of whatever a layer has in its place, of the norm before either."""
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """Return the attention of a decoder layer, None of a recurrent one or one with experts alone."""
+    mixer = getattr(layer, _MIXER, None)
+    return getattr(layer, _ATTENTION, mixer if hasattr(mixer, "k_proj") else None)
+
+
+def norm_of(layer: nn.Module) -> Any:
+    """Return the norm before the attention of a decoder layer.
+
+    Raises
+    ------
+    UnsupportedTransformersError
+        If it has none by a known name.
+    """
+    for name in _NORMS:
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    unsupported(f"{type(layer).__name__} has no {' or '.join(_NORMS)}")
 
 
 def layer_kinds(text: Any) -> tuple[str, ...]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from vidsieve.compressors.base import Compressor, within
-from vidsieve.compressors.inside import LayerCompressor, layer_of
+from vidsieve.compressors.inside import LayerCompressor, usable_layer
 from vidsieve.errors import BudgetError, StageError
 from vidsieve.selection import least_retention
 from vidsieve.types import Stage, Tokens
@@ -51,7 +51,8 @@ class TwoPartCompressor(PartedCompressor):
     Parameters
     ----------
     layer : int or None
-        The first layer that sees fewer tokens; None: the release's, scaled to the model's depth.
+        The first layer that sees fewer tokens; None: the release's, scaled to the model's depth, or the next one whose
+        predecessor has full attention.
     inner_kept : float
         Share of the tokens that stay there.
 
@@ -73,8 +74,7 @@ class TwoPartCompressor(PartedCompressor):
             If there is no such layer.
         """
         at, of = self.default_layer
-        layer = self.layer if self.layer is not None else max(1, round(Fraction(at * num_layers, of)))
-        return layer_of(layer, num_layers)
+        return self.placed(self.layer, max(1, round(Fraction(at * num_layers, of))), num_layers)
 
     def outer(self, num_layers: int) -> Compressor:
         """Return the part before the LLM, at its own budget."""
@@ -106,6 +106,21 @@ class TwoPartCompressor(PartedCompressor):
 # -- stages -----------------------------------------------------------------------------------------------------
 
 
+class Moving(Protocol):
+    """A method inside the LLM that offers to drop earlier."""
+
+    @property
+    def earliest(self) -> bool:
+        """True if it has moved to earlier layers where its budget asks for it."""
+
+    @property
+    def cuts(self) -> tuple[int, ...] | None:
+        """See `InnerCompressor`."""
+
+    def describe(self) -> str:
+        """Return the method, for messages."""
+
+
 def check_layers(layers: Sequence[int] | None, example: tuple[int, ...]) -> None:
     """Raise BudgetError unless `layers` is None or holds rising whole numbers from 1; `example` is for the message."""
     if layers is None:
@@ -116,7 +131,13 @@ def check_layers(layers: Sequence[int] | None, example: tuple[int, ...]) -> None
 
 
 def left_for_later(
-    budget: Fraction, layer: int, num_layers: int, num_tokens: int, name: str, earliest: bool | None = None
+    budget: Fraction,
+    layer: int,
+    num_layers: int,
+    num_tokens: int,
+    name: str,
+    earliest: bool | None = None,
+    cuts: Sequence[int] | None = None,
 ) -> Fraction:
     """Return the rest of a budget for the layers from `layer` on, if all layers before it see every token.
 
@@ -128,6 +149,8 @@ def left_for_later(
         The method, for the message.
     earliest : bool, optional
         True if the method has moved to earlier layers; None if it does not offer to.
+    cuts : sequence of int, optional
+        The layers from which on there may be fewer tokens; None: all but the first.
 
     Raises
     ------
@@ -137,7 +160,7 @@ def left_for_later(
     floor = layer * num_tokens + num_layers - layer
     if budget * num_tokens < floor:
         advice = "no layer is earlier"
-        if layer > 1:
+        if layer > (cuts or [1])[0]:
             advice = "choose an earlier layer" + (", or earliest=True (--earliest)" if earliest is False else "")
         raise BudgetError(
             f"{name}: {layer} of {num_layers} layers see every token, so the retention cannot go below "
@@ -146,8 +169,8 @@ def left_for_later(
     return budget - layer
 
 
-def scaled_layers(layers: Sequence[int], scale: Fraction, num_layers: int) -> list[int]:
-    """Return layers times `scale`, rounded, rising by at least 1 from at least 1.
+def scaled_layers(layers: Sequence[int], scale: Fraction, num_layers: int, method: Moving | None = None) -> list[int]:
+    """Return layers times `scale`, rounded, rising by at least 1 from at least 1, or the next that `method` can use.
 
     Raises
     ------
@@ -156,7 +179,11 @@ def scaled_layers(layers: Sequence[int], scale: Fraction, num_layers: int) -> li
     """
     scaled: list[int] = []
     for layer in layers:
-        scaled.append(max(round(layer * scale), 1, scaled[-1] + 1 if scaled else 1))
+        above = scaled[-1] if scaled else 0
+        wanted = max(round(layer * scale), above + 1)
+        if method is not None and method.cuts is not None:
+            wanted = usable_layer(wanted, method.cuts, above, early=method.earliest)
+        scaled.append(wanted)
     if scaled[-1] >= num_layers:
         raise BudgetError(
             f"layers {', '.join(map(str, scaled))} are not all among the model's {num_layers}: choose 1 to "
@@ -171,8 +198,7 @@ def scaled_counts(
     num_layers: int,
     num_tokens: int,
     budget: Fraction,
-    name: str,
-    earliest: bool,
+    method: Moving,
 ) -> list[int]:
     """Return the number of tokens left from each of `layers` on, for all layers to see `budget` on average.
 
@@ -182,15 +208,16 @@ def scaled_counts(
     ----------
     shares : sequence of Fraction, falling
         Wanted share of the video from each of `layers` on.
-    name, earliest
-        See `left_for_later`.
+    method : Moving
+        For the message.
 
     Raises
     ------
     BudgetError
         If the layers before the first stage alone see more.
     """
-    left = left_for_later(budget * num_layers, layers[0], num_layers, num_tokens, name, earliest)
+    told = method.describe(), method.earliest, method.cuts
+    left = left_for_later(budget * num_layers, layers[0], num_layers, num_tokens, *told)
     spans = [stop - start for start, stop in pairwise([*layers, num_layers])]
     least = Fraction(1, num_tokens)
 

@@ -20,7 +20,9 @@ class BlockShape:
 
     `rope_sections` are the numbers of rotary frequencies that read the time, height and width row of the
     positions (M-RoPE); empty for 1-D positions. `rope_interleaved`: the sections take turns (time, height, width,
-    time, …) instead of following each other.
+    time, …) instead of following each other. `rope_width` is the number of a head's first numbers that are turned, 0
+    without rotary positions, None for all; `rope_still` the number of their last frequencies that are 0. `query_gate`:
+    the LLM's projection to queries gives each head a gate after its query; blocks of ours have none.
     """
 
     hidden_size: Size
@@ -34,13 +36,24 @@ class BlockShape:
     qkv_bias: bool = True
     qk_norm: bool = False
     rope_interleaved: bool = False
+    rope_width: Annotated[int, msgspec.Meta(ge=0, multiple_of=2)] | None = None
+    rope_still: Annotated[int, msgspec.Meta(ge=0)] = 0
+    query_gate: bool = False
+
+    @property
+    def turned(self) -> int:
+        """Number of a head's first numbers that are turned."""
+        return self.head_dim if self.rope_width is None else self.rope_width
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rope_sections", tuple(self.rope_sections))
         if self.num_heads % self.num_kv_heads:
             raise PolicyError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key heads")
-        if self.rope_sections and sum(self.rope_sections) * 2 != self.head_dim:
-            raise PolicyError(f"rope sections {self.rope_sections} do not add up to half of head_dim {self.head_dim}")
+        if self.rope_sections and sum(self.rope_sections) * 2 != self.turned:
+            raise PolicyError(
+                f"rope sections {self.rope_sections} do not add up to half of the {self.turned} numbers of a head that "
+                "are turned"
+            )
 
     @classmethod
     def of_width(cls, hidden_size: int) -> BlockShape:
@@ -72,7 +85,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines (L, head_dim) float32 of rotary positions (P, L) int64.
+    """Return cosines and sines (L, w) float32 of rotary positions (P, L) int64, w numbers of a head being turned.
 
     With sections, frequency f reads the row of its section: the first ones time, then height, then width; or, where
     they are interleaved, every third one height or width as long as its section lasts.
@@ -82,9 +95,9 @@ def rotary(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
     PolicyError
         If the number of position rows does not fit the sections.
     """
-    half = shape.head_dim // 2
+    half = shape.turned // 2
     steps = torch.arange(half, dtype=torch.float32, device=positions.device)
-    frequencies = shape.rope_theta ** (-steps * 2 / shape.head_dim)
+    frequencies = shape.rope_theta ** (-steps * 2 / shape.turned) * (steps < half - shape.rope_still)
     if positions.shape[0] != max(1, len(shape.rope_sections)):
         raise PolicyError(f"the block needs {max(1, len(shape.rope_sections))} position rows, got {positions.shape[0]}")
     if shape.rope_sections:
@@ -96,15 +109,17 @@ def rotary(positions: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
                 row[axis : 3 * shape.rope_sections[axis] : 3] = axis
     else:
         row = torch.zeros(half, dtype=torch.int64, device=positions.device)
-    angles = positions[row].T.float() * frequencies  # (L, head_dim / 2)
+    angles = positions[row].T.float() * frequencies  # (L, w / 2)
     angles = torch.cat([angles, angles], -1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Return queries or keys (heads, L, head_dim) turned to their positions."""
-    first, second = x.chunk(2, -1)
-    return x * cosine.to(x.dtype) + torch.cat([-second, first], -1) * sine.to(x.dtype)
+    """Return queries or keys (heads, L, head_dim) whose first w numbers are turned by cosines and sines (L, w)."""
+    width = cosine.shape[-1]
+    first, second, rest = x.tensor_split((width // 2, width), -1)
+    turned = x[..., :width] * cosine.to(x.dtype) + torch.cat([-second, first], -1) * sine.to(x.dtype)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 class Attention(nn.Module):

@@ -5,12 +5,19 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, Self
 
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
-from vidsieve.compressors.inside import DecodeCompressor, DecodeView, LayerChoice, LayerCompressor, LayerView
+from vidsieve.compressors.inside import (
+    DecodeCompressor,
+    DecodeView,
+    InnerCompressor,
+    LayerChoice,
+    LayerCompressor,
+    LayerView,
+)
 from vidsieve.errors import BudgetError, StageError
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
@@ -65,7 +72,7 @@ class _Delegating:
     """Properties that two methods in a row derive from each; a mixin before the base class of the second."""
 
     first: Compressor
-    second: Compressor
+    second: InnerCompressor
 
     @property
     def name(self) -> str:
@@ -81,6 +88,11 @@ class _Delegating:
     def needs(self) -> frozenset[Need]:
         """Needs of both."""
         return self.first.needs | self.second.needs
+
+    @property
+    def lookback(self) -> int:
+        """The second's."""
+        return self.second.lookback
 
     @property
     def policy(self) -> Any:
@@ -102,6 +114,12 @@ class LayerPipeline(_Delegating, LayerCompressor):  # type: ignore[override]
     def outer(self, num_layers: int) -> Compressor:
         """Return the first method."""
         return self.first
+
+    def fitted(self, cuts: tuple[int, ...] | None) -> Self:
+        """Return the same with the second fitted."""
+        method = super().fitted(cuts)
+        object.__setattr__(method, "second", self.second.fitted(cuts))
+        return method
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the second's stages for the tokens that the first leaves."""
@@ -137,6 +155,12 @@ class DecodePipeline(_Delegating, DecodeCompressor):  # type: ignore[override]
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         return self.first.compress(video, generator=generator)
+
+    def fitted(self, cuts: tuple[int, ...] | None) -> Self:
+        """Return the same with the second fitted."""
+        method = super().fitted(cuts)
+        object.__setattr__(method, "second", self.second.fitted(cuts))
+        return method
 
     def first_layer(self, num_layers: int) -> int:
         """Return the second's first layer."""

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import within
-from vidsieve.compressors.inside import DecodeCompressor, DecodeView, layer_of
+from vidsieve.compressors.inside import DecodeCompressor, DecodeView
 from vidsieve.errors import BudgetError
 from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
 from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
+
+_LAYER = 3
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,9 @@ class DyCoke(DecodeCompressor):
 
     Parameters
     ----------
-    layer : int
-        The first layer that reads fewer tokens while decoding (release: 3).
+    layer : int or None
+        The first layer that reads fewer tokens while decoding. None: the release's 3, or the next layer whose
+        predecessor has full attention. Of the layers from there on, those with full attention read fewer.
     dropped : float
         Share of the cached video tokens that are not read (release's evaluation: 0.8; its README says 0.7).
     similarity : float
@@ -52,7 +55,7 @@ class DyCoke(DecodeCompressor):
     paper: ClassVar[str] = "DyCoke, CVPR 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
     retention: float | Tokens = 0.5
-    layer: int = within(3, "[1, inf)")
+    layer: int | None = within(None, "[1, inf)")
     dropped: float = within(0.8, "[0, 1)")
     similarity: float = within(0.9, "[-1, 1]")
     inner: bool = True
@@ -91,7 +94,7 @@ class DyCoke(DecodeCompressor):
 
     def first_layer(self, num_layers: int) -> int:
         """Return the first layer that reads fewer tokens."""
-        return layer_of(self.layer, num_layers)
+        return self.placed(self.layer, _LAYER, num_layers)
 
     def read(self, view: DecodeView, before: DecodeView | None) -> Tensor | None:
         """Return the tokens of the highest mean attention, or those of the step before."""

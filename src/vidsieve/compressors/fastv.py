@@ -8,8 +8,10 @@ from typing import ClassVar
 
 from vidsieve.compressors._budgets import left_for_later
 from vidsieve.compressors.base import within
-from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView, layer_of
+from vidsieve.compressors.inside import LayerChoice, LayerCompressor, LayerView, usable_layer
 from vidsieve.selection import exact_ratio, top_indices
+
+_LAYER = 2
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,9 @@ class FastV(LayerCompressor):
 
     Parameters
     ----------
-    layer : int
-        K, the first layer that runs on fewer tokens (paper: 2; the release's LLaVA demo: 3).
+    layer : int or None
+        K, the first layer that runs on fewer tokens (the release's LLaVA demo: 3). None: the paper's 2, or the next
+        layer whose predecessor has full attention.
     earliest : bool
         Where R is less than the first K layers alone see, drop at an earlier layer instead of raising an error; the
         trace names the layer.
@@ -38,18 +41,19 @@ class FastV(LayerCompressor):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "FastV, ECCV 2024"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
-    layer: int = within(2, "[1, inf)")
+    layer: int | None = within(None, "[1, inf)")
     earliest: bool = False
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
         """Return the one stage (K, tokens kept from there on)."""
-        layer = layer_of(self.layer, num_layers)
+        layer = self.placed(self.layer, _LAYER, num_layers)
         if self.variant == "official":
             return ((layer, max(1, round(num_tokens * self.budget_ratio(num_tokens)))),)
         budget = exact_ratio(self.retention, num_tokens) * num_layers
         if self.earliest and budget <= layer:
             layer = max(1, math.floor(budget / 2))  # half of the budget for layers that see every token
-        left = left_for_later(budget, layer, num_layers, num_tokens, self.describe(), self.earliest)
+            layer = layer if self.cuts is None else usable_layer(layer, self.cuts, early=True)
+        left = left_for_later(budget, layer, num_layers, num_tokens, self.describe(), self.earliest, self.cuts)
         return ((layer, math.floor(left / (num_layers - layer) * num_tokens)),)
 
     def step(self, view: LayerView, keep: int) -> LayerChoice:

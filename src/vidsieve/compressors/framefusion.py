@@ -76,7 +76,7 @@ class FrameFusion(PartedCompressor):
 
     def outer(self, num_layers: int) -> Compressor:
         """Return the first step."""
-        return replace(self, inner=False, depth=self._depth(num_layers))
+        return replace(self, inner=False, depth=self._depth(num_layers)).fitted(self.cuts)
 
     def _depth(self, num_layers: int) -> int:
         return _OFFICIAL_DEPTH if self.variant == "official" else num_layers
@@ -90,7 +90,7 @@ class FrameFusion(PartedCompressor):
             over = excess([], exact_ratio(self.retention, total), self.depth)
             going = self._count(over, total)
             merged = merged_step(alike, self.threshold, float(over), going)
-            if not self._affords(total - int(merged.sum()), (), self.depth, video.grid):
+            if not self._affords(total - int(merged.sum()), (), 0, self.depth, video.grid):
                 merged = merged_step(alike, _FIRST - 1, float(over), going)
         else:
             merged = merged_step(alike, _FIRST - 1, 0.0, video.num_tokens - budget)
@@ -112,10 +112,13 @@ class FrameFusion(PartedCompressor):
     # -- inside the LLM -------------------------------------------------------------------------------------
 
     def stages(self, num_layers: int, num_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Return all layers but the first, with every token: the number that a step leaves depends on the video."""
+        """Return all layers that can be used, with every token: the number that a step leaves depends on the video."""
         if num_layers < 2:
             raise BudgetError("framefusion needs a model of two layers or more")
-        return tuple((layer, num_tokens) for layer in range(1, num_layers))
+        return tuple((layer, num_tokens) for layer in self._steps(num_layers))
+
+    def _steps(self, num_layers: int) -> Sequence[int]:
+        return self.cuts or range(1, num_layers)
 
     def _count(self, over: Fraction, left: int) -> int:
         """Return the number of tokens, among those left, that must go; the release rounds down."""
@@ -125,12 +128,16 @@ class FrameFusion(PartedCompressor):
         shares = [Fraction(count, grid.num_tokens) for count in history]
         return excess(shares, exact_ratio(self.retention, grid.num_tokens), self._depth(num_layers))
 
-    def _affords(self, alive: int, history: Sequence[int], num_layers: int, grid: TokenGrid) -> bool:
-        """Return True if a layer may see `alive` tokens and each later one still one; the release does not check."""
+    def _affords(self, alive: int, history: Sequence[int], layer: int, num_layers: int, grid: TokenGrid) -> bool:
+        """Return True if layers from `layer` to the next step may see `alive` tokens and each later one still one.
+
+        The release does not check.
+        """
         if self.variant == "official":
             return True
         budget = exact_ratio(self.retention, grid.num_tokens) * num_layers * grid.num_tokens
-        return sum(history) + alive + num_layers - len(history) - 1 <= budget
+        following = next((step for step in self._steps(num_layers) if step > layer), num_layers)
+        return sum(history) + alive * (following - layer) + num_layers - following <= budget
 
     def step(self, view: LayerView, keep: int) -> LayerChoice:
         """Return the tokens that are not merged into another, or not dropped; all where the budget is met.
@@ -142,12 +149,14 @@ class FrameFusion(PartedCompressor):
         going = self._count(over, count)
         if not going:
             return LayerChoice(torch.arange(count, device=view.indices.device))
-        before = [view.grid.num_tokens, *view.history]
-        drops = before[-2] - before[-1] < self.least * before[-2]  # the last step merged too little
+        last = max((step for step in self._steps(view.depth) if step < view.layer), default=0)
+        before, after = [view.grid.num_tokens, *view.history][last], view.history[-1]
+        drops = before - after < self.least * before  # the last step merged too little
         if not drops:
             alike = similarity(view.hidden.detach(), view.indices, view.grid)
             merged = merged_step(alike, self.threshold, float(over), going)
-            drops = not self._affords(count - int(merged.sum()), view.history, view.depth, view.grid)
+            alive = count - int(merged.sum())
+            drops = not self._affords(alive, view.history, view.layer, view.depth, view.grid)
         if drops:
             kept = round(count * (1 - over)) if self.variant == "official" else count - going
             attention = view.attention("last", view.layer - 1)[:, 0]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Generator, Tensor
@@ -131,7 +133,39 @@ class DecodeView:
 
 
 @dataclass(frozen=True)
-class LayerCompressor(Compressor):
+class InnerCompressor(Compressor):
+    """Base of methods that read the attention of LLM layers."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
+    lookback: ClassVar[int] = 1
+    """Distance from a layer from which on there are fewer tokens back to the one whose attention chooses them."""
+    cuts: ClassVar[tuple[int, ...] | None] = None
+    """The layers from which on there may be fewer tokens, of a method that is `fitted`; None: all but the first."""
+
+    def fitted(self, cuts: tuple[int, ...] | None) -> Self:
+        """Return the same method for an LLM with other layers than full attention, which allows fewer from `cuts` on.
+
+        Layers that the user has not named are then the next of these. `dataclasses.replace` forgets them.
+        """
+        method = copy(self)
+        object.__setattr__(method, "cuts", cuts)
+        return method
+
+    def placed(self, named: int | None, usual: int, num_layers: int) -> int:
+        """Return the layer that the user has named, or else the method's `usual` one or the next that can be used.
+
+        Raises
+        ------
+        BudgetError
+            If a model of `num_layers` does not have it, or none can be used.
+        """
+        if named is None and self.cuts is not None:
+            return usable_layer(usual, self.cuts)
+        return layer_of(usual if named is None else named, num_layers)
+
+
+@dataclass(frozen=True)
+class LayerCompressor(InnerCompressor):
     """Base of methods that drop video tokens inside the LLM, before some of its layers.
 
     A method writes `stages` and `step`; the adapter runs `step` in hooks while the model prefills. A method with a part
@@ -139,7 +173,6 @@ class LayerCompressor(Compressor):
     """
 
     stage: ClassVar[Stage] = Stage.LAYER
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
 
     def outer(self, num_layers: int) -> Compressor | None:
         """Return None: methods with a part before the LLM return it instead."""
@@ -169,7 +202,7 @@ class LayerCompressor(Compressor):
 
 
 @dataclass(frozen=True)
-class DecodeCompressor(Compressor):
+class DecodeCompressor(InnerCompressor):
     """Base of methods that let some layers read fewer video tokens of the cache at every step of decoding.
 
     The tokens in the cache are chosen before the LLM as by any other method (`_select`); a method adds `first_layer`
@@ -177,7 +210,6 @@ class DecodeCompressor(Compressor):
     """
 
     stage: ClassVar[Stage] = Stage.DECODE
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.LAYER_ATTENTION})
 
     @property
     def idle(self) -> bool:
@@ -212,3 +244,30 @@ def layer_of(layer: int, num_layers: int) -> int:
     if layer >= num_layers:
         raise BudgetError(f"layer {layer} is not among the model's {num_layers}: choose 1 to {num_layers - 1}")
     return layer
+
+
+def usable_layer(layer: int, cuts: Sequence[int], above: int = 0, *, early: bool = False) -> int:
+    """Return the first of `cuts` at or after `layer` and after `above`.
+
+    With `early`, the last one at or before `layer`; only where there is none, the first one.
+
+    Raises
+    ------
+    BudgetError
+        If there is none.
+    """
+    later = [cut for cut in cuts if cut > above]
+    wanted = [cut for cut in later if cut <= layer][-1:] or later if early else [c for c in later if c >= layer]
+    if not wanted:
+        raise BudgetError(
+            f"on this model there may be fewer tokens from {layers_in_words(cuts)} on, and none of these is left for "
+            f"layer {max(layer, above + 1)}: name earlier ones, or fewer"
+        )
+    return wanted[0]
+
+
+def layers_in_words(layers: Sequence[int], depth: int = 0) -> str:
+    """Return "layer 4", "layers 4, 8, 12", or "layers from 4 on" for all to the last of `depth`."""
+    if list(layers) == list(range(layers[0], depth)):
+        return f"layers from {layers[0]} on"
+    return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"

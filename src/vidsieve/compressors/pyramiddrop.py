@@ -28,7 +28,8 @@ class PyramidDrop(LayerCompressor):
     Parameters
     ----------
     layers : tuple of int or None
-        The layers before which tokens are dropped; None: the paper's 8, 16 and 24 of 32, scaled to the model's depth.
+        The layers before which tokens are dropped; None: the paper's 8, 16 and 24 of 32, scaled to the model's depth,
+        each or the next one with full attention.
     fractions : tuple of float or None
         Share of the video's tokens that is left from each of them on; None: the paper's 1/2, 1/4 and 1/8.
     earliest : bool
@@ -48,6 +49,7 @@ class PyramidDrop(LayerCompressor):
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "PyramidDrop, CVPR 2025"
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
+    lookback: ClassVar[int] = 0
     retention: float | Tokens = 0.5
     layers: tuple[int, ...] | None = None
     fractions: tuple[float, ...] | None = None
@@ -76,7 +78,7 @@ class PyramidDrop(LayerCompressor):
                 kept = [int(num_tokens * share) for share in self.fractions]
             return tuple((at, max(1, count)) for at, count in zip(layers, kept, strict=True))
         shares = _FRACTIONS if self.fractions is None else tuple(Fraction(repr(float(f))) for f in self.fractions)
-        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self)
         return tuple(zip(layers, counts, strict=True))
 
     def _layers(self, num_layers: int, ratio: Fraction) -> list[int]:
@@ -85,7 +87,7 @@ class PyramidDrop(LayerCompressor):
         wanted = self.layers or _LAYERS
         if self.earliest and ratio < _MEAN:
             scale *= ratio / _MEAN
-        return scaled_layers(wanted, scale, num_layers)
+        return scaled_layers(wanted, scale, num_layers, None if self.layers and scale == 1 else self)
 
     def step(self, view: LayerView, keep: int) -> LayerChoice:
         """Return the tokens of the highest mean attention in the layer that is about to run."""

@@ -40,7 +40,8 @@ class SparseVLM(LayerCompressor):
         1, the paper's; 2 (SparseVLM+), which merges nothing, reads the 14 heads that attend to the video most, and
         divides attention by the scores of rotary positions alone.
     layers : tuple of int or None
-        The first layers that see fewer tokens; None: the release's 3, 7 and 16 of 32, scaled to the model's depth.
+        The first layers that see fewer tokens; None: the release's 3, 7 and 16 of 32, scaled to the model's depth,
+        each or the next one whose predecessor has full attention.
     kept : tuple of int or None
         Tokens kept at each step, clusters not counted, in ``"official"``; None: the release's table for R.
     earliest : bool
@@ -80,11 +81,11 @@ class SparseVLM(LayerCompressor):
         scale = Fraction(1) if self.layers is not None else Fraction(num_layers, _DEPTH)
         if self.earliest and ratio * num_layers < 2 * wanted[0] * scale:
             scale *= ratio * num_layers / (2 * wanted[0] * scale)
-        layers = scaled_layers(wanted, scale, num_layers)
+        layers = scaled_layers(wanted, scale, num_layers, None if self.layers and scale == 1 else self)
         if self.variant == "official":
             return tuple(zip(layers, self._table(num_tokens), strict=True))
         shares = [Fraction(count, _TOKENS) for count in _TABLES[self.version][192]]
-        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self.describe(), self.earliest)
+        counts = scaled_counts(shares, layers, num_layers, num_tokens, ratio, self)
         return tuple(zip(layers, counts, strict=True))
 
     def _table(self, num_tokens: int) -> tuple[int, ...]:

@@ -159,7 +159,7 @@ def layered_choice(adapter: Adapter, encoded: Encoded, compressor: LayerCompress
 
     `run(selections, masks, acts)` sends the whole prompts through the LLM under `masked_from`.
     """
-    depth = len(adapter.decoder_layers)
+    depth, compressor = len(adapter.decoder_layers), adapter.fitted(compressor)
     outer = compressor.outer(depth)
     entering = encoded.everything()
     if outer is not None:

@@ -19,5 +19,5 @@ class Lfm3VlAdapter(CountedPositions, MropeAdapter):
     family: ClassVar[str] = "lfm3_vl"
     oldest: ClassVar[str] = "5.23"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
     projector: ClassVar[str] = "model.multi_modal_projector"

@@ -30,7 +30,7 @@ class MiniCPMV46Adapter(PieceAdapter):
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "target_sizes_videos", "downsample_mode")
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "target_sizes")
     projector: ClassVar[str] = "model.merger"
-    provides: ClassVar[frozenset[Need]] = Adapter.provides - {Need.LAYER_ATTENTION}
+    provides: ClassVar[frozenset[Need]] = Adapter.provides
 
     def pieces(self, inputs: Mapping[str, Any]) -> list[Encoding]:
         """Return each picture of ``pixel_values_videos`` by ``target_sizes_videos`` (pieces, 2), or ready features."""

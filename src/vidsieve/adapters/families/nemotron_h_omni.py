@@ -13,7 +13,7 @@ from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
-from vidsieve.types import Need, TokenGrid
+from vidsieve.types import TokenGrid
 
 
 class NemotronHOmniAdapter(Adapter):
@@ -26,7 +26,6 @@ class NemotronHOmniAdapter(Adapter):
     family: ClassVar[str] = "nemotron_h_omni"
     oldest: ClassVar[str] = "5.24"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_hw")
     shared_placeholder: ClassVar[bool] = True

@@ -18,7 +18,14 @@ from vidsieve.adapters.decoder_layer import at_home, attention_scores, block_sha
 from vidsieve.adapters.drop import padded
 from vidsieve.adapters.inside.hooks import InnerRun, per_row
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import argument, cache_argument, first_keys, unsupported
+from vidsieve.adapters.transformers_api import (
+    argument,
+    attention_of,
+    cache_argument,
+    first_keys,
+    norm_of,
+    unsupported,
+)
 from vidsieve.compressors.inside import DecodeCompressor, DecodeView
 from vidsieve.errors import SelectionError
 
@@ -30,7 +37,9 @@ class DecodeRun(InnerRun):
     Parameters
     ----------
     first : int
-        The first layer that reads fewer tokens.
+        The first layer that may read fewer tokens; the attention of the one before it chooses them.
+    readers : tuple of int
+        The layers that read fewer: those of full attention from `first` on.
     position_ids : Tensor, (B, L), int64
         Position ids as the model's layers get them.
     pruned : tuple of VideoTrace
@@ -39,6 +48,7 @@ class DecodeRun(InnerRun):
 
     compressor: DecodeCompressor
     first: int
+    readers: tuple[int, ...]
     position_ids: Tensor
     pruned: tuple[VideoTrace, ...]
     before: dict[tuple[int, int], DecodeView] = field(default_factory=dict)
@@ -55,7 +65,10 @@ class DecodeRun(InnerRun):
     def traces(self) -> list[VideoTrace]:
         """Return the trace of each video, with the share of its kept tokens that was read while decoding."""
         means = [total / steps if steps else None for total, steps in self._read]
-        return [replace(trace, decoded=mean) for trace, mean in zip(self.pruned, means, strict=True)]
+        return [
+            replace(trace, decoded=mean, layers=self.readers[:1], attention_layers=(self.first - 1,))
+            for trace, mean in zip(self.pruned, means, strict=True)
+        ]
 
     def check_decoded(self, tokens: int) -> None:
         """Raise an error if `generate` decoded several tokens and no step of them was seen.
@@ -68,7 +81,7 @@ class DecodeRun(InnerRun):
             unsupported(f"{self.compressor.name} saw none of the steps in which {tokens} tokens were generated")
 
     def _hooked_layers(self) -> Sequence[int]:
-        return range(self.first - 1, len(self._decoder.layers))
+        return (self.first - 1, *self.readers)
 
     def _end(self) -> None:
         self._newest, self._table, self._end_keys = None, None, _last_keys(self._mine.cache)
@@ -88,11 +101,11 @@ class DecodeRun(InnerRun):
         if number == self.first - 1:
             self._newest = hidden, self._position(argument(kwargs, "position_ids", layer), len(hidden))
             return hidden, {}
-        if number == self.first:
+        if number == self.readers[0]:
             self._table = self._choose(cache, argument(kwargs, "attention_mask", layer))
             self._steps += 1
         if self._table is None:
-            raise SelectionError(f"layer {self.first} did not run before layer {number}")
+            raise SelectionError(f"layer {self.readers[0]} did not run before layer {number}")
         real = (self._table >= 0).to(hidden.device)
         mask = None if bool(real.all()) else self._mask(real, real[:, None], hidden)
         return hidden, {cache_argument(layer): _CacheView(cache, self._table), "attention_mask": mask}
@@ -148,8 +161,8 @@ class DecodeRun(InnerRun):
     def _attention(self, hidden: Tensor, keys: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Return the attention (H, n) float32 of the newest token (1, D) to cached keys (H_kv, n, d)."""
         layer = self._decoder.layers[self.first - 1]
-        shape, attend = block_shape(self._decoder.config, layer), layer.self_attn
-        x = layer.input_layernorm(at_home(hidden, layer))
+        shape, attend = block_shape(self._decoder.config, layer), attention_of(layer)
+        x = norm_of(layer)(at_home(hidden, layer))
         query = rotated(attend, "q", shape, x, position)[:, 0].to(keys.device)
         return attention_scores(query, keys.float(), attend.scaling).masked_fill(~seen, -torch.inf).softmax(-1)
 

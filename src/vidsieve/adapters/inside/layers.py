@@ -15,11 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidsieve.adapters.decoder_layer import angles
 from vidsieve.adapters.drop import padded
 from vidsieve.adapters.inside.hooks import InnerRun, per_row
 from vidsieve.adapters.inside.view import PromptRow, PromptView
 from vidsieve.adapters.trace import VideoTrace
-from vidsieve.adapters.transformers_api import argument, is_flash, layer_cache, synchronise
+from vidsieve.adapters.transformers_api import (
+    argument,
+    attention_of,
+    is_flash,
+    layer_cache,
+    layer_kinds,
+    synchronise,
+    window_of,
+)
 from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.errors import SelectionError
 from vidsieve.types import Selection
@@ -46,6 +55,8 @@ class LayerRun(InnerRun):
     """Raster indices that stay after the last stage, by video."""
     select_ms: float = 0.0
     """Time spent choosing."""
+    read: dict[int, set[int]] = field(default_factory=dict)
+    """Layers whose attention was read, by prompt."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,7 +68,7 @@ class LayerRun(InnerRun):
         self._prefilling = True
         self._embeds: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._later_masks: dict[int, Tensor | None] = {}
+        self._later_masks: dict[tuple[int, int | None], Tensor | None] = {}
 
     def _history(self, video: int, layer: int) -> tuple[int, ...]:
         """Return the number of a video's tokens that each layer before `layer` sees."""
@@ -86,7 +97,8 @@ class LayerRun(InnerRun):
             newlines = int(video.kept_newlines(indices).sum())
             seen = self._history(number, self.depth)
             fewer = tuple(layer for layer in self.stages if seen[layer] < seen[layer - 1])
-            traces.append(replace(trace, held=held, layers=fewer, newlines=newlines))
+            read = tuple(sorted(self.read.get(video.row, ())))
+            traces.append(replace(trace, held=held, layers=fewer, attention_layers=read, newlines=newlines))
         return traces
 
     def check_decoded(self, tokens: int) -> None:
@@ -108,7 +120,7 @@ class LayerRun(InnerRun):
     ) -> tuple[Tensor, dict[str, Any]]:
         if number == 0:
             self._later_masks.clear()
-        self._prefilling = cache is None or cache.get_seq_length(number) == 0
+            self._prefilling = cache is None or cache.get_seq_length() == 0
         if not self._prefilling:
             if self.fresh and self.stages[0] not in self.kept:
                 self._refuse_filled()
@@ -145,13 +157,15 @@ class LayerRun(InnerRun):
         table = per_row(self.kept[stage], len(hidden)).to(hidden.device)
         real, length = table >= 0, table.shape[1]
         if self._renumbered:
-            changes = self._at((real.long().cumsum(1) - 1).clamp(min=0), hidden)
+            changes = self._at(number, (real.long().cumsum(1) - 1).clamp(min=0), hidden)
         else:
             changes = self._sliced(layer, kwargs, table)
+        if attention_of(layer) is None:  # a recurrent layer takes a mask of padding, which must not enter its state
+            return hidden, changes | {"attention_mask": None if bool(real.all()) else real.long()}
         unmasked = argument(kwargs, "attention_mask", layer) is None and bool(real.all())
         if unmasked and not is_flash(self._decoder.config):
             return hidden, changes  # causal without padding, as it came
-        causal = torch.ones(length, length, dtype=torch.bool, device=hidden.device).tril()
+        causal = _causal(length, length, window_of(self._decoder.config, number), hidden.device)
         # A row of padding may look at itself: it is never read, but must not be empty.
         mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool, device=hidden.device)
         return hidden, changes | {"attention_mask": self._mask(real, mask, hidden)}
@@ -193,6 +207,7 @@ class LayerRun(InnerRun):
                     chosen = choice.order.to(indices.device)
                     orders.append(spots[chosen])
                 self.left.append(indices[chosen])
+            self.read.setdefault(row, set()).update(prompt.read)
             stay = keep[line].nonzero().flatten()
             for order in orders:
                 stay[torch.isin(stay, order)] = order
@@ -225,14 +240,23 @@ class LayerRun(InnerRun):
 
     def _sliced(self, layer: Any, kwargs: dict[str, Any], table: Tensor) -> dict[str, Any]:
         """Return rotary angles and position ids of the columns in a table."""
-        cosine, sine = argument(kwargs, "position_embeddings", layer)
-        changes: dict[str, Any] = {"position_embeddings": (_take(cosine, table, -2), _take(sine, table, -2))}
+        changes: dict[str, Any] = {}
+        if self._turned(layer):
+            cosine, sine = argument(kwargs, "position_embeddings", layer)
+            changes = {"position_embeddings": (_take(cosine, table, -2), _take(sine, table, -2))}
         ids = argument(kwargs, "position_ids", layer)
         return changes if ids is None else changes | {"position_ids": _take(ids, table, -1)}
 
-    def _at(self, ids: Tensor, hidden: Tensor) -> dict[str, Any]:
-        """Return rotary angles and ids of positions counted anew (R, n)."""
-        return {"position_embeddings": self._decoder.rotary(hidden, ids), "position_ids": ids}
+    def _at(self, number: int, ids: Tensor, hidden: Tensor) -> dict[str, Any]:
+        """Return rotary angles and ids of positions counted anew (R, n), for layer `number`."""
+        if not self._turned(self._decoder.layers[number]):
+            return {"position_ids": ids}
+        kind = layer_kinds(self._decoder.config)[number]
+        return {"position_embeddings": angles(self._decoder.rotary, hidden, ids, kind), "position_ids": ids}
+
+    def _turned(self, layer: Any) -> bool:
+        """True if a layer turns queries and keys by their positions."""
+        return self._decoder.rotary is not None and attention_of(layer) is not None
 
     # -- tokens after the prompt ----------------------------------------------------------------------------
 
@@ -245,14 +269,20 @@ class LayerRun(InnerRun):
         changes = {}
         if self._renumbered:
             dropped = per_row(self.real, len(hidden)).to(real.device).sum(1) - real.sum(1)
-            changes = self._at(argument(kwargs, "position_ids", layer) - dropped[:, None], hidden)
-        if stage not in self._later_masks:
-            self._later_masks[stage] = self._later_mask(number, hidden, cache, real)
-        mask = self._later_masks[stage]
+            changes = self._at(number, argument(kwargs, "position_ids", layer) - dropped[:, None], hidden)
+        if attention_of(layer) is None:
+            return changes  # its mask covers the new tokens alone
+        key = stage, window_of(self._decoder.config, number)
+        if key not in self._later_masks:
+            self._later_masks[key] = self._later_mask(number, hidden, cache, real)
+        mask = self._later_masks[key]
         return changes | {"attention_mask": mask if mask is None else mask.to(hidden.device)}
 
     def _later_mask(self, number: int, hidden: Tensor, cache: Any, real: Tensor) -> Tensor | None:
-        """Return the mask of tokens after the prompt, which see its columns `real` (R, L'); None: all before them."""
+        """Return the mask of tokens after the prompt, which see its columns `real` (R, L'); None: all before them.
+
+        A layer that slides holds no more keys than its window reaches back to.
+        """
         rows, count = len(hidden), hidden.shape[1]
         after = cache.get_seq_length(number) - real.shape[1] + count
         seen = real.new_ones(rows, after)
@@ -261,9 +291,16 @@ class LayerRun(InnerRun):
             seen[:, : words.shape[1]] = per_row(words, rows)
         if count == 1 and bool(real.all()) and bool(seen.all()):
             return None
-        causal = real.new_ones(count, after).tril(after - count)
-        allowed = torch.cat([real[:, None].expand(-1, count, -1), causal & seen[:, None]], 2)
-        return self._mask(torch.cat([real, seen], 1), allowed, hidden)
+        seen, window = torch.cat([real, seen], 1), window_of(self._decoder.config, number)
+        allowed = _causal(count, seen.shape[1], window, seen.device) & seen[:, None]
+        held = slice(None) if window is None else slice(-(window - 1 + count), None)
+        return self._mask(seen[:, held], allowed[:, :, held], hidden)
+
+
+def _causal(count: int, length: int, window: int | None, device: torch.device) -> Tensor:
+    """Return the mask (count, length) of columns that the last `count` may see: none behind, and `window` at most."""
+    mask = torch.ones(count, length, dtype=torch.bool, device=device).tril(length - count)
+    return mask if window is None else mask.triu(length - count - window + 1)
 
 
 def _take(values: Tensor, table: Tensor, dim: int) -> Tensor:

@@ -102,6 +102,11 @@ class PromptRow:
     videos: Sequence[PlacedVideo]
     _attention: dict[tuple[Rows, int], Tensor] = field(default_factory=dict)
 
+    @property
+    def read(self) -> set[int]:
+        """The layers whose attention was read."""
+        return {layer for _, layer in self._attention}
+
     def text(self, among: Tensor, behind: Tensor) -> Tensor:
         """Return the places (Q,) in `among`, columns of the prompt, of text behind the column `behind`."""
         visual = torch.cat([part for video in self.videos for part in (video.columns, video.newlines)])
