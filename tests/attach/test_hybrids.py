@@ -16,6 +16,8 @@ from vidsieve.adapters import adapter_for
 from vidsieve.adapters.transformers_api import eager_attention
 from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor
 from vidsieve.errors import BudgetError, NeedError, UnsupportedCallError
+from vidsieve.testing.views import GivenView
+from vidsieve.types import TokenGrid
 from workbench.families import tiny
 
 HYBRIDS = ["qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm3_vl", "nemotron_h_omni"]
@@ -296,6 +298,25 @@ def test_every_method_runs_within_its_budget_or_says_which_layers_can_be_used(fa
         steps = 1 + len(trace.layers)
         assert 0 <= retention - trace.layer_retention <= steps / trace.total
         assert {layer - compressor.lookback for layer in trace.layers} <= set(full)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_framefusion_counts_the_layers_up_to_its_next_step(alike):
+    """Steps before layers 4, 8 and 12 of 16: 88 of 128 tokens are spent by layer 8, and 12 to 15 need one each.
+
+    Nine tokens can then go on to layer 12, ten cannot. The step at layer 4 merged two of twelve, enough to go on.
+    """
+    method = vidsieve.load("framefusion", retention=0.5).fitted((4, 8, 12))
+    indices = torch.arange(10)
+    hidden = torch.eye(16)[indices]
+    if alike:
+        hidden[9] = hidden[5]  # the same place, one frame earlier
+    attention = torch.rand(2, 1, 10, generator=torch.Generator().manual_seed(0))
+    seen = (8, 16, TokenGrid(4, 2, 2), indices, (12,) * 4 + (10,) * 4)
+    view = GivenView(*seen, rows={} if alike else {("last", 7): attention}, tensors={"hidden": hidden})
+    choice = method.step(view, 16)
+    assert choice.indices.tolist() == list(range(9)) if alike else len(choice.indices) == 5
+    assert [layer for layer, _ in method.stages(16, 16)] == [4, 8, 12]
 
 
 def test_a_named_layer_is_refused_with_the_layers_that_can_be_used():
