@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 import vidsieve
 from vidsieve import registry
 from vidsieve.adapters import adapter_for
-from vidsieve.adapters.transformers_api import eager_attention
+from vidsieve.adapters.transformers_api import cache_kwargs, eager_attention, output_cache
 from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor
 from vidsieve.errors import BudgetError, NeedError, UnsupportedCallError
 from vidsieve.testing.views import GivenView
@@ -228,6 +228,32 @@ def test_a_pruned_run_equals_the_stock_layers_run_by_hand(family, method, batch)
             assert float((out.logits[step][row] - after).abs().max()) < 1e-4, step
             answer.append(int(after.argmax()))
         assert out.sequences[row, -STEPS:].tolist() == answer
+
+
+@pytest.mark.parametrize("method", RULES)
+@each
+def test_a_later_turn_goes_on_from_states_and_caches_of_the_kept_tokens(family, method):
+    adapter, inputs = made(family, 18), given(family, "ragged batch 2")
+    rule, retention = RULES[method]
+    model, by_hand = adapter.model, ByHand(adapter, inputs)
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    words = torch.tensor([[41, 42, 43], [44, 45, 46]])
+    with torch.no_grad(), vidsieve.attach(model, vidsieve.load(method, retention=retention)):
+        first = model.generate(**inputs, max_new_tokens=2, **options)
+        talk = torch.cat([first.sequences, words], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(talk[:, inputs["input_ids"].shape[1] :])], 1)
+        cache = cache_kwargs(model, output_cache(first))
+        second = model.generate(input_ids=talk, attention_mask=mask, max_new_tokens=2, **cache, **options)
+    for row in range(2):
+        videos, length = columns_of(adapter, inputs, row), int(inputs["attention_mask"][row].sum())
+        cut = Cutting(videos, length, *rule(adapter, retention, videos))
+        by_hand.logits(row, cut)  # chosen for the prompt alone
+        answer = [*first.sequences[row, -2:].tolist(), *words[row].tolist()]
+        for step in range(2):
+            after = by_hand.logits(row, cut, answer)[1][-1]
+            assert float((second.logits[step][row] - after).abs().max()) < 1e-4, step
+            answer.append(int(after.argmax()))
+        assert second.sequences[row, -2:].tolist() == answer[-2:]
 
 
 @batches
