@@ -111,7 +111,12 @@ class DecodeRun(InnerRun):
         return hidden, {cache_argument(layer): _CacheView(cache, self._table), "attention_mask": mask}
 
     def _position(self, ids: Tensor, rows: int) -> Tensor:
-        """Return the newest token's rotary positions (P, R, 1) from its position id: all rows advance equally."""
+        """Return the newest token's rotary positions (P, R, 1) from its position id: all rows advance equally.
+
+        Some LLMs hand their layers the rotary positions themselves, (P, R, n).
+        """
+        if ids.ndim == 3:
+            return ids[..., -1:].expand(-1, rows, 1)
         repeats = rows // len(self.real)
         ids = ids[:, -1:].expand(rows, 1).to(self.position_ids.device)
         steps = ids - per_row(self.position_ids[:, -1:], rows)
