@@ -126,6 +126,7 @@ ELSEWHERE = [
         "a filled cache under gradient checkpointing": "gradient checkpointing runs a model in training mode without …",
         "prefix tuning (PEFT), a method inside the LLM": "… a cache that holds tokens already: prefix tuning …",
         "tokens dropped at or before a sliding layer": "… layers from N on can be used …",
+        "a named layer of a hybrid that is not behind full attention": "… layers N, M can be used …",
     }.items()
 ]
 """What is refused in some families or models only."""
@@ -138,7 +139,8 @@ shortened prompt: `logits`, `hidden_states`, `attentions` and caches, from `forw
 
 On an LLM some of whose layers slide or recur, a pruned call equals the unmodified model on the shortened prompt with
 the same explicit positions, and not a forward under a mask: those layers count the tokens that are there. The trace
-says so."""
+says so. Under a method inside such an LLM, layers after a drop run on the shorter prompt, recurrent ones too; it equals
+the stock layers run by hand (`tests/attach/test_hybrids.py`)."""
 
 
 if __name__ == "__main__":

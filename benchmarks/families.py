@@ -34,7 +34,7 @@ from vidsieve.types import ENCODER_NEEDS
 from workbench.families import families, tiny
 
 RETENTION = 0.3
-LAYERS = 12
+LAYERS = 24
 """Layers of the tiny models on which methods inside the LLM are tried: enough for each method's own."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from fractions import Fraction
+from inspect import signature
 
 import pytest
 import torch
@@ -24,10 +25,12 @@ HYBRIDS = ["qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr"
 BATCHES = {"batch 1": ([[3]], [5]), "ragged batch 2": ([[3, 2], [2]], [3, 9])}
 STEPS = 4
 FULL = "full_attention"
+CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 INNER = [name for name in registry.compressors if issubclass(registry.compressors.get(name), InnerCompressor)]
 
 each = pytest.mark.parametrize("family", HYBRIDS)
 batches = pytest.mark.parametrize("batch", BATCHES)
+qwen = pytest.mark.families("qwen3_5")
 
 
 @functools.cache
@@ -95,18 +98,12 @@ class ByHand:
     def layer(self, positions, reads, number, hidden):
         """Return a layer's output, and its attention (H, n, n) if it has any."""
         layer, kind = self.llm.layers[number], self.kinds[number]
-        call = {
-            "config": self.text,
-            "inputs_embeds": hidden,
-            "attention_mask": None,
-            "position_ids": None,
-            "cache": None,
-        }
+        without = dict.fromkeys(("attention_mask", "position_ids", CACHE))
         make = {FULL: create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        mask = make[kind](**call) if kind in make else None
+        mask = make[kind](config=self.text, inputs_embeds=hidden, **without) if kind in make else None
         if reads is not None and mask is not None:
             mask = reads(number, mask)
-        options = {"attention_mask": mask, "position_ids": None, "cache": None}
+        options = without | {"attention_mask": mask}
         if hasattr(self.llm, "rotary_emb") and kind in make:
             rotary = positions[1:] if positions.ndim == 3 and positions.shape[0] == 4 else positions
             turn = {"layer_type": kind} if self.text.model_type == "lfm3" else {}
@@ -346,6 +343,7 @@ def test_framefusion_counts_the_layers_up_to_its_next_step(alike):
     assert [layer for layer, _ in method.stages(16, 16)] == [4, 8, 12]
 
 
+@qwen
 def test_a_named_layer_is_refused_with_the_layers_that_can_be_used():
     model = made("qwen3_5").model
     said = "would drop tokens from layer 2 on, and this model has linear_attention in layers 0, 1, 2, 4"
@@ -361,6 +359,7 @@ def test_a_named_layer_is_refused_with_the_layers_that_can_be_used():
         vidsieve.attach(model, vidsieve.load("fastv", retention=0.9, layer=layer)).close()
 
 
+@qwen
 def test_where_the_budget_is_below_the_first_usable_layer_the_floor_is_named():
     model = made("qwen3_5").model
     for fields in ({}, {"earliest": True}):
@@ -368,17 +367,20 @@ def test_where_the_budget_is_below_the_first_usable_layer_the_floor_is_named():
             vidsieve.attach(model, vidsieve.load("fastv", retention=0.2, **fields))
 
 
+@qwen
 def test_an_llm_with_one_full_layer_at_its_end_is_refused():
     with pytest.raises(UnsupportedCallError, match="fastv needs a layer of full attention with further ones behind it"):
         vidsieve.attach(made("qwen3_5", 4).model, vidsieve.load("fastv", retention=0.5))
 
 
+@qwen
 def test_a_policy_does_not_start_from_attention_with_a_gate():
     adapter = made("qwen3_5")
     with pytest.raises(NeedError, match="a Qwen3_5DecoderLayer: its attention has a gate"):
         adapter.layer_state(adapter.first_full_layer)
 
 
+@qwen
 def test_a_method_before_the_llm_and_one_inside_share_a_budget():
     model, inputs = made("qwen3_5").model, given("qwen3_5", "batch 1")
     both = vidsieve.Pipeline(vidsieve.load("uniform", retention=0.75), vidsieve.load("fastv"), 0.5)

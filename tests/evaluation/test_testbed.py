@@ -199,9 +199,10 @@ def test_what_the_command_refuses_is_refused_by_hand_too(whole, testbed):
 
 
 def test_a_method_that_the_models_layers_do_not_allow_has_no_row(task):
-    """Of the deep model's layers the first two slide: SparseVLM's own first stage, layer 1 of 8, would run wrongly."""
-    conditions = scene_conditions(named_methods(["random", "sparsevlm"], prefill=True), [0.5])
-    table = experiment.run(replace(task, questions=3), conditions).result
-    assert [row["method"] for row in table["rows"]] == ["full", "random"]
+    """Of the deep model's layers the first two slide: SparseVLM begins at layer 2 there, FastV cannot at layer 1."""
+    methods = named_methods(["random", "sparsevlm"], prefill=True) | {"fastv": vidsieve.load("fastv", layer=1)}
+    table = experiment.run(replace(task, questions=3), scene_conditions(methods, [0.5])).result
+    assert [row["method"] for row in table["rows"]] == ["full", "random", "sparsevlm"]
     (refused,) = table["refused"]
-    assert refused["method"] == "sparsevlm" and "sliding_attention in layer 0, 1: layers from 2 on" in refused["reason"]
+    said = "sliding_attention in layers 0, 1: layers from 2 on"
+    assert refused["method"] == "fastv" and said in refused["reason"]

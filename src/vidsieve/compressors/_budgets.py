@@ -51,8 +51,8 @@ class TwoPartCompressor(PartedCompressor):
     Parameters
     ----------
     layer : int or None
-        The first layer that sees fewer tokens; None: the release's, scaled to the model's depth, or the next one whose
-        predecessor has full attention.
+        The first layer that sees fewer tokens; None: the release's, scaled to the model's depth, or the next
+        that an LLM with other layers than full attention lets it use.
     inner_kept : float
         Share of the tokens that stay there.
 

@@ -32,8 +32,8 @@ class DyCoke(DecodeCompressor):
     Parameters
     ----------
     layer : int or None
-        The first layer that reads fewer tokens while decoding. None: the release's 3, or the next layer whose
-        predecessor has full attention. Of the layers from there on, those with full attention read fewer.
+        The first layer that reads fewer tokens while decoding. None: the release's 3, or the next that an LLM
+        with other layers than full attention lets it use; of the layers from there on, those with it read fewer.
     dropped : float
         Share of the cached video tokens that are not read (release's evaluation: 0.8; its README says 0.7).
     similarity : float

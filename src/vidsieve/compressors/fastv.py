@@ -24,7 +24,7 @@ class FastV(LayerCompressor):
     ----------
     layer : int or None
         K, the first layer that runs on fewer tokens (the release's LLaVA demo: 3). None: the paper's 2, or the next
-        layer whose predecessor has full attention.
+        that an LLM with other layers than full attention lets it use.
     earliest : bool
         Where R is less than the first K layers alone see, drop at an earlier layer instead of raising an error; the
         trace names the layer.

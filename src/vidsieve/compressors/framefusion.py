@@ -30,11 +30,12 @@ _BLOCK = 512
 class FrameFusion(PartedCompressor):
     """Before each of the first layers, merge tokens like the one before them at the same place; then drop once.
 
-    Of every place, a token whose cosine to the place's last remaining one is `threshold` or more joins it; whole chains
-    become the mean of their members at the first's position. When a step merges less than `least` of the tokens,
-    the next one drops, by the attention of the last prompt token in the layer before, as many as the budget asks for.
-    A step that would merge more than the budget needs merges the most alike only, and all is done. In ``"ours"`` a step
-    after which nothing would be left for later layers drops too, or, before the LLM, merges the most alike.
+    On an LLM with other layers than full attention, these are the first that it lets the method use. Of every place, a
+    token whose cosine to the place's last remaining one is `threshold` or more joins it; whole chains become the mean
+    of their members at the first's position. When a step merges less than `least` of the tokens, the next one drops,
+    by the attention of the last prompt token in the layer before, as many as the budget asks for. A step that would
+    merge more than the budget needs merges the most alike only, and all is done. In ``"ours"`` a step after which
+    nothing would be left for later layers drops too, or, before the LLM, merges the most alike.
 
     Parameters
     ----------

@@ -29,7 +29,7 @@ class PyramidDrop(LayerCompressor):
     ----------
     layers : tuple of int or None
         The layers before which tokens are dropped; None: the paper's 8, 16 and 24 of 32, scaled to the model's depth,
-        each or the next one with full attention.
+        each or the next that an LLM with other layers than full attention lets it use.
     fractions : tuple of float or None
         Share of the video's tokens that is left from each of them on; None: the paper's 1/2, 1/4 and 1/8.
     earliest : bool

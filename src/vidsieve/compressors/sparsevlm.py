@@ -41,7 +41,7 @@ class SparseVLM(LayerCompressor):
         divides attention by the scores of rotary positions alone.
     layers : tuple of int or None
         The first layers that see fewer tokens; None: the release's 3, 7 and 16 of 32, scaled to the model's depth,
-        each or the next one whose predecessor has full attention.
+        each or the next that an LLM with other layers than full attention lets it use.
     kept : tuple of int or None
         Tokens kept at each step, clusters not counted, in ``"official"``; None: the release's table for R.
     earliest : bool
