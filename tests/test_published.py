@@ -371,9 +371,9 @@ def test_stages_spend_a_budget_and_no_more(tokens, depth, steps, budget, data):
     floor = layers[0] * tokens + depth - layers[0]
     if budget * depth * tokens < floor:
         with pytest.raises(BudgetError, match="cannot go below"):
-            scaled_counts(shares, layers, depth, tokens, budget, "x", False)
+            scaled_counts(shares, layers, depth, tokens, budget, load("pyramiddrop"))
         return
-    counts = scaled_counts(shares, layers, depth, tokens, budget, "x", False)
+    counts = scaled_counts(shares, layers, depth, tokens, budget, load("pyramiddrop"))
     spans = np.diff([*layers, depth]).tolist()
 
     def seen(kept):

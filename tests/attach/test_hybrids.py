@@ -18,7 +18,7 @@ from vidsieve.adapters.transformers_api import cache_kwargs, eager_attention, ou
 from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor
 from vidsieve.errors import BudgetError, NeedError, UnsupportedCallError
 from vidsieve.testing.views import GivenView
-from vidsieve.types import TokenGrid
+from vidsieve.types import ENCODER_NEEDS, TokenGrid
 from workbench.families import tiny
 
 HYBRIDS = ["qwen3_5", "qwen3_5_moe", "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "lfm3_vl", "nemotron_h_omni"]
@@ -341,6 +341,17 @@ def test_framefusion_counts_the_layers_up_to_its_next_step(alike):
     choice = method.step(view, 16)
     assert choice.indices.tolist() == list(range(9)) if alike else len(choice.indices) == 5
     assert [layer for layer, _ in method.stages(16, 16)] == [4, 8, 12]
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe", "lfm3_vl"])
+def test_methods_fit_models_of_published_sizes(family):
+    """Of transformers' own defaults, without weights: configurations there lack what tiny ones may state besides."""
+    kind = type(made(family).model)
+    with torch.device("meta"):
+        adapter = adapter_for(kind(kind.config_class()))
+    for name in INNER:
+        if name != "holitom" or adapter.provides >= ENCODER_NEEDS:
+            adapter.check(vidsieve.load(name, retention=0.5))
 
 
 @qwen

@@ -151,7 +151,7 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
         heads,
         int(text.num_key_value_heads),
         size,
-        int(text.intermediate_size),
+        int(getattr(text, "intermediate_size", None) or text.moe_intermediate_size),  # experts alone
         float(eps),
         float(rope.get("rope_theta", 10000.0)),
         tuple(rope.get("mrope_section") or usual),
