@@ -273,3 +273,14 @@ def test_rows_of_a_file_and_scenes_have_keys(testbed, tmp_path):
     assert len(words) == 3 and all(words[sample.key] == sample.inputs["input_ids"].tolist() for sample in second)
     scenes = ScenePrompts(adapter_for(model), processor, seed=3)
     assert scenes.caption(0).key != scenes.caption(1).key
+
+
+def test_an_llm_of_experts_alone_has_a_footprint():
+    """Qwen3.5-MoE's published configurations state no width of an MLP: 8 experts of 512 and a shared one."""
+    from transformers import Qwen3_5MoeForConditionalGeneration as Model
+
+    with torch.device("meta"):
+        model = Model(Model.config_class())
+    text = model.config.get_text_config()
+    assert not hasattr(text, "intermediate_size")
+    assert Footprint.of(model).token == 4 * (8 * text.hidden_size + 3 * 9 * 512)

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vidsieve.adapters.transformers_api import FULL, attention_of, module_weights, norm_of
+from vidsieve.adapters.transformers_api import FULL, attention_of, mlp_width, module_weights, norm_of
 from vidsieve.compressors._decoder import BlockShape, LayerState, rotary, rotate
 from vidsieve.errors import NeedError, PolicyError
 
@@ -151,7 +151,7 @@ def block_shape(text: Any, layer: Any) -> BlockShape:
         heads,
         int(text.num_key_value_heads),
         size,
-        int(getattr(text, "intermediate_size", None) or text.moe_intermediate_size),  # experts alone
+        mlp_width(text),
         float(eps),
         float(rope.get("rope_theta", 10000.0)),
         tuple(rope.get("mrope_section") or usual),

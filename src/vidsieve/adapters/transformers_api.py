@@ -295,6 +295,13 @@ def head_sizes(text: Any) -> list[tuple[int, int]]:
     ]
 
 
+def mlp_width(text: Any) -> int:
+    """Return the width of the MLP that a token passes; where a configuration states experts alone, of all it passes."""
+    if hasattr(text, "intermediate_size"):
+        return int(text.intermediate_size)
+    return int(text.num_experts_per_tok * text.moe_intermediate_size + text.shared_expert_intermediate_size)
+
+
 def window_of(text: Any, layer: int) -> int | None:
     """Return the number of columns that a token sees, itself included; None for all."""
     return int(text.sliding_window) if layer_kinds(text)[layer] == SLIDING else None

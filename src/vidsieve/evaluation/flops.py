@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vidsieve.adapters.transformers_api import head_sizes
+from vidsieve.adapters.transformers_api import head_sizes, mlp_width
 
 
 def paper_flops(text: Any, tokens: int) -> float:
@@ -19,7 +19,7 @@ def paper_flops(text: Any, tokens: int) -> float:
     text : the LLM's configuration
     tokens : n, of the whole prompt
     """
-    d, m, n = text.hidden_size, text.intermediate_size, tokens
+    d, m, n = text.hidden_size, mlp_width(text), tokens
     return float(text.num_hidden_layers * (4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m))
 
 
@@ -34,7 +34,7 @@ def prefill_flops(text: Any, tokens: int | Sequence[int]) -> float:
     text : the LLM's configuration
     tokens : of the whole prompt; or one number a layer, where methods drop tokens inside the LLM
     """
-    d, m, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads
+    d, m, heads = text.hidden_size, mlp_width(text), text.num_attention_heads
     counts = [tokens] * text.num_hidden_layers if isinstance(tokens, int) else list(tokens)
     total = 2.0 * d * text.vocab_size
     for n, (size, shared) in zip(counts, head_sizes(text), strict=True):

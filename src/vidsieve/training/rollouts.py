@@ -14,7 +14,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.plan import Plan
-from vidsieve.adapters.transformers_api import head_sizes, is_eager
+from vidsieve.adapters.transformers_api import head_sizes, is_eager, mlp_width
 from vidsieve.errors import TrainingError, UnsupportedCallError
 from vidsieve.io.machine import total_memory
 from vidsieve.selection import mask_to_indices
@@ -61,7 +61,7 @@ class Footprint:
         text, size = model.config.get_text_config(), torch.finfo(model.dtype).bits // 8
         scores = 2 * text.num_attention_heads if is_eager(text) else 0
         return cls(
-            token=size * (8 * text.hidden_size + 3 * text.intermediate_size),
+            token=size * (8 * text.hidden_size + 3 * mlp_width(text)),
             pair=size * (1 + scores),
             logits=text.vocab_size * (size + 8),
             cached=2 * size * sum(width * heads for width, heads in head_sizes(text)),
