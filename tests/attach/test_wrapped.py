@@ -267,7 +267,8 @@ def bitsandbytes_4(old):
     import bitsandbytes as bnb
 
     new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=old.bias is not None, quant_type="nf4")
-    new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    # Blocks of 32: on CPUs with bfloat16 bitsandbytes packs whole blocks a row, and the MLP is 96 wide.
+    new.weight = bnb.nn.Params4bit(old.weight.data.clone(), requires_grad=False, quant_type="nf4", blocksize=32)
     new.bias = old.bias
     return new.to("cpu")
 
