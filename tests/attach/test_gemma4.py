@@ -24,6 +24,7 @@ from vidsieve.types import ENCODER_NEEDS, TokenGrid
 from workbench.families import tiny
 from workbench.families._gemma import AUDIO, BEGIN, END
 
+pytestmark = pytest.mark.families("gemma4", "gemma4_unified")
 RANDOM = vidsieve.load("random", retention=0.3)
 
 
