@@ -76,8 +76,8 @@ def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> l
         If a layer, or the way it turns queries and keys by positions, is of a kind that we do not compute.
     """
     adapter, encoded = rollouts.adapter, rollouts.encoded
-    for shape in [adapter.layer_shape(number) for number in layers]:
-        decoder_layer.check_rotary(adapter.language_model.rotary_emb, shape)
+    for shape in {adapter.layer_shape(number) for number in layers}:  # most LLMs have one
+        decoder_layer.check_rotary(adapter.rotary_embedding, shape)
     whole = encoded.everything()
     kept = rollouts.build(whole).kept_positions[0]  # without padding, columns of the prompt lie elsewhere
     place = torch.full((encoded.input_ids.shape[1],), -1, dtype=torch.int64, device=kept.device)
