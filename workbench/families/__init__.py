@@ -9,10 +9,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-import transformers
 from torch import Tensor
 
 from vidsieve import registry
+from vidsieve.testing import doctor
 
 Batch = list[list[int]]
 """Per prompt, the number of frames (Qwen: temporal pairs) of each of its videos."""
@@ -54,11 +54,5 @@ def families() -> list[str]:
 @cache
 def absent(family: str) -> str:
     """Return in words why the installed transformers cannot run a family that has an adapter; "" if it can."""
-    for name in registry.families:
-        adapter = registry.families.get(name)
-        if adapter.family == family:
-            model = name.partition(":")[0]
-            there = hasattr(transformers, model)
-            reason: str = adapter.too_old() if there else f"transformers {transformers.__version__} has no {model}"
-            return reason
-    return ""
+    names = (name for name in registry.families if registry.families.get(name).family == family)
+    return next(map(doctor.absent, names), "")

@@ -100,8 +100,6 @@ def found_extras() -> list[Finding]:
 
 def found_families() -> list[Finding]:
     """Return the model families: whether each with a tiny model here prunes, and which ones transformers has."""
-    import transformers
-
     from vidsieve.testing.tiny_models import FAMILIES
 
     rows = []
@@ -109,12 +107,21 @@ def found_families() -> list[Finding]:
         error = _failure(family, "random") or _failure(family, "fastv")
         rows.append(Finding("family", family, error or "prunes before the LLM and inside it", error is None))
     for name in registry.families:
-        adapter, model = registry.families.get(name), name.partition(":")[0]
-        if adapter.family not in FAMILIES:
-            there = hasattr(transformers, model)
-            state = (adapter.too_old() or "not tried: no tiny model here") if there else "not in this transformers"
-            rows.append(Finding("family", adapter.family, state, None))
+        family = registry.families.get(name).family
+        if family not in FAMILIES:
+            rows.append(Finding("family", family, absent(name) or "not tried: no tiny model here", None))
     return rows
+
+
+def absent(name: str) -> str:
+    """Return in words why the installed transformers cannot run the family registered as `name`; "" if it can."""
+    import transformers
+
+    model = name.partition(":")[0]
+    if not hasattr(transformers, model):
+        return f"transformers {transformers.__version__} has no {model}"
+    reason: str = registry.families.get(name).too_old()
+    return reason
 
 
 def found_methods() -> list[Finding]:
