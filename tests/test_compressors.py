@@ -209,3 +209,29 @@ def test_loading_by_name():
     for name in ("score", "cacovid"):
         with pytest.raises(PolicyError, match="needs a trained policy"):
             registry.compressors.get(name)().compress(make_video(TokenGrid(2, 2, 2)))
+
+
+def test_vcast_shares_what_rounding_leaves_over():
+    generator = torch.Generator().manual_seed(3)
+    grid = TokenGrid(8, 5, 5)
+    video = VideoTokens(torch.randn(200, 16, generator=generator), grid, torch.arange(200)[None])
+    counts = {}
+    for variant in ("ours", "official"):
+        kept = load("vcast", retention=0.3, variant=variant).compress(video)
+        counts[variant] = torch.bincount(kept.indices // 25, minlength=8)
+        assert kept.num_kept == 60
+        quota = 1 + kept.frame_scores * (60 - 8)
+        over = counts[variant] - quota
+        # By largest remainder no count is a token off; the release gives one frame all that is left.
+        assert bool((over.abs() < 1).all()) is (variant == "ours")
+    assert int((counts["official"] - counts["ours"]).max()) >= 2
+    assert int(((counts["official"] - counts["ours"]) > 0).sum()) == 1
+
+
+def test_vcast_below_a_token_a_frame():
+    video = VideoTokens(torch.randn(96, 8), TokenGrid(24, 2, 2), torch.arange(96)[None])
+    assert load("vcast", retention=0.1).compress(video).num_kept == 9
+    assert load("vcast", retention=0.1, variant="official").compress(video).num_kept == 24
+    one = VideoTokens(torch.randn(9, 8), TokenGrid(1, 3, 3), torch.arange(9)[None])
+    assert load("vcast", retention=0.5).compress(one).num_kept == 4
+    assert load("vcast", retention=0.5, variant="official").compress(one).num_kept == 9

@@ -101,6 +101,7 @@ compressors = Registry(
         "dycoke": "vidsieve.compressors.dycoke:DyCoke",
         "evs": "vidsieve.compressors.evs:EVS",
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
+        "vcast": "vidsieve.compressors.vcast:VCast",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
         "holitom": "vidsieve.compressors.holitom:HoliTom",
         "framefusion": "vidsieve.compressors.framefusion:FrameFusion",

@@ -50,6 +50,7 @@ def test_every_published_method_with_records_is_compared():
         "prunevid",
         "pyramiddrop",
         "sparsevlm",
+        "vcast",
         "vidcom2",
         "visionzip",
     }
