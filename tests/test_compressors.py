@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -235,3 +237,97 @@ def test_vcast_below_a_token_a_frame():
     one = VideoTokens(torch.randn(9, 8), TokenGrid(1, 3, 3), torch.arange(9)[None])
     assert load("vcast", retention=0.5).compress(one).num_kept == 4
     assert load("vcast", retention=0.5, variant="official").compress(one).num_kept == 9
+
+
+# -- gleanvid: no code is public, so an independent reading of the paper ----------------------------------------------
+
+
+def glean_by_hand(x, grid, retention):
+    """Equations 3 to 13 with explicit projections: least squares for novelty, an orthonormal basis for spans."""
+    frames, size = grid.frames, grid.per_frame
+    mean = x.mean(0)
+    centred = x - mean
+    first = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    clean = (centred - (centred @ first)[:, None] * first[None] + mean).reshape(frames, size, -1)
+    raw = x.reshape(frames, size, -1)
+
+    def cell(t, n, of):
+        row, column = n // grid.width // 2 * 2, n % grid.width // 2 * 2
+        rows = [r for r in (row, row + 1) if r < grid.height]
+        columns = [c for c in (column, column + 1) if c < grid.width]
+        return torch.stack([of[t, r * grid.width + c] for r in rows for c in columns]).mean(0)
+
+    news = torch.zeros(frames, dtype=x.dtype)
+    for n in range(size):
+        history = []
+        for t in range(frames):
+            z = cell(t, n, clean)
+            if history:
+                h = torch.stack(history)
+                ridge = 1e-4 * (h @ h.T).trace() / len(h) * torch.eye(len(h), dtype=x.dtype)
+                b = h @ z
+                news[t] += (z @ z - b @ torch.linalg.inv(h @ h.T + ridge) @ b).clamp(min=0).sqrt()
+            else:
+                news[t] += z.norm()
+            history.append(z)
+    order = news.sort().values
+    gini = (
+        sum(2 * (i + 1) * float(r) for i, r in enumerate(order)) / (frames * float(news.sum())) - (frames + 1) / frames
+    )
+    even, budget = 0.6 - 0.4 * gini, kept_tokens(retention, frames * size)
+    quota = even * budget / frames + (1 - even) * budget * news / news.sum()
+    counts = quota.floor().long()
+    for t in sorted(range(frames), key=lambda t: -float(quota[t] - quota[t].floor()))[: budget - int(counts.sum())]:
+        counts[t] += 1
+    basis, kept = [], []
+    for t in range(frames):
+        near = []
+        far = []
+        for n in range(size):
+            token, c, f = raw[t, n], cell(t, n, raw), raw[t].mean(0)
+            likeness = float(token @ c / token.norm() / c.norm() - token @ f / token.norm() / f.norm())
+            near.append(math.log1p(math.exp(4 * likeness)) / 4)
+            rest = clean[t, n].clone()
+            for q in basis:
+                rest -= (rest @ q) * q
+            far.append(float(rest.norm()))
+        score = [
+            (a - min(near)) / (max(near) - min(near)) + (b - min(far)) / (max(far) - min(far))
+            for a, b in zip(near, far, strict=True)
+        ]
+        mine = sorted(sorted(range(size), key=lambda n: -score[n])[: int(counts[t])])
+        kept += [t * size + n for n in mine]
+        for n in mine:
+            rest = clean[t, n].clone()
+            for _ in range(2):
+                for q in basis:
+                    rest -= (rest @ q) * q
+            if len(basis) < len(rest) and rest.norm() > 1e-6:
+                basis.append(rest / rest.norm())
+    return kept
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(5, 4, 4), TokenGrid(4, 3, 5), TokenGrid(1, 4, 4)], ids=str)
+def test_gleanvid_equals_the_papers_equations(grid):
+    generator = torch.Generator().manual_seed(grid.width)
+    x = torch.randn(grid.num_tokens, 48, generator=generator, dtype=torch.float64) + 2
+    video = VideoTokens(x.float(), grid, torch.arange(grid.num_tokens)[None])
+    kept = load("gleanvid", retention=0.3).compress(video).indices
+    assert kept.tolist() == glean_by_hand(x, grid, 0.3)
+
+
+def test_gleanvids_open_choices_change_what_is_kept():
+    generator = torch.Generator().manual_seed(0)
+    grid = TokenGrid(8, 6, 6)
+    video = VideoTokens(torch.randn(288, 32, generator=generator) + 1, grid, torch.arange(288)[None])
+    plain = load("gleanvid").compress(video).indices
+    for field, value in {"debiased": False, "recentred": False, "sliding": True, "sharpness": 40.0}.items():
+        other = load("gleanvid", **{field: value}).compress(video).indices
+        assert len(other) == len(plain) and not torch.equal(other, plain), field
+
+
+def test_gleanvid_on_still_and_empty_videos():
+    grid = TokenGrid(4, 3, 3)
+    for tokens in (torch.zeros(36, 8), torch.ones(36, 8), torch.randn(1, 8).expand(36, 8).contiguous()):
+        kept = load("gleanvid", retention=0.5).compress(VideoTokens(tokens, grid, torch.arange(36)[None]))
+        assert kept.num_kept == 18 and bool(torch.isfinite(kept.scores).all())

@@ -102,6 +102,7 @@ compressors = Registry(
         "evs": "vidsieve.compressors.evs:EVS",
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
         "vcast": "vidsieve.compressors.vcast:VCast",
+        "gleanvid": "vidsieve.compressors.gleanvid:GleanVID",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
         "holitom": "vidsieve.compressors.holitom:HoliTom",
         "framefusion": "vidsieve.compressors.framefusion:FrameFusion",
