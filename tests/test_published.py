@@ -289,6 +289,214 @@ def test_prunevids_release_rounds_down_in_every_set():
     assert official_choice(scores, groups, 0.6).tolist() == [1, 4, 6], "⌊1.8⌋ and ⌊2.4⌋, best first"
 
 
+# -- FlashVID -----------------------------------------------------------------------------------------------
+
+
+def recorded_flashvid(case, variant="official", **changed):
+    """Return a recorded video, and the method with its settings before the LLM."""
+    import json
+    from pathlib import Path
+
+    from replays.flashvid import method_of
+
+    archive = np.load(Path(__file__).parent / "oracles" / "flashvid.npz")
+    frames, attention = (torch.from_numpy(archive[f"{case}/{key}"]) for key in ("x", "attn"))
+    grid = TokenGrid(len(frames), *archive[f"{case}/grid"].tolist())
+    video = VideoTokens(
+        frames.flatten(0, 1),
+        grid,
+        torch.arange(grid.num_tokens)[None],
+        encoder=EncoderOutputs(attention.flatten()),
+    )
+    return video, replace(method_of(json.loads(str(archive[f"{case}/cfg"]))), variant=variant, **changed)
+
+
+def brute_picks(rows, attention, spans, count, *, relevance, again):
+    """Return the picks of every frame in double precision, by reading all distances to all earlier picks."""
+    rows, found = rows.double(), []
+    for start, stop in spans:
+        event = rows[start:stop].mean(1)
+        for t in range(start, stop):
+            unit = rows[t] / rows[t].norm(dim=-1, keepdim=True)
+            distance = (1 - unit @ unit.T) * attention[t].double()
+            if relevance:
+                distance = distance * torch.stack([(x * event).sum(-1).mean() for x in rows[t]])
+            picks = [int(distance.sort(0).values[1].argmax())]
+            while len(picks) < count:
+                nearest = distance[picks].amin(0)
+                if not again:
+                    nearest[picks] = -torch.inf
+                picks.append(int(nearest.argmax()))
+            found.append(picks)
+    return found
+
+
+@pytest.mark.parametrize("relevance", [False, True])
+def test_flashvid_picks_what_is_farthest_by_weighted_cosine(relevance):
+    from vidsieve.compressors.flashvid import distinct_picks, relevances
+
+    video, spans = make_video(GRID, seed=5), [(0, 3), (3, 4), (4, 8)]
+    rows, attention = video.embeds.reshape(8, 35, -1) + 0.5, video.encoder.attention.reshape(8, 35)
+    event = relevances(rows, spans) if relevance else None
+    picks = distinct_picks(rows, attention, event, 12)
+    assert picks.tolist() == brute_picks(rows, attention, spans, 12, relevance=relevance, again=False)
+    assert picks.tolist() == distinct_picks(rows, attention, event, 35)[:, :12].tolist(), "fewer are the first of more"
+
+
+def test_flashvids_release_picks_a_token_again():
+    """Where all but one have a negative relevance, as features about a centre can; or only equal ones are left."""
+    from vidsieve.compressors.flashvid import distinct_picks, relevances
+
+    video = make_video(GRID, seed=5)
+    rows, attention = video.embeds.reshape(8, 35, -1), video.encoder.attention.reshape(8, 35)
+    spans = [(0, 4), (4, 8)]
+    centred = rows.clone()
+    centred[..., 0] = -10.0
+    centred[:, 4, 0] = 1000.0
+    equal = torch.cat([rows[:, :5]] * 7, 1)
+    for features in (centred, equal):
+        event = relevances(features, spans)
+        released = distinct_picks(features, attention, event, 12, again=True, exact=True)
+        ours = distinct_picks(features, attention, event, 12)
+        assert min(len(set(picks)) for picks in released.tolist()) < 12
+        assert all(len(set(picks)) == 12 for picks in ours.tolist())
+        first = distinct_picks(features, attention, None, 12, exact=True)
+        assert all(len(set(picks)) == 12 for picks in first.tolist()), "the release's first form does not"
+    for picks in ours.tolist():
+        assert len({place % 5 for place in picks[:5]}) == 5, "different tokens come before equal ones"
+        assert picks[5:] == sorted(set(range(35)) - set(picks[:5]))[:7], "the lowest first"
+    kept = {}
+    for variant in ("official", "ours"):
+        method = load("flashvid", retention=0.2, variant=variant, inner=False, alpha=1.0, segments=1, expansion=1.0)
+        kept[variant] = method.compress(replace(video, embeds=equal.flatten(0, 1))).num_kept
+    assert kept["official"] < kept["ours"] == 56
+
+
+@pytest.mark.parametrize("variant", ["ours", "official"])
+def test_flashvid_merges_a_tree_into_its_root(variant):
+    """A chain of norms 1 to 4 is 2.5 on average; the release divides its sum by the two of the root's link."""
+    from vidsieve.compressors.flashvid import merged_trees
+
+    line = torch.zeros(4, 3, 4)
+    line[:, 0, 0] = torch.tensor([1.0, 2, 3, 4])  # one kind of token that stays
+    line[:, 1, 1] = torch.tensor([1.0, 9, 9, 9])
+    line[1, 1], line[:, 2, 2] = torch.tensor([5.0, 0, 0, 0]), 7.0  # and for a frame there are two of the kind
+    free = torch.ones(4, 3, dtype=torch.bool)
+    free[:, 2] = False
+    places, tokens = merged_trees(line, free, 0.8, 4, variant == "official")
+    assert places.tolist() == [0, 1, 7]
+    chain = (1 + 2 + 3 + 4 + 5) / (3 if variant == "official" else 5)
+    assert tokens[:, 0].tolist() == pytest.approx([chain, 0, 0])
+    assert tokens[:, 1].tolist() == pytest.approx([0, 1, 9]), "a star is averaged by both"
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), release=st.booleans(), least=st.integers(0, 30))
+def test_flashvids_trees_equal_sums_passed_back_frame_by_frame(seed, release, least):
+    from vidsieve.compressors.flashvid import links, merged_trees
+
+    draw = torch.Generator().manual_seed(seed)
+    frames, free = torch.randn(6, 5, 3, generator=draw), torch.rand(6, 5, generator=draw) < 0.8
+    linked, parent = links(frames, free, 0.6, least, release)
+    unit = torch.nn.functional.normalize(frames, dim=-1)
+    for t, n in linked.nonzero().tolist():
+        others = unit[t - 1] @ unit[t, n]
+        assert free[t, n] and free[t - 1, parent[t, n]] and float(others[parent[t, n]]) > 0.6
+        assert float(others[parent[t, n]]) == pytest.approx(float(others[free[t - 1]].max()))
+    loose, _ = links(frames, free, 0.6, 0, release)
+    most = 30 - least
+    if int(loose.sum()) > most:
+        assert int(linked.sum()) == (max(0, most - 1) if release else most)
+    else:
+        assert torch.equal(linked, loose)
+    total, count = frames.clone(), torch.ones(6, 5, 1)
+    for t in range(5, 0, -1):
+        for n in linked[t].nonzero().flatten().tolist():
+            total[t - 1, parent[t, n]] += total[t, n]
+            count[t - 1, parent[t, n]] += 1 if release else count[t, n]
+    places, tokens = merged_trees(frames, free, 0.6, least, release)
+    assert places.tolist() == (free & ~linked).flatten().nonzero().flatten().tolist()
+    assert torch.allclose(tokens, (total / count).flatten(0, 1)[places], atol=1e-5)
+
+
+def test_flashvids_release_may_pick_a_token_and_merge_others_into_it():
+    from vidsieve.compressors.flashvid import distinct_picks, merged_segments
+
+    video, method = recorded_flashvid("c2_dups")
+    rows, attention = video.embeds.reshape(9, 49, -1), video.encoder.attention.reshape(9, 49)
+    picks = distinct_picks(rows, attention, None, 12)
+    alone = [(t, t + 1) for t in range(9)]
+    for release in (True, False):
+        indices, _ = merged_segments(rows, picks, alone, [(12, 4)] * 9, 0.8, release)
+        assert len(indices) == 9 * 16
+        assert (len(set(indices.tolist())) < 9 * 16) == release
+    released, count = method.compress(video), 9 * 16
+    assert released.num_kept < count, "an index that occurs twice is kept once"
+    ours = replace(method, variant="ours", retention=Tokens(count)).compress(video)
+    assert ours.num_kept == count
+
+
+def test_flashvids_release_keeps_up_to_a_token_more_in_every_frame():
+    video, method = recorded_flashvid("c0_ov")
+    assert method.compress(video).num_kept == 199, "12 times 16 of 49, rounded up three times"
+    assert replace(method, variant="ours").compress(video).num_kept == math.floor(0.25 * 588) == 147
+
+
+def test_flashvid_ours_merges_into_what_most_tokens_are_like():
+    """One neighbour, as the release has it for one cluster, is the token itself: every density is then the same."""
+    from vidsieve.compressors.flashvid import clustered
+
+    tokens = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    tokens[5:] = tokens[8] + 0.05 * tokens[5:]
+    chosen, means = clustered(tokens, 1, 7)
+    assert int(chosen) >= 5 and torch.allclose(means[0], tokens.mean(0), atol=1e-6)
+    video = replace(make_video(TokenGrid(1, 3, 4), width=8), embeds=tokens)
+    ours = load("flashvid", retention=Tokens(1), alpha=0.0, inner=False).compress(video)
+    assert int(ours.indices) == int(chosen)
+    official = load("flashvid", retention=1 / 12, variant="official", alpha=0.0, expansion=1.0, inner=False)
+    assert official.compress(video).indices.tolist() == [0], "without the release's noise the first token"
+
+
+def test_flashvid_clusters_nothing_where_trees_meet_the_budget():
+    from replays import noisy
+
+    video = make_video(GRID, seed=5)
+    rows = video.embeds.reshape(8, 35, -1)[:1].repeat(8, 1, 1)
+    still = replace(video, embeds=rows.flatten(0, 1))
+    method = load("flashvid", retention=0.5, segments=1, alpha=0.0, inner=False)
+    with noisy([]):  # no density is asked for
+        assert method.compress(still).num_kept == 140
+
+
+def test_flashvid_cuts_below_its_threshold_and_adds_what_is_missing():
+    from vidsieve.compressors.flashvid import cut
+
+    alike = torch.tensor([0.99, 0.2, 0.98, 0.97, 0.5, 0.95])
+    for release in (True, False):
+        assert cut(alike, 1, 0.9, release) == cut(alike, 3, 0.9, release) == [(0, 2), (2, 5), (5, 7)]
+        assert cut(alike, 4, 0.9, release) == [(0, 2), (2, 5), (5, 6), (6, 7)]
+        assert cut(torch.ones(0), 8, 0.9, release) == [(0, 1)]
+    few = torch.tensor([0.99, 0.2])
+    assert cut(few, 8, 0.9, False) == [(0, 1), (1, 2), (2, 3)]
+    assert cut(few, 8, 0.9, True) == [(0, 1), (1, 2), (2, 2), (2, 3)], "the release may cut at one place twice"
+    above = torch.tensor([1 + 1e-6, 0.2])  # by rounding
+    assert cut(above, 3, 0.9, False) == [(0, 1), (1, 2), (2, 3)] and cut(above, 3, 0.9, True)[0] == (0, 2)
+
+
+def test_flashvid_drops_inside_what_the_last_token_attends_to_least():
+    method = load("flashvid", retention=0.25)
+    ((layer, kept),) = method.stages(28, 1000)
+    assert (layer, kept) == (20, 300)
+    assert float(method.outer(28).retention) == pytest.approx(0.25 * 1.25), "the release's expansion"
+    official = load("flashvid", retention=0.25, variant="official")
+    assert official.outer(28).retention == 0.25 and official.stages(28, 61) == ((20, 19),), "rounded up"
+    assert official.stages(28, 10) == ((20, 3),) and load("flashvid").stages(28, 61) == ((20, 18),)
+    rows = torch.rand(4, 1, 30, generator=torch.Generator().manual_seed(0))
+    view = GivenView(20, 28, TokenGrid(1, 5, 6), torch.arange(30), rows={("last", 19): rows})
+    choice = method.step(view, 9)
+    assert choice.indices.tolist() == sorted(rows[:, 0].mean(0).topk(9).indices.tolist()) and choice.hidden is None
+
+
 # -- FrameFusion --------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,7 @@ compressors = Registry(
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",
         "sparsevlm": "vidsieve.compressors.sparsevlm:SparseVLM",
+        "flashvid": "vidsieve.compressors.flashvid:FlashVID",
     },
 )
 

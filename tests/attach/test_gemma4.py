@@ -188,7 +188,7 @@ def test_a_cache_of_fixed_length_is_served_where_frames_are_causal():
     assert CALLS["static cache"](Case(adapter_for(model), inputs, RANDOM))[0] <= TOLERANCE
 
 
-INSIDE = {"fastv", "pyramiddrop", "sparsevlm", "framefusion", "prunevid", "holitom", "dycoke"}
+INSIDE = {"fastv", "pyramiddrop", "sparsevlm", "framefusion", "prunevid", "holitom", "flashvid", "dycoke"}
 
 
 def method(name, family):
@@ -223,7 +223,7 @@ def test_every_method_runs_or_is_refused_before_the_model_does(kind):
     assert "differ in the sizes of their heads" in refused["fastv"]
 
 
-@pytest.mark.parametrize("name", ["prunevid", "holitom", "framefusion", "dycoke"])
+@pytest.mark.parametrize("name", ["prunevid", "holitom", "flashvid", "framefusion", "dycoke"])
 def test_the_part_before_the_llm_of_a_method_inside_it_runs(name):
     kind = tiny("gemma4")
     case = Case(

@@ -83,6 +83,14 @@ def test_holitom_equals_the_same_merge_without_a_cache(family, call):
     assert result.passed or (call == "static cache" and "needs a DynamicCache" in result.error), result
 
 
+@pytest.mark.parametrize("family", SIGNALS)
+def test_flashvid_equals_the_same_steps_without_a_cache(family):
+    method = vidsieve.load("flashvid", retention=0.6, layer=2)
+    for call in MAIN:
+        result = cell(family, "ragged batch 2", call, "sdpa", method)
+        assert result.passed, result
+
+
 @pytest.mark.parametrize("name", ["batch 1", "ragged batch 2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prunevid_equals_the_masks(family, name):

@@ -45,6 +45,7 @@ def test_every_published_method_with_records_is_compared():
         "evs",
         "fastv",
         "fastvid",
+        "flashvid",
         "framefusion",
         "holitom",
         "prunevid",

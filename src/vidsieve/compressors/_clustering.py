@@ -141,6 +141,12 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(rows) if rows else first[..., 0]
 
 
+def neighbours_alike(frames: Tensor) -> Tensor:
+    """Return the cosine (T − 1,) of every frame vector of (T, D) to the next."""
+    unit = F.normalize(frames, dim=-1)
+    return (unit[1:] * unit[:-1]).sum(-1)
+
+
 def along_time(frames: Tensor) -> Tensor:
     """Return the cosines (T − 1, n) of tokens (T, n, D) to the one a frame before at their place, in their dtype.
 

@@ -9,10 +9,9 @@ from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Distances, centres, most_alike, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, centres, most_alike, neighbours_alike, peak_scores, totals
 from vidsieve.compressors.base import Compressor, encoder_attention, within
 from vidsieve.errors import BudgetError, UnknownNameError
 from vidsieve.selection import even_counts, top_indices
@@ -104,12 +103,6 @@ class FastVID(Compressor):
 
 
 # -- segments and shares ------------------------------------------------------------------------------------
-
-
-def neighbours_alike(frames: Tensor) -> Tensor:
-    """Return the cosine (T − 1,) of every frame vector of (T, D) to the next."""
-    unit = F.normalize(frames, dim=-1)
-    return (unit[1:] * unit[:-1]).sum(-1)
 
 
 def cut(alike: Tensor, least: int, threshold: float) -> list[tuple[int, int]]:

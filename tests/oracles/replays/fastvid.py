@@ -12,12 +12,12 @@ from torch import Tensor
 
 from replays import Archive, Case, gap, groups, judged, noise_pieces, noisy, same_indices, with_newlines
 from vidsieve.adapters.families.llava_video import averaged
+from vidsieve.compressors._clustering import neighbours_alike
 from vidsieve.compressors.fastvid import (
     FastVID,
     Form,
     cut,
     merged_segments,
-    neighbours_alike,
     official_plan,
 )
 
