@@ -30,6 +30,7 @@ import plain.dycoke
 import plain.evs
 import plain.fastv
 import plain.fastvid
+import plain.flashvid
 import plain.framefusion
 import plain.holitom
 import plain.prunevid
@@ -124,6 +125,7 @@ def before_llm(name: str, method: Compressor, grid: TokenGrid) -> Case:
         "evs": lambda: plain.evs.select(frames, budget),
         "dycoke": lambda: plain.dycoke.select(frames, 0.9),
         "fastvid": lambda: plain.fastvid.select(frames, frames.mean(1), attention, ratio)[0],
+        "flashvid": lambda: plain.flashvid.select(frames, attention, ratio)[0],
         "holitom": lambda: plain.holitom.select(frames, attention, ratio)[0],
         "prunevid": lambda: plain.prunevid.select(frames, cluster=ratio),
         "framefusion": lambda: plain.framefusion.merge(
@@ -219,6 +221,7 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
 
     forms = {
         "fastv": fastv,
+        "flashvid": fastv,
         "pyramiddrop": pyramiddrop,
         "sparsevlm": sparsevlm,
         "holitom": holitom,

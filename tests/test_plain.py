@@ -19,6 +19,7 @@ import plain.dycoke  # noqa: E402
 import plain.evs  # noqa: E402
 import plain.fastv  # noqa: E402
 import plain.fastvid  # noqa: E402
+import plain.flashvid  # noqa: E402
 import plain.framefusion  # noqa: E402
 import plain.holitom  # noqa: E402
 import plain.prunevid  # noqa: E402
@@ -190,6 +191,30 @@ def test_holitom():
         best, made = plain.holitom.inside(hidden[start : start + length], row[start : start + length], keep)
         assert torch.equal(best + start, wanted[(wanted >= start) & (wanted < start + length)])
         assert close(made, recorded.of(case, "hidden_out")[0][start : start + keep])
+
+
+def test_flashvid():
+    recorded = Recorded("flashvid")
+    for case in recorded.cases(1, "out_idx"):
+        settings = json.loads(str(recorded.archive[f"{case}/cfg"]))
+        assert settings["expansion"] == 1.25
+        kept, made = plain.flashvid.select(
+            recorded.of(case, "x"),
+            recorded.of(case, "attn"),
+            settings["retention_ratio"],
+            settings["alpha"],
+            settings["temporal_threshold"],
+            settings["min_segment_num"] if settings["do_segment"] else 1,
+            settings["segment_threshold"] if settings["do_segment"] else -2.0,
+            settings["token_selection_method"] == "attn_div_v2",
+            iter(noise_pieces(recorded.archive, case)),
+        )
+        theirs, out = recorded.of(case, "out_idx").long(), recorded.of(case, "out")
+        assert torch.equal(kept.sort().values, theirs)
+        ours, wanted = (
+            np.lexsort((rows[:, 0].numpy(), places.numpy())).tolist() for rows, places in ((made, kept), (out, theirs))
+        )  # of an index that occurs twice the order is undefined
+        assert close(made[ours], out[wanted])
 
 
 def test_dycoke():
