@@ -194,7 +194,8 @@ def answer(
     with clock.part("preprocess", device):
         inputs = on_device(chat(processor, video, question), device)
     with clock.part("encode", device):
-        encoded = adapter.encode(inputs, needs=compressor.needs if compressor is not None else frozenset())
+        needs, front = (frozenset(), None) if compressor is None else (compressor.needs, compressor.front)
+        encoded = adapter.encode(inputs, needs=needs, front=front)
     return reply(adapter, processor, encoded, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock)
 
 

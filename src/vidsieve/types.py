@@ -19,6 +19,8 @@ from vidsieve.retention import Tokens as Tokens
 class Stage(Enum):
     """Where a method acts."""
 
+    FRAME = "before the vision encoder"
+    ENCODER = "inside the vision encoder"
     PRE_LLM = "before the LLM"
     LAYER = "inside LLM layers"
     DECODE = "while decoding"
@@ -158,6 +160,8 @@ class VideoTokens:
         Given to methods that need `Need.QUESTION`.
     encoder : EncoderOutputs or None
         Given to methods that need signals of the vision encoder.
+    whole : TokenGrid or None
+        Where the encoder merged frames: the video's grid with all of them, whose tokens budgets count.
 
     Raises
     ------
@@ -170,6 +174,7 @@ class VideoTokens:
     positions: Tensor
     prompt: Prompt | None = None
     encoder: EncoderOutputs | None = None
+    whole: TokenGrid | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.ndim != 2 or not self.embeds.is_floating_point():
@@ -185,6 +190,11 @@ class VideoTokens:
     def num_tokens(self) -> int:
         """N."""
         return self.grid.num_tokens
+
+    @property
+    def counted_tokens(self) -> int:
+        """The number of tokens that a retention is a fraction of: N, and those of frames that the encoder merged."""
+        return (self.whole or self.grid).num_tokens
 
 
 @dataclass(frozen=True)

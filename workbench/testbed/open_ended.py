@@ -82,7 +82,7 @@ def statements(caption: str) -> list[str]:
 def prompts(adapter: Adapter, processor: Any, scene: OpenScene, turns: Sequence[Sequence[str]]) -> Encoded:
     """Return a batch of conversations about a scene; each is a question, or question, answer, question."""
     encoded = adapter.encode(prompt_inputs(processor, scene.features, turns))
-    return encoded.with_signals(scene.features.encoder)
+    return encoded.with_signals(scene.features)
 
 
 def prompt_inputs(processor: Any, features: VideoFeatures, turns: Sequence[Sequence[str]]) -> dict[str, Any]:

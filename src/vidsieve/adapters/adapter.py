@@ -28,6 +28,7 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import FULL, SLIDING, check_layers, check_model, layer_kinds, synchronise
 from vidsieve.compressors._decoder import BlockShape, LayerState
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.front import Front
 from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor, layers_in_words
 from vidsieve.errors import (
     NeedError,
@@ -45,11 +46,17 @@ Method = TypeVar("Method", bound=Compressor)
 class Adapter(Family):
     """The way from a batch of prompts to a pruned one, for the model of a family."""
 
-    def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
+    def encode(
+        self,
+        inputs: Mapping[str, Any],
+        videos: Videos = None,
+        needs: frozenset[Need] = frozenset(),
+        front: Front | None = None,
+    ) -> Encoded:
         """Return a batch with its videos encoded and located.
 
         `videos` names the frames of each video as (first, count) for families whose frames are images; `needs` says
-        which signals of the vision encoder are wanted.
+        which signals of the vision encoder are wanted, `front` what acts before or inside it.
 
         Raises
         ------
@@ -77,19 +84,23 @@ class Adapter(Family):
             )
         if not self.holds_video(ids):
             raise PromptError("the prompt has no video placeholder: put the video into the chat message")
-        spans, images = self.locate(ids, inputs, videos, needs)
+        spans, images = self.locate(ids, inputs, videos, needs, front)
+        whole = mask
         for span in spans:
             if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
                 raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")
             if span.surplus_columns.numel():
                 mask = mask.clone()
                 mask[span.row, span.surplus_columns] = 0
+                # Of the surplus, frames that the encoder merged have had their positions.
+                whole = whole.clone()
+                whole[span.row, span.surplus_columns[len(span.surplus_columns) - span.features.surplus :]] = 0
         given = inputs.get("position_ids")
         if given is not None and self.layout != "installed":
             raise UnsupportedCallError(
                 f"leave position_ids out: they count the tokens of another layout than {self.layout!r}"
             )
-        positions = self.unpack_positions(given) if given is not None else self._positions(ids, mask, inputs)
+        positions = self.unpack_positions(given) if given is not None else self._positions(ids, whole, inputs)
         known = {"input_ids", "attention_mask", "position_ids", "mm_encoder_outputs", "mm_token_type_ids"}
         known |= {*self.video_keys, *self.image_keys}
         known -= {*self.column_keys}
@@ -105,7 +116,8 @@ class Adapter(Family):
         span = encoded.videos[video]
         positions = encoded.positions[self.position_rows, span.row][:, span.columns].to(span.features.embeds.device)
         prompt = self.prompt(encoded, video) if Need.QUESTION in needs else None
-        return VideoTokens(span.features.embeds, span.features.grid, positions, prompt, span.features.encoder)
+        features = span.features
+        return VideoTokens(features.embeds, features.grid, positions, prompt, features.encoder, features.whole)
 
     def prompt(self, encoded: Encoded, video: int) -> Prompt:
         """Return the whole prompt around one video of a batch, padding removed, on the video's device."""
@@ -152,6 +164,7 @@ class Adapter(Family):
                 f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
             )
         check_model(self.model)
+        self.check_front(compressor.front)
         for need in sorted(compressor.needs - self.provides, key=lambda need: need.name):
             if need is not Need.LAYER_ATTENTION or compressor.acts is not Stage.PRE_LLM:
                 raise self._lacking(compressor, need)
@@ -195,6 +208,11 @@ class Adapter(Family):
         """Refuse to drop tokens at or before a layer that would not run correctly on the remaining ones."""
         if compressor.retention == 1.0:
             return
+        front = compressor.front
+        if front is not None and front.stage is Stage.ENCODER and compressor.outer(len(self.decoder_layers)) is None:
+            raise StageError(
+                f"{compressor.name} has no part before the LLM, and would not count the frames that {front.name} merges"
+            )
         first = self._check_cuts(compressor, "drop tokens")
         if first < self.deep_layers:
             raise StageError(
@@ -323,8 +341,18 @@ class Adapter(Family):
                     f"budget is {budget} of {video.num_tokens}"
                 )
             selections.append(selection)
-            named = {"method": outer.name, "variant": outer.variant, "nominal": str(outer.retention)}
-            trace = VideoTrace.of(span.row, span.features.grid, selection, spent, **named)
+            trace = VideoTrace.of(
+                span.row,
+                span.features.grid,
+                selection,
+                spent,
+                method=outer.title,
+                variant=outer.variant,
+                nominal=str(outer.retention),
+                encoded=span.features.encoded,
+                frames=span.features.frames,
+                whole=span.features.whole,
+            )
             newlines = int(span.features.kept_tail(selection.indices).sum())
             traces.append(replace(trace, newlines=newlines))
         return selections, traces
@@ -447,4 +475,4 @@ class Adapter(Family):
     ) -> Plan:
         """Return the plan of running a batch of the processor's outputs: check, encode, select, build."""
         self.check(compressor)
-        return self.plan(self.encode(inputs, videos, compressor.needs), compressor, generator)
+        return self.plan(self.encode(inputs, videos, compressor.needs, compressor.front), compressor, generator)

@@ -30,6 +30,10 @@ class VideoFeatures:
     `encoder` holds signals of the vision encoder where a method needs them. Where `per_row` is set, one newline closes
     each row of the grid (E = T·H) and stays where its row keeps a token; otherwise newlines follow the whole video and
     always stay. `surplus` placeholders of the prompt stand for nothing: they are left out.
+
+    Of a video whose frames were merged inside the encoder, `grid` counts those that are left; `frames` (T',) int64 are
+    the frames of `whole`, the grid that the prompt has placeholders for, that they stand for. `encoded` is the number
+    of frames that went through the encoder, where a method before it decided.
     """
 
     embeds: Tensor
@@ -39,6 +43,36 @@ class VideoFeatures:
     encoder: EncoderOutputs | None = None
     per_row: bool = False
     surplus: int = 0
+    frames: Tensor | None = None
+    whole: TokenGrid | None = None
+    encoded: int | None = None
+
+    def at_frames(self, frames: Tensor) -> VideoFeatures:
+        """Return the video of `frames` (T',) int64, numbers among the T of this one, in their order.
+
+        Newlines that follow the whole video are as they were.
+        """
+
+        def taken(rows: Tensor) -> Tensor:
+            return rows.reshape(self.grid.frames, -1, rows.shape[-1])[frames.to(rows.device)].flatten(0, 1)
+
+        signals = self.encoder
+        if signals is not None:
+            attention = None if signals.attention is None else taken(signals.attention[:, None])[:, 0]
+            signals = EncoderOutputs(attention, None if signals.keys is None else taken(signals.keys))
+        return replace(
+            self,
+            embeds=taken(self.embeds),
+            grid=replace(self.grid, frames=len(frames)),
+            tail=taken(self.tail) if self.per_row else self.tail,
+            deep=tuple(map(taken, self.deep)),
+            encoder=signals,
+        )
+
+    @property
+    def prompted(self) -> TokenGrid:
+        """The grid that the prompt has placeholders for."""
+        return self.whole or self.grid
 
     def kept_tail(self, indices: Tensor) -> Tensor:
         """Return a mask (E,) bool of the tail tokens that stay with grid tokens `indices` (K,)."""
@@ -102,9 +136,10 @@ class Encoded:
         """Return for each video the selection that keeps all of its tokens."""
         return [Selection(torch.arange(v.features.grid.num_tokens, device=v.columns.device)) for v in self.videos]
 
-    def with_signals(self, signals: EncoderOutputs | None) -> Encoded:
-        """Return the batch with the vision encoder's signals of one video, which all of its prompts are about."""
-        videos = (replace(v, features=replace(v.features, encoder=signals)) for v in self.videos)
+    def with_signals(self, video: VideoFeatures) -> Encoded:
+        """Return the batch with what the encoder told of one video, which all of its prompts are about."""
+        told = (replace(v.features, encoder=video.encoder, encoded=video.encoded) for v in self.videos)
+        videos = (replace(v, features=features) for v, features in zip(self.videos, told, strict=True))
         return replace(self, videos=tuple(videos))
 
 

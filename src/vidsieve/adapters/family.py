@@ -13,13 +13,15 @@ import transformers
 from torch import Tensor
 
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
+from vidsieve.adapters.front import merging, sources
 from vidsieve.adapters.locate import find_images, find_videos
 from vidsieve.adapters.probe import Signals, listening, signals
 from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features, execution_device
-from vidsieve.errors import NeedError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
+from vidsieve.compressors.front import EncoderFront, FrameFront, Front
+from vidsieve.errors import NeedError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.io import versions
-from vidsieve.types import ENCODER_NEEDS, Need
+from vidsieve.types import ENCODER_NEEDS, Need, Stage
 
 T = TypeVar("T")
 
@@ -67,6 +69,9 @@ class Family(ABC):
         Why it does not provide others, where that is not plain; ends a sentence.
     cls_token : bool
         True if the vision tower has a class token.
+    fronts : frozenset of Stage
+        Where methods may act before the encoder's output: `Stage.FRAME` where `frame_cells` and `frames_of` say how
+        the pixels of independent frames are told apart, `Stage.ENCODER` where frames are the rows of `encoder_blocks`.
 
     Parameters
     ----------
@@ -99,6 +104,7 @@ class Family(ABC):
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
     lacks: ClassVar[Mapping[Need, str]] = {}
     cls_token: ClassVar[bool] = False
+    fronts: ClassVar[frozenset[Stage]] = frozenset()
 
     def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
         if reason := self.too_old():
@@ -283,11 +289,16 @@ class Family(ABC):
         return False
 
     def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
+        self,
+        ids: Tensor,
+        inputs: Mapping[str, Any],
+        videos: Videos,
+        needs: frozenset[Need],
+        front: Front | None = None,
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every video and every prompt's still images, encoded and located by their placeholders."""
         images = self.locate_images(ids, inputs)
-        return find_videos(ids, self.video_token_id, self.features(inputs, needs)), images
+        return find_videos(ids, self.video_token_id, self.features(inputs, needs, front)), images
 
     def locate_images(self, ids: Tensor, inputs: Mapping[str, Any]) -> tuple[ImageSpan, ...]:
         """Return the still images of every prompt, encoded and located by their placeholders."""
@@ -295,8 +306,12 @@ class Family(ABC):
             return ()
         return find_images(ids, self.image_token_id, *self.image_features(inputs))
 
-    def features(self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset()) -> list[VideoFeatures]:
+    def features(
+        self, inputs: Mapping[str, Any], needs: frozenset[Need] = frozenset(), front: Front | None = None
+    ) -> list[VideoFeatures]:
         """Return every video of a batch, with the signals of the vision encoder that are needed."""
+        if front is not None:
+            return self._fronted(inputs, needs, front)
         videos, probe = self.probed(lambda: self.video_features(inputs), inputs, needs)
         if probe is None:
             return videos
@@ -305,6 +320,84 @@ class Family(ABC):
             replace(video, encoder=probe.part(start, video.grid.num_tokens))
             for video, start in zip(videos, starts, strict=False)
         ]
+
+    # -- before and inside the encoder ------------------------------------------------------------------------
+
+    def check_front(self, front: Front | None, inputs: Mapping[str, Any] | None = None) -> None:
+        """Refuse a method that acts before the encoder's output where this family, or the call, does not let it.
+
+        Raises
+        ------
+        UnsupportedCallError
+        """
+        if front is None:
+            return
+        if front.stage not in self.fronts:
+            raise UnsupportedCallError(
+                f"{front.name} acts {front.stage.value}, and the {self.family} adapter does not say how frames are "
+                "told apart there: leave it out"
+            )
+        given = inputs or {}
+        if any(encoder_features(given, modality) is not None for modality in {"video", self.modality}):
+            raise UnsupportedCallError(
+                f"{front.name} acts {front.stage.value}, and the call brings ready features: send the video's pixels"
+            )
+
+    def frame_cells(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return by video the pixels (T, C, V) of its frames: V values of each of the C cells that a frame has.
+
+        A frame is one of the grid's, and encoded without regard to others. A cell is what becomes one token, or, where
+        tokens are pooled from overlapping patches, one patch.
+        """
+        raise NotImplementedError(f"{self.family} has fronts {self.fronts} and no frame_cells")
+
+    def frames_of(self, inputs: Mapping[str, Any], video: int, frames: Tensor) -> dict[str, Any]:
+        """Return the arguments of a call that has the `frames` (T',) int64 of one video alone."""
+        raise NotImplementedError(f"{self.family} has fronts {self.fronts} and no frames_of")
+
+    def encoder_blocks(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Return the blocks of the vision tower, (F, S, d) → (F, S, d), up to the last that the projector reads."""
+        last, blocks = self.probe_point(inputs)[1], []
+        for module in self.model.modules():
+            if any(child is last for child in module.children()):
+                blocks = [block for block in self.model.modules() if type(block) is type(module)]
+                return blocks[: blocks.index(module) + 1]
+        return blocks
+
+    def surplus(self, frames: int) -> int:
+        """Return the number of placeholders of a video of `frames` that stand for nothing; most families have none."""
+        return 0
+
+    def _fronted(self, inputs: Mapping[str, Any], needs: frozenset[Need], front: Front) -> list[VideoFeatures]:
+        """Return every video of a batch, encoded one by one under a method before or inside the encoder."""
+        self.check_front(front, inputs)
+        videos = []
+        for number, frames in enumerate(self.frame_cells(inputs)):
+            if isinstance(front, FrameFront):
+                kept, places = sources(front, frames)
+                (video,) = self.features(self.frames_of(inputs, number, kept), needs)
+                video = replace(video.at_frames(places), surplus=self.surplus(len(frames)), encoded=len(kept))
+            else:
+                video = self._merged(self.frames_of(inputs, number, torch.arange(len(frames))), needs, front)
+            videos.append(video)
+        return videos
+
+    def _merged(self, inputs: Mapping[str, Any], needs: frozenset[Need], front: Front) -> VideoFeatures:
+        """Return the one video of a call, whose frames a method merges inside the encoder."""
+        if not isinstance(front, EncoderFront):
+            raise StageError(f"{front.name} acts {front.stage.value}: derive it from FrameFront or EncoderFront")
+        (count,) = (len(frames) for frames in self.frame_cells(inputs))
+        projector = self.model.get_submodule(self.projector)
+        with merging(front, self.encoder_blocks(inputs), projector, count) as left:
+            ((video,), probe) = self.probed(lambda: self.video_features(inputs), inputs, needs)
+        whole, short = video.grid, video.at_frames(left[0])
+        if probe is not None:
+            told = replace(video, encoder=probe.part(0, whole.num_tokens))
+            # Of a block before all merging, signals are of all frames.
+            short = replace(
+                short, encoder=(told.at_frames(left[0]) if len(probe.attention) == whole.num_tokens else told).encoder
+            )
+        return replace(short, frames=left[0], whole=whole)
 
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the vision tower's configuration and the attention module of the block whose output is projected."""

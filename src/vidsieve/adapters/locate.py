@@ -40,7 +40,8 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
         If placeholders and features do not agree in number.
     """
     rows, columns = (ids == token_id).nonzero(as_tuple=True)
-    sizes = [v.grid.num_tokens + v.tail.shape[0] + v.surplus for v in videos]
+    tails = [v.prompted.frames * v.prompted.height if v.per_row else v.tail.shape[0] for v in videos]
+    sizes = [v.prompted.num_tokens + tail + v.surplus for v, tail in zip(videos, tails, strict=True)]
     check_count(len(rows), sum(sizes), "video", len(videos))
     spans, start = [], 0
     for video, size in zip(videos, sizes, strict=True):
@@ -48,14 +49,29 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
         if int(row[0]) != int(row[-1]):
             raise PromptError("a video's placeholders run from one prompt of the batch into the next")
         used = where[: size - video.surplus]
-        split, width = video.grid.num_tokens, video.grid.width
+        split, width = video.prompted.num_tokens, video.grid.width
         tokens, tail = used[:split], used[split:]
         if video.per_row:
             lines = used.view(-1, width + 1)
             tokens, tail = lines[:, :width].flatten(), lines[:, width]
-        spans.append(VideoSpan(int(row[0]), tokens, tail, video, where[len(used) :]))
+        surplus = where[len(used) :]
+        if video.frames is not None:
+            tokens, rest = _of_frames(tokens, video)
+            surplus = torch.cat([rest, surplus])
+            if video.per_row:
+                tail, rest = _of_frames(tail, video)
+                surplus = torch.cat([rest, surplus])
+        spans.append(VideoSpan(int(row[0]), tokens, tail, video, surplus))
         start += size
     return tuple(spans)
+
+
+def _of_frames(columns: Tensor, video: VideoFeatures) -> tuple[Tensor, Tensor]:
+    """Return those of columns (n,), equally many a frame of the prompt, of the frames that are left, and the others."""
+    assert video.frames is not None
+    table, left = columns.view(video.prompted.frames, -1), video.frames.to(columns.device)
+    others = torch.ones(len(table), dtype=torch.bool, device=columns.device).index_fill(0, left, False)
+    return table[left].flatten(), table[others].flatten()
 
 
 def find_images(

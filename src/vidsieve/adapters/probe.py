@@ -101,6 +101,11 @@ class Signals:
     attention: Tensor
     keys: Tensor
 
+    def at(self, frames: Tensor, size: int) -> Signals:
+        """Return the signals of `frames` (F,) int64, numbers among those that were encoded, of `size` tokens each."""
+        rows = (frames[:, None] * size + torch.arange(size)).flatten().to(self.keys.device)
+        return Signals(self.attention[rows], self.keys[rows])
+
     def part(self, start: int, count: int) -> EncoderOutputs:
         """Return the signals of `count` tokens from `start` on."""
         return EncoderOutputs(self.attention[start : start + count], self.keys[start : start + count])

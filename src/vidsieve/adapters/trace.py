@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidsieve.compressors.inside import layers_in_words
 from vidsieve.types import Selection, TokenGrid
@@ -41,16 +42,33 @@ class VideoTrace:
     """For methods that act while decoding: mean over steps of the share of the kept tokens that later layers read."""
     newlines: int = 0
     """Tokens outside the grid that stay; budgets do not count them."""
+    encoded: int | None = None
+    """For methods before the vision encoder: the number of frames that went through it."""
+    frames_left: int | None = None
+    """For methods inside the vision encoder: the number of frames that came out of it."""
 
     @classmethod
     def of(
-        cls, row: int, grid: TokenGrid, kept: Selection, select_ms: float, *, method: str, variant: str, nominal: str
+        cls,
+        row: int,
+        grid: TokenGrid,
+        kept: Selection,
+        select_ms: float,
+        *,
+        method: str,
+        variant: str,
+        nominal: str,
+        encoded: int | None = None,
+        frames: Tensor | None = None,
+        whole: TokenGrid | None = None,
     ) -> VideoTrace:
-        """Return the record of one selection."""
+        """Return the record of one selection; the last three are as in `VideoFeatures`."""
         indices = kept.indices.cpu()
+        if frames is not None and whole is not None:
+            indices, grid = frames[indices // grid.per_frame] * grid.per_frame + indices % grid.per_frame, whole
         if grid.places is not None:
             indices = torch.tensor(grid.places)[indices]
-        frames = torch.bincount(indices // grid.whole.per_frame, minlength=grid.frames)
+        per_frame = torch.bincount(indices // grid.whole.per_frame, minlength=grid.frames)
         return cls(
             row,
             grid,
@@ -58,10 +76,12 @@ class VideoTrace:
             variant,
             nominal,
             kept.num_kept,
-            tuple(frames.tolist()),
+            tuple(per_frame.tolist()),
             tuple(indices.tolist()),
             kept.embeds is not None,
             select_ms,
+            encoded=encoded,
+            frames_left=None if frames is None else len(frames),
         )
 
     @property
@@ -78,6 +98,13 @@ class VideoTrace:
     def layer_retention(self) -> float:
         """The fraction of tokens that layers see on average: K / N for methods before the LLM."""
         return self.real_retention if self.held is None else self.held
+
+    @property
+    def before(self) -> str:
+        """Summary of what acted before or inside the vision encoder; empty without it."""
+        frames = self.grid.frames
+        encoded = "" if self.encoded is None else f"; encoded {self.encoded} of {frames} frames"
+        return encoded if self.frames_left is None else f"; {self.frames_left} of {frames} frames left the encoder"
 
     @property
     def inside(self) -> str:
@@ -109,6 +136,8 @@ class VideoTrace:
             "stage_layers": list(self.layers),
             "attention_layers": list(self.attention_layers),
             "decode_share": self.decoded,
+            "encoded_frames": self.encoded,
+            "frames_left": self.frames_left,
         }
 
 
@@ -147,7 +176,7 @@ class Trace:
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
                 f"({video.real_retention:.1%}{video.inside}, grid {video.grid}){ends} in {video.select_ms:.1f} ms; "
-                f"per frame {' '.join(map(str, video.per_frame))}; positions {self.positions}"
+                f"per frame {' '.join(map(str, video.per_frame))}{video.before}; positions {self.positions}"
             )
         if not lines:
             lines = ["nothing pruned yet"]

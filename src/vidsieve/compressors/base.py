@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.compressors.front import Front
 from vidsieve.errors import BudgetError, NeedError, SelectionError, UnknownNameError
 from vidsieve.retention import check_retention
 from vidsieve.selection import kept_tokens, least_retention, top_indices
@@ -37,6 +38,8 @@ class Compressor(ABC):
         Fraction of the video tokens kept, 0 < R ≤ 1, or an exact count.
     variant : str
         ``"ours"`` (exact budget, stable ties), ``"paper"`` or ``"official"``, those that exist.
+    ahead : Front or None
+        What acts before or inside the vision encoder, set by `Pipeline`; see `front`.
 
     Raises
     ------
@@ -61,6 +64,7 @@ class Compressor(ABC):
 
     retention: float | Tokens = 0.25
     variant: str = "ours"
+    ahead: Front | None = dataclasses.field(default=None, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention", check_retention(self.retention))
@@ -76,7 +80,10 @@ class Compressor(ABC):
 
     def budget(self, video: VideoTokens) -> int:
         """Return K, the number of tokens kept of `video`."""
-        return self.compress(video).num_kept if self.adaptive_budget else kept_tokens(self.retention, video.num_tokens)
+        return self.compress(video).num_kept if self.adaptive_budget else self._allowed(video)
+
+    def _allowed(self, video: VideoTokens) -> int:
+        return min(video.num_tokens, kept_tokens(self.retention, video.counted_tokens))
 
     def budget_above(self, video: VideoTokens, floor: int, reason: str) -> int:
         """Return ⌊R·N⌋ of a method that must keep `floor` tokens.
@@ -86,7 +93,7 @@ class Compressor(ABC):
         BudgetError
             If it is less; the message has `reason` and the least retention.
         """
-        budget, total = kept_tokens(self.retention, video.num_tokens), video.num_tokens
+        budget, total = self._allowed(video), video.num_tokens
         if budget < floor:
             least = least_retention(floor, total)
             advice = f"a retention from {least:g} to 1" if least < 1 else "all of it"
@@ -135,9 +142,19 @@ class Compressor(ABC):
         return self.stage
 
     @property
+    def front(self) -> Front | None:
+        """What acts before or inside the vision encoder; None for most methods."""
+        return self.ahead
+
+    @property
+    def title(self) -> str:
+        """The name, with that of the `front` before it."""
+        return self.name if self.front is None else f"{self.front.name}+{self.name}"
+
+    @property
     def idle(self) -> bool:
         """True if this instance changes nothing."""
-        return self.retention == 1.0
+        return self.retention == 1.0 and self.front is None
 
     def outer(self, num_layers: int) -> Compressor | None:
         """Return the part before an LLM of `num_layers` layers, at its own budget; None if there is none."""
@@ -161,7 +178,7 @@ class Compressor(ABC):
         """Return name, variant and budget for traces and tables, and the part if one runs alone."""
         rate = str(self.retention) if isinstance(self.retention, Tokens) else f"{self.retention:g}"
         part = "outer part, " if self.part == "outer part" else ""
-        return f"{self.name} ({part}variant {self.variant}, retention {rate})"
+        return f"{self.title} ({part}variant {self.variant}, retention {rate})"
 
 
 @dataclass(frozen=True)

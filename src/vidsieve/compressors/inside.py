@@ -214,7 +214,7 @@ class DecodeCompressor(InnerCompressor):
     @property
     def idle(self) -> bool:
         """True if this instance changes nothing: all tokens are cached, and all are read."""
-        return self.retention == 1.0 and self.acts is not Stage.DECODE
+        return super().idle and self.acts is not Stage.DECODE
 
     @abstractmethod
     def first_layer(self, num_layers: int) -> int:

@@ -14,6 +14,7 @@ from torch import nn
 from vidsieve import registry
 from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
 from vidsieve.loading import is_testbed, load, policy_folder, policy_name, shipped_policies
 from vidsieve.policies import CONFIG
@@ -42,13 +43,18 @@ class Condition:
         """Return the columns of a table that describe the condition, as values for JSON."""
         method = self.method
         return {
-            "method": "full" if method is None else method.name,
+            "method": "full" if method is None else method.title,
             "variant": "-" if method is None else method.variant,
             "part": "" if method is None else method.part,
             "policy": self.label,
             "retention": "1" if method is None else retention_text(method.retention),
             "frames": self.frames,
         }
+
+    @property
+    def front(self) -> Front | None:
+        """What acts before the vision encoder's output, so that conditions do not share it."""
+        return None if self.method is None else self.method.front
 
     @property
     def key(self) -> str:

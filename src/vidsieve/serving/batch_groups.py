@@ -314,7 +314,7 @@ class Answerer:
         method = self.method
         try:
             inputs = on_device(chat(self.processor, video, row.prompt), self.adapter.device)
-            encoded = self.adapter.encode(inputs, needs=frozenset() if method is None else method.needs)
+            encoded = self.adapter.encode(inputs, None, *(() if method is None else (method.needs, method.front)))
             end = int(encoded.positions.max()) + 1 + self.settings.max_new_tokens
             if 0 < self.window < end:
                 raise PromptError(
@@ -355,7 +355,7 @@ class Answerer:
             prompt.row.outcome(
                 answer=text.strip(),
                 kept=count,
-                total=sum(span.features.grid.num_tokens for span in prompt.encoded.videos),
+                total=sum(span.features.prompted.num_tokens for span in prompt.encoded.videos),
                 prompt_tokens=length,
                 frames=prompt.frames,
             )

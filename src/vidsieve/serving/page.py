@@ -114,16 +114,18 @@ class Desk:
 
         video = self._videos.get((path, changed), read)
 
+        front = None if compressor is None else compressor.front
+
         def encode() -> Encoded:
             with clock.part("preprocess"):
                 inputs = chat(self.processor, video, question)
             with clock.part("encode", device):
-                return self.adapter.encode(on_device(inputs, device), needs=self._needs)
+                return self.adapter.encode(on_device(inputs, device), needs=self._needs, front=front)
 
         if not self._model.acquire(timeout=PATIENCE):
             raise VidsieveError("the model is answering others: ask again in a minute")
         try:
-            encoded = self._prompts.get((path, changed, question), encode)
+            encoded = self._prompts.get((path, changed, question, front), encode)
             return reply(self.adapter, self.processor, encoded, compressor, clock=clock), video
         finally:
             self._model.release()

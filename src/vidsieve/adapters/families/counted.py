@@ -12,11 +12,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
-from vidsieve.adapters.families.llava_onevision import layer_options
+from vidsieve.adapters.families.llava_onevision import LlavaOnevisionAdapter, layer_options
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
-from vidsieve.types import TokenGrid
+from vidsieve.types import Stage, TokenGrid
 
 
 class CountedAdapter(Adapter):
@@ -64,6 +64,10 @@ class StackedAdapter(CountedAdapter):
     """
 
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
+
+    frame_cells = LlavaOnevisionAdapter.frame_cells
+    frames_of = LlavaOnevisionAdapter.frames_of
 
     def encode_frames(self, pixels: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the features of every frame of videos (videos, T, 3, H, W), T·n rows of D a video, in order."""

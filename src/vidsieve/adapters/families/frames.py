@@ -14,11 +14,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.family import Videos
+from vidsieve.adapters.front import cells, sources
 from vidsieve.adapters.locate import check_count
 from vidsieve.adapters.probe import block_mean
 from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.compressors.front import FrameFront, Front
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
 class FrameAdapter(Adapter):
@@ -31,6 +33,7 @@ class FrameAdapter(Adapter):
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     modality: ClassVar[Literal["video", "image"]] = "image"
     image_keys: ClassVar[tuple[str, ...]] = ()
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
 
     @abstractmethod
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -75,25 +78,64 @@ class FrameAdapter(Adapter):
         grid = TokenGrid(len(frames), self.frame_side, self.frame_side)
         return [VideoFeatures(frames.flatten(0, 1), grid, frames[:0, 0])]
 
+    def images(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the pixels (F, 3, H, W) of every image of a batch, in order."""
+        return inputs["pixel_values"]  # type: ignore[no-any-return]
+
+    def images_of(self, inputs: Mapping[str, Any], frames: Tensor) -> dict[str, Any]:
+        """Return the arguments of a call that has some images (F',) int64 of a batch alone."""
+        pixels = self.images(inputs)
+        return {**inputs, "pixel_values": pixels[frames.to(pixels.device)]}
+
+    def _reused(
+        self, inputs: Mapping[str, Any], ids: Tensor, videos: Videos, front: FrameFront
+    ) -> tuple[Tensor, Tensor]:
+        """Return which of all images (E,) are encoded, and by image its number (F,) among them."""
+        pixels, vision = self.images(inputs), self.model.config.vision_config
+        taken, size = torch.arange(len(pixels)), self.frame_side**2
+        rows = (ids == self.image_token_id).nonzero()[:, 0]
+        check_count(len(rows), len(pixels) * size, "image", len(pixels))
+        patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+        for start, length in _videos(videos, rows[::size].tolist()):
+            kept, places = sources(front, cells(pixels[start : start + length], patch))
+            taken[start : start + length] = start + kept[places]
+        encoded = torch.unique(taken)
+        return encoded, torch.searchsorted(encoded, taken)
+
     def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
+        self,
+        ids: Tensor,
+        inputs: Mapping[str, Any],
+        videos: Videos,
+        needs: frozenset[Need],
+        front: Front | None = None,
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return the videos and the images outside them, located by their placeholders."""
+        self.check_front(front, inputs)
+        size, places = self.frame_side**2, None
+        if isinstance(front, FrameFront):
+            encoded, places = self._reused(inputs, ids, videos, front)
+            inputs = self.images_of(inputs, encoded)
         frames, probe = self.probed(lambda: self.frame_features(inputs), inputs, needs)  # (F, n, D)
-        count, size = len(frames), self.frame_side**2
+        if places is not None:
+            frames = frames[places.to(frames.device)]
+            probe = None if probe is None else probe.at(places, size)
+        count = len(frames)
         rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
         check_count(len(rows), count * size, "image", count)
         first, last, where = rows.view(count, size)[:, 0], rows.view(count, size)[:, -1], columns.view(count, size)
         if not torch.equal(first, last):
             raise PromptError("an image's placeholders run from one prompt of the batch into the next")
-        chosen = _runs(first.tolist()) if videos is None else _checked(videos, first.tolist())
+        chosen = _videos(videos, first.tolist())
         side, spans = self.frame_side, []
         outside = torch.ones(count, dtype=torch.bool, device=ids.device)
         for start, length in chosen:
             outside[start : start + length] = False
             tokens = frames[start : start + length].flatten(0, 1)
             signals = probe.part(start * size, length * size) if probe is not None else None
-            video = VideoFeatures(tokens, TokenGrid(length, side, side), tokens[:0], encoder=signals)
+            through = None if places is None else len(torch.unique(places[start : start + length]))
+            grid = TokenGrid(length, side, side)
+            video = VideoFeatures(tokens, grid, tokens[:0], encoder=signals, encoded=through)
             span = where[start : start + length].flatten()
             spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))
         images = []
@@ -123,6 +165,11 @@ class FrameAdapter(Adapter):
     ) -> BaseModelOutputWithPooling:
         """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
         return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
+
+
+def _videos(videos: Videos, rows: list[int]) -> list[tuple[int, int]]:
+    """Return (first, count) of every video among images of prompts `rows`."""
+    return _runs(rows) if videos is None else _checked(videos, rows)
 
 
 def _runs(rows: list[int]) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors._decoder import BlockShape
+from vidsieve.compressors.front import Front
 from vidsieve.errors import NeedError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
@@ -41,7 +42,13 @@ class Gemma4Adapter(CountedAdapter):
     lacks: ClassVar[Mapping[Need, str]] = {Need.LAYER_ATTENTION: f"its LLM's layers {DIFFERENT}"}
     projector: ClassVar[str] = "model.embed_vision"
 
-    def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
+    def encode(
+        self,
+        inputs: Mapping[str, Any],
+        videos: Videos = None,
+        needs: frozenset[Need] = frozenset(),
+        front: Front | None = None,
+    ) -> Encoded:
         """Return a batch with its videos encoded and located, as `Adapter.encode`; sounds are refused."""
         ids = inputs.get("input_ids")
         if inputs.get("input_features") is not None or (ids is not None and self.holds_sound(ids)):
@@ -49,7 +56,7 @@ class Gemma4Adapter(CountedAdapter):
                 f"audio and videos in one call are not supported for {self.family}: leave input_features and the "
                 "audio out of the prompt, or call the model as it is"
             )
-        return super().encode(inputs, videos, needs)
+        return super().encode(inputs, videos, needs, front)
 
     def holds_sound(self, ids: Tensor) -> bool:
         """True if prompts (B, L) hold placeholders of a sound."""

@@ -19,6 +19,7 @@ from vidsieve.adapters.family import Family, Videos
 from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.front import Front
 from vidsieve.errors import NeedError, PromptError, StageError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.types import Need, Selection, Stage, TokenGrid
 
@@ -40,6 +41,7 @@ class GenericAdapter(MropeAdapter):
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     image_keys: ClassVar[tuple[str, ...]] = ()
+    fronts: ClassVar[frozenset[Stage]] = frozenset()
 
     def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
         if convention == "legacy":
@@ -122,7 +124,13 @@ class GenericAdapter(MropeAdapter):
 
     # -- the proof --------------------------------------------------------------------------------------------
 
-    def encode(self, inputs: Mapping[str, Any], videos: Videos = None, needs: frozenset[Need] = frozenset()) -> Encoded:
+    def encode(
+        self,
+        inputs: Mapping[str, Any],
+        videos: Videos = None,
+        needs: frozenset[Need] = frozenset(),
+        front: Front | None = None,
+    ) -> Encoded:
         """Return a batch with its videos encoded and located; the first one is compared with the model alone.
 
         Raises
@@ -137,7 +145,7 @@ class GenericAdapter(MropeAdapter):
         if not self._proven and self.carries_video(inputs) and inputs.get("input_ids") is not None:
             self._prove(inputs)
             self._proven = True
-        return super().encode(inputs, videos, needs)
+        return super().encode(inputs, videos, needs, front)
 
     def _prove(self, inputs: Mapping[str, Any]) -> None:
         """Compare the logits of the last token of every prompt."""

@@ -11,10 +11,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
+from vidsieve.adapters.front import cells
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
-from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
 class LlavaOnevisionAdapter(Adapter):
@@ -28,6 +29,7 @@ class LlavaOnevisionAdapter(Adapter):
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images", "vision_aspect_ratio")
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return each video of ``pixel_values_videos`` (videos, T, 3, H, W), or of ready features."""
@@ -42,6 +44,16 @@ class LlavaOnevisionAdapter(Adapter):
             grid = TokenGrid((tokens.shape[0] - 1) // side**2, side, side)
             videos.append(VideoFeatures(tokens[:-1], grid, tokens[-1:]))
         return videos
+
+    def frame_cells(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the pixels of each video's frames by the patches of the vision tower."""
+        patch = self.model.config.vision_config.patch_size
+        return [cells(frames, patch) for frames in inputs["pixel_values_videos"]]
+
+    def frames_of(self, inputs: Mapping[str, Any], video: int, frames: Tensor) -> dict[str, Any]:
+        """Return a call with some frames of one video."""
+        pixels = inputs["pixel_values_videos"][video]
+        return {**inputs, "pixel_values_videos": pixels[frames.to(pixels.device)][None]}
 
     def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
         """Return the video (1, N + 1, D) with its newline."""

@@ -64,11 +64,13 @@ class LlavaVideoAdapter(LlavaOnevisionAdapter):
     def _video(self, lines: Tensor, newlines: Tensor) -> VideoFeatures:
         """Return a video of rows of tokens (T·side, side, D), each with its newline (T·side, D)."""
         side = lines.shape[1]
-        frames = len(lines) // side
-        surplus = frames * (side + 1) ** 2 + 1 - frames * side * (side + 1)
-        return VideoFeatures(
-            lines.flatten(0, 1), TokenGrid(frames, side, side), newlines, per_row=True, surplus=surplus
-        )
+        grid = TokenGrid(len(lines) // side, side, side)
+        return VideoFeatures(lines.flatten(0, 1), grid, newlines, per_row=True, surplus=self.surplus(grid.frames))
+
+    def surplus(self, frames: int) -> int:
+        """Return the placeholders that the installed layout has too many: those of its larger grid, and its newline."""
+        side = self._patches // 2
+        return frames * (side + 1) ** 2 + 1 - frames * side * (side + 1)
 
     def ready_features(self, video: VideoFeatures) -> dict[str, Any]:
         """Return the video (1, N + T·side, D), a newline after each row, marked as of this layout."""

@@ -17,7 +17,7 @@ from vidsieve.adapters.locate import needed, runs
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
-from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
 class MropeAdapter(Adapter):
@@ -33,6 +33,7 @@ class MropeAdapter(Adapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
     projector: ClassVar[str] = "model.visual.merger"
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to.
@@ -58,9 +59,7 @@ class MropeAdapter(Adapter):
         if ready is None:
             pixels = inputs["pixel_values_videos"].to(self.device)
             ready = self.model.model.get_video_features(pixels, grids, return_dict=True)
-        vision = self.model.config.vision_config
-        merge, across = vision.spatial_merge_size, getattr(vision, "temporal_merge_size", 1)
-        shapes = [TokenGrid(t // across, h // merge, w // merge) for t, h, w in grids.tolist()]
+        shapes = self._shapes(grids)
         sizes = [grid.num_tokens for grid in shapes]
         parts = torch.split(torch.cat(list(ready.pooler_output)), sizes)
         deep = [torch.split(layer, sizes) for layer in deep_features(ready)]
@@ -68,6 +67,29 @@ class MropeAdapter(Adapter):
             VideoFeatures(part, grid, part[:0], tuple(layer[number] for layer in deep))
             for number, (part, grid) in enumerate(zip(parts, shapes, strict=True))
         ]
+
+    def _shapes(self, grids: Tensor) -> list[TokenGrid]:
+        """Return the token grids of videos of ``video_grid_thw`` (videos, 3)."""
+        vision = self.model.config.vision_config
+        merge, across = vision.spatial_merge_size, getattr(vision, "temporal_merge_size", 1)
+        return [TokenGrid(t // across, h // merge, w // merge) for t, h, w in grids.tolist()]
+
+    def frame_cells(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the patches of each temporal step, a cell for each token: the patches that are merged to it."""
+        grids = needed(inputs, "video_grid_thw", "a video")
+        parts = torch.split(inputs["pixel_values_videos"], grids.prod(1).tolist())
+        shapes = [(shape.frames, shape.per_frame) for shape in self._shapes(grids)]
+        return [part.reshape(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+
+    def frames_of(self, inputs: Mapping[str, Any], video: int, frames: Tensor) -> dict[str, Any]:
+        """Return a call with the patches of some temporal steps of one video."""
+        grids = inputs["video_grid_thw"]
+        pixels = torch.split(inputs["pixel_values_videos"], grids.prod(1).tolist())[video]
+        grid = grids[video : video + 1].clone()
+        grid[0, 0] = grid[0, 0] // self._shapes(grid)[0].frames * len(frames)
+        steps = pixels.reshape(self._shapes(grids)[video].frames, -1, pixels.shape[-1])
+        pixels = steps[frames.to(pixels.device)].flatten(0, 1)
+        return {**inputs, "pixel_values_videos": pixels, "video_grid_thw": grid}
 
     def image_features(self, inputs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the images of ``pixel_values`` by ``image_grid_thw`` (images, 3), or of ready features."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import check_count
+from vidsieve.compressors.front import Front
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.types import Need, TokenGrid
+from vidsieve.types import Need, Stage, TokenGrid
 
 Encoding = tuple[Tensor, int, int]
 """A piece that is not located: features (n, D), and the rows and columns of its tokens."""
@@ -49,6 +50,8 @@ Frames = tuple[Sequence[Sequence[Piece]], int]
 
 class PieceAdapter(Adapter):
     """Base of families that tell videos apart by what lies between their pieces in the prompt."""
+
+    fronts: ClassVar[frozenset[Stage]] = frozenset()
 
     @abstractmethod
     def pieces(self, inputs: Mapping[str, Any]) -> list[Encoding]:
@@ -83,9 +86,15 @@ class PieceAdapter(Adapter):
         return [VideoFeatures(embeds, TokenGrid(len(pieces), *shapes.pop()), embeds[:0])]
 
     def locate(
-        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need]
+        self,
+        ids: Tensor,
+        inputs: Mapping[str, Any],
+        videos: Videos,
+        needs: frozenset[Need],
+        front: Front | None = None,
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return every grid of frames and every prompt's still images, located by their placeholders."""
+        self.check_front(front, inputs)
         pieces = find_pieces(ids, self.video_token_id, self.pieces(inputs))
         spans = []
         for row in dict.fromkeys(piece.row for piece in pieces):

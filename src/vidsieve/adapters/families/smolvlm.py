@@ -34,6 +34,20 @@ class SmolVLMAdapter(FrameAdapter):
         features = torch.cat([part.reshape(-1, part.shape[-1]) for part in ready.pooler_output])
         return features.reshape(-1, self.frame_side**2, features.shape[-1])
 
+    def images(self, inputs: Mapping[str, Any]) -> Tensor:
+        """Return the images of ``pixel_values`` that are not padding, which is zero."""
+        pixels: Tensor = inputs["pixel_values"].flatten(0, 1)
+        return pixels[pixels.flatten(1).any(1)]
+
+    def images_of(self, inputs: Mapping[str, Any], frames: Tensor) -> dict[str, Any]:
+        """Return a call with some of the images that are not padding, as if they were one prompt's."""
+        parts = {name: inputs.get(name) for name in self.video_keys}
+        real = inputs["pixel_values"].flatten(0, 1).flatten(1).any(1)
+        chosen = {
+            name: part.flatten(0, 1)[real][frames.to(real.device)] for name, part in parts.items() if part is not None
+        }
+        return {**inputs, **{name: part[None] for name, part in chosen.items()}}
+
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the last block."""
         return self.model.config.vision_config, attention_modules(self.model.model.vision_model)[-1]

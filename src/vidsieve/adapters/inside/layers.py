@@ -82,18 +82,29 @@ class LayerRun(InnerRun):
     def held(self) -> list[float]:
         """Mean over layers of the fraction of a video's tokens that the layer sees, by video."""
         seen = [sum(self._history(number, self.depth)) for number in range(len(self.videos))]
-        return [total / (self.depth * v.grid.num_tokens) for total, v in zip(seen, self.videos, strict=True)]
+        whole = [(video.whole or video.grid).num_tokens for video in self.videos]
+        return [total / (self.depth * count) for total, count in zip(seen, whole, strict=True)]
 
     def traces(self) -> list[VideoTrace]:
         """Return the trace of each video after the last stage; later steps do not change it."""
         if self.listed:
             return self.listed
-        named = {"method": self.compressor.name, "variant": self.compressor.variant}
-        nominal, traces = str(self.compressor.retention), []
+        traces = []
         spent = [self.select_ms + outer for outer in self.outer_ms or [0.0] * len(self.videos)]
         left = [indices.sort().values for indices in self.left]
         for number, (video, indices, held, ms) in enumerate(zip(self.videos, left, self.held, spent, strict=True)):
-            trace = VideoTrace.of(video.row, video.grid, Selection(indices), ms, **named, nominal=nominal)
+            trace = VideoTrace.of(
+                video.row,
+                video.grid,
+                Selection(indices),
+                ms,
+                method=self.compressor.title,
+                variant=self.compressor.variant,
+                nominal=str(self.compressor.retention),
+                encoded=video.encoded,
+                frames=video.frames,
+                whole=video.whole,
+            )
             newlines = int(video.kept_newlines(indices).sum())
             seen = self._history(number, self.depth)
             fewer = tuple(layer for layer in self.stages if seen[layer] < seen[layer - 1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class PlacedVideo:
         `Selection.groups`.
     placed_newlines : Tensor or None, (E',), bool
         Mask of the video's newlines that are in the prompt; None: all.
+    encoded, frames, whole : as in `VideoFeatures`
     """
 
     row: int
@@ -42,6 +43,9 @@ class PlacedVideo:
     indices: Tensor
     groups: Tensor | None = None
     placed_newlines: Tensor | None = None
+    encoded: int | None = None
+    frames: Tensor | None = None
+    whole: TokenGrid | None = None
 
     def at(self, indices: Tensor) -> Tensor:
         """Return the columns of grid tokens, raster indices among those placed."""
@@ -65,7 +69,9 @@ def place(encoded: Encoded, kept_positions: Tensor, selections: Sequence[Selecti
         newlines = span.tail_columns[tail]
         columns, ends = (torch.searchsorted(kept, some.contiguous()) for some in (span.columns[indices], newlines))
         grid, per_row = span.features.grid, span.features.per_row
-        placed.append(PlacedVideo(span.row, columns, grid, ends, per_row, indices, selection.groups, tail))
+        video = PlacedVideo(span.row, columns, grid, ends, per_row, indices, selection.groups, tail)
+        features = span.features
+        placed.append(replace(video, encoded=features.encoded, frames=features.frames, whole=features.whole))
     return tuple(placed)
 
 

@@ -36,7 +36,7 @@ from vidsieve.io.faults import contained
 from vidsieve.options import chosen
 from vidsieve.training.data.wording import Wording, prompt_about, worded
 from vidsieve.training.judging import judge
-from vidsieve.types import ENCODER_NEEDS, Need
+from vidsieve.types import ENCODER_NEEDS, Need, Stage
 from vidsieve.video.reading import Video, read_video
 
 WAYS = ("generate", "choice")
@@ -136,11 +136,16 @@ class QuestionsTask:
                 faults |= {item.id: str(error) for item in items}
                 records = [Measurement(reason=str(error))]
                 break
-            for item, encoded in self._encoded(video, items, able, faults):
-                for condition in able:
-                    if condition.key not in refused:
-                        with contained(faults, item.id, PromptError), contained(refused, condition.key, BudgetError):
-                            records.append(self._record(encoded, item, condition))
+            for front in dict.fromkeys(condition.front for condition in able):
+                alike = [condition for condition in able if condition.front == front]
+                for item, encoded in self._encoded(video, items, alike, faults):
+                    for condition in alike:
+                        if condition.key not in refused:
+                            with (
+                                contained(faults, item.id, PromptError),
+                                contained(refused, condition.key, BudgetError),
+                            ):
+                                records.append(self._record(encoded, item, condition))
         records += [Measurement(condition=key, reason=reason) for key, reason in refused.items()]
         return records + [Measurement(item=item, reason=reason) for item, reason in faults.items()]
 
@@ -149,24 +154,28 @@ class QuestionsTask:
     ) -> Iterator[tuple[Item, Encoded]]:
         """Yield every question's prompt; the vision encoder runs once where the processor allows it.
 
+        What acts before its output is the same in all conditions.
         Questions that cannot be asked are left out, with the reason in `faults`.
         """
         methods = [condition.method for condition in conditions if condition.method is not None]
         needs: frozenset[Need] = frozenset().union(*(method.needs for method in methods)) & ENCODER_NEEDS
         device = self.adapter.device
         wording: Wording | None = None
-        with_pixels = False  # some processors make prompts together with the pixels only
+        front = conditions[0].front if conditions else None
+        # Some processors make prompts together with the pixels only; of merged frames prompts need the pixels too.
+        with_pixels = front is not None and front.stage is Stage.ENCODER
         for item in items:
             text = item.prompt(self.benchmark.closing)
             try:
                 if wording is None and not with_pixels:
                     try:
                         inputs, wording = worded(self.processor, video, text)
-                        (features,) = self.adapter.features(on_device(inputs, device), needs)
+                        (features,) = self.adapter.features(on_device(inputs, device), needs, front)
                     except UnsupportedCallError:
                         with_pixels = True
                 if wording is None:
-                    encoded = self.adapter.encode(on_device(chat(self.processor, video, text), device), needs=needs)
+                    inputs = on_device(chat(self.processor, video, text), device)
+                    encoded = self.adapter.encode(inputs, None, needs, front)
                 else:
                     encoded = prompt_about(self.adapter, self.processor, features, wording, text)
             except PromptError as error:
@@ -177,7 +186,7 @@ class QuestionsTask:
     def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
         """Return the answer to one question under one condition."""
         text, score, prompt, traces = self._answer(encoded, item, condition)
-        total = sum(span.features.grid.num_tokens for span in encoded.videos)
+        total = sum(span.features.prompted.num_tokens for span in encoded.videos)
         values: dict[str, Any] = {"said": text, "score": score, "kept": total, "total": total, "layers": 1.0}
         if traces:
             values["kept"] = sum(trace.kept for trace in traces)

@@ -282,7 +282,7 @@ def read_scene(
         index,
         cast,
         questions,
-        encoded.with_signals(features[0].encoder),
+        encoded.with_signals(features[0]),
         torch.tensor([[WORD_ID[w] for w in q.options] for q in questions]),
         torch.tensor([q.options.index(q.answer) for q in questions]),
     )

@@ -228,11 +228,11 @@ def one_pass(
     with clock.part("preprocess", device):
         inputs = on_device(task.prompts(video), device)
     with clock.part("vision encoder", device), _projecting(adapter, clock):
-        encoded = adapter.encode(inputs, needs=method.needs if method is not None else frozenset())
+        encoded = adapter.encode(inputs, None, *(() if method is None else (method.needs, method.front)))
     clock.ms["vision encoder"] -= clock.ms.setdefault("projector", 0.0)
     run = generated(adapter, encoded, method, clock, tokens=task.new_tokens, seed=task.seed, exactly=exactly)
     traces = run.plan.traces
-    total = sum(span.features.grid.num_tokens for span in encoded.videos)
+    total = sum(span.features.prompted.num_tokens for span in encoded.videos)
     before, after = int(encoded.input_ids.shape[1]), int(run.plan.inputs["input_ids"].shape[1])
     layers = sum(trace.layer_retention * trace.total for trace in traces) / total if traces else 1.0
     # Methods inside the LLM begin with more tokens and end with fewer.

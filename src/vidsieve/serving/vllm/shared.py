@@ -78,6 +78,8 @@ def settings_of(config: Any) -> VllmSettings | None:
     method = load(str(fields["method"]), fields.get("policy"), **options)
     if method.acts is not Stage.PRE_LLM:
         raise StageError(f"{method.name} acts {method.acts.value}: vLLM runs methods that act before the LLM")
+    if method.front is not None:
+        raise StageError(f"{method.front.name} acts {method.front.stage.value}, which vLLM runs itself: leave it out")
     if needs := method.needs & ENCODER_NEEDS:
         names = ", ".join(sorted(need.value for need in needs))
         raise NeedError(f"{method.name} needs {names}: vLLM returns nothing from inside its vision encoder")

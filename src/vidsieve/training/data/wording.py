@@ -125,4 +125,4 @@ def prompt_about(adapter: Adapter, processor: Any, features: VideoFeatures, word
     """Return a prompt that asks a question about a video that is encoded already."""
     inputs = on_device(wording.inputs(processor, question), adapter.device)
     ready = {"mm_encoder_outputs": adapter.ready_features(features)}
-    return adapter.encode(inputs | ready).with_signals(features.encoder)
+    return adapter.encode(inputs | ready).with_signals(features)
