@@ -9,6 +9,7 @@ from vidsieve.adapters import prune as prune
 from vidsieve.compressors.base import Compressor as Compressor
 from vidsieve.compressors.base import ScoreCompressor as ScoreCompressor
 from vidsieve.compressors.composed import Pipeline as Pipeline
+from vidsieve.compressors.reuse import Reuse as Reuse
 from vidsieve.errors import VidsieveError as VidsieveError
 from vidsieve.loading import load as load
 from vidsieve.registry import compressors as compressors

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.composed import AllTokens, Pipeline
+from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
 from vidsieve.policies import CONFIG, read_config
@@ -27,7 +29,8 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or the folder of a trained policy or of its training run.
+        A registered name, or the folder of a trained policy or of its training run; ``reuse+NAME`` puts `Reuse` before
+        it, and ``reuse`` alone keeps every token.
     policy : str or Path, optional
         Folder of the policy of a trained method; ``"testbed"`` for the one in the package.
     **fields
@@ -40,6 +43,16 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     PolicyError
         If a policy is missing, not needed, unreadable, or of another method.
     """
+    front, rest = split_front(str(name_or_path))
+    if front:
+        known = {field.name for field in dataclasses.fields(registry.fronts.get(front))}
+        first = registry.fronts.get(front)(**{name: fields.pop(name) for name in known & fields.keys()})
+        if rest:
+            return put_before(first, load(rest, policy, **fields))
+        _check_fields(front, AllTokens, fields)
+        if policy is not None:
+            raise PolicyError(f"{front} is not trained and takes no policy; leave {policy} out")
+        return AllTokens(ahead=first, **fields)
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
         name, policy = read_config(folder).type, folder
@@ -48,10 +61,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         if name not in registry.compressors and len(Path(name).parts) > 1:
             raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
     method = registry.compressors.get(name)
-    known = {f.name for f in dataclasses.fields(method)}
-    for field in fields:
-        if field not in known:
-            raise UnknownNameError(f"field of {name}", field, known - {"policy"})
+    _check_fields(name, method, fields)
     if not method.trained:
         if policy is not None:
             raise PolicyError(f"{name} is not trained and takes no policy; leave {policy} out")
@@ -65,6 +75,25 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}")
     loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
     return loaded
+
+
+def _check_fields(name: str, method: type[Compressor], fields: dict[str, Any]) -> None:
+    """Refuse arguments that are no fields of a method."""
+    known = {field.name for field in dataclasses.fields(method)}
+    for field in fields:
+        if field not in known:
+            raise UnknownNameError(f"field of {name}", field, known - {"policy"})
+
+
+def split_front(name: str) -> tuple[str, str]:
+    """Return the name of what acts before the vision encoder's output, "" if there is none, and the method's, or ""."""
+    front, _, rest = name.partition("+")
+    return (front, rest) if front in registry.fronts else ("", name)
+
+
+def put_before(front: Front, method: Compressor) -> Compressor:
+    """Return a method with another before it, at its own retention."""
+    return Pipeline(front, method, method.retention)
 
 
 def policy_folder(path: str | Path) -> Path:

@@ -113,6 +113,8 @@ compressors = Registry(
     },
 )
 
+fronts = Registry("method before the LLM's input", "vidsieve.fronts", {"reuse": "vidsieve.compressors.reuse:Reuse"})
+
 families = Registry(
     "model family",
     "vidsieve.families",

@@ -81,6 +81,31 @@ def test_answers_are_those_of_a_single_call(questions, conditions, testbed, whol
             assert sample["indices"] == [list(trace.indices) for trace in said.traces]
 
 
+def test_conditions_that_encode_otherwise_do_not_share_an_encoding(questions, testbed, monkeypatch):
+    """Each asked alone answers as in one run, and the encoder runs once for every way of encoding."""
+    model, processor = testbed
+    adapter, seen = adapter_for(model), []
+    method = vidsieve.load("divprune", retention=0.3)
+    conditions = [Condition(), Condition(method), Condition(vidsieve.Pipeline(vidsieve.Reuse(1e9), method, 0.3))]
+    conditions = [replace(condition, frames=4) for condition in conditions]
+    features = type(adapter).features
+
+    def noting(self, inputs, needs=frozenset(), front=None):
+        if "pixel_values_videos" in inputs:
+            seen.append(None if front is None else front.name)
+        return features(self, inputs, needs, front)
+
+    task = QuestionsTask(BENCHMARK, questions[:2], adapter, processor, "testbed", max_new_tokens=2, indices=True)
+    alone = [record for one in conditions for record in task.measure(str(questions[0].video), [one])]
+    monkeypatch.setattr(type(adapter), "features", noting)
+    records = task.measure(str(questions[0].video), conditions)
+    assert [front for front in seen if front is None or front == "reuse"][:1] == [None] and seen.count("reuse") == 1
+    by = {(record.item, record.condition): record.values for record in records}
+    assert by == {(record.item, record.condition): record.values for record in alone} and len(by) == 6
+    first, last = (by[questions[0].id, conditions[number].key]["indices"] for number in (1, 2))
+    assert first != last
+
+
 def test_the_table_counts_what_failed(whole, questions):
     result = whole[1]
     assert (result["questions"], result["videos"], len(result["rows"])) == (3 * ASKED, 3, 4)

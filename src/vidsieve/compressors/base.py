@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -15,6 +15,9 @@ from vidsieve.errors import BudgetError, NeedError, SelectionError, UnknownNameE
 from vidsieve.retention import check_retention
 from vidsieve.selection import kept_tokens, least_retention, top_indices
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def within(default: Any, interval: str) -> Any:
@@ -70,8 +73,7 @@ class Compressor(ABC):
         object.__setattr__(self, "retention", check_retention(self.retention))
         if self.variant not in self.variants:
             raise UnknownNameError(f"variant of {self.name}", self.variant, self.variants)
-        for field in dataclasses.fields(self):
-            _check_bounds(field, getattr(self, field.name))
+        check_bounds(self)
 
     @property
     def adaptive_budget(self) -> bool:
@@ -195,6 +197,17 @@ class ScoreCompressor(Compressor):
         if scores.shape != (video.num_tokens,):
             raise SelectionError(f"{self.name}.score must return ({video.num_tokens},), got {tuple(scores.shape)}")
         return Selection(top_indices(scores, budget), scores=scores)
+
+
+def check_bounds(method: DataclassInstance) -> None:
+    """Refuse a method whose fields lie outside the bounds that `within` gives them.
+
+    Raises
+    ------
+    BudgetError
+    """
+    for field in dataclasses.fields(method):
+        _check_bounds(field, getattr(method, field.name))
 
 
 def _check_bounds(field: dataclasses.Field[Any], value: object) -> None:

@@ -1,15 +1,16 @@
-"""Two methods in a row under one budget: the first before the LLM, the second inside it or while decoding."""
+"""Two methods in a row: one before the vision encoder's output, before the LLM, inside it or while decoding."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.front import Front
 from vidsieve.compressors.inside import (
     DecodeCompressor,
     DecodeView,
@@ -22,16 +23,19 @@ from vidsieve.errors import BudgetError, StageError
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
 
-def Pipeline(first: Compressor, second: Compressor, retention: float | Tokens) -> Compressor:
-    """Return a method that runs `first` before the LLM and `second` on the tokens it kept, under one total budget.
+def Pipeline(
+    first: Compressor | Front, second: Compressor | None = None, retention: float | Tokens = 1.0
+) -> Compressor:
+    """Return a method that runs `first` and then `second` on what it kept, under one total budget.
 
     Parameters
     ----------
-    first : Compressor
-        Acts before the LLM, at its own retention.
-    second : Compressor
-        Acts inside the LLM, with no part before it, or while decoding. Its retention (while decoding: its share of
-        cached tokens that are read) is computed from the total.
+    first : Compressor or Front
+        Acts before the LLM, at its own retention; or, as `Reuse`, before or inside the vision encoder.
+    second : Compressor, optional
+        After a `Front` any method, at the total; None keeps all tokens. After a `Compressor` one that acts inside the
+        LLM, with no part before it, or while decoding: its retention (while decoding: its share of cached tokens that
+        are read) is computed from the total.
     retention : float or Tokens
         Mean over layers of the tokens that they see; where `second` acts while decoding, of the tokens that its layers
         read at a step. A ratio or a count, like `first`'s.
@@ -39,10 +43,19 @@ def Pipeline(first: Compressor, second: Compressor, retention: float | Tokens) -
     Raises
     ------
     StageError
-        If one of them does not act where it must.
+        If one of them does not act where it must, or there are two before the vision encoder's output.
     BudgetError
         If the total is more than `first` keeps, or one is a ratio and the other a count.
     """
+    if isinstance(first, Front):
+        method = AllTokens(retention) if second is None else second.with_retention(retention)
+        if method.front is not None:
+            raise StageError(f"{method.front.name} acts {method.front.stage.value} already: leave {first.name} out")
+        return dataclasses.replace(method, ahead=first)
+    if second is None:
+        raise StageError(f"{first.name} acts alone: attach it without a pipeline")
+    if first.front is not None and second.front is not None:
+        raise StageError(f"both methods bring one before the encoder's output: leave {second.front.name} out")
     if first.acts is not Stage.PRE_LLM:
         raise StageError(f"the first of two methods acts before the LLM, {first.name} acts {first.acts.value}")
     if isinstance(second, LayerCompressor) and second.acts is Stage.LAYER:
@@ -68,11 +81,37 @@ def _left(first: Compressor, retention: float | Tokens) -> float:
     return float(share)
 
 
+@dataclass(frozen=True)
+class AllTokens(Compressor):
+    """Every token: what a method before the vision encoder leaves if none follows it; built by `Pipeline`."""
+
+    name: ClassVar[str] = "all"
+    paper: ClassVar[str] = "baseline"
+
+    retention: float | Tokens = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention != 1.0:
+            raise BudgetError(
+                f"{self.title} keeps every token: ask for a retention of 1, or put a method behind it (NAME+METHOD)"
+            )
+
+    @property
+    def title(self) -> str:
+        """The name of what acts before it."""
+        return self.name if self.front is None else self.front.name
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        raise BudgetError("every token is kept: there is nothing to select")
+
+
 class _Delegating:
     """Properties that two methods in a row derive from each; a mixin before the base class of the second."""
 
     first: Compressor
     second: InnerCompressor
+    ahead: Front | None
 
     @property
     def name(self) -> str:
@@ -88,6 +127,11 @@ class _Delegating:
     def needs(self) -> frozenset[Need]:
         """Needs of both."""
         return self.first.needs | self.second.needs
+
+    @property
+    def front(self) -> Front | None:
+        """That of either."""
+        return self.ahead or self.first.front or self.second.front
 
     @property
     def lookback(self) -> int:

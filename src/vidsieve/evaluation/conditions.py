@@ -16,7 +16,7 @@ from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
-from vidsieve.loading import is_testbed, load, policy_folder, policy_name, shipped_policies
+from vidsieve.loading import is_testbed, load, policy_folder, policy_name, put_before, shipped_policies, split_front
 from vidsieve.policies import CONFIG
 from vidsieve.types import Stage, Tokens
 
@@ -93,7 +93,7 @@ def conditions_of(
 
 def label_of(name: str) -> str:
     """Return the label of a method's conditions: its name where that is a folder, else empty."""
-    return name if is_folder(name) else ""
+    return name if is_folder(split_front(name)[1]) else ""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -139,7 +139,8 @@ def named_methods(
 
 def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[str, Any]:
     """Return those of `fields` that a method has, and ``earliest`` if it is True and the method has it."""
-    if is_folder(name):
+    name = split_front(name)[1]
+    if not name or is_folder(name):
         return {}
     known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
     wanted = fields | ({"earliest": True} if earliest else {})
@@ -147,7 +148,7 @@ def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[st
 
 
 def method_for(name: str, model: str | None = "testbed", policy: str | None = None, **fields: Any) -> Compressor:
-    """Return the method with a name, ``name:variant`` or policy folder, for a model.
+    """Return the method with a name, ``name:variant`` or policy folder, ``reuse+`` before it or alone, for a model.
 
     Parameters
     ----------
@@ -160,6 +161,11 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
     ------
     UnknownNameError, PolicyError
     """
+    front, rest = split_front(name)
+    if front:
+        if not rest:
+            return load(front, policy, **fields)
+        return put_before(registry.fronts.get(front)(), method_for(rest, model, policy, **fields))
     if is_folder(name):
         return load(name, policy, **fields)
     base, _, variant = name.partition(":")
@@ -188,21 +194,29 @@ def check_known(name: str) -> None:
     ------
     UnknownNameError, PolicyError
     """
+    given, (front, name) = name, split_front(name)
     base = name.partition(":")[0]
-    if name not in ("all", "full") and not is_folder(name) and base not in registry.compressors:
+    if (front and not name) or given in ("all", "full"):
+        return
+    if not is_folder(name) and base not in registry.compressors:
         if len(Path(name).parts) > 1:
             raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
         raise UnknownNameError("compressor", name, registry.compressors)
 
 
 def check_prefill(methods: Mapping[str, Compressor]) -> None:
-    """Refuse methods that act while decoding: the testbed reads its answers from the prefill.
+    """Refuse methods that act where the testbed does not: its scenes are encoded, its answers read from the prefill.
 
     Raises
     ------
     StageError
     """
     for method in methods.values():
+        if method.front is not None:
+            raise StageError(
+                f"{method.front.name} acts {method.front.stage.value}, and the testbed encodes a scene once for all "
+                "methods: attach it to a model, or try it with `vidsieve ask`"
+            )
         if method.acts is Stage.DECODE:
             raise StageError(
                 f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach "
