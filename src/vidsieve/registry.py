@@ -105,6 +105,7 @@ compressors = Registry(
         "gleanvid": "vidsieve.compressors.gleanvid:GleanVID",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
         "holitom": "vidsieve.compressors.holitom:HoliTom",
+        "earlytom": "vidsieve.compressors.earlytom:EarlyTom",
         "framefusion": "vidsieve.compressors.framefusion:FrameFusion",
         "prunevid": "vidsieve.compressors.prunevid:PruneVID",
         "pyramiddrop": "vidsieve.compressors.pyramiddrop:PyramidDrop",

@@ -138,10 +138,13 @@ class EncoderOutputs:
         Attention each video token receives in the encoder.
     keys : Tensor or None, (N, D_k), floating
         Attention keys of each video token.
+    segments : Tensor or None, (T,), int64
+        Number of each frame's segment, rising from 0, where a method merged frames inside the encoder.
     """
 
     attention: Tensor | None = None
     keys: Tensor | None = None
+    segments: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 import vidsieve
 from vidsieve import registry
 from vidsieve.adapters import adapter_for
-from vidsieve.compressors.front import EncoderFront, FrameFront
+from vidsieve.compressors.front import EncoderFront, FrameFront, Merged
 from vidsieve.errors import SelectionError, StageError, UnsupportedCallError
 from vidsieve.selection import kept_tokens
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
@@ -33,9 +33,9 @@ class EverySecond(EncoderFront):
 
     name = "every_second"
 
-    def step(self, block, depth, hidden):
-        kept = torch.arange(0, len(hidden), 2)
-        return (hidden[kept], kept) if block == 0 else None
+    def step(self, view):
+        kept = torch.arange(0, len(view.hidden), 2)
+        return Merged(view.hidden[kept], kept) if view.block == 0 else None
 
 
 def stands(front):
@@ -182,8 +182,8 @@ class Wrong(EncoderFront):
     name = "wrong"
     kept: tuple[int, ...]
 
-    def step(self, block, depth, hidden):
-        return hidden[: len(self.kept)], torch.tensor(self.kept)
+    def step(self, view):
+        return Merged(view.hidden[: len(self.kept)], torch.tensor(self.kept))
 
 
 @pytest.mark.parametrize("kept", [(1, 0), (0, 0), (0, 3), (-1, 0)])

@@ -188,7 +188,7 @@ def test_a_cache_of_fixed_length_is_served_where_frames_are_causal():
     assert CALLS["static cache"](Case(adapter_for(model), inputs, RANDOM))[0] <= TOLERANCE
 
 
-INSIDE = {"fastv", "pyramiddrop", "sparsevlm", "framefusion", "prunevid", "holitom", "flashvid", "dycoke"}
+INSIDE = {"fastv", "pyramiddrop", "sparsevlm", "framefusion", "prunevid", "holitom", "flashvid", "earlytom", "dycoke"}
 
 
 def method(name, family):

@@ -27,7 +27,8 @@ STEPS = 4
 FULL = "full_attention"
 CACHE = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
 INNER = [name for name in registry.compressors if issubclass(registry.compressors.get(name), InnerCompressor)]
-READS_TOWER = ("holitom", "flashvid")
+READS_TOWER = ("holitom", "flashvid", "earlytom")
+"""Those that read the vision encoder; the last also merges frames there, which no family here lets it."""
 
 each = pytest.mark.parametrize("family", HYBRIDS)
 batches = pytest.mark.parametrize("batch", BATCHES)
@@ -304,8 +305,9 @@ def test_every_method_runs_within_its_budget_or_says_which_layers_can_be_used(fa
     full = full_layers(adapter)
     try:
         session = vidsieve.attach(adapter.model, compressor)
-    except NeedError as error:
+    except (NeedError, UnsupportedCallError) as error:
         assert name in READS_TOWER and "inside the vision encoder" in str(error)
+        assert isinstance(error, NeedError) or name == "earlytom"
         return
     except BudgetError as error:
         cuts = adapter.cuts(compressor)
@@ -351,7 +353,7 @@ def test_methods_fit_models_of_published_sizes(family):
     with torch.device("meta"):
         adapter = adapter_for(kind(kind.config_class()))
     for name in INNER:
-        if name not in READS_TOWER or adapter.provides >= ENCODER_NEEDS:
+        if name not in READS_TOWER or (name != "earlytom" and adapter.provides >= ENCODER_NEEDS):
             adapter.check(vidsieve.load(name, retention=0.5))
 
 

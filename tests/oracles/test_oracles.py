@@ -42,6 +42,7 @@ def test_every_published_method_with_records_is_compared():
         "cacovid",
         "divprune",
         "dycoke",
+        "earlytom",
         "evs",
         "fastv",
         "fastvid",

@@ -21,7 +21,7 @@ from vidsieve.adapters.transformers_api import encoder_features, execution_devic
 from vidsieve.compressors.front import EncoderFront, FrameFront, Front
 from vidsieve.errors import NeedError, StageError, UnknownNameError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.io import versions
-from vidsieve.types import ENCODER_NEEDS, Need, Stage
+from vidsieve.types import ENCODER_NEEDS, EncoderOutputs, Need, Stage
 
 T = TypeVar("T")
 
@@ -335,7 +335,7 @@ class Family(ABC):
         if front.stage not in self.fronts:
             raise UnsupportedCallError(
                 f"{front.name} acts {front.stage.value}, and the {self.family} adapter does not say how frames are "
-                "told apart there: leave it out"
+                "told apart there: leave it out, or choose a method that acts before the LLM"
             )
         given = inputs or {}
         if any(encoder_features(given, modality) is not None for modality in {"video", self.modality}):
@@ -387,17 +387,34 @@ class Family(ABC):
         if not isinstance(front, EncoderFront):
             raise StageError(f"{front.name} acts {front.stage.value}: derive it from FrameFront or EncoderFront")
         (count,) = (len(frames) for frames in self.frame_cells(inputs))
-        projector = self.model.get_submodule(self.projector)
-        with merging(front, self.encoder_blocks(inputs), projector, count) as left:
+        projector, blocks = self.model.get_submodule(self.projector), self.encoder_blocks(inputs)
+        if front.listens(len(blocks)) is not None:
+            needs -= {Need.ENCODER_ATTENTION}
+
+        def pooled(attention: Tensor) -> Tensor:
+            return self.pool_signals([attention[..., None]], inputs)[:, 0]
+
+        with merging(
+            front,
+            blocks,
+            projector,
+            count,
+            config=self.probe_point(inputs)[0],
+            layers=len(self.decoder_layers),
+            per_frame=lambda patches: len(pooled(torch.zeros(1, patches))),
+            cls_token=self.cls_token,
+        ) as left:
             ((video,), probe) = self.probed(lambda: self.video_features(inputs), inputs, needs)
-        whole, short = video.grid, video.at_frames(left[0])
+        whole, short = video.grid, video.at_frames(left.frames)
+        signals = short.encoder
         if probe is not None:
-            told = replace(video, encoder=probe.part(0, whole.num_tokens))
             # Of a block before all merging, signals are of all frames.
-            short = replace(
-                short, encoder=(told.at_frames(left[0]) if len(probe.attention) == whole.num_tokens else told).encoder
-            )
-        return replace(short, frames=left[0], whole=whole)
+            told = replace(video, encoder=probe.part(0, whole.num_tokens))
+            signals = (told.at_frames(left.frames) if len(probe.attention) == whole.num_tokens else told).encoder
+        if left.attention is not None:
+            keys = None if signals is None else signals.keys
+            signals = EncoderOutputs(pooled(left.attention), keys, left.segments)
+        return replace(short, encoder=signals, frames=left.frames, whole=whole)
 
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the vision tower's configuration and the attention module of the block whose output is projected."""

@@ -121,13 +121,13 @@ class Moving(Protocol):
         """Return the method, for messages."""
 
 
-def check_layers(layers: Sequence[int] | None, example: tuple[int, ...]) -> None:
-    """Raise BudgetError unless `layers` is None or holds rising whole numbers from 1; `example` is for the message."""
+def check_layers(layers: Sequence[int] | None, example: tuple[int, ...], least: int = 1) -> None:
+    """Raise BudgetError unless `layers` is None or holds rising whole numbers from `least`, such as `example`."""
     if layers is None:
         return
-    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= 1 for layer in layers)
+    whole = all(isinstance(layer, int) and not isinstance(layer, bool) and layer >= least for layer in layers)
     if not layers or not whole or list(layers) != sorted(set(layers)):
-        raise BudgetError(f"layers must be rising whole numbers from 1, as {example}, got {layers}")
+        raise BudgetError(f"layers must be rising whole numbers from {least}, as {example}, got {layers}")
 
 
 def left_for_later(

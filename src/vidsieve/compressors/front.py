@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
@@ -36,6 +37,57 @@ class FrameFront(Front):
         """
 
 
+@dataclass(frozen=True)
+class EncoderView:
+    """One video after a block of the vision encoder.
+
+    Parameters
+    ----------
+    block, depth : int
+        The block's number, from 0 on, and the number of blocks.
+    hidden : Tensor, (F, S, d), floating
+        The block's output for the frames that are left.
+    frames : int
+        T, the number of frames of the video.
+    per_frame : int
+        The number of LLM tokens that a frame becomes.
+    layers : int
+        The number of layers of the LLM.
+    attention : Tensor or None, (F, S'), float32
+        The attention that each of the S' patches receives in the block that `EncoderFront.listens` names.
+    """
+
+    block: int
+    depth: int
+    hidden: Tensor
+    frames: int
+    per_frame: int
+    layers: int
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The frames that go on after a block.
+
+    Parameters
+    ----------
+    hidden : Tensor, (F', S, d)
+        Hidden states of F' ≤ F frames.
+    frames : Tensor, (F',), int64
+        The number among the F of the frame that each stands for, sorted, unique.
+    attention : Tensor or None, (F', S'), float32
+        What becomes `EncoderOutputs.attention`, after the last merging; None: what the encoder's last block gives.
+    segments : Tensor or None, (F',), int64
+        What becomes `EncoderOutputs.segments`, with `attention`.
+    """
+
+    hidden: Tensor
+    frames: Tensor
+    attention: Tensor | None = None
+    segments: Tensor | None = None
+
+
 class EncoderFront(Front):
     """Base of methods that merge whole frames between blocks of the vision encoder.
 
@@ -44,23 +96,13 @@ class EncoderFront(Front):
 
     stage: ClassVar[Stage] = Stage.ENCODER
 
+    def listens(self, depth: int) -> int | None:
+        """Return the block of `depth` whose attention `step` reads, and hands on; None: it reads none."""
+        return None
+
     @abstractmethod
-    def step(self, block: int, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    def step(self, view: EncoderView) -> Merged | None:
         """Return the frames that go on after a block; None: all of them, as they are.
 
         It is called for one video after each block but the last that the projector reads.
-
-        Parameters
-        ----------
-        block, depth : int
-            The block's number, from 0 on, and the number of blocks.
-        hidden : Tensor, (F, S, d), floating
-            The block's output for the frames that are left.
-
-        Returns
-        -------
-        Tensor, (F', S, d)
-            Hidden states of F' ≤ F frames.
-        Tensor, (F',), int64
-            The number among the F of the frame that each stands for, sorted, unique.
         """

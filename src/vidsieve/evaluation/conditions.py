@@ -114,7 +114,8 @@ def named_methods(
     earliest : bool
         True to move methods inside the LLM to earlier layers where their budget requires it.
     prefill : bool
-        True if ``all`` has only the part before the LLM of methods with two parts, as in SCORE's tables.
+        True if ``all`` has only the part before the LLM of methods with two parts, as in SCORE's tables, and no
+        method that acts inside the vision encoder.
 
     Raises
     ------
@@ -131,9 +132,8 @@ def named_methods(
         if is_testbed(model):
             every += shipped_policies(model)
         parts = {"inner": False} if prefill else {}
-        methods |= {
-            known: method_for(known, model, **known_fields(known, earliest=earliest, **parts)) for known in every
-        }
+        known = {name: method_for(name, model, **known_fields(name, earliest=earliest, **parts)) for name in every}
+        methods |= {name: method for name, method in known.items() if not prefill or method.front is None}
     return methods
 
 
