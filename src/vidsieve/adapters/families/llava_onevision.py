@@ -15,6 +15,7 @@ from vidsieve.adapters.front import cells
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
+from vidsieve.errors import UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
@@ -71,11 +72,24 @@ class LlavaOnevisionAdapter(Adapter):
 
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the block whose output the projector reads, by ``vision_feature_layer`` (several: the last)."""
-        chosen = inputs.get("vision_feature_layer")
-        layer = self.model.config.vision_feature_layer if chosen is None else chosen
-        number = layer if isinstance(layer, int) else layer[-1]
+        number = _feature_layers(self.model, inputs)[-1]
         blocks = attention_modules(self.model.model.vision_tower)
         return self.model.config.vision_config, blocks[number if number < 0 else number - 1]
+
+    def encoder_blocks(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Return the blocks up to the one whose output the projector reads.
+
+        Raises
+        ------
+        UnsupportedCallError
+            If it reads several, whose frames would differ.
+        """
+        if len(layers := _feature_layers(self.model, inputs)) > 1:
+            raise UnsupportedCallError(
+                f"the projector reads several blocks of the vision encoder (vision_feature_layer {layers}): frames "
+                "cannot be merged between them"
+            )
+        return super().encoder_blocks(inputs)
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return patches pooled to tokens as features are."""
@@ -94,3 +108,10 @@ def layer_options(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call that choose layers of the vision tower."""
     names = ("vision_feature_layer", "vision_feature_select_strategy")
     return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def _feature_layers(model: Any, inputs: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of the hidden states of the vision tower that the projector reads."""
+    chosen = inputs.get("vision_feature_layer")
+    layer = model.config.vision_feature_layer if chosen is None else chosen
+    return [layer] if isinstance(layer, int) else list(layer)
