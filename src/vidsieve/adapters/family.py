@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -71,7 +72,8 @@ class Family(ABC):
         True if the vision tower has a class token.
     fronts : frozenset of Stage
         Where methods may act before the encoder's output: `Stage.FRAME` where `frame_cells` and `frames_of` say how
-        the pixels of independent frames are told apart, `Stage.ENCODER` where frames are the rows of `encoder_blocks`.
+        the pixels of independent frames are told apart, `Stage.ENCODER` where frames are the rows of `encoder_blocks`,
+        or follow each other there with the same rotary positions.
 
     Parameters
     ----------
@@ -364,6 +366,11 @@ class Family(ABC):
                 return blocks[: blocks.index(module) + 1]
         return blocks
 
+    @property
+    def projectors(self) -> list[Any]:
+        """What reads the output of blocks of the vision tower."""
+        return [self.model.get_submodule(self.projector)]
+
     def surplus(self, frames: int) -> int:
         """Return the number of placeholders of a video of `frames` that stand for nothing; most families have none."""
         return 0
@@ -387,24 +394,30 @@ class Family(ABC):
         if not isinstance(front, EncoderFront):
             raise StageError(f"{front.name} acts {front.stage.value}: derive it from FrameFront or EncoderFront")
         (count,) = (len(frames) for frames in self.frame_cells(inputs))
-        projector, blocks = self.model.get_submodule(self.projector), self.encoder_blocks(inputs)
+        blocks, seen = self.encoder_blocks(inputs), dict(inputs)
         if front.listens(len(blocks)) is not None:
             needs -= {Need.ENCODER_ATTENTION}
 
         def pooled(attention: Tensor) -> Tensor:
-            return self.pool_signals([attention[..., None]], inputs)[:, 0]
+            shown = self.frames_of(inputs, 0, torch.arange(len(attention)))
+            return self.pool_signals([attention[..., None]], shown)[:, 0]
+
+        def encode() -> list[VideoFeatures]:
+            videos = self.video_features(inputs)
+            seen.update(self.frames_of(inputs, 0, left.frames))
+            return videos
 
         with merging(
             front,
             blocks,
-            projector,
+            self.projectors,
             count,
             config=self.probe_point(inputs)[0],
             layers=len(self.decoder_layers),
-            per_frame=lambda patches: len(pooled(torch.zeros(1, patches))),
+            per_frame=cache(lambda patches: len(pooled(torch.zeros(1, patches)))),
             cls_token=self.cls_token,
         ) as left:
-            ((video,), probe) = self.probed(lambda: self.video_features(inputs), inputs, needs)
+            ((video,), probe) = self.probed(encode, seen, needs)
         whole, short = video.grid, video.at_frames(left.frames)
         signals = short.encoder
         if probe is not None:

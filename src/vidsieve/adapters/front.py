@@ -51,7 +51,7 @@ class Left:
 def merging(
     front: EncoderFront,
     blocks: Sequence[Any],
-    projector: Any,
+    projectors: Sequence[Any],
     count: int,
     *,
     config: Any,
@@ -59,12 +59,16 @@ def merging(
     per_frame: Callable[[int], int],
     cls_token: bool = False,
 ) -> Iterator[Left]:
-    """Let a method merge the frames of one video, the batch rows of an encoder's blocks, until the block ends.
+    """Let a method merge the frames of one video inside an encoder, until the block ends.
 
-    The projector's output has `count` rows again: those of merged frames repeat the row of a frame that is left.
+    Frames are the batch rows of the encoder's blocks, or follow each other in one packed sequence (F·S, d), where every
+    frame has the same rotary positions. The projectors' outputs have `count` frames again: merged ones repeat the one
+    before that is left.
 
     Parameters
     ----------
+    projectors : sequence of modules
+        What reads the output of blocks.
     count : int
         The number of frames.
     config : the encoder's configuration
@@ -76,11 +80,29 @@ def merging(
         True if the first place of a frame is a class token.
     """
     left, heard = Left(torch.arange(count)), front.listens(len(blocks))
+    notes: list[Note] = []
 
-    def after(number: int, notes: list[Note]) -> Any:
+    def shortened(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        hidden = args[0]
+        if hidden.ndim > 2 or len(left.frames) == count:
+            return None
+        bounds, rotary = kwargs.get("cu_seqlens"), kwargs.get("position_embeddings")
+        if bounds is None or rotary is None:
+            raise UnsupportedCallError(
+                f"{front.name} shortens the cu_seqlens and position_embeddings of a {type(module).__name__}, which "
+                f"gets {', '.join(kwargs)}"
+            )
+        changed = {
+            "cu_seqlens": bounds[bounds <= len(hidden)],
+            "position_embeddings": tuple(part.narrow(-2, 0, len(hidden)) for part in rotary),
+        }
+        return args, kwargs | changed
+
+    def after(number: int) -> Any:
         def merge(module: Any, args: Any, output: Any) -> Any:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            attention = received(*notes.pop(), cls_token=cls_token)[0] if number == heard else None
+            rows = output if isinstance(output, Tensor) else output[0]
+            hidden = _by_frame(rows, len(left.frames)) if rows.ndim == 2 else rows
+            attention = _of_frames(notes, len(hidden), cls_token) if number == heard else None
             tokens = per_frame(hidden.shape[1] - cls_token)
             made = front.step(EncoderView(number, len(blocks), hidden, count, tokens, layers, attention))
             if made is None:
@@ -90,26 +112,43 @@ def merging(
             if not sorted_ or int(kept[-1]) >= len(hidden) or fewer.shape != (len(kept), *hidden.shape[1:]):
                 raise SelectionError(f"{front.name} must return fewer frames of {tuple(hidden.shape)}, sorted, unique")
             left.frames, left.attention, left.segments = left.frames[kept], made.attention, made.segments
+            fewer = fewer.flatten(0, 1) if rows.ndim == 2 else fewer
             return fewer if isinstance(output, Tensor) else (fewer, *output[1:])
 
         return merge
 
     def spread(module: Any, args: Any, output: Tensor) -> Tensor:
-        if len(output) != len(left.frames):
-            raise UnsupportedCallError(
-                f"{len(output)} frames reach the projector, and {front.name} left {len(left.frames)}"
-            )
+        frames = len(left.frames)
+        if len(output) != frames and (output.ndim > 2 or len(output) % frames):
+            raise UnsupportedCallError(f"{len(output)} frames reach the projector, and {front.name} left {frames}")
         place = torch.searchsorted(left.frames, torch.arange(count), right=True) - 1
-        return output[place.clamp(min=0).to(output.device)]
+        return _by_frame(output, frames)[place.clamp(min=0).to(output.device)].flatten(0, 1)
 
     with ExitStack() as stack:
-        notes: list[Note] = []
         if heard is not None:
             notes = stack.enter_context(listening(config, attention_modules(blocks[heard])[0]))
-        for number, block in enumerate(blocks[:-1]):
-            stack.callback(block.register_forward_hook(after(number, notes)).remove)
-        stack.callback(projector.register_forward_hook(spread).remove)
+        for number, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(shortened, with_kwargs=True).remove)
+            if number < len(blocks) - 1:
+                stack.callback(block.register_forward_hook(after(number)).remove)
+        for projector in projectors:
+            stack.callback(projector.register_forward_hook(spread).remove)
         yield left
+
+
+def _by_frame(rows: Tensor, frames: int) -> Tensor:
+    """Return rows (F·n, …) as (F, n, …)."""
+    return rows.reshape(frames, len(rows) // frames, *rows.shape[1:])
+
+
+def _of_frames(notes: list[Note], frames: int, cls_token: bool) -> Tensor:
+    """Return the attention (F, S) that each patch receives, the mean over heads and all queries of its frame.
+
+    Queries of other windows than a patch's own give it none.
+    """
+    rows = [received(*note, cls_token=cls_token)[0] for note in notes]
+    size = sum(row.numel() for row in rows) // frames
+    return torch.cat([(row * (row.shape[1] / size)).flatten() for row in rows]).reshape(frames, size)
 
 
 def cells(frames: Tensor, patch: int) -> Tensor:

@@ -105,7 +105,7 @@ def _tower(archive: Archive, case: str) -> Case:
     blocks = [*encoder.layers, projector]
     last: list[Tensor] = []
     projector.register_forward_pre_hook(lambda module, args: last.append(args[0]))
-    with torch.no_grad(), merging(FrameMerging(method), blocks, projector, len(embeds), **options) as left:
+    with torch.no_grad(), merging(FrameMerging(method), blocks, [projector], len(embeds), **options) as left:
         projector(encoder(inputs_embeds=embeds).last_hidden_state)
     assert left.attention is not None and left.segments is not None
     layers, after = archive[f"{case}/prune_layers"].tolist(), archive[f"{case}/frames_after"].tolist()

@@ -20,6 +20,11 @@ class HyperCLOVAXVisionV2Adapter(CompactPositions, Qwen25VLAdapter):
     video_keys: ClassVar[tuple[str, ...]] = MropeAdapter.video_keys
     projector: ClassVar[str] = "model.projector"
 
+    @property
+    def projectors(self) -> list[Any]:
+        """The tower's merger, behind which windows' order is undone."""
+        return [self.model.model.vision_model.merger]
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the head's outputs times ``logits_scaling``."""
         scaling: float = self.model.config.get_text_config().logits_scaling

@@ -153,6 +153,12 @@ class MropeAdapter(Adapter):
         """Return the last block."""
         return self.model.config.vision_config, attention_modules(self.model.model.visual)[-1]
 
+    @property
+    def projectors(self) -> list[Any]:
+        """The merger, and those of deep features."""
+        tower = self.model.get_submodule(self.projector.rpartition(".")[0])
+        return [*super().projectors, *getattr(tower, "deepstack_merger_list", ())]
+
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean over each token's patches, which follow each other."""
         merge = self.model.config.vision_config.spatial_merge_size**2
