@@ -13,6 +13,8 @@ from vidsieve.errors import BudgetError
 from vidsieve.types import Selection, Tokens, VideoTokens
 
 _POOL, _BLOCK = 512, 256
+_SHORTEST = 1e-12
+"""Shorter tokens are not lengthened to one, as in `torch.nn.functional.normalize`."""
 _RESOLUTION = 1e-6
 """Distances closer than this are decided in double precision; below it a token counts as a duplicate."""
 
@@ -74,10 +76,10 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
     -------
     Tensor, (count,), int64
     """
-    unit = torch.nn.functional.normalize(features.float(), dim=1)
-    total = unit.shape[0]
+    unit = _UnitVectors.of(features)
+    total = len(features)
     picks = [_loneliest(unit)]
-    nearest = 1 - unit @ unit[picks[0]]
+    nearest = 1 - unit.closest(unit.rows(picks))
     taken = 0.0 if repeat else -1.0
     nearest[picks[0]] = taken
     while len(picks) < count:
@@ -85,7 +87,8 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
         outside = nearest.clone()
         outside[pool] = -2.0
         ceiling = float(outside.max())
-        pairwise = 1 - unit[pool] @ unit[pool].T
+        near = unit.rows(pool)
+        pairwise = 1 - near @ near.T
         distance = nearest[pool]
         fresh: list[int] = []
         while len(picks) + len(fresh) < count:
@@ -110,49 +113,81 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
                 break
             distance = torch.minimum(distance, pairwise[place])
             distance[place] = taken
-        nearest = torch.minimum(nearest, (1 - unit @ unit[fresh].T).amin(1))
+        nearest = torch.minimum(nearest, 1 - unit.closest(unit.rows(fresh)))
         picks += fresh
         nearest[picks] = taken
     return torch.tensor(picks, device=features.device)
 
 
-def _farthest(unit: Tensor, candidates: Tensor, picks: list[int]) -> int:
+@dataclass(frozen=True)
+class _UnitVectors:
+    """Unit vectors of tokens (N, D), made of the rows that are asked for: no second copy of a video."""
+
+    tokens: Tensor
+    inverse: Tensor
+    """One over each token's length, (N,) float32."""
+
+    @classmethod
+    def of(cls, tokens: Tensor) -> _UnitVectors:
+        lengths = [torch.linalg.vector_norm(block.float(), dim=1) for block in torch.split(tokens, _POOL)]
+        return cls(tokens, 1 / torch.cat(lengths).clamp(min=_SHORTEST))
+
+    def rows(self, index: Tensor | list[int]) -> Tensor:
+        """Return the unit vectors (n, D) float32 of some tokens."""
+        return torch.nn.functional.normalize(self.tokens[index].float(), dim=1, eps=_SHORTEST)
+
+    def cosines(self, to: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the cosines (n, k) float32 of some tokens, or of all, to unit vectors (k, D)."""
+        if index is None:
+            return torch.cat([part.float() @ to.T for part in torch.split(self.tokens, _POOL)]).mul_(
+                self.inverse[:, None]
+            )
+        return torch.cat([self.rows(part) @ to.T for part in torch.split(index, _POOL)])
+
+    def closest(self, to: Tensor) -> Tensor:
+        """Return the largest cosine (N,) float32 of each token to unit vectors (k, D)."""
+        return torch.cat([(part.float() @ to.T).amax(1) for part in torch.split(self.tokens, _POOL)]).mul_(self.inverse)
+
+
+def _farthest(unit: _UnitVectors, candidates: Tensor, picks: list[int]) -> int:
     """Return the candidate farthest from all picks; near-equal ones are compared in double precision."""
     if candidates.shape[0] == 1:
         return int(candidates[0])
-    nearest = 1 - (unit[candidates].double() @ unit[picks].double().T).amax(1)
+    nearest = 1 - (unit.rows(candidates).double() @ unit.rows(picks).double().T).amax(1)
     return int(candidates[int(nearest.argmax())])
 
 
-def _loneliest(unit: Tensor) -> int:
+def _loneliest(unit: _UnitVectors) -> int:
     """Return the token whose nearest neighbour is farthest, without forming all N² distances.
 
     Tokens meet the others block by block, in an order that has nothing to do with time or place; the exact
     distance of a few leaders rules out every token that has met a closer neighbour already, so that few
     tokens meet all blocks.
     """
-    total, device = unit.shape[0], unit.device
+    total, device = len(unit.tokens), unit.tokens.device
     if total == 1:
         return 0
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(device)
-    shuffled = unit[order]
     bound = torch.full((total,), torch.inf, device=device)
     alive = torch.arange(total, device=device)
     sure = -torch.inf
     for start in range(0, total, _BLOCK):
         stop = min(start + _BLOCK, total)
-        distance = 1 - shuffled[alive] @ shuffled[start:stop].T
+        distance = 1 - unit.cosines(unit.rows(order[start:stop]), order[alive])
         own = ((alive >= start) & (alive < stop)).nonzero().flatten()
         distance[own, alive[own] - start] = torch.inf
         bound[alive] = torch.minimum(bound[alive], distance.amin(1))
         leaders = alive[bound[alive].topk(min(4, len(alive))).indices]
-        exact = 1 - shuffled @ shuffled[leaders].T
-        exact[leaders, torch.arange(len(leaders), device=device)] = torch.inf
+        exact = 1 - unit.cosines(unit.rows(order[leaders]))
+        exact[order[leaders], torch.arange(len(leaders), device=device)] = torch.inf
         sure = max(sure, float(exact.amin(0).max()))
         alive = alive[bound[alive] >= sure - _RESOLUTION]
     candidates = order[alive].sort().values
     if len(candidates) == 1 or len(candidates) > _POOL:
         return int(candidates[0])  # more than a pool of equals: every token has a duplicate
-    cosine = unit[candidates].double() @ unit.double().T
-    cosine[torch.arange(len(candidates), device=device), candidates] = -torch.inf
-    return int(candidates[int((1 - cosine.amax(1)).argmax())])
+    rows, closest = unit.rows(candidates).double(), bound.new_full((len(candidates),), -torch.inf).double()
+    for start in range(0, total, _BLOCK):
+        places = torch.arange(start, min(start + _BLOCK, total), device=device)
+        cosine = rows @ unit.rows(places).double().T
+        closest = torch.maximum(closest, cosine.masked_fill(candidates[:, None] == places, -torch.inf).amax(1))
+    return int(candidates[int((1 - closest).argmax())])

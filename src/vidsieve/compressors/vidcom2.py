@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
@@ -15,6 +14,8 @@ from vidsieve.types import Selection, TokenGrid, VideoTokens
 
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _TEMPERATURE = 0.01
+_BLOCK = 256
+"""Tokens that are worked on at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class VidCom2(Compressor):
         grid = video.grid
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            to_video, to_frame = likeness(frames if self.variant == "official" else frames.float())
+            to_video, to_frame = likeness(frames, None if self.variant == "official" else torch.float32)
             shares = frame_shares(to_video, float(self.budget_ratio(grid.num_tokens)))
         alike = to_video + to_frame  # (T, n)
         chosen = kept_by_shares(alike, shares, grid)
@@ -54,21 +55,67 @@ class VidCom2(Compressor):
         return Selection(chosen, scores=-alike.flatten().float(), frame_scores=shares.float())
 
 
-def low_variance_channels(tokens: Tensor) -> Tensor:
-    """Return the ⌊D/2⌋ channels of tokens (…, D) whose variance over all tokens is least, sorted, int64."""
-    variance = tokens.flatten(0, -2).var(0, unbiased=False)
-    return top_indices(-variance, tokens.shape[-1] // 2)
+def low_variance_channels(tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the ⌊D/2⌋ channels of tokens (…, D) whose variance over all tokens is least, sorted, int64.
+
+    Variances are rounded to `dtype` before they are compared; default: that of the tokens.
+    """
+    return top_indices(-_variance(tokens.flatten(0, -2)).to(dtype or tokens.dtype), tokens.shape[-1] // 2)
 
 
-def likeness(frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the likeness (T, n) of each token of frames (T, n, D) to the video's mean, and to its frame's mean."""
-    unit = F.normalize(frames[..., low_variance_channels(frames)], dim=-1)
-    return _gaussians(unit, unit.mean((0, 1), keepdim=True)), _gaussians(unit, unit.mean(1, keepdim=True))
+def _variance(tokens: Tensor) -> Tensor:
+    """Return the variance (D,) float64 of each channel of tokens (N, D), 0 where all are equal.
+
+    Each block is read once: its variance about its own mean, and then that of the blocks' means.
+    """
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    first, buffer = tokens[:1].to(wide), tokens.new_empty(min(_BLOCK, len(tokens)), tokens.shape[1], dtype=wide)
+    blocks, means, within = torch.split(tokens, _BLOCK), [], []
+    for block in blocks:
+        moved = torch.sub(block, first, out=buffer[: len(block)])
+        means.append(moved.mean(0))
+        within.append(moved.sub_(means[-1]).square_().sum(0))
+    weights = torch.tensor([len(block) for block in blocks], dtype=torch.float64, device=tokens.device) / len(tokens)
+    centres = torch.stack(means).double()
+    between = weights @ (centres - weights @ centres).square()
+    return torch.stack(within).double().sum(0) / len(tokens) + between
 
 
-def _gaussians(unit: Tensor, centre: Tensor) -> Tensor:
-    pairs = zip(unit, centre.expand(len(unit), -1, -1), strict=True)  # frame by frame: no second copy of the video
-    squared = torch.stack([(frame - middle).square().sum(-1) for frame, middle in pairs])
+def likeness(frames: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """Return the likeness (T, n) of each token of frames (T, n, D) to the video's mean, and to its frame's mean.
+
+    Computed in `dtype`; default: that of the frames. Channels are left out by a factor of 0, and unit vectors are
+    computed twice, so that a block of tokens is all the memory that is needed.
+    """
+    dtype = dtype or frames.dtype
+    factors = frames.new_zeros(frames.shape[2], dtype=dtype)
+    factors[low_variance_channels(frames, dtype)] = 1
+    buffer = frames.new_empty(min(_BLOCK, frames.shape[1]), frames.shape[2], dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+
+    lengths, means, to_frame = frames.new_empty(*frames.shape[:2], 1, dtype=dtype), [], []
+
+    def masked(block: Tensor) -> Tensor:
+        return torch.mul(block, factors, out=buffer[: len(block)])
+
+    def squared(frame: Tensor, length: Tensor, centre: Tensor) -> Tensor:
+        parts = zip(torch.split(frame, _BLOCK), torch.split(length, _BLOCK), strict=True)
+        return torch.cat([masked(block).div_(own).sub_(centre).square_().sum(1) for block, own in parts])
+
+    for frame, length in zip(frames, lengths, strict=True):
+        total = torch.zeros_like(factors, dtype=wide)
+        for block, own in zip(torch.split(frame, _BLOCK), torch.split(length, _BLOCK), strict=True):
+            part = masked(block)
+            own.copy_(torch.linalg.vector_norm(part, dim=1, keepdim=True)).clamp_(min=1e-12)  # as F.normalize
+            total += part.div_(own).sum(0, dtype=wide)
+        means.append(total / len(frame))
+        to_frame.append(squared(frame, length, means[-1].to(dtype)))
+    middle = torch.stack(means).mean(0).to(dtype)
+    to_video = [squared(frame, length, middle) for frame, length in zip(frames, lengths, strict=True)]
+    return _gaussians(torch.stack(to_video)), _gaussians(torch.stack(to_frame))
+
+
+def _gaussians(squared: Tensor) -> Tensor:
     return torch.stack([torch.exp(-squared / (2 * width)) for width in _WIDTHS]).sum(0)
 
 
