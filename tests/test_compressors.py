@@ -8,11 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vidsieve import load, registry
+from vidsieve.compressors import _clustering
 from vidsieve.compressors.divprune import diverse_picks
 from vidsieve.compressors.downsample import tile_frame
 from vidsieve.compressors.inside import LayerChoice
+from vidsieve.compressors.vidcom2 import low_variance_channels
 from vidsieve.errors import BudgetError, NeedError, PolicyError, SelectionError, UnknownNameError
 from vidsieve.selection import kept_tokens
 from vidsieve.testing import GivenView, make_video
@@ -49,6 +53,49 @@ def test_every_method_keeps_exactly_its_budget(name, grid, part, seed, half):
         assert chosen.embeds.dtype == dtype and torch.equal(chosen.embeds, again.embeds)
     if part == 100:
         assert torch.equal(chosen.indices, torch.arange(grid.num_tokens))
+
+
+class Largest(TorchDispatchMode):
+    """Records the bytes of the largest tensor that an operation makes; views of what was there do not count."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        known = {
+            tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if torch.is_tensor(tensor)
+        }
+        made = func(*args, **kwargs)
+        for tensor in tree_leaves(made):
+            if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self.found = max(self.found, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize("variant", ["ours", "official"])
+@pytest.mark.parametrize("name", METHODS)
+def test_no_method_makes_a_second_copy_of_the_video(name, variant, monkeypatch):
+    monkeypatch.setattr(_clustering, "_BLOCK", 2**18)  # small as the video is
+    method = registry.compressors.get(name)
+    if method.trained or variant not in method.variants:
+        pytest.skip("a policy's network reads all tokens" if method.trained else "no such variant")
+    grid = TokenGrid(64, 8, 8)
+    video = make_video(grid, 1024, dtype=torch.bfloat16)
+    compressor, held = example(method, retention=0.3 if name == "dycoke" else 0.1, variant=variant), video.embeds.nbytes
+    with Largest() as largest:
+        compressor.compress(video)
+    assert largest.found < held
+
+
+def test_vidcom2_finds_the_channels_that_vary_least():
+    draw = torch.Generator().manual_seed(0)
+    tokens = 100 + torch.randn(700, 24, generator=draw) * torch.rand(24, generator=draw)  # more than two blocks
+    tokens[:, [5, 9, 20]] = 0.1  # exactly constant: the first of them all
+    wanted = tokens.double().var(0, unbiased=False)
+    assert torch.equal(low_variance_channels(tokens), wanted.sort(stable=True).indices[:12].sort().values)
+    assert low_variance_channels(torch.full((300, 6), 0.1)).tolist() == [0, 1, 2]
 
 
 def brute_force_picks(unit, count):

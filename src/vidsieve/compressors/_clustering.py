@@ -11,6 +11,8 @@ from torch import Tensor
 
 _WHOLE, _BLOCK = 2**24, 2**22
 """Most distances that are kept at once, and the size of a block where they are not."""
+_ROWS = 512
+"""Tokens that are made float32 at once."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,17 @@ def neighbours_alike(frames: Tensor) -> Tensor:
     return (unit[1:] * unit[:-1]).sum(-1)
 
 
-def along_time(frames: Tensor) -> Tensor:
-    """Return the cosines (T − 1, n) of tokens (T, n, D) to the one a frame before at their place, in their dtype.
+def along_time(frames: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the cosines (T − 1, n) of tokens (T, n, D) to the one a frame before at their place.
 
-    Bit-equal to `cosines`; no token is normalised twice, and two frames are all the memory that is needed.
+    Computed in `dtype`; default: that of the tokens. Bit-equal to `cosines`; no token is normalised twice, and two
+    frames are all the memory that is needed.
     """
-    frames = frames.detach()
-    alike = frames.new_empty(len(frames) - 1, frames.shape[1])
-    now, prev = torch.empty_like(frames[0]), torch.empty_like(frames[0])
-    for t, tokens in enumerate(frames):
+    frames, dtype = frames.detach(), dtype or frames.dtype
+    alike = frames.new_empty(len(frames) - 1, frames.shape[1], dtype=dtype)
+    now, prev = torch.empty_like(frames[0], dtype=dtype), torch.empty_like(frames[0], dtype=dtype)
+    for t, frame in enumerate(frames):
+        tokens = frame.to(dtype)
         # The least norm is cosine_similarity's.
         length = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp(min=1e-8)
         torch.div(tokens, length, out=now)
@@ -167,5 +171,7 @@ def along_time(frames: Tensor) -> Tensor:
 
 def totals(tokens: Tensor, owner: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the sum (c, D) float32 and number (c, 1) of the tokens (n, D) that each of `count` owners has."""
-    total = torch.zeros(count, tokens.shape[1], device=tokens.device).index_add(0, owner, tokens.float())
+    total = torch.zeros(count, tokens.shape[1], device=tokens.device)
+    for own, part in zip(torch.split(owner, _ROWS), torch.split(tokens, _ROWS), strict=True):
+        total.index_add_(0, own, part.float())
     return total, torch.bincount(owner, minlength=count)[:, None]

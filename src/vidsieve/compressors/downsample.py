@@ -59,7 +59,10 @@ class Downsample(Compressor):
         sizes = torch.bincount(flat, minlength=budget)
         device = video.embeds.device
         total = torch.zeros(budget, video.embeds.shape[1], dtype=torch.float32, device=device)
-        total = total.index_add(0, flat.to(device), video.embeds.float())
+        for tile, tokens in zip(
+            torch.split(flat.to(device), grid.per_frame), torch.split(video.embeds, grid.per_frame), strict=True
+        ):
+            total.index_add_(0, tile, tokens.float())  # frame by frame: no second copy of the video
         merged = (total / sizes.to(device)[:, None]).to(video.embeds.dtype)
         anchors = _anchors(flat, budget, labels.shape)
         order = anchors.argsort()

@@ -190,7 +190,7 @@ class FrameMerging(EncoderFront):
 def likeness(frames: Tensor) -> Tensor:
     """Return the cosine (F, F) float32 of each pair of frames (F, S, D), the mean over their S places."""
     total = torch.zeros(len(frames), len(frames), device=frames.device)
-    for part in torch.split(frames.detach(), 64, 1):
+    for part in torch.split(frames.detach(), 16, 1):
         unit = F.normalize(part.float(), dim=-1).flatten(1)
         total += unit @ unit.T
     return total / frames.shape[1]

@@ -50,14 +50,17 @@ class EVS(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         frames = video.embeds.reshape(video.grid.frames, video.grid.per_frame, -1)
-        scores = dissimilarity(frames if self.variant == "official" else frames.float()).flatten()
+        scores = dissimilarity(frames, None if self.variant == "official" else torch.float32).flatten()
         return Selection(top_indices(scores, budget), scores=scores.float())
 
 
-def dissimilarity(frames: Tensor) -> Tensor:
-    """Return 1 − the cosine (T, n) of each token of frames (T, n, D) to its place one frame before."""
-    changed = 1 - along_time(frames)
-    return torch.cat([torch.full_like(frames[:1, :, 0], FIRST_FRAME), changed])
+def dissimilarity(frames: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return 1 − the cosine (T, n) of each token of frames (T, n, D) to its place one frame before.
+
+    Computed in `dtype`; default: that of the frames.
+    """
+    changed = 1 - along_time(frames, dtype)
+    return torch.cat([changed.new_full((1, frames.shape[1]), FIRST_FRAME), changed])
 
 
 def official_count(grid: TokenGrid, pruning_rate: float) -> int:

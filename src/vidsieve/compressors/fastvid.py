@@ -85,7 +85,7 @@ class FastVID(Compressor):
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         saliency = encoder_attention(video).reshape(grid.frames, grid.per_frame)
         with torch.no_grad():
-            alike = neighbours_alike(frames.float().mean(1))
+            alike = neighbours_alike(torch.stack([frame.float().mean(0) for frame in frames]))
             spans = cut(alike, self.segments, self.threshold)
             if self.adaptive_budget:
                 share = int(grid.per_frame * self.budget_ratio(grid.num_tokens))

@@ -94,7 +94,7 @@ class FlashVID(TwoPartCompressor):
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         received, release = attention.reshape(grid.frames, grid.per_frame), self.adaptive_budget
         with torch.no_grad():
-            alike = neighbours_alike(frames.float().mean(1))
+            alike = neighbours_alike(torch.stack([frame.float().mean(0) for frame in frames]))
             spans = cut(alike, self.segments, self.segment_threshold, release)
             if release:
                 ratio = float(self.budget_ratio(grid.num_tokens))
@@ -161,8 +161,9 @@ def relevances(frames: Tensor, spans: list[tuple[int, int]]) -> Tensor:
     found = torch.empty(frames.shape[:2], device=frames.device)
     for start, stop in spans:
         if stop > start:
-            tokens = frames[start:stop].float()
-            found[start:stop] = (tokens @ tokens.mean(1).T).mean(-1)
+            segment = frames[start:stop]
+            means = torch.stack([frame.float().mean(0) for frame in segment])
+            found[start:stop] = torch.stack([(frame.float() @ means.T).mean(-1) for frame in segment])
     return found
 
 

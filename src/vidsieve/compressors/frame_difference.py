@@ -37,7 +37,12 @@ class FrameDifference(ScoreCompressor):
 
     def score(self, video: VideoTokens) -> Tensor:
         """Return ‖X_t − X_{t−1}‖ for every token, (N,) float32."""
-        frames = video.embeds.float().reshape(video.grid.frames, video.grid.per_frame, -1)
-        later = (frames[1:] - frames[:-1]).norm(dim=-1)
-        first = later[0] if self.first_frame == "next" and len(later) else frames[0].norm(dim=-1)
-        return torch.cat([first[None], later]).flatten()
+        frames = video.embeds.reshape(video.grid.frames, video.grid.per_frame, -1)
+        before, changes = torch.zeros_like(frames[0], dtype=torch.float32), []
+        for frame in frames:  # one by one: no second copy of the video
+            now = frame.float()
+            changes.append((now - before).norm(dim=-1))
+            before = now
+        if self.first_frame == "next" and len(changes) > 1:
+            changes[0] = changes[1]
+        return torch.cat(changes)

@@ -201,7 +201,7 @@ def similarity(hidden: Tensor, indices: Tensor, grid: TokenGrid) -> Tensor:
     """Return the cosine (n,) float32 of tokens (n, D) to the last one before them at their place; −2 for the first."""
     if len(indices) == grid.num_tokens:  # nothing to put in order
         frames = hidden.reshape(grid.frames, grid.per_frame, -1)
-        whole = along_time(frames.float())
+        whole = along_time(frames, torch.float32)
         return torch.cat([torch.full_like(frames[:1, :, 0], _FIRST, dtype=torch.float32), whole]).flatten()
     order = by_place(indices, grid)
     place = indices[order] % grid.per_frame

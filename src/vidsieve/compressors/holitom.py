@@ -66,7 +66,7 @@ class HoliTom(TwoPartCompressor):
         grid, attention = video.grid, encoder_attention(video)
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            same = along_time(frames.float()) > self.threshold
+            same = along_time(frames, torch.float32) > self.threshold
             spans, reduced = windows(same, self.longest)
         groups = grouped(frames, same, spans)
         if self.adaptive_budget:

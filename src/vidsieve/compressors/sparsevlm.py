@@ -24,6 +24,8 @@ _TABLES = {
 }
 """By version and mean over 32 layers: tokens of 576 that the release keeps at each step."""
 _HEADS = 14
+_PART = 1024
+"""Tokens that are compared to the words at once."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ def relevant_words(video: Tensor, text: Tensor) -> Tensor:
 
     Shares are a softmax over words of dot products between `video` (n, D) and `text` (Q, D), averaged over tokens.
     """
-    shares = (video.float() @ text.float().T).softmax(1).mean(0)
+    words = text.float().T
+    shares = torch.cat([(part.float() @ words).softmax(1) for part in torch.split(video, _PART)]).mean(0)
     return shares > shares.mean()
 
 

@@ -51,10 +51,11 @@ class VCast(Compressor):
         grid = video.grid
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            tokens = frames if self.variant == "official" else frames.float()
-            centres = F.normalize(tokens.mean(1), dim=-1, eps=_EPSILON)
+            dtype = frames.dtype if self.variant == "official" else torch.float32
+            means = torch.stack([frame.to(dtype).mean(0) for frame in frames])
+            centres = F.normalize(means, dim=-1, eps=_EPSILON)
             weights = torch.softmax(curvature(centres).float() / self.temperature, 0)
-            scores = prominence(tokens, centres).flatten()
+            scores = prominence(frames, centres).flatten()
         if self.adaptive_budget:
             if grid.frames == 1:  # an image to the release, which it leaves alone
                 return Selection(torch.arange(grid.num_tokens, device=scores.device), scores=scores)
@@ -83,7 +84,7 @@ def prominence(frames: Tensor, centres: Tensor) -> Tensor:
     scores = []
     for frame, centre in zip(frames, centres, strict=True):  # no second copy of the video
         norm = frame.float().norm(dim=-1)
-        unlike = 1 - F.normalize(frame, dim=-1, eps=_EPSILON) @ centre
+        unlike = 1 - F.normalize(frame.to(centre.dtype), dim=-1, eps=_EPSILON) @ centre
         scores.append(unlike.float() + (norm - norm.min()) / (norm.max() - norm.min() + _EPSILON))
     return torch.stack(scores)
 

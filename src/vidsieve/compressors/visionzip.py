@@ -86,7 +86,8 @@ def zipped(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -> t
     targets = rest[: step * contextual : step]
     others = rest[~torch.isin(rest, targets)]
     # The release divides by the norm as it is; a key of zeros has no direction and joins the first.
-    unit = keys.float() / keys.float().norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    keys = keys.float()
+    unit = keys / keys.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     owner[others] = (unit[others] @ unit[targets].T).argmax(1)
     return chosen, targets, owner
 
