@@ -14,9 +14,10 @@ import torch
 from vidsieve import load
 from vidsieve.errors import TrainingError, VideoError
 from vidsieve.testbed.files import write_scenes
+from vidsieve.testbed.world import render
 from vidsieve.training.data.prefetch import Prefetch
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.sources import Files
+from vidsieve.training.sources import Files, spare_cores
 from vidsieve.training.trainer import Events
 
 
@@ -197,6 +198,7 @@ def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, met
         )
         return load(tmp_path / name).policy.state_dict()
 
+    monkeypatch.setattr("vidsieve.training.sources.spare_cores", lambda device: 0)
     inline, ahead = train("inline", 0), train("ahead", 2)
     with pytest.raises(KeyboardInterrupt, match="after step 3 of 4"):
         train("begun", 2, stop=2)
@@ -205,6 +207,64 @@ def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, met
     resumed = train("cut", 1)
     assert all(torch.equal(inline[key], ahead[key]) and torch.equal(inline[key], resumed[key]) for key in inline)
     train("scenes", 2, data=None)
-    assert used == [2, 2, 1], "scenes of the testbed are made where they are used"
+    assert used == [2, 2, 1], "no core is idle: scenes are rendered where they are used"
     with pytest.raises(TrainingError, match="workers must be from 0 to 64"):
         train("wrong", 65)
+
+
+@pytest.mark.parametrize("method", ["cacovid", "score"])
+def test_a_policy_does_not_depend_on_who_renders_the_scenes(testbed, tmp_path, method, monkeypatch, ctrl_c):
+    """Trained weights are equal to the bit with and without a thread, over a resumption, and on pseudo-videos."""
+    model, processor = testbed
+    rendered = []
+    for module in ("vidsieve.training.data.scenes", "vidsieve.testbed.pseudo"):
+        monkeypatch.setattr(
+            f"{module}.render", lambda *a: rendered.append(threading.current_thread().name) or render(*a)
+        )
+
+    few = {"rollouts": 4, "pseudo_steps": 2} if method == "score" else {"token_rollouts": 4, "frame_rollouts": 0}
+
+    def train(name, cores, *, stop=0):
+        monkeypatch.setattr("vidsieve.training.sources.spare_cores", lambda device: cores)
+        rendered.clear()
+        settings = few | {"steps": 4, "prompts_per_step": 1, "eval_prompts": 0, "log_every": 1}
+        train_policy(
+            method,
+            model,
+            processor,
+            tmp_path / name,
+            settings,
+            model_name="testbed",
+            resume=name == "cut",
+            events=Events(report=lambda step, *_: os.kill(os.getpid(), signal.SIGINT) if step == stop else None),
+        )
+        return load(tmp_path / name).policy.state_dict()
+
+    inline = train("inline", 0)
+    assert set(rendered) == {"MainThread"}
+    ahead = train("ahead", 3)
+    assert {name.startswith("vidsieve-prefetch") for name in rendered[1:]} == {True}, "all but the first"
+    assert not alive()
+    with pytest.raises(KeyboardInterrupt, match="after step 3 of 4"):
+        train("begun", 1, stop=2)
+    assert not alive()
+    (tmp_path / "begun").rename(tmp_path / "cut")
+    resumed = train("cut", 1)
+    assert all(torch.equal(inline[key], ahead[key]) and torch.equal(inline[key], resumed[key]) for key in inline)
+
+
+def test_an_error_of_training_ends_the_thread_that_renders(testbed, tmp_path, monkeypatch):
+    monkeypatch.setattr("vidsieve.training.sources.spare_cores", lambda device: 1)
+    monkeypatch.setattr("vidsieve.training.trainer.Trainer._optimise", lambda self: self.data(self.step) and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_policy("score", *testbed, tmp_path / "run", {"steps": 2, "eval_prompts": 0}, model_name="testbed")
+    assert not alive()
+
+
+def test_cores_that_torch_does_not_use_are_spare(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert spare_cores(torch.device("cpu")) == 5 and spare_cores(torch.device("cuda")) == 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert spare_cores(torch.device("cpu")) == 0

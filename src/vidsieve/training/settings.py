@@ -63,7 +63,9 @@ class TrainConfig:
     log_every: int = option(20, "Steps between two lines of metrics.", 1)
     save_every: int = option(25, "Steps between two checkpoints.", 1)
     max_minutes: float = option(0.0, "Stop after so many minutes; 0: no limit.", 0)
-    workers: int = setting(2, "Threads that read videos ahead; 0: read each when it is needed.", 0, 64)
+    workers: int = setting(
+        2, "Threads that read videos ahead, or one that renders scenes if a core is idle; 0: none.", 0, 64
+    )
     frames: int = option(16, "Most frames taken evenly from each video of a file, pseudo-videos excepted.", 1)
     rollout_tokens: int = setting(0, "Most tokens, padding included, in one prefill; 0: what memory allows.", 0)
     precision: Precision = option(

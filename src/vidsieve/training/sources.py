@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.errors import TrainingError
@@ -83,7 +85,7 @@ class Source:
 
     @contextmanager
     def samples(self) -> Iterator[Callable[[int], Any]]:
-        """Yield a function from numbers to samples, which threads read ahead if they come from files."""
+        """Yield a function from numbers to samples, which threads read ahead, or render where they are scenes."""
         if self.workers == 0:
             yield self._in_turn("caption" if self.captions else "choice")
             return
@@ -96,7 +98,8 @@ class Source:
         if not self.first:
             return then
         # The testbed makes pseudo-videos of its own scenes.
-        before = getattr(self.pseudo, name) if self.pseudo is not None else self.prompts.pseudo
+        own = "read_pseudo" if name.startswith("read") else "pseudo"
+        before = getattr(self.pseudo, name) if self.pseudo is not None else getattr(self.prompts, own)
         return lambda number: before(number) if number < self.first else then(number - self.first)
 
 
@@ -163,8 +166,16 @@ def source(
         count = min(count, len(held.captions if captions else held.choices))
     origin = {"data": digest(data), "eval_data": digest(eval_data)}
     origin |= {"pseudo": digest(files.pseudo)} if first else {}
-    # Scenes of the testbed are encoded by the model itself: no work for other threads.
-    return Source(prompts, pseudo, held, count, origin, captions, first, config.workers if data is not None else 0)
+    # Scenes of the testbed are computed: one thread keeps pace, and gains nothing where torch uses every core.
+    workers = config.workers if data is not None else min(config.workers, 1, spare_cores(adapter.device))
+    return Source(prompts, pseudo, held, count, origin, captions, first, workers)
+
+
+def spare_cores(device: torch.device) -> int:
+    """Return the number of cores that the processes of this run leave idle on this machine, at least 0."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    busy = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(0, cores - busy * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # torchrun's
 
 
 def _check(config: TrainConfig, files: Files, first: int) -> None:

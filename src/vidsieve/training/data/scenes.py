@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,22 @@ from vidsieve.testbed.model import WORD_ID, chat_inputs
 from vidsieve.testbed.pseudo import make_pseudo
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.vocabulary import COLOURS, PLACES
-from vidsieve.testbed.world import make_cast, render
+from vidsieve.testbed.world import Cast, make_cast, render
 from vidsieve.training.data.filtering import blind_answers
 from vidsieve.training.data.samples import Caption, Choice
 
 _KEPT_SCENES = 64
 
+Drawing = tuple[Cast, NDArray[np.uint8]]
+"""A scene, and its frames; what any thread can make."""
+Sample = Choice | Caption
+
 
 class ScenePrompts:
     """Scenes under one seed, rendered and encoded on first use; the last few stay in memory.
+
+    Any thread may render ahead by `read_choice` and its siblings; `finished` gives the sample, equal to that of
+    `choice`, in the thread that runs the model.
 
     Parameters
     ----------
@@ -51,11 +58,47 @@ class ScenePrompts:
         self.adapter, self.processor, self.world, self.seed, self.per_scene = adapter, processor, world, seed, per_scene
         self.blind_filter = blind_filter
         self._scenes: OrderedDict[int, tuple[VideoFeatures, list[Question], str]] = OrderedDict()
+        self._drawn: dict[tuple[str, int], Drawing] = {}
+
+    def read_choice(self, number: int) -> Callable[[], Sample]:
+        """Return multiple-choice prompt `number` for `finished`, its scene rendered; any thread may call this."""
+        return self._read(self.choice, number, self._index(number))
+
+    def read_caption(self, number: int) -> Callable[[], Sample]:
+        """Return caption prompt `number` for `finished`, its scene rendered; any thread may call this."""
+        return self._read(self.caption, number, number)
+
+    def read_pseudo(self, number: int) -> Callable[[], Sample]:
+        """Return caption prompt `number` of a pseudo-video for `finished`, rendered; any thread may call this."""
+        return self._later(self.pseudo, number, {("pseudo", number): make_pseudo(self.world, self.seed, number)})
+
+    def finished(self, ready: Callable[[], Sample]) -> Sample:
+        """Return a prompt that was read, ready for use; the thread that runs the model calls this."""
+        return ready()
+
+    def _read(self, take: Callable[[int], Sample], number: int, index: int) -> Callable[[], Sample]:
+        return self._later(take, number, {} if index in self._scenes else {("scene", index): self._draw(index)})
+
+    def _later(
+        self, take: Callable[[int], Sample], number: int, drawn: dict[tuple[str, int], Drawing]
+    ) -> Callable[[], Sample]:
+        def ready() -> Sample:
+            self._drawn = drawn
+            try:
+                return take(number)
+            finally:
+                self._drawn = {}
+
+        return ready
+
+    def _draw(self, index: int) -> Drawing:
+        cast = make_cast(self.world, self.seed, index)
+        return cast, render(cast, self.seed, index)
 
     def _scene(self, index: int) -> tuple[VideoFeatures, list[Question], str]:
         if index not in self._scenes:
-            cast = make_cast(self.world, self.seed, index)
-            features = self._features(render(cast, self.seed, index))
+            cast, frames = self._drawn.get(("scene", index)) or self._draw(index)
+            features = self._features(frames)
             questions = make_questions(cast, self.seed, index)
             self._scenes[index] = features, self._seeing(questions), make_caption(cast)
             if len(self._scenes) > _KEPT_SCENES:
@@ -79,10 +122,13 @@ class ScenePrompts:
 
     def asked(self, number: int) -> tuple[int, Question]:
         """Return the scene and the question of multiple-choice prompt `number`."""
-        block, place = divmod(number, 32 * self.per_scene)
-        index = block * 32 + place % 32
+        index, place = self._index(number), number % (32 * self.per_scene)
         questions = self._scene(index)[1]
         return index, questions[(place // 32) % len(questions)]
+
+    def _index(self, number: int) -> int:
+        block, place = divmod(number, 32 * self.per_scene)
+        return block * 32 + place % 32
 
     def choice(self, number: int) -> Choice:
         """Return multiple-choice prompt `number`: question ⌊number / 32⌋ mod `per_scene` of one of 32 scenes."""
@@ -100,7 +146,7 @@ class ScenePrompts:
 
     def pseudo(self, number: int) -> Caption:
         """Return caption prompt `number` of a pseudo-video."""
-        cast, frames = make_pseudo(self.world, self.seed, number)
+        cast, frames = self._drawn.get(("pseudo", number)) or make_pseudo(self.world, self.seed, number)
         features = self._features(frames)
         # The model never saw such captions. Colours and places it reads off the video all the same; how sentences
         # follow each other it cannot know, and no token kept or dropped would help.
