@@ -15,6 +15,7 @@ from transformers import (
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
 from vidsieve.errors import BudgetError, PromptError, UnsupportedCallError, UnsupportedModelError
 from vidsieve.testing.equivalence import configuration
@@ -307,3 +308,23 @@ def test_flash_attention_gets_masks_that_it_takes(method, name):
                 )
             )
     assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), vidsieve.load("framefusion", retention=0.6, threshold=-1.0)],
+    ids=[*METHODS, "framefusion"],
+)
+def test_layers_of_a_step_share_their_mask(method, monkeypatch):
+    model, inputs = FAMILIES["llava_onevision"](), configuration("llava_onevision", "ragged batch 2")
+    built, mask = [], InnerRun._mask
+
+    def counted(self, seen, allowed, hidden):
+        built.append(tuple(allowed.shape))
+        return mask(self, seen, allowed, hidden)
+
+    monkeypatch.setattr(InnerRun, "_mask", counted)
+    with torch.no_grad(), vidsieve.attach(model, method):
+        model.generate(**inputs, **GREEDY)
+    steps = [shape for shape in built if shape[1] == 1]
+    assert steps and len(steps) == len(set(steps)), "a step builds a mask once for each length"

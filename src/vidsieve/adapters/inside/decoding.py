@@ -57,7 +57,8 @@ class DecodeRun(InnerRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._newest: tuple[Tensor, Tensor] | None = None
-        self._table: Tensor | None = None
+        self._reading: tuple[_CacheView, Tensor | None] | None = None
+        """What the layers of the present step read, and their mask."""
         self._read = [(0.0, 0)] * len(self.videos)  # sum and number of shares, by video
         self._end_keys: Tensor | None = None
         self._steps = 0
@@ -84,7 +85,7 @@ class DecodeRun(InnerRun):
         return (self.first - 1, *self.readers)
 
     def _end(self) -> None:
-        self._newest, self._table, self._end_keys = None, None, _last_keys(self._mine.cache)
+        self._newest, self._reading, self._end_keys = None, None, _last_keys(self._mine.cache)
 
     def _enter(
         self, number: int, layer: Any, hidden: Tensor, cache: Any, kwargs: dict[str, Any]
@@ -102,13 +103,14 @@ class DecodeRun(InnerRun):
             self._newest = hidden, self._position(argument(kwargs, "position_ids", layer), len(hidden))
             return hidden, {}
         if number == self.readers[0]:
-            self._table = self._choose(cache, argument(kwargs, "attention_mask", layer))
-            self._steps += 1
-        if self._table is None:
+            table = self._choose(cache, argument(kwargs, "attention_mask", layer))
+            real = (table >= 0).to(hidden.device)
+            mask = None if bool(real.all()) else self._mask(real, real[:, None], hidden)
+            self._reading, self._steps = (_CacheView(cache, table), mask), self._steps + 1
+        if self._reading is None:
             raise SelectionError(f"layer {self.readers[0]} did not run before layer {number}")
-        real = (self._table >= 0).to(hidden.device)
-        mask = None if bool(real.all()) else self._mask(real, real[:, None], hidden)
-        return hidden, {cache_argument(layer): _CacheView(cache, self._table), "attention_mask": mask}
+        view, mask = self._reading
+        return hidden, {cache_argument(layer): view, "attention_mask": mask if mask is None else mask.to(hidden.device)}
 
     def _position(self, ids: Tensor, rows: int) -> Tensor:
         """Return the newest token's rotary positions (P, R, 1) from its position id: all rows advance equally.

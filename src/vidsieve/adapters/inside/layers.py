@@ -68,7 +68,10 @@ class LayerRun(InnerRun):
         self._prefilling = True
         self._embeds: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._later_masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._paddings: dict[int, tuple[int, int]] = {}
+        """By stage: the first stage with its padding, −1 without padding, and the length of the rows."""
+        self._later_masks: dict[tuple[tuple[int, int], int | None], Tensor | None] = {}
+        """Masks of the present step, by padding and window."""
 
     def _history(self, video: int, layer: int) -> tuple[int, ...]:
         """Return the number of a video's tokens that each layer before `layer` sees."""
@@ -227,10 +230,19 @@ class LayerRun(InnerRun):
             columns.append(line[stay])
             rows.append(places[stay])
         self.kept[number] = padded(columns)
+        self._paddings[number] = self._padding(number)
         self._renumbered |= reordered and len(self.positions) == 1  # several rows of positions have no common order
         synchronise(hidden.device)
         self.select_ms += 1e3 * (time.perf_counter() - start) / len(self.videos)
         return _take(states, per_row(padded(rows), len(hidden)), 1) if dropped or reordered else states
+
+    def _padding(self, number: int) -> tuple[int, int]:
+        """Return what stages with the same padding, and so the same later masks, have in common."""
+        pads = self.kept[number] < 0
+        if not bool(pads.any()):
+            return -1, pads.shape[1]
+        alike = (other for other in self._paddings if torch.equal(self.kept[other] < 0, pads))
+        return next(alike, number), pads.shape[1]
 
     def _prompt(self, number: int, row: int, before: Tensor | None, entering: Tensor) -> PromptRow:
         """Return one prompt before layer `number`; `before` (B, n) are the columns of `entering` (R, n, D), or all."""
@@ -276,15 +288,15 @@ class LayerRun(InnerRun):
         stage = max((s for s in self.stages if s <= number), default=None)
         if stage is None:
             return {}
-        real = (per_row(self.kept[stage], len(hidden)) >= 0).to(hidden.device)
-        changes = {}
+        table, changes = self.kept[stage], {}
         if self._renumbered:
-            dropped = per_row(self.real, len(hidden)).to(real.device).sum(1) - real.sum(1)
+            dropped = per_row(self.real.sum(1) - (table >= 0).sum(1), len(hidden)).to(hidden.device)
             changes = self._at(number, argument(kwargs, "position_ids", layer) - dropped[:, None], hidden)
         if attention_of(layer) is None:
             return changes  # its mask covers the new tokens alone
-        key = stage, window_of(self._decoder.config, number)
+        key = self._paddings[stage], window_of(self._decoder.config, number)
         if key not in self._later_masks:
+            real = (per_row(table, len(hidden)) >= 0).to(hidden.device)
             self._later_masks[key] = self._later_mask(number, hidden, cache, real)
         mask = self._later_masks[key]
         return changes | {"attention_mask": mask if mask is None else mask.to(hidden.device)}
