@@ -1,10 +1,10 @@
 """How long selecting takes and how much memory it needs, for every method, beside its published form; one JSON file.
 
-Everything from what the model hands over to the kept tokens, in float32. Methods before the LLM get embeddings
-(VisionZip also queries and keys of the encoder's layer). A stage inside the LLM gets the states that enter the layer
-before it, of the shape of a 7B model, and computes the attention it reads; the published form gets that layer's queries
-and keys and computes what its release computes, for most the whole attention. Times of ours and of the published form
-alternate in one process; memory is the rise of a fresh process's peak.
+Everything from what the model hands over to the kept tokens, in float32 and in bfloat16. Methods before the LLM get
+embeddings (VisionZip also queries and keys of the encoder's layer). A stage inside the LLM gets the states that enter
+the layer before it, of the shape of a 7B model, and computes the attention it reads; the published form gets that
+layer's queries and keys and computes what its release computes, for most the whole attention. Times of ours and of the
+published form alternate in one process; memory is the rise of a fresh process's peak.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from vidsieve.testing import GivenView, make_video
 from vidsieve.types import EncoderOutputs, Stage, TokenGrid, VideoTokens
 
 WIDTH, RETENTION = 3584, 0.1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BEFORE, TEXT = 14, 20
 """Text tokens before the video, and behind it."""
 SMALL, LARGE = TokenGrid(32, 14, 14), TokenGrid(64, 19, 35)
@@ -61,17 +62,19 @@ LATE = ("topv", "sparsevlm", "pyramiddrop")
 """Begin too late in the LLM for a tenth: 30 % are kept."""
 SLOW = ("divprune",)
 """Quadratic in tokens at a fixed share: on more than 10,000 a hundredth is kept."""
+FLOAT32 = ("prunevid, outer part",)
+"""Published forms that torch cannot run in bfloat16 on a processor."""
 AIMS = {"sparsevlm": 5.0, "fastv": 5.0, "visionzip": 5.0, "divprune": 2.0}
 """How many times faster than the published form; all others: not slower."""
 
 
-def video_of(grid: TokenGrid) -> VideoTokens:
+def video_of(grid: TokenGrid, dtype: str) -> VideoTokens:
     """Return random drifting tokens, smooth in time."""
-    return make_video(grid, WIDTH)
+    return make_video(grid, WIDTH, dtype=DTYPES[dtype])
 
 
 @cache
-def decoder_layer() -> tuple[Any, Any]:
+def decoder_layer(dtype: str) -> tuple[Any, Any]:
     """Return a random decoder layer of a 7B model, and its configuration."""
     from transformers import Qwen2Config
     from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -80,7 +83,7 @@ def decoder_layer() -> tuple[Any, Any]:
         hidden_size=WIDTH, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4, num_hidden_layers=28
     )
     torch.manual_seed(0)
-    layer = Qwen2DecoderLayer(config, 0).eval()
+    layer = Qwen2DecoderLayer(config, 0).eval().to(DTYPES[dtype])
     layer.mlp = None  # not needed, and large
     return layer, config
 
@@ -108,9 +111,9 @@ def methods() -> dict[str, Compressor]:
     return found
 
 
-def before_llm(name: str, method: Compressor, grid: TokenGrid) -> Case:
+def before_llm(name: str, method: Compressor, grid: TokenGrid, dtype: str) -> Case:
     """Return what selects before the LLM."""
-    video = video_of(grid)
+    video = video_of(grid, dtype)
     frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
     assert video.encoder is not None and video.encoder.attention is not None
     attention = video.encoder.attention.reshape(grid.frames, grid.per_frame)
@@ -141,7 +144,8 @@ def visionzip(method: Compressor, video: VideoTokens) -> Case:
     """Return VisionZip on a tower with a class token, from the queries and keys of its layer."""
     grid, (heads, size) = video.grid, (16, 64)
     draw = torch.Generator().manual_seed(1)
-    query, key = torch.randn(2, grid.frames, heads, grid.per_frame + 1, size, generator=draw).unbind(0)
+    drawn = torch.randn(2, grid.frames, heads, grid.per_frame + 1, size, generator=draw)
+    query, key = drawn.to(video.embeds.dtype).unbind(0)
     frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
     hidden = torch.cat([frames[:, :1], frames], 1)
     each = method.budget(video) // grid.frames
@@ -159,16 +163,16 @@ def visionzip(method: Compressor, video: VideoTokens) -> Case:
     return ours, published
 
 
-def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
+def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid, dtype: str) -> Case:
     """Return what a method's first stage does, all tokens alive; FrameFusion's has four fifths, and merges."""
-    tokens, (layer, config) = video_of(grid).embeds, decoder_layer()
+    tokens, (layer, config) = video_of(grid, dtype).embeds, decoder_layer(dtype)
     draw = torch.Generator().manual_seed(2)
     alive = torch.arange(grid.num_tokens)
     if name.startswith("framefusion"):  # which merges again only where the step before has merged a tenth or more
         alive = alive[(torch.rand(grid.num_tokens, generator=draw) < 0.8) | (alive < grid.per_frame)]
         tokens = tokens[alive]
     count = len(alive)
-    text = torch.randn(BEFORE + TEXT, WIDTH, generator=draw)
+    text = torch.randn(BEFORE + TEXT, WIDTH, generator=draw).to(tokens.dtype)
     hidden = torch.cat([text[:BEFORE], tokens, text[BEFORE:]])
     positions = torch.arange(len(hidden))[None]
     words = torch.arange(BEFORE + count, len(hidden))
@@ -231,20 +235,22 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid) -> Case:
     return ours, forms.get(name.partition(",")[0])
 
 
-def case_of(name: str, grid: TokenGrid) -> Case:
+def case_of(name: str, grid: TokenGrid, dtype: str) -> Case:
     """Return ours and the published form of a method on a grid."""
     method = methods()[name]
     if name in SLOW and grid.num_tokens > 10_000:
         method = method.with_retention(0.01)
     if isinstance(method, LayerCompressor) and method.acts is Stage.LAYER:
-        return inside_llm(name, method, grid)
-    return before_llm(name, method, grid)
+        ours, form = inside_llm(name, method, grid, dtype)
+    else:
+        ours, form = before_llm(name, method, grid, dtype)
+    return ours, None if dtype != "float32" and name in FLOAT32 else form
 
 
 @torch.no_grad()
-def timed(name: str, grid: TokenGrid, repeats: int, published: bool) -> dict[str, Any]:
+def timed(name: str, grid: TokenGrid, repeats: int, published: bool, dtype: str = "float32") -> dict[str, Any]:
     """Return seconds of ours and of the published form, in turns after one that is not counted."""
-    ours, form = case_of(name, grid)
+    ours, form = case_of(name, grid, dtype)
     forms = {"ours": ours} | ({"published": form} if published and form is not None else {})
     spent: dict[str, list[float]] = {which: [] for which in forms}
     for turn in range(repeats + 1):
@@ -261,9 +267,9 @@ def timed(name: str, grid: TokenGrid, repeats: int, published: bool) -> dict[str
 
 
 @torch.no_grad()
-def risen(name: str, grid: TokenGrid, which: str) -> int:
+def risen(name: str, grid: TokenGrid, which: str, dtype: str) -> int:
     """Return by how many bytes the peak of this process rises while selecting."""
-    ours, form = case_of(name, grid)
+    ours, form = case_of(name, grid, dtype)
     run = ours if which == "ours" else form
     if run is None:
         return -1
@@ -273,13 +279,21 @@ def risen(name: str, grid: TokenGrid, which: str) -> int:
     return peak_memory() - before
 
 
-def memory(name: str, grid: TokenGrid, which: str = "ours") -> float:
+def memory(name: str, grid: TokenGrid, which: str = "ours", dtype: str = "float32") -> float:
     """Return what selecting adds to the memory of a fresh process, in MiB."""
-    command = [sys.executable, __file__, "--memory", name, which, f"{grid.frames},{grid.height},{grid.width}"]
+    command = [sys.executable, __file__, "--memory", name, which, f"{grid.frames},{grid.height},{grid.width}", dtype]
     # Freed blocks go back to the system at once, so that none of them hides in what the process had before.
     settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=settings)
     return int(done.stdout.strip().splitlines()[-1]) / 2**20
+
+
+def in_memory(name: str, dtype: str) -> dict[str, float]:
+    """Return what selecting adds on the small grid, and what its published form adds where there is one."""
+    found = {str(SMALL): memory(name, SMALL, "ours", dtype)}
+    if case_of(name, SMALL, dtype)[1] is not None:
+        found[f"{SMALL}, published form"] = memory(name, SMALL, "published", dtype)
+    return found
 
 
 def page(result: dict[str, Any]) -> str:
@@ -293,6 +307,7 @@ def page(result: dict[str, Any]) -> str:
 
     small, large = str(SMALL), str(LARGE)
     rows = {name: row for name, row in result["rows"].items() if "seconds" in row}
+    half = {name: row["bfloat16"] for name, row in rows.items() if "bfloat16" in row}
     held = {name: row for name, row in rows.items() if "growing_MiB" in row}
     setup = result["machine"]
     lines = [
@@ -341,6 +356,32 @@ def page(result: dict[str, Any]) -> str:
         lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     if open_ := [f"`{name}`" for name in rows if name not in held]:
         lines += ["", f"Not measured yet (`--parts memory`): {', '.join(open_)}."]
+    lines += [
+        "",
+        "## In bfloat16",
+        "",
+        f"Times, and MiB that selecting adds beside the tokens, on {small}; the published form in bfloat16 too, as a "
+        "model hands over.",
+        "",
+        f"| method | {small} | published | times as fast | MiB | MiB, published |",
+        "|---|---|---|---|---|---|",
+    ]
+    above = []
+    for name, row in half.items():
+        near, extra = row.get("seconds", {}).get(small, {}), row.get("extra_MiB", {})
+        factor = f"{near['times_faster']:.1f}" if "times_faster" in near else "–"
+        mine, theirs = extra.get(small), extra.get(f"{small}, published form")
+        cells = ["–" if value is None else f"{value:.0f}" for value in (mine, theirs)]
+        cells = [times(near.get("ours")), times(near.get("published")), factor, *cells]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    for name, row in rows.items():
+        for dtype, part in (("float32", row), ("bfloat16", half.get(name, {}))):
+            extra = part.get("extra_MiB", {})
+            if round(extra.get(small, 0)) > extra.get(f"{small}, published form", float("inf")) + 0.5:
+                above.append(f"`{name}` in {dtype}")
+    lines += ["", f"More memory than the published form: {', '.join(above) or 'none'}."]
+    if open_ := [f"`{name}`" for name in rows if name not in half]:
+        lines += ["", f"Not measured yet (`--dtypes bfloat16`): {', '.join(open_)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -354,28 +395,34 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--methods", default="", help="names, semicolon-separated; all")
     parser.add_argument("--parts", default="seconds,memory", help="memory does not mind what else the machine does")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="comma-separated; bfloat16 on the small grid")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/selecting.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/selecting.md"))
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
-        name, which, sides = options.memory
-        print(risen(name, TokenGrid(*map(int, sides.split(","))), which))
+        name, which, sides, dtype = options.memory
+        print(risen(name, TokenGrid(*map(int, sides.split(","))), which, dtype))
         return
     # Methods can be measured one by one, and their memory apart from their time: what was measured before stays.
-    goes_on = (options.methods or options.parts != "seconds,memory") and options.json.exists()
+    whole = not options.methods and (options.parts, options.dtypes) == ("seconds,memory", "float32,bfloat16")
+    goes_on = not whole and options.json.exists()
     rows = json.loads(options.json.read_text())["rows"] if goes_on else {}
     for name in options.methods.split(";") if options.methods else methods():
         row: dict[str, Any] = rows.setdefault(name, {})
-        if "seconds" in options.parts:
+        if "bfloat16" in options.dtypes:
+            half = row.setdefault("bfloat16", {})
+            if "seconds" in options.parts:
+                half["seconds"] = {str(SMALL): timed(name, SMALL, options.repeats, True, "bfloat16")}
+            if "memory" in options.parts:
+                half["extra_MiB"] = in_memory(name, "bfloat16")
+        if "seconds" in options.parts and "float32" in options.dtypes:
             row["seconds"] = {str(SMALL): timed(name, SMALL, options.repeats, True)}
             row["seconds"][str(LARGE)] = timed(name, LARGE, options.repeats, False)
-        if "memory" in options.parts:
-            row["extra_MiB"] = {str(grid): memory(name, grid) for grid in (SMALL, LARGE)}
-            if case_of(name, SMALL)[1] is not None:
-                row["extra_MiB"][f"{SMALL}, published form"] = memory(name, SMALL, "published")
+        if "memory" in options.parts and "float32" in options.dtypes:
+            row["extra_MiB"] = in_memory(name, "float32") | {str(LARGE): memory(name, LARGE)}
             row["growing_MiB"] = {f"{k}k": memory(name, TokenGrid(round(1000 * k / 196), 14, 14)) for k in GROWING}
         print(name, json.dumps(row), flush=True)
         result = {"machine": machine(), "retention": RETENTION, "width": WIDTH, "rows": rows}

@@ -26,7 +26,7 @@ def merge(tokens: Tensor, patch: Tensor, threshold: float, over: float) -> tuple
         merged[alike.topk(int(over * len(tokens))).indices] = True
         merged &= alike > -2
     chain = (~merged).cumsum(0) - 1
-    sums = torch.zeros(int(chain[-1]) + 1, tokens.shape[1]).index_add_(0, chain, tokens[order])
+    sums = tokens.new_zeros(int(chain[-1]) + 1, tokens.shape[1]).index_add_(0, chain, tokens[order])
     means = sums / torch.bincount(chain)[:, None]
     kept, back = order[~merged].sort()
     return kept, means[back]
