@@ -18,6 +18,8 @@ from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
 from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 _LAYER = 3
+_PART = 64
+"""Tokens of a frame that are made float32 at once."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ def similarities(frames: Tensor) -> Tensor:
         place = frame % 4
         if place:
             reference = frames[frame - 2 if place == 2 else frame - 1]
-            cosines[frame] = F.cosine_similarity(frames[frame].float(), reference.float(), dim=-1)
+            pairs = zip(torch.split(frames[frame], _PART), torch.split(reference, _PART), strict=True)
+            cosines[frame] = torch.cat([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
     return cosines
 
 
