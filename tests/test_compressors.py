@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from vidsieve import load, registry
 from vidsieve.compressors import _clustering
+from vidsieve.compressors.aot import anchors, merged_along, merged_within, plan
 from vidsieve.compressors.divprune import diverse_picks
 from vidsieve.compressors.downsample import tile_frame
 from vidsieve.compressors.inside import LayerChoice
@@ -21,7 +22,7 @@ from vidsieve.errors import BudgetError, NeedError, PolicyError, SelectionError,
 from vidsieve.selection import kept_tokens
 from vidsieve.testing import GivenView, make_video
 from vidsieve.testing.checks import WIDTH, example
-from vidsieve.types import Stage, TokenGrid, Tokens, VideoTokens
+from vidsieve.types import EncoderOutputs, Stage, TokenGrid, Tokens, VideoTokens
 
 METHODS = [
     name
@@ -378,3 +379,87 @@ def test_gleanvid_on_still_and_empty_videos():
     for tokens in (torch.zeros(36, 8), torch.ones(36, 8), torch.randn(1, 8).expand(36, 8).contiguous()):
         kept = load("gleanvid", retention=0.5).compress(VideoTokens(tokens, grid, torch.arange(36)[None]))
         assert kept.num_kept == 18 and bool(torch.isfinite(kept.scores).all())
+
+
+# -- aot --------------------------------------------------------------------------------------------------------------
+
+
+def clip_video(frames=8, side=6, width=16):
+    generator = torch.Generator().manual_seed(0)
+    grid = TokenGrid(frames, side, side)
+    tokens = torch.randn(grid.num_tokens, width, generator=generator)
+    attention = torch.rand(grid.num_tokens, generator=generator)
+    return VideoTokens(tokens, grid, torch.arange(grid.num_tokens)[None], encoder=EncoderOutputs(attention))
+
+
+def test_aot_puts_a_merged_anchor_in_place_of_its_own_and_as_released_beside_it():
+    video = clip_video()
+    grid, attention, frames = video.grid, video.encoder.attention.reshape(8, -1), video.embeds.reshape(8, 36, -1)
+
+    kept = load("aot", retention=0.25).compress(video)  # two clips of 36 tokens: 18 anchors, and 6 in three frames each
+    assert torch.bincount(kept.indices // 36).tolist() == [18, 6, 6, 6] * 2
+    places = anchors(attention[:4], attention[:4], grid, 18, 0.5)
+    within = merged_within(frames[:4], places, grid)
+    along, masks = merged_along(list(within), 0.3, 1.0, [6, 6, 6])
+    assert torch.equal(kept.indices[:18], places[0])
+    assert torch.allclose(kept.embeds[:18], along, atol=1e-5)
+    assert torch.allclose(kept.embeds[18:24], within[1][masks[0]], atol=1e-5)
+
+    # 12 anchors a frame, of which 6 are the windows' and lost.
+    kept = load("aot", retention=0.25, variant="official").compress(video)
+    places = anchors(attention, attention, grid, 12, 0.5, lossy=True)
+    within = merged_within(frames, places, grid, official=True)
+    along, masks = merged_along(list(within[:4]), 0.3, 1.0)
+    clip = kept.indices < 4 * 36
+    assert torch.equal(kept.indices[:6], places[0]) and int(clip.sum()) == 12 + sum(int(mask.sum()) for mask in masks)
+    assert torch.allclose(kept.embeds[:6], within[0], atol=1e-5)
+    assert bool((kept.indices[clip][-6:] >= 3 * 36).all())
+    for row in along:
+        assert bool(torch.isclose(kept.embeds[clip], row, atol=1e-5).all(1).any())
+
+
+def test_aot_loses_the_windows_remainder_only_as_released():
+    attention = clip_video(2).encoder.attention.reshape(2, 36)
+    grid = TokenGrid(2, 6, 6)
+    assert anchors(attention, attention, grid, 30, 0.5).shape == (2, 30)
+    assert anchors(attention, attention, grid, 30, 0.5, lossy=True).shape == (2, 24)  # 9 of 15, and 15
+    # Of each 2 × 2 window the best is there.
+    best = attention.reshape(2, 3, 2, 3, 2).amax((2, 4)).flatten(1)
+    for row, chosen, peaks in zip(attention, anchors(attention, attention, grid, 18, 0.5), best, strict=True):
+        assert bool(torch.isin(peaks, row[chosen]).all()) and len(chosen.unique()) == 18
+
+
+def test_aot_merges_a_frame_without_looking_at_others_but_as_released():
+    video = clip_video(frames=6)
+    grid, frames = video.grid, video.embeds.reshape(6, 36, -1) * torch.tensor([0.01, 1, 1, 1, 1, 1])[:, None, None]
+    frames[0] = frames[0] + 1
+    places = torch.arange(36).expand(6, -1)[:, ::4]
+    for official in (False, True):
+        whole = merged_within(frames, places, grid, official)
+        alone = merged_within(frames[:1], places[:1], grid, official)
+        assert torch.allclose(whole[:1], alone, atol=1e-6) is not official
+
+
+def test_aots_released_transport_hardly_moves_an_anchor():
+    video = clip_video()
+    frames, grid = video.embeds.reshape(8, 36, -1), video.grid
+    places = torch.arange(36).expand(8, -1)[:, ::4]
+    own = frames.gather(1, places[..., None].expand(-1, -1, 16))
+    moved = {
+        official: float((merged_within(frames, places, grid, official) - own).norm()) for official in (False, True)
+    }
+    assert moved[False] > 2 * moved[True]
+    found = plan(torch.rand(3, 20, 5))
+    assert torch.allclose(found.sum(1), torch.full((3, 5), 0.2)) and torch.allclose(
+        found.sum(2), torch.full((3, 20), 0.05), rtol=0.1
+    )
+
+
+def test_aot_on_still_and_empty_videos():
+    for tokens in (torch.zeros(72, 8), torch.ones(72, 8), torch.randn(1, 8).expand(72, 8).contiguous()):
+        video = VideoTokens(
+            tokens, TokenGrid(8, 3, 3), torch.arange(72)[None], encoder=EncoderOutputs(torch.full((72,), 0.1))
+        )
+        for variant in ("ours", "official"):
+            kept = load("aot", retention=0.5, variant=variant).compress(video)
+            assert torch.allclose(kept.embeds, tokens[:1].expand_as(kept.embeds), atol=1e-5)

@@ -103,6 +103,7 @@ compressors = Registry(
         "vidcom2": "vidsieve.compressors.vidcom2:VidCom2",
         "vcast": "vidsieve.compressors.vcast:VCast",
         "gleanvid": "vidsieve.compressors.gleanvid:GleanVID",
+        "aot": "vidsieve.compressors.aot:AOT",
         "fastvid": "vidsieve.compressors.fastvid:FastVID",
         "holitom": "vidsieve.compressors.holitom:HoliTom",
         "earlytom": "vidsieve.compressors.earlytom:EarlyTom",
