@@ -256,7 +256,7 @@ def test_loading_by_name():
         load("uniform", "some/folder")
     with pytest.raises(PolicyError, match="needs a trained policy"):
         load("score")
-    for name in ("score", "cacovid"):
+    for name in ("score", "cacovid", "visionselector"):
         with pytest.raises(PolicyError, match="needs a trained policy"):
             registry.compressors.get(name)().compress(make_video(TokenGrid(2, 2, 2)))
 
@@ -463,3 +463,13 @@ def test_aot_on_still_and_empty_videos():
         for variant in ("ours", "official"):
             kept = load("aot", retention=0.5, variant=variant).compress(video)
             assert torch.allclose(kept.embeds, tokens[:1].expand_as(kept.embeds), atol=1e-5)
+
+
+def test_visionselector_official_rounds_down_in_floating_point():
+    video, method = make_video(TokenGrid(4, 5, 5)), registry.compressors.get("visionselector")
+    kept = {variant: example(method, retention=0.29, variant=variant).compress(video) for variant in method.variants}
+    assert {variant: selection.num_kept for variant, selection in kept.items()} == {"ours": 29, "official": 28}
+    for retention, count in ((0.001, 1), (1.0, 100), (Tokens(7), 7)):
+        assert example(method, retention=retention, variant="official").compress(video).num_kept == count
+    same = VideoTokens(torch.ones(12, WIDTH), TokenGrid(3, 2, 2), torch.arange(12)[None])
+    assert example(method, retention=0.5).compress(same).indices.tolist() == list(range(6)), "ties to the lower index"

@@ -16,6 +16,7 @@ from vidsieve.compressors._decoder import BlockShape, DecoderBlock
 from vidsieve.compressors._question import Match
 from vidsieve.compressors.cacovid import CaCoVID, CaCoVIDPolicy, official_selection
 from vidsieve.compressors.score import Score, ScorePolicy
+from vidsieve.compressors.visionselector import VisionSelectorPolicy
 from vidsieve.errors import NeedError, OutputError, PolicyError, PolicyMismatchError, UnknownNameError
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
@@ -254,6 +255,32 @@ def test_scores_without_the_concatenation():
             assert torch.allclose(got, wanted, atol=1e-5), chunk
 
 
+def test_visionselector_scores_are_means_over_all_pairs_of_tokens(monkeypatch):
+    """Mean over all keys of q·k / √h, from the matrix of all pairs; biases count."""
+    policy, video = VisionSelectorPolicy.start(WIDTH, "none", seed=1).eval(), make_video(GRID)
+    with torch.no_grad():
+        for layer in (policy.query, policy.key):
+            layer.bias.normal_(generator=torch.Generator().manual_seed(2))
+        query, key = policy.query(video.embeds), policy.key(video.embeds)
+        wanted = (query @ key.T).mean(1) / (WIDTH // 2) ** 0.5
+        for chunk in (1, 7, 10_000):
+            monkeypatch.setattr("vidsieve.compressors.visionselector.CHUNK_TOKENS", chunk)
+            assert torch.allclose(policy(video), wanted, atol=1e-5), chunk
+
+
+def test_a_visionselector_policy_serves_both_variants(tmp_path):
+    policy = VisionSelectorPolicy.start(WIDTH, "none", variant="official", seed=1)
+    assert 0 < float(policy.query.weight.detach().std()) < 2e-4, "as near to 0 as the release's"
+    policy.save_pretrained(tmp_path)
+    assert load(tmp_path).variant == "official"
+    ours = load("visionselector", tmp_path, variant="ours")
+    assert ours.variant == "ours" and torch.equal(ours.policy.key.weight, policy.key.weight)
+    with pytest.raises(PolicyError, match="reads width"):
+        ours.compress(make_video(GRID, WIDTH + 2))
+    with pytest.raises(PolicyError, match="width of at least 2"):
+        VisionSelectorPolicy.start(1, "none")
+
+
 def make_score():
     return ScorePolicy.start(WIDTH, "none", hidden=64)
 
@@ -263,7 +290,11 @@ def make_cacovid(**fields):
     return CaCoVIDPolicy.start(shape, "none", **fields)
 
 
-@pytest.mark.parametrize("make", [make_score, make_cacovid, lambda: make_cacovid(variant="paper")])
+def make_visionselector():
+    return VisionSelectorPolicy.start(WIDTH, "none", seed=1)
+
+
+@pytest.mark.parametrize("make", [make_score, make_visionselector, make_cacovid, lambda: make_cacovid(variant="paper")])
 def test_scores_under_half_precision_do_not_tie(make):
     policy, video = make().eval(), make_video(TokenGrid(8, 8, 8), WIDTH)
     with torch.no_grad():
@@ -271,7 +302,7 @@ def test_scores_under_half_precision_do_not_tie(make):
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
         with torch.autocast("cpu", torch.bfloat16):
             out = policy(video)
-    scores = out if isinstance(policy, ScorePolicy) else out[0][:, 1] - out[0][:, 0]
+    scores = out if isinstance(out, torch.Tensor) else out[0][:, 1] - out[0][:, 0]
     assert scores.dtype == torch.float32
     assert len(scores.unique()) > 0.9 * len(scores)
 

@@ -96,6 +96,7 @@ compressors = Registry(
         "cacovid": "vidsieve.compressors.cacovid:CaCoVID",
         "score": "vidsieve.compressors.score:Score",
         "sieve": "vidsieve.compressors.sieve:Sieve",
+        "visionselector": "vidsieve.compressors.visionselector:VisionSelector",
         "visionzip": "vidsieve.compressors.visionzip:VisionZip",
         "fastv": "vidsieve.compressors.fastv:FastV",
         "dycoke": "vidsieve.compressors.dycoke:DyCoke",

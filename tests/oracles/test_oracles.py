@@ -55,5 +55,6 @@ def test_every_published_method_with_records_is_compared():
         "sparsevlm",
         "vcast",
         "vidcom2",
+        "visionselector",
         "visionzip",
     }

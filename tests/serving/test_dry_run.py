@@ -128,8 +128,9 @@ def test_the_command_writes_nothing_but_its_figures(tmp_path):
 
 
 def test_bad_input_is_refused(tmp_path):
-    with pytest.raises(TrainingError, match="straight_through"):
-        predicted(settings={"objective": "straight_through"})
+    for objective in ("straight_through", "soft_topk"):
+        with pytest.raises(TrainingError, match=f"'{objective}' differentiates"):
+            predicted(settings={"objective": objective})
     with pytest.raises(UnknownNameError, match="variant of cacovid"):
         predicted(variant="theirs")
     result = CliRunner().invoke(app, ["train", "cacovid", str(tmp_path / "run"), "--dry-run", "H1000"])

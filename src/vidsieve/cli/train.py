@@ -265,3 +265,8 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
 add_command("cacovid", CONFIGS["cacovid"], "Train CaCoVID: question-aware scores, rewarded by right answers.")
 add_command("sieve", CONFIGS["sieve"], "Train sieve: any budget, with or without the question, no labels needed.")
 add_command("score", CONFIGS["score"], "Train SCORE: question-free keep probabilities, rewarded by captions.")
+add_command(
+    "visionselector",
+    CONFIGS["visionselector"],
+    "Train VisionSelector: question-free scores, through a differentiable top-k instead of rewards.",
+)

@@ -12,10 +12,10 @@ from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.loading import is_testbed
 from vidsieve.serving.plan import Gpu, encoded_video, read_model
 from vidsieve.testbed.world import FRAMES
-from vidsieve.training.recipes import new_cacovid, new_score, new_sieve
+from vidsieve.training.recipes import new_cacovid, new_score, new_sieve, new_visionselector
 from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, GPU_TOKENS, Footprint
 from vidsieve.training.sampling import tokens_per_draw
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig
 
 UNKNOWN_RATE = 0.5
 """Fraction kept by a policy that chooses its own rate, as at its start; it falls in training."""
@@ -70,8 +70,8 @@ def dry_run(
     if (method, variant) not in SETTINGS:
         raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
     config = CONFIGS[method](**SETTINGS[method, variant] | settings)
-    if config.objective == "straight_through":
-        raise TrainingError("objective 'straight_through' differentiates through the LLM, which is not predicted")
+    if config.objective in ("straight_through", "soft_topk"):
+        raise TrainingError(f"objective {config.objective!r} differentiates through the LLM, which is not predicted")
     adapter = read_model(model)
     adapter.model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     width = adapter.model.dtype.itemsize
@@ -81,6 +81,8 @@ def dry_run(
             policy: torch.nn.Module = new_sieve(adapter, config, model)
         elif isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model, blank=True)
+        elif isinstance(config, VisionSelectorConfig):
+            policy = new_visionselector(adapter, config, variant, model)
         else:
             policy = new_score(adapter, config, variant, model)
     frames = min(config.frames, FRAMES) if is_testbed(model) else config.frames

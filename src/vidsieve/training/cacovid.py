@@ -26,7 +26,7 @@ from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.errors import TrainingError
 from vidsieve.training import release_sampling, sampling
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite
-from vidsieve.training.controls import choice_loss, gated, teacher_scores
+from vidsieve.training.controls import choice_loss, gated, softly_selected, teacher_scores
 from vidsieve.training.data.samples import Choice
 from vidsieve.training.judging import judge
 from vidsieve.training.losses import action_log_probs, cpo_loss, distillation_loss, entropy_shortfall, keep_entropy
@@ -143,6 +143,12 @@ class CaCoVIDTrainer(Trainer[Choice]):
             teacher = teacher_scores(prompt.rollouts, c.teacher, prompt.sample.targets)
             frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()
             loss = distillation_loss(keep, teacher) + distillation_loss(frame_keep, frames)
+        elif c.objective == "soft_topk":
+            chosen, constraint = softly_selected(video, keep, prompt.ratio, self.progress)
+            answer_loss, right = choice_loss(prompt.rollouts, prompt.sample, [chosen])
+            loss = answer_loss + constraint
+            metrics = {"right": float(right.mean()), "answer_loss": float(answer_loss.detach())}
+            metrics["constraint"] = float(constraint.detach())
         elif c.objective == "straight_through":
             masks = self.token_masks(prompt, video, keep.detach()).to(keep.device)
             loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))

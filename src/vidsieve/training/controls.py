@@ -1,7 +1,10 @@
-"""Learning without reinforcement, the controls of the policy gradient: distilled attention, and straight-through.
+"""Learning without reinforcement, the controls of the policy gradient: a teacher, straight-through, a soft top-k.
 
 CaCoVID's Figure 1 asks if attention tells what an answer depends on. Straight-through: the kept tokens go into the LLM
 times 1 + p − sg(p), which is 1, so that the gradient of the answer's loss reaches the keep probability p of each.
+
+Soft top-k (VisionSelector): all tokens go into the LLM, times a mask between 0 and 1 whose sum is the budget. A second
+loss, of growing weight, pulls the mask to 0 and 1, where it is what a selection does.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ from torch import Tensor
 from vidsieve.adapters import decoder_layer
 from vidsieve.adapters.transformers_api import layer_hidden, window_of
 from vidsieve.errors import NeedError
-from vidsieve.selection import mask_to_indices
+from vidsieve.selection import indices_to_mask, kept_tokens, mask_to_indices, top_indices
 from vidsieve.training.data.samples import Choice
 from vidsieve.training.rewards import caption_ce, label_span
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.settings import Teacher
 from vidsieve.types import Selection, VideoTokens
 
+CONSTRAINT = (0.1, 2.0)
+"""Weight of `constraint_loss` at the first and at the last step, as in VisionSelector's release."""
 UNLIKELY = -12.0
 """Log-score of a token that the oracle does not name."""
 
@@ -107,6 +112,68 @@ def gated(video: VideoTokens, keep_logits: Tensor, keep_masks: Tensor) -> list[S
     gate = (1 + probability - probability.detach()).to(video.embeds)  # (N,), all ones
     kept = [mask_to_indices(mask).to(video.embeds.device) for mask in keep_masks]
     return [Selection(indices, embeds=video.embeds[indices] * gate[indices, None]) for indices in kept]
+
+
+def shift_to_sum(scores: Tensor, total: float) -> Tensor:
+    """Return the shift t, a scalar, with Σσ(s + t) = `total` for scores s (N,), by 64 bisections."""
+    low, high = -scores.max() - 10, -scores.min() + 10
+    for _ in range(64):  # the sum grows with the shift
+        middle = (low + high) / 2
+        above = (scores + middle).sigmoid().sum() >= total
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+class SoftTopK(torch.autograd.Function):
+    """m = σ(s + t) of scores s (N,), with the t at which Σm is `count`.
+
+    The gradient takes into account that t moves with s: v ⊙ g − v (v·g) / Σv, with v = m (1 − m).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, count: int) -> Tensor:
+        """Return the mask (N,)."""
+        mask = (scores + shift_to_sum(scores, count)).sigmoid()
+        ctx.save_for_backward(mask)
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient (N,) in the scores."""
+        (mask,) = ctx.saved_tensors
+        slope = mask * (1 - mask)
+        pulled = slope * grads[0]
+        # A mask of zeros and ones has no slope, and then no gradient.
+        return pulled - slope * (pulled.sum() / slope.sum().clamp(min=torch.finfo(slope.dtype).tiny)), None
+
+
+def soft_top_k(scores: Tensor, count: int) -> Tensor:
+    """Return the soft mask (N,) of scores (N,): between 0 and 1, with sum `count` from 1 to N, and differentiable."""
+    mask: Tensor = SoftTopK.apply(scores, count)
+    return mask
+
+
+def constraint_loss(mask: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Return the mean binary cross-entropy, a scalar, of a soft mask (N,) against the `count` highest scores (N,)."""
+    return F.binary_cross_entropy(mask, indices_to_mask(top_indices(scores.detach(), count), len(mask)).to(mask))
+
+
+def softly_selected(video: VideoTokens, scores: Tensor, ratio: float, progress: float) -> tuple[Selection, Tensor]:
+    """Return all tokens times the soft mask of scores (N,), and the weighted `constraint_loss`, a scalar.
+
+    Parameters
+    ----------
+    ratio : float
+        Fraction of the tokens that is the sum of the mask.
+    progress : float
+        Fraction of the training that is done: the constraint's weight goes with it over `CONSTRAINT`.
+    """
+    count, scores = kept_tokens(ratio, video.num_tokens), scores.float()
+    mask = soft_top_k(scores, count)
+    first, last = CONSTRAINT
+    constraint = (first + (last - first) * progress) * constraint_loss(mask, scores, count)
+    indices = torch.arange(video.num_tokens, device=video.embeds.device)
+    return Selection(indices, embeds=video.embeds * mask[:, None].to(video.embeds)), constraint
 
 
 def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection]) -> tuple[Tensor, Tensor]:

@@ -18,16 +18,18 @@ from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
+from vidsieve.compressors.visionselector import VisionSelectorPolicy
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.testbed.world import world_of
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.processes import is_main, joined
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig
 from vidsieve.training.sieve import SieveTrainer
 from vidsieve.training.sources import Files, held_out, source
 from vidsieve.training.trainer import Events, Report
+from vidsieve.training.visionselector import VisionSelectorTrainer
 
 SKIPPED = "skipped.jsonl"
 """File in the folder of a run that lists the rows and videos that are not used."""
@@ -56,7 +58,7 @@ def train_policy(
 
     Parameters
     ----------
-    method : {"cacovid", "score", "sieve"}
+    method : {"cacovid", "score", "sieve", "visionselector"}
     settings : dict
         Fields of the trainer's configuration that differ from the variant's.
     model_name : str
@@ -110,6 +112,9 @@ def train_policy(
         elif isinstance(config, CaCoVIDConfig):
             policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
             trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
+        elif isinstance(config, VisionSelectorConfig):
+            selector = new_visionselector(adapter, config, variant, model_name).to(model.device)
+            trainer = VisionSelectorTrainer(adapter, selector, config, samples, folder, **shared)
         else:
             scorer = new_score(adapter, config, variant, model_name).to(model.device)
             trainer = ScoreTrainer(adapter, scorer, config, samples, folder, **shared)
@@ -187,6 +192,15 @@ def new_score(adapter: Adapter, config: ScoreConfig, variant: str, model_name: s
         base_model=model_name,
         hidden=config.hidden,
         residual=config.residual,
+    )
+
+
+def new_visionselector(
+    adapter: Adapter, config: VisionSelectorConfig, variant: str, model_name: str
+) -> VisionSelectorPolicy:
+    """Return VisionSelector's policy before training."""
+    return VisionSelectorPolicy.start(
+        adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name
     )
 
 

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from vidsieve.compressors.score import ScorePolicy
+from vidsieve.compressors.visionselector import VisionSelectorPolicy
 from vidsieve.errors import TrainingError
 from vidsieve.training.advantages import BY_NAME, finite_mean, over_finite, split_advantage
-from vidsieve.training.controls import caption_loss, gated, teacher_scores
+from vidsieve.training.controls import caption_loss, gated, shift_to_sum, softly_selected, teacher_scores
 from vidsieve.training.data.samples import Caption
 from vidsieve.training.losses import band_distance, distillation_loss, entropy_shortfall, keep_entropy, reinforce_loss
 from vidsieve.training.rewards import score_rewards
@@ -39,7 +40,7 @@ SATURATED = 4.6
 class ScoreTrainer(Trainer[Caption]):
     """REINFORCE on captions; see the module's text."""
 
-    policy: ScorePolicy
+    policy: ScorePolicy | VisionSelectorPolicy
     config: ScoreConfig
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -93,16 +94,21 @@ class ScoreTrainer(Trainer[Caption]):
         video = rollouts.video()
         logits = self.run_policy(video)  # (N,)
         metrics = {"score_spread": float(logits.detach().std())}
-        shift = torch.zeros(())
+        shift, rate = torch.zeros(()), 0.0
         if c.rate_high:
             # The rate is given, so the mean is not the policy's to choose. Left in, the number of tokens that each mask
             # happens to keep is by far the loudest direction of the gradient, and nothing else is learned.
             logits = logits - logits.mean()
             rate = log_uniform(c.rate_low, c.rate_high, self.generator)
-            shift = shift_to(rate, logits.detach())
+            shift = shift_to_sum(logits.detach(), rate * len(logits))
         drawn = logits + shift  # (N,), at the group's rate
         if c.objective == "distil" or self.step < c.warmup_steps:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
+        elif c.objective == "soft_topk":
+            chosen, constraint = softly_selected(video, logits, rate, self.progress)
+            ce = caption_loss(rollouts, [chosen]).mean()
+            loss = ce + constraint
+            metrics |= {"ce": float(ce.detach()), "constraint": float(constraint.detach())}
         else:
             result = self.rolled_out(sample, rollouts, video, drawn)
             if result.loss is None:
@@ -155,15 +161,3 @@ class ScoreTrainer(Trainer[Caption]):
         if sample.key:
             self.ce_full[sample.key] = ce
         return ce
-
-
-def shift_to(rate: float, logits: Tensor) -> Tensor:
-    """Return the constant that moves the mean keep probability of logits (N,) to a rate, by bisection."""
-    below, above = torch.tensor(-40.0) - logits.max(), torch.tensor(40.0) - logits.min()
-    for _ in range(40):  # the mean of a sigmoid grows with the shift
-        middle = (below + above) / 2
-        if float((logits + middle).sigmoid().mean()) < rate:
-            below = middle
-        else:
-            above = middle
-    return middle

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from vidsieve.errors import TrainingError, UnknownNameError
 
-Objective = Literal["policy_gradient", "distil", "straight_through"]
+Objective = Literal["policy_gradient", "distil", "straight_through", "soft_topk"]
+WITHOUT_DRAWS: dict[str, int] = {"distil": 0, "soft_topk": 1}
+"""Objectives that draw no masks, and the masks under which the frozen model answers a prompt."""
 Teacher = Literal["first_look", "attention", "oracle"]
 Sampler = Literal["ocss", "multinomial", "random", "official"]
 Range = Literal["frame", "video"]
@@ -77,7 +79,9 @@ class TrainConfig:
     eval_retention: float = setting(0.1, "Fraction of the tokens kept in an evaluation.", 1e-6, 0.99)
     hold_out: float = option(0.0, "Fraction of the videos of --data that is kept for the evaluation.", 0, 0.5)
     objective: Objective = setting(
-        "policy_gradient", "'policy_gradient', or a control: 'distil' the teacher, 'straight_through' gradients."
+        "policy_gradient",
+        "'policy_gradient', or a control: 'distil' the teacher, 'straight_through' gradients, or 'soft_topk', "
+        "VisionSelector's differentiable top-k.",
     )
     teacher: Teacher = setting(
         "first_look",
@@ -182,8 +186,8 @@ class CaCoVIDConfig(TrainConfig):
     @property
     def masks(self) -> int:
         """Masks under which the frozen model answers a prompt; over frames where rewards are compared."""
-        if self.objective == "distil":
-            return 0
+        if self.objective in WITHOUT_DRAWS:
+            return WITHOUT_DRAWS[self.objective]
         return self.token_rollouts + (self.frame_rollouts if self.objective == "policy_gradient" else 0)
 
     def __post_init__(self) -> None:
@@ -198,10 +202,13 @@ class CaCoVIDConfig(TrainConfig):
             (self.blind_margin and reward != "margin", f"blind_margin changes reward 'margin', got {reward!r}"),
             (self.ratio_low > self.ratio_high, f"ratio_low {self.ratio_low} is above ratio_high {self.ratio_high}"),
             (self.rate_high and self.dynamic_ratio, "rate_low and rate_high draw the ratio: leave dynamic_ratio out"),
-            (control == "straight_through" and reward == "generate", "straight_through needs options: change reward"),
             (
-                control == "distil" and self.iterations > 1,
-                "objective 'distil' has no use for iterations: set them to 1",
+                control in ("straight_through", "soft_topk") and reward == "generate",
+                f"{control} needs options: change reward",
+            ),
+            (
+                control in WITHOUT_DRAWS and self.iterations > 1,
+                f"objective {control!r} has no use for iterations: set them to 1",
             ),
             (
                 self.sampler == "official" and self.over != "frame",
@@ -265,13 +272,17 @@ class ScoreConfig(TrainConfig):
 
     @property
     def masks(self) -> int:
-        """Masks under which the frozen model predicts a caption; none where a teacher is distilled."""
-        return 0 if self.objective == "distil" else self.rollouts
+        """Masks under which the frozen model predicts a caption."""
+        return WITHOUT_DRAWS.get(self.objective, self.rollouts)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         least, low, high = self.least_safe, self.kept_low, self.kept_high
         check(
+            (
+                self.objective == "soft_topk" and not self.rate_high,
+                "objective 'soft_topk' needs a number of tokens: set rate_low and rate_high",
+            ),
             (
                 self.advantage != "split" and least > 1,
                 f"least_safe belongs to 'split', got advantage {self.advantage!r}",
@@ -285,10 +296,28 @@ class ScoreConfig(TrainConfig):
         )
 
 
+@dataclass(frozen=True)
+class VisionSelectorConfig(ScoreConfig):
+    """Settings of the training of `visionselector`: SCORE's but for those of its network, which are `fixed`."""
+
+    fixed: ClassVar[tuple[str, ...]] = ("hidden", "residual")
+
+    objective: Objective = setting(
+        "soft_topk", "'soft_topk', its own; 'policy_gradient', as SCORE is trained; or a control, as for all trainers."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in fields(self):
+            if item.name in self.fixed and getattr(self, item.name) != item.default:
+                raise TrainingError(f"{item.name} is SCORE's; visionselector has its own network: leave it out")
+
+
 CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {
     "cacovid": CaCoVIDConfig,
     "score": ScoreConfig,
     "sieve": SieveConfig,
+    "visionselector": VisionSelectorConfig,
 }
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
@@ -334,6 +363,22 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "schedule": "cosine",
         "score_decay": 0.003,
         "steps": 150,
+    },
+    ("visionselector", "ours"): {
+        "world": "sparse",
+        "rate_low": 0.05,
+        "rate_high": 0.25,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "steps": 300,
+    },
+    ("visionselector", "official"): {
+        "world": "sparse",
+        "rate_low": 0.2,
+        "rate_high": 0.2,
+        "lr": 0.01,
+        "schedule": "cosine",
+        "steps": 300,
     },
 }
 """Defaults that a variant changes; the settings of a run override them."""

@@ -146,6 +146,11 @@ class Trainer(ABC, Generic[Sample]):
         """Return the factor on every learning rate at `step`: a cosine from 1 to 0 by default."""
         return 0.5 + 0.5 * math.cos(math.pi * step / self.config.steps)
 
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done: 0 at its first step, 1 at its last."""
+        return self.step / max(1, self.config.steps - 1)
+
     def check_data(self) -> None:
         """Raise TrainingError before a new run if its data cannot teach what the algorithm is to learn."""
 
