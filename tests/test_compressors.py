@@ -291,7 +291,7 @@ def test_vcast_below_a_token_a_frame():
 
 
 def glean_by_hand(x, grid, retention):
-    """Equations 3 to 13 with explicit projections: least squares for novelty, an orthonormal basis for spans."""
+    """Equations 3 to 13 with explicit projections: a ridge inverse for novelty, least squares for spans."""
     frames, size = grid.frames, grid.per_frame
     mean = x.mean(0)
     centred = x - mean
@@ -327,41 +327,69 @@ def glean_by_hand(x, grid, retention):
     counts = quota.floor().long()
     for t in sorted(range(frames), key=lambda t: -float(quota[t] - quota[t].floor()))[: budget - int(counts.sum())]:
         counts[t] += 1
-    basis, kept = [], []
+    kept = []
+
+    def scaled(values):
+        return [(v - min(values)) / ((max(values) - min(values)) or 1) for v in values]
+
     for t in range(frames):
-        near = []
-        far = []
+        near, far, earlier = [], [], clean.flatten(0, 1)[kept].T
         for n in range(size):
             token, c, f = raw[t, n], cell(t, n, raw), raw[t].mean(0)
             likeness = float(token @ c / token.norm() / c.norm() - token @ f / token.norm() / f.norm())
             near.append(math.log1p(math.exp(4 * likeness)) / 4)
-            rest = clean[t, n].clone()
-            for q in basis:
-                rest -= (rest @ q) * q
-            far.append(float(rest.norm()))
-        score = [
-            (a - min(near)) / (max(near) - min(near)) + (b - min(far)) / (max(far) - min(far))
-            for a, b in zip(near, far, strict=True)
-        ]
-        mine = sorted(sorted(range(size), key=lambda n: -score[n])[: int(counts[t])])
-        kept += [t * size + n for n in mine]
-        for n in mine:
-            rest = clean[t, n].clone()
-            for _ in range(2):
-                for q in basis:
-                    rest -= (rest @ q) * q
-            if len(basis) < len(rest) and rest.norm() > 1e-6:
-                basis.append(rest / rest.norm())
+            rest = clean[t, n]
+            if kept:
+                rest = rest - earlier @ torch.linalg.lstsq(earlier, rest[:, None], driver="gelsd").solution[:, 0]
+            far.append(float(rest.norm()) if rest.norm() > 1e-8 else 0.0)
+        score = [u + v for u, v in zip(scaled(near), scaled(far), strict=True)]
+        kept += sorted(t * size + n for n in sorted(range(size), key=lambda n: -score[n])[: int(counts[t])])
     return kept
 
 
+@pytest.mark.parametrize("width", [48, 12], ids="{} channels".format)
 @pytest.mark.parametrize("grid", [TokenGrid(5, 4, 4), TokenGrid(4, 3, 5), TokenGrid(1, 4, 4)], ids=str)
-def test_gleanvid_equals_the_papers_equations(grid):
+def test_gleanvid_equals_the_papers_equations(grid, width):
+    """With 12 channels the tokens kept first span all others, so that rounding must not decide."""
     generator = torch.Generator().manual_seed(grid.width)
-    x = torch.randn(grid.num_tokens, 48, generator=generator, dtype=torch.float64) + 2
+    x = torch.randn(grid.num_tokens, width, generator=generator, dtype=torch.float64) + 2
     video = VideoTokens(x.float(), grid, torch.arange(grid.num_tokens)[None])
     kept = load("gleanvid", retention=0.3).compress(video).indices
     assert kept.tolist() == glean_by_hand(x, grid, 0.3)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 128])
+def test_gleanvids_direction_is_the_first_singular_vector(rank):
+    from vidsieve.compressors.gleanvid import without_bias
+
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(800, rank, generator=generator) @ torch.randn(rank, 128, generator=generator)
+    x = torch.randn(800, 128, generator=generator) if rank == 128 else x  # nearly equal singular values
+    centred = (x - x.mean(0)).double()
+    first = torch.linalg.svd(centred, full_matrices=False).Vh[0]
+    wanted = centred - (centred @ first)[:, None] * first
+    found = without_bias(x[None], recentred=False)[0]
+    assert float((found - wanted).norm() / centred.norm()) < 1e-5
+
+
+def test_gleanvids_scores_do_not_follow_rounding():
+    """Tokens of one direction are equally like cell and frame: their norms alone decide."""
+    norms = torch.rand(36, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    line = norms * torch.randn(1, 32, generator=torch.Generator().manual_seed(1))
+    video = VideoTokens(line, TokenGrid(1, 6, 6), torch.arange(36)[None])
+    kept = load("gleanvid", retention=0.25, debiased=False).compress(video).indices
+    assert kept.tolist() == sorted(norms.flatten().topk(9).indices.tolist())
+
+
+def test_gleanvids_span_does_not_grow_over_a_still_passage():
+    from vidsieve.compressors.gleanvid import complementary, scaled
+
+    generator = torch.Generator().manual_seed(0)
+    still, new = torch.randn(2, 6, 32, generator=generator).unbind()
+    tokens = torch.stack([still] * 8 + [new])
+    _, scores = complementary(torch.ones(9, 6), tokens, [6] * 9, 1e-4)
+    apart = new - still.T.matmul(torch.linalg.lstsq(still.T, new.T).solution).T
+    torch.testing.assert_close(scores[-1], scaled(apart.norm(dim=1)), atol=1e-4, rtol=0)
 
 
 def test_gleanvids_open_choices_change_what_is_kept():

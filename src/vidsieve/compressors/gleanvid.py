@@ -13,6 +13,9 @@ from vidsieve.compressors.base import Compressor, within
 from vidsieve.selection import allocate_frames, top_indices
 from vidsieve.types import Selection, TokenGrid, VideoTokens
 
+_LANCZOS_STEPS = 64
+_ROUNDING = 1e-5  # relative; float32 leaves about 1e-6 of a token that a span contains
+
 
 @dataclass(frozen=True)
 class GleanVID(Compressor):
@@ -85,16 +88,19 @@ class GleanVID(Compressor):
 def without_bias(tokens: Tensor, recentred: bool) -> Tensor:
     """Return tokens (T, n, D) without their mean and their strongest direction; with `recentred` plus the mean again.
 
-    The direction is the first right singular vector of the centred tokens, by subspace iteration from a fixed start.
+    The direction is the first right singular vector of the centred tokens, by Lanczos steps from a fixed start.
     """
     flat = tokens.flatten(0, 1)
     mean = flat.mean(0)
     centred = flat - mean
-    width = min(8, *centred.shape)
-    start = torch.randn(centred.shape[1], width, generator=torch.Generator().manual_seed(0)).to(centred)
-    basis = torch.linalg.qr(start).Q
-    for _ in range(16):
-        basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
+    start = torch.randn(centred.shape[1], generator=torch.Generator().manual_seed(0)).to(centred)
+    basis = F.normalize(start, dim=0)[None]
+    while len(basis) < min(_LANCZOS_STEPS, *centred.shape):
+        new = (centred @ basis[-1]) @ centred
+        for _ in range(2):  # once leaves a part along the basis that grows from step to step
+            new = new - (basis @ new) @ basis
+        basis = torch.cat([basis, F.normalize(new, dim=0)[None]])
+    basis = torch.linalg.qr(basis.T).Q  # of few different tokens the last steps are rounding
     inner = centred @ basis
     first = basis @ torch.linalg.eigh(inner.T @ inner).eigenvectors[:, -1]
     centred -= (centred @ first)[:, None] * first
@@ -151,19 +157,20 @@ def complementary(local: Tensor, tokens: Tensor, counts: list[int], epsilon: flo
     span = tokens.new_zeros(tokens.shape[2], 0)
     chosen, scores = [], []
     for frame, near, count in zip(tokens, local, counts, strict=True):
-        along = frame @ span
-        apart = (frame.square().sum(1) - along.square().sum(1)).clamp(min=0).sqrt()
-        scores.append(scaled(near) + scaled(apart))
+        size, rest = frame.norm(dim=1), frame - (frame @ span) @ span.T
+        apart = rest.norm(dim=1)
+        scores.append(scaled(near) + scaled(apart.masked_fill(apart <= _ROUNDING * size, 0)))
         chosen.append(top_indices(scores[-1], count))
         if count and span.shape[1] < len(span):
-            kept = chosen[-1]
-            directions, strengths = torch.linalg.qr((frame[kept] - along[kept] @ span.T).T)
+            kept = rest[chosen[-1]]
+            directions, strengths = torch.linalg.qr((kept - (kept @ span) @ span.T).T)
             strength = strengths.diagonal().abs()
-            span = torch.cat([span, directions[:, strength > epsilon * strength.max()]], 1)[:, : len(span)]
+            least = torch.maximum(epsilon * strength.max(), _ROUNDING * size[chosen[-1]].max())
+            span = torch.cat([span, directions[:, strength > least]], 1)
     return chosen, torch.stack(scores)
 
 
 def scaled(values: Tensor) -> Tensor:
-    """Return values (n,) scaled to 0 … 1; zeros where they are all equal."""
+    """Return values (n,), not negative, scaled to 0 … 1; zeros where they differ by no more than rounding."""
     low, high = values.min(), values.max()
-    return (values - low) / (high - low) if bool(high > low) else torch.zeros_like(values)
+    return (values - low) / (high - low) if bool(high - low > _ROUNDING * high) else torch.zeros_like(values)
