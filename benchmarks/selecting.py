@@ -36,6 +36,7 @@ import plain.holitom
 import plain.prunevid
 import plain.pyramiddrop
 import plain.sparsevlm
+import plain.vcast
 import plain.vidcom2
 import plain.visionzip
 import vidsieve
@@ -124,6 +125,7 @@ def before_llm(name: str, method: Compressor, grid: TokenGrid, dtype: str) -> Ca
 
     forms: dict[str, Callable[[], Any]] = {
         "divprune": lambda: plain.divprune.picks(video.embeds, budget).sort().values,
+        "vcast": lambda: plain.vcast.select(frames, ratio),
         "vidcom2": lambda: plain.vidcom2.select(frames, ratio),
         "evs": lambda: plain.evs.select(frames, budget),
         "dycoke": lambda: plain.dycoke.select(frames, 0.9),

@@ -25,6 +25,7 @@ import plain.holitom  # noqa: E402
 import plain.prunevid  # noqa: E402
 import plain.pyramiddrop  # noqa: E402
 import plain.sparsevlm  # noqa: E402
+import plain.vcast  # noqa: E402
 import plain.vidcom2  # noqa: E402
 import plain.visionzip  # noqa: E402
 from plain._shared import eager_attention  # noqa: E402
@@ -128,6 +129,17 @@ def test_vidcom2():
         assert torch.equal(kept, recorded.of(case, "keep_idx").long())
         cases += 1
     assert cases
+
+
+def test_vcast():
+    recorded = Recorded("vcast")
+    for case in recorded.cases(1, "keep_idx"):
+        frames, wanted = recorded.of(case, "x"), recorded.of(case, "keep_idx").long()
+        kept = plain.vcast.select(frames, float(recorded.of(case, "ratio")), int(recorded.of(case, "min_k")))
+        size = frames.shape[1]
+        assert torch.equal(torch.bincount(kept // size), torch.bincount(wanted // size))
+        scores = recorded.of(case, "score").flatten()  # each token of one case occurs twice
+        assert close(scores[kept].sort().values, scores[wanted].sort().values)
 
 
 def test_evs():
