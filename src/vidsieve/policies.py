@@ -240,7 +240,7 @@ def read_weights(folder: Path, saved_as: str = "") -> Mapping[str, Tensor]:
     return weights
 
 
-def fill(policy: Policy, weights: Mapping[str, Tensor], misfit: str) -> None:
+def fill(policy: nn.Module, weights: Mapping[str, Tensor], misfit: str) -> None:
     """Give a policy without memory copies of weights, float32.
 
     Raises

@@ -40,6 +40,7 @@ def test_every_published_method_with_records_is_compared():
     recorded = {path.stem for path in Path(__file__).parent.glob("*.npz")}
     assert recorded == {
         "aot",
+        "autogaze",
         "cacovid",
         "divprune",
         "dycoke",

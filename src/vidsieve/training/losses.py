@@ -73,6 +73,54 @@ def cpo_loss(
     return ((loss * weight).sum(1) / (weight.sum(1) + 1e-7)).mean()
 
 
+def gaze_loss(
+    log_probs: Tensor,
+    padding: Tensor,
+    rewards: Tensor,
+    ends: Tensor,
+    group_size: int,
+    discount: float = 0.995,
+) -> Tensor:
+    """Return the policy loss (G·B,) of gazed trajectories (AutoGaze, its release's GRPO).
+
+    The advantage of a patch is the sum over the rewards that come after it of the reward's distance from its group's
+    mean, discounted by the patches between. It is not divided by a standard deviation, and nothing is clipped; the
+    loss is a sum over patches.
+
+    Parameters
+    ----------
+    log_probs : Tensor, (G·B, N), floating
+        Of each patch, under the policy that drew it; G trajectories of each of B videos, those of a group B apart.
+    padding : Tensor, (G·B, N), bool
+    rewards : Tensor, (G·B, R)
+        One for each of R frames.
+    ends : Tensor, (R,), int64
+        Patches up to the end of each of these frames, padding included.
+    group_size : int
+        G.
+    discount : float
+    """
+    grouped = rewards.float().reshape(group_size, -1, rewards.shape[1])
+    better = (grouped - grouped.mean(0)).flatten(0, 1)
+    there = ~padding
+    place = torch.arange(padding.shape[1], device=padding.device)
+    passed = there.cumsum(1)
+    between = passed.gather(1, ends.expand(len(passed), -1) - 1)[:, :, None] - passed[:, None]  # (G·B, R, N)
+    weight = torch.where(place < ends[:, None], discount**between, 0.0)
+    advantage = (better[..., None] * weight).sum(1) * there
+    ratio = (log_probs - log_probs.detach()).exp()
+    return -(ratio * advantage).sum(1)
+
+
+def gaze_prediction_loss(predicted: Tensor, losses: Tensor, mask: Tensor, padding: Tensor) -> Tensor:
+    """Return the error (G·B,) of predicted losses (G·B, N): squares where `mask`, over the mean number of such patches.
+
+    AutoGaze masks the last patch of each frame that was reconstructed; `padding` (G·B, N) bool is left out.
+    """
+    read = mask.bool() & ~padding
+    return torch.where(read, (predicted - losses).square(), 0.0).sum(1) / read.sum(1).float().mean().clamp(min=1e-8)
+
+
 def reinforce_loss(logits: Tensor, keep_masks: Tensor, advantages: Tensor) -> Tensor:
     """Return −mean_k A_k · mean_n log π(m_n) (SCORE Eq. 8-9) of Bernoulli logits (N,), a scalar."""
     log_probs = torch.where(keep_masks, F.logsigmoid(logits.float()), F.logsigmoid(-logits.float()))
