@@ -502,3 +502,13 @@ def test_visionselector_official_rounds_down_in_floating_point():
         assert example(method, retention=retention, variant="official").compress(video).num_kept == count
     same = VideoTokens(torch.ones(12, WIDTH), TokenGrid(3, 2, 2), torch.arange(12)[None])
     assert example(method, retention=0.5).compress(same).indices.tolist() == list(range(6)), "ties to the lower index"
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not registry.compressors.get(name).trained])
+def test_autocast_changes_no_selection(name):
+    method = example(registry.compressors.get(name), retention=0.3)
+    video = make_video(TokenGrid(8, 8, 8), 64)
+    plain = method.compress(video)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = method.compress(video)
+    assert torch.equal(plain.indices, cast.indices)

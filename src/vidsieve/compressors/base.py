@@ -128,7 +128,9 @@ class Compressor(ABC):
         budget = video.num_tokens if whole else 0 if self.adaptive_budget else self.budget(video)
         if budget >= video.num_tokens:
             return Selection(torch.arange(video.num_tokens, device=video.embeds.device))
-        return self._select(video, budget, generator or torch.Generator().manual_seed(0))
+        # Distances and ties are decided in the precision that a method is written for.
+        with torch.autocast(video.embeds.device.type, enabled=False):
+            return self._select(video, budget, generator or torch.Generator().manual_seed(0))
 
     def _check_needs(self, video: VideoTokens) -> None:
         if Need.QUESTION in self.needs and video.prompt is None:
