@@ -17,6 +17,7 @@ from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.front import Front
 from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
 from vidsieve.evaluation.accuracy import KEPT, accuracy_rows, accuracy_table
 from vidsieve.evaluation.conditions import Condition, label_of
@@ -268,12 +269,16 @@ def read_scene(
     index: int,
     count: int,
     needs: frozenset[Need] = frozenset(),
+    front: Front | None = None,
 ) -> SceneBatch:
-    """Return one scene with its first `count` questions, and the signals of the vision encoder that are in `needs`."""
+    """Return one scene with its first `count` questions, and the signals of the vision encoder that are in `needs`.
+
+    `front` acts before or inside the vision encoder.
+    """
     cast = make_cast(world, seed, index)
     questions = make_questions(cast, seed, index)[:count]
     inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in questions])
-    features = adapter.features(inputs, needs)
+    features = adapter.features(inputs, needs, front)
     # One pass through the vision tower serves every question of the scene.
     inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(questions))}
     del inputs["pixel_values_videos"]
