@@ -8,12 +8,14 @@ from vidsieve.adapters import attach as attach
 from vidsieve.adapters import prune as prune
 from vidsieve.compressors.base import Compressor as Compressor
 from vidsieve.compressors.base import ScoreCompressor as ScoreCompressor
+from vidsieve.compressors.calibrated import calibrated as calibrated
 from vidsieve.compressors.composed import Pipeline as Pipeline
 from vidsieve.compressors.reuse import Reuse as Reuse
 from vidsieve.errors import VidsieveError as VidsieveError
 from vidsieve.loading import load as load
 from vidsieve.registry import compressors as compressors
 from vidsieve.registry import families as families
+from vidsieve.retention import Calibration as Calibration
 from vidsieve.types import Need as Need
 from vidsieve.types import Prompt as Prompt
 from vidsieve.types import Selection as Selection

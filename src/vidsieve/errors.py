@@ -20,7 +20,7 @@ class VidsieveError(Exception):
 
 
 class RetentionError(VidsieveError, ValueError):
-    """The retention ratio is not a number in (0, 1]."""
+    """The retention is not a number in (0, 1], or its calibrated rule is missing or of another method."""
 
 
 class BudgetError(VidsieveError, ValueError):

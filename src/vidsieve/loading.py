@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.calibrated import calibrated
 from vidsieve.compressors.composed import AllTokens, Pipeline
 from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
 from vidsieve.policies import CONFIG, read_config
+from vidsieve.retention import Calibration, parse_budget
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +36,8 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     policy : str or Path, optional
         Folder of the policy of a trained method; ``"testbed"`` for the one in the package.
     **fields
-        Fields of the method: ``retention``, ``variant``, …
+        Fields of the method: ``retention``, ``variant``, … With ``retention="calibrated"``, or ``"calibrated:FILE"``,
+        also ``floor`` and ``cap``, the least and the most that is kept.
 
     Raises
     ------
@@ -43,6 +46,10 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     PolicyError
         If a policy is missing, not needed, unreadable, or of another method.
     """
+    if isinstance(asked := fields.get("retention"), str) and isinstance(rule := parse_budget(asked), Calibration):
+        limits = {name: fields.pop(name) for name in ("floor", "cap") if name in fields}
+        del fields["retention"]
+        return calibrated(load(name_or_path, policy, **fields), rule, **limits)
     front, rest = split_front(str(name_or_path))
     if front:
         known = {field.name for field in dataclasses.fields(registry.fronts.get(front))}

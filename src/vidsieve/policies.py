@@ -22,6 +22,7 @@ from vidsieve.errors import PolicyError, PolicyMismatchError
 from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
 from vidsieve.io.tensors import load_tensors, save_tensors
+from vidsieve.retention import Rule
 from vidsieve.types import VideoTokens
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
@@ -53,6 +54,8 @@ class PolicyConfig:
         Training record: settings, seed, data, steps, metrics.
     weights : str
         Checksum of the weights that this was saved with; empty in older files.
+    calibration : dict
+        By variant the rule that `vidsieve calibrate` saved last, see `retention.Rule`.
     """
 
     type: str
@@ -63,6 +66,7 @@ class PolicyConfig:
     base_model: str = ""
     training: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file, with the versions of vidsieve and of the format, and a checksum."""
@@ -191,6 +195,19 @@ class Policy(nn.Module):
             f"this {self.method} policy was trained as variant {trained!r}, not {variant!r}: leave variant out, or "
             f"load one trained with --variant {'ours' if variant == 'ours' else 'paper'}"
         )
+
+
+def save_rule(folder: Path, rule: Rule) -> None:
+    """Add a calibrated rule to the `config.json` of the policy in `folder`, in place of an older one of its variant.
+
+    Raises
+    ------
+    PolicyError, PolicyMismatchError, OutputError
+    """
+    config = read_config(folder)
+    saved = {**config.calibration, rule.variant: msgspec.to_builtins(rule)}
+    with writing(folder / CONFIG) as temporary:
+        temporary.write_text(dataclasses.replace(config, calibration=saved).to_json(), encoding="utf-8")
 
 
 def read_config(folder: Path) -> PolicyConfig:

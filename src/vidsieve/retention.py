@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 
 from vidsieve.errors import RetentionError, SelectionError
 
@@ -21,6 +26,84 @@ class Tokens:
         return f"Tokens({self.count})"
 
 
+Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
+
+CALIBRATED = "calibrated"
+FEATURES = ("log retention", "log dropped softmax", "log dropped standardised", "last kept", "last kept z", "range z")
+"""What a rule reads of a selection, see `compressors.calibrated.features`."""
+
+
+class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule from a video's scores to its retention, and the record of its calibration.
+
+    Parameters
+    ----------
+    method, variant : str
+        The method whose scores it reads.
+    ladder : tuple of float
+        Retentions in ascending order.
+    means, scales, weights : tuple of float, bias : float
+        A logistic model of the probability that a selection harms the answer, on standardised `FEATURES`.
+    threshold : float
+        The least retention whose predicted harm is at most this is used; below 0: everything is kept.
+    fixed : float
+        The least fixed retention that met the same bound, on the same videos.
+    tolerance, confidence : float
+        With probability `confidence` over the calibration videos, the mean loss over videos is at most `tolerance`;
+        loss = score with all tokens − score with those kept.
+    videos, questions : int
+        Calibration videos (those that fitted the model are not among them) and their questions.
+    retention, loss : float
+        Means over the calibration videos.
+    data, model : str
+        Names of the questions and of the model, for information only.
+    """
+
+    method: str
+    variant: str
+    ladder: tuple[Share, ...]
+    means: tuple[Finite, ...]
+    scales: tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
+    weights: tuple[Finite, ...]
+    bias: Finite
+    threshold: Finite
+    fixed: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    tolerance: Share
+    confidence: Share
+    videos: Annotated[int, msgspec.Meta(ge=1)]
+    questions: Annotated[int, msgspec.Meta(ge=1)]
+    retention: Annotated[float, msgspec.Meta(gt=0, le=1)]
+    loss: Finite
+    data: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ladder or list(self.ladder) != sorted(set(self.ladder)):
+            raise ValueError("a ladder of retentions ascends")
+        if not len(self.means) == len(self.scales) == len(self.weights) == len(FEATURES):
+            raise ValueError(f"a rule has {len(FEATURES)} means, scales and weights")
+
+    def harm(self, values: Sequence[float]) -> float:
+        """Return the predicted probability of harm from the `FEATURES` of a selection."""
+        standard = ((v - mean) / scale for v, mean, scale in zip(values, self.means, self.scales, strict=True))
+        logit = self.bias + sum(w * v for w, v in zip(self.weights, standard, strict=True))
+        return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A budget that follows each video: ``retention="calibrated"``, or ``"calibrated:FILE"``.
+
+    Parameters
+    ----------
+    file : str
+        File of the rule; empty: the one that `vidsieve calibrate` saved with the method's policy.
+    """
+
+    file: str = ""
+
+
 def check_retention(retention: object) -> float | Tokens:
     """Return `retention` if it is `Tokens` or a number in (0, 1].
 
@@ -36,6 +119,24 @@ def check_retention(retention: object) -> float | Tokens:
             f"retention is the fraction of video tokens kept, a number in (0, 1], or Tokens(count); got {retention!r}"
         )
     return float(retention)
+
+
+def parse_budget(text: str) -> float | Tokens | Calibration:
+    """Return the budget in a text such as ``0.25``, ``512t``, ``calibrated`` or ``calibrated:rule.json``.
+
+    Raises
+    ------
+    RetentionError
+    """
+    name, _, file = text.strip().partition(":")
+    return Calibration(file) if name == CALIBRATED else parse_retention(text)
+
+
+def budget_text(budget: float | Tokens | Calibration) -> str:
+    """Return a budget as commands read it."""
+    if isinstance(budget, Calibration):
+        return f"{CALIBRATED}:{budget.file}" if budget.file else CALIBRATED
+    return f"{budget.count}t" if isinstance(budget, Tokens) else f"{budget:g}"
 
 
 def parse_retention(text: str) -> float | Tokens:

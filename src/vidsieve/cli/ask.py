@@ -14,7 +14,7 @@ from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError
 from vidsieve.io.limits import Limits
-from vidsieve.retention import parse_retention
+from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def ask(
 ) -> None:
     """Ask a question about a video; show what each method kept and where the time went."""
     check_file(video)
-    amount = parse_retention(retention)
+    amount = parse_budget(retention)
     shared.check_question(question)
     shared.check_output(json, reads=[video])
     shared.check_output(picture, shared.PICTURES, [video])

@@ -29,7 +29,7 @@ from vidsieve.cli.shared import (
 from vidsieve.errors import ModelError, OutputError
 from vidsieve.io.limits import Limits
 from vidsieve.io.stopping import stop_on_signal
-from vidsieve.retention import parse_retention
+from vidsieve.retention import parse_budget
 
 if TYPE_CHECKING:
     from vidsieve.serving.batch import BatchReport
@@ -84,7 +84,7 @@ def batch(
     from vidsieve.serving.batch import answer_file, beside
     from vidsieve.serving.batch_groups import BatchSettings, answer_groups
 
-    amount, (failed, journal) = parse_retention(retention), beside(target)
+    amount, (failed, journal) = parse_budget(retention), beside(target)
     for path in (target, failed, journal):
         check_output(path, reads=[source])
     answer = answer_groups

@@ -11,7 +11,7 @@ import typer
 
 from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, UnknownNameError
-from vidsieve.retention import parse_retention
+from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,7 +70,7 @@ def bench(
     if video is not None:
         check_file(video)
     counts = [_count(word, "--lengths") for word in shared.words(lengths)]
-    amounts = [parse_retention(word) for word in shared.words(retention)]
+    amounts = [parse_budget(word) for word in shared.words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")

@@ -13,7 +13,7 @@ from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
-from vidsieve.retention import parse_retention, parse_retentions
+from vidsieve.retention import parse_budget, parse_retentions
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
@@ -235,7 +235,7 @@ def _questions(
 ) -> tuple[Task, Sequence[Condition]]:
     """Return a published set of questions, and every method at every retention and number of frames."""
     counts = [_count(word) for word in shared.words(frames)]
-    amounts = [parse_retention(word) for word in shared.words(given["retention"])]
+    amounts = [parse_budget(word) for word in shared.words(given["retention"])]
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
     from vidsieve.adapters.pruning import adapter_for

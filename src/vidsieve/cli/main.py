@@ -14,6 +14,7 @@ from vidsieve._version import __version__
 from vidsieve.cli import ask as ask_command
 from vidsieve.cli import batch as batch_command
 from vidsieve.cli import bench, data, evaluate, testbed, train
+from vidsieve.cli import calibrate as calibrate_command
 from vidsieve.cli import demo as demo_command
 from vidsieve.cli import doctor as doctor_command
 from vidsieve.cli import plan as plan_command
@@ -60,6 +61,7 @@ app.command("ask")(ask_command.ask)
 app.command("report")(report_command.report)
 app.add_typer(train.app, name="train")
 app.command("eval")(evaluate.evaluate)
+app.command("calibrate")(calibrate_command.calibrate)
 app.command("bench", context_settings=bench.EXTRA)(bench.bench)
 app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")

@@ -13,7 +13,7 @@ import typer
 
 from vidsieve.cli.shared import out
 from vidsieve.errors import PluginError, PolicyError, UnsupportedCallError
-from vidsieve.retention import parse_retention
+from vidsieve.retention import budget_text, parse_budget
 
 SERVER = "vllm.entrypoints.openai.api_server"
 
@@ -95,13 +95,12 @@ def server_command(
 
     from vidsieve.loading import is_testbed, policy_name, shipped_policies
     from vidsieve.serving.vllm.shared import settings_of
-    from vidsieve.types import Tokens
 
-    kept, (method, _, variant) = parse_retention(retention or "0.25"), method.partition(":")
+    kept, (method, _, variant) = parse_budget(retention or "0.25"), method.partition(":")
     settings: dict[str, object] = {"method": method}
     if variant:
         settings["variant"] = variant
-    settings |= {"retention": f"{kept.count}t" if isinstance(kept, Tokens) else kept, "seed": seed or 0}
+    settings |= {"retention": kept if isinstance(kept, float) else budget_text(kept), "seed": seed or 0}
     if on_error is not None:
         settings["on_error"] = on_error
     name = policy_name(f"{method}:{variant}" if variant else method)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from vidsieve.compressors.front import Front
 from vidsieve.errors import BudgetError, NeedError, SelectionError, UnknownNameError
-from vidsieve.retention import check_retention
+from vidsieve.retention import Calibration, check_retention
 from vidsieve.selection import kept_tokens, least_retention, top_indices
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
@@ -174,8 +174,17 @@ class Compressor(ABC):
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         """Return a selection of exactly `budget` < N tokens, or of any number where the budget is adaptive."""
 
-    def with_retention(self, retention: float | Tokens) -> Compressor:
+    @property
+    def budget_asked(self) -> float | Tokens | Calibration:
+        """The budget as it was asked for: `retention`, or a calibration."""
+        return self.retention
+
+    def with_retention(self, retention: float | Tokens | Calibration) -> Compressor:
         """Return the same method at another budget."""
+        if isinstance(retention, Calibration):
+            from vidsieve.compressors.calibrated import calibrated  # which builds on this class
+
+            return calibrated(self, retention)
         return dataclasses.replace(self, retention=retention)
 
     def describe(self) -> str:

@@ -18,7 +18,8 @@ from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
 from vidsieve.loading import is_testbed, load, policy_folder, policy_name, put_before, shipped_policies, split_front
 from vidsieve.policies import CONFIG
-from vidsieve.types import Stage, Tokens
+from vidsieve.retention import Calibration, Tokens, budget_text
+from vidsieve.types import Stage
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Condition:
             "variant": "-" if method is None else method.variant,
             "part": "" if method is None else method.part,
             "policy": self.label,
-            "retention": "1" if method is None else retention_text(method.retention),
+            "retention": "1" if method is None else budget_text(method.budget_asked),
             "frames": self.frames,
         }
 
@@ -67,11 +68,6 @@ class Condition:
         return "" if self.method is None else policy_digest(self.method)
 
 
-def retention_text(retention: float | Tokens) -> str:
-    """Return a retention as commands read it: ``0.25`` or ``512t``."""
-    return f"{retention.count}t" if isinstance(retention, Tokens) else f"{retention:g}"
-
-
 def policy_digest(method: Compressor) -> str:
     """Return a hash of a method's weights; empty where it has none."""
     policy = getattr(method, "policy", None)
@@ -79,7 +75,7 @@ def policy_digest(method: Compressor) -> str:
 
 
 def conditions_of(
-    methods: Mapping[str, Compressor], retentions: Sequence[float | Tokens], frames: Sequence[int] = (0,)
+    methods: Mapping[str, Compressor], retentions: Sequence[float | Tokens | Calibration], frames: Sequence[int] = (0,)
 ) -> list[Condition]:
     """Return all tokens, and every named method at every retention, for each number of frames."""
     conditions = []

@@ -35,6 +35,7 @@ from vidsieve.io.bounded import check_value, lines, opened, too_long
 from vidsieve.io.limits import limits
 from vidsieve.loading import is_testbed, load_model
 from vidsieve.options import Options
+from vidsieve.retention import Calibration, budget_text
 from vidsieve.types import Selection, Tokens
 from vidsieve.video import is_inside
 from vidsieve.video.reading import Video, read_video
@@ -181,7 +182,7 @@ class BatchSettings:
     ----------
     model, layout, device : as `load_model`
     method, policy, earliest : as `vidsieve ask`; ``"full"`` keeps all tokens
-    retention : float or Tokens
+    retention : float, Tokens or Calibration
     frames : int
         Taken evenly; with `fps` the largest number.
     fps : float, optional
@@ -194,7 +195,7 @@ class BatchSettings:
     model: str = "testbed"
     method: str = "divprune"
     policy: str | None = None
-    retention: float | Tokens = 0.25
+    retention: float | Tokens | Calibration = 0.25
     earliest: bool = False
     frames: int = 16
     fps: float | None = None
@@ -214,14 +215,14 @@ class BatchSettings:
         if self.method == "full":
             return None
         fields = known_fields(self.method, earliest=self.earliest)
-        return method_for(self.method, self.model, self.policy, retention=self.retention, **fields)
+        return method_for(self.method, self.model, self.policy, **fields).with_retention(self.retention)
 
     def described(self) -> dict[str, Any]:
         """Return the settings as values for JSON, with digests of the model's files and the policy, and versions."""
         method, kept = self.compressor(), self.retention
         values = {
             "method": "full" if method is None else method.describe(),
-            "retention": f"{kept:g}" if isinstance(kept, float) else f"{kept.count}t",
+            "retention": budget_text(kept),
             "policy": "" if method is None else policy_digest(method),
             "model_digest": "" if is_testbed(self.model) else model_files_digest(self.model),
         }

@@ -77,7 +77,7 @@ class QuestionsTask:
     seed: int = 0
     indices: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
-    form: ClassVar = (("score", float), *KEPT)
+    form: ClassVar[Any] = (("score", float), *KEPT)
 
     def __post_init__(self) -> None:
         if self.way not in WAYS:

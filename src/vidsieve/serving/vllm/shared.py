@@ -22,9 +22,10 @@ from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.template import Template, template_or_reason
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.calibrated import Calibrated
 from vidsieve.errors import BudgetError, NeedError, PromptError, StageError, UnknownNameError, UnsupportedCallError
 from vidsieve.loading import load
-from vidsieve.retention import parse_retention
+from vidsieve.retention import parse_budget, parse_retention
 from vidsieve.selection import kept_tokens
 from vidsieve.serving.vllm.failures import SelectionFailure, report
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid, Tokens
@@ -72,10 +73,11 @@ def settings_of(config: Any) -> VllmSettings | None:
             raise UnknownNameError("setting of vidsieve", name, SETTINGS)
     if "method" not in fields:
         raise UnknownNameError("setting of vidsieve (method is missing)", "", SETTINGS)
-    options: dict[str, Any] = {"retention": parse_retention(str(fields.get("retention", 0.25)))}
-    if "variant" in fields:
-        options["variant"] = fields["variant"]
+    options = {"variant": fields["variant"]} if "variant" in fields else {}
     method = load(str(fields["method"]), fields.get("policy"), **options)
+    method = method.with_retention(parse_budget(str(fields.get("retention", 0.25))))
+    if isinstance(method, Calibrated):  # vLLM places tokens before it encodes a video: their number cannot follow it
+        method = method.with_retention(method.rule.fixed)
     if method.acts is not Stage.PRE_LLM:
         raise StageError(f"{method.name} acts {method.acts.value}: vLLM runs methods that act before the LLM")
     if method.front is not None:

@@ -1,0 +1,191 @@
+"""Calibrated retention on the testbed: how often the bound holds, and how many tokens it saves.
+
+`--gather` answers every question at every step of the ladder and writes an .npz file per world; without it these files
+are split by scene 200 times: each split calibrates a rule on 60 % of its scenes and measures it on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator
+
+import vidsieve
+from vidsieve.adapters.pruning import adapter_for
+from vidsieve.answering import next_token_logits
+from vidsieve.cli.shared import quiet
+from vidsieve.compressors.calibrated import LADDER, features
+from vidsieve.evaluation.calibration import Measured, calibrate, steps_at
+from vidsieve.evaluation.conditions import method_for
+from vidsieve.evaluation.tasks.testbed import FULL, _right, read_scene, scene_questions
+from vidsieve.io.machine import write_result
+from vidsieve.loading import load_model
+from vidsieve.retention import FEATURES
+
+SPLITS, TEST_SHARE = 200, 0.4
+TOLERANCES, CONFIDENCE = (0.01, 0.02, 0.05), 0.9
+
+
+@torch.no_grad()
+def gather(name: str, model_name: str, world: str, seed: int, questions: int, folder: Path) -> None:
+    """Write features, scores and shares kept of every question and step to ``folder/name-world.npz``."""
+    quiet()
+    model, processor = load_model(model_name)
+    adapter = adapter_for(model)
+    method = method_for(name, model_name)
+    scenes = scene_questions(world, seed, questions)
+    found: dict[str, list[Any]] = {"features": [], "right": [], "full": [], "kept": [], "videos": []}
+    for index, some in enumerate(scenes):
+        scene = read_scene(adapter, processor, world, seed, index, len(some))
+        everything = FULL.select(adapter, scene, 0, Generator())
+        full = right_of(adapter, scene, [everything] * len(some))
+        rows, marks, shares = [], [], []
+        for retention in LADDER:
+            at = method.with_retention(retention)
+            chosen = []
+            for number in range(len(some)):
+                if number and not at.needs:
+                    chosen.append(chosen[0])
+                    continue
+                video = adapter.video_tokens(scene.encoded, number, at.needs)
+                chosen.append(at.compress(video, generator=Generator().manual_seed(seed + index)))
+            total = scene.encoded.videos[0].features.grid.num_tokens
+            rows.append([features(selection, total) for selection in chosen])
+            shares.append([selection.num_kept / total for selection in chosen])
+            marks.append(right_of(adapter, scene, chosen))
+        found["features"] += np.array(rows).transpose(1, 0, 2).tolist()
+        found["right"] += np.array(marks).T.tolist()
+        found["kept"] += np.array(shares).T.tolist()
+        found["full"] += full
+        found["videos"] += [index] * len(some)
+        if index % 50 == 0:
+            print(f"{name} {world}: scene {index} of {len(scenes)}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez(folder / f"{name.replace(':', '-')}-{world}.npz", ladder=LADDER, **found)
+
+
+def right_of(adapter: Any, scene: Any, chosen: list[Any]) -> list[bool]:
+    """Return whether each question of a scene is answered rightly with the tokens chosen for it."""
+    return _right(scene, next_token_logits(adapter, adapter.plan(scene.encoded, selected=(chosen, []))))
+
+
+def read(path: Path) -> Measured:
+    """Return what `gather` wrote."""
+    data = np.load(path)
+    losses = data["full"].astype(float)[:, None] - data["right"].astype(float)
+    return Measured(tuple(data["ladder"].tolist()), data["features"], losses, data["kept"], data["videos"])
+
+
+def applied(rule: Any, measured: Measured) -> tuple[float, float, float]:
+    """Return mean loss, mean retention over videos, and the share of questions that kept everything."""
+    standard = (measured.features - np.array(rule.means)) / np.array(rule.scales)
+    harm = 1 / (1 + np.exp(-np.clip(rule.bias + standard @ np.array(rule.weights), -50, 50)))
+    steps = steps_at(harm, rule.threshold)
+    rows = np.arange(len(steps))
+    whole = np.zeros((len(steps), 1))
+    losses = np.concatenate([measured.losses, whole], 1)[rows, steps]
+    kept = np.concatenate([measured.kept, whole + 1], 1)[rows, steps]
+    every = float((steps == len(rule.ladder)).mean())
+    return float(measured.by_video(losses).mean()), float(measured.by_video(kept).mean()), every
+
+
+def fixed_of_equal_loss(measured: Measured, loss: float) -> float:
+    """Return the least fixed retention, between steps by a straight line, whose mean loss is at most `loss`."""
+    ladder = [*measured.ladder, 1.0]
+    means = [float(measured.by_video(measured.losses[:, i]).mean()) for i in range(len(measured.ladder))] + [0.0]
+    for step in range(len(ladder) - 1, 0, -1):
+        if means[step - 1] > loss:
+            low, high = means[step], means[step - 1]
+            along = (loss - low) / (high - low) if high > low else 0.0
+            return float(ladder[step] + along * (ladder[step - 1] - ladder[step]))
+    return float(ladder[0])
+
+
+def study(measured: Measured, others: dict[str, Measured], tolerance: float) -> dict[str, Any]:
+    """Return what `SPLITS` random splits by scene give: how often the bound held, and retentions."""
+    scenes = np.unique(measured.videos)
+    rows = []
+    for split in range(SPLITS):
+        order = np.random.default_rng(split).permutation(scenes)
+        test = round(TEST_SHARE * len(order))
+        rule = calibrate(
+            measured.of(order[test:]), "method", "ours", tolerance=tolerance, confidence=CONFIDENCE, seed=split
+        )
+        rest = measured.of(order[:test])
+        loss, kept, every = applied(rule, rest)
+        fixed = float(rest.by_video(rest.losses[:, rest.ladder.index(rule.fixed)]).mean()) if rule.fixed < 1 else 0.0
+        elsewhere = {name: applied(rule, other)[:2] for name, other in others.items()}
+        rows.append(
+            {
+                "loss": loss,
+                "retention": kept,
+                "kept_all": every,
+                "fixed": rule.fixed,
+                "fixed_loss": fixed,
+                "equal": fixed_of_equal_loss(rest, loss),
+                "elsewhere": elsewhere,
+            }
+        )
+
+    def mean(key: str) -> float:
+        return float(np.mean([row[key] for row in rows]))
+
+    return {
+        "tolerance": tolerance,
+        "splits": SPLITS,
+        "scenes": len(scenes),
+        "questions": len(measured.videos),
+        "within": float(np.mean([row["loss"] <= tolerance for row in rows])),
+        "loss": mean("loss"),
+        "retention": mean("retention"),
+        "kept_all": mean("kept_all"),
+        "fixed_retention": mean("fixed"),
+        "fixed_within": float(np.mean([row["fixed_loss"] <= tolerance for row in rows])),
+        "fixed_of_equal_loss": mean("equal"),
+        "elsewhere": {
+            name: {
+                "loss": float(np.mean([row["elsewhere"][name][0] for row in rows])),
+                "retention": float(np.mean([row["elsewhere"][name][1] for row in rows])),
+                "within": float(np.mean([row["elsewhere"][name][0] <= tolerance for row in rows])),
+            }
+            for name in others
+        },
+    }
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gather", nargs=2, metavar=("METHOD", "WORLD"))
+    parser.add_argument("--model", default="testbed")
+    parser.add_argument("--seed", type=int, default=9501)
+    parser.add_argument("--questions", type=int, default=10_000)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.gather:
+        gather(given.gather[0], given.model, given.gather[1], given.seed, given.questions, given.folder)
+        return
+    rows = []
+    for path in sorted(given.folder.glob("*-dense.npz")):
+        name = path.stem.removesuffix("-dense")
+        others = {
+            other.stem.removeprefix(f"{name}-"): read(other)
+            for other in sorted(given.folder.glob(f"{name}-*.npz"))
+            if other != path
+        }
+        for tolerance in TOLERANCES:
+            row = {"method": name, **study(read(path), others, tolerance)}
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+    if given.json:
+        write_result(given.json, {"features": FEATURES, "vidsieve": vidsieve.__version__, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

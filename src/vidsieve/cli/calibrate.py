@@ -1,0 +1,99 @@
+"""`vidsieve calibrate`: a retention that follows each video, with a bound on what it loses."""
+
+from __future__ import annotations
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vidsieve import registry
+from vidsieve.cli import shared
+from vidsieve.errors import EvaluationError
+from vidsieve.io.files import writing
+from vidsieve.io.journal import shard_path
+from vidsieve.io.limits import Limits
+
+
+def calibrate(
+    method: Annotated[
+        str, typer.Argument(help="A folder of a policy, a method (vidsieve list), or name:variant.", metavar="METHOD")
+    ],
+    data: Annotated[Path, typer.Argument(help="A file of questions whose answers are known.", show_default=False)],
+    tolerate: Annotated[
+        float, typer.Option(help="Accuracy that may be lost on average over videos.", min=0, max=1)
+    ] = 0.01,
+    confidence: Annotated[float, typer.Option(help="Chance that the bound holds.", min=0, max=1)] = 0.9,
+    model: shared.Model = "testbed",
+    frames: Annotated[int, typer.Option(help="Frames taken evenly from each video.", min=1)] = 32,
+    answer: Annotated[
+        str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
+    ] = "generate",
+    save: Annotated[
+        Path | None,
+        typer.Option(help="File of the rule.", show_default="config.json of a policy's folder, else NAME-rule.json"),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate"),
+    ] = None,
+    max_pixels: shared.MaxPixels = Limits.pixels,
+    threads: shared.Threads = 0,
+    max_row: shared.MaxRow = Limits.row,
+    json: shared.Json = None,
+) -> None:
+    """Fit a rule from a video's scores to its retention, and bound what it loses, for --retention calibrated."""
+    if not (0 < tolerate < 1 and 0 < confidence < 1):
+        raise EvaluationError(f"--tolerate and --confidence lie between 0 and 1, got {tolerate:g} and {confidence:g}")
+    shared.check_output(json, reads=[data])
+    shared.check_output(save, reads=[data])
+    folder = folder or Path("runs/calibrate")
+    shared.check_output(folder / "run.json")
+    shared.check_free(shard_path(folder, (0, 1)))
+    shared.set_threads(threads)
+    from msgspec import to_builtins
+
+    from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.conditions import check_known, is_folder, method_for
+    from vidsieve.evaluation.tasks.calibrating import CalibrationTask, ladder_conditions
+    from vidsieve.evaluation.tasks.questions import items_of
+    from vidsieve.loading import load_model, policy_folder
+    from vidsieve.policies import save_rule
+
+    check_known(method)
+    items = items_of(registry.benchmarks.get("questions"), data)
+    shared.quiet()
+    chosen = method_for(method, model)
+    network, processor = load_model(model, device="auto")
+    task = CalibrationTask(
+        registry.benchmarks.get("questions"),
+        items,
+        adapter_for(network),
+        processor,
+        model,
+        answer,
+        about={"data": data.name},
+        tolerance=tolerate,
+        confidence=confidence,
+    )
+    conditions = ladder_conditions(chosen, frames, method if is_folder(method) else "")
+    table = shared.run_task(task, conditions, "videos", folder=folder, json=json)
+    rule = task.rule(table)
+    if save is None and is_folder(method):
+        where = policy_folder(method)
+        save_rule(where, rule)
+        name = "calibrated"
+    else:
+        where = save or Path(f"{method.replace(':', '-')}-rule.json")
+        with writing(where) as temporary:
+            temporary.write_text(dumps(to_builtins(rule), indent=2) + "\n", encoding="utf-8")
+        name = f"calibrated:{where}"
+    shared.out.print(
+        f"The rule keeps {100 * rule.retention:.3g} % of the tokens on average and loses {100 * rule.loss:.2f} points "
+        f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
+        f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
+        f"saved: {where}; use it with --retention {name}",
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,198 @@
+"""A method whose budget follows each video: the least retention that a calibrated rule finds harmless enough."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Generator
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.errors import BudgetError, RetentionError, StageError
+from vidsieve.io.bounded import parsed, read_bytes
+from vidsieve.retention import Calibration, Rule, Tokens
+from vidsieve.types import Need, Selection, Stage, VideoTokens
+
+LADDER = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+"""Retentions that a rule chooses from; above the last one everything is kept."""
+
+
+@dataclass(frozen=True)
+class Calibrated(Compressor):
+    """A method before the LLM, at the least retention that its rule allows for each video; built by `calibrated`.
+
+    Parameters
+    ----------
+    retention : float or Tokens
+        The mean over the calibration videos, for tables; the number kept depends on the video.
+    method : Compressor
+    rule : Rule
+    floor, cap : float
+        Least and most that is kept. The bound holds with a cap of 1 only.
+    """
+
+    method: Compressor = field(kw_only=True)
+    rule: Rule = field(kw_only=True)
+    floor: float = field(default=0.0, kw_only=True)
+    cap: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "variants", self.method.variants)
+        super().__post_init__()
+        if not 0 <= self.floor <= self.cap <= 1 or self.cap == 0:
+            raise BudgetError(f"floor and cap must be 0 ≤ floor ≤ cap ≤ 1, got {self.floor} and {self.cap}")
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """The method's name."""
+        return self.method.name
+
+    @property
+    def paper(self) -> str:  # type: ignore[override]
+        """The method's paper."""
+        return self.method.paper
+
+    @property
+    def needs(self) -> frozenset[Need]:  # type: ignore[override]
+        """The method's needs."""
+        return self.method.needs
+
+    @property
+    def policy(self) -> Any:
+        """The method's policy, if it is a trained one."""
+        return getattr(self.method, "policy", None)
+
+    @property
+    def adaptive_budget(self) -> bool:
+        """True: the number kept depends on the video."""
+        return True
+
+    @property
+    def budget_asked(self) -> Calibration:
+        """The calibration."""
+        return Calibration()
+
+    @property
+    def idle(self) -> bool:
+        """False: a rule whose mean is 1 may still drop tokens of some videos."""
+        return False
+
+    def with_retention(self, retention: float | Tokens | Calibration) -> Compressor:
+        """Return the method at another budget."""
+        return self.method.with_retention(retention)
+
+    def compress(self, video: VideoTokens, *, generator: Generator | None = None) -> Selection:
+        """Return the selection at the least retention of the ladder whose predicted harm the rule accepts."""
+        self._check_needs(video)
+        return self._select(video, 0, generator or torch.Generator().manual_seed(0))
+
+    def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
+        for retention in self.rule.ladder:
+            if self.floor <= retention <= self.cap:
+                chosen = self.method.with_retention(retention).compress(video, generator=generator)
+                if self.rule.harm(features(chosen, video.num_tokens)) <= self.rule.threshold:
+                    return chosen
+        return self.method.with_retention(self.cap).compress(video, generator=generator)
+
+    def describe(self) -> str:
+        """Return name, variant and rule for traces and tables."""
+        return (
+            f"{self.name} (variant {self.variant}, retention calibrated to lose at most {self.rule.tolerance:g} with "
+            f"confidence {self.rule.confidence:g})"
+        )
+
+
+def calibrated(
+    method: Compressor, retention: Calibration | Rule, *, floor: float = 0.0, cap: float = 1.0
+) -> Calibrated:
+    """Return a method with a retention that follows each video.
+
+    Parameters
+    ----------
+    retention : Calibration or Rule
+        A rule, its file, or the one saved with the method's policy.
+
+    Raises
+    ------
+    RetentionError
+        If there is no such rule, or it was calibrated for another method or variant.
+    StageError
+        If the method does not act before the LLM.
+    """
+    if method.acts is not Stage.PRE_LLM:
+        raise StageError(
+            f"{method.name} acts {method.acts.value}: a calibrated retention is for methods before the LLM"
+        )
+    rule = retention if isinstance(retention, Rule) else rule_of(method, retention)
+    if (rule.method, rule.variant) != (method.name, method.variant):
+        raise RetentionError(
+            f"the rule was calibrated for {rule.method} (variant {rule.variant}), not for {method.name} (variant "
+            f"{method.variant}): run `vidsieve calibrate` for it"
+        )
+    return Calibrated(
+        rule.retention, method.variant, method=method, rule=rule, floor=floor, cap=cap, ahead=method.front
+    )
+
+
+def rule_of(method: Compressor, calibration: Calibration) -> Rule:
+    """Return the rule in a calibration's file, or without one the rule that was saved with a method's policy.
+
+    Raises
+    ------
+    RetentionError
+        If there is none, or it is damaged.
+    """
+    if calibration.file:
+        where, path = calibration.file, Path(calibration.file)
+        if not path.is_file():
+            raise RetentionError(f"there is no calibrated rule in {path}: `vidsieve calibrate` writes one")
+        try:
+            saved = parsed(read_bytes(path, RetentionError))
+        except ValueError as error:
+            raise RetentionError(f"{path} {error}") from None
+    else:
+        config = getattr(getattr(method, "policy", None), "config", None)
+        where, saved = (
+            f"the policy of {method.name}",
+            None if config is None else config.calibration.get(method.variant),
+        )
+        if saved is None:
+            reason = "is not trained" if config is None else "has no rule saved with its policy"
+            raise RetentionError(
+                f"{method.name} (variant {method.variant}) {reason}: run `vidsieve calibrate`, and where it writes a "
+                "file, ask for calibrated:FILE"
+            )
+    try:
+        return msgspec.convert(saved, Rule)
+    except msgspec.ValidationError as error:
+        raise RetentionError(f"{where} holds no calibrated rule: {error!s:.300}") from None
+
+
+def features(selection: Selection, num_tokens: int) -> tuple[float, ...]:
+    """Return the `FEATURES` of a selection, all known before the LLM runs.
+
+    The logarithms of the retention and of the scores' softmax that is dropped, of the scores as they are and of
+    standardised ones; the lowest score among the K highest, as it is and standardised; its distance from the highest.
+
+    Raises
+    ------
+    BudgetError
+        If the method gives no scores.
+    """
+    if selection.scores is None:
+        raise BudgetError("the method gives no scores that a rule could read: choose one that scores tokens, as score")
+    kept = selection.num_kept
+    scores = selection.scores.detach().double().cpu().sort(descending=True).values
+    z = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-9)
+    dropped = [float(values.softmax(0)[kept:].sum().clamp(min=1e-6).log()) for values in (scores, z)]
+    return (
+        math.log(kept / num_tokens),
+        *dropped,
+        float(scores[kept - 1].clamp(-1e4, 1e4)),
+        float(z[kept - 1]),
+        float(z[0] - z[kept - 1]),
+    )

@@ -1,0 +1,100 @@
+"""A method at every step of a ladder on a set of questions, and the rule that these answers calibrate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import msgspec
+import numpy as np
+import torch
+
+from vidsieve.adapters.encoded import Encoded
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.calibrated import LADDER, features
+from vidsieve.errors import BudgetError
+from vidsieve.evaluation.calibration import Measured, calibrate
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import Measurement, Results
+from vidsieve.evaluation.items import Item
+from vidsieve.evaluation.table import Table
+from vidsieve.evaluation.tasks.questions import QuestionsTask
+from vidsieve.retention import Rule
+
+
+@dataclass(frozen=True)
+class CalibrationTask(QuestionsTask):
+    """Questions that calibrate a method's retention.
+
+    Parameters
+    ----------
+    tolerance, confidence : float
+        As in `calibrate`.
+    """
+
+    tolerance: float = 0.01
+    confidence: float = 0.9
+    form: ClassVar[Any] = (*QuestionsTask.form, ("features", list[float], []))
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that records depend on; the bound is not among them."""
+        return {**super().settings(), "ladder": list(LADDER)}
+
+    def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
+        """Return the answer to one question under one condition, and what a rule reads of its selection."""
+        record = super()._record(encoded, item, condition)
+        if condition.method is None:
+            return record
+        if len(encoded.videos) != 1:
+            raise BudgetError(f"question {item.id!r} is about {len(encoded.videos)} videos: a rule is for one")
+        video = self.adapter.video_tokens(encoded, 0, condition.method.needs)
+        generator = torch.Generator().manual_seed(self.seed)
+        read = features(condition.method.compress(video, generator=generator), video.num_tokens)
+        return Measurement(record.item, record.condition, {**record.values, "features": list(read)}, record.ms)
+
+    def measured(self, results: Results) -> Measured:
+        """Return the answers of the questions that could be asked, as `calibrate` reads them."""
+        whole, *steps = results.conditions
+        answered = results.samples[whole.key]
+        items = [item for item in self.items if item.id in answered]
+        names: dict[str, int] = {}
+        videos = [names.setdefault(str(item.video), len(names)) for item in items]
+        rows = [[results.samples[step.key][item.id] for step in steps] for item in items]
+        full = np.array([[answered[item.id]["score"]] for item in items], dtype=np.float64)
+        return Measured(
+            LADDER,
+            np.array([[sample["features"] for sample in row] for row in rows]),
+            full - np.array([[sample["score"] for sample in row] for row in rows]),
+            np.array([[sample["kept"] / sample["total"] for sample in row] for row in rows]),
+            np.array(videos),
+        )
+
+    def tabulate(self, results: Results) -> Table:
+        """Return the table of accuracies at each step, and in its result the ``rule``."""
+        table = super().tabulate(results)
+        if results.refused:
+            raise BudgetError(next(iter(results.refused.values()))[0])
+        method = results.conditions[1].method
+        assert method is not None  # by `ladder_conditions`
+        rule = calibrate(
+            self.measured(results),
+            method.name,
+            method.variant,
+            tolerance=self.tolerance,
+            confidence=self.confidence,
+            seed=self.seed,
+            data=self.benchmark.title,
+            model=self.model,
+        )
+        return replace(table, result={**table.result, "rule": msgspec.to_builtins(rule)})
+
+    @staticmethod
+    def rule(table: Table) -> Rule:
+        """Return the rule in a table of this task."""
+        return msgspec.convert(table.result["rule"], Rule)
+
+
+def ladder_conditions(method: Compressor, frames: int, label: str = "") -> Sequence[Condition]:
+    """Return all tokens, and a method at every step of the ladder."""
+    return [Condition(None, frames), *(Condition(method.with_retention(step), frames, label) for step in LADDER)]

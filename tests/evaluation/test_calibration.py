@@ -1,0 +1,267 @@
+"""Calibrated retention: the test, the split, the rule that methods follow, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from types import SimpleNamespace
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import vidsieve
+from vidsieve.cli import app
+from vidsieve.compressors.calibrated import LADDER, calibrated, features
+from vidsieve.errors import BudgetError, EvaluationError, RetentionError, StageError
+from vidsieve.evaluation.calibration import FIT_SHARE, Measured, calibrate, fit, p_value, predicted, videos_needed
+from vidsieve.loading import shipped_policy
+from vidsieve.policies import save_rule
+from vidsieve.retention import FEATURES, Calibration, Rule
+from vidsieve.types import Selection, TokenGrid, VideoTokens
+
+
+def rule(method="vidcom2", variant="ours", **fields):
+    known = {
+        "ladder": LADDER,
+        "means": (0.0,) * 6,
+        "scales": (1.0,) * 6,
+        "weights": (-1.0, 0.3, 0.2, 0.0, 0.1, 0.0),
+        "bias": -2.0,
+        "threshold": 0.6,
+        "fixed": 0.4,
+        "tolerance": 0.02,
+        "confidence": 0.9,
+        "videos": 300,
+        "questions": 900,
+        "retention": 0.2,
+        "loss": 0.004,
+    }
+    return Rule(method=method, variant=variant, **(known | fields))
+
+
+def clip(seed, frames=6, side=5, width=16):
+    generator = torch.Generator().manual_seed(seed)
+    embeds = torch.randn(frames * side * side, width, generator=generator)
+    return VideoTokens(embeds, TokenGrid(frames, side, side), torch.arange(len(embeds))[None])
+
+
+# -- the test ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_p_value_is_the_largest_capital_of_the_bets():
+    losses = np.random.default_rng(0).choice([1.0, 0.0, -1.0, 0.25], size=150, p=[0.01, 0.9, 0.08, 0.01])
+    mean, capital, best = (0.05 + 1) / 2, 1.0, 1.0
+    seen, squares = [0.5], [0.01]
+    for loss in losses:
+        x = (loss + 1) / 2
+        guess, variance = sum(seen) / len(seen), sum(squares) / len(squares)
+        bet = (mean - guess) / (variance + (mean - guess) ** 2)
+        bet = min(max(bet, 0.0), 0.75 / (1 - mean))
+        capital *= 1 + bet * (mean - x)
+        best = max(best, capital)
+        seen.append(x)
+        squares.append((x - guess) ** 2)
+    assert p_value(losses, 0.05) == pytest.approx(1 / best)
+    assert best > 2
+
+
+@pytest.mark.parametrize("each", [1, 5])
+def test_a_rule_that_loses_the_tolerance_is_seldom_accepted(each):
+    draw = np.random.default_rng(1)
+    losses = draw.choice([1.0, 0.0, -1.0], size=(400, 500, each), p=[0.05, 0.92, 0.03]).mean(2)
+    accepted = sum(p_value(row, 0.02) <= 0.1 for row in losses)
+    assert accepted <= 40 + 3 * math.sqrt(400 * 0.1 * 0.9)
+
+
+def test_a_rule_that_loses_nothing_is_accepted_from_the_stated_number_of_videos_on():
+    for tolerance, confidence in ((0.01, 0.9), (0.05, 0.9), (0.02, 0.99)):
+        count = videos_needed(tolerance, confidence)
+        assert p_value(np.zeros(count), tolerance) <= 1 - confidence + 1e-12
+        assert p_value(np.zeros(count - 1), tolerance) > 1 - confidence
+
+
+# -- calibrating ------------------------------------------------------------------------------------------------------
+
+
+def answers(videos, seed, each=4):
+    """Answers that fail below a retention which the third feature tells; half of the videos are easy."""
+    draw = np.random.default_rng(seed)
+    need = np.repeat(draw.choice([0.03, 0.3], size=videos), each)
+    ladder = np.array(LADDER)
+    wrong = (ladder[None] < need[:, None]) & (draw.random((len(need), 1)) < 0.5)
+    values = draw.normal(size=(len(need), len(LADDER), len(FEATURES))) * 0.1
+    values[..., 0] = np.log(ladder)
+    values[..., 2] += np.log(need)[:, None] - np.log(ladder)
+    kept = np.broadcast_to(ladder, wrong.shape)
+    return Measured(LADDER, values, wrong.astype(float), kept, np.repeat(np.arange(videos), each))
+
+
+def test_a_calibrated_rule_keeps_its_bound_on_fresh_videos_with_fewer_tokens_than_a_fixed_retention():
+    made = calibrate(answers(800, 0), "m", "ours", tolerance=0.02, confidence=0.9)
+    fresh = answers(2000, 1)
+    model = np.array(made.means), np.array(made.scales), np.array([made.bias, *made.weights])
+    harm = predicted(model, fresh.features)
+    steps = [next((i for i, h in enumerate(row) if h <= made.threshold), len(LADDER)) for row in harm]
+    loss = np.mean([row[step] if step < len(LADDER) else 0.0 for row, step in zip(fresh.losses, steps, strict=True)])
+    kept = np.mean([[*LADDER, 1.0][step] for step in steps])
+    assert loss <= 0.02
+    assert made.fixed == 0.3
+    assert kept < 0.7 * made.fixed
+    assert made.retention == pytest.approx(kept, abs=0.02)
+    assert made.videos == 800 - round(FIT_SHARE * 800) and made.questions == 4 * made.videos
+
+
+def test_a_fixed_retention_is_the_least_whose_bound_holds_in_a_row_of_tests():
+    measured = answers(800, 2)
+    made = calibrate(measured, "m", "ours", tolerance=0.02, confidence=0.9)
+    step = LADDER.index(made.fixed)
+    assert measured.by_video(measured.losses[:, step]).mean() <= 0.02
+    assert measured.by_video(measured.losses[:, step - 1]).mean() > 0.02
+
+
+def test_where_no_retention_is_harmless_enough_everything_is_kept():
+    measured = answers(600, 3)
+    worst = Measured(LADDER, measured.features, np.ones_like(measured.losses), measured.kept, measured.videos)
+    made = calibrate(worst, "m", "ours", tolerance=0.01, confidence=0.9)
+    assert made.fixed == 1.0 and made.retention > 0.99 and made.loss < 0.01
+
+
+def test_too_few_videos_are_refused_with_the_number_needed():
+    with pytest.raises(EvaluationError, match=r"100 videos are too few .* about (\d+) videos at least") as error:
+        calibrate(answers(100, 0), "m", "ours", tolerance=0.01, confidence=0.9)
+    needed = int(str(error.value).split("about ")[1].split()[0])
+    assert calibrate(answers(needed + 1, 0), "m", "ours", tolerance=0.01, confidence=0.9)
+
+
+def test_the_model_of_harm_is_a_logistic_regression():
+    measured = answers(300, 4)
+    means, scales, weights = fit(measured)
+    x = torch.tensor((measured.features.reshape(-1, len(FEATURES)) - means) / scales)
+    harm = torch.tensor((measured.losses.reshape(-1) > 0).astype(float))
+    found = torch.tensor(weights).requires_grad_()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(found[0] + x @ found[1:], harm, reduction="sum")
+    (loss + found[1:].square().sum() / 2 + 0.5e-3 * found[0] ** 2).backward()
+    assert found.grad.abs().max() < 1e-5 * len(harm)
+
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_calibrated_method_keeps_the_first_step_that_the_rule_accepts(seed):
+    video, method = clip(seed), vidsieve.load("vidcom2")
+    got = calibrated(method, rule()).compress(video)
+    for retention in [*LADDER, 1.0]:
+        wanted = method.with_retention(retention).compress(video)
+        if retention == 1.0:
+            break
+        scores = wanted.scores.double()
+        z = (scores - scores.mean()) / scores.std(correction=0)
+        kept = scores.topk(wanted.num_kept).indices
+        low, high = z[kept].min(), z[kept].max()
+
+        def dropped(values, kept=kept):
+            return math.log(max(1e-6, 1 - float(values.softmax(0)[kept].sum())))
+
+        read = (
+            math.log(wanted.num_kept / video.num_tokens),
+            dropped(scores),
+            dropped(z),
+            float(scores[kept].min()),
+            float(low),
+            float(high - low),
+        )
+        assert features(wanted, video.num_tokens) == pytest.approx(read, abs=1e-5)
+        if 1 / (1 + math.exp(2 + read[0] - 0.3 * read[1] - 0.2 * read[2] - 0.1 * read[4])) <= 0.6:
+            break
+    assert torch.equal(got.indices, wanted.indices)
+
+
+def test_what_acts_before_the_encoder_stays_before_a_calibrated_method():
+    method = calibrated(vidsieve.load("reuse+vidcom2", tolerance=0.1), rule())
+    assert method.front == vidsieve.Reuse(0.1) and method.title == "reuse+vidcom2"
+
+
+def test_floor_and_cap_bound_what_is_kept():
+    video, method = clip(0), vidsieve.load("vidcom2")
+    least = calibrated(method, rule(threshold=1.0), floor=0.2).compress(video)
+    assert least.num_kept == 30
+    most = calibrated(method, rule(threshold=-1.0), cap=0.5).compress(video)
+    assert most.num_kept == 75
+    assert calibrated(method, rule(threshold=-1.0)).compress(video).num_kept == 150
+    with pytest.raises(BudgetError, match="floor and cap"):
+        calibrated(method, rule(), floor=0.5, cap=0.4)
+
+
+def test_a_rule_of_another_method_is_refused():
+    with pytest.raises(RetentionError, match="calibrated for vidcom2"):
+        calibrated(vidsieve.load("evs"), rule())
+    with pytest.raises(StageError, match="before the LLM"):
+        calibrated(vidsieve.load("fastv"), rule("fastv"))
+    with pytest.raises(BudgetError, match="gives no scores"):
+        features(Selection(torch.arange(3)), 10)
+
+
+def test_a_rule_is_saved_with_its_policy_and_read_from_a_file(tmp_path):
+    folder = tmp_path / "policy"
+    shutil.copytree(shipped_policy("score"), folder)
+    with pytest.raises(RetentionError, match="no rule saved"):
+        vidsieve.load(folder, retention="calibrated")
+    before = vidsieve.load(folder)
+    saved = rule("score", before.variant)
+    save_rule(folder, saved)
+    method = vidsieve.load(folder, retention="calibrated", floor=0.1)
+    assert method.rule == saved and method.floor == 0.1 and method.adaptive_budget
+    assert vidsieve.load(folder).with_retention(Calibration()).rule == saved
+    assert method.with_retention(0.25).retention == 0.25
+
+    file = tmp_path / "rule.json"
+    file.write_bytes(msgspec.json.encode(rule()))
+    assert vidsieve.load("vidcom2", retention=f"calibrated:{file}").rule == rule()
+    file.write_text(file.read_text().replace('"threshold":0.6', '"threshold":"x"'))
+    with pytest.raises(RetentionError, match="holds no calibrated rule"):
+        vidsieve.load("vidcom2", retention=f"calibrated:{file}")
+    with pytest.raises(RetentionError, match="no calibrated rule in"):
+        vidsieve.load("vidcom2", retention="calibrated:nowhere.json")
+
+
+def test_vllm_takes_the_fixed_retention_of_the_same_bound(tmp_path):
+    from vidsieve.serving.vllm.shared import settings_of
+
+    file = tmp_path / "rule.json"
+    file.write_bytes(msgspec.json.encode(rule()))
+
+    config = SimpleNamespace(vidsieve={"method": "vidcom2", "retention": f"calibrated:{file}"})
+    assert settings_of(config).method.retention == 0.4
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner()
+    made = run.invoke(app, ["testbed", "render", "videos", "--scenes", "9", "--seed", "77"])
+    assert made.exit_code == 0, made.output
+    questions = next(path for path in tmp_path.joinpath("videos").glob("*.jsonl") if "question" in path.read_text())
+    rows = {}
+    for line in questions.read_text().splitlines():
+        rows.setdefault(json.loads(line)["video"], []).append(line)
+    questions.write_text("\n".join(line for some in rows.values() for line in some[:2]) + "\n")
+    command = ["calibrate", "vidcom2", str(questions), "--tolerate", "0.5", "--confidence", "0.6", "--frames", "8"]
+    done = run.invoke(app, [*command, "--answer", "choice", "--json", "out.json"])
+    assert done.exit_code == 0, done.output
+    assert "--retention calibrated:vidcom2-rule.json" in " ".join(done.output.split())
+    written = json.loads(tmp_path.joinpath("vidcom2-rule.json").read_text())
+    assert written == json.loads(tmp_path.joinpath("out.json").read_text())["rule"]
+    # A tighter bound needs no new answers, only more videos.
+    few = run.invoke(app, [*command[:4], "0.01", *command[5:], "--answer", "choice"])
+    assert few.exit_code != 0 and "videos are too few" in " ".join(str(few.exception or few.output).split())
+    video = next(tmp_path.joinpath("videos").glob("*.mp4"))
+    asked = ["ask", str(video), "what happens ?", "--method", "vidcom2", "--retention", "calibrated:vidcom2-rule.json"]
+    answered = run.invoke(app, [*asked, "--json", "answer.json"])
+    assert answered.exit_code == 0, answered.output
