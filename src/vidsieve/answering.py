@@ -194,8 +194,7 @@ def answer(
     with clock.part("preprocess", device):
         inputs = on_device(chat(processor, video, question), device)
     with clock.part("encode", device):
-        needs, front = (frozenset(), None) if compressor is None else (compressor.needs, compressor.front)
-        encoded = adapter.encode(inputs, needs=needs, front=front)
+        encoded = adapter.encode_for(inputs, compressor)
     return reply(adapter, processor, encoded, compressor, max_new_tokens=max_new_tokens, seed=seed, clock=clock)
 
 

@@ -107,6 +107,12 @@ class Adapter(Family):
         rest = {k: v for k, v in inputs.items() if k not in known and v is not None}
         return Encoded(ids, mask.bool(), positions.expand(-1, *ids.shape), spans, rest, images)
 
+    def encode_for(self, inputs: Mapping[str, Any], method: Compressor | None, videos: Videos = None) -> Encoded:
+        """Return a batch encoded as a method needs it: with its signals, and what acts before it; None: as it is."""
+        if method is None:
+            return self.encode(inputs, videos)
+        return self.encode(inputs, videos, method.needs, method.front)
+
     def _positions(self, ids: Tensor, mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         positions = self.positions(ids, mask, inputs)
         return self.legacy_positions(positions, ids, mask) if self.convention == "legacy" else positions
@@ -475,4 +481,4 @@ class Adapter(Family):
     ) -> Plan:
         """Return the plan of running a batch of the processor's outputs: check, encode, select, build."""
         self.check(compressor)
-        return self.plan(self.encode(inputs, videos, compressor.needs, compressor.front), compressor, generator)
+        return self.plan(self.encode_for(inputs, compressor, videos), compressor, generator)

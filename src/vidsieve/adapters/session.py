@@ -279,7 +279,7 @@ class Session:
         ids, mask = call["input_ids"], call.get("attention_mask")
         self._check_labels(call)
         self._adapter.check(self.compressor)
-        encoded = self._adapter.encode(call, self.videos, self.compressor.needs, self.compressor.front)
+        encoded = self._adapter.encode_for(call, self.compressor, self.videos)
         plan = self._adapter.plan(encoded, self.compressor, torch.Generator().manual_seed(self.seed))
         if plan.run is None:
             self._note_selected(plan, int(ids.shape[1]))

@@ -315,7 +315,7 @@ class Answerer:
         method = self.method
         try:
             inputs = on_device(chat(self.processor, video, row.prompt), self.adapter.device)
-            encoded = self.adapter.encode(inputs, None, *(() if method is None else (method.needs, method.front)))
+            encoded = self.adapter.encode_for(inputs, method)
             end = int(encoded.positions.max()) + 1 + self.settings.max_new_tokens
             if 0 < self.window < end:
                 raise PromptError(

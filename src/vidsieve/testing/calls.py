@@ -67,7 +67,7 @@ class Case:
         with torch.set_grad_enabled(gradients):
             if isinstance(self.compressor, LayerCompressor) and self.compressor.acts is Stage.LAYER:
                 return chosen_inside(self.adapter, self.inputs, self.compressor, self.videos)
-            encoded = self.adapter.encode(self.inputs, self.videos, self.compressor.needs, self.compressor.front)
+            encoded = self.adapter.encode_for(self.inputs, self.compressor, self.videos)
             return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]
 
     def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def chosen_inside(
     adapter: Adapter, inputs: Mapping[str, Any], compressor: LayerCompressor, videos: Videos = None
 ) -> LayeredSelections:
     """Return the selections of a method inside the LLM, from the model's own eager attention."""
-    encoded = adapter.encode(inputs, videos, compressor.needs, compressor.front)
+    encoded = adapter.encode_for(inputs, compressor, videos)
 
     def run(entering: Sequence[Selection], masks: dict[int, Tensor], acts: Mapping[int, Act]) -> None:
         with torch.no_grad():

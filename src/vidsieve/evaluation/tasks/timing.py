@@ -228,7 +228,7 @@ def one_pass(
     with clock.part("preprocess", device):
         inputs = on_device(task.prompts(video), device)
     with clock.part("vision encoder", device), _projecting(adapter, clock):
-        encoded = adapter.encode(inputs, None, *(() if method is None else (method.needs, method.front)))
+        encoded = adapter.encode_for(inputs, method)
     clock.ms["vision encoder"] -= clock.ms.setdefault("projector", 0.0)
     run = generated(adapter, encoded, method, clock, tokens=task.new_tokens, seed=task.seed, exactly=exactly)
     traces = run.plan.traces
