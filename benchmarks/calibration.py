@@ -20,7 +20,7 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.answering import next_token_logits
 from vidsieve.cli.shared import quiet
 from vidsieve.compressors.calibrated import LADDER, features
-from vidsieve.evaluation.calibration import Measured, calibrate, steps_at
+from vidsieve.evaluation.calibration import Measured, calibrate, predicted, steps_at
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.tasks.testbed import FULL, _right, read_scene, scene_questions
 from vidsieve.io.machine import write_result
@@ -83,9 +83,8 @@ def read(path: Path) -> Measured:
 
 def applied(rule: Any, measured: Measured) -> tuple[float, float, float]:
     """Return mean loss, mean retention over videos, and the share of questions that kept everything."""
-    standard = (measured.features - np.array(rule.means)) / np.array(rule.scales)
-    harm = 1 / (1 + np.exp(-np.clip(rule.bias + standard @ np.array(rule.weights), -50, 50)))
-    steps = steps_at(harm, rule.threshold)
+    model = np.array(rule.means), np.array(rule.scales), np.array([rule.bias, *rule.weights])
+    steps = steps_at(predicted(model, measured.features), rule.threshold)
     rows = np.arange(len(steps))
     whole = np.zeros((len(steps), 1))
     losses = np.concatenate([measured.losses, whole], 1)[rows, steps]

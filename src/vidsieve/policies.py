@@ -121,6 +121,13 @@ class Policy(nn.Module):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def drawn(cls, config: PolicyConfig, seed: int) -> Self:
+        """Return an untrained policy whose first weights are drawn from a seed; torch's own draws go on as before."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(config)
+
     @contextmanager
     def serving(self, like: Tensor) -> Iterator[None]:
         """Compute without gradients on the device of `like`, on a GPU also in its precision.

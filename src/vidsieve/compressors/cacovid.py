@@ -132,9 +132,7 @@ class CaCoVIDPolicy(Policy):
             base_model=base_model,
             network={"body": body, "causal": variant == "official", "shape": shape_dict, "depth": depth} | network,
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            policy = cls(config)
+        policy = cls.drawn(config, seed)
         for number, weights in enumerate(layers or ()):
             target: nn.Module | None = policy.scorer.first_look if body == "question" else policy.layers[number]
             if target is None or not weights:

@@ -98,9 +98,7 @@ class ScorePolicy(Policy):
         """Return an untrained policy."""
         defaults = {"normalise": True} if variant == "ours" else {}
         config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(config)
+        return cls.drawn(config, seed)
 
 
 @dataclass(frozen=True)

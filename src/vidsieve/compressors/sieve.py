@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import msgspec
-import torch
 from torch import Tensor
 
 from vidsieve.compressors._decoder import BlockShape
@@ -69,9 +68,7 @@ class SievePolicy(Policy):
     ) -> SievePolicy:
         """Return an untrained policy."""
         config = PolicyConfig(cls.method, "ours", hidden_size, family, network, base_model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(config)
+        return cls.drawn(config, seed)
 
 
 @dataclass(frozen=True)

@@ -80,9 +80,7 @@ class VisionSelectorPolicy(Policy):
         """Return an untrained policy."""
         defaults = {"spread": OFFICIAL_START} if variant == "official" else {}
         config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return cls(config)
+        return cls.drawn(config, seed)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,12 @@ class TrainConfig:
         """True if the policy chooses how many tokens it keeps in training."""
         return False
 
+    def check_fixed(self, reason: str) -> None:
+        """Raise TrainingError for a setting of `fixed` that is not at its default; `reason` goes on from its name."""
+        for item in fields(self):
+            if item.name in self.fixed and getattr(self, item.name) != item.default:
+                raise TrainingError(f"{item.name} {reason}")
+
     def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting; a run with another value cannot be resumed."""
         return {"entropy_weight": 1.0}
@@ -232,11 +238,7 @@ class SieveConfig(CaCoVIDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for item in fields(self):
-            if item.name in self.fixed and getattr(self, item.name) != item.default:
-                raise TrainingError(
-                    f"{item.name} is CaCoVID's; sieve has its own network and draws its rates: leave it out"
-                )
+        self.check_fixed("is CaCoVID's; sieve has its own network and draws its rates: leave it out")
         if not self.rate_high:
             raise TrainingError("sieve is trained at a range of rates: set rate_low and rate_high")
 
@@ -308,9 +310,7 @@ class VisionSelectorConfig(ScoreConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for item in fields(self):
-            if item.name in self.fixed and getattr(self, item.name) != item.default:
-                raise TrainingError(f"{item.name} is SCORE's; visionselector has its own network: leave it out")
+        self.check_fixed("is SCORE's; visionselector has its own network: leave it out")
 
 
 CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {
