@@ -22,7 +22,7 @@ from vidsieve.cli.shared import quiet
 from vidsieve.compressors.calibrated import LADDER, features
 from vidsieve.evaluation.calibration import Measured, calibrate, predicted, steps_at
 from vidsieve.evaluation.conditions import method_for
-from vidsieve.evaluation.tasks.testbed import FULL, _right, read_scene, scene_questions
+from vidsieve.evaluation.tasks.testbed import FULL, _right, logits_of_one_selection, read_scene, scene_questions
 from vidsieve.io.machine import write_result
 from vidsieve.loading import load_model
 from vidsieve.retention import FEATURES
@@ -70,7 +70,9 @@ def gather(name: str, model_name: str, world: str, seed: int, questions: int, fo
 
 
 def right_of(adapter: Any, scene: Any, chosen: list[Any]) -> list[bool]:
-    """Return whether each question of a scene is answered rightly with the tokens chosen for it."""
+    """Return whether each question of a scene is answered rightly with the tokens chosen for it, or for all of them."""
+    if all(torch.equal(selection.indices, chosen[0].indices) for selection in chosen):
+        return _right(scene, logits_of_one_selection(adapter, scene.encoded, chosen[0]))
     return _right(scene, next_token_logits(adapter, adapter.plan(scene.encoded, selected=(chosen, []))))
 
 

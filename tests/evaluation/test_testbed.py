@@ -11,13 +11,16 @@ import torch
 
 import vidsieve
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.errors import BudgetError, EvaluationError
+from vidsieve.answering import next_token_logits
+from vidsieve.errors import BudgetError, EvaluationError, PromptError
 from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.tasks import testbed as measuring
 from vidsieve.evaluation.tasks.testbed import FULL, SceneCondition, ScenesTask, scene_conditions, scene_questions
+from vidsieve.loading import load_model
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
+from vidsieve.types import Selection
 
 QUESTIONS, SEED = 60, 77
 
@@ -148,6 +151,25 @@ def test_a_method_that_reads_the_question_chooses_for_each(testbed, task):
     marks = few.marks(experiment.measured(few, [FULL, SceneCondition(method)]))
     alone = by_hand(*testbed, {"cacovid": method}, 8)["cacovid"]
     assert marks["cacovid/ours/0.05"] == [right for _, right in alone]
+
+
+def test_a_video_read_once_gives_the_logits_of_a_whole_batch():
+    """Prompts of several lengths; layers of sliding attention too."""
+    for which in ("shallow", "deep"):
+        model, processor = load_model(f"testbed:{which}")
+        adapter = adapter_for(model)
+        scene = measuring.read_scene(adapter, processor, "dense", 7, 0, 12)
+        assert len({int(n) for n in scene.encoded.attention_mask.sum(1)}) > 1
+        for indices in (torch.arange(576), torch.arange(3, 576, 11)):
+            selection = Selection(indices)
+            plan = adapter.build(scene.encoded, [[selection]] * 12)
+            with torch.no_grad():
+                once = measuring.logits_of_one_selection(adapter, scene.encoded, selection)
+                torch.testing.assert_close(once, next_token_logits(adapter, plan), atol=1e-4, rtol=1e-4)
+    ids = scene.encoded.input_ids.clone()
+    ids[1, int(scene.encoded.attention_mask[1].long().argmax())] += 1
+    with pytest.raises(PromptError, match="differ before the end of the video"):
+        measuring.logits_of_one_selection(adapter, replace(scene.encoded, input_ids=ids), selection)
 
 
 def test_the_command_gives_what_asking_by_hand_gives(whole, testbed, cli, tmp_path):

@@ -15,10 +15,11 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.trace import VideoTrace
+from vidsieve.adapters.transformers_api import cache_argument, new_cache
 from vidsieve.answering import next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
-from vidsieve.errors import BudgetError, NeedError, StageError, UnsupportedCallError
+from vidsieve.errors import BudgetError, NeedError, PromptError, StageError, UnsupportedCallError
 from vidsieve.evaluation.accuracy import KEPT, accuracy_rows, accuracy_table
 from vidsieve.evaluation.conditions import Condition, label_of
 from vidsieve.evaluation.experiment import Measurement, Results
@@ -314,7 +315,50 @@ def _logits(
         plan = adapter.plan(scene.encoded, method, generator)
         return next_token_logits(adapter, plan), list(plan.traces)
     selections, traces = _selected(adapter, scene, condition, generator)
+    if not condition.per_question:
+        return logits_of_one_selection(adapter, scene.encoded, selections[0]), traces
     return next_token_logits(adapter, adapter.plan(scene.encoded, selected=(selections, traces))), traces
+
+
+def logits_of_one_selection(adapter: Adapter, encoded: Encoded, selection: Selection) -> Tensor:
+    """Return next-token logits (B, V) of B prompts about one video of which one selection is read.
+
+    What the prompts begin with, the video included, is read once; the rest of each follows on a copy of its cache.
+    Equal to `next_token_logits` of the whole batch up to rounding.
+
+    Raises
+    ------
+    PromptError
+        If the prompts differ before the end of the video.
+    """
+    rows = encoded.input_ids.shape[0]
+    whole = adapter.build(encoded, [[selection]] * rows)
+    ids, real, positions = (whole.inputs[name] for name in ("input_ids", "attention_mask", "position_ids"))
+    lengths = real.sum(1)
+    # Right-padded, so that every row's prompt begins in column 0.
+    columns = (torch.arange(ids.shape[1]) + (ids.shape[1] - lengths)[:, None]).clamp(max=ids.shape[1] - 1)
+    ids, positions = ids.gather(1, columns), positions.gather(-1, columns.expand_as(positions))
+    same = (ids == ids[:1]).all(0) & (torch.arange(ids.shape[1]) < lengths.min() - 1)
+    shared = int(same.long().cumprod(0).sum())
+    if bool((ids[:, shared:] == adapter.video_token_id).any()):
+        raise PromptError("the prompts differ before the end of the video: ask about one video at a time")
+    first = adapter.build(encoded, [[selection]], rows=[0]).inputs | {
+        "input_ids": ids[:1, :shared],
+        "attention_mask": torch.ones_like(ids[:1, :shared]),
+        "position_ids": positions[..., :1, :shared],
+    }
+    # Handed over, since the name under which a model returns its cache has changed.
+    cache, name = new_cache(adapter.model), cache_argument(adapter.model)
+    adapter.model(**first, **{name: cache}, logits_to_keep=1, use_cache=True)
+    cache.batch_repeat_interleave(rows)
+    logits: Tensor = adapter.model(
+        input_ids=ids[:, shared:],
+        attention_mask=(torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+        position_ids=positions[..., shared:],
+        use_cache=True,
+        **{name: cache},
+    ).logits
+    return logits[torch.arange(rows), lengths - 1 - shared]
 
 
 def _selected(
