@@ -106,6 +106,8 @@ class Table:
         lines.insert(1, "|" + "---|" * len(self.columns))
         return "\n".join([f"### {self.title}", "", *lines, *(f"\n{note}" for note in self.notes)])
 
+    _repr_markdown_ = to_markdown  # shown by notebooks
+
     def to_json(self) -> dict[str, Any]:
         """Return the result, with None where JSON has no number: NaN and infinities."""
         result: dict[str, Any] = finite(dict(self.result))
