@@ -136,6 +136,7 @@ LAYERS = (
     "training",
     "testing",
     "testbed",
+    "streaming",
     "answering",
     "loading",
     "adapters",

@@ -16,6 +16,7 @@ from vidsieve.loading import load as load
 from vidsieve.registry import compressors as compressors
 from vidsieve.registry import families as families
 from vidsieve.retention import Calibration as Calibration
+from vidsieve.streaming import Stream as Stream
 from vidsieve.types import Need as Need
 from vidsieve.types import Prompt as Prompt
 from vidsieve.types import Selection as Selection

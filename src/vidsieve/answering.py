@@ -119,8 +119,8 @@ def chat_text(processor: Any, question: str) -> str:
     return text
 
 
-def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
-    """Return the processor's inputs that ask one question about one video.
+def chat(processor: Any, video: Video, question: str, spacing: float | None = None) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about one video; `spacing` as `timed` takes it.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
         inputs = processor(
             text=[text],
             videos=[video.pixels],
-            video_metadata=[timed(video)],
+            video_metadata=[timed(video, spacing)],
             do_sample_frames=False,
             return_tensors="pt",
             **further,
@@ -149,17 +149,19 @@ def chat(processor: Any, video: Video, question: str) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "video_metadata"}
 
 
-def timed(video: Video) -> Any:
+def timed(video: Video, spacing: float | None = None) -> Any:
     """Return transformers' metadata of a video from which every processor reads the times of its frames.
 
     Frames are named by their milliseconds, at 1000 frames a second, so that ``frames_indices / fps`` are
     `Video.timestamps` however they were chosen. Processors that take one rate alone compute it as
-    ``len(frames_indices) / total_num_frames · fps``: that gives the mean rate of these frames.
+    ``len(frames_indices) / total_num_frames · fps``: that gives the mean rate of these frames, or a frame every
+    `spacing` seconds.
     """
     from transformers.video_utils import VideoMetadata
 
     times, count = video.timestamps, len(video.pixels)
-    spacing = float(times[-1] - times[0]) / (count - 1) if count > 1 else video.duration
+    if spacing is None:
+        spacing = float(times[-1] - times[0]) / (count - 1) if count > 1 else video.duration
     return VideoMetadata(
         total_num_frames=max(count, round(1000 * count * spacing)),
         fps=1000.0,

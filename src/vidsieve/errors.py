@@ -90,6 +90,10 @@ class VideoError(VidsieveError, ValueError):
     """A file holds no readable video."""
 
 
+class StreamError(VidsieveError, ValueError):
+    """A stream cannot be made of these parts, take these frames, answer, or be read from a file."""
+
+
 class TrainingError(VidsieveError, RuntimeError):
     """Training cannot go on; the last good checkpoint is kept."""
 

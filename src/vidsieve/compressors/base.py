@@ -196,7 +196,12 @@ class Compressor(ABC):
 
 @dataclass(frozen=True)
 class ScoreCompressor(Compressor):
-    """Base of methods that score every token and keep the highest over the whole video."""
+    """Base of methods that score every token and keep the highest over the whole video.
+
+    `local` says that a token's score depends on its frame and the one before alone, which `Stream` needs.
+    """
+
+    local: ClassVar[bool] = False
 
     @abstractmethod
     def score(self, video: VideoTokens) -> Tensor:

@@ -28,12 +28,15 @@ class FrameDifference(ScoreCompressor):
 
     name: ClassVar[str] = "frame_difference"
     paper: ClassVar[str] = "baseline (SCORE Eq. 2)"
+    local: ClassVar[bool] = True
     first_frame: Literal["zero", "next"] = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.first_frame not in ("zero", "next"):
             raise UnknownNameError("first_frame", self.first_frame, ("zero", "next"))
+        if self.first_frame == "next":
+            object.__setattr__(self, "local", False)
 
     def score(self, video: VideoTokens) -> Tensor:
         """Return ‖X_t − X_{t−1}‖ for every token, (N,) float32."""

@@ -123,6 +123,7 @@ class Score(ScoreCompressor):
     name: ClassVar[str] = "score"
     paper: ClassVar[str] = "SCORE (Wang et al.)"
     trained: ClassVar[bool] = True
+    local: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "paper")
     policy: ScorePolicy | None = None
 

@@ -88,6 +88,7 @@ class Sieve(ScoreCompressor):
     paper: ClassVar[str] = "vidsieve"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     trained: ClassVar[bool] = True
+    local: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "blind")
     policy: SievePolicy | None = None
 

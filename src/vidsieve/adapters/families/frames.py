@@ -87,6 +87,10 @@ class FrameAdapter(Adapter):
         pixels = self.images(inputs)
         return {**inputs, "pixel_values": pixels[frames.to(pixels.device)]}
 
+    def frames_of(self, inputs: Mapping[str, Any], video: int, frames: Tensor) -> dict[str, Any]:
+        """Return what a video processor gives of one video, (videos, T, …) each, with some of its frames alone."""
+        return {name: value[video : video + 1, frames.to(value.device)] for name, value in inputs.items()}
+
     def _reused(
         self, inputs: Mapping[str, Any], ids: Tensor, videos: Videos, front: FrameFront
     ) -> tuple[Tensor, Tensor]:
