@@ -24,4 +24,5 @@ from vidsieve.types import Stage as Stage
 from vidsieve.types import TokenGrid as TokenGrid
 from vidsieve.types import Tokens as Tokens
 from vidsieve.types import VideoTokens as VideoTokens
+from vidsieve.video.reading import read_parts as read_parts
 from vidsieve.video.reading import read_video as read_video

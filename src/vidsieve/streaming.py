@@ -194,8 +194,9 @@ class Stream:
     memory : int
         Most tokens that are kept.
     reader : Compressor, optional
-        Chooses among the tokens in memory at each question, at its own retention, and may read the question. Until
-        the first eviction it sees the video's grid, then the tokens as those of one frame.
+        Chooses among the tokens in memory at each question, at its own retention, and may read the question; of a
+        count that memory does not hold, all. Until the first eviction it sees the video's grid, then the tokens as
+        those of one frame.
     seed : int
         Of the baseline "random", and of a reader that draws.
 
@@ -360,19 +361,25 @@ class Stream:
         if state is None:
             raise StreamError("nothing has been pushed: push frames, then ask")
         encoded, positions = self._prompt(state, question)
-        answer = reply(
-            self.adapter, self.processor, encoded, self.reader, max_new_tokens=max_new_tokens, seed=self.seed
-        )
+        reader, tokens = self.reader, len(state.memory)
+        if reader is not None and isinstance(reader.retention, Tokens) and reader.retention.count >= tokens:
+            reader = None
+        answer = reply(self.adapter, self.processor, encoded, reader, max_new_tokens=max_new_tokens, seed=self.seed)
         trace = MemoryTrace(
             (state.start, self._last_time),
             state.seen,
             len(torch.unique(state.memory.frames)),
-            len(state.memory),
+            tokens,
             self.memory,
-            sum(video.kept for video in answer.traces) or len(state.memory),
+            sum(video.kept for video in answer.traces) or tokens,
             positions,
         )
-        return StreamAnswer(**vars(answer), memory=trace)
+        return StreamAnswer(**(vars(answer) | {"method": self.describe()}), memory=trace)
+
+    def describe(self) -> str:
+        """Return the names of what evicts and what reads, for traces and tables."""
+        evicts = self.compressor if isinstance(self.compressor, str) else self.compressor.describe()
+        return f"{evicts} in {self.memory} tokens" + ("" if self.reader is None else f", {self.reader.describe()}")
 
     def _prompt(self, state: _State, question: str) -> tuple[Encoded, str]:
         """Return the prompt that asks a question about the memory, and by which rule its positions are."""

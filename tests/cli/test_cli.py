@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
@@ -34,6 +35,7 @@ COMMANDS = [
     [],
     ["demo"],
     ["ask"],
+    ["stream"],
     ["list"],
     ["train", "cacovid"],
     ["train", "score"],
@@ -496,3 +498,36 @@ def test_commands_that_moved_say_where_they_went(cli, given, now):
     assert f"not in the package any more: run `{now}` in a checkout" in cli(*given, fails=True)
     compared = cli("compare", "clip.mp4", "What happens?", "--methods", "evs", fails=True)
     assert "run `vidsieve ask VIDEO QUESTION --methods a,b,c`" in compared
+
+
+def test_stream_asks_at_a_time_and_at_the_end(run, scene, tmp_path):
+    asked = ["--question", "what shape is it ?", "--question", "1=what colour is it ?"]
+    kept = ["--method", "score", "--memory", "150", "--fps", "4", "--reader", "sieve", "--retention", "100t"]
+    out, _ = run("stream", scene, *asked, *kept, "--json", tmp_path / "out.json")
+    first, last = json.loads((tmp_path / "out.json").read_text())["answers"]
+    assert (first["question"], first["second"], last["question"]) == ("what colour is it ?", 1.0, "what shape is it ?")
+    assert first["memory"]["frames_seen"] == 5 and last["memory"]["frames_seen"] == 16
+    assert last["memory"]["tokens"] == 150 and last["memory"]["read"] == 100
+    assert f"1 s: {first['answer']} " in out and last["answer"] in out
+
+
+def test_stream_asks_the_lines_that_are_typed_while_the_video_plays(run, scene, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("what colour is it ?\n\nwhat shape is it ?\n"))
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    out, _ = run("stream", scene, "--method", "recent", "--memory", "40", "--fps", "4")
+    assert out.count("read by the LLM") == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--method", "sieve"], "variant='blind'"),
+        (["--method", "divprune"], "no score for each token"),
+        (["--memory", "5000"], "from 1 to 4095"),
+        (["--question", " "], "the question is empty"),
+        (["--question=-1=what ?"], "at 0 seconds or later"),
+        (["--retention", "calibrated", "--reader", "score"], "no calibrated one"),
+    ],
+)
+def test_stream_refuses_what_cannot_be_served(cli, scene, given, said):
+    assert said in cli("stream", scene, *given, fails=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from vidsieve.errors import OutputError, VideoError
 from vidsieve.video import decoding as module
 from vidsieve.video.opening import VideoFile
-from vidsieve.video.reading import Video, read_image, read_video, write_video
+from vidsieve.video.reading import Video, read_image, read_parts, read_video, write_video
 
 BITS = 10
 
@@ -900,3 +900,14 @@ def test_an_animated_webp_is_refused_by_name(tmp_path):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
     with pytest.raises(VideoError, match=r"animated WebP, which FFmpeg does not read: save it as mp4"):
         read_video(path, frames=2)
+
+
+@pytest.mark.parametrize("fps", [7.0, 40.0])
+def test_parts_of_a_video_are_its_frames_a_few_at_a_time(files, fps):
+    whole = read_video(files("gop48"), fps=fps)
+    parts = [part for part, _ in read_parts(files("gop48"), fps, frames=8)]
+    assert max(len(part.pixels) for part in parts) <= 8
+    assert np.array_equal(np.concatenate([part.pixels for part in parts]), whole.pixels)
+    assert np.array_equal(np.concatenate([part.timestamps for part in parts]), whole.timestamps)
+    with pytest.raises(VideoError, match="fps must be a number above 0"):
+        next(read_parts(files("gop48"), 0.0))

@@ -20,6 +20,7 @@ from vidsieve.cli import doctor as doctor_command
 from vidsieve.cli import plan as plan_command
 from vidsieve.cli import report as report_command
 from vidsieve.cli import serve as serve_command
+from vidsieve.cli import stream as stream_command
 from vidsieve.cli import ui as ui_command
 from vidsieve.cli.shared import Json, check_output, err, moved, out, table, write_json
 from vidsieve.errors import PluginError, VidsieveError
@@ -58,6 +59,7 @@ def root(
 
 app.command("demo")(demo_command.demo)
 app.command("ask")(ask_command.ask)
+app.command("stream")(stream_command.stream)
 app.command("report")(report_command.report)
 app.add_typer(train.app, name="train")
 app.command("eval")(evaluate.evaluate)

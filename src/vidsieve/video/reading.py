@@ -10,9 +10,9 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from io import BytesIO
 from itertools import accumulate
@@ -119,6 +119,29 @@ def read_video(
     return Video(
         reel.pixels, index.seconds[chosen], (*source.notes, *remarks), index.duration, rate, len(index.pts), size
     )
+
+
+def read_parts(path: str | os.PathLike[str], fps: float, *, frames: int = 64) -> Iterator[tuple[Video, int]]:
+    """Yield the frames that ``read_video(path, fps=fps)`` returns, at most `frames` at a time, and how many there are.
+
+    Only one part is in memory; each is read by its times. Where the file has fewer frames than `fps` asks for, the
+    number is that of the times.
+
+    Raises
+    ------
+    VideoError
+        As `read_video`.
+    """
+    if not 0 < fps <= FASTEST:
+        raise VideoError(f"{path}: fps must be a number above 0, up to {FASTEST:g}; got {fps!r}")
+    duration = read_video(path, frames=1).duration
+    total, last = max(1, math.ceil((duration - TOLERANCE) * fps)), -1.0
+    for start in range(0, total, frames):
+        part = read_video(path, times=[number / fps for number in range(start, min(start + frames, total))])
+        new = np.diff(part.timestamps, prepend=last) > 0
+        if new.any():
+            last = float(part.timestamps[-1])
+            yield replace(part, pixels=part.pixels[new], timestamps=part.timestamps[new]), total
 
 
 def read_frames(images: Sequence[tuple[str | os.PathLike[str], int]], *, frames: int | None = None) -> Video:

@@ -1,0 +1,149 @@
+"""`vidsieve stream`: questions about a video while it plays, from bounded memory."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from vidsieve.cli import shared
+from vidsieve.cli.progress import Bar
+from vidsieve.errors import StreamError
+from vidsieve.retention import Calibration, parse_budget
+from vidsieve.video import check_file
+
+PART = 64  # frames that are read from the file at a time
+
+
+def stream(
+    video: Annotated[Path, typer.Argument(help="A video file.")],
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to ask at the end, or as SECONDS=QUESTION at that time; give it several times for several. "
+            "Without it the video plays at its own speed, and lines that you type are asked as they come.",
+            show_default=False,
+        ),
+    ] = None,
+    model: shared.Model = "testbed",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="What decides which tokens stay: a method that scores them, name:variant, a policy folder, or one of "
+            "the baselines random, uniform and recent."
+        ),
+    ] = "frame_difference",
+    memory: Annotated[int, typer.Option(help="Tokens kept at most.", min=1)] = 2048,
+    reader: Annotated[
+        str | None,
+        typer.Option(help="A method that chooses among them for each question.", show_default=False),
+    ] = None,
+    retention: Annotated[
+        str, typer.Option(help="Fraction of the tokens in memory that the reader keeps, or a count such as 512t.")
+    ] = "0.25",
+    fps: Annotated[float, typer.Option(help="Frames per second.", callback=shared.positive)] = 1.0,
+    layout: shared.Layout = None,
+    max_new_tokens: shared.NewTokens = 64,
+    seed: shared.Seed = 0,
+    threads: shared.Threads = 0,
+    json: shared.Json = None,
+) -> None:
+    """Ask questions about a video while it is read; only its best tokens are remembered."""
+    check_file(video)
+    shared.check_output(json, reads=[video])
+    budget = parse_budget(retention)
+    if isinstance(budget, Calibration):
+        raise StreamError("a reader has a retention or a count, and no calibrated one: give --retention 0.25")
+    waiting = sorted((_timed(text) for text in question or ()), key=lambda asked: asked[0])
+    shared.set_threads(threads)
+    from vidsieve import loading
+    from vidsieve.evaluation.conditions import method_for
+    from vidsieve.streaming import BASELINES, Stream
+    from vidsieve.video.reading import read_parts
+
+    shared.quiet()
+    chosen: Any = method if method in BASELINES else method_for(method, model)
+    chooser = method_for(reader, model).with_retention(budget) if reader else None
+    network, processor = loading.load_model(model, layout, device="auto")
+    watched = Stream(network, processor, chosen, memory, reader=chooser, seed=seed)
+    answers: list[dict[str, Any]] = []
+
+    def ask(text: str, second: float) -> None:
+        result = watched.ask(text, max_new_tokens=max_new_tokens)
+        shared.out.print(f"{second:g} s: [bold]{escape(result.text)}[/]", highlight=False)
+        shared.out.print(f"  {result.memory}", highlight=False)
+        answers.append({"question": text, "second": second, **result.as_dict()})
+
+    live, second = not waiting, 0.0
+    typed, begun = _typed() if live else SimpleQueue(), time.monotonic()
+    bar: AbstractContextManager[Any] = nullcontext() if live else Bar("frames")
+    with bar as advance:
+        number = 0
+        for part, total in read_parts(video, fps, frames=1 if live else PART):
+            for picture, moment in zip(part.pixels, part.timestamps.tolist(), strict=True):
+                while waiting and waiting[0][0] < moment and number:
+                    at, text = waiting.pop(0)
+                    ask(text, at)
+                if live:
+                    time.sleep(max(0.0, begun + moment - time.monotonic()))
+                watched.push(picture[None], moment)
+                number, second = number + 1, moment
+                for text in _arrived(typed):
+                    ask(text, second)
+            if not live:
+                advance(number, total)
+    for _, text in waiting:
+        ask(text, second)
+    if live:
+        for text in iter(typed.get, None):
+            ask(text, second)
+    shared.write_json(json, {"video": str(video), "model": model, "memory": memory, "answers": answers})
+
+
+def _timed(text: str) -> tuple[float, str]:
+    """Return the time and the words of a question: SECONDS=QUESTION, or the end."""
+    head, sign, rest = text.partition("=")
+    try:
+        second, words = (float(head), rest) if sign else (math.inf, text)
+    except ValueError:
+        second, words = math.inf, text
+    shared.check_question(words)
+    if not second >= 0:
+        raise StreamError(f"a question is asked at 0 seconds or later, got {head}")
+    return second, words
+
+
+def _typed() -> SimpleQueue[str | None]:
+    """Return a queue that the lines of stdin arrive in, None at its end."""
+    lines: SimpleQueue[str | None] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            if line.strip():
+                lines.put(line.strip())
+        lines.put(None)
+
+    Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _arrived(lines: SimpleQueue[str | None]) -> Iterator[str]:
+    """Yield the questions that have arrived; the end of the input stays for later."""
+    while True:
+        try:
+            line = lines.get_nowait()
+        except Empty:
+            return
+        if line is None:
+            lines.put(None)
+            return
+        yield line
