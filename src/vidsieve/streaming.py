@@ -606,9 +606,22 @@ class _Replay:
         return BatchFeature({**outputs, "video_metadata": video_metadata})
 
 
+class _Shape(Tensor):
+    """A tensor without values, which processors that work with NumPy read as zeros."""
+
+    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the tensor itself."""
+        return self
+
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros in the memory of one."""
+        return np.broadcast_to(np.float32(0), self.shape)
+
+
 def _hollow(value: Tensor) -> Tensor:
     """Return pixels as a tensor without values; sizes, which prompts are made from, as they are."""
-    return value.to("meta") if value.is_floating_point() or value.ndim > 2 else value
+    pixels = value.is_floating_point() or value.ndim > 2
+    return value.to("meta").as_subclass(_Shape) if pixels else value
 
 
 def _video(pixels: np.ndarray, times: Sequence[float]) -> Video:

@@ -8,8 +8,10 @@ import transformers
 from tokenizers import Tokenizer
 
 from vidsieve.adapters.pruning import adapter_for
-from vidsieve.answering import chat
+from vidsieve.answering import answer, chat
+from vidsieve.errors import StreamError
 from vidsieve.loading import load
+from vidsieve.streaming import Stream
 from vidsieve.testing.calls import Case, prefill
 from vidsieve.testing.equivalence import TOLERANCE
 from vidsieve.testing.tiny_models import IMAGE, VIDEO, processor_for
@@ -142,3 +144,22 @@ def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
     case = Case(adapter_for(tiny_family.model(0, tiny_family.layers)), inputs, load("random", retention=0.5))
     assert case.adapter.encode(inputs).videos[0].features.grid == grid
     assert prefill(case)[0] <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # transformers' own reading of tensors by NumPy
+@pytest.mark.parametrize("family", MADE)
+def test_a_stream_is_the_prompt_of_the_familys_own_processor_or_refused(family):
+    processor, kind = own_processor(family), tiny(family)
+    model = kind.model(0, kind.layers)
+    if family in ("video_llama_3", "gemma4", "gemma4_unified"):  # the encoder, or what follows it, mixes frames
+        with pytest.raises(StreamError, match="does not say that frames are encoded one by one"):
+            Stream(model, processor, "recent")
+        return
+    frames = np.random.default_rng(0).integers(0, 255, (6, 16, 32, 3), dtype=np.uint8)
+    stream = Stream(model, processor, "recent", 6 * 37)
+    stream.push(frames, range(6))
+    expected = answer(
+        model, processor, Video(frames, np.arange(6.0), (), 6.0, 1.0, 6, (16, 32)), "what colour", max_new_tokens=4
+    )
+    got = stream.ask("what colour", max_new_tokens=4)
+    assert got.text == expected.text and got.prompt_tokens == expected.prompt_tokens
