@@ -237,11 +237,12 @@ class Stream:
             raise StreamError(f"seed must not be negative, got {seed}")
         self.memory = memory
         reading = getattr(processor, "video_processor", None)
+        if reading is None:
+            raise StreamError(f"{type(processor).__name__} has no video processor: pass the processor of the model")
         vision = self.adapter.model.config.vision_config
         self._pictures = getattr(reading, "temporal_patch_size", 1) * getattr(vision, "temporal_merge_size", 1)
         self._state: _State | None = None
-        self._waiting: list[np.ndarray] = []
-        self._waiting_times: list[float] = []
+        self._waiting: list[tuple[float, np.ndarray]] = []
         self._size: tuple[int, int] | None = None
         self._last_time = -math.inf
 
@@ -273,23 +274,33 @@ class Stream:
                 f"frames of one size are needed: got {pixels.shape[1:3]} after {self._size}; resize them, or begin "
                 "another stream"
             )
-        self._size, self._last_time = pixels.shape[1:3], float(times[-1])
+        self._size = pixels.shape[1:3]
         for picture, time in zip(pixels, times.tolist(), strict=True):
-            self._waiting.append(np.array(picture))
-            self._waiting_times.append(time)
-            if len(self._waiting) == self._pictures:
-                self._state = self._advanced()
-                self._waiting, self._waiting_times = [], []
+            state, waiting = self._state, [*self._waiting, (time, np.array(picture))]
+            if len(waiting) == self._pictures:
+                state, waiting = self._advanced(waiting), []
+            self._state, self._waiting, self._last_time = state, waiting, time
 
     @torch.no_grad()
-    def _advanced(self) -> _State:
-        """Return the state after the pictures that wait, as one frame; the last fills up what is missing of it."""
-        missing = self._pictures - len(self._waiting)
-        times = self._waiting_times + self._waiting_times[-1:] * missing
-        frame = self._encoded(np.stack(self._waiting + self._waiting[-1:] * missing), times)
+    def _advanced(self, pictures: Sequence[tuple[float, np.ndarray]]) -> _State:
+        """Return the state after one more frame, of these pictures and their times; the last fills up what is missing.
+
+        Raises
+        ------
+        StreamError
+            If the frame has other tokens than those before.
+        """
+        filled = [*pictures, *[pictures[-1]] * (self._pictures - len(pictures))]
+        times = [time for time, _ in filled]
+        frame = self._encoded(np.stack([picture for _, picture in filled]), times)
         device, before = frame.embeds.device, self._state
         number = 0 if before is None else before.seen
         count = frame.grid.num_tokens
+        if before is not None and before.grid != frame.grid:
+            raise StreamError(
+                f"a frame became {frame.grid} tokens after {before.grid}: go on with the processor that the stream "
+                "began with"
+            )
         new = StreamTokens(
             self._scores(frame, number, None if before is None else before.last),
             torch.full((count,), number, device=device),
@@ -307,8 +318,8 @@ class Stream:
         if not self._could_hold((number + 1) * count):
             held = torch.isin(numbers, memory.frames.cpu())
             numbers, moments = numbers[held], moments[held]
-        pictures = number * self._pictures + len(self._waiting)
-        spacing = (times[-1] - start) / (pictures - 1) if pictures > 1 else 1.0
+        taken = number * self._pictures + len(pictures)
+        spacing = (times[-1] - start) / (taken - 1) if taken > 1 else 1.0
         tail = frame.tail[:1]
         return _State(
             memory, numbers, moments, frame.embeds, tail, frame.grid, frame.per_row, number + 1, start, spacing
@@ -357,7 +368,7 @@ class Stream:
             If nothing was pushed, or the prompt is longer than the model was trained for.
         PromptError, BudgetError, NeedError
         """
-        state = self._advanced() if self._waiting else self._state
+        state = self._advanced(self._waiting) if self._waiting else self._state
         if state is None:
             raise StreamError("nothing has been pushed: push frames, then ask")
         encoded, positions = self._prompt(state, question)
@@ -486,13 +497,13 @@ class Stream:
             raise StreamError("nothing has been pushed: there is nothing to save")
         tensors: dict[str, Tensor] = {}
         if self._waiting:
-            tensors["waiting"] = torch.from_numpy(np.stack(self._waiting))
+            tensors["waiting"] = torch.from_numpy(np.stack([picture for _, picture in self._waiting]))
         header: dict[str, Any] = self._identity() | {
             "format": FORMAT,
             "memory": self.memory,
             "seed": self.seed,
             "size": list(self._size),
-            "waiting_times": self._waiting_times,
+            "waiting": [time for time, _ in self._waiting],
             "last_time": self._last_time,
         }
         if self._state is not None:
@@ -550,8 +561,8 @@ class Stream:
                 raise StreamError(f"{path} was made with the {name} {header[name]!r}, this is {mine!r}: use the same")
         height, width = header["size"]
         stream._size, stream._last_time = (height, width), header["last_time"]
-        stream._waiting_times = header["waiting_times"]
-        stream._waiting = list(tensors["waiting"].numpy().copy()) if "waiting" in tensors else []
+        if header["waiting"]:
+            stream._waiting = list(zip(header["waiting"], tensors["waiting"].numpy().copy(), strict=True))
         if "grid" in header:
             device = stream.adapter.device
             on = {name: value.to(device) for name, value in tensors.items() if name not in ("numbers", "times")}

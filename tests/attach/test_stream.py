@@ -62,7 +62,7 @@ def pushed(stream, pixels, times, cuts=()):
 
 def plan_of(stream):
     """Return the plan that an answer runs."""
-    state = stream._advanced() if stream._waiting else stream._state
+    state = stream._advanced(stream._waiting) if stream._waiting else stream._state
     encoded, positions = stream._prompt(state, QUESTION)
     return stream.adapter.plan(encoded, stream.reader), positions
 
@@ -257,6 +257,17 @@ def test_a_saved_stream_goes_on_as_if_it_had_not_been_interrupted(tmp_path):
     assert answers[0].text == answers[1].text and answers[0].memory == answers[1].memory
 
 
+def test_a_stream_goes_on_with_frames_of_as_many_tokens_only(tmp_path):
+    stream, pixels = stream_of("qwen2_5_vl"), pixels_of("qwen2_5_vl", 4)
+    pushed(stream, pixels[:2], [0.0, 1.0])
+    stream.save(tmp_path / "a")
+    smaller = processor_for("qwen2_5_vl")
+    smaller.video_processor.size["longest_edge"] = 128
+    loaded = Stream.load(tmp_path / "a", stream.adapter.model, smaller, MOTION)
+    with pytest.raises(StreamError, match="the processor that the stream began with"):
+        pushed(loaded, pixels[2:], [2.0, 3.0])
+
+
 def test_a_stream_before_its_first_whole_frame_is_saved_too(tmp_path):
     pixels, times = pixels_of("qwen2_5_vl", 4), np.arange(4.0)
     stream = pushed(stream_of("qwen2_5_vl", "random", seed=3), pixels[:1], times[:1])
@@ -338,7 +349,12 @@ def test_frames_and_questions_that_make_no_sense_are_refused():
     ):
         with pytest.raises(StreamError, match=said):
             stream.push(frames, times)
-    assert stream.ask(QUESTION, max_new_tokens=1).memory.frames_seen == 2
+    stream.adapter.model.model.vision_tower.forward = None
+    with pytest.raises(TypeError):
+        stream.push(pixels[2:], [2, 3])
+    del stream.adapter.model.model.vision_tower.forward
+    stream.push(pixels[2:], [2, 3])
+    assert stream.ask(QUESTION, max_new_tokens=1).memory.frames_seen == 4
     stream._range = 24
     with pytest.raises(StreamError, match="keep fewer tokens in memory"):
         stream.ask(QUESTION)
