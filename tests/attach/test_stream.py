@@ -15,7 +15,8 @@ from vidsieve.adapters.encoded import on_device
 from vidsieve.answering import answer, chat
 from vidsieve.errors import StreamError
 from vidsieve.selection import top_indices
-from vidsieve.streaming import BASELINES, Stream, StreamTokens
+from vidsieve.streaming import BASELINES, Stream
+from vidsieve.streaming.memory import StreamTokens
 from vidsieve.testing.tiny_models import FAMILIES, processor_for
 from vidsieve.types import Selection
 from vidsieve.video.reading import Video

@@ -1,12 +1,10 @@
-"""Videos without end: the best tokens of a stream in bounded memory, and a question at any time."""
+"""`Stream`: frames in, answers at any time."""
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,112 +12,20 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import BatchFeature
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.drop import kept_columns
-from vidsieve.adapters.encoded import Encoded, VideoFeatures, VideoSpan, on_device
+from vidsieve.adapters.encoded import Encoded, VideoFeatures, on_device
 from vidsieve.adapters.pruning import adapter_with
 from vidsieve.answering import Answer, chat, reply
 from vidsieve.compressors.base import Compressor, ScoreCompressor
 from vidsieve.errors import StreamError
 from vidsieve.io.tensors import checksum, load_tensors, save_tensors
-from vidsieve.selection import top_indices
-from vidsieve.types import ENCODER_NEEDS, READS_QUESTION, Selection, Stage, TokenGrid, Tokens, VideoTokens
-from vidsieve.video.reading import Video
+from vidsieve.streaming.evictors import check_evictor, check_reader, scores_of
+from vidsieve.streaming.memory import State, StreamTokens
+from vidsieve.streaming.prompts import blank_prompt, shapes_of_frame, video_of, with_memory
+from vidsieve.types import Stage, TokenGrid, Tokens
 
 FORMAT = 1
-_GOLDEN = 0.6180339887498949
-
-
-def _random(frame: int, count: int, seed: int) -> Tensor:
-    return torch.from_numpy(np.random.default_rng((seed, frame)).random(count, dtype=np.float32))
-
-
-def _uniform(frame: int, count: int, seed: int) -> Tensor:
-    return torch.full((count,), frame * _GOLDEN % 1.0)
-
-
-def _recent(frame: int, count: int, seed: int) -> Tensor:
-    return torch.full((count,), float(frame))
-
-
-BASELINES: Mapping[str, Callable[[int, int, int], Tensor]] = {"random": _random, "uniform": _uniform, "recent": _recent}
-"""Scores (n,) of a frame's n tokens by its number and a seed: what stays is a random sample of all tokens, whole frames
-that are spread evenly over the stream (multiples of the golden ratio), or the last frames."""
-
-
-# -- the memory -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StreamTokens:
-    """The tokens of a stream that are kept, in the order of frame and place.
-
-    Parameters
-    ----------
-    scores : Tensor, (M,), float32
-        Higher = keep.
-    frames, places : Tensor, (M,), int64
-        Number of each token's frame in the stream, and its raster index in the frame.
-    embeds : Tensor, (M, D)
-    deep : tuple of Tensor, (M, D) each
-        As in `VideoFeatures`.
-    """
-
-    scores: Tensor
-    frames: Tensor
-    places: Tensor
-    embeds: Tensor
-    deep: tuple[Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-    def at(self, indices: Tensor) -> StreamTokens:
-        """Return the tokens at `indices` (K,) int64."""
-        return StreamTokens(
-            self.scores[indices],
-            self.frames[indices],
-            self.places[indices],
-            self.embeds[indices],
-            tuple(layer[indices] for layer in self.deep),
-        )
-
-    def merged(self, new: StreamTokens, capacity: int) -> StreamTokens:
-        """Return the `capacity` tokens of the highest scores among these and later ones; equal scores: earlier first.
-
-        Merging piece by piece keeps the same tokens as one choice among all of them.
-        """
-        both = StreamTokens(
-            torch.cat([self.scores, new.scores]),
-            torch.cat([self.frames, new.frames]),
-            torch.cat([self.places, new.places]),
-            torch.cat([self.embeds, new.embeds]),
-            tuple(torch.cat(pair) for pair in zip(self.deep, new.deep, strict=True)),
-        )
-        return both if len(both) <= capacity else both.at(top_indices(both.scores, capacity))
-
-
-@dataclass(frozen=True)
-class _State:
-    """What a stream holds: a new one replaces it with every frame.
-
-    `times` (F, k) are the seconds of the k pictures of each of the frames `numbers` (F,): those that hold tokens, and,
-    as long as a prompt could hold every token of the stream, all of them. `last` (H·W, D) is the last frame, `tail`
-    (1, D) the newline of families that have one. `spacing` is the mean time between pictures.
-    """
-
-    memory: StreamTokens
-    numbers: Tensor
-    times: Tensor
-    last: Tensor
-    tail: Tensor
-    grid: TokenGrid
-    per_row: bool
-    seen: int
-    start: float
-    spacing: float
 
 
 @dataclass(frozen=True)
@@ -166,9 +72,6 @@ class StreamAnswer(Answer):
     def as_dict(self) -> dict[str, Any]:
         """Return the answer as plain values for JSON."""
         return super().as_dict() | {"memory": vars(self.memory) | {"seconds": list(self.memory.seconds)}}
-
-
-# -- the stream -------------------------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -224,9 +127,9 @@ class Stream:
                 f"the {self.adapter.family} adapter does not say that frames are encoded one by one: use a model of "
                 "another family, or ask about files"
             )
-        _check_evictor(self.adapter, compressor)
+        check_evictor(self.adapter, compressor)
         if reader is not None:
-            _check_reader(self.adapter, reader)
+            check_reader(self.adapter, reader)
         self._range = _trained_range(self.adapter)
         if isinstance(memory, bool) or not isinstance(memory, int) or not 0 < memory < self._range:
             raise StreamError(
@@ -241,7 +144,7 @@ class Stream:
             raise StreamError(f"{type(processor).__name__} has no video processor: pass the processor of the model")
         vision = self.adapter.model.config.vision_config
         self._pictures = getattr(reading, "temporal_patch_size", 1) * getattr(vision, "temporal_merge_size", 1)
-        self._state: _State | None = None
+        self._state: State | None = None
         self._waiting: list[tuple[float, np.ndarray]] = []
         self._size: tuple[int, int] | None = None
         self._last_time = -math.inf
@@ -282,7 +185,7 @@ class Stream:
             self._state, self._waiting, self._last_time = state, waiting, time
 
     @torch.no_grad()
-    def _advanced(self, pictures: Sequence[tuple[float, np.ndarray]]) -> _State:
+    def _advanced(self, pictures: Sequence[tuple[float, np.ndarray]]) -> State:
         """Return the state after one more frame, of these pictures and their times; the last fills up what is missing.
 
         Raises
@@ -302,7 +205,7 @@ class Stream:
                 "began with"
             )
         new = StreamTokens(
-            self._scores(frame, number, None if before is None else before.last),
+            scores_of(self.compressor, frame, number, None if before is None else before.last, self.seed),
             torch.full((count,), number, device=device),
             torch.arange(count, device=device),
             frame.embeds,
@@ -321,14 +224,14 @@ class Stream:
         taken = number * self._pictures + len(pictures)
         spacing = (times[-1] - start) / (taken - 1) if taken > 1 else 1.0
         tail = frame.tail[:1]
-        return _State(
+        return State(
             memory, numbers, moments, frame.embeds, tail, frame.grid, frame.per_row, number + 1, start, spacing
         )
 
     def _encoded(self, pixels: np.ndarray, times: Sequence[float]) -> VideoFeatures:
         """Return the pictures of one frame of the grid, encoded by themselves."""
         needs = frozenset() if isinstance(self.compressor, str) else self.compressor.needs
-        inputs = on_device(chat(self.processor, _video(pixels, times), "?"), self.adapter.device)
+        inputs = on_device(chat(self.processor, video_of(pixels, times), "?"), self.adapter.device)
         videos = self.adapter.features(inputs, needs)
         frame = videos[0]
         if len(videos) > 1 or frame.grid.frames != 1 or frame.grid.places is not None:
@@ -341,20 +244,6 @@ class Stream:
                 f"the newlines of {self.adapter.family} differ from row to row, which a stream cannot keep"
             )
         return frame
-
-    def _scores(self, frame: VideoFeatures, number: int, last: Tensor | None) -> Tensor:
-        """Return the scores (n,) float32 of a frame's n tokens, given the frame before."""
-        count, device = frame.grid.num_tokens, frame.embeds.device
-        if isinstance(self.compressor, str):
-            return BASELINES[self.compressor](number, count, self.seed).to(device)
-        embeds = frame.embeds if last is None else torch.cat([last, frame.embeds])
-        grid = replace(frame.grid, frames=1 if last is None else 2)
-        video = VideoTokens(embeds, grid, torch.zeros(1, len(embeds), dtype=torch.int64, device=device))
-        with torch.autocast(device.type, enabled=False):
-            scores = self.compressor.score(video).float()[-count:]
-        if scores.shape != (count,) or not bool(torch.isfinite(scores).all()):
-            raise StreamError(f"{self.compressor.name} gave no finite score for each token of a frame")
-        return scores
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -392,15 +281,18 @@ class Stream:
         evicts = self.compressor if isinstance(self.compressor, str) else self.compressor.describe()
         return f"{evicts} in {self.memory} tokens" + ("" if self.reader is None else f", {self.reader.describe()}")
 
-    def _prompt(self, state: _State, question: str) -> tuple[Encoded, str]:
+    def _prompt(self, state: State, question: str) -> tuple[Encoded, str]:
         """Return the prompt that asks a question about the memory, and by which rule its positions are."""
-        rows = self.adapter.position_rows
+        rows, adapter = self.adapter.position_rows, self.adapter
+        assert self._size is not None  # as there is a state
+        one = shapes_of_frame(self.processor, self._pictures, self._size)
         if self._could_hold(state.seen * state.grid.per_frame):
-            encoded = self._video_prompt(state, state.numbers, question)
+            encoded = blank_prompt(adapter, self.processor, one, state, state.numbers, question)
             if encoded.input_ids.shape[1] <= self._range and int(encoded.positions[rows].max()) < self._range:
-                return self._kept(encoded, state, state.numbers), "original"
+                return with_memory(encoded, adapter, state, state.numbers), "original"
         held = torch.unique(state.memory.frames).cpu()
-        encoded = self._kept(self._video_prompt(state, held, question), state, held)
+        encoded = blank_prompt(adapter, self.processor, one, state, held, question)
+        encoded = with_memory(encoded, adapter, state, held)
         if rows == slice(None):
             encoded = replace(
                 encoded, positions=torch.arange(encoded.input_ids.shape[1]).to(encoded.positions)[None, None]
@@ -412,70 +304,6 @@ class Stream:
                 f"trained for {self._range:,}: keep fewer tokens in memory (now {self.memory})"
             )
         return encoded, "in order"
-
-    def _video_prompt(self, state: _State, numbers: Tensor, question: str) -> Encoded:
-        """Return the prompt about a video of frames `numbers` (F,), located; its features have shapes and no values."""
-        times = state.times[torch.isin(state.numbers, numbers)]
-        # The processor writes the prompt of a video whose pixels are already known, by their shapes alone.
-        told = copy.copy(self.processor)
-        told.video_processor = _Replay(self.processor.video_processor, self.adapter, self._one_frame, len(times))
-        blank = np.broadcast_to(np.uint8(0), (times.numel(), 1, 1, 3))
-        inputs = chat(told, _video(blank, times.flatten().tolist()), question, state.spacing)
-        grid = replace(state.grid, frames=len(times))
-        width, tails = state.memory.embeds.shape[1], len(times) * grid.height if state.per_row else len(state.tail)
-        hollow = torch.empty(grid.num_tokens, width, device="meta", dtype=state.memory.embeds.dtype)
-        video = VideoFeatures(
-            hollow,
-            grid,
-            hollow[:1].expand(tails, -1) if tails else hollow[:0],
-            tuple(hollow for _ in state.memory.deep),
-            per_row=state.per_row,
-        )
-        pixels = {name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_meta}
-        rest = {name: value for name, value in inputs.items() if name not in pixels}
-        rest["mm_encoder_outputs"] = self.adapter.ready_features(video)
-        return self.adapter.encode(on_device(rest, self.adapter.device))
-
-    @cached_property
-    def _one_frame(self) -> dict[str, Any]:
-        """What the video processor returns of one frame of the stream's size, pixels as shapes without values."""
-        assert self._size is not None
-        record = _Record(self.processor.video_processor)
-        recording = copy.copy(self.processor)
-        recording.video_processor = record
-        blank = np.zeros((self._pictures, *self._size, 3), np.uint8)
-        chat(recording, _video(blank, [float(number) for number in range(self._pictures)]), "?")
-        return record.outputs
-
-    def _kept(self, encoded: Encoded, state: _State, numbers: Tensor) -> Encoded:
-        """Return the prompt with just the columns of tokens in memory, and their features in place."""
-        memory, grid, (span,) = state.memory, replace(state.grid, frames=len(numbers)), encoded.videos
-        frame = torch.searchsorted(numbers, memory.frames.cpu())
-        places = frame * grid.per_frame + memory.places.cpu()
-        selection = Selection(places.to(span.columns.device))
-        columns = kept_columns(encoded, [[selection]], [0])[0]
-        newlines = span.tail_columns[span.features.kept_tail(selection.indices)]
-        whole = len(memory) == grid.num_tokens
-        features = VideoFeatures(
-            memory.embeds,
-            grid if whole else TokenGrid(1, 1, len(memory)),
-            state.tail.expand(len(newlines), -1),
-            memory.deep,
-            per_row=state.per_row and whole,
-        )
-        video = VideoSpan(
-            0,
-            torch.searchsorted(columns, span.columns[selection.indices]),
-            torch.searchsorted(columns, newlines),
-            features,
-            span.surplus_columns[:0],
-        )
-        rest = {
-            name: value[:, columns] if name in self.adapter.column_keys else value
-            for name, value in encoded.rest.items()
-        }
-        ids, mask = encoded.input_ids[:, columns], encoded.attention_mask[:, columns]
-        return Encoded(ids, mask, encoded.positions[..., columns], (video,), rest)
 
     def _could_hold(self, tokens: int) -> bool:
         """True if a prompt with so many video tokens could lie within the model's range."""
@@ -568,7 +396,7 @@ class Stream:
             on = {name: value.to(device) for name, value in tensors.items() if name not in ("numbers", "times")}
             deep = tuple(on[f"deep.{number}"] for number in range(sum(name.startswith("deep.") for name in on)))
             memory = StreamTokens(on["scores"], on["frames"], on["places"], on["embeds"], deep)
-            stream._state = _State(
+            stream._state = State(
                 memory,
                 tensors["numbers"],
                 tensors["times"],
@@ -581,65 +409,6 @@ class Stream:
                 header["spacing"],
             )
         return stream
-
-
-# -- parts ------------------------------------------------------------------------------------------------------------
-
-
-class _Record:
-    """A video processor that remembers the shapes of what it returned last."""
-
-    def __init__(self, real: Any) -> None:
-        self._real = real
-        self.outputs: dict[str, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        returned = self._real(*args, **kwargs)
-        self.outputs = {name: _hollow(value) for name, value in returned.items() if isinstance(value, Tensor)}
-        return returned
-
-
-class _Replay:
-    """A video processor that returns shapes of a video of `count` frames like `one`, at no cost."""
-
-    def __init__(self, real: Any, adapter: Adapter, one: Mapping[str, Any], count: int) -> None:
-        self._real, self._adapter, self._one, self._count = real, adapter, one, count
-        self.vidsieve_frame_pixels = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-    def __call__(self, *args: Any, video_metadata: Any, **kwargs: Any) -> BatchFeature:
-        outputs = self._adapter.frames_of(self._one, 0, torch.zeros(self._count, dtype=torch.int64))
-        return BatchFeature({**outputs, "video_metadata": video_metadata})
-
-
-class _Shape(Tensor):
-    """A tensor without values, which processors that work with NumPy read as zeros."""
-
-    def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the tensor itself."""
-        return self
-
-    def numpy(self, *args: Any, **kwargs: Any) -> Any:
-        """Return zeros in the memory of one."""
-        return np.broadcast_to(np.float32(0), self.shape)
-
-
-def _hollow(value: Tensor) -> Tensor:
-    """Return pixels as a tensor without values; sizes, which prompts are made from, as they are."""
-    pixels = value.is_floating_point() or value.ndim > 2
-    return value.to("meta").as_subclass(_Shape) if pixels else value
-
-
-def _video(pixels: np.ndarray, times: Sequence[float]) -> Video:
-    """Return pictures and their times as a video for processors."""
-    spacing = (times[-1] - times[0]) / (len(times) - 1) if times[-1] > times[0] else 1.0
-    size = (pixels.shape[1], pixels.shape[2])
-    return Video(pixels, np.asarray(times), (), times[-1] - times[0] + spacing, 1 / spacing, len(pixels), size)
 
 
 def _pixels(frames: Any) -> np.ndarray:
@@ -662,43 +431,3 @@ def _trained_range(adapter: Adapter) -> int:
     if not isinstance(limit, int):
         raise StreamError(f"the configuration of {adapter.family} states no max_position_embeddings: set it")
     return limit
-
-
-def _check_evictor(adapter: Adapter, compressor: ScoreCompressor | str) -> None:
-    """Refuse a compressor that cannot score a frame when it comes."""
-    if isinstance(compressor, str):
-        if compressor not in BASELINES:
-            raise StreamError(
-                f"{compressor!r} is no baseline: give one of {', '.join(BASELINES)}, or a method by vidsieve.load"
-            )
-        return
-    name = compressor.name
-    if READS_QUESTION & compressor.needs:
-        other = (
-            "load it with variant='blind'"
-            if "blind" in compressor.variants
-            else "use one that does not, as score, to evict, and this one as reader="
-        )
-        raise StreamError(f"{name} reads the question, which is not known when tokens are evicted: {other}")
-    if not isinstance(compressor, ScoreCompressor) or compressor.acts is not Stage.PRE_LLM:
-        raise StreamError(
-            f"{name} gives no score for each token: evict by one that does, as score or frame_difference, and use "
-            f"{name} as reader="
-        )
-    if not compressor.local:
-        raise StreamError(
-            f"{name} scores a token by the whole video (local is False), which is not known when tokens are evicted: "
-            "use score, sieve's variant 'blind' or frame_difference"
-        )
-    if compressor.front is not None:
-        raise StreamError(f"{compressor.front.name} acts {compressor.front.stage.value}: leave it out of a stream")
-    if isinstance(compressor.retention, Tokens):
-        raise StreamError(f"{name} scores for a retention, and a stream has no number of tokens: give it a fraction")
-    adapter.check(compressor)
-
-
-def _check_reader(adapter: Adapter, reader: Compressor) -> None:
-    """Refuse a reader that needs more than the tokens in memory and the question."""
-    adapter.check(reader)
-    if ENCODER_NEEDS & reader.needs or reader.front is not None:
-        raise StreamError(f"{reader.title} needs the vision encoder, whose work is done when a question is asked")
