@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -190,6 +192,21 @@ def test_with_less_memory_an_answer_is_that_of_an_offline_run_on_the_kept_tokens
     ours, positions = plan_of(stream)
     assert positions == ("original" if limit == 4096 else "in order")
     assert_same_run(stream, plan, ours)
+
+
+def test_times_in_words_are_those_of_the_frames_that_have_tokens(monkeypatch):
+    stream, texts = stream_of("qwen3_vl", "uniform", memory=24), []
+    kind = type(stream.processor.tokenizer)
+    write = kind.__call__
+    monkeypatch.setattr(kind, "__call__", lambda self, text, *a, **k: texts.append(text) or write(self, text, *a, **k))
+    pushed(stream, pixels_of("qwen3_vl", 20), [0.5 * n * n for n in range(1, 21)])
+    for limit in (4096, 80):
+        stream._range = limit
+        plan_of(stream)
+        frames = range(10) if limit == 4096 else stream._state.memory.frames.unique().tolist()
+        means = [0.25 * ((2 * n + 1) ** 2 + (2 * n + 2) ** 2) for n in frames]
+        assert re.findall(r"<([\d.]+) seconds>", texts[-1][0]) == [f"{mean:.1f}" for mean in means]
+    assert len(frames) == 3
 
 
 def test_what_a_stream_holds_and_what_a_question_reads_stop_growing():
