@@ -37,7 +37,7 @@ fuzz: $(VENV)/.installed-dev
 # The same environment with nothing but transformers replaced: contracts, sessions and every family that runs with it
 # once more. All of tests/attach passes with it too, in five minutes.
 OLDEST_TESTS := decoding encoder equivalence every_method families inside layers pipeline said_placeholder session shapes \
-  staged transformers_api windows wrapped
+  staged stream transformers_api windows wrapped
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PARALLEL) tests/test_checks.py $(foreach part,$(OLDEST_TESTS),tests/attach/test_$(part).py)

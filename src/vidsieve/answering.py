@@ -102,8 +102,8 @@ def check_question(processor: Any, question: str) -> None:
             raise PromptError(f"the question holds {token!r}, which stands for pixels in this model: leave it out")
 
 
-def chat_text(processor: Any, question: str) -> str:
-    """Return the prompt that asks one question about one video, the video still a single placeholder.
+def chat_text(processor: Any, question: str, videos: int = 1) -> str:
+    """Return the prompt that asks one question about one video, or several, each still a single placeholder.
 
     Raises
     ------
@@ -112,34 +112,37 @@ def chat_text(processor: Any, question: str) -> str:
     """
     check_question(processor, question)
     text: str = processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}],
+        [{"role": "user", "content": [*[{"type": "video"}] * videos, {"type": "text", "text": question}]}],
         add_generation_prompt=True,
         tokenize=False,
     )
     return text
 
 
-def chat(processor: Any, video: Video, question: str, spacing: float | None = None) -> dict[str, Any]:
-    """Return the processor's inputs that ask one question about one video; `spacing` as `timed` takes it.
+def chat(processor: Any, video: Video | list[Video], question: str, spacing: float | None = None) -> dict[str, Any]:
+    """Return the processor's inputs that ask one question about one video, or several of equal length.
+
+    `spacing` is as `timed` takes it.
 
     Raises
     ------
     PromptError
         As `chat_text`, and if the processor refuses the question or the frames.
     """
-    text = chat_text(processor, question)
+    videos = video if isinstance(video, list) else [video]
+    text = chat_text(processor, question, len(videos))
     # Most processors do both by themselves where their model needs it; Cosmos 3 Edge's does not.
     further: dict[str, Any] = {"return_metadata": True}
     if "mm_token_type_ids" in processor.model_input_names:
         further["return_mm_token_type_ids"] = True
     if pixels := getattr(getattr(processor, "video_processor", None), "vidsieve_frame_pixels", None):
         least = processor.video_processor.size["shortest_edge"]
-        further["videos_kwargs"] = {"size": {"shortest_edge": least, "longest_edge": pixels * len(video.pixels)}}
+        further["videos_kwargs"] = {"size": {"shortest_edge": least, "longest_edge": pixels * len(videos[0].pixels)}}
     try:
         inputs = processor(
             text=[text],
-            videos=[video.pixels],
-            video_metadata=[timed(video, spacing)],
+            videos=[one.pixels for one in videos],
+            video_metadata=[timed(one, spacing) for one in videos],
             do_sample_frames=False,
             return_tensors="pt",
             **further,

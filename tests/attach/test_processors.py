@@ -157,7 +157,8 @@ def test_a_stream_is_the_prompt_of_the_familys_own_processor_or_refused(family):
         return
     frames = np.random.default_rng(0).integers(0, 255, (6, 16, 32, 3), dtype=np.uint8)
     stream = Stream(model, processor, "recent", 6 * 37)
-    stream.push(frames, range(6))
+    for number in range(6):  # one by one: the template above has a single video
+        stream.push(frames[number : number + 1], number)
     expected = answer(
         model, processor, Video(frames, np.arange(6.0), (), 6.0, 1.0, 6, (16, 32)), "what colour", max_new_tokens=4
     )

@@ -26,6 +26,8 @@ from vidsieve.streaming.prompts import blank_prompt, shapes_of_frame, video_of, 
 from vidsieve.types import Stage, TokenGrid, Tokens
 
 FORMAT = 1
+BATCH = 8
+"""Frames that go through the vision encoder at a time, at most."""
 
 
 @dataclass(frozen=True)
@@ -178,72 +180,86 @@ class Stream:
                 "another stream"
             )
         self._size = pixels.shape[1:3]
-        for picture, time in zip(pixels, times.tolist(), strict=True):
-            state, waiting = self._state, [*self._waiting, (time, np.array(picture))]
-            if len(waiting) == self._pictures:
-                state, waiting = self._advanced(waiting), []
-            self._state, self._waiting, self._last_time = state, waiting, time
+        come = [*self._waiting, *zip(times.tolist(), map(np.array, pixels), strict=True)]
+        while come:
+            part, come = come[: BATCH * self._pictures], come[BATCH * self._pictures :]
+            whole = len(part) // self._pictures * self._pictures
+            state = self._advanced(part[:whole]) if whole else self._state
+            self._state, self._waiting, self._last_time = state, part[whole:], part[-1][0]
 
     @torch.no_grad()
     def _advanced(self, pictures: Sequence[tuple[float, np.ndarray]]) -> State:
-        """Return the state after one more frame, of these pictures and their times; the last fills up what is missing.
+        """Return the state after further pictures and their times; the last fills up what is missing of a frame.
 
         Raises
         ------
         StreamError
-            If the frame has other tokens than those before.
+            If they have other tokens than those before.
         """
-        filled = [*pictures, *[pictures[-1]] * (self._pictures - len(pictures))]
-        times = [time for time, _ in filled]
-        frame = self._encoded(np.stack([picture for _, picture in filled]), times)
-        device, before = frame.embeds.device, self._state
-        number = 0 if before is None else before.seen
-        count = frame.grid.num_tokens
-        if before is not None and before.grid != frame.grid:
+        filled = [*pictures, *[pictures[-1]] * (-len(pictures) % self._pictures)]
+        moments = torch.tensor([time for time, _ in filled], dtype=torch.float64).reshape(-1, self._pictures)
+        pixels = np.stack([picture for _, picture in filled])
+        frames, before = self._encoded(np.split(pixels, len(moments)), moments.tolist()), self._state
+        first = 0 if before is None else before.seen
+        numbers, count = torch.arange(first, first + len(frames)), frames[0].grid.num_tokens
+        device = frames[0].embeds.device
+        if before is not None and before.grid != frames[0].grid:
             raise StreamError(
-                f"a frame became {frame.grid} tokens after {before.grid}: go on with the processor that the stream "
+                f"a frame became {frames[0].grid} tokens after {before.grid}: go on with the processor that the stream "
                 "began with"
             )
+        lasts = [None if before is None else before.last, *(frame.embeds for frame in frames)]
+        scores = [
+            scores_of(self.compressor, frame, number, last, self.seed)
+            for frame, number, last in zip(frames, numbers.tolist(), lasts, strict=False)
+        ]
         new = StreamTokens(
-            scores_of(self.compressor, frame, number, None if before is None else before.last, self.seed),
-            torch.full((count,), number, device=device),
-            torch.arange(count, device=device),
-            frame.embeds,
-            frame.deep,
+            torch.cat(scores),
+            numbers.to(device).repeat_interleave(count),
+            torch.arange(count, device=device).repeat(len(frames)),
+            torch.cat([frame.embeds for frame in frames]),
+            tuple(torch.cat(layers) for layers in zip(*(frame.deep for frame in frames), strict=True)),
         )
-        numbers, moments = torch.tensor([number]), torch.tensor([times], dtype=torch.float64)
-        start = times[0]
-        if before is None:
-            memory = new.merged(new.at(new.places[:0]), self.memory)
-        else:
-            memory, start = before.memory.merged(new, self.memory), before.start
+        memory = (new.at(new.places[:0]) if before is None else before.memory).merged(new, self.memory)
+        start, end = float(moments[0, 0]), float(moments[-1, -1])
+        if before is not None:
             numbers, moments = torch.cat([before.numbers, numbers]), torch.cat([before.times, moments])
-        if not self._could_hold((number + 1) * count):
+            start = before.start
+        seen = first + len(frames)
+        if not self._could_hold(seen * count):
             held = torch.isin(numbers, memory.frames.cpu())
             numbers, moments = numbers[held], moments[held]
-        taken = number * self._pictures + len(pictures)
-        spacing = (times[-1] - start) / (taken - 1) if taken > 1 else 1.0
-        tail = frame.tail[:1]
+        taken = first * self._pictures + len(pictures)
         return State(
-            memory, numbers, moments, frame.embeds, tail, frame.grid, frame.per_row, number + 1, start, spacing
+            memory,
+            numbers,
+            moments,
+            frames[-1].embeds.clone(),
+            frames[-1].tail[:1].clone(),
+            frames[-1].grid,
+            frames[-1].per_row,
+            seen,
+            start,
+            (end - start) / (taken - 1) if taken > 1 else 1.0,
         )
 
-    def _encoded(self, pixels: np.ndarray, times: Sequence[float]) -> VideoFeatures:
-        """Return the pictures of one frame of the grid, encoded by themselves."""
+    def _encoded(self, frames: Sequence[np.ndarray], times: Sequence[Sequence[float]]) -> list[VideoFeatures]:
+        """Return frames of the grid, of some pictures each, encoded as videos of their own."""
         needs = frozenset() if isinstance(self.compressor, str) else self.compressor.needs
-        inputs = on_device(chat(self.processor, video_of(pixels, times), "?"), self.adapter.device)
+        parts = [video_of(pixels, moments) for pixels, moments in zip(frames, times, strict=True)]
+        inputs = on_device(chat(self.processor, parts, "?"), self.adapter.device)
         videos = self.adapter.features(inputs, needs)
-        frame = videos[0]
-        if len(videos) > 1 or frame.grid.frames != 1 or frame.grid.places is not None:
+        grids = [video.grid for video in videos]
+        if sum(grid.frames for grid in grids) != len(frames) or any(grid.places is not None for grid in grids):
             raise StreamError(
-                f"{len(pixels)} pictures of {self.adapter.family} became {frame.grid} tokens, not one frame of a grid: "
-                "switch off what the processor does to whole videos"
+                f"{len(frames)} frames of {self.adapter.family} became {', '.join(map(str, grids))} tokens, not one "
+                "each: switch off what the processor does to whole videos"
             )
-        if not torch.equal(frame.tail, frame.tail[:1].expand_as(frame.tail)):
+        if any(not torch.equal(video.tail, video.tail[:1].expand_as(video.tail)) for video in videos):
             raise StreamError(
                 f"the newlines of {self.adapter.family} differ from row to row, which a stream cannot keep"
             )
-        return frame
+        return [video.at_frames(torch.tensor([number])) for video in videos for number in range(video.grid.frames)]
 
     # -- questions ------------------------------------------------------------------------------------------------
 
