@@ -228,15 +228,17 @@ def test_what_a_stream_holds_and_what_a_question_reads_stop_growing():
     assert stream.ask(QUESTION, max_new_tokens=1).memory.frames_seen == 96
 
 
-@pytest.mark.parametrize("retention", [0.4, vidsieve.Tokens(5)])
-def test_a_reader_that_reads_the_question_chooses_among_the_tokens_in_memory(retention):
-    reader = trained("sieve", "qwen3_vl", retention=retention)
-    pixels, times = pixels_of("qwen3_vl", 8), np.arange(8.0)
-    whole = pushed(stream_of("qwen3_vl", reader=reader), pixels, times)
+@pytest.mark.parametrize(
+    ("family", "retention"), [("qwen3_vl", 0.4), ("qwen3_vl", vidsieve.Tokens(5)), ("llava_video", 0.4)]
+)
+def test_a_reader_that_reads_the_question_chooses_among_the_tokens_in_memory(family, retention):
+    reader = trained("sieve", stream_of(family).adapter.family, retention=retention)
+    pixels, times = pixels_of(family, 8), np.arange(8.0)
+    whole = pushed(stream_of(family, reader=reader), pixels, times)
     adapter = whole.adapter
     encoded = adapter.encode(chat(whole.processor, video_of(pixels, times), QUESTION))
     assert_same_run(whole, adapter.plan(encoded, reader), plan_of(whole)[0])
-    little = pushed(stream_of("qwen3_vl", memory=20, reader=reader), pixels, times)
+    little = pushed(stream_of(family, memory=20, reader=reader), pixels, times)
     told = little.ask(QUESTION, max_new_tokens=1).memory
     assert (told.tokens, told.read) == (20, 8 if retention == 0.4 else 5)
 
