@@ -14,7 +14,8 @@ from vidsieve.compressors.composed import AllTokens, Pipeline
 from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
-from vidsieve.policies import CONFIG, read_config
+from vidsieve.io.hub import is_repository
+from vidsieve.policies import CONFIG, policy_folder, read_config
 from vidsieve.retention import Calibration, parse_budget
 
 if TYPE_CHECKING:
@@ -31,10 +32,11 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or the folder of a trained policy or of its training run; ``reuse+NAME`` puts `Reuse` before
-        it, and ``reuse`` alone keeps every token.
+        A registered name, or a trained policy, by its folder, that of its training run, or its name on the Hugging
+        Face Hub: ``OWNER/NAME``, or ``OWNER/NAME@REVISION``; ``reuse+NAME`` puts `Reuse` before it, and ``reuse`` alone
+        keeps every token.
     policy : str or Path, optional
-        Folder of the policy of a trained method; ``"testbed"`` for the one in the package.
+        The policy of a trained method, by folder or name on the hub; ``"testbed"`` for the one in the package.
     **fields
         Fields of the method: ``retention``, ``variant``, … With ``retention="calibrated"``, or ``"calibrated:FILE"``,
         also ``floor`` and ``cap``, the least and the most that is kept.
@@ -66,7 +68,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     else:
         name = str(name_or_path)
         if name not in registry.compressors and len(Path(name).parts) > 1:
-            raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
+            raise no_policy(name)
     method = registry.compressors.get(name)
     _check_fields(name, method, fields)
     if not method.trained:
@@ -82,6 +84,14 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}")
     loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
     return loaded
+
+
+def no_policy(name: str) -> PolicyError:
+    """Return the error for a path that is no policy's, and no name on the hub."""
+    hub = ""
+    if is_repository(name.partition("@")[0]) and not os.path.isdir(name):
+        hub = f" ({name.partition('/')[0]} is a local folder, so the hub is not asked)"
+    return PolicyError(f"no policy in {name}: {CONFIG} is missing there{hub}; train one with `vidsieve train`")
 
 
 def _check_fields(name: str, method: type[Compressor], fields: dict[str, Any]) -> None:
@@ -101,13 +111,6 @@ def split_front(name: str) -> tuple[str, str]:
 def put_before(front: Front, method: Compressor) -> Compressor:
     """Return a method with another before it, at its own retention."""
     return Pipeline(front, method, method.retention)
-
-
-def policy_folder(path: str | Path) -> Path:
-    """Return the folder of a policy: `path` itself, or ``path/policy`` if it is the folder of a run."""
-    path = Path(path)
-    inner = path / "policy"
-    return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
 def policy_name(name: str) -> str:

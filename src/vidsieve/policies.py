@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from vidsieve._version import __version__
 from vidsieve.errors import PolicyError, PolicyMismatchError
 from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
+from vidsieve.io.hub import download, is_hub_name, is_repository, upload
 from vidsieve.io.tensors import load_tensors, save_tensors
 from vidsieve.retention import Rule
 from vidsieve.types import VideoTokens
@@ -30,6 +32,8 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
 Form = TypeVar("Form", bound=msgspec.Struct)
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""The files of a policy; no other file is read, or fetched from the hub."""
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -162,18 +166,53 @@ class Policy(nn.Module):
         with writing(folder / CONFIG) as temporary:
             temporary.write_text(dataclasses.replace(self.config, weights=weights).to_json(), encoding="utf-8")
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Self:
-        """Return the policy in `folder`, in evaluation mode.
+    def push_to_hub(
+        self, name: str, *, private: bool = False, measured: str = "", message: str = "Upload a policy"
+    ) -> str:
+        """Send the policy with a generated model card to the Hugging Face Hub, and return the hash of the commit.
+
+        Parameters
+        ----------
+        name : str
+            ``OWNER/NAME``; the repository is created if it is not there.
+        private : bool
+            Whether a repository that is created is private.
+        measured : str
+            Markdown for the card's section of results, such as ``Table.to_markdown()`` of an evaluation.
+        message : str
+            First line of the commit's message.
 
         Raises
         ------
         PolicyError
-            If the folder holds no readable policy of this type.
+            If the name is of another form, or the hub cannot be reached or refuses.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            (Path(folder) / CARD).write_text(model_card(self.config, name, measured), encoding="utf-8")
+            return upload(Path(folder), name, private, message, PolicyError)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, revision: str = "") -> Self:
+        """Return the policy in `folder`, in evaluation mode.
+
+        Parameters
+        ----------
+        folder : str or Path
+            As `policy_folder` takes it: a folder, or a name on the hub.
+        revision : str
+            Branch, tag or commit on the hub; the same as ``@REVISION`` at the end of the name.
+
+        Raises
+        ------
+        PolicyError
+            If the folder holds no readable policy of this type, or the hub has none.
         PolicyMismatchError
             If its format is newer.
         """
-        folder = Path(folder)
+        if revision and not is_hub_name(f"{folder}@{revision}"):
+            raise PolicyError(f"revision {revision!r} is for a name on the hub, OWNER/NAME, and {folder} is none")
+        folder = policy_folder(f"{folder}@{revision}" if revision else folder)
         config = read_config(folder)
         if config.type != cls.method:
             raise PolicyError(f"{folder} holds a {config.type} policy, not a {cls.method} policy")
@@ -202,6 +241,33 @@ class Policy(nn.Module):
             f"this {self.method} policy was trained as variant {trained!r}, not {variant!r}: leave variant out, or "
             f"load one trained with --variant {'ours' if variant == 'ours' else 'paper'}"
         )
+
+
+def policy_folder(name: str | Path) -> Path:
+    """Return the folder of a policy, fetched first if it is on the Hugging Face Hub.
+
+    Parameters
+    ----------
+    name : str or Path
+        The folder itself, the folder of a training run, which holds it as ``policy``, or ``OWNER/NAME`` or
+        ``OWNER/NAME@REVISION`` on the hub.
+
+    Raises
+    ------
+    PolicyError
+        If the hub has no such policy, or cannot be reached and the cache does not have it.
+    """
+    if isinstance(name, str) and is_hub_name(name):
+        folder = download(name, (CONFIG, WEIGHTS), PolicyError)
+        for file in (CONFIG, WEIGHTS):
+            if not os.path.isfile(folder / file):
+                raise PolicyError(
+                    f"{name} on the hub is no policy: it has no {file}, and no other file is read, pickles never"
+                )
+        return folder
+    path = Path(name)
+    inner = path / "policy"
+    return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
 def save_rule(folder: Path, rule: Rule) -> None:
@@ -282,6 +348,89 @@ def fill(policy: nn.Module, weights: Mapping[str, Tensor], misfit: str) -> None:
             raise PolicyError(f"{misfit}: {name} is of {weights[name].dtype}, must be of floating-point numbers")
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in weights.items()}  # the file stays mapped
     policy.load_state_dict(copies, assign=True)
+
+
+# -- model card -------------------------------------------------------------------------------------------------
+
+
+def model_card(config: PolicyConfig, name: str, measured: str = "") -> str:
+    """Return the text of a policy's page on the hub: what it is, how it was trained, what was measured, how to load it.
+
+    Parameters
+    ----------
+    name : str
+        ``OWNER/NAME`` of the repository.
+    measured : str
+        Markdown of results; empty: the card says that there are none beyond those of training.
+    """
+    record = dict(config.training)
+    warnings, last = dict(record.pop("warnings", {})), dict(record.pop("last_metrics", {}))
+    settings = dict(record.pop("settings", {}))
+    facts = {
+        "method": config.type,
+        "variant": config.variant,
+        "base model": config.base_model or "not recorded",
+        "model family": config.family,
+        "width of its video tokens": config.hidden_size,
+        "network": json.dumps(config.network, sort_keys=True),
+        "vidsieve": __version__,
+    }
+    rules = {
+        f"--retention calibrated, variant {variant}": json.dumps(rule, sort_keys=True)
+        for variant, rule in config.calibration.items()
+    }
+    base = [f"base_model: {config.base_model}"] if is_repository(config.base_model) else []
+    none = "Nothing was measured beyond the figures of training above."
+    lines = [
+        "---",
+        "library_name: vidsieve",
+        *base,
+        "tags:",
+        "- vidsieve",
+        "- video",
+        "- token-pruning",
+        "---",
+        "",
+        f"# {name.partition('/')[2]}",
+        "",
+        f"A trained `{config.type}` policy for vidsieve: it scores the video tokens of a video language model, and "
+        "those with low scores are dropped before the LLM reads them. It is for models of the width and family below.",
+        "",
+        *_two_columns("policy", facts | rules),
+        "",
+        "## How to load it",
+        "",
+        "```python",
+        "import vidsieve",
+        "",
+        f'method = vidsieve.load("{name}", retention=0.25)',
+        "with vidsieve.attach(model, method) as session:",
+        "    out = model.generate(**inputs)",
+        "```",
+        "",
+        f"`{name}@REVISION` names a branch, a tag or a commit. On the command line: `--method {name}`.",
+        "",
+        "## Training",
+        "",
+        *(_two_columns("record", record) if record else ["No training record was saved with this policy."]),
+        "",
+        *([*_two_columns("setting", settings), ""] if settings else []),
+        *([*_two_columns("figure of the last logged step", last), ""] if last else []),
+        *(f"- Warning in training, {kind}: {json.dumps(what)}" for kind, what in warnings.items()),
+        "",
+        "## Measured",
+        "",
+        measured.strip() or none,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _two_columns(head: str, values: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a Markdown table of names and values; no value breaks out of its cell."""
+    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    rows = [(key, " ".join(value.split()).replace("|", r"\|").replace("<", "&lt;")) for key, value in cells.items()]
+    return [f"| {head} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
 
 
 def network_of(config: PolicyConfig, form: type[Form]) -> Form:

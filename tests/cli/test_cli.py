@@ -346,7 +346,7 @@ MISTAKES = [
     (["--retention", "abc"], "'abc'"),
     (["--method", "divprunee"], "Did you mean 'divprune'"),
     (["--method", "divprune:theirs"], "variant of divprune"),
-    (["--method", "nowhere/policy"], "no policy in nowhere/policy"),
+    (["--method", "nowhere/policy"], "there is no folder nowhere/policy"),
     (["--method", "full", "--picture", "x.png"], "leave --picture out"),
     (["--model", "/nowhere/at/all"], "cannot load the model"),
     (["--method", "score", "--policy", "/nowhere"], "no policy in /nowhere"),

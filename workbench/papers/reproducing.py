@@ -10,7 +10,7 @@ from typing import Any
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError
-from vidsieve.evaluation.conditions import is_folder, known_fields, method_for
+from vidsieve.evaluation.conditions import is_policy, known_fields, method_for
 from workbench.papers.bundles import Place
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published
@@ -66,7 +66,7 @@ def method_of(
             f"a policy for {row!r} of {model}: give --policy '{row}=FOLDER', made by "
             f"`vidsieve train {name} RUN --model MODEL --data FILE{options}`"
         )
-    if folder is not None and not is_folder(folder):
+    if folder is not None and not is_policy(folder):
         raise PolicyError(f"--policy {row}={folder}: no policy is there")
     return method_for(folder or name, None, **given)
 

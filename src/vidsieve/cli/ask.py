@@ -35,13 +35,15 @@ def ask(
         typer.Option(
             "--methods",
             "--method",
-            help="A method (vidsieve list), name:variant, a policy folder, or 'full'; several of them, or 'all', are "
+            help="A method (vidsieve list), name:variant, a policy, or 'full'; several of them, or 'all', are "
             "compared with all tokens.",
         ),
     ] = "divprune",
     policy: Annotated[
         str | None,
-        typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
+        typer.Option(
+            help="Folder of the trained policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False
+        ),
     ] = None,
     retention: shared.Retention = "0.25",
     earliest: shared.Earliest = False,

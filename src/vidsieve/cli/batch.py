@@ -40,11 +40,13 @@ def batch(
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The rows in their order, with answers.")],
     model: Model = "testbed",
     method: Annotated[
-        str, typer.Option(help="A method (vidsieve list), name:variant, a policy folder, or 'full'.")
+        str, typer.Option(help="A method (vidsieve list), name:variant, a policy, or 'full'.")
     ] = "divprune",
     policy: Annotated[
         str | None,
-        typer.Option(help="Folder of the trained policy; 'testbed' for the shipped ones.", show_default=False),
+        typer.Option(
+            help="Folder of the trained policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False
+        ),
     ] = None,
     retention: Retention = "0.25",
     earliest: Earliest = False,

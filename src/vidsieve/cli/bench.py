@@ -30,7 +30,7 @@ def bench(
         typer.Option(help="A published size instead, with random weights: qwen2.5-vl-7b, ….", show_default=False),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help="Names, name:variant, policy folders, or 'all' that need no further file.")
+        str, typer.Option(help="Names, name:variant, policies, or 'all' that need no further file.")
     ] = "divprune",
     retention: Annotated[
         str, typer.Option("--retention", help="Fractions kept, or counts as 512t, comma-separated.")

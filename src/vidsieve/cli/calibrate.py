@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,11 @@ from vidsieve.io.limits import Limits
 
 def calibrate(
     method: Annotated[
-        str, typer.Argument(help="A folder of a policy, a method (vidsieve list), or name:variant.", metavar="METHOD")
+        str,
+        typer.Argument(
+            help="A policy (folder, or OWNER/NAME on the hub), a method (vidsieve list), or name:variant.",
+            metavar="METHOD",
+        ),
     ],
     data: Annotated[Path, typer.Argument(help="A file of questions whose answers are known.", show_default=False)],
     tolerate: Annotated[
@@ -55,11 +60,12 @@ def calibrate(
     from msgspec import to_builtins
 
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import check_known, is_folder, method_for
+    from vidsieve.evaluation.conditions import check_known, is_policy, method_for
     from vidsieve.evaluation.tasks.calibrating import CalibrationTask, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
-    from vidsieve.loading import load_model, policy_folder
-    from vidsieve.policies import save_rule
+    from vidsieve.io.hub import is_hub_name
+    from vidsieve.loading import load_model
+    from vidsieve.policies import policy_folder, save_rule
 
     check_known(method)
     items = items_of(registry.benchmarks.get("questions"), data)
@@ -77,15 +83,15 @@ def calibrate(
         tolerance=tolerate,
         confidence=confidence,
     )
-    conditions = ladder_conditions(chosen, frames, method if is_folder(method) else "")
+    conditions = ladder_conditions(chosen, frames, method if is_policy(method) else "")
     table = shared.run_task(task, conditions, "videos", folder=folder, json=json)
     rule = task.rule(table)
-    if save is None and is_folder(method):
+    if save is None and is_policy(method) and not is_hub_name(method):  # the hub's cache is not written
         where = policy_folder(method)
         save_rule(where, rule)
         name = "calibrated"
     else:
-        where = save or Path(f"{method.replace(':', '-')}-rule.json")
+        where = save or Path(f"{re.sub('[:/@]', '-', method)}-rule.json")
         with writing(where) as temporary:
             temporary.write_text(dumps(to_builtins(rule), indent=2) + "\n", encoding="utf-8")
         name = f"calibrated:{where}"

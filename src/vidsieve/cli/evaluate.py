@@ -53,7 +53,7 @@ def evaluate(
     ] = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Names, name:variant, policy folders, or 'all'.", show_default="all for testbed"),
+        typer.Option(help="Names, name:variant, policies, or 'all'.", show_default="all for testbed"),
     ] = None,
     retention: Annotated[
         str | None,

@@ -28,7 +28,7 @@ def serve(
         typer.Option(help="A method that acts before the LLM, or name:variant.", show_default="nothing is pruned"),
     ] = None,
     policy: Annotated[
-        str | None, typer.Option(help="Folder of a trained policy, for cacovid and score.", show_default=False)
+        str | None, typer.Option(help="Folder of a trained policy, or OWNER/NAME on the hub.", show_default=False)
     ] = None,
     retention: Annotated[
         str | None,

@@ -16,8 +16,9 @@ from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError, UnknownNameError
-from vidsieve.loading import is_testbed, load, policy_folder, policy_name, put_before, shipped_policies, split_front
-from vidsieve.policies import CONFIG
+from vidsieve.io.hub import is_hub_name
+from vidsieve.loading import is_testbed, load, no_policy, policy_name, put_before, shipped_policies, split_front
+from vidsieve.policies import CONFIG, policy_folder
 from vidsieve.retention import Calibration, Tokens, budget_text
 from vidsieve.types import Stage
 
@@ -89,7 +90,7 @@ def conditions_of(
 
 def label_of(name: str) -> str:
     """Return the label of a method's conditions: its name where that is a folder, else empty."""
-    return name if is_folder(split_front(name)[1]) else ""
+    return name if is_policy(split_front(name)[1]) else ""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -98,9 +99,9 @@ def label_of(name: str) -> str:
 def named_methods(
     names: Sequence[str], model: str = "testbed", *, earliest: bool = False, prefill: bool = False
 ) -> dict[str, Compressor]:
-    """Return methods by name, ``name:variant`` or policy folder; ``all`` stands for every method of the package.
+    """Return methods by name, ``name:variant`` or policy, as `load` takes it.
 
-    ``full`` is left out, because every table has it.
+    ``all`` stands for every method of the package. ``full`` is left out, because every table has it.
 
     Parameters
     ----------
@@ -136,7 +137,7 @@ def named_methods(
 def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[str, Any]:
     """Return those of `fields` that a method has, and ``earliest`` if it is True and the method has it."""
     name = split_front(name)[1]
-    if not name or is_folder(name):
+    if not name or is_policy(name):
         return {}
     known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
     wanted = fields | ({"earliest": True} if earliest else {})
@@ -144,14 +145,14 @@ def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[st
 
 
 def method_for(name: str, model: str | None = "testbed", policy: str | None = None, **fields: Any) -> Compressor:
-    """Return the method with a name, ``name:variant`` or policy folder, ``reuse+`` before it or alone, for a model.
+    """Return the method with a name, ``name:variant`` or policy, ``reuse+`` before it or alone, for a model.
 
     Parameters
     ----------
     model : str or None
         For the testbed's models, trained methods have the policies of the package; for others `policy` is required.
     policy : str, optional
-        Folder of the policy of a trained method.
+        The policy of a trained method, as `load` takes it.
 
     Raises
     ------
@@ -162,7 +163,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
         if not rest:
             return load(front, policy, **fields)
         return put_before(registry.fronts.get(front)(), method_for(rest, model, policy, **fields))
-    if is_folder(name):
+    if is_policy(name):
         return load(name, policy, **fields)
     base, _, variant = name.partition(":")
     trained = registry.compressors.get(base).trained
@@ -178,9 +179,10 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
     return load(base, policy, **({"variant": variant} if variant else {}), **fields)
 
 
-def is_folder(name: str) -> bool:
-    """Return True if a name is the folder of a policy, or of the run that trained it."""
-    return name not in registry.compressors and os.path.isfile(policy_folder(name) / CONFIG)
+def is_policy(name: str) -> bool:
+    """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub."""
+    known = name in registry.compressors
+    return not known and (is_hub_name(name) or os.path.isfile(policy_folder(name) / CONFIG))
 
 
 def check_known(name: str) -> None:
@@ -194,9 +196,9 @@ def check_known(name: str) -> None:
     base = name.partition(":")[0]
     if (front and not name) or given in ("all", "full"):
         return
-    if not is_folder(name) and base not in registry.compressors:
+    if not is_policy(name) and base not in registry.compressors:
         if len(Path(name).parts) > 1:
-            raise PolicyError(f"no policy in {name}: {CONFIG} is missing there; train one with `vidsieve train`")
+            raise no_policy(name)
         raise UnknownNameError("compressor", name, registry.compressors)
 
 
