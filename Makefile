@@ -19,7 +19,11 @@ LMMS_EVAL ?=
 # One process a core, whole files each, in the order of collection: they share what they build.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo fuzz test test-oldest test-newest test-lmms test-vllm check format lock clean
+# Where `make dist` installs the wheel, and what version the wheel must have (a release's tag).
+DIST := .venv-dist
+VERSION ?=
+
+.PHONY: demo fuzz test test-oldest test-newest test-lmms test-vllm check format dist lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
@@ -71,6 +75,16 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The wheel and the sdist, checked; then the wheel without this checkout, in an environment of its own.
+dist: $(VENV)/.installed
+	rm -rf dist $(DIST)
+	$(BIN)/python -m hatchling build
+	$(BIN)/python requirements/check_dist.py dist --version '$(VERSION)'
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --requirement $(LOCKS)/run.txt
+	$(DIST)/bin/python -m pip install --quiet --no-deps dist/*.whl
+	cd $(DIST) && bin/vidsieve demo --out demo
 
 $(BIN)/python:
 	$(PYTHON) requirements/check_python.py
@@ -129,4 +143,4 @@ $(SERVING)/fitting:
 	$(SERVING)/bin/python -c 'import torchvision'
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LMMS) $(SERVING) .venv-lock build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LMMS) $(SERVING) $(DIST) .venv-lock build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
