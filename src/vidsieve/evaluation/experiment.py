@@ -192,11 +192,10 @@ def run(
     OutputError
         If the folder cannot be written.
     """
-    about: dict[str, Any] = {"task": task.name, "command": command, "versions": versions()}
-    if folder is not None:
-        about["settings"] = configuration(task, conditions)
+    settings = configuration(task, conditions)
+    about = {"task": task.name, "command": command, "versions": versions(), "settings": settings}
     check = unit_check(task, {condition.key for condition in conditions})
-    with nullcontext() if folder is None else Store(folder, about["settings"], share, check) as store:
+    with nullcontext() if folder is None else Store(folder, settings, share, check) as store:
         results = measured(task, conditions, store, progress)
     if len(results.units) < len(task.units()):
         return None
