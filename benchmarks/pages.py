@@ -1,4 +1,4 @@
-"""The measured parts of docs/methods/*.md, docs/open.md and docs/pipeline.md, written from the result files.
+"""The measured parts of docs/methods/*.md, open.md, pipeline.md and leaderboard.md, written from the result files.
 
 Everything between the two comments of a page is replaced. `--check` writes nothing, and fails if a page is out of date.
 """
@@ -10,7 +10,10 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from vidsieve import registry
 
@@ -19,7 +22,12 @@ OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
 RETENTIONS = (0.4, 0.25, 0.15, 0.1, 0.05)
 PIPELINES = ("llava-onevision-0.1b", "qwen2.5-vl-0.1b")
 SOURCES = ("methods", "selecting", "retention", "open", *(f"pipeline_{name}" for name in PIPELINES))
-ABOUT = {"open": ("open",), "pipeline": tuple(name for name in SOURCES if name.startswith("pipeline_"))}
+ENTRIES = ROOT / "docs" / "results" / "leaderboard"
+ABOUT = {
+    "open": ("open",),
+    "pipeline": tuple(name for name in SOURCES if name.startswith("pipeline_")),
+    "leaderboard": ("leaderboard",),
+}
 """Pages beside those of methods, and what they are made of."""
 REFERENCES = {
     "full": "all tokens",
@@ -38,9 +46,10 @@ Condition = tuple[str, str]
 
 
 def read_results(folder: Path) -> Results:
-    """Return the result files by name; one that is not there yet is empty."""
+    """Return the result files by name, and the leaderboard's entries; a file that is not there yet is empty."""
     paths = {name: folder / f"{name}.json" for name in SOURCES}
-    return {name: json.loads(path.read_text("utf-8")) if path.exists() else {} for name, path in paths.items()}
+    found = {name: json.loads(path.read_text("utf-8")) if path.exists() else {} for name, path in paths.items()}
+    return {**found, "leaderboard": {path.stem: read_entry(path) for path in sorted(ENTRIES.glob("*.json"))}}
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -117,6 +126,145 @@ def floors(name: str, worlds: dict[str, Any]) -> list[str]:
             if method.partition("[")[0] == name:
                 found.append(f"`{method}`: {reason.partition(': ')[2]}")
     return list(dict.fromkeys(found))
+
+
+# -- leaderboard --------------------------------------------------------------------------------------------
+
+Name = Annotated[str, Meta(max_length=200, pattern=r"^[^|<>`\[\]\n]*$")]
+"""A text that cannot break out of a cell."""
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Loss(msgspec.Struct):
+    """A difference to all tokens, question by question."""
+
+    diff: Annotated[float, Meta(ge=-1, le=1)]
+    stderr: Share | None
+
+
+class Measured(msgspec.Struct):
+    """A row of an entry: a method at a retention."""
+
+    method: Name
+    variant: Name
+    part: Name
+    policy: Name
+    retention: Annotated[float, Meta(gt=0, le=1)] | Name
+    accuracy: Share
+    stderr: Share | None
+    vs_full: Loss
+    layer_retention: Share | None = None
+    frames: int | None = None
+
+    @property
+    def kept(self) -> tuple[float, str]:
+        """Fraction of the tokens that was asked for, of a count what layers saw, and how a table says it."""
+        try:
+            return float(self.retention), percent(float(self.retention))
+        except ValueError:
+            return self.layer_retention or 0.0, str(self.retention)
+
+
+class Setup(msgspec.Struct):
+    """What the figures of an entry depend on."""
+
+    model: Annotated[Name, Meta(min_length=1)]
+    model_digest: Annotated[Name, Meta(min_length=8)]
+    questions: Annotated[int, Meta(ge=1)]
+    seed: int
+    world: Name = ""
+
+
+class Entry(msgspec.Struct):
+    """The parts of a file that `vidsieve eval … --json` writes which the leaderboard reads."""
+
+    task: Name
+    command: Annotated[str, Meta(min_length=1)]
+    versions: dict[str, str]
+    settings: Setup
+    rows: Annotated[list[Measured], Meta(min_length=2)]
+    videos: int = 0
+    n_scenes: int = 0
+
+
+def read_entry(path: Path) -> Entry:
+    """Return an entry, checked.
+
+    Raises
+    ------
+    ValueError
+        If it is no result of `vidsieve eval`, or its figures contradict each other; the text says what to mend.
+    """
+    try:
+        entry = msgspec.json.decode(path.read_bytes(), type=Entry)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"{path.name} is no result of `vidsieve eval`: {error}") from None
+    tasks = {"testbed", *registry.benchmarks} - {"questions"}
+    if entry.task not in tasks:
+        raise ValueError(f"{path.name}: task {entry.task!r} is not one that others can repeat ({', '.join(tasks)})")
+    if lacking := {"vidsieve", "torch", "transformers"} - entry.versions.keys():
+        raise ValueError(f"{path.name}: versions lack {', '.join(sorted(lacking))}")
+    if max(entry.videos, entry.n_scenes) < 20:
+        raise ValueError(f"{path.name}: fewer than 20 videos, whose errors come out too small: ask more questions")
+    full = {row.frames: row.accuracy for row in entry.rows if row.method == "full"}
+    seen = set()
+    for row in entry.rows:
+        what = (row.method, row.variant, row.part, row.policy, row.retention, row.frames)
+        if what in seen:
+            raise ValueError(f"{path.name}: {row.method} at {row.retention} is there twice")
+        seen.add(what)
+        if row.frames not in full:
+            raise ValueError(f"{path.name}: no row of all tokens beside {row.method} (frames: {row.frames})")
+        if abs(row.accuracy - full[row.frames] - row.vs_full.diff) > 1e-6:
+            raise ValueError(f"{path.name}: {row.method} at {row.retention}: vs_full is not the accuracies' difference")
+    return entry
+
+
+def leaderboard(entries: dict[str, Entry]) -> Iterator[str]:
+    """Yield a table for every task, sorted by what is kept and then by what is left of the accuracy."""
+    tasks: dict[str, list[tuple[float, float, list[str]]]] = {}
+    for name, entry in entries.items():
+        setup = entry.settings
+        full = {row.frames: row.accuracy for row in entry.rows if row.method == "full"}
+        for row in entry.rows:
+            share = row.accuracy / full[row.frames] if full[row.frames] else 0.0
+            error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
+            half = "" if row.vs_full.stderr is None else f" ± {196 * row.vs_full.stderr:.1f}"
+            kept, amount = row.kept
+            cells = [
+                amount,
+                "all tokens" if row.method == "full" else entry_name(row),
+                f"{100 * share:.1f}",
+                "–" if row.method == "full" else f"{100 * row.vs_full.diff:+.1f}{half}",
+                f"{100 * row.accuracy:.1f}{error}",
+                f"`{setup.model}`" + (f", {row.frames} frames" if row.frames else ""),
+                f"{setup.questions:,}",
+                f"[{name}](results/leaderboard/{name}.json)",
+            ]
+            title = f"{entry.task}, world {setup.world}" if setup.world else entry.task
+            tasks.setdefault(title, []).append((kept, share, cells))
+    heads = (
+        "kept",
+        "method",
+        "% of all tokens' accuracy",
+        "points lost or won, 95 %",
+        "accuracy %",
+        "model",
+        "questions",
+    )
+    for title in sorted(tasks):
+        yield f"## {title}\n"
+        yield from table(
+            (*heads, "entry"), [cells for _, _, cells in sorted(tasks[title], key=lambda row: (-row[0], -row[1]))]
+        )
+        yield ""
+
+
+def entry_name(row: Measured) -> str:
+    """Return a row's method, with its variant, part and policy."""
+    more = [] if row.variant in ("ours", "-") else [row.variant]
+    more += [text for text in (row.part, row.policy) if text]
+    return f"`{row.method}`" + (f" ({', '.join(more)})" if more else "")
 
 
 # -- selecting ----------------------------------------------------------------------------------------------
@@ -219,6 +367,8 @@ def block(page: str, results: Results) -> str:
         return "\n" + "\n".join(open_tasks(results["open"]))
     if page == "pipeline":
         return "\n" + "\n".join(pipeline(results))
+    if page == "leaderboard":
+        return "\n" + "\n".join(leaderboard(results["leaderboard"]))
     name = page.removeprefix("train-")
     lines = ["", *accuracy(page, name, results["methods"]), ""]
     if name == page:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import importlib.util
+import json
 import re
 import shlex
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +25,7 @@ from vidsieve.training.settings import CONFIGS, SETTINGS
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods"
 PAGES = sorted(METHODS.glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = ("Paper", "What it does", "What differs here", "Arguments", "Use", "Measured", "What to watch")
 COMMAND = typer.main.get_command(app)
 
@@ -47,6 +50,7 @@ def measuring():
     """Return benchmarks/pages.py as a module."""
     spec = importlib.util.spec_from_file_location("benchmark_pages", ROOT / "benchmarks" / "pages.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # msgspec looks up annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -124,6 +128,84 @@ def test_measured_parts_need_no_result_to_be_there():
     pages = measuring()
     for name in (*registry.compressors, "train-cacovid"):
         assert "–" in pages.block(name, {source: {} for source in pages.SOURCES})
+
+
+ENTRY = {
+    "task": "testbed",
+    "command": "vidsieve eval testbed",
+    "versions": {"vidsieve": "0.1.0", "torch": "2.14", "transformers": "5.24"},
+    "n_scenes": 21,
+    "settings": {"model": "testbed", "model_digest": "b894982c", "questions": 480, "seed": 9001, "world": "dense"},
+    "rows": [
+        {
+            "method": method,
+            "variant": "ours",
+            "part": "",
+            "policy": "",
+            "retention": retention,
+            "accuracy": accuracy,
+            "stderr": 0.01,
+            "vs_full": {"diff": round(accuracy - 0.8, 6), "stderr": 0.01},
+        }
+        for method, retention, accuracy in (
+            ("uniform", 0.1, 0.4),
+            ("full", 1.0, 0.8),
+            ("divprune", "0.25", 0.6),
+            ("score", 0.25, 0.7),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda entry: entry["rows"][0].update(accuracy=1.2), r"Expected `float` <= 1.0 - at `\$.rows\[0\].accuracy`"),
+        (
+            lambda entry: entry["rows"][0].update(accuracy=0.5),
+            "uniform at 0.1: vs_full is not the accuracies' difference",
+        ),
+        (lambda entry: entry["rows"][0].update(method="a|b"), "matching regex"),
+        (lambda entry: entry["rows"].pop(1), "no row of all tokens beside uniform"),
+        (lambda entry: entry["rows"].append(entry["rows"][0]), "uniform at 0.1 is there twice"),
+        (lambda entry: entry["versions"].pop("torch"), "versions lack torch"),
+        (lambda entry: entry.update(n_scenes=19), "fewer than 20 videos"),
+        (lambda entry: entry["settings"].pop("model_digest"), "missing required field `model_digest`"),
+        (lambda entry: entry.update(task="questions"), "not one that others can repeat"),
+    ],
+)
+def test_what_is_wrong_with_a_leaderboard_entry_is_told(change, said, tmp_path):
+    entry = copy.deepcopy(ENTRY)
+    path = tmp_path / "someone.json"
+    path.write_text(json.dumps(entry))
+    assert measuring().read_entry(path).settings.world == "dense"
+    change(entry)
+    path.write_text(json.dumps(entry))
+    with pytest.raises(ValueError, match=said):
+        measuring().read_entry(path)
+
+
+def test_the_leaderboard_is_sorted_by_task_and_retention(tmp_path):
+    pages = measuring()
+    entries = {}
+    for name, task in (("one", "testbed"), ("two", "videomme")):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**ENTRY, "task": task}))
+        entries[name] = pages.read_entry(path)
+    text = "\n".join(pages.leaderboard(entries))
+    assert re.findall("^## (.*)$", text, re.MULTILINE) == ["testbed, world dense", "videomme, world dense"]
+    found = [row[:5] for row in rows(text.partition("## videomme")[0])]
+    assert found == [
+        ["100 %", "all tokens", "100.0", "–", "80.0 ± 1.0"],
+        ["25 %", "score", "87.5", "-10.0 ± 2.0", "70.0 ± 1.0"],
+        ["25 %", "divprune", "75.0", "-20.0 ± 2.0", "60.0 ± 1.0"],
+        ["10 %", "uniform", "50.0", "-40.0 ± 2.0", "40.0 ± 1.0"],
+    ]
+
+
+def test_entries_of_the_leaderboard_are_small_files():
+    files = list(measuring().ENTRIES.iterdir())
+    assert files and all(re.fullmatch(r"[\w.-]+\.json", path.name) and path.stat().st_size < 2**18 for path in files)
 
 
 @pytest.mark.parametrize("path", [*PAGES, ROOT / "docs" / "choosing.md"], ids=lambda path: path.stem)
