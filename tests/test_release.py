@@ -41,6 +41,11 @@ def test_a_workflow_runs_targets_that_exist_with_little_leave(name):
     assert all("timeout-minutes" in job for job in workflow["jobs"].values())
 
 
+def test_contributors_are_told_of_targets_that_exist():
+    named = re.findall(r"\bmake ([\w-]+)", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert {"test", "format", "dist"} <= set(named) <= TARGETS
+
+
 def test_the_matrix_is_what_the_package_says_it_runs_on():
     said = [line.rpartition(" ")[2] for line in PROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", line)]
     jobs = WORKFLOWS["test"]["jobs"]
