@@ -23,7 +23,7 @@ PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
 DIST := .venv-dist
 VERSION ?=
 
-.PHONY: demo fuzz test test-oldest test-newest test-lmms test-vllm check format dist lock clean
+.PHONY: demo docs fuzz test test-oldest test-newest test-lmms test-vllm check format dist lock clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
@@ -66,11 +66,15 @@ test-vllm: $(SERVING)/.installed
 	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_models.py --json benchmarks/results/vllm_models.json
 	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 
-check: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file benchmarks/mypy.ini benchmarks
+
+# The site of the documents, in site/; warnings, and links and anchors that lead nowhere, are errors.
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
@@ -143,4 +147,4 @@ $(SERVING)/fitting:
 	$(SERVING)/bin/python -c 'import torchvision'
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LMMS) $(SERVING) $(DIST) .venv-lock build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) $(LMMS) $(SERVING) $(DIST) .venv-lock build dist demo site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The measured parts of docs/methods/*.md, open.md, pipeline.md and leaderboard.md, written from the result files.
+"""The measured parts of README.md, docs/methods/*.md, open.md, pipeline.md and leaderboard.md, from the result files.
 
 Everything between the two comments of a page is replaced. `--check` writes nothing, and fails if a page is out of date.
 """
@@ -21,14 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
 RETENTIONS = (0.4, 0.25, 0.15, 0.1, 0.05)
 PIPELINES = ("llava-onevision-0.1b", "qwen2.5-vl-0.1b")
-SOURCES = ("methods", "selecting", "retention", "open", *(f"pipeline_{name}" for name in PIPELINES))
+GPU = "gpu_scale_h100"
+SOURCES = ("methods", "selecting", "retention", "open", "learning", GPU, *(f"pipeline_{name}" for name in PIPELINES))
 ENTRIES = ROOT / "docs" / "results" / "leaderboard"
-ABOUT = {
-    "open": ("open",),
-    "pipeline": tuple(name for name in SOURCES if name.startswith("pipeline_")),
-    "leaderboard": ("leaderboard",),
-}
-"""Pages beside those of methods, and what they are made of."""
+ABOUT = ("README", "open", "pipeline", "leaderboard")
+"""Pages other than those of methods."""
 REFERENCES = {
     "full": "all tokens",
     "first_look": "layer 0's attention from the question, untrained",
@@ -96,7 +93,7 @@ def accuracy(page: str, name: str, result: dict[str, Any]) -> Iterator[str]:
     asked = " and ".join(f"{world['questions']:,} of world {FORMER.get(key, key)}" for key, world in worlds.items())
     yield (
         "**Accuracy on the testbed**, a synthetic world with a tiny model trained on it: it says nothing about real "
-        f"videos ([accuracy.md](../accuracy.md)). Share of questions answered rightly ({asked or 'none yet'}) ± its "
+        f"videos ([accuracy.md](../accuracy.md)). Share of questions answered correctly ({asked or 'none yet'}) ± its "
         "standard error, clustered by scene; in brackets the paired difference to `random`."
         + (" The model is `testbed:shallow`, with its former policies." if worlds.keys() & FORMER.keys() else "")
     )
@@ -292,8 +289,9 @@ def selecting(name: str, result: dict[str, Any]) -> Iterator[str]:
     grids = list(dict.fromkeys(grid for row in every.values() for grid in row.get("seconds", {})))
     yield (
         f"**Selecting alone**: medians in milliseconds on {machine.get('threads', '–')} threads of "
-        f"{machine.get('processor', '–')}, and MiB of memory beside the tokens ([selecting.md](../selecting.md) says "
-        "how much is kept). *published*: a plain transcription of the release's steps."
+        f"{machine.get('processor', '–')}, and MiB of memory in addition to the tokens "
+        "([selecting.md](../selecting.md) says how much is kept). *published*: a plain transcription of the release's "
+        "steps."
     )
     yield ""
     # Published forms are measured on the first grid only.
@@ -322,7 +320,7 @@ def kept_cell(row: dict[str, Any] | None) -> str:
 def kept(name: str, result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines about nominal and real retention, and about families that refuse a method."""
     yield (
-        "**What is really kept** at a nominal retention: left after the last stage / of layers, the mean over the "
+        "**What is kept** at a nominal retention: the share of tokens kept after the last stage / the mean over the "
         "LLM's layers ([retention.md](../retention.md))."
     )
     yield ""
@@ -363,6 +361,8 @@ def families(refusing: dict[str, dict[str, str]]) -> str:
 
 def block(page: str, results: Results) -> str:
     """Return the measured part of a page: a method's, or of ``train-NAME`` what its policies reach."""
+    if page == "README":
+        return "\n" + "\n".join(five_numbers(results)) + "\n"
     if page == "open":
         return "\n" + "\n".join(open_tasks(results["open"]))
     if page == "pipeline":
@@ -379,6 +379,39 @@ def block(page: str, results: Results) -> str:
 # -- pages of their own -------------------------------------------------------------------------------------
 
 
+def five_numbers(results: Results) -> Iterator[str]:
+    """Yield the README's table: time and memory on a GPU, accuracy on the testbed."""
+    gpu, learned = results[GPU], results["learning"]
+    if not (gpu and learned):
+        yield "–"
+        return
+    shares = (1.0, 0.25, 0.1)
+    prefill = {row["retention"]: row for row in gpu["prefill"]}
+    wanted = ("llava_onevision", 64, "cuda")
+    first = {
+        row["retention"]: row["first_token_ms"]["median"]
+        for row in gpu["first_token"]
+        if (row["family"], row["frames"], row["preprocess_on"]) == wanted
+    }
+    right = {
+        (row["method"], row["retention"]): f"{row['mean']:.3f}"
+        for row in learned["tables"]["deep dense"]["rows"]
+        if row["variant"] in ("ours", "-")
+    }
+    full = right["full", 1.0]
+    times = [f"{prefill[share]['select_and_prefill_ms']['median']:,.0f} ms" for share in shares]
+    rows = [
+        ("Selection and prefill of Qwen2.5-VL-7B, 128 frames, H100", *times),
+        ("Memory for it, beyond the weights", *(f"{prefill[share]['peak_GiB']:.1f} GiB" for share in shares)),
+        ("Time to first token, LLaVA-OneVision-7B, 64 frames, H100", *(f"{first[share]:,.0f} ms" for share in shares)),
+        *(
+            (f"Correct answers on the testbed, `{name}`, {how}", full, *(right[name, share] for share in shares[1:]))
+            for name, how in (("cacovid", "trained"), ("divprune", "untrained"))
+        ),
+    ]
+    yield from table(("", "all tokens", "25 % kept", "10 % kept"), rows)
+
+
 def open_tasks(result: dict[str, Any]) -> Iterator[str]:
     """Yield what every method is worth at tasks beyond multiple choice, and what it loses, by world."""
     for world, part in result.get("worlds", {}).items():
@@ -388,7 +421,7 @@ def open_tasks(result: dict[str, Any]) -> Iterator[str]:
         yield from table(
             ("kept", *names), [(row_name(row), *task_cells(row, "mean", "stderr")) for row in part["rows"]]
         )
-        yield "\nWhat it costs: points beside all tokens, scene by scene, with 95 % intervals.\n"
+        yield "\nThe loss: percentage points against all tokens, paired by scene, with 95 % intervals.\n"
         lost = [row for row in part["rows"] if row["method"] != "full"]
         yield from table(("kept", *names), [(row_name(row), *task_losses(row)) for row in lost])
         for row in part["refused"]:
@@ -465,7 +498,7 @@ def inserted(text: str, made: str) -> str:
 def pages(folder: Path) -> list[Path]:
     """Return the pages that have a measured part: of every method, and of what trains them."""
     trained = [f"train-{name}" for name in registry.compressors if registry.compressors.get(name).trained]
-    own = [folder.parent / f"{page}.md" for page in ABOUT]
+    own = [(folder.parents[1] if page == "README" else folder.parent) / f"{page}.md" for page in ABOUT]
     return [*(folder / f"{page}.md" for page in (*registry.compressors, *trained)), *own]
 
 

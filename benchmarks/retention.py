@@ -40,11 +40,11 @@ INTRODUCTION = """\
 
 Written by `python benchmarks/retention.py`; every figure is in `benchmarks/results/retention.json`.
 
-**left**: video tokens after the last stage, over all. **of layers**: the mean fraction of tokens that a layer
-sees; compute is proportional to it, and variant `ours` keeps it at or below the retention. **alive**: tokens
-after the last stage + newlines that stay beside them, which no budget counts; where a method acts while decoding, the
-share of them that its layers read. `official` keeps what the release's arithmetic keeps. –: a method cannot keep so
-little here; why is below the table.
+**kept at the end**: the fraction of video tokens kept after the last stage. **mean over layers**: the mean fraction of
+tokens that a layer sees; compute is proportional to it, and variant `ours` keeps it at or below the retention.
+**tokens**: tokens kept after the last stage, plus newlines that no budget counts; for methods that act while decoding,
+also the share of these tokens that layers read. `official` keeps what the release's arithmetic keeps. –: the method
+cannot keep so few tokens here; the reason is below the table.
 """
 
 
@@ -150,7 +150,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [INTRODUCTION]
     for title, rows in result["kept"].items():
         lines += [f"## {title}", ""]
-        columns = [f"{100 * ratio:g} %: left | of layers | alive" for ratio in RETENTIONS]
+        columns = [f"{100 * ratio:g} %: kept at the end | mean over layers | tokens" for ratio in RETENTIONS]
         lines += [f"| method | acts | {' | '.join(columns)} |", "|---|---|" + "---|" * 3 * len(columns)]
         reasons = []
         for label, by in rows.items():

@@ -110,7 +110,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def method_markdown() -> str:
-    """Return the method table of the README."""
+    """Return the method table of docs/methods/README.md, without its links."""
     lines = ["| method | acts | reads the question | trained | variants | paper |", "|---|---|---|---|---|---|"]
     for name, *cells in map(_cells, method_rows()):
         lines.append(f"| {' | '.join([f'`{name}`', *cells])} |")
@@ -119,7 +119,7 @@ def method_markdown() -> str:
 
 @app.command("list")
 def list_methods(
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in the README's Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     json: Json = None,
 ) -> None:
     """List the methods and model families."""
