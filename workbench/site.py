@@ -20,6 +20,7 @@ DOCUMENTS = {
     "CHANGELOG.md": "CHANGELOG.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "SECURITY.md": "SECURITY.md",
+    "CODE_OF_CONDUCT.md": "CODE_OF_CONDUCT.md",
     "recipes/README.md": "recipes.md",
 }
 """By path in the repository: documents outside docs/, and their place on the site. The README's is docs/README.md."""
