@@ -314,11 +314,12 @@ def used(yard: Yard, at: Path, command: list[str]) -> list[str]:
     fifo(at, "f.mp4")
     given = yard.rows(at, *[yard.row()] * 3, yard.row(video="f.mp4"))[2]
     if command == ["batch"]:
-        return ["batch", given, str(at / "out.jsonl"), "--frames", "2", "--max-new-tokens", "2"]
+        return ["batch", given, str(at / "out.jsonl"), "--model", "testbed", "--frames", "2", "--max-new-tokens", "2"]
     if command[0] == "eval":
         options = ["--model", "testbed", "--methods", "divprune", "--frames", "2", "--allow-missing"]
         return [*command, given, *options, "--out", str(at / "run")]
-    return [*command, str(at / "run"), "--data", given, "--steps", "1", "--frames", "2", "--set", "pseudo_steps=0"][:9]
+    options = ["--model", "testbed", "--steps", "1", "--frames", "2"]
+    return [*command, str(at / "run"), "--data", given, *options]
 
 
 def sparse(at: Path, name: str, start: bytes = b"") -> list[str]:

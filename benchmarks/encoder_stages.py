@@ -171,7 +171,7 @@ def page(result: dict[str, Any]) -> str:
     lines = [ABOUT]
     for size, clips in result["clips"].items():
         lines += [f"**{size}**, {result['frames']} frames, medians of {result['repeats']} rounds, in milliseconds:", ""]
-        lines += ["| clip | method | tokens | vision encoder | select | prefill | first token | faster, min – max |"]
+        lines += ["| clip | method | tokens | encode | select | prefill | first token | faster, min – max |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         for kind, rows in clips.items():
             for row in rows:
@@ -179,7 +179,8 @@ def page(result: dict[str, Any]) -> str:
                     lines.append(f"| {kind} | {row['method']} | – | – | – | – | – | refused |")
                     continue
                 ms, faster = row["ms"], row["faster"]
-                parts = " | ".join(f"{ms[part]:,.0f}" for part in ("vision encoder", "select", "prefill"))
+                encode = ms["encode"] if "encode" in ms else ms["vision encoder"] + ms["projector"]
+                parts = " | ".join(f"{spent:,.0f}" for spent in (encode, ms["select"], ms["prefill"]))
                 lines.append(
                     f"| {kind} | {row['method']} | {row['tokens']:,} | {parts} | {row['all']:,.0f} | "
                     f"{faster['median']:.2f}×, {faster['min']:.2f} – {faster['max']:.2f} |"

@@ -265,7 +265,7 @@ def first_token(model: Any, family: str, device: str, small: bool, runs: int) ->
                     with on_clock(stages, stages_of(model, family), device):
                         adapter.encode(inputs)
                     result = generated(adapter, encoded, method, clock, tokens=1)
-                    del clock.ms["decode-text"]
+                    del clock.ms["generate"]
                     rows.append(dict(clock.ms))
                     inner.append(dict(stages.ms))
                 tokens = encoded.videos[0].features.grid.num_tokens

@@ -121,6 +121,8 @@ def cases(data: Path, port: int) -> dict[str, Case]:
                 "batch",
                 str(data / "batch.jsonl"),
                 "out.jsonl",
+                "--model",
+                "testbed",
                 "--batch",
                 "2",
                 "--max-new-tokens",
@@ -133,24 +135,24 @@ def cases(data: Path, port: int) -> dict[str, Case]:
             {name: Path.read_bytes for name in ("out.jsonl", "out.failed.jsonl", "out.journal.jsonl")},
         ),
         "data filter": Case(
-            ["data", "filter", questions, "out.jsonl", "--seeds", "24", "--threads", "1"],
-            "out.jsonl.blind/units-1-of-1.jsonl",
+            ["data", "filter", questions, "out.jsonl", "--model", "testbed", "--seeds", "24", "--threads", "1"],
+            "out.blind/units-1-of-1.jsonl",
             "",
             {
                 "out.jsonl": Path.read_bytes,
-                "out.jsonl.dropped.jsonl": Path.read_bytes,
-                "out.jsonl.blind/run.json": Path.read_bytes,
-                "out.jsonl.blind/units-1-of-1.jsonl": Path.read_bytes,
+                "out.dropped.jsonl": Path.read_bytes,
+                "out.blind/run.json": Path.read_bytes,
+                "out.blind/units-1-of-1.jsonl": Path.read_bytes,
             },
         ),
         "data annotate": Case(
             ["data", "annotate", str(data / "captions.jsonl"), "out.jsonl", "--model", "tiny-teacher", *teacher],
-            "out.jsonl.journal.jsonl",
+            "out.journal.jsonl",
             "",
             {
                 "out.jsonl": Path.read_bytes,
-                "out.jsonl.aside.jsonl": Path.read_bytes,
-                "out.jsonl.journal.jsonl": None,  # what was asked and paid for, in the order of the answers
+                "out.aside.jsonl": Path.read_bytes,
+                "out.journal.jsonl": None,  # what was asked and paid for, in the order of the answers
             },
         ),
     }
@@ -184,7 +186,7 @@ def begin(case: Case, folder: Path) -> subprocess.Popen[bytes]:
 
 def end(run: subprocess.Popen[bytes], folder: Path) -> None:
     _, err = run.communicate()
-    if run.returncode:
+    if run.returncode not in (0, 1):  # 1: some rows of a batch failed, as they should
         raise SystemExit(f"{folder} ended with {run.returncode}:\n{err.decode()[-3000:]}")
 
 

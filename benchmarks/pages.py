@@ -452,7 +452,23 @@ def task_losses(row: dict[str, Any]) -> list[str]:
     return cells
 
 
-PARTS = ("decode", "preprocess", "vision encoder", "projector", "select", "prefill", "decode-text")
+PARTS = {
+    "read video": ("decode",),
+    "preprocess": ("preprocess",),
+    "encode": ("vision encoder", "projector"),
+    "select": ("select",),
+    "prefill": ("prefill",),
+    "generate": ("decode-text",),
+    "total": ("all",),
+}
+"""Parts of the pipeline, and what the files of results that were written before name them."""
+
+
+def parts(ms: dict[str, Any]) -> dict[str, float]:
+    """Return the medians of the parts of a row."""
+    if "total" in ms:
+        return {part: ms[part]["p50"] for part in PARTS}
+    return {part: sum(ms[name]["p50"] for name in names) for part, names in PARTS.items()}
 
 
 def pipeline(results: Results) -> Iterator[str]:
@@ -466,16 +482,14 @@ def pipeline(results: Results) -> Iterator[str]:
             f"**{name}**, random weights, {result['lengths'][0]} frames, {result['dtype']}, {machine['threads']} "
             f"threads of {machine['processor']}, medians of {result['repeats']} rounds, in milliseconds:\n"
         )
-        heads = ("kept", "tokens", *PARTS, "all", "LLM's operations, fewer", "prefill, faster", "all, faster")
+        heads = ("kept", "tokens", *PARTS, "LLM's operations, fewer", "prefill speedup", "total speedup")
         full, rows = result["rows"][0], []
         for row in result["rows"]:
-            ms = [f"{row['ms'][part]['p50']:,.0f}" for part in (*PARTS, "all")]
+            ms, before = parts(row["ms"]), parts(full["ms"])
             fewer = full["flops"]["counted"] / row["flops"]["counted"]
-            alone = full["ms"]["prefill"]["p50"] / row["ms"]["prefill"]["p50"]
-            faster = full["ms"]["all"]["p50"] / row["ms"]["all"]["p50"]
-            rows.append(
-                (row_name(row), f"{row['visual'][1]:,.0f}", *ms, *(f"{x:.2f}×" for x in (fewer, alone, faster)))
-            )
+            faster = (f"{x:.2f}×" for x in (fewer, *(before[part] / ms[part] for part in ("prefill", "total"))))
+            spent = (f"{value:,.0f}" for value in ms.values())
+            rows.append((row_name(row), f"{row['visual'][1]:,.0f}", *spent, *faster))
         yield from table(heads, rows)
         yield ""
 

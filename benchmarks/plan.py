@@ -65,7 +65,7 @@ def measured(name: str, frames: int, repeats: int) -> dict[str, Any]:
             method = None if retention == 1 else vidsieve.load("uniform", retention=retention)
             done = generated(adapter, encoded, method, Clock(), tokens=2, exactly=True)
             lengths[retention] = int(done.plan.inputs["input_ids"].shape[1])
-            for part, key in (("prefill", "prefill"), ("decode", "decode-text")) if turn else ():
+            for part, key in (("prefill", "prefill"), ("decode", "generate")) if turn else ():
                 spent.setdefault(f"{part} {retention}", []).append(done.ms[key] / 1e3)
     return {"tokens": lengths, "seconds": {part: spread(values) for part, values in spent.items()}}
 

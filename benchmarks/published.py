@@ -92,7 +92,7 @@ def filters(folder: Path, scenes: int, models: dict[str, Any]) -> list[dict[str,
                 )
                 gone = {
                     (Path(row["video"]).relative_to("leaky").as_posix(), row["question"])
-                    for row in listed(folder / "left.jsonl.dropped.jsonl")
+                    for row in listed(folder / "left.dropped.jsonl")
                 }
                 rows.append(
                     {

@@ -26,7 +26,7 @@ import yaml
 import vidsieve
 from vidsieve import registry
 from vidsieve.cli.main import app
-from vidsieve.evaluation.conditions import check_known
+from vidsieve.registry import check_known
 from workbench.__main__ import app as workbench
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,9 @@ import torch
 from vidsieve import load
 from vidsieve.compressors.score import Score, ScorePolicy
 from vidsieve.errors import PolicyError
-from vidsieve.evaluation.conditions import check_known, method_for
+from vidsieve.evaluation.conditions import method_for
 from vidsieve.policies import model_card
+from vidsieve.registry import check_known
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
 from vidsieve.types import TokenGrid

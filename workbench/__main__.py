@@ -9,7 +9,7 @@ from workbench.papers.reproduce import reproduce
 from workbench.testbed.commands import ablate, build, open_ended, separation, surrogate, talker
 
 app = typer.Typer(
-    name="workbench", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+    name="python -m workbench", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
 )
 app.callback()(root)
 app.command("reproduce")(reproduce)

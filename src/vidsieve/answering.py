@@ -25,7 +25,8 @@ from vidsieve.errors import PromptError
 if TYPE_CHECKING:  # a machine that only computes may have no decoder
     from vidsieve.video.reading import Video
 
-PARTS = ("decode", "preprocess", "encode", "select", "prefill", "decode-text")
+PARTS = ("read video", "preprocess", "encode", "select", "prefill", "generate")
+"""From the file to the answer; "encode" includes the projector, "generate" begins after the first token."""
 
 
 @dataclass
@@ -271,7 +272,7 @@ def generated(
         )
     synchronise(device)
     clock.ms["prefill"] = 1e3 * (first.at - start)
-    clock.ms["decode-text"] = 1e3 * (time.perf_counter() - first.at)
+    clock.ms["generate"] = 1e3 * (time.perf_counter() - first.at)
     return Generated(out, plan, dict(clock.ms))
 
 
@@ -305,5 +306,5 @@ def read(path: str | Path, clock: Clock, *, frames: int | None, fps: float | Non
     """Return a video's frames, and time the reading."""
     from vidsieve.video.reading import read_video
 
-    with clock.part("decode"):
+    with clock.part("read video"):
         return read_video(path, frames=frames, fps=fps, max_frames=max_frames)

@@ -33,7 +33,7 @@ class UnknownNameError(VidsieveError, KeyError):
     def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
         names = sorted(known)
         given = str(name)[:80]
-        near = get_close_matches(given, names, n=3, cutoff=0.4)
+        near = get_close_matches(given, names, n=3, cutoff=0.6)
         offer = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(names)}."
         super().__init__(f"unknown {kind} {given!r}. {offer}{' ' + hint if hint else ''}")
 

@@ -14,7 +14,7 @@ from vidsieve.compressors.composed import AllTokens, Pipeline
 from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
-from vidsieve.io.hub import is_repository
+from vidsieve.io.hub import is_repository, no_policy
 from vidsieve.policies import CONFIG, policy_folder, read_config
 from vidsieve.retention import Calibration, parse_budget
 
@@ -84,14 +84,6 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}")
     loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
     return loaded
-
-
-def no_policy(name: str) -> PolicyError:
-    """Return the error for a path that is no policy's, and no name on the hub."""
-    hub = ""
-    if is_repository(name.partition("@")[0]) and not os.path.isdir(name):
-        hub = f" ({name.partition('/')[0]} is a local folder, so the hub is not asked)"
-    return PolicyError(f"no policy in {name}: {CONFIG} is missing there{hub}; train one with `vidsieve train`")
 
 
 def _check_fields(name: str, method: type[Compressor], fields: dict[str, Any]) -> None:
@@ -181,7 +173,9 @@ _LONGEST_TEXT = 2**26
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse a model's folder whose files transformers would wait for, or fill memory with."""
+    """Refuse a folder without a model, or one whose files transformers would wait for, or fill memory with."""
+    if not os.path.isfile(folder / "config.json"):
+        raise ModelError(f"no model in {folder}: config.json is missing there")
     for path in folder.glob("*"):
         if path.suffix in (".json", ".jinja", ".safetensors", ".bin") and not os.path.isfile(path):
             raise ModelError(f"{path} is a folder, a pipe or a device, or a link to nothing: fetch the model again")
@@ -194,8 +188,49 @@ def _check_files(folder: Path) -> None:
             raise ModelError(f"{path} names weights outside its folder, or none: fetch the model again")
 
 
+_PATIENCE = 10.0
+"""Seconds in which the hub must answer."""
+
+
+def _check_hub(name: str) -> None:
+    """Refuse a model that is neither in the cache of the hub nor on it: transformers would ask for minutes."""
+    if not is_repository(name):
+        raise ModelError(f"no folder {name}: give a model's folder, a hub id as OWNER/NAME, or 'testbed'")
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    if isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    where = f"{name!r} is neither a folder nor in the cache {constants.HF_HUB_CACHE}"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{where}, and HF_HUB_OFFLINE forbids asking the hub: fetch it there, or unset that variable")
+    try:
+        HfApi().model_info(name, timeout=_PATIENCE)
+    except RepositoryNotFoundError:
+        raise ModelError(f"{where}, and {constants.ENDPOINT} has no such model that you may read") from None
+    except Exception as error:  # whatever its connection raises
+        raise ModelError(
+            f"{where}, and {constants.ENDPOINT} does not answer ({type(error).__name__}): give the folder of a model; "
+            "HF_ENDPOINT names another hub"
+        ) from None
+
+
+def check_model(name: str) -> None:
+    """Refuse the name of a model that is not there, before anything is loaded.
+
+    Raises
+    ------
+    ModelError
+    """
+    source = shipped_model(name) if is_testbed(name) else Path(name)
+    if os.path.isdir(source):
+        _check_files(source)
+    else:
+        _check_hub(name)
+
+
 def load_model(
-    name: str, layout: str | None = None, dtype: torch.dtype | None = None, device: str = "cpu"
+    name: str, layout: str | None = None, dtype: torch.dtype | str | None = None, device: str = "cpu"
 ) -> tuple[Any, Any]:
     """Return the model and processor of a local folder or hub id; ``"testbed"`` is in the package (`shipped_model`).
 
@@ -206,7 +241,7 @@ def load_model(
     name : str
     layout : str, optional
         As in `prune`; stored in the configuration of the loaded model.
-    dtype : torch.dtype, optional
+    dtype : torch.dtype or its name, optional
         Default: the dtype in its files, float32 for the testbed's models.
     device : str
         A device of torch, or "auto": this process's GPU if there is one.
@@ -227,9 +262,8 @@ def load_model(
     from vidsieve.adapters.template import template_or_reason
 
     source = str(shipped_model(name)) if is_testbed(name) else name
-    if "/" not in source and not os.path.exists(Path(source)):  # no hub id: a request to the hub would only take long
-        raise ModelError(f"no model {name!r}: give its folder, a hub id as OWNER/NAME, or 'testbed'")
-    _check_files(Path(source))
+    check_model(name)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     try:
         processor = AutoProcessor.from_pretrained(source)
         default = torch.float32 if is_testbed(name) else "auto"

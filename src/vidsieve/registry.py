@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import PluginError, UnknownNameError
+from vidsieve.io.hub import is_hub_name, no_policy
 
 
 class Registry:
@@ -85,7 +88,7 @@ class Registry:
 
 
 compressors = Registry(
-    "compressor",
+    "method",
     "vidsieve.compressors",
     {
         "random": "vidsieve.compressors.random:Random",
@@ -174,3 +177,23 @@ benchmarks = Registry(
         "questions": "vidsieve.evaluation.benchmarks.questions:QUESTIONS",
     },
 )
+
+
+def check_known(name: str) -> None:
+    """Refuse the name of a method that is neither registered nor a policy, in a folder or on the hub.
+
+    No module of a method is imported, and the hub is not asked.
+
+    Raises
+    ------
+    UnknownNameError, PolicyError
+    """
+    front, _, rest = name.partition("+")
+    method = rest if front in fronts else name
+    if name in ("all", "full") or not method or method.partition(":")[0] in compressors:
+        return
+    places = (os.path.join(method, place) for place in ("config.json", "policy/config.json"))
+    if not is_hub_name(method) and not any(map(os.path.isfile, places)):
+        if len(Path(method).parts) > 1:
+            raise no_policy(method)
+        raise UnknownNameError("method", method, compressors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -152,7 +153,11 @@ def parse_retention(text: str) -> float | Tokens:
     try:
         return check_retention(float(word))
     except ValueError:  # RetentionError is one, too
-        raise RetentionError(f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}") from None
+        percent = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%?", word)
+        meant = f"; did you mean {float(percent[1]) / 100:g}?" if percent and float(percent[1]) > 0 else ""
+        raise RetentionError(
+            f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}{meant}"
+        ) from None
 
 
 def parse_retentions(text: str) -> list[float]:

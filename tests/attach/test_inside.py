@@ -205,7 +205,7 @@ def test_mistakes_are_named():
     for wrong in ((0, 3), [0, 3], "x", torch.tensor([0, 3])):
         with pytest.raises(UnsupportedCallError, match=r"as \[\(0, 8\)\]"):
             vidsieve.prune(model, inputs, method, videos=wrong)
-    with pytest.raises(PromptError, match="single image, which is no video"):
+    with pytest.raises(PromptError, match="single image, which is not a video"):
         vidsieve.prune(
             model, inputs_for("internvl", [[vidsieve.testing.tiny_models.default_grid("internvl", 1)]]), method
         )

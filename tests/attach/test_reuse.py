@@ -9,7 +9,8 @@ import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.composed import AllTokens
 from vidsieve.errors import BudgetError, PolicyError, StageError, UnknownNameError
-from vidsieve.evaluation.conditions import Condition, check_known, known_fields, method_for
+from vidsieve.evaluation.conditions import Condition, known_fields, method_for
+from vidsieve.registry import check_known
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 from workbench.families import tiny
 

@@ -12,8 +12,6 @@ def test_the_pipeline_of_a_made_clip(cli, tmp_path):
         "bench",
         "--repeats",
         "1",
-        "--warm-up",
-        "0",
         "--methods",
         "score,fastv",
         "--retention",
@@ -45,7 +43,7 @@ def test_the_pipeline_of_a_made_clip(cli, tmp_path):
         (["--random-weights", "qwen2.5-vl-7"], "Did you mean 'qwen2.5-vl-7b'"),
         (["--methods", "evz"], "Did you mean 'evs'"),
         (["pipeline", "clip.mp4"], "`bench pipeline` is part of `bench` now"),
-        (["select"], "selecting is a column of it"),
+        (["select"], "selection is a column of it"),
         (["a.mp4", "b.mp4"], "leave b.mp4 out"),
     ],
 )

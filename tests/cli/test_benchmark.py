@@ -56,7 +56,7 @@ def test_a_table_with_its_baselines_and_what_could_not_run(cli, scenes, tmp_path
     [
         (["--model", "testbed", "--protocol", "score:qwen"], "Did you mean 'score:qwen2.5-vl'"),
         (["--model", "testbed", "--protocol", "score:qwen2.5-vl", "--frames", "8"], "leave those options out"),
-        ([], "which model? Give --model, or a paper's --protocol"),
+        ([], "which model? Give --model"),
         (["--model", "testbed", "--frames", "0"], "a whole number from 1 on"),
         (["--model", "testbed", "--share", "3/2"], "--share is the number of a process"),
         (["--model", "testbed", "--tokens-per-frame", "9"], "have a fixed number of tokens"),

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from vidsieve.cli.progress import Progress, clock, seconds_left
+from vidsieve.cli.progress import Bar, Progress, clock, seconds_left
 
 FIGURES = {"reward": 0.5, "dead_groups": 0.25, "kept": 0.1, "entropy": 0.9, "rollouts_per_second": 120.0}
 
@@ -38,3 +38,12 @@ def test_time_left_follows_the_pace_and_ends_with_the_limit():
     assert seconds_left(10.0, 5, 20) == pytest.approx(40.0)
     assert seconds_left(10.0, 5, 20, limit=7.0) == 7.0
     assert clock(3725.4) == "1:02:05" and clock(0) == "0:00:00"
+
+
+def test_a_log_gets_a_line_a_minute(monkeypatch, capsys):
+    now = iter([0.0, 1.0, 30.0, 62.0, 70.0, 123.0])  # at the start, then at each update
+    monkeypatch.setattr("vidsieve.cli.progress.time.monotonic", lambda: next(now))
+    with Bar("videos", 1200) as advance:
+        for done in (100, 200, 300, 400, 500):
+            advance(done)
+    assert capsys.readouterr().err == "videos: 300 of 1,200, 0:04:34 left\nvideos: 500 of 1,200, 0:03:34 left\n"

@@ -53,7 +53,10 @@ def test_a_runs_page_shows_what_was_kept_on_its_videos(cli, scenes, tmp_path):
         for s in map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())
         if s["condition"].startswith("divprune") and s["indices"][0] == methods["divprune, 64t"]
     )
-    assert len(line["indices"][0]) == 64 and "scene-000" in text
+    assert len(line["indices"][0]) == 64 and f"{line['question']}" in text
+    rows = re.findall(r"<tr>.*?</tr>", text, re.DOTALL)
+    asked = [row for row in rows if line["question"] in row and ("✓" in row or "✗" in row)]
+    assert asked and line["said"] in asked[0] and ("✓" in asked[0]) >= (line["score"] == 1)
 
 
 def test_pages_of_other_runs(cli, tmp_path):

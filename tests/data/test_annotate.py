@@ -166,7 +166,7 @@ def test_no_row_is_lost_doubled_or_paid_twice_by_a_bad_server_and_kills_of_both_
     process.kill()  # -9
     process.communicate()
     time.sleep(0.3)  # what was under way arrives
-    journal = target.with_name("new.jsonl.journal.jsonl")
+    journal = target.with_name("new.journal.jsonl")
     events = [json.loads(line) for line in journal.read_bytes().split(b"\n")[1:-1]]
     settled = {event[kind] for event in events for kind in ("done", "aside") if kind in event}
     before = host.requests()
@@ -199,7 +199,7 @@ def test_no_row_is_lost_doubled_or_paid_twice_by_a_bad_server_and_kills_of_both_
     assert written[0] == question | {"video": os.path.relpath(videos / "0.mp4", target.parent)}
     records = list(read_records(target))
     assert not any(record.fault for record in records) and all(Path(r.rows[0]["video"]).is_file() for r in records)
-    aside = lines_of(target.with_name("new.jsonl.aside.jsonl"))
+    aside = lines_of(target.with_name("new.aside.jsonl"))
     assert Counter(row["reason"] for row in aside) == expected
     assert [row["record"] for row in aside] == sorted(row["record"] for row in aside)
     assert "204 rows" in text and str(target) in text.replace(" ", "")
@@ -219,7 +219,7 @@ def test_errors_that_every_row_would_meet_end_the_run_and_set_no_row_aside(tmp_p
         TrainingError, match=rf"refuses all requests to tiny-teacher \(Error code: {does} - .*\[key\]"
     ) as error:
         rewritten(source, target, host.url)
-    assert "sk-sec" not in str(error.value) + target.with_name("out.jsonl.journal.jsonl").read_text()
+    assert "sk-sec" not in str(error.value) + target.with_name("out.journal.jsonl").read_text()
     assert {request["row"] for request in host.requests()} == {"row 0"} and not target.exists()
     host.kill()
     host.start()
@@ -242,7 +242,7 @@ def test_a_server_that_repeats_the_key_gets_it_into_no_file(tmp_path, videos, ho
         assert len(host.requests()) == (8 if how == "500" else 4), "only a server's error is worth a repeat"
     texts = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix == ".jsonl"}
     assert not any("sk-sec" in text for text in texts.values())
-    assert "[key]" in texts["out.jsonl.journal.jsonl"]
+    assert "[key]" in texts["out.journal.jsonl"]
 
 
 def test_rows_without_an_answer_are_set_aside_and_asked_about_again_on_request(tmp_path, videos, host):
@@ -253,7 +253,7 @@ def test_rows_without_an_answer_are_set_aside_and_asked_about_again_on_request(t
     report = rewritten(source, target, host.url, concurrency=2)
     aside = {"refused request": 2, "missing video": 1, "broken video": 1}
     assert report.aside == aside and report.rewritten == 6 and len(host.requests()) == 8
-    details = {row["row"]["caption"]: row["detail"] for row in lines_of(target.with_name("out.jsonl.aside.jsonl"))}
+    details = {row["row"]["caption"]: row["detail"] for row in lines_of(target.with_name("out.aside.jsonl"))}
     assert details["row 1"].startswith("Error code: 400 - ") and details["row 100"] == "gone.mp4"
     host.kill()
     host.start()
@@ -263,7 +263,7 @@ def test_rows_without_an_answer_are_set_aside_and_asked_about_again_on_request(t
     assert report.aside == {"refused request": 2, "broken video": 1}, "a video that came later is not in the journal"
     assert len(host.requests()) == 9, "a row set aside is settled"
     assert rewritten(source, target, host.url, again=True).rewritten == 10
-    assert not lines_of(target.with_name("out.jsonl.aside.jsonl")) and len(host.requests()) == 12
+    assert not lines_of(target.with_name("out.aside.jsonl")) and len(host.requests()) == 12
     assert rewritten(source, target, host.url).rewritten == 10 and len(host.requests()) == 12
 
 
@@ -307,7 +307,7 @@ def test_ctrl_c_waits_for_requests_under_way(tmp_path, videos, host, ctrl_c):
     process.send_signal(signal.SIGINT)
     text = end(process, code=130)
     assert "7 rows are left (interrupted)" in text and "same command resumes" in text and not target.exists()
-    done = [event for event in lines_of(target.with_name("out.jsonl.journal.jsonl")) if "done" in event]
+    done = [event for event in lines_of(target.with_name("out.journal.jsonl")) if "done" in event]
     assert len(done) == len(host.requests()) == 5, "requests that were sent were waited for"
     report = rewritten(source, target, host.url)
     assert report.rewritten == 12 and report.requests == 12 and not report.unmetered
@@ -325,7 +325,7 @@ def test_the_budget_is_never_exceeded_and_the_limit_stops_a_run_that_is_resumed(
     assert 1000 < report.dollars <= 1000 + most, "as much is spent as the longest answer leaves room for"
     again = rewritten(source, target, host.url, budget=1000 + most, **prices)
     assert again.requests == report.requests, "nothing is left to spend"
-    journal = target.with_name("out.jsonl.journal.jsonl")
+    journal = target.with_name("out.journal.jsonl")
     with journal.open("a") as file:  # a run killed while it asked about two rows
         for key in "ab":
             file.write(json.dumps({"sent": key, "most": [300, 50]}) + "\n")
@@ -362,7 +362,7 @@ def test_a_journal_of_an_older_version_is_resumed(tmp_path, videos, host):
         {"aside": keys[2], "reason": "broken video", "detail": "y", "usage": None, "metered": False},
         {"sent": keys[3], "attempt": 1, "at": 4.0},
     ]
-    journal = target.with_name("out.jsonl.journal.jsonl")
+    journal = target.with_name("out.journal.jsonl")
     journal.write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"sent": "cut')
     report = rewritten(source, target, host.url)
     assert report.aside == {"the instruction itself": 1, "broken video": 1} and report.rewritten == 2
@@ -397,7 +397,7 @@ def test_other_settings_and_damaged_journals_are_refused(tmp_path, videos, host)
     with pytest.raises(TrainingError, match=r'input: "rows.jsonl" there, "moved.jsonl" now'):
         rewritten(tmp_path / "moved.jsonl", target, host.url)
     (tmp_path / "moved.jsonl").rename(source)
-    journal = target.with_name("out.jsonl.journal.jsonl")
+    journal = target.with_name("out.journal.jsonl")
     lines = journal.read_bytes().split(b"\n")
     journal.write_bytes(b"\n".join([lines[0], b'{"done": 3', *lines[2:]]))
     with pytest.raises(TrainingError, match=r"line 2 of .* is damaged: .*asked about again"):
@@ -496,7 +496,7 @@ def test_an_answer_without_an_end_of_its_head_is_given_up(tmp_path, videos, host
     )
     assert time.monotonic() - start < 10 and report.aside == {"no answer": 1}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**17  # KiB
-    assert lines_of(tmp_path / "out.jsonl.aside.jsonl")[0]["detail"], "says why"
+    assert lines_of(tmp_path / "out.aside.jsonl")[0]["detail"], "says why"
 
 
 @pytest.mark.parametrize(

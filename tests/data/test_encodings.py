@@ -301,7 +301,7 @@ def test_a_prompt_that_cannot_be_made_again_is_refused(data, tmp_path):
 
 def test_the_command(run, data, tmp_path):
     def train(name, *more, code=0):
-        settings = ["--steps", 1, "--prompts-per-step", 2, "--rollouts", 2, "--threads", 1]
+        settings = ["--model", "testbed", "--steps", 1, "--prompts-per-step", 2, "--rollouts", 2, "--threads", 1]
         return " ".join(run("train", "score", tmp_path / name, *settings, *more, code=code))
 
     said = train("a", "--data", data, "--cache", tmp_path / "cache")

@@ -92,7 +92,7 @@ def leaky(tmp_path_factory):
 
 
 def dropped(out, source):
-    lines = (out.parent / f"{out.name}.dropped.jsonl").read_text().splitlines()
+    lines = out.with_suffix(".dropped.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return {
         ((out.parent / r["video"]).resolve().relative_to(source.parent.resolve()).as_posix(), r["question"])
@@ -198,13 +198,15 @@ def test_one_model_is_in_memory_at_a_time(testbed, leaky, tmp_path):
 
 
 def test_the_command_says_what_went_and_why(leaky, cli, tmp_path):
-    out = tmp_path / "out.jsonl"
-    said = cli("data", "filter", leaky[0], out, "--seeds", 3, "--json", tmp_path / "f.json")
+    out, model = tmp_path / "out.jsonl", ("--model", "testbed")
+    said = cli("data", "filter", leaky[0], out, *model, "--seeds", 3, "--json", tmp_path / "f.json")
     result = json.loads((tmp_path / "f.json").read_text())
     assert (
-        f"{result['kept']} of {result['questions']} questions are left" in said
+        f"{result['kept']} of {result['questions']} questions are kept" in said
         and "guessing would come to 25.0%" in said
     )
     assert "left out: 12 × image" in said and "guesses drop" not in said
-    assert "guesses drop about 25% of the good questions" in cli("data", "filter", leaky[0], tmp_path / "one.jsonl")
-    assert "share 1 of 2 is done" in cli("data", "filter", leaky[0], tmp_path / "p.jsonl", "--share", "1/2")
+    assert "guesses drop about 25% of the good questions" in cli(
+        "data", "filter", leaky[0], tmp_path / "one.jsonl", *model
+    )
+    assert "share 1 of 2 is done" in cli("data", "filter", leaky[0], tmp_path / "p.jsonl", *model, "--share", "1/2")

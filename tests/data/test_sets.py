@@ -136,7 +136,7 @@ def test_a_file_of_broken_videos_ends_with_their_number(testbed, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     prompts = FilePrompts(adapter_for(testbed[0]), testbed[1], tmp_path / "rows.jsonl")
     with pytest.raises(
-        TrainingError, match=r"no row of .* can be used: 2 broken videos of 2 rows, first .*mp4 is no video"
+        TrainingError, match=r"no row of .* can be used: 2 broken videos of 2 rows, first .*mp4 is not a video"
     ):
         prompts.caption(0)
 

@@ -589,17 +589,17 @@ def refused(path: Path, match: str, **asked: object) -> None:
 
 def test_files_that_are_no_video(tmp_path, files):
     refused(tmp_path / "no.mp4", "does not exist")
-    refused(tmp_path, "is no file")
+    refused(tmp_path, "is not a file")
     (tmp_path / "empty.mp4").touch()
     refused(tmp_path / "empty.mp4", "is empty")
     for name in ("text.mp4", "text.txt"):
         (tmp_path / name).write_text("not a video\n" * 1000)
-    refused(tmp_path / "text.mp4", "is no video")
+    refused(tmp_path / "text.mp4", "is not a video")
     refused(tmp_path / "text.txt", "no video stream")
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}/a.ts"
         (tmp_path / "list.m3u8").write_text(f"#EXTM3U\n#EXTINF:2,\n{address}\n#EXT-X-ENDLIST\n")
-        refused(tmp_path / "list.m3u8", "is no video")
+        refused(tmp_path / "list.m3u8", "is not a video")
         server.setblocking(False)
         with pytest.raises(BlockingIOError):  # no one has called
             server.accept()
@@ -621,7 +621,7 @@ def test_labels_that_are_not_text_do_not_matter(tmp_path):
 def test_truncated_so_that_nothing_decodes(tmp_path, files):
     data = files("gop12").read_bytes()  # its header is at the end
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
-    refused(tmp_path / "cut.mp4", r"is no video or cut short \(Invalid data")
+    refused(tmp_path / "cut.mp4", r"is not a video or cut short \(Invalid data")
     data = files("matroska").read_bytes()
     with av.open(str(files("matroska"))) as source:
         first = next(source.demux(video=0)).pos

@@ -253,6 +253,7 @@ def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypat
         rows.setdefault(json.loads(line)["video"], []).append(line)
     questions.write_text("\n".join(line for some in rows.values() for line in some[:2]) + "\n")
     command = ["calibrate", "vidcom2", str(questions), "--tolerate", "0.5", "--confidence", "0.6", "--frames", "8"]
+    command += ["--model", "testbed"]
     done = run.invoke(app, [*command, "--answer", "choice", "--json", "out.json"])
     assert done.exit_code == 0, done.output
     assert "--retention calibrated:vidcom2-rule.json" in " ".join(done.output.split())

@@ -239,7 +239,7 @@ def test_answers_outside_the_options_and_broken_files_are_refused(tmp_path):
     _write(tmp_path / "l/video_info.meta.jsonl", text.replace("(B) a map", "B a map", 1))
     with pytest.raises(EvaluationError, match="lists no options"):
         read("lvbench", tmp_path / "l")
-    with pytest.raises(EvaluationError, match="is no folder"):
+    with pytest.raises(EvaluationError, match="is not a folder"):
         read("videomme", tmp_path / "none")
 
 

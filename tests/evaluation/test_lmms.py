@@ -225,7 +225,7 @@ def test_frames_by_rate(logged, scenes, task, testbed):
 
 WRONG = [
     ({"metod": "random"}, UnknownNameError, "unknown model argument 'metod'. Did you mean 'method'"),
-    ({"method": "divprun"}, UnknownNameError, "unknown compressor 'divprun'. Did you mean 'divprune'"),
+    ({"method": "divprun"}, UnknownNameError, "unknown method 'divprun'. Did you mean 'divprune'"),
     ({"method": "runs/none/policy"}, PolicyError, "no policy in runs/none/policy"),
     ({"method": "divprune:offical"}, UnknownNameError, "Did you mean 'official'"),
     ({"method": ""}, EvaluationError, "Expected `str` of length >= 1 for `method`"),

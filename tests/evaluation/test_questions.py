@@ -26,7 +26,7 @@ ASKED = 4
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory):
-    """Four questions about each of three scenes, one of which is no video."""
+    """Four questions about each of three scenes, one of which is not a video."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder, world="dense", seed=31, scenes=3)
     items = registry.benchmarks.get("questions").read(folder / "questions.jsonl")

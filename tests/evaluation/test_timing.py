@@ -149,18 +149,18 @@ def test_turns_means_and_where_pruning_pays(fake):
     keys = [condition.key for condition in CONDITIONS]
     assert order == [(key, frames) for _ in range(3) for frames in (16, 32, 64) for key in keys]
     full, random = result["rows"]
-    assert full["ms"]["all"]["mean"] == pytest.approx(112 / 3) and full["ms"]["prefill"]["sd"] == pytest.approx(
+    assert full["ms"]["total"]["mean"] == pytest.approx(112 / 3) and full["ms"]["prefill"]["sd"] == pytest.approx(
         statistics.stdev([16, 32, 64])
     )
-    assert (full["ms"]["all"]["p50"], full["ms"]["all"]["p95"]) == (32, 64)
-    assert random["pays_from"] == 32 and random["times_faster"]["all"] == pytest.approx(112 / 60)
-    assert full["pays_from"] is None
+    assert (full["ms"]["total"]["p50"], full["ms"]["total"]["p95"]) == (32, 64)
+    assert random["break_even"] == 32 and random["times_faster"]["total"] == pytest.approx(112 / 60)
+    assert full["break_even"] is None
 
 
 def test_the_first_rounds_do_not_count(fake):
     task, _ = fake(lambda name, frames, turn: 1000.0 if turn <= 2 else 1.0, [8])
     rows = experiment.run(task, CONDITIONS).result["rows"]
-    assert all(row["ms"]["all"]["max"] == 1.0 for row in rows)
+    assert all(row["ms"]["total"]["max"] == 1.0 for row in rows)
 
 
 def test_a_timing_is_resumed_with_its_rounds_and_warms_up_again(fake, tmp_path):
@@ -174,7 +174,7 @@ def test_a_timing_is_resumed_with_its_rounds_and_warms_up_again(fake, tmp_path):
     task, order = fake(lambda name, frames, turn: 100.0 + turn, [8])
     rows = experiment.run(task, CONDITIONS, tmp_path).result["rows"]
     assert len(order) == 4, "a warm-up round, and the one that is missing"
-    assert (rows[0]["ms"]["all"]["min"], rows[0]["ms"]["all"]["max"]) == (3.0, 103.0)
+    assert (rows[0]["ms"]["total"]["min"], rows[0]["ms"]["total"]["max"]) == (3.0, 103.0)
 
 
 def test_what_cannot_run_is_told(scene, testbed):

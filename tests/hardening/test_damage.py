@@ -154,7 +154,7 @@ def test_a_pipe_in_the_place_of_a_checkpoint_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / CHECKPOINT)
     with pytest.raises(TrainingError, match="no such file"):
         read_header(tmp_path / CHECKPOINT)
-    with pytest.raises(OutputError, match="it is no file; remove it"):
+    with pytest.raises(OutputError, match="it is not a file; remove it"):
         save_state(tmp_path / CHECKPOINT, {}, None, {"step": 1})
 
 

@@ -66,7 +66,7 @@ def refused(path: Path, match: str, **how: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (hls("a.ts"), "is no video but an HLS playlist, which names other files"),
+        (hls("a.ts"), "is not a video but an HLS playlist, which names other files"),
         ("\ufeff\n" + hls("a.ts"), "an HLS playlist"),
         (script("a.mp4"), "an ffconcat script, which names other files"),
         ('<?xml version="1.0"?>\n<MPD><BaseURL>a.mp4</BaseURL></MPD>', "a DASH manifest, which names other files"),
@@ -93,14 +93,19 @@ def test_a_path_is_a_path(folder, monkeypatch, name):
 def test_an_image_sequence_is_none_though_a_file_has_its_name(folder):
     for name in ("p%03d.png", "p000.png", "p001.png"):
         Image.new("RGB", (16, 16)).save(folder / name)
-    refused(folder / "p%03d.png", "is no video")
+    refused(folder / "p%03d.png", "is not a video")
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        *(("fifo.ts", "is no file"), (".", "is no file"), ("socket", "is no file"), ("/dev/zero", "is no file")),
-        *(("/dev/stdin", "is no file|does not exist|is empty"), ("/proc/self/mem", "is empty|does not exist")),
+        *(
+            ("fifo.ts", "is not a file"),
+            (".", "is not a file"),
+            ("socket", "is not a file"),
+            ("/dev/zero", "is not a file"),
+        ),
+        *(("/dev/stdin", "is not a file|does not exist|is empty"), ("/proc/self/mem", "is empty|does not exist")),
     ],
 )
 def test_pipes_devices_and_folders_are_not_opened(folder, monkeypatch, name, match):
@@ -130,7 +135,7 @@ def test_members_of_a_playlist_are_files_below_it(folder, kind, member):
     (folder / "x.m3u8").write_text(hls("a.ts"))
     path = folder / f"list.{kind}"
     path.write_text((hls if kind == "m3u8" else script)(member))
-    refused(path, "outside its folder|is no file|does not exist|HLS playlist", allow_playlists=True)
+    refused(path, "outside its folder|is not a file|does not exist|HLS playlist", allow_playlists=True)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +145,9 @@ def test_members_of_a_playlist_are_files_below_it(folder, kind, member):
         (hls("a.ts", '#EXT-X-KEY:METHOD=AES-128,URI="../a.ts"\n'), "outside its folder"),
         (hls("a.ts", '#EXT-X-MAP:URI="../a.mp4"\n'), "outside its folder"),
         (hls("a.ts").replace("#EXTINF:2.0,\na.ts", "#EXT-X-STREAM-INF:BANDWIDTH=1\nx.m3u8"), "names .*HLS playlist"),
-        (script("a.mp4\n#\0file fifo.ts"), "is no file"),
+        (script("a.mp4\n#\0file fifo.ts"), "is not a file"),
         (script("x.m3u8"), "an ffconcat script"),
-        (script("a.mp4\noption safe 0"), "is no video"),
+        (script("a.mp4\noption safe 0"), "is not a video"),
     ],
 )
 def test_a_playlist_leads_nowhere_else(folder, text, match):
@@ -412,8 +417,8 @@ def test_streams_and_headers_are_limited_before_a_decoder_sees_them(tmp_path, mo
         ((2**31 - 1, 1), (0, 2**62), "damaged timestamps"),
         ((1000, 1), (0, 2**63 - 10), "damaged timestamps"),
         ((1, 2**31), (0, 2**62), ""),
-        ((1, 0), (0, 1), "is no video"),
-        ((0, 1), (0, 2**61), "is no video"),
+        ((1, 0), (0, 1), "is not a video"),
+        ((0, 1), (0, 2**61), "is not a video"),
         ((1, 1), (-(2**62), 2**62), "damaged timestamps"),
     ],
 )

@@ -24,7 +24,7 @@ from vidsieve.evaluation.conditions import method_for
 from vidsieve.io.journal import Journal
 from vidsieve.io.texts import json_line
 from vidsieve.serving import batch, batch_groups
-from vidsieve.serving.batch import DoneRows, answer_file, beside
+from vidsieve.serving.batch import DoneRows, answer_file, side_files
 from vidsieve.serving.batch_groups import (
     Answerer,
     BatchError,
@@ -100,11 +100,11 @@ def check_whole(target, count=23):
     """Assert that every row is in one of the outputs, once, and in order."""
     failed = [n for n in range(count) if n % 5 == 3]
     assert [row["n"] for row in lines(target)] == [n for n in range(count) if n not in failed]
-    assert [row["n"] for row in lines(beside(target)[0])] == failed
+    assert [row["n"] for row in lines(side_files(target)[0])] == failed
     assert all(row["answer"] == f"line {row['n'] + 1}" for row in lines(target))
     assert {path.name for path in target.parent.iterdir()} <= {
         "in.jsonl",
-        *(path.name for path in (target, *beside(target))),
+        *(path.name for path in (target, *side_files(target))),
     }
 
 
@@ -153,7 +153,7 @@ def test_neither_batch_nor_readers_change_an_answer(scenes, tmp_path, method, re
         target = tmp_path / str(size) / "out.jsonl"
         settings = BatchSettings(**QUICK, method=method, retention=retention, batch=size)
         answer_file(scenes / "in.jsonl", target, settings, readers=readers)
-        found.append((target.read_bytes(), beside(target)[0].read_bytes()))
+        found.append((target.read_bytes(), side_files(target)[0].read_bytes()))
     assert found[0] == found[1]
 
 
@@ -257,7 +257,7 @@ def test_fields_are_copied_and_options_listed():
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_path, size):
     source, target, settings = made(tmp_path), tmp_path / "out.jsonl", BatchSettings(batch=size)
-    journal = beside(target)[1]
+    journal = side_files(target)[1]
     fake.die = 23
     with pytest.raises(KeyboardInterrupt):
         answer_file(source, target, settings)
@@ -272,7 +272,7 @@ def test_a_kill_at_any_byte_of_the_journal_loses_and_doubles_nothing(fake, tmp_p
         check_whole(target)
         settled = max(0, sum(end <= cut for end in ends[1:]) - 1) * size
         assert fake.asked == list(range(settled + 1, 24)), "what is settled is not asked again"
-        for path in (target, beside(target)[0], journal):
+        for path in (target, side_files(target)[0], journal):
             path.unlink()
 
 
@@ -305,7 +305,7 @@ def test_a_kill_between_any_two_writes_loses_and_doubles_nothing(fake, tmp_path,
                 calls[0] = -100
                 answer_file(source, target, settings)
             check_whole(target, 9)
-            for path in (target, *beside(target)):
+            for path in (target, *side_files(target)):
                 path.unlink()
     renames = 3 * 3  # of two outputs and the journal, each with its file and its folder
     assert moment[0] - 1 == 1 + 4 + renames, "the journal's folder; the settings and three groups; renames"
@@ -343,14 +343,14 @@ def test_rows_of_one_video_share_its_decoding():
 def test_a_finished_run_is_left_alone(fake, tmp_path):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     assert answer_file(source, target, BatchSettings()).written
-    assert len(lines(beside(target)[1])) == 1
+    assert len(lines(side_files(target)[1])) == 1
     fake.asked.clear()
     again = answer_file(source, target, BatchSettings())
     assert (again.written, again.before, again.answered) == (False, 23, 19) and not fake.asked
     target.unlink()
     with pytest.raises(OutputError, match=r"is gone, and its run had finished: remove .*out.journal.jsonl"):
         answer_file(source, target, BatchSettings())
-    beside(target)[1].unlink()
+    side_files(target)[1].unlink()
     with pytest.raises(OutputError, match=r"exists, and no out.journal.jsonl says which run wrote it: name another"):
         answer_file(source, target, BatchSettings())
 
@@ -369,7 +369,7 @@ def test_a_journal_of_the_first_format_is_resumed(fake, tmp_path):
             if row[1]["n"] % 5 == 3:
                 row[:] = [False, {**row[1], "reason": "gone"}]
                 del row[1]["answer"]
-    write(beside(target)[1], [{"batch": 1, "settings": told}, *reversed(groups)])
+    write(side_files(target)[1], [{"batch": 1, "settings": told}, *reversed(groups)])
     assert answer_file(source, target, BatchSettings(batch=4)).before == 8
     check_whole(target)
     assert fake.asked == [*range(5, 17), 21, 22, 23]
@@ -398,7 +398,7 @@ def test_another_run_is_refused_by_what_differs(fake, tmp_path):
         pytest.raises(BatchError, match="another process is writing"),
     ):
         answer_file(source, tmp_path / "held.jsonl", BatchSettings())
-    beside(target)[1].write_text("something else\n")
+    side_files(target)[1].write_text("something else\n")
     with pytest.raises(BatchError, match="is not a journal of this command"):
         answer_file(source, target, BatchSettings())
 
@@ -408,7 +408,7 @@ def test_a_damaged_line_is_named(fake, tmp_path):
     fake.die = 9
     with pytest.raises(KeyboardInterrupt):
         answer_file(source, target, BatchSettings())
-    journal = beside(target)[1]
+    journal = side_files(target)[1]
     text = journal.read_text().splitlines(keepends=True)
     for number, wrong in ((3, "}\n"), (4, text[2])):  # the second: a group twice
         journal.write_text("".join([*text[: number - 1], wrong, *text[number:]]))
@@ -492,13 +492,13 @@ def test_memory_holds_two_numbers_a_group(tmp_path):
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr("sys.argv", ["vidsieve", "batch", *map(str, arguments)])
+    monkeypatch.setattr("sys.argv", ["vidsieve", "batch", "--model", "testbed", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
     return end.value.code
 
 
-def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path, monkeypatch, capsys, cli):
+def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path, monkeypatch, capsys):
     source, target = made(tmp_path), tmp_path / "out.jsonl"
     said = Fake.__call__
 
@@ -516,10 +516,12 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
         and "stopped: 7 of 23 rows answered, 1 failed; they are in" in printed.out
     )
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not target.exists()
-    out = cli("batch", source, target, "--batch", 4)
+    assert run(monkeypatch, source, target, "--batch", 4) == 1, "some rows failed"
+    out = " ".join(capsys.readouterr().out.split())
     assert f"19 of 23 rows answered, 4 failed (8 of them by earlier runs): {target}; the reasons are in" in out
-    assert "is finished already: 19 of 23 rows answered, 4 failed; nothing was done" in cli(
-        "batch", source, target, "--batch", 4
+    assert run(monkeypatch, source, target, "--batch", 4) == 1
+    assert "is finished already: 19 of 23 rows answered, 4 failed; nothing was done" in " ".join(
+        capsys.readouterr().out.split()
     )
 
     def twice(self, read):
@@ -528,7 +530,7 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
 
     monkeypatch.setattr(Fake, "__call__", twice)
     assert run(monkeypatch, source, tmp_path / "other.jsonl") == 130
-    assert "other.journal.jsonl: the same command goes on" in capsys.readouterr().err
+    assert "other.journal.jsonl: the same command resumes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -540,13 +542,13 @@ def test_ctrl_c_ends_the_call_and_keeps_what_is_answered(fake, ctrl_c, tmp_path,
         (["out.jsonl", "--method", "evz"], "'evs'"),
         (["out.jsonl", "--fps", "0"], "--fps must be a finite number above 0, got 0"),
         (["out.jsonl", "--policy", "testbed"], "divprune is not trained and takes no policy"),
-        (["out.jsonl", "--model", "nothing"], "no model 'nothing'"),
+        (["out.jsonl", "--model", "nothing"], "no folder nothing"),
         (["out.jsonl", "--retention", "2"], "retention"),
     ],
 )
 def test_mistakes_are_told(cli, tmp_path, given, said):
     source = made(tmp_path)
-    assert said in cli("batch", source, tmp_path / given[0], *given[1:], fails=True)
+    assert said in cli("batch", source, tmp_path / given[0], "--model", "testbed", *given[1:], fails=True)
 
 
 def test_not_one_answer_is_a_failure(fake, tmp_path, monkeypatch, capsys):
@@ -558,7 +560,7 @@ def test_not_one_answer_is_a_failure(fake, tmp_path, monkeypatch, capsys):
 
 def test_ray_that_is_not_there(cli, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    said = cli("batch", made(tmp_path), tmp_path / "out.jsonl", "--ray", 1, fails=True)
+    said = cli("batch", made(tmp_path), tmp_path / "out.jsonl", "--model", "testbed", "--ray", 1, fails=True)
     assert "pip install 'vidsieve[ray]'" in said and not (tmp_path / "out.journal.jsonl").exists()
 
 
@@ -572,6 +574,8 @@ def test_killed_for_real(scenes, tmp_path):
         "batch",
         scenes / "in.jsonl",
         tmp_path / "out.jsonl",
+        "--model",
+        "testbed",
         "--frames",
         "4",
         "--max-new-tokens",
@@ -613,7 +617,7 @@ def test_ray_gives_the_same_files_and_goes_on(scenes, tmp_path):
         assert second.written and second.before == 2
         with pytest.raises(BatchError, match="3 workers need a CPU each, and Ray has 2"):
             next(answer_on_ray(rows, [0], settings, 2, workers=3))
-        with pytest.raises(VidsieveError, match="no model 'nothing'"):
+        with pytest.raises(VidsieveError, match="no folder nothing"):
             next(on_ray(rows, [0], BatchSettings(model="nothing", batch=2), 2))
     finally:
         ray.shutdown()

@@ -46,7 +46,7 @@ def work(monkeypatch, testbed):
 def test_another_retention_or_method_encodes_nothing_and_another_question_decodes_nothing(testbed, clips, work):
     asked = made(testbed, "cacovid", "divprune", "visionzip")
     first, _ = asked.ask(clips / "0.mp4", "what colour is the old mark ?", "cacovid", 0.25)
-    assert work == ["0.mp4", "tower"] and {"decode", "encode"} <= first.ms.keys()
+    assert work == ["0.mp4", "tower"] and {"read video", "encode"} <= first.ms.keys()
     for question, method, retention, reused in [
         ("what colour is the old mark ?", "cacovid", 0.1, True),
         ("where is the chime ?", "cacovid", 0.25, False),
@@ -56,7 +56,9 @@ def test_another_retention_or_method_encodes_nothing_and_another_question_decode
     ]:
         del work[:]
         found, _ = asked.ask(clips / "0.mp4", question, method, retention)
-        assert ("encode" in found.ms) != reused and work == ([] if reused else ["tower"]) and "decode" not in found.ms
+        assert (
+            ("encode" in found.ms) != reused and work == ([] if reused else ["tower"]) and "read video" not in found.ms
+        )
         chosen = None if method == "full" else method_for(method, "testbed", retention=retention)
         alone = answer(*testbed, read_video(clips / "0.mp4", frames=16), question, chosen)
         assert found.text == alone.text and found.prompt_tokens == alone.prompt_tokens
@@ -70,10 +72,10 @@ def test_a_changed_file_is_another_video_and_old_ones_go(testbed, clips, tmp_pat
     question = "what colour is the old mark ?"
     asked.ask(path, question, "uniform", 0.25)
     path.write_bytes((clips / "1.mp4").read_bytes())
-    assert "decode" in asked.ask(path, question, "uniform", 0.25)[0].ms
+    assert "read video" in asked.ask(path, question, "uniform", 0.25)[0].ms
     for index in range(1, 5):
         asked.ask(clips / f"{index}.mp4", question, "uniform", 0.25)
-    assert "decode" in asked.ask(path, question, "uniform", 0.25)[0].ms
+    assert "read video" in asked.ask(path, question, "uniform", 0.25)[0].ms
 
 
 @pytest.mark.parametrize(
@@ -83,7 +85,7 @@ def test_a_changed_file_is_another_video_and_old_ones_go(testbed, clips, tmp_pat
         ({"retention": 0}, RetentionError, "retention"),
         ({"method": "unifrm"}, UnknownNameError, "Did you mean 'uniform'"),
         ({"path": "gone.mp4"}, VideoError, "gone.mp4"),
-        ({"path": "text.mp4"}, VideoError, "is no video"),
+        ({"path": "text.mp4"}, VideoError, "is not a video"),
     ],
 )
 def test_what_cannot_be_asked(testbed, clips, tmp_path, change, error, said):
@@ -121,7 +123,8 @@ page = build(desk, "testbed")
 (ask,) = (fn.fn for fn in page.fns.values() if fn.api_name == "ask")
 text, figure, spent = ask(str(clip), "where is the chime ?", "divprune", 0.1)
 assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 12, spent
-assert "| decode |" in spent
+assert "| read video |" in spent and "toy" not in spent
+assert "is a toy" in ask(str(clip), "What happens?", "uniform", 0.1)[2]
 _, figure, spent = ask(str(clip), "where is the chime ?", "full", 0.5)
 assert figure is None and "encoded before" in spent, spent
 for call, said in [

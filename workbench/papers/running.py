@@ -13,7 +13,7 @@ from vidsieve.cli.bench import made_clip
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import command_line, out
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import EvaluationError, PolicyError, UnknownNameError, VidsieveError
+from vidsieve.errors import EvaluationError, PolicyError, VidsieveError
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import Task, run
 from workbench.papers.paper_tables import PaperTable
@@ -154,13 +154,13 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
     import torch
 
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.cli.bench import DTYPES, timed_model
+    from vidsieve.cli.bench import timed_model
+    from vidsieve.cli.shared import known_dtype
     from vidsieve.evaluation.tasks.timing import TimingTask
     from vidsieve.loading import load
     from workbench.papers.reproducing import time_cells
 
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
+    known_dtype(dtype)
     size, lengths = (part.spec.small, (16,)) if testbed else (part.spec.blueprint, part.spec.lengths)
     if part.plan:
         out.print(f"{part.family}: {size} with random weights, {', '.join(map(str, lengths))} frames", markup=False)

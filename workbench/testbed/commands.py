@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import UnknownNameError
@@ -162,13 +163,13 @@ def open_ended(
     shard = shared.parse_share(share, folder is not None)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import check_known, check_prefill, conditions_of, named_methods
+    from vidsieve.evaluation.conditions import check_prefill, conditions_of, named_methods
     from vidsieve.testbed.world import FRAMES
     from workbench.testbed.open_ended import OpenTask
 
     names = shared.words(methods)
     for name in names:
-        check_known(name)
+        registry.check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
     shared.quiet()

@@ -73,7 +73,7 @@ class Adapter(Family):
         self.check_videos(videos)
         if not self.carries_video(inputs):
             if inputs.get(self.video_keys[0]) is not None:
-                raise PromptError("the prompt holds a single image, which is no video: call the model as it is")
+                raise PromptError("the prompt holds a single image, which is not a video: call the model as it is")
             raise PromptError(f"the inputs carry no video ({self.video_keys[0]} is missing); call the model as it is")
         mask = inputs.get("attention_mask")
         if mask is None:

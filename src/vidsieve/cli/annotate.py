@@ -29,7 +29,7 @@ def annotate(
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames shown, evenly from the video.", min=1)] = 16,
     max_tokens: Annotated[int, typer.Option(help="Longest answer; one cut off there is set aside.", min=1)] = 1024,
-    concurrency: Annotated[int, typer.Option(help="Rows in work at a time.", min=1)] = 8,
+    concurrency: Annotated[int, typer.Option(help="Rows in flight.", min=1)] = 8,
     rate: Annotated[int | None, typer.Option(help="Requests in a minute.", min=1, show_default="no limit")] = None,
     price: Annotated[
         str | None, typer.Option(help="US$ for a million tokens in and out, such as 0.5,1.5.", show_default=False)
@@ -84,20 +84,19 @@ def annotate(
             note = partial(err.print, soft_wrap=True, markup=False)
             report = job.run(limit, lambda done: update(done, total), note)
     except KeyboardInterrupt:
-        err.print("stopped; answers are in the journal: the same command resumes there", soft_wrap=True)
+        err.print("stopped; answers are in the journal: the same command resumes", soft_wrap=True)
         raise typer.Exit(130) from None
     out.print(f"{report.rewritten:,} of {report.rows:,} rows rewritten by {model}", markup=False)
     for reason, count in (report.aside | report.left_out).items():
         out.print(f"{'set aside' if reason in report.aside else 'left out'}: {count:,} × {reason}", markup=False)
     out.print(
-        f"{report.requests:,} requests, {report.tokens_in:,} tokens in and {report.tokens_out:,} out in all runs"
+        f"{report.requests:,} request{'s' * (report.requests != 1)}, {report.tokens_in:,} tokens in and "
+        f"{report.tokens_out:,} out in all runs"
         + (f": US${report.dollars:,.4f}" if report.dollars is not None else "")
         + (f" ({report.unmetered:,} requests counted at most)" if report.unmetered else ""),
         soft_wrap=True,
     )
-    left = (
-        f"{report.left:,} rows are left ({report.stopped or 'videos came meanwhile'}): the same command resumes there"
-    )
+    left = f"{report.left:,} rows are left ({report.stopped or 'videos came meanwhile'}): the same command resumes"
     out.print(left if report.left else f"the rows are in {target}", soft_wrap=True, markup=False)
     write_json(json, {"estimate": plan | {"dollars": cost}, "model": model} | asdict(report))
     if report.stopped == "interrupted":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError
@@ -29,21 +30,18 @@ if TYPE_CHECKING:
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: shared.Model = "testbed",
+    model: shared.Model = None,
     method: Annotated[
         str,
         typer.Option(
             "--methods",
             "--method",
-            help="A method (vidsieve list), name:variant, a policy, or 'full'; several of them, or 'all', are "
-            "compared with all tokens.",
+            help="Method (vidsieve list), name:variant, policy or 'full'; several, or 'all': compared.",
         ),
     ] = "divprune",
     policy: Annotated[
         str | None,
-        typer.Option(
-            help="Folder of the trained policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False
-        ),
+        typer.Option(help="Folder of the policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False),
     ] = None,
     retention: shared.Retention = "0.25",
     earliest: shared.Earliest = False,
@@ -51,10 +49,12 @@ def ask(
     frames: shared.Frames = None,
     fps: shared.Fps = None,
     layout: shared.Layout = None,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = None,
     max_new_tokens: shared.NewTokens = 64,
     repeats: Annotated[
         int | None,
-        typer.Option(help="Of several methods: counted rounds, after a warm-up.", min=1, show_default="3"),
+        typer.Option(help="Of several methods: timed rounds, after one warm-up.", min=1, show_default="3"),
     ] = None,
     picture: Annotated[
         Path | None,
@@ -63,12 +63,13 @@ def ask(
         ),
     ] = None,
     overlay: Annotated[
-        Path | None, typer.Option(help="Write the frames with kept tokens lit here, as an mp4.", show_default=False)
+        Path | None,
+        typer.Option(help="Write the frames with kept tokens highlighted here, as an mp4.", show_default=False),
     ] = None,
     contributions: Annotated[
         int,
         typer.Option(
-            help="In the report, also measure what each token contributes to the answer, on so many random subsets.",
+            help="In the report, measure each token's contribution to the answer, on N random subsets.",
             min=0,
         ),
     ] = 0,
@@ -87,6 +88,8 @@ def ask(
     shared.check_output(overlay, shared.MOVIE, [video])
     shared.check_output(report, shared.PAGE, [video])
     names = shared.words(method)
+    for name in names:
+        registry.check_known(name)
     several = len(names) > 1 or names == ["all"]
     for option, value in (("--policy", policy), ("--contributions", contributions)):
         if several and value:
@@ -100,22 +103,25 @@ def ask(
         raise OutputError("--contributions are drawn in the report: give --report out.html too")
     shared.set_threads(threads)
     from vidsieve import answering, loading
-    from vidsieve.evaluation.conditions import check_known, known_fields, method_for, named_methods
+    from vidsieve.evaluation.conditions import known_fields, method_for, named_methods
+    from vidsieve.testbed.files import is_scene, toy_warning
 
     shared.quiet()
-    for name in names:
-        check_known(name)
+    clock = answering.Clock()
+    loaded = answering.read(video, clock, **shared.frames_asked(frames, fps))
+    model = shared.named_model(model or ("testbed" if is_scene(loaded) else None))
     chosen: dict[str, Compressor] = {}
     if several:
         chosen = named_methods(names, model, earliest=earliest)
     elif method != "full":
         chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
-    clock = answering.Clock()
-    loaded = answering.read(video, clock, frames=shared.frames_asked(frames, fps), fps=fps, max_frames=None)
-    network, processor = loading.load_model(model, layout, device="auto")
-    for note in loaded.notes:
-        shared.out.print(f"note: {escape(note)}")
+    network, processor = shared.load_model(model, layout, dtype, device)
+    notes = list(loaded.notes)
+    if loading.is_testbed(model) and (warning := toy_warning(loaded, question, processor)):
+        notes.append(warning)
+    for note in notes:
+        shared.out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
     if several:
         result, kept, sections = _compared(request, chosen, repeats or 3)
@@ -126,8 +132,11 @@ def ask(
         shared.write_pictures(loaded, grid, indices, question, picture, overlay)
     elif picture is not None:
         shared.out.print("picture: none, as no method of the list could run")
-    shared.write_report(report, question, sections, f"{video.name}, {model}", figures)
-    shared.write_json(json, result | {"video": str(video), "question": question, "model": model})
+    about = {"device": str(network.device), "dtype": str(network.dtype).removeprefix("torch.")}
+    lead = "\n".join([f"video {video.name}, model {model}, {', '.join(about.values())}", *notes])
+    shared.write_report(report, question, sections, lead, figures)
+    asked = {"video": str(video), "question": question, "model": model, **about, "notes": notes}
+    shared.write_json(json, result | asked)
 
 
 @dataclass(frozen=True)
@@ -166,9 +175,10 @@ def _answered(request: AskRequest, method: Compressor | None, clock: Clock, cont
     before, after = result.prompt_tokens
     kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
     shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    shared.out.print(
-        "  ".join(f"{part} {result.ms.get(part, 0.0):.1f} ms" for part in answering.PARTS), highlight=False
-    )
+    spent = {part: result.ms.get(part, 0.0) for part in answering.PARTS}
+    spent["total"] = sum(spent.values())
+    times = "  ".join(f"{part} {ms:.1f}" for part, ms in spent.items())
+    shared.out.print(f"ms: {times}", highlight=False)
     measured = _contributions(request, contributions) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()

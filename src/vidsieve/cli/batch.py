@@ -10,6 +10,8 @@ import typer
 
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
+    Device,
+    Dtype,
     Earliest,
     Fps,
     Layout,
@@ -21,6 +23,7 @@ from vidsieve.cli.shared import (
     Threads,
     check_output,
     err,
+    named_model,
     out,
     quiet,
     set_threads,
@@ -29,6 +32,7 @@ from vidsieve.cli.shared import (
 from vidsieve.errors import ModelError, OutputError
 from vidsieve.io.limits import Limits
 from vidsieve.io.stopping import stop_on_signal
+from vidsieve.registry import check_known
 from vidsieve.retention import parse_budget
 
 if TYPE_CHECKING:
@@ -38,15 +42,11 @@ if TYPE_CHECKING:
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help='Rows {"video", "question", "options"?, …}.')],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The rows in their order, with answers.")],
-    model: Model = "testbed",
-    method: Annotated[
-        str, typer.Option(help="A method (vidsieve list), name:variant, a policy, or 'full'.")
-    ] = "divprune",
+    model: Model = None,
+    method: Annotated[str, typer.Option(help="Method (vidsieve list), name:variant, policy or 'full'.")] = "divprune",
     policy: Annotated[
         str | None,
-        typer.Option(
-            help="Folder of the trained policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False
-        ),
+        typer.Option(help="Folder of the policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False),
     ] = None,
     retention: Retention = "0.25",
     earliest: Earliest = False,
@@ -58,7 +58,8 @@ def batch(
     readers: Annotated[
         int, typer.Option(help="Decoding threads; at most twice as many decoded videos wait.", min=1)
     ] = 2,
-    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1; auto: a GPU if any.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
     video_root: Annotated[
         Path | None, typer.Option(help="Folder that the rows' paths start from.", show_default="that of the file")
     ] = None,
@@ -77,16 +78,17 @@ def batch(
 ) -> None:
     """Answer questions about many videos with pruned prompts; a run that was stopped or killed can be resumed.
 
-    Rows that cannot be answered are written to OUT.failed.jsonl with the reason. OUT.journal.jsonl holds the rows done
-    so far: the same command resumes from it. OUT is written at the end.
+    Rows that cannot be answered are written to OUT.failed.jsonl with the reason, and the exit code is 1.
+    OUT.journal.jsonl holds the rows done so far: the same command resumes from it. OUT is written at the end.
     """
+    name = named_model(model)
+    check_known(method)
     if target.suffix != ".jsonl":
         raise OutputError(f"cannot write {target}: its name must end in .jsonl")
-    from vidsieve.evaluation.conditions import check_known
-    from vidsieve.serving.batch import answer_file, beside
+    from vidsieve.serving.batch import answer_file, side_files
     from vidsieve.serving.batch_groups import BatchSettings, answer_groups
 
-    amount, (failed, journal) = parse_budget(retention), beside(target)
+    amount, (failed, journal) = parse_budget(retention), side_files(target)
     for path in (target, failed, journal):
         check_output(path, reads=[source])
     answer = answer_groups
@@ -99,11 +101,21 @@ def batch(
         answer = partial(answer_on_ray, workers=ray)
     set_threads(threads)
     quiet()
-    check_known(method)
     settings = BatchSettings(
-        model, method, policy, amount, earliest, frames, fps, max_new_tokens, size, layout=layout, device=device
+        name,
+        method,
+        policy,
+        amount,
+        earliest,
+        frames,
+        fps,
+        max_new_tokens,
+        size,
+        layout=layout,
+        device=device,
+        dtype=dtype,
     )
-    note = partial(err.print, "stopping after the group in work; Ctrl-C again stops at once", soft_wrap=True)
+    note = partial(err.print, "stopping after the current group; Ctrl-C again stops at once", soft_wrap=True)
     with stoppable(journal), stop_on_signal(note) as flag, Bar("rows", None) as update:
         report = answer_file(
             source,
@@ -116,15 +128,15 @@ def batch(
             stop=lambda: flag.stop,
         )
     _print(report, target, failed, journal)
-    if report.stopped:
-        raise typer.Exit(130)
+    if report.stopped or report.failed:
+        raise typer.Exit(130 if report.stopped else 1)
 
 
 def _print(report: BatchReport, target: Path, failed: Path, journal: Path) -> None:
     failures = f", {report.failed:,} failed" if report.failed else ""
     done = f"{report.answered:,} of {report.rows:,} rows answered{failures}"
     if report.stopped:
-        text = f"stopped: {done}; they are in {journal}: the same command goes on from there"
+        text = f"stopped: {done}; they are in {journal}: the same command resumes"
     elif not report.written:
         text = f"{target} is finished already: {done}; nothing was done"
     else:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 import typer
 
+from vidsieve import registry
 from vidsieve.cli import shared
-from vidsieve.errors import EvaluationError, UnknownNameError
+from vidsieve.errors import EvaluationError
 from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
 
-DTYPES = ("float32", "bfloat16", "float16")
 EXTRA = {"allow_extra_args": True}
 """Lets `bench pipeline clip.mp4`, the command's old form, be answered with its new one."""
 
@@ -24,10 +24,10 @@ def bench(
     video: Annotated[
         Path | None, typer.Argument(help="A video file; default: a generated moving picture.", show_default=False)
     ] = None,
-    model: Annotated[str, typer.Option(help="Folder or hub id of a model; 'testbed' for ours.")] = "testbed",
+    model: Annotated[str, typer.Option(help=shared.MODEL)] = "testbed",
     random_weights: Annotated[
         str | None,
-        typer.Option(help="A published size instead, with random weights: qwen2.5-vl-7b, ….", show_default=False),
+        typer.Option(help="A published size instead, with random weights, such as qwen2.5-vl-7b.", show_default=False),
     ] = None,
     methods: Annotated[
         str, typer.Option(help="Names, name:variant, policies, or 'all' that need no further file.")
@@ -41,14 +41,13 @@ def bench(
     ] = "16,32",
     clip: Annotated[str, typer.Option(help="Size of the generated picture: width x height x seconds.")] = "640x360x10",
     new_tokens: Annotated[int, typer.Option(help="Tokens of every answer.", min=1)] = 8,
-    repeats: Annotated[int, typer.Option(help="Counted rounds.", min=1)] = 3,
-    warm_up: Annotated[int, typer.Option(help="Rounds before them.", min=0)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed rounds, after one warm-up.", min=1)] = 3,
     attention: Annotated[
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
     layout: shared.Layout = None,
-    dtype: Annotated[str, typer.Option(help="Computing type: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.")] = "auto",
+    dtype: Annotated[str, shared.dtype_option(default="float32")] = "float32",
+    device: shared.Device = "auto",
     folder: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False),
@@ -61,7 +60,7 @@ def bench(
     """Time every part from the file to the answer, methods in turns with all tokens, random and downsample."""
     if str(video) in ("pipeline", "select"):
         raise EvaluationError(
-            f"`bench {video}` is part of `bench` now: run `vidsieve bench`; selecting is a column of it"
+            f"`bench {video}` is part of `bench` now: run `vidsieve bench`; selection is a column of it"
         )
     if context.args:
         raise EvaluationError(f"one video at a time: leave {' '.join(context.args)} out")
@@ -74,17 +73,15 @@ def bench(
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")
-    if dtype not in DTYPES:
-        raise UnknownNameError("dtype", dtype, DTYPES)
-    shared.set_threads(threads)
-    import torch
-
-    from vidsieve.evaluation.conditions import check_known, conditions_of, named_methods
-
     names = shared.words(methods)
     names = [*(name for name in ("random", "downsample") if name not in names), *names]
     for name in names:
-        check_known(name)
+        registry.check_known(name)
+    shared.set_threads(threads)
+    import torch
+
+    from vidsieve.evaluation.conditions import conditions_of, named_methods
+
     shared.quiet()
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.tasks.timing import TimingTask
@@ -107,12 +104,11 @@ def bench(
             lengths=counts,
             prompts=prompts,
             repeats=repeats,
-            warm_up=warm_up,
             new_tokens=new_tokens,
             seed=seed,
             about=about,
         )
-        lead = f"{name}, {about['device']}"
+        lead = f"model {name}, on {about['device']}"
         shared.run_task(task, conditions, "rounds", folder=folder, report=report, lead=lead, json=json)
 
 
@@ -127,10 +123,9 @@ def _loaded(
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
     """Return a model, and what makes its inputs of a video."""
     from vidsieve.answering import chat
-    from vidsieve.loading import load_model
 
     if random_weights is None:
-        network, processor = load_model(model, layout, dtype, device)
+        network, processor = shared.load_model(model, layout, dtype, device)
         return network, lambda video: chat(processor, video, "What happens in the video?")
     return timed_model(random_weights, dtype, device, seed, layout)
 

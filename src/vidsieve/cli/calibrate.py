@@ -30,7 +30,9 @@ def calibrate(
         float, typer.Option(help="Accuracy that may be lost on average over videos.", min=0, max=1)
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="Chance that the bound holds.", min=0, max=1)] = 0.9,
-    model: shared.Model = "testbed",
+    model: shared.Model = None,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = None,
     frames: Annotated[int, typer.Option(help="Frames taken evenly from each video.", min=1)] = 32,
     answer: Annotated[
         str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
@@ -51,6 +53,8 @@ def calibrate(
     """Fit a rule from a video's scores to its retention, and bound what it loses, for --retention calibrated."""
     if not (0 < tolerate < 1 and 0 < confidence < 1):
         raise EvaluationError(f"--tolerate and --confidence lie between 0 and 1, got {tolerate:g} and {confidence:g}")
+    model = shared.named_model(model)
+    registry.check_known(method)
     shared.check_output(json, reads=[data])
     shared.check_output(save, reads=[data])
     folder = folder or Path("runs/calibrate")
@@ -60,18 +64,16 @@ def calibrate(
     from msgspec import to_builtins
 
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import check_known, is_policy, method_for
+    from vidsieve.evaluation.conditions import is_policy, method_for
     from vidsieve.evaluation.tasks.calibrating import CalibrationTask, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
     from vidsieve.io.hub import is_hub_name
-    from vidsieve.loading import load_model
     from vidsieve.policies import policy_folder, save_rule
 
-    check_known(method)
     items = items_of(registry.benchmarks.get("questions"), data)
     shared.quiet()
     chosen = method_for(method, model)
-    network, processor = load_model(model, device="auto")
+    network, processor = shared.load_model(model, dtype=dtype, device=device)
     task = CalibrationTask(
         registry.benchmarks.get("questions"),
         items,

@@ -13,6 +13,8 @@ from vidsieve.cli.annotate import annotate
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import (
     PICTURES,
+    Device,
+    Dtype,
     Json,
     MaxPixels,
     MaxRow,
@@ -21,6 +23,8 @@ from vidsieve.cli.shared import (
     check_free,
     check_output,
     err,
+    load_model,
+    named_model,
     out,
     parse_share,
     quiet,
@@ -30,7 +34,7 @@ from vidsieve.cli.shared import (
     write_json,
 )
 from vidsieve.errors import TrainingError, UnknownNameError
-from vidsieve.io.files import writing
+from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
 
@@ -56,9 +60,7 @@ def _root() -> None:
 def check(
     source: Annotated[
         Path,
-        typer.Argument(
-            help="Video-R1-260k, LLaVA-Video-178K, LLaVA-OneVision-Data, Koala-36M, or JSON lines, as published."
-        ),
+        typer.Argument(help="Video-R1, LLaVA-Video, LLaVA-OneVision, Koala-36M, or JSON lines, as published."),
     ],
     video_root: VideoRoot = None,
     frames: Annotated[int, typer.Option(help="Frames read from each video, as in training.", min=1)] = 16,
@@ -94,7 +96,7 @@ def check(
     videos = ""
     if result.videos:
         good, hours = result.videos - skipped.videos.total(), result.seconds / 3600
-        length = f", {hours:.1f} hours" if hours >= 1 else f", {result.seconds:.0f} s"
+        length = f", {hours:.1f} hours of video" if hours >= 1 else f", {result.seconds:.0f} s of video"
         state = "there" if quick else f"readable{length}"
         videos = f"; {good:,} of {result.videos:,} videos and images are {state}"
     out.print(f"{result.usable:,} of {result.rows:,} rows can be used{videos}", highlight=False)
@@ -105,7 +107,13 @@ def check(
         fields = ("question", "options", "answer", "prompt", "caption")
         row = "; ".join(f"{key}: {value!r:.160}" for key, value in result.example.items() if key in fields)
         say(f"first row: {row}")
-    write_json(json, vars(result) | skipped.as_dict())
+    write_json(json, vars(result) | counts_of(skipped))
+
+
+def counts_of(skipped: Skipped) -> dict[str, Any]:
+    """Return what was left out, for JSON."""
+    counts = skipped.as_dict()
+    return {"faulty_videos": counts.pop("videos"), **counts}
 
 
 def _print_skipped(skipped: Skipped) -> None:
@@ -119,9 +127,7 @@ def filter_prompts(
     target: Annotated[Path, typer.Argument(help="File of JSON lines to write, with the rows that are left.")],
     model: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Model that answers without the video; give it twice for two models.", show_default="testbed"
-        ),
+        typer.Option(help="Model that answers without the video; give it twice for two models.", show_default=False),
     ] = None,
     rule: Annotated[
         str, typer.Option(help="Drop a question when 'any' of the models answers it blindly, or 'all'.")
@@ -132,15 +138,14 @@ def filter_prompts(
     ] = 1,
     right_in: Annotated[
         int | None,
-        typer.Option(help="Right answers that make a model answer blindly.", min=1, show_default="all of them"),
+        typer.Option(help="Correct answers that make a model answer blindly.", min=1, show_default="all of them"),
     ] = None,
     temperature: Annotated[float, typer.Option(help="Of drawn answers.")] = 1.0,
     batch: Annotated[int, typer.Option(help="Questions in one call of a model.", min=1)] = 16,
     video_root: VideoRoot = None,
     share: Share = None,
-    device: Annotated[
-        str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")
-    ] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = None,
     threads: Threads = 0,
     max_row: MaxRow = Limits.row,
     json: Json = None,
@@ -150,25 +155,24 @@ def filter_prompts(
     Answers are kept in TARGET.blind, 32 questions at a time: the same command resumes there, with --share or torchrun
     in several processes at once, and asks nothing again when only --rule or --right-in changes.
     """
+    names = model or [named_model(None)]
     check_output(json, reads=(source,))
     check_output(target, (".jsonl",), reads=(source,))
-    mine, work = parse_share(share), target.with_name(f"{target.name}.blind")
+    mine, work = parse_share(share), beside(target, "blind")
     check_free(shard_path(work, mine))
     set_threads(threads)
-    from vidsieve.loading import load_model
     from vidsieve.training.data.filtering import Rule, filter_file
     from vidsieve.training.data.skipped import Skipped
 
     if rule not in get_args(Rule):
         raise UnknownNameError("rule", rule, get_args(Rule))
     quiet()
-    names = model or ["testbed"]
     skipped = Skipped()
     with stoppable(work), Bar("answers") as update:
         result = filter_file(
             source,
             target,
-            [partial(load_model, name, device=device) for name in names],
+            [partial(load_model, name, dtype=dtype, device=device) for name in names],
             rule,  # type: ignore[arg-type]
             root=video_root,
             seeds=seeds,
@@ -192,10 +196,10 @@ def filter_prompts(
         lines.append((escape(group["source"] or "–"), escape(group["type"]), *numbers))
     out.print(table(f"{source}: without the video", columns, lines, right=range(2, len(columns))))
     for name, accuracy in zip(names, result.blind_accuracy, strict=True):
-        out.print(f"{name}: {accuracy:.1%} of blind answers are right, guessing would come to {result.chance:.1%}")
-    dropped = f"{target.name}.dropped.jsonl"
+        out.print(f"{name}: {accuracy:.1%} of blind answers are correct, guessing would come to {result.chance:.1%}")
     out.print(
-        f"{result.kept:,} of {result.questions:,} questions are left in {target}; the others are in {dropped}",
+        f"{result.kept:,} of {result.questions:,} questions are kept in {target}; "
+        f"the others are in {beside(target, 'dropped.jsonl')}",
         highlight=False,
     )
     if seeds == 1 and result.chance > 0.05:
@@ -207,7 +211,7 @@ def filter_prompts(
         )
     _print_skipped(skipped)
     settings = {"models": names, "rule": rule, "seeds": seeds, "right_in": right_in}
-    write_json(json, vars(result) | skipped.as_dict() | settings)
+    write_json(json, vars(result) | counts_of(skipped) | settings)
 
 
 @app.command("merge")
@@ -223,7 +227,7 @@ def merge(
     video_root: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder that paths start from; once for each file, in their order. Default: that of each file.",
+            help="Folder that paths start from, once for each file; default: that of each.",
             show_default=False,
         ),
     ] = None,
@@ -249,7 +253,7 @@ def merge(
         say(f"{number:,} rows of {name}")
     _print_skipped(skipped)
     say(f"{sum(rows.values()):,} rows are in {target}")
-    write_json(json, {"rows": rows, "seed": seed} | skipped.as_dict())
+    write_json(json, {"rows": rows, "seed": seed} | counts_of(skipped))
 
 
 @app.command("pseudo")
@@ -257,8 +261,7 @@ def pseudo_videos(
     sources: Annotated[
         list[Path],
         typer.Argument(
-            help='LLaVA-OneVision-Data (JSON or Parquet) or JSON lines of {"image": path, "caption": …}, one or more; '
-            "last, the file of pseudo-videos to write, as JSON lines for `train score`."
+            help='Captioned images (LLaVA-OneVision, or JSON lines of "image", "caption"); last, the target.'
         ),
     ],
     count: Annotated[

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import typer
 
-from vidsieve.cli.shared import Json, check_output, write_json
+from vidsieve.cli.shared import Json, check_output, out, write_json
 
 
 def doctor(json: Json = None) -> None:
@@ -31,7 +31,8 @@ def doctor(json: Json = None) -> None:
         findings += rows
         words = {None: "", True: "ok", False: "untested" if title == "versions" else "fails"}
         width = max(len(row.name) for row in rows)
-        print(title, *(f"  {row.name:{width}}  {words[row.ok]:8}  {row.state}" for row in rows), sep="\n", flush=True)
+        lines = [title, *(f"  {row.name:{width}}  {words[row.ok]:8}  {row.state}" for row in rows)]
+        out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     write_json(json, {"findings": [asdict(row) for row in findings]})
     if any(row.ok is False for row in findings if row.kind != "version"):
         raise typer.Exit(1)

@@ -38,6 +38,7 @@ ONLY_BENCHMARKS = (
     "indices",
     "layout",
     "device",
+    "dtype",
 )
 
 
@@ -129,9 +130,8 @@ def evaluate(
     ] = None,
     share: shared.Share = None,
     layout: Annotated[str | None, shared.layout_option(SETS)] = None,
-    device: Annotated[
-        str, typer.Option(help="A device of torch; 'auto': a GPU where there is one.", rich_help_panel=SETS)
-    ] = "auto",
+    device: Annotated[str, shared.device_option(SETS)] = "auto",
+    dtype: Annotated[str | None, shared.dtype_option(SETS)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
     max_pixels: shared.MaxPixels = Limits.pixels,
     threads: shared.Threads = 0,
@@ -152,6 +152,8 @@ def evaluate(
     given: dict[str, Any] = (TESTBED if task == "testbed" else BENCHMARK) | {
         name: value for name, value in options.items() if value is not None
     }
+    for name in shared.words(given["methods"]):
+        registry.check_known(name)
     shared.check_output(json, reads=[data])
     shared.check_output(report, shared.PAGE, [data])
     if task == "testbed":
@@ -186,8 +188,9 @@ def evaluate(
             earliest=earliest,
             layout=layout,
             device=device,
+            dtype=dtype,
         )
-    units, lead = "scenes" if data is None else "videos", str(given.get("model") or protocol)
+    units, lead = "scenes" if data is None else "videos", f"model {given.get('model') or protocol}"
     shared.run_task(what, conditions, units, folder=folder, share=shard, report=report, lead=lead, json=json)
 
 
@@ -197,21 +200,19 @@ def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool)
         raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
     ratios, names = parse_retentions(given["retention"]), shared.words(given["methods"])
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import check_known, check_prefill, named_methods
+    from vidsieve.evaluation.conditions import check_prefill, named_methods
     from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
-    from vidsieve.loading import is_testbed, load_model
+    from vidsieve.loading import is_testbed
     from vidsieve.testbed.world import world_of
 
     world_of(world)
-    for name in names:
-        check_known(name)
     if "all" not in names and "random" not in names:
         names = ["random", *names]
     shared.quiet()
     name = given["model"] if is_testbed(given["model"]) else "testbed"
     methods = named_methods(names, name, earliest=earliest, prefill=True)
     check_prefill(methods)
-    model, processor = load_model(given["model"])
+    model, processor = shared.load_model(given["model"], device="cpu")
     task = ScenesTask(adapter_for(model), processor, world, given["seed"], given["subset"], given["model"])
     return task, scene_conditions(methods, ratios, probes)
 
@@ -232,6 +233,7 @@ def _questions(
     earliest: bool,
     layout: str | None,
     device: str,
+    dtype: str | None,
 ) -> tuple[Task, Sequence[Condition]]:
     """Return a published set of questions, and every method at every retention and number of frames."""
     counts = [_count(word) for word in shared.words(frames)]
@@ -239,20 +241,16 @@ def _questions(
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import check_known, conditions_of, named_methods
+    from vidsieve.evaluation.conditions import conditions_of, named_methods
     from vidsieve.evaluation.protocols import protocol as protocol_of
     from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
-    from vidsieve.loading import load_model
 
     model, names = given.get("model"), shared.words(given["methods"])
     if protocol is not None:
         fixed = protocol_of(protocol)
         counts, tokens_per_frame, model = [fixed.frames], fixed.tokens_per_frame, model or fixed.model
         layout = layout or fixed.layout
-    if model is None:
-        raise EvaluationError("which model? Give --model, or a paper's --protocol")
-    for word in names:
-        check_known(word)
+    model = shared.named_model(model)
     benchmark = registry.benchmarks.get(name)
     items = items_of(
         benchmark,
@@ -265,7 +263,7 @@ def _questions(
     shared.quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
     methods = named_methods(listed, model, earliest=earliest)
-    network, processor = load_model(model, layout, device=device)
+    network, processor = shared.load_model(model, layout, dtype, device)
     adapter = adapter_for(network)
     if tokens_per_frame is not None:
         adapter.limit_frames(processor, tokens_per_frame)

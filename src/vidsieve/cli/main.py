@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import re
 import sys
 from typing import Annotated, Any
 
@@ -29,8 +31,8 @@ from vidsieve.io import faults
 app = typer.Typer(
     name="vidsieve",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Make video language models fast: keep the video tokens that an answer depends on.",
 )
 
@@ -53,8 +55,10 @@ def root(
     debug: Annotated[
         bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show the traceback of unexpected errors.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors, no notes and no progress.")] = False,
 ) -> None:
     """Make video language models fast: keep the video tokens that an answer depends on."""
+    out.stderr, out.quiet, err.quiet = False, False, quiet
 
 
 app.command("demo")(demo_command.demo)
@@ -104,6 +108,23 @@ def method_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def front_rows() -> list[dict[str, Any]]:
+    """Return the properties of every registered front, which acts before or inside the vision encoder."""
+    fronts = {name: registry.fronts.get(name) for name in registry.fronts}
+    return [
+        {"name": name, "stage": front.stage.value, "about": (inspect.getdoc(front) or "").partition("\n")[0]}
+        for name, front in fronts.items()
+    ]
+
+
+def family_title(name: str) -> str:
+    """Return a registered family's name as its authors write it: "Qwen2_5_VLForConditional…" is "Qwen2.5-VL"."""
+    model, _, layout = name.partition(":")
+    title = re.sub(r"(?<=\d)_(?=\d)", ".", model.removesuffix("ForConditionalGeneration")).strip("_").replace("_", "-")
+    title = re.sub(r"(?<=\d)(?=VL)", "-", title)
+    return f"{title} ({layout})" if layout else title
+
+
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     question, trained = ("yes" if row[name] else "–" for name in ("question", "trained"))
     return row["name"], row["stage"], question, trained, ", ".join(row["variants"]), row["paper"]
@@ -122,38 +143,69 @@ def list_methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     json: Json = None,
 ) -> None:
-    """List the methods and model families."""
+    """List the methods, fronts and model families."""
     check_output(json)
     rows = method_rows()
     if markdown:
-        print(method_markdown())
+        out.print(method_markdown(), markup=False, highlight=False, soft_wrap=True)
     else:
+        fronts = [tuple(row.values()) for row in front_rows()]
         columns = ("method", "acts", "question", "trained", "variants", "paper")
         out.print(table("methods", columns, map(_cells, rows)))
-        out.print(f"model families: {', '.join(registry.families)}")
-    write_json(json, {"methods": rows, "families": registry.families.names()})
+        out.print(table("fronts: alone, or before a method as FRONT+METHOD", ("front", "acts", "what it does"), fronts))
+        out.print(f"model families: {', '.join(map(family_title, registry.families))}", highlight=False)
+    write_json(json, {"methods": rows, "fronts": front_rows(), "families": registry.families.names()})
+
+
+UsageError: Any = typer.BadParameter.__base__
+"""click's, of which typer has a copy of its own."""
+
+
+def usage_text(error: Any) -> str:
+    """Return an error of the option parser in one line, with what to run next."""
+    text, context = " ".join(error.format_message().split()).rstrip("."), error.ctx
+    if context is None:
+        return text
+    option, root = getattr(error, "option_name", None), context.find_root()
+    if option is not None and context is root:
+        command = next((word for word in sys.argv[1:] if word in context.command.commands), "COMMAND")
+        return f"{text}: options of a command stand after it, as in `{root.info_name} {command} {option} …`"
+    if any(option in param.opts for param in root.command.params):
+        return f"{text}: it stands before the command, as in `{root.info_name} {option} {context.info_name} …`"
+    return f"{text}{'' if text.endswith('?') else ';'} see `{context.command_path} --help`"
+
+
+def print_error(text: str) -> None:
+    """Print an error in one line, whatever the names in it hold."""
+    err.quiet = False
+    err.print(f"[bold red]error:[/] {escape(' '.join(text.splitlines()))}", soft_wrap=True, highlight=False)
 
 
 def main(app: typer.Typer = app) -> None:
-    """Run a command line; a `VidsieveError` ends it with its text and exit code 2, without a traceback.
+    """Run a command line, and end with its exit code.
 
-    Exit code 1: some part of the command failed, such as one method among several, or an error was not expected; its
-    traceback is shown with ``--debug``.
+    0: done. 1: part of it failed, such as one method among several or rows of a batch, or an error was not expected;
+    its traceback is shown with ``--debug``. 2: a `VidsieveError`, or a mistake in the command, printed in one line.
+    130: interrupted.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal whose encoding lacks a character
     try:
-        app()
-    except SystemExit as end:
-        sys.exit(1 if faults.seen and not end.code else end.code)
+        code = app(prog_name=app.info.name, standalone_mode=False)
+        sys.exit(code or int(faults.seen))
+    except UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            print_error(usage_text(error))
+        sys.exit(2)
     except VidsieveError as error:
         if faults.debug:
             raise
-        # A name in the text may hold newlines, and could write lines of its own.
-        err.print(f"[bold red]error:[/] {escape(' '.join(str(error).splitlines()))}", soft_wrap=True)
+        print_error(str(error))
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:
@@ -161,5 +213,5 @@ def main(app: typer.Typer = app) -> None:
     except Exception as error:
         if faults.debug:
             raise
-        err.print(f"[bold red]error:[/] {escape(faults.described(error))}", soft_wrap=True)
+        print_error(faults.described(error))
         sys.exit(1)

@@ -13,6 +13,8 @@ from vidsieve.retention import parse_retentions
 
 UNITS = {"flops": ("TFLOPs", 1e12), "bytes": ("MB", 1e6), "s": ("ms", 1e-3)}  # by the last word of a figure's name
 
+LABELS = {"encoder": "encode", "decode": "generate a token", "kv": "KV cache"}
+
 
 def plan(
     model: Annotated[
@@ -52,12 +54,13 @@ def plan(
         part, _, last = name.rpartition("_")
         unit, one = UNITS.get(last, ("", 1))
         values = (_shown(row[name], one) for row in rows)
-        lines.append((f"{part}, {unit}" if unit else name.replace("_", " "), *values))
+        label = (part if unit else name).replace("_", " ").replace("llm", "LLM")
+        lines.append((f"{LABELS.get(label, label)}, {unit}" if unit else label, *values))
     columns = ("", *(f"{100 * row['retention']:g} %" for row in rows))
     title = f"{escape(model)} on {escape(gpu)}, {frames} frames: predicted"
     out.print(table(title, columns, lines, right=range(1, len(columns))))
     out.print("\n".join(f"- {line}" for line in result["assumptions"]), soft_wrap=True, markup=False)
-    write_json(json, result)
+    write_json(json, result | {"rows": rows})
 
 
 def _shown(value: float | None, unit: float) -> str:

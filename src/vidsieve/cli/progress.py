@@ -100,22 +100,49 @@ class Progress:
         return table
 
 
+MINUTE = 60.0
+"""Seconds between two lines of a `Bar` where there is no terminal."""
+
+
 class Bar:
-    """A bar on stderr, shown while entered; entering returns a function of (done, total) that updates it."""
+    """A bar on stderr, or a line a minute where that is no terminal, while entered.
+
+    Entering returns a function of (done, total) that updates it.
+    """
 
     def __init__(self, what: str, total: int | None = 1) -> None:
         # Imported here so that commands without a bar start faster.
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        self.what, self.total = what, total
         self.bar = RichProgress(
             TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err, transient=True
         )
         self.task = self.bar.add_task(what, total=total)
+        self.began = self.said = time.monotonic()
+        self.first: int | None = None
 
     def __enter__(self) -> Callable[..., None]:
+        if not err.is_terminal:
+            return self._line
         self.bar.start()
         return lambda done, total=None: self.bar.update(self.task, completed=done, total=total)
 
+    def _line(self, done: int, total: int | None = None) -> None:
+        """Print how far the work is, if the last line is a minute old."""
+        self.total, now = total if total is not None else self.total, time.monotonic()
+        if self.first is None:  # a resumed run begins with what is done
+            self.first, self.began = done, now
+        if now - self.said < MINUTE:
+            return
+        self.said, fresh = now, done - self.first
+        left = ""
+        if self.total is not None and fresh > 0:
+            left = f", {clock(seconds_left(now - self.began, fresh, self.total - done))} left"
+        of = f" of {self.total:,}" if self.total is not None else ""
+        err.print(f"{self.what}: {done:,}{of}{left}", highlight=False, soft_wrap=True)
+
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if err.is_terminal:
+            self.bar.stop()

@@ -13,9 +13,9 @@ from vidsieve.io.files import locked
 
 def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a run of `eval`, `bench` or `train`.")],
-    page: Annotated[Path, typer.Argument(help="The page to write (HTML, one file).")],
+    page: Annotated[Path, typer.Argument(help="The self-contained HTML report to write.")],
     videos: Annotated[
-        int, typer.Option(help="Also show kept tokens on the first so many videos, of a run with --indices.", min=0)
+        int, typer.Option(help="Also show kept tokens on the first N videos, of a run with --indices.", min=0)
     ] = 0,
     figures: shared.Figures = None,
 ) -> None:

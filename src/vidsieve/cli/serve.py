@@ -37,12 +37,11 @@ def serve(
             show_default="0.25",
         ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of methods that draw.", show_default="0")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="0")] = None,
     on_error: Annotated[
         str | None,
         typer.Option(
-            help="If the method raises on a request's video: 'fail' returns an error, 'uniform' answers from the "
-            "tokens that uniform keeps. Both are logged and counted.",
+            help="If the method raises on a video: 'fail' returns an error, 'uniform' prunes uniformly instead.",
             show_default="fail",
         ),
     ] = None,

@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.markup import escape
 from rich.segment import Segment
 
-from vidsieve.errors import EvaluationError, OutputError, PromptError, VidsieveError
+from vidsieve.errors import (
+    EvaluationError,
+    ModelError,
+    OutputError,
+    PromptError,
+    UnknownNameError,
+    VidsieveError,
+)
 from vidsieve.io.files import locked, writing
 from vidsieve.io.limits import limits
 from vidsieve.io.texts import printable
@@ -46,23 +55,69 @@ class PlainConsole(Console):
 out = PlainConsole(width=None if sys.stdout.isatty() else 120)
 err = PlainConsole(stderr=True)
 
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.", show_default=False)]
+
+def _json_place(path: Path | None) -> Path | None:
+    """Print for people on stderr where the JSON goes to stdout."""
+    out.stderr, out.quiet = path == STDOUT, path == STDOUT and err.quiet
+    return path
+
+
+STDOUT = Path("-")
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the result as JSON to this file; '-': to stdout, and the text to stderr.",
+        show_default=False,
+        callback=_json_place,
+    ),
+]
 Share = Annotated[
     str | None,
-    typer.Option("--share", help="2/4: the second of four processes; torchrun's ranks by default.", show_default=False),
+    typer.Option("--share", help="2/4: shard 2 of 4 processes; torchrun's ranks by default.", show_default=False),
 ]
 Report = Annotated[
-    Path | None, typer.Option("--report", help="Write a page to look at here (HTML, one file).", show_default=False)
+    Path | None, typer.Option("--report", help="Write a self-contained HTML report.", show_default=False)
 ]
 Figures = Annotated[
     Path | None,
-    typer.Option("--figures", help="Write the report's charts into this folder, as PNG and SVG.", show_default=False),
+    typer.Option("--figures", help="Write the report's charts as PNG and SVG into this folder.", show_default=False),
 ]
 Threads = Annotated[int, typer.Option("--threads", help="CPU threads; 0 = torch's default.", min=0)]
-Model = Annotated[
-    str, typer.Option("--model", help="Folder or hub id of a model of a supported family; 'testbed' for ours.")
+MODEL = "Folder or hub id of a model of a supported family; 'testbed': a toy for its own scenes."
+Model = Annotated[str | None, typer.Option("--model", help=MODEL, show_default=False)]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def known_dtype(value: str | None) -> str | None:
+    """Return the value of an option ``--dtype``.
+
+    Raises
+    ------
+    UnknownNameError
+    """
+    if value is not None and value not in DTYPES:
+        raise UnknownNameError("dtype", value, DTYPES)
+    return value
+
+
+def device_option(panel: str | None = None) -> Any:
+    """Return the option ``--device``, in a panel of the help."""
+    about = "Where the model runs: cpu, cuda, cuda:1; auto: a GPU if there is one."
+    return typer.Option("--device", help=about, rich_help_panel=panel)
+
+
+def dtype_option(panel: str | None = None, default: str = "as in the model's files") -> Any:
+    """Return the option ``--dtype``, in a panel of the help."""
+    about = f"Number type of the model: {', '.join(DTYPES)}."
+    return typer.Option("--dtype", help=about, show_default=default, callback=known_dtype, rich_help_panel=panel)
+
+
+Device = Annotated[str, device_option()]
+Dtype = Annotated[str | None, dtype_option()]
+Frames = Annotated[
+    int | None, typer.Option("--frames", help="Frames taken evenly; with --fps at most this many.", show_default="16")
 ]
-Frames = Annotated[int | None, typer.Option("--frames", help="Frames taken evenly from the video.", show_default="16")]
 
 
 def positive(param: typer.CallbackParam, value: float | None) -> float | None:
@@ -91,11 +146,9 @@ MaxRow = Annotated[
 ]
 MaxPixels = Annotated[
     int,
-    typer.Option("--max-pixels", help="Frames × height × width read from a video at most.", min=1, callback=set_limit),
+    typer.Option("--max-pixels", help="Most frames × height × width read from a video.", min=1, callback=set_limit),
 ]
-Fps = Annotated[
-    float | None, typer.Option("--fps", help="Frames per second instead.", show_default=False, callback=positive)
-]
+Fps = Annotated[float | None, typer.Option("--fps", help="Frames per second.", show_default=False, callback=positive)]
 
 
 def layout_option(panel: str | None = None) -> Any:
@@ -107,10 +160,10 @@ def layout_option(panel: str | None = None) -> Any:
 Layout = Annotated[str | None, layout_option()]
 Earliest = Annotated[
     bool,
-    typer.Option("--earliest", help="Move methods inside the LLM to earlier layers where the retention asks for it."),
+    typer.Option("--earliest", help="Move methods inside the LLM to earlier layers if the retention needs it."),
 ]
 Retention = Annotated[str, typer.Option("--retention", help="Fraction of video tokens kept, or a count such as 512t.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of methods that draw.")]
+Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
 
@@ -147,7 +200,7 @@ def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[P
     ------
     OutputError
     """
-    if path is None:
+    if path is None or (path == STDOUT and not kinds):
         return
     if any(other is not None and os.path.exists(other) and path.resolve() == other.resolve() for other in reads):
         raise OutputError(f"{path} would overwrite the file that is read: name another one")
@@ -184,7 +237,7 @@ def stoppable(kept: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        results = f"the results so far are in {kept}: the same command goes on from there"
+        results = f"the results so far are in {kept}: the same command resumes"
         err.print(f"stopped; {results if kept is not None else 'nothing is kept without --out'}", soft_wrap=True)
         raise typer.Exit(130) from None
 
@@ -223,9 +276,12 @@ def run_task(
     if folder is not None:
         out.print(f"written: {folder}")
     if report is not None:
+        from vidsieve.report.runs import run_page
         from vidsieve.report.sections import result_sections
 
-        write_report(report, table.title, lambda: result_sections(table), lead)
+        with_answers = None if "benchmark" not in table.result else folder
+        sections = result_sections(table) if with_answers is None else run_page(with_answers)[1]
+        write_report(report, table.title, lambda: sections, lead)
     write_json(json, table.to_json())
     return table
 
@@ -257,13 +313,17 @@ def write_pictures(
 
 
 def write_json(path: Path | None, value: Any) -> None:
-    """Write `value` to `path`, if one was given; NaN and infinities become null."""
+    """Write `value` to `path`, if one was given, or to stdout for ``-``; NaN and infinities become null."""
     if path is None:
         return
     from vidsieve.evaluation.table import finite
 
+    text = json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+    if path == STDOUT:
+        sys.stdout.write(text)
+        return
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(finite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_report(
@@ -273,12 +333,15 @@ def write_report(
     if path is None and figures is None:
         return
     from vidsieve.evaluation.experiment import versions
+    from vidsieve.io.machine import machine
     from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
 
     parts = sections()
     if path is not None:
-        write_page(path, title, parts, lead=lead, command=command_line(), about=versions())
+        here = machine()
+        about = {"written": time.strftime("%Y-%m-%d %H:%M %Z"), "on": here["gpu"] or here["processor"], **versions()}
+        write_page(path, title, parts, lead=lead, command=command_line(), about=about)
         out.print(f"report: {path}")
     if figures is not None:
         drawn = [part for part in parts if part.figure is not None]
@@ -312,9 +375,37 @@ def check_question(question: str) -> None:
         raise PromptError("the question is empty: write what you want to know")
 
 
-def frames_asked(frames: int | None, fps: float | None) -> int | None:
-    """Return the number of frames to read: 16 where neither a number nor a rate was given."""
-    return 16 if frames is None and fps is None else frames
+def named_model(model: str | None) -> str:
+    """Return the model of ``--model``, which has no default for videos and questions of one's own.
+
+    Raises
+    ------
+    ModelError
+    """
+    if model is None:
+        raise ModelError(
+            "which model? Give --model: a folder, a hub id as OWNER/NAME, or 'testbed', a toy that knows only the "
+            "scenes of `vidsieve testbed render`"
+        )
+    return model
+
+
+def load_model(name: str, layout: str | None = None, dtype: Any = None, device: str = "auto") -> tuple[Any, Any]:
+    """Return `loading.load_model` of the arguments, and say on stderr that it takes its time."""
+    from vidsieve import loading
+
+    loading.check_model(name)
+    if not err.is_terminal and not loading.is_testbed(name):
+        err.print(f"loading {name}", markup=False, highlight=False, soft_wrap=True)
+    with err.status(f"loading {escape(name)}"):  # nothing where there is no terminal
+        return loading.load_model(name, layout, dtype, device)
+
+
+def frames_asked(frames: int | None, fps: float | None) -> dict[str, Any]:
+    """Return what `answering.read` takes: 16 frames where nothing was given; with a rate, `frames` is the most."""
+    if fps is None:
+        return {"frames": 16 if frames is None else frames, "fps": None, "max_frames": None}
+    return {"frames": None, "fps": fps, "max_frames": frames}
 
 
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:

@@ -29,18 +29,16 @@ def stream(
     question: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to ask at the end, or as SECONDS=QUESTION at that time; give it several times for several. "
-            "Without it the video plays at its own speed, and lines that you type are asked as they come.",
+            help="What to ask at the end, or SECONDS=QUESTION; may be repeated. Without it: the lines you type.",
             show_default=False,
         ),
     ] = None,
-    model: shared.Model = "testbed",
+    model: shared.Model = None,
+    device: shared.Device = "auto",
+    dtype: shared.Dtype = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="What decides which tokens stay: a method that scores them, name:variant, a policy folder, or one of "
-            "the baselines random, uniform and recent."
-        ),
+        typer.Option(help="What tokens stay: a method that scores, name:variant, a policy, random, uniform or recent."),
     ] = "frame_difference",
     memory: Annotated[int, typer.Option(help="Tokens kept at most.", min=1)] = 2048,
     reader: Annotated[
@@ -57,7 +55,10 @@ def stream(
     threads: shared.Threads = 0,
     json: shared.Json = None,
 ) -> None:
-    """Ask questions about a video while it is read; only its best tokens are remembered."""
+    """Ask questions about a video while it is read; only its best tokens are remembered.
+
+    Without --question the video plays at its own speed, and lines that you type are asked as they come.
+    """
     check_file(video)
     shared.check_output(json, reads=[video])
     budget = parse_budget(retention)
@@ -68,16 +69,22 @@ def stream(
     from vidsieve import loading
     from vidsieve.evaluation.conditions import method_for
     from vidsieve.streaming import BASELINES, Stream
-    from vidsieve.video.reading import read_parts
+    from vidsieve.testbed.files import is_scene, toy_warning
+    from vidsieve.video.reading import read_parts, read_video
 
     shared.quiet()
+    first = read_video(video, frames=1)
+    model = shared.named_model(model or ("testbed" if is_scene(first) else None))
+    toy = loading.is_testbed(model)
     chosen: Any = method if method in BASELINES else method_for(method, model)
     chooser = method_for(reader, model).with_retention(budget) if reader else None
-    network, processor = loading.load_model(model, layout, device="auto")
+    network, processor = shared.load_model(model, layout, dtype, device)
     watched = Stream(network, processor, chosen, memory, reader=chooser, seed=seed)
     answers: list[dict[str, Any]] = []
 
     def ask(text: str, second: float) -> None:
+        if toy and (warning := toy_warning(first, text, processor)):
+            shared.err.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
         result = watched.ask(text, max_new_tokens=max_new_tokens)
         shared.out.print(f"{second:g} s: [bold]{escape(result.text)}[/]", highlight=False)
         shared.out.print(f"  {result.memory}", highlight=False)

@@ -31,12 +31,11 @@ def render(
         str,
         typer.Option(
             "--format",
-            help="Layout of a published set: vidsieve, video-r1, llava-video, koala-36m, llava-onevision (Parquet) or "
-            "llava-images (JSON).",
+            help="vidsieve, video-r1, llava-video, koala-36m, llava-onevision (Parquet) or llava-images.",
         ),
     ] = "vidsieve",
     broken: Annotated[
-        float, typer.Option(help="Share of videos that are missing, cut short or no video; truth.json says which.")
+        float, typer.Option(help="Share of videos that are missing, cut short or damaged; truth.json says which.")
     ] = 0.0,
     leaked: Annotated[float, typer.Option(help="Share of questions that need no video; truth.json says which.")] = 0.0,
     json: Json = None,

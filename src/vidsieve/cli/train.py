@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
+from typer.models import OptionInfo
 
 from vidsieve.cli.progress import Progress
 from vidsieve.cli.shared import (
+    MODEL,
     PAGE,
-    Figures,
+    Device,
     Json,
     MaxPixels,
     MaxRow,
@@ -24,6 +27,8 @@ from vidsieve.cli.shared import (
     check_free,
     check_output,
     err,
+    load_model,
+    named_model,
     out,
     quiet,
     set_threads,
@@ -44,7 +49,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting (docs/training.md lists them); may be repeated."),
 ]
-Model = Annotated[str, typer.Option(help="Folder or hub id of the frozen model; 'testbed' for ours.")]
+Model = Annotated[str | None, typer.Option(help=MODEL, show_default="testbed without --data")]
 Data = Annotated[
     Path | None,
     typer.Option(help="File of questions or captions (see `vidsieve data check`).", show_default="the testbed"),
@@ -67,17 +72,35 @@ Cache = Annotated[
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")]
 Force = Annotated[bool, typer.Option("--force", help="With --resume: continue although settings or threads changed.")]
-LogTo = Annotated[str, typer.Option(help="Also log to 'tensorboard', 'wandb', or both (a,b).", show_default=False)]
+LogTo = Annotated[str, typer.Option(help="Also log to tensorboard, wandb, or both (a,b).", show_default=False)]
 DryRun = Annotated[
     str,
     typer.Option(
         metavar="GPU",
-        help="Train nothing; predict memory, rollouts/s and hours from the model's configuration, for 'here' (this "
-        "machine, measured) or a GPU as `vidsieve plan` has them.",
+        help="Train nothing; predict memory and hours on 'here' (this machine) or a GPU of `vidsieve plan`.",
         show_default=False,
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device of torch; 'auto': this process's GPU where there is one.")]
+
+
+PANELS = {
+    "Data": "model device data eval_data video_root pseudo cache frames hold_out world max_row max_pixels",
+    "Run": "variant set_ resume force dry_run threads max_minutes precision",
+    "Output": "log_to json report log_every save_every eval_every",
+}
+"""Panels of the help, with their options; all others are in `SETTINGS_PANEL`."""
+SETTINGS_PANEL = "Settings of the method"
+
+
+def panelled(parameter: inspect.Parameter) -> inspect.Parameter:
+    """Return a command's parameter, an option in its panel of the help."""
+    *_, option = get_args(parameter.annotation)
+    if not isinstance(option, OptionInfo):
+        return parameter
+    option = copy(option)
+    found = (panel for panel, names in PANELS.items() if parameter.name in names.split())
+    option.rich_help_panel = next(found, SETTINGS_PANEL)
+    return parameter.replace(annotation=Annotated[get_args(parameter.annotation)[0], option])
 
 
 def shown_default(method: str, item: Field[Any]) -> str:
@@ -155,7 +178,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
 
     def train(
         folder: Out,
-        model: Model = "testbed",
+        model: Model = None,
         data: Data = None,
         eval_data: EvalData = None,
         video_root: VideoRoot = None,
@@ -173,12 +196,10 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         threads: Threads = 0,
         json: Json = None,
         report: Report = None,
-        figures: Figures = None,
         **given: Any,
     ) -> None:
         import torch
 
-        from vidsieve.loading import load_model
         from vidsieve.report.sections import training_sections
         from vidsieve.training.data.encodings import MANIFEST
         from vidsieve.training.processes import is_main
@@ -186,6 +207,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         from vidsieve.training.sources import Files
         from vidsieve.training.trainer import Events
 
+        name = named_model(model or (None if data or pseudo else "testbed"))
         settings = {name: value for name, value in given.items() if value is not None}
         extra = parsed(config, set_ or [])
         if settings.keys() & extra.keys():
@@ -195,7 +217,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
             check_output(json)
             set_threads(threads)
             quiet()
-            write_json(json, predicted(method, model, settings, variant, dry_run))
+            write_json(json, predicted(method, name, settings, variant, dry_run))
             return
         refuse_sharding()
         if not is_main():  # only the main process of several prints
@@ -211,7 +233,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         set_threads(threads)
         quiet()
         dtype = torch.bfloat16 if settings.get("precision") == "bf16" else None
-        network, processor = load_model(model, dtype=dtype, device=device)
+        network, processor = load_model(name, dtype=dtype, device=device)
         try:
             with Progress(out, float(settings.get("max_minutes", 0.0))) as progress:
                 record = train_policy(
@@ -221,7 +243,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
                     folder,
                     settings,
                     variant=variant,
-                    model_name=model,
+                    model_name=name,
                     files=Files(data, eval_data, pseudo, cache, video_root),
                     resume=resume,
                     force=force,
@@ -244,7 +266,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
             out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
         if is_main():
             metrics = folder / "metrics.jsonl"
-            write_report(report, f"Training {method}", lambda: training_sections(metrics), str(folder), figures)
+            write_report(report, f"Training {method}", lambda: training_sections(metrics), str(folder))
             write_json(json, record)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -255,8 +277,9 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
     parameters = [p.replace(annotation=spoken) if p.name == "variant" else p for p in parameters]
     for item in options:
         shown = {"help": item.metadata["help"], "show_default": shown_default(method, item)}
-        annotation: Any = Annotated[type(item.default) | None, typer.Option(rich_help_panel="Settings", **shown)]
+        annotation: Any = Annotated[type(item.default) | None, typer.Option(**shown)]
         parameters.append(inspect.Parameter(item.name, keyword, default=None, annotation=annotation))
+    parameters = [panelled(p) for p in parameters]
     train.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in parameters])  # type: ignore[attr-defined]
     train.__annotations__ = {p.name: p.annotation for p in parameters}
     app.command(method, help=about)(train)

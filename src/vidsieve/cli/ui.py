@@ -15,17 +15,32 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import MaxPixels, Model, Threads, err, out, quiet, set_threads, words
+from vidsieve.cli.shared import (
+    MODEL,
+    Device,
+    Dtype,
+    MaxPixels,
+    Threads,
+    err,
+    load_model,
+    out,
+    quiet,
+    set_threads,
+    words,
+)
 from vidsieve.errors import OutputError, PluginError
 from vidsieve.io.limits import Limits
+from vidsieve.registry import check_known
 
 
 def ui(
-    model: Model = "testbed",
+    model: Annotated[str, typer.Option(help=MODEL)] = "testbed",
     methods: Annotated[
         str, typer.Option(help="Methods and policies to choose from, comma-separated; 'full' is always among them.")
     ] = "",
     frames: Annotated[int, typer.Option(help="Frames taken evenly from a video.", min=1)] = 16,
+    device: Device = "auto",
+    dtype: Dtype = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.", min=0, max=65535)] = 7860,
     max_pixels: MaxPixels = Limits.pixels,
@@ -34,22 +49,22 @@ def ui(
     """Serve a page: choose a video, ask, move the retention; see answer, kept tokens and times."""
     if importlib.util.find_spec("gradio") is None:
         raise PluginError("gradio is not installed: pip install 'vidsieve[ui]'")
+    for name in words(methods):
+        check_known(name)
     _check_address(host, port)
     set_threads(threads)
     quiet()
     from starlette.middleware import Middleware
 
-    from vidsieve.evaluation.conditions import check_known, named_methods
-    from vidsieve.loading import is_testbed, load_model, shipped_policies
+    from vidsieve.evaluation.conditions import named_methods
+    from vidsieve.loading import is_testbed, shipped_policies
     from vidsieve.serving.page import WAITING, Desk, build
     from vidsieve.serving.visitors import Visitors
 
     trained = [name for name in ("cacovid", "sieve", "score") if is_testbed(model) and name in shipped_policies(model)]
     names = words(methods) or ([*trained, "divprune", "uniform"] if trained else ["divprune"])
-    for name in names:
-        check_known(name)
     chosen = named_methods(names, model)
-    desk = Desk(*load_model(model, device="auto"), {**chosen, "full": None}, frames=frames)
+    desk = Desk(*load_model(model, dtype=dtype, device=device), {**chosen, "full": None}, frames=frames)
     if host not in ("127.0.0.1", "localhost", "::1"):
         err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
     out.print(f"http://{host}:{port}", highlight=False)

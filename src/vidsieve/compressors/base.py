@@ -209,9 +209,11 @@ class ScoreCompressor(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         with torch.no_grad():
-            scores = self.score(video).float()
-        if scores.shape != (video.num_tokens,):
-            raise SelectionError(f"{self.name}.score must return ({video.num_tokens},), got {tuple(scores.shape)}")
+            scores = self.score(video)
+        if not isinstance(scores, Tensor) or scores.shape != (video.num_tokens,):
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else repr(scores)
+            raise SelectionError(f"{self.name}.score must return a tensor ({video.num_tokens},), got {got:.80}")
+        scores = scores.float()
         return Selection(top_indices(scores, budget), scores=scores)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,8 +106,10 @@ def accuracy_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a result of the testbed or of a set of questions; old ``result.json`` files are read too."""
     rows = [_completed(row) for row in result["rows"]]
     frames = ["frames"] if len({row["frames"] for row in rows}) > 1 else []
-    figure = ["figure %"] if "figure" in result else []
-    columns = ["method", *frames, "retention", "of layers", "left", "accuracy % ± s.e.", *figure]
+    own = any(not math.isclose(row.get("figure") or row["accuracy"], row["accuracy"]) for row in rows)
+    figure = ["figure %"] if own else []  # else it is the accuracy
+    columns = ["method", *frames, "retention", "mean kept over layers", "kept after the last layer"]
+    columns += ["accuracy % ± s.e.", *figure]
     columns += ["− random, 95 %", "− all tokens, 95 %"]
     cells = []
     for row in rows:
@@ -132,9 +135,10 @@ def _completed(row: Mapping[str, Any]) -> dict[str, Any]:
 def _title(result: Mapping[str, Any]) -> tuple[str, int]:
     """Return the title of a result's table, and its number of clusters."""
     if "benchmark" in result:
-        videos = result["videos"]
+        videos, data = result["videos"], result.get("settings", {}).get("data")
+        where = f"{result['benchmark']}, {data}" if data else result["benchmark"]
         return (
-            f"{result['benchmark']}: {result['questions']} questions about {videos} video{'s' * (videos != 1)}",
+            f"{where}: {result['questions']} questions about {videos} video{'s' * (videos != 1)}",
             videos,
         )
     scenes = result["n_scenes"]

@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,9 +14,9 @@ from vidsieve import registry
 from vidsieve.adapters.fingerprint import weights_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
-from vidsieve.errors import PolicyError, StageError, UnknownNameError
+from vidsieve.errors import PolicyError, StageError
 from vidsieve.io.hub import is_hub_name
-from vidsieve.loading import is_testbed, load, no_policy, policy_name, put_before, shipped_policies, split_front
+from vidsieve.loading import is_testbed, load, policy_name, put_before, shipped_policies, split_front
 from vidsieve.policies import CONFIG, policy_folder
 from vidsieve.retention import Calibration, Tokens, budget_text
 from vidsieve.types import Stage
@@ -183,23 +182,6 @@ def is_policy(name: str) -> bool:
     """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub."""
     known = name in registry.compressors
     return not known and (is_hub_name(name) or os.path.isfile(policy_folder(name) / CONFIG))
-
-
-def check_known(name: str) -> None:
-    """Refuse an unknown method name early.
-
-    Raises
-    ------
-    UnknownNameError, PolicyError
-    """
-    given, (front, name) = name, split_front(name)
-    base = name.partition(":")[0]
-    if (front and not name) or given in ("all", "full"):
-        return
-    if not is_policy(name) and base not in registry.compressors:
-        if len(Path(name).parts) > 1:
-            raise no_policy(name)
-        raise UnknownNameError("compressor", name, registry.compressors)
 
 
 def check_prefill(methods: Mapping[str, Compressor]) -> None:

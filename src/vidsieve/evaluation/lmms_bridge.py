@@ -28,11 +28,12 @@ from vidsieve.errors import (
     VideoError,
 )
 from vidsieve.evaluation.benchmarks.questions import QUESTIONS
-from vidsieve.evaluation.conditions import Condition, check_known, method_for
+from vidsieve.evaluation.conditions import Condition, method_for
 from vidsieve.evaluation.items import Item
 from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.io.versions import installed, warn_untested
 from vidsieve.loading import load_model
+from vidsieve.registry import check_known
 from vidsieve.retention import parse_retention
 
 Count = Annotated[int, Meta(ge=1)]

@@ -81,7 +81,10 @@ class Table:
         return table
 
     def to_html(self) -> str:
-        """Return the table as an HTML element, with every text escaped; the first cell of a row is its header."""
+        """Return the table as an HTML element, with every text escaped; the first cell of a row is its header.
+
+        Columns without a name have no row of heads.
+        """
 
         def element(tag: str, number: int, text: str, attributes: str = "") -> str:
             attributes += ' class="text"' if number in self.texts else ""
@@ -96,8 +99,8 @@ class Table:
             + "</tr>"
             for row in self.cells
         ]
-        body = "\n".join(lines)
-        return f"<table>\n<thead><tr>{heads}</tr></thead>\n<tbody>{body}</tbody></table>"
+        body, head = "\n".join(lines), f"<thead><tr>{heads}</tr></thead>\n" if any(self.columns) else ""
+        return f"<table>\n{head}<tbody>{body}</tbody></table>"
 
     def to_markdown(self) -> str:
         """Return the table as Markdown, with its title as a heading and its notes below."""

@@ -22,6 +22,11 @@ RUN, METRICS = "run.json", "metrics.jsonl"
 _HOLDS = {RUN: "results of `eval`, `bench` or `data filter`", METRICS: "a training run"}
 
 
+def beside(target: Path, kind: str) -> Path:
+    """Return what a command writes beside its output ``out.jsonl``: ``out.KIND``, such as "journal.jsonl", "blind"."""
+    return target.with_name(f"{target.name.removesuffix('.jsonl')}.{kind}")
+
+
 @contextmanager
 def writing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path next to `path`, renamed to it when the block ends and removed when it raises.
@@ -129,10 +134,10 @@ def _holder(lock: Path) -> str:
 
 
 def _beginning(lock: Path) -> str:
-    """Return the beginning of a lock's file; raise OSError for what is no file, or has another name too."""
+    """Return the beginning of a lock's file; raise OSError for what is not a file, or has another name too."""
     status = os.lstat(lock)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise OSError(errno.EEXIST, f"{lock} is no file of ours, remove it")
+        raise OSError(errno.EEXIST, f"{lock} is not a file of ours, remove it")
     with lock.open(encoding="utf-8", errors="replace") as file:
         return file.read(300)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from vidsieve.errors import VidsieveError
+from vidsieve.errors import PolicyError, VidsieveError
 
 _WORD = r"[A-Za-z0-9][\w.-]*"
 _NAME = re.compile(f"{_WORD}/{_WORD}", re.ASCII)
@@ -32,6 +32,14 @@ def is_hub_name(name: str | Path) -> bool:
     if not is_repository(repository) or (at and not _REVISION.fullmatch(revision)):
         return False
     return not os.path.lexists(name) and not os.path.isdir(name.partition("/")[0])
+
+
+def no_policy(name: str) -> PolicyError:
+    """Return the error for a path that is no policy's, and no name on the hub."""
+    hub = ""
+    if is_repository(name.partition("@")[0]) and not os.path.isdir(name):
+        hub = f" ({name.partition('/')[0]} is a local folder, so the hub is not asked)"
+    return PolicyError(f"no policy in {name}: config.json is missing there{hub}; train one with `vidsieve train`")
 
 
 def download(name: str, files: Sequence[str], error: type[VidsieveError]) -> Path:

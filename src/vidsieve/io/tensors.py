@@ -37,7 +37,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str,
         If the file cannot be written.
     """
     if os.path.exists(path) and not os.path.isfile(path):
-        raise OutputError(f"cannot write {path}: it is no file; remove it")
+        raise OutputError(f"cannot write {path}: it is not a file; remove it")
     # Copies: slices of one tensor share memory, which would be stored as a whole for each.
     whole = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     digest = checksum(whole, header)

@@ -12,6 +12,8 @@ from vidsieve.io.files import writing
 from vidsieve.report.pictures import drawable, new_figure
 
 _MARKS = "os^Dv<>Phx*"
+COLOURS = ["#1a73e8", "#c2570c", "#2e8b3d", "#d93025", "#9467bd", "#a0674b", "#c8429a", "#7d7d7d", "#85860f", "#0e8a9a"]
+"""Of lines, points and bars: each at least 3:1 against the page, light or dark (WCAG 2.2, 1.4.11)."""
 
 
 def svg(figure: Any) -> str:
@@ -57,15 +59,23 @@ def against(
     y: str,
     level: tuple[str, float] | None = None,
     log: bool = False,
+    order: Sequence[str] = (),
 ) -> Any:
     """Return a figure of lines of points (x, y, half an interval) by name.
 
-    `level` is a name and a height drawn across, such as all tokens' accuracy; `log` spaces x by ratios.
+    `level` is a name and a height drawn across, such as all tokens' accuracy; `log` spaces x by ratios. Charts with the
+    same `order` have the same colour for a name, and for "NAME, …", which differ in the style of their lines.
     """
     figure = new_figure(figsize=(8.2, 4.6), layout="constrained")
     panel = _panel(figure, x, y)
-    for number, (name, points) in enumerate(lines.items()):
+    places_of = {name: number for number, name in enumerate(order or lines)}
+    drawn = [0] * len(places_of)
+    for name, points in lines.items():
+        number = places_of[name if name in places_of else name.rpartition(", ")[0]]
+        drawn[number] += 1
         places, heights, errors = zip(*sorted(points), strict=True)
+        if log:  # side by side, so that intervals do not cover each other
+            places = tuple(place * 1.012 ** (number - len(places_of) / 2) for place in places)
         panel.errorbar(
             places,
             heights,
@@ -75,14 +85,11 @@ def against(
             markersize=4,
             linewidth=1.3,
             capsize=2,
-            color=f"C{number % 10}",
-            linestyle=("-", "--", ":")[number // 10 % 3],
+            color=COLOURS[number % len(COLOURS)],
+            linestyle=("-", "--", ":")[(drawn[number] - 1 + number // len(COLOURS)) % 3],
         )
     if level is not None:
-        panel.axhline(level[1], linestyle="--", linewidth=1, color="#808080")
-        panel.annotate(
-            drawable(level[0]), (1, level[1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-        )
+        panel.axhline(level[1], linestyle="--", linewidth=1, color="#808080", label=drawable(level[0]))
     if log:
         panel.set_xscale("log")
         shown: list[float] = []
@@ -91,24 +98,27 @@ def against(
                 shown.append(value)
         panel.set_xticks(shown, [f"{value:.3g}" for value in shown])
         panel.minorticks_off()
-    if len(lines) > 1:
+    if y.endswith("%"):
+        low, high = panel.get_ylim()
+        panel.set_ylim(max(low, -2), min(high, 102))
+    if len(lines) > 1 or level is not None:
         figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
 def cloud(points: Mapping[str, Sequence[tuple[float, float, float]]], *, x: str, y: str) -> Any:
-    """Return a figure of single points (x, y, ignored), by name."""
+    """Return a figure of single points (x, y, 1 if it is to stand out, else 0), by name."""
     figure = new_figure(figsize=(8.2, 4.2), layout="constrained")
     panel = _panel(figure, x, y)
     for number, (name, series) in enumerate(points.items()):
-        places, heights, _ = zip(*series, strict=True)
+        places, heights, marked = zip(*series, strict=True)
         panel.scatter(
             places,
             heights,
-            s=9,
-            alpha=0.55,
+            s=[9 + 51 * mark for mark in marked],
+            alpha=0.7,
             label=drawable(name),
-            color=f"C{number}",
+            color=COLOURS[number % len(COLOURS)],
             marker=_MARKS[number % len(_MARKS)],
             linewidths=0,
         )
@@ -125,7 +135,14 @@ def stacks(rows: Mapping[str, Mapping[str, float]], *, x: str) -> Any:
     names, left = list(rows), [0.0] * len(rows)
     for number, part in enumerate(parts):
         lengths = [rows[name].get(part, 0.0) for name in names]
-        panel.barh(range(len(names)), lengths, left=left, label=drawable(part), color=f"C{number}", height=0.7)
+        panel.barh(
+            range(len(names)),
+            lengths,
+            left=left,
+            label=drawable(part),
+            color=COLOURS[number % len(COLOURS)],
+            height=0.7,
+        )
         left = [a + b for a, b in zip(left, lengths, strict=True)]
     panel.set_yticks(range(len(names)), map(drawable, names))
     panel.invert_yaxis()

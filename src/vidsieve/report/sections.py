@@ -75,14 +75,17 @@ def contributions_sections(
         for name, v in tensors.items()
     ]
     text = (
-        f"Log-odds of “{answer}” with a token less without it, over {measured.subsets} random subsets of "
-        f"{100 * measured.share:g} % of the tokens. {int(sure.sum())} of {total} tokens surely contribute (3.5 "
-        "standard errors above 0); a score that finds them ranks them near 100 %. In the viewer: the "
-        f"{kept} highest of each."
+        f"Log-odds of “{answer}” with the token minus without it, over {measured.subsets} random subsets of "
+        f"{100 * measured.share:g} % of the tokens. {int(sure.sum())} of {total} tokens contribute significantly (3.5 "
+        "standard errors above 0, large in the chart); a score that finds them ranks them near 100 %. In the viewer: "
+        f"the {kept} highest of each."
     )
-    columns = ("", "rank correlation with contribution", "mean rank of those that surely contribute")
+    columns = ("", "rank correlation with contribution", "mean rank of those that contribute significantly")
     points = {
-        name: [(float(r), float(c), 0.0) for r, c in zip(100 * ranks(v) / len(v), measured.contribution, strict=True)]
+        name: [
+            (float(r), float(c), float(mark))
+            for r, c, mark in zip(100 * ranks(v) / len(v), measured.contribution, sure, strict=True)
+        ]
         for name, v in tensors.items()
     }
     figure = charts.cloud(points, x="rank of the score, %", y="measured contribution")
@@ -119,12 +122,12 @@ def answer_sections(
 
 def time_section(rows: Mapping[str, Mapping[str, float]], title: str = "Where the time goes") -> Section:
     """Return milliseconds of every part of the work, by name."""
-    columns = ["", *next(iter(rows.values())), "sum"]
+    columns = ["", *next(iter(rows.values())), "total"]
     lines = [(name, *(f"{ms:.1f}" for ms in row.values()), f"{sum(row.values()):.1f}") for name, row in rows.items()]
     chart = charts.stacks(rows, x="ms")
     return Section(
         title,
-        "Milliseconds. Select: choosing tokens, and making the shorter prompt of them.",
+        "Milliseconds. Select: selection, and making the shorter prompt. Generate: after the first token.",
         Table("", columns, lines),
         chart,
         "Bars of the milliseconds in the table above.",
@@ -154,7 +157,7 @@ def comparison_sections(video: Video, question: str, table: Table, scores: Mappi
 def part_times(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
     """Return by name the milliseconds of every part of the work, from the rows of a timing or a comparison."""
     names = [row.get("name") or f"{named(row)}, {row['retention']}" for row in rows]
-    spent = [{part: ms["mean"] for part, ms in row["ms"].items() if part != "all"} for row in rows]
+    spent = [{part: ms["mean"] for part, ms in row["ms"].items() if part != "total"} for row in rows]
     return dict(zip(names, spent, strict=True))
 
 
@@ -165,6 +168,7 @@ def accuracy_charts(rows: Sequence[Row]) -> list[Section]:
     """Return charts of accuracy against retention and against frames, where there are several of these."""
     sections = []
     rows = [{"frames": None, **row} for row in rows]
+    order = list(dict.fromkeys(map(named, rows)))
     for frames in dict.fromkeys(row["frames"] for row in rows):
         some = [row for row in rows if row["frames"] == frames]
         lines: dict[str, list[tuple[float, float, float]]] = {}
@@ -176,7 +180,12 @@ def accuracy_charts(rows: Sequence[Row]) -> list[Section]:
             continue
         level = next((("all tokens", 100 * row["accuracy"]) for row in some if row["method"] == "full"), None)
         figure = charts.against(
-            lines, x="% of the tokens that layers see on average", y="accuracy %", level=level, log=True
+            lines,
+            x="% of the tokens that layers see on average",
+            y="accuracy %",
+            level=level,
+            log=True,
+            order=order,
         )
         where = f", {frames} frames" if frames is not None else ""
         sections.append(_chart(f"Accuracy against retention{where}", figure, "95 % intervals."))
@@ -185,7 +194,7 @@ def accuracy_charts(rows: Sequence[Row]) -> list[Section]:
         for row in rows:
             name = named(row) + ("" if row["method"] == "full" else f", {row['retention']}")
             lines.setdefault(name, []).append((row["frames"], 100 * row["accuracy"], _interval(row["stderr"])))
-        figure = charts.against(lines, x="frames", y="accuracy %", log=True)
+        figure = charts.against(lines, x="frames", y="accuracy %", log=True, order=order)
         text = "95 % intervals; a retention ending in t is a count."
         sections.append(_chart("Accuracy against frames", figure, text))
     return sections
@@ -203,7 +212,7 @@ def _chart(title: str, figure: Any, text: str) -> Section:
 
 CURVES = (
     ("reward", "mean reward"),
-    ("right", "rollouts answered rightly"),
+    ("right", "rollouts with the correct answer"),
     ("ce", "cross-entropy"),
     ("dead_groups", "groups with equal rewards"),
     ("kept", "share kept"),

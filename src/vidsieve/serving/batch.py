@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import OutputError
-from vidsieve.io.files import writing
+from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import Journal
 from vidsieve.io.texts import json_line
 from vidsieve.serving.batch_groups import BatchError, BatchSettings, Outcome, Outcomes, Rows, answer_groups
@@ -40,9 +40,9 @@ class BatchReport:
     written: bool = False
 
 
-def beside(target: Path) -> tuple[Path, Path]:
+def side_files(target: Path) -> tuple[Path, Path]:
     """Return the paths of failed rows and of the journal of a run with this output."""
-    return target.with_suffix(".failed.jsonl"), target.with_suffix(".journal.jsonl")
+    return beside(target, "failed.jsonl"), beside(target, "journal.jsonl")
 
 
 class DoneRows:
@@ -96,7 +96,7 @@ def answer_file(
     Parameters
     ----------
     source, target : Path
-        JSON lines. Other files of the run are beside the target, see `beside`.
+        JSON lines. Other files of the run are beside the target, see `side_files`.
     root : Path, optional
         Folder that the paths of videos start from; default: that of the source.
     readers : int
@@ -118,7 +118,7 @@ def answer_file(
     """
     confined = root is not None
     root = (source.parent if root is None else root).resolve()  # reasons that name a path are the same everywhere
-    rows, (failed, path) = Rows(source, root, settings.batch, confined), beside(target)
+    rows, (failed, path) = Rows(source, root, settings.batch, confined), side_files(target)
     inputs = {"input_digest": rows.digest, "rows": rows.count, "video_root": str(root)}
     header = {"batch": 1, "settings": inputs | settings.described()}
     for output in (target, failed):

@@ -180,7 +180,7 @@ class BatchSettings:
 
     Parameters
     ----------
-    model, layout, device : as `load_model`
+    model, layout, device, dtype : as `load_model`
     method, policy, earliest : as `vidsieve ask`; ``"full"`` keeps all tokens
     retention : float, Tokens or Calibration
     frames : int
@@ -204,6 +204,7 @@ class BatchSettings:
     seed: int = 0
     layout: str | None = None
     device: str = "cpu"
+    dtype: str | None = None
 
     def compressor(self) -> Compressor | None:
         """Return the method; None if all tokens are kept.
@@ -289,7 +290,7 @@ class Answerer:
 
     def __init__(self, settings: BatchSettings) -> None:
         self.settings, self.method = settings, settings.compressor()
-        model, self.processor = load_model(settings.model, settings.layout, device=settings.device)
+        model, self.processor = load_model(settings.model, settings.layout, settings.dtype, settings.device)
         self.adapter = adapter_for(model)
         if self.method is not None:
             self.adapter.check(self.method)

@@ -17,7 +17,9 @@ from vidsieve.answering import PARTS, Answer, Clock, chat, reply
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, UnknownNameError, VidsieveError
 from vidsieve.io.versions import warn_untested
+from vidsieve.loading import is_testbed
 from vidsieve.report.pictures import kept_figure
+from vidsieve.testbed.files import toy_warning
 from vidsieve.types import ENCODER_NEEDS, Need
 from vidsieve.video.reading import Video, read_video
 
@@ -27,6 +29,15 @@ MOST_LETTERS = 4000
 """Length of the longest question."""
 READING, WAITING, PATIENCE = 8, 16, 120.0
 """Questions whose videos are read at a time, questions that wait for that, and seconds that one waits for the model."""
+STYLE = """<style>
+.gradio-container { --button-primary-background-fill: #0b57d0; --button-primary-background-fill-hover: #0842a0;
+  --button-primary-text-color: #ffffff; --slider-color: #1a73e8; --input-placeholder-color: #6a6a73;
+  --body-text-color-subdued: #6a6a73; }
+.dark .gradio-container, .gradio-container.dark { --input-placeholder-color: #a1a1aa;
+  --body-text-color-subdued: #a1a1aa; }
+.gradio-container :focus-visible { outline: 3px solid #1a73e8; outline-offset: 2px; }
+</style>"""
+"""Colours in place of gradio's that fall short of WCAG's AA contrast, and a focus that is seen."""
 
 
 class _Latest:
@@ -109,7 +120,7 @@ class Desk:
         clock, device = Clock(), self.adapter.device
 
         def read() -> Video:
-            with clock.part("decode"):
+            with clock.part("read video"):
                 return read_video(path, frames=self.frames)
 
         video = self._videos.get((path, changed), read)
@@ -136,8 +147,8 @@ class Desk:
         self._prompts.forget(path)
 
 
-def build(desk: Desk, title: str) -> Any:
-    """Return the page (gradio.Blocks), not started."""
+def build(desk: Desk, model: str) -> Any:
+    """Return the page (gradio.Blocks) for a model of that name, not started."""
     import gradio as gr
 
     warn_untested("gradio", gr.__version__)
@@ -148,25 +159,36 @@ def build(desk: Desk, title: str) -> Any:
         if isinstance(video, dict):  # as it was sent, with other names in older releases
             video = video.get("video", video)["path"]
         try:
-            return shown(*desk.ask(video, question or "", method, retention))
+            reply, frames = desk.ask(video, question or "", method, retention)
+            return shown(reply, frames, toy_warning(frames, question, desk.processor) if toy else "")
         except VidsieveError as error:
             text = str(error).replace(video, Path(video).name)  # without the folder of uploads
             raise gr.Error(text, print_exception=False) from None
 
-    names = list(desk.methods)
-    with gr.Blocks(title=f"vidsieve: {title}", analytics_enabled=False) as page:
-        gr.Markdown(f"# vidsieve\nAnswers of **{title}** from a part of a video's tokens.")
+    names, toy = list(desk.methods), is_testbed(model)
+    about = f"Answers of **{model}** from a part of a video's tokens."
+    if toy:
+        about += (
+            "\n\nThis model is a toy: it knows only the scenes and questions that `vidsieve testbed render` writes."
+        )
+    with gr.Blocks(title=f"vidsieve: {model}", analytics_enabled=False) as page:
+        gr.Markdown(f"# vidsieve\n{about}")
         with gr.Row():
             with gr.Column():
                 video = gr.Video(label="Video", sources=["upload"], height=320)
-                question = gr.Textbox(label="Question", placeholder="What happens?")
+                question = gr.Textbox(
+                    label="Question", placeholder="what colour is the old mark ?" if toy else "What happens?"
+                )
                 method = gr.Dropdown(names, value=names[0], label="Method")
-                retention = gr.Slider(0.02, 1.0, value=0.25, step=0.01, label="Fraction of video tokens kept")
+                retention = gr.Slider(
+                    0.02, 1.0, value=0.25, step=0.01, label="Retention: fraction of video tokens kept"
+                )
                 button = gr.Button("Ask", variant="primary")
             with gr.Column():
                 answer = gr.Textbox(label="Answer", interactive=False)
                 spent = gr.Markdown()
-                picture = gr.Plot(label="Kept tokens are bright")
+                picture = gr.Plot(label="Kept tokens (highlighted)")
+        gr.HTML(STYLE)
         inputs, outputs = [video, question, method, retention], [answer, picture, spent]
         events = [button.click, question.submit, retention.release, method.input]
         gr.on(events, ask, inputs, outputs, api_name="ask", preprocess=False, concurrency_limit=READING)
@@ -174,10 +196,11 @@ def build(desk: Desk, title: str) -> Any:
     return page
 
 
-def shown(answer: Answer, video: Video) -> tuple[str, Any, str]:
-    """Return an answer as the page shows it: text, picture, and a table of times."""
+def shown(answer: Answer, video: Video, warning: str = "") -> tuple[str, Any, str]:
+    """Return an answer as the page shows it: text, picture, and a table of times below the warning, if any."""
     figure, (before, after) = None, answer.prompt_tokens
-    lines = [f"**{answer.method}**: prompt of {before:,} tokens, the LLM read {after:,}"]
+    lines = [f"**Note**: {warning}."] if warning else []
+    lines += [f"**{answer.method}**: prompt of {before:,} tokens, the LLM read {after:,}"]
     if answer.traces:
         trace = answer.traces[0]
         lines.append(f"{trace.kept:,} of {trace.total:,} video tokens kept ({trace.real_retention:.1%}){trace.inside}")

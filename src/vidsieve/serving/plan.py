@@ -70,7 +70,8 @@ class Gpu:
         if device.type == "cuda":
             name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
         else:
-            name, memory = f"this CPU, {torch.get_num_threads()} threads", total_memory()
+            threads = torch.get_num_threads()
+            name, memory = f"this CPU, {threads} thread{'s' * (threads != 1)}", total_memory()
         moved = 2 * left.numel() * left.itemsize
         return cls(name, 2e-12 * side**3 / product, 1e-9 * moved / copy, 1e-9 * memory, 1, 1, cpu=device.type == "cpu")
 
@@ -245,6 +246,7 @@ def plan(
             "encoder_s": encoder_s,
             "prefill_s": prefill_s,
             "decode_s": decode_s,
+            "first_token_s": first,
             "latency_s": first + further if concurrent else None,
             "per_hour": 3600 / (first + further / together) if concurrent else 0.0,
         }
@@ -258,7 +260,7 @@ def plan(
         "rows": rows,
         "assumptions": [
             f"nothing was run; {gpu.tflops:.4g} TFLOP/s in bfloat16 without sparsity, {gpu.bandwidth:.4g} GB/s, "
-            f"{gpu.memory:.4g} GB; reached: {gpu.efficiency:.0%} of the operations, {gpu.bandwidth_share:.0%} of the "
+            f"{gpu.memory:.4g} GB; assumed: {gpu.efficiency:.0%} of the operations, {gpu.bandwidth_share:.0%} of the "
             f"bandwidth, {USABLE_MEMORY:.0%} of the memory for weights ({weights / 1e9:.2f} GB) and caches",
             f"a prompt has {grid.frames}×{grid.height}×{grid.width} video tokens, {newlines} "
             f"newline{'s' * (newlines != 1)} and {prompt_tokens} tokens of text; models that write text around frames "

@@ -18,8 +18,8 @@ from vidsieve.io.files import writing
 from vidsieve.testbed.pseudo import make_still
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, SHAPES
-from vidsieve.testbed.world import FRAMES, make_cast, render, scene_rng
-from vidsieve.video.reading import write_video
+from vidsieve.testbed.world import FRAMES, SIDE, make_cast, render, scene_rng
+from vidsieve.video.reading import Video, write_video
 
 FPS = 4.0
 """Frame rate of written scenes, four seconds each."""
@@ -36,6 +36,23 @@ class SceneFile:
     questions: tuple[Question, ...]
     leaked: tuple[bool, ...]
     caption: str
+
+
+def is_scene(video: Video) -> bool:
+    """Return True if a video has the size, length and rate of a scene that `write_scene` writes."""
+    return (video.size, video.num_frames, round(video.fps, 2)) == ((SIDE, SIDE), FRAMES, FPS)
+
+
+def toy_warning(video: Video, question: str, processor: Any) -> str:
+    """Return why an answer of the testbed's models means nothing; "" for a scene and a question of their world."""
+    known = processor.tokenizer.get_vocab()
+    words = [word for word in question.split() if word not in known]
+    reasons = [] if is_scene(video) else ["this video is no scene of `vidsieve testbed render`"]
+    if words:
+        reasons.append(f"it does not know {', '.join(map(repr, words[:5]))}")
+    if not reasons:
+        return ""
+    return f"the testbed's model is a toy, and {' and '.join(reasons)}: its answer means nothing; --model names another"
 
 
 def write_scene(path: Path, *, world: str, seed: int, index: int) -> None:

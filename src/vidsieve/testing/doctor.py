@@ -125,11 +125,11 @@ def absent(name: str) -> str:
 
 
 def found_methods() -> list[Finding]:
-    """Return the methods, and whether each one prunes a tiny model of at least one family."""
+    """Return the methods and fronts, and whether each one prunes a tiny model of at least one family."""
     from vidsieve.testing.tiny_models import FAMILIES
 
     rows = []
-    for name in registry.compressors:
+    for name in (*registry.compressors, *(f"{front}+random" for front in registry.fronts)):
         for family in FAMILIES:
             error = _failure(family, name)
             if error is None:
@@ -141,16 +141,20 @@ def found_methods() -> list[Finding]:
 def _failure(family: str, name: str) -> str | None:
     """Return the error of generating from a tiny model under a method, None if there is none."""
     from vidsieve.adapters.session import attach
+    from vidsieve.loading import put_before, split_front
     from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
 
     try:
         model = FAMILIES[family](layers=8)  # enough for every method's own layers
+        front, name = split_front(name)
         method: Any = registry.compressors.get(name)
         if method.trained:
             compressor = method.untrained(model.get_input_embeddings().embedding_dim, retention=0.5)
             compressor.policy.config = replace(compressor.policy.config, family=family)
         else:
             compressor = method(retention=0.5)
+        if front:
+            compressor = put_before(registry.fronts.get(front)(), compressor)
         with attach(model, compressor):
             model.generate(**inputs_for(family, [[default_grid(family, 4)]]), max_new_tokens=2, do_sample=False)
     except VidsieveError as error:

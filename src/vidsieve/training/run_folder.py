@@ -150,6 +150,11 @@ class RunFolder:
             raise TrainingError(
                 f"the header of {self.checkpoint} is damaged: {error!s:.300}; start again in another folder"
             ) from None
+        if unknown := sorted(header["config"].keys() - ours.keys()):
+            raise TrainingError(
+                f"{self.path} holds a run of another method, with settings that this one has not: "
+                f"{', '.join(unknown[:5])}; name another folder"
+            )
         theirs = {**defaults, **header["config"], **header.get("origin", {})}
         changed = {
             name: f"{name} was {theirs[name]!r}, is {value!r}"

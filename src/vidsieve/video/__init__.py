@@ -19,7 +19,7 @@ def check_file(path: Path) -> None:
     VideoError
     """
     if not os.path.isfile(path) or path.stat().st_size == 0:
-        what = "is empty" if os.path.isfile(path) else "is no file" if os.path.exists(path) else "does not exist"
+        what = "is empty" if os.path.isfile(path) else "is not a file" if os.path.exists(path) else "does not exist"
         raise VideoError(f"{path} {what}: give the path of a video file")
 
 

@@ -55,7 +55,7 @@ class VideoFile:
     Raises
     ------
     VideoError
-        If it is no file, or its header claims more samples than it can have.
+        If it is not a file, or its header claims more samples than it can have.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class VideoFile:
             self.check_time()
             unlisted = isinstance(error, av.ArgumentError)
             why = "no video stream in a container that is read" if unlisted else error.strerror
-            raise VideoError(f"{self.path} is no video or cut short ({why}): fetch or encode it again") from error
+            raise VideoError(f"{self.path} is not a video or cut short ({why}): fetch or encode it again") from error
         return cast(InputContainer, container)
 
     def _examine(self, path: Path, options: dict[str, str]) -> None:
@@ -159,7 +159,7 @@ class VideoFile:
         allowed = "or read it with" if demuxer else "only HLS playlists and ffconcat scripts can be read, with"
         advice = f"give the video itself; {allowed} allow_playlists=True"
         if not self.playlists or not demuxer:
-            raise VideoError(f"{self.path} is no video but {what}, which names other files: {advice}")
+            raise VideoError(f"{self.path} is not a video but {what}, which names other files: {advice}")
         if path.stat().st_size > LONGEST_PLAYLIST:
             raise VideoError(f"{self.path} has more than {LONGEST_PLAYLIST} bytes, too many for {what}")
         text = path.read_bytes()
@@ -198,7 +198,7 @@ class VideoFile:
         Raises
         ------
         VideoError
-            If it is no file in or below the playlist's folder, or claims too much.
+            If it is not a file in or below the playlist's folder, or claims too much.
         """
         folder = self.path.resolve().parent
         if not is_inside(folder / name, folder):

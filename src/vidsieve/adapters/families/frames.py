@@ -54,7 +54,7 @@ class FrameAdapter(Adapter):
         ready = encoder_features(inputs, "image")
         ids = inputs.get("input_ids")
         pixels = inputs.get(self.video_keys[0])
-        if ids is None:  # one image alone is no video
+        if ids is None:  # one image alone is not a video
             return ready is not None or (pixels is not None and math.prod(pixels.shape[:-3]) > 1)
         given = ready is not None or pixels is not None
         # Pixels without any placeholder are a mistake to report.

@@ -24,7 +24,7 @@ def one_file(folder: Path, *names: str) -> Path:
         If there is none, or several.
     """
     if not os.path.isdir(folder):
-        raise EvaluationError(f"{folder} is no folder: give the one that holds {' or '.join(names)}")
+        raise EvaluationError(f"{folder} is not a folder: give the one that holds {' or '.join(names)}")
     paths = [path for name in names for path in sorted(folder.glob(name))]
     if len(paths) > 1:
         raise EvaluationError(

@@ -114,8 +114,8 @@ class QuestionsTask:
     def measure(self, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
         """Return the answers to the questions about one video.
 
-        A record's values are ``said, score, kept, total, layers, prompt``, with `indices` also ``indices, grid``, and
-        the right ``answer``.
+        A record's values are ``said, score, kept, total, layers, prompt``, with `indices` also ``indices, grid``,
+        and the ``question`` with its correct ``answer``.
         """
         items = [item for item in self.items if str(item.video) == unit]
         faults = {item.id: item.fault for item in items if item.fault}
@@ -196,7 +196,7 @@ class QuestionsTask:
             grid = traces[0].grid if traces else None
             values["indices"] = [list(trace.indices) for trace in traces]
             values["grid"] = [grid.frames, grid.height, grid.width] if grid else None
-        values["answer"] = item.answer
+        values |= {"question": item.question, "answer": item.answer}
         return Measurement(item.id, condition.key, values, ms=sum(trace.select_ms for trace in traces))
 
     def _answer(

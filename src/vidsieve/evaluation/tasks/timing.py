@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import on_device
-from vidsieve.answering import Clock, Generated, generated, read
+from vidsieve.answering import PARTS, Clock, Generated, generated, read
 from vidsieve.errors import BudgetError, EvaluationError, NeedError, StageError, UnsupportedCallError
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import Measurement, Results
@@ -27,9 +26,6 @@ from vidsieve.io.faults import contained
 from vidsieve.io.machine import machine, peak_memory
 from vidsieve.video.reading import Video
 
-PARTS = ("decode", "preprocess", "vision encoder", "projector", "select", "prefill", "decode-text")
-SHORT = {"decode": "read", "preprocess": "prep", "vision encoder": "tower", "projector": "proj.", "decode-text": "text"}
-"""Names of parts in narrow columns."""
 Prompts = Callable[[Video], Mapping[str, Tensor]]
 """Makes the model's inputs from a video's frames."""
 
@@ -116,10 +112,10 @@ class TimingTask:
         """Return the table of times.
 
         The result has the settings, ``rows`` and ``refused``; per row what the condition is, and: ``ms``, per part and
-        in all ``{mean, sd, p50, p95, min, max}`` (mean and sd over lengths, of each one's median; the others over all
+        ``total`` ``{mean, sd, p50, p95, min, max}`` (mean and sd over lengths, of each one's median; others over all
         runs), ``by_length``, ``visual``, ``prompt`` (before and after, means over lengths), ``flops`` (the papers'
-        formula and our count), ``peak_MiB``, ``times_faster`` (prefill with selecting, and all) and ``pays_from``: the
-        fewest frames from which everything together takes less than with all tokens; None: never.
+        formula and our count), ``peak_MiB``, ``times_faster`` (prefill with selection, and total) and ``break_even``:
+        the fewest frames from which the total is less than with all tokens; None: never.
 
         Raises
         ------
@@ -140,9 +136,9 @@ class TimingTask:
             row["peak_MiB"] = max(run["peak"] for run in runs) / 2**20
             row["times_faster"] = {
                 "prefill": _llm(rows[0]) / _llm(row),
-                "all": rows[0]["ms"]["all"]["mean"] / row["ms"]["all"]["mean"],
+                "total": rows[0]["ms"]["total"]["mean"] / row["ms"]["total"]["mean"],
             }
-            row["pays_from"] = _pays_from(rows[0], row)
+            row["break_even"] = _break_even(rows[0], row)
         return timing_table({**self.settings(), "rows": rows, "refused": results.refused_rows()})
 
 
@@ -176,7 +172,7 @@ class ComparingTask(TimingTask):
 
         The result has the settings, ``frames, grid, tokens, rows, refused``; per row ``name, key, method, variant,
         part, acts, retention, real_retention, layer_retention, decode_share, indices, answer, same`` (as with all
-        tokens), ``prompt, ms, select_ms``.
+        tokens), ``prompt, ms``.
 
         Raises
         ------
@@ -194,9 +190,6 @@ class ComparingTask(TimingTask):
             row |= {"name": name_of(row), "key": condition.key, "prompt": run["prompt"], "answer": run["answer"]}
             row["acts"] = "-" if condition.method is None else condition.method.acts.value
             row["same"] = run["answer"] == everything["answer"]
-            row["select_ms"] = statistics.median(
-                sum(trace["select_ms"] for trace in run["videos"]) for run in results.turns(condition.key)
-            )
         refused = [{"name": name_of(row), **row} for row in results.refused_rows()]
         about = {"frames": self.lengths[0], "grid": grid, "tokens": grid and math.prod(grid)}
         return comparison_table({**self.settings(), **about, "rows": rows, "refused": refused})
@@ -227,9 +220,8 @@ def one_pass(
         video = read(video, clock, frames=frames, fps=None, max_frames=None)
     with clock.part("preprocess", device):
         inputs = on_device(task.prompts(video), device)
-    with clock.part("vision encoder", device), _projecting(adapter, clock):
+    with clock.part("encode", device):
         encoded = adapter.encode_for(inputs, method)
-    clock.ms["vision encoder"] -= clock.ms.setdefault("projector", 0.0)
     run = generated(adapter, encoded, method, clock, tokens=task.new_tokens, seed=task.seed, exactly=exactly)
     traces = run.plan.traces
     total = sum(span.features.prompted.num_tokens for span in encoded.videos)
@@ -245,28 +237,6 @@ def one_pass(
         "seen": round(before - total + layers * total) if inside else after,
     }
     return values, run
-
-
-@contextmanager
-def _projecting(adapter: Adapter, clock: Clock) -> Iterator[None]:
-    """Put the projector's time on the clock while a video is encoded."""
-    starts: list[Any] = []
-
-    def begin(*_: Any) -> None:
-        part = clock.part("projector", adapter.device)
-        part.__enter__()
-        starts.append(part)
-
-    def end(*_: Any) -> None:
-        starts.pop().__exit__(None, None, None)
-
-    module = adapter.model.get_submodule(adapter.projector)
-    handles = [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def time_rows(results: Results, lengths: Sequence[int]) -> list[dict[str, Any]]:
@@ -286,7 +256,7 @@ def time_rows(results: Results, lengths: Sequence[int]) -> list[dict[str, Any]]:
         for run in results.turns(condition.key):
             runs.setdefault(int(run["item"]), []).append(run)
         spent = {part: {place: [run["ms"][part] for run in some] for place, some in runs.items()} for part in PARTS}
-        spent["all"] = {place: [sum(run["ms"].values()) for run in some] for place, some in runs.items()}
+        spent["total"] = {place: [sum(run["ms"].values()) for run in some] for place, some in runs.items()}
         by_length = [
             {
                 "frames": lengths[place],
@@ -320,11 +290,11 @@ def _llm(row: Mapping[str, Any]) -> float:
     return float(row["ms"]["select"]["mean"] + row["ms"]["prefill"]["mean"])
 
 
-def _pays_from(first: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
-    """Return the fewest frames at which, and at all more, everything takes less than with all tokens."""
+def _break_even(first: Mapping[str, Any], row: Mapping[str, Any]) -> int | None:
+    """Return the fewest frames at which, and at all more, the total is less than with all tokens."""
     saved: dict[int, bool] = {}
     for whole, pruned in zip(first["by_length"], row["by_length"], strict=True):
-        saved[pruned["frames"]] = saved.get(pruned["frames"], True) and pruned["ms"]["all"] < whole["ms"]["all"]
+        saved[pruned["frames"]] = saved.get(pruned["frames"], True) and pruned["ms"]["total"] < whole["ms"]["total"]
     fewest = None
     for frames in sorted(saved, reverse=True):
         if not saved[frames]:
@@ -346,36 +316,41 @@ def timing_table(result: Mapping[str, Any]) -> Table:
     full, times, work = result["rows"][0], [], []
     for row in result["rows"]:
         known, ms, flops = (named(row), row["retention"]), row["ms"], row["flops"]
-        pays = NONE if row is full else row["pays_from"] or "no"
-        faster = [f"{row['times_faster'][part]:.2f}×" for part in ("prefill", "all")]
+        pays = NONE if row is full else row["break_even"] or "no"
+        faster = [f"{row['times_faster'][part]:.2f}×" for part in ("prefill", "total")]
         times.append([*known, *(f"{p['mean']:.1f}" for p in ms.values()), *faster, pays, f"{row['peak_MiB']:.0f}"])
         tokens = [f"{row[name][1]:.0f}" for name in ("visual", "prompt")]
         counts = [f"{flops[way] / 1e12:.4g}" for way in ("paper", "counted")]
         fewer = full["flops"]["counted"] / flops["counted"]
         prefill = full["ms"]["prefill"]["mean"] / ms["prefill"]["mean"]
-        spent = [f"{ms['all'][which]:.0f}" for which in ("p50", "p95")]
+        spent = [f"{ms['total'][which]:.0f}" for which in ("p50", "p95")]
         work.append([*known, *tokens, *counts, f"{fewer:.2f}×", f"{prefill:.2f}×", *spent])
     about = ", ".join(str(result[key]) for key in ("model", "device", "dtype", "attention") if key in result)
     title = f"{about}, {', '.join(map(str, result['lengths']))} frames: ms, means over lengths"
-    note = "× LLM: selecting and prefill against all tokens; pays: the fewest frames from which everything takes less"
-    parts = [SHORT.get(part, part) for part in full["ms"]]
-    columns = ("method", "kept", *parts, "× LLM", "× all", "pays", "MiB")
-    flops_columns = ("TFLOP, papers' formula", "TFLOP, counted", "fewer", "prefill faster", "all p50 ms", "p95")
+    note = (
+        "speedup: against all tokens, of select + prefill and of the total; break-even: the fewest frames from which "
+        "the total is less"
+    )
+    columns = ("method", "kept", *full["ms"], "prefill speedup", "total speedup", "break-even", "MiB")
+    flops_columns = ("TFLOP, papers' formula", "TFLOP, counted", "fewer", "prefill speedup", "total p50 ms", "p95")
     heads = ("method", "kept", "video tokens", "prompt", *flops_columns)
     return Table.of_result(title, columns, times, result, notes=[note], more=[Table("The LLM's work", heads, work)])
 
 
 def comparison_table(result: Mapping[str, Any]) -> Table:
     """Return the table of a comparison's result."""
-    whole = result["rows"][0]["ms"]["all"]["p50"]
+    whole = result["rows"][0]["ms"]["total"]["p50"]
     cells: list[Sequence[Any]] = []
     for row in result["rows"]:
         ms, kept = row["ms"], [f"{row[name]:.3f}" for name in ("layer_retention", "real_retention")]
-        spent = [f"{ms[part]['p50']:.1f}" for part in ("prefill", "all")]
+        spent = [f"{ms[part]['p50']:.1f}" for part in ("select", "prefill", "total")]
         answer = f"{'=' if row['same'] else '≠'} {row['answer']}"
-        speed = f"{whole / ms['all']['p50']:.2f}×"
-        cells.append((row["name"], *kept, answer, f"{row['select_ms']:.1f}", *spent, speed))
+        speedup = f"{whole / ms['total']['p50']:.2f}×"
+        cells.append((row["name"], answer, *kept, *spent, speedup))
     tokens = f", {result['tokens']} video tokens" if result["tokens"] else ""
-    title = f"{result['frames']} frames{tokens}; medians of {result['repeats']}"
-    columns = ("method", "of layers", "left", "answer (= all tokens')", "select ms", "prefill ms", "total ms", "speed")
-    return Table.of_result(title, columns, cells, result, texts=frozenset({0, 3}))
+    title = f"{result['frames']} frames{tokens}; medians of {result['repeats']} rounds, without reading the video"
+    columns = (
+        *("method", "answer (= all tokens')", "mean kept over layers", "kept after the last layer"),
+        *("select ms", "prefill ms", "total ms", "speedup"),
+    )
+    return Table.of_result(title, columns, cells, result, texts=frozenset({0, 1}))

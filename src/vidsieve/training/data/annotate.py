@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vidsieve.errors import TrainingError, VideoError
-from vidsieve.io.files import relative, writing
+from vidsieve.io.files import beside, relative, writing
 from vidsieve.io.journal import Journal
 from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import confined_records, files_of, moved, path_from
@@ -74,7 +74,8 @@ class Annotation:
     source, root : Path
         As `confined_records` takes them.
     target : Path
-        JSON lines with paths from its folder, which also holds ``<target>.journal.jsonl`` and ``<target>.aside.jsonl``.
+        JSON lines with paths from its folder, which also holds ``out.journal.jsonl`` and ``out.aside.jsonl``
+        of ``out.jsonl``.
     teacher : Teacher
     server : Server
     again : bool
@@ -98,7 +99,7 @@ class Annotation:
 
     def sidecar(self, kind: str) -> Path:
         """Return the path of the "journal" or the "aside" of the output."""
-        return self.target.with_name(f"{self.target.name}.{kind}.jsonl")
+        return beside(self.target, f"{kind}.jsonl")
 
     def items(self, left_out: Counter[str] | None = None) -> Iterator[CaptionItem]:
         """Yield every row, one record in memory at a time; parts that are no rows are counted in `left_out`."""
@@ -374,4 +375,5 @@ class Annotation:
     def _interrupt(self) -> None:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)  # the next one interrupts as ever
         self._stop("interrupted")
-        self._note(f"stopping after {len(self.open)} requests that are under way; Ctrl-C again drops them")
+        under_way = f"{len(self.open)} request{'s' * (len(self.open) != 1)}"
+        self._note(f"stopping after {under_way} under way; Ctrl-C again drops them")

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from vidsieve.errors import TrainingError
-from vidsieve.io.files import writing
+from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import Store, measure_all
 from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import moved
@@ -147,7 +147,7 @@ def filter_file(
 ) -> Filtered | None:
     """Write the rows of a file of prompts that need their video, as JSON lines with paths from `out`.
 
-    Rows that are left out, with what each model answered how often, go to ``<out>.dropped.jsonl``.
+    Rows that are left out, with what each model answered how often, go to ``out.dropped.jsonl`` beside ``out.jsonl``.
 
     Parameters
     ----------
@@ -275,12 +275,12 @@ def _digest(rows: View) -> int:
 def _write(
     out: Path, rows: View, questions: View, gone: NDArray[np.bool_], right: NDArray[np.bool_], names: Sequence[str]
 ) -> None:
-    """Write the rows that are left to `out`, and the others to ``<out>.dropped.jsonl``."""
+    """Write the rows that are left to `out`, and the others to ``out.dropped.jsonl`` beside ``out.jsonl``."""
     place = {number: index for index, number in enumerate(questions.numbers) if gone[index]}
     with (
         writing(out) as kept_path,
         kept_path.open("w", encoding="utf-8") as kept,
-        writing(out.with_name(f"{out.name}.dropped.jsonl")) as dropped_path,
+        writing(beside(out, "dropped.jsonl")) as dropped_path,
         dropped_path.open("w", encoding="utf-8") as dropped,
     ):
         for number, row in zip(rows.numbers, rows, strict=True):

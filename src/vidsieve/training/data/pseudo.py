@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vidsieve.errors import TrainingError
-from vidsieve.io.files import writing
+from vidsieve.io.files import beside, writing
 from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import confined_records, path_from
 from vidsieve.training.data.reading import image_fault
@@ -98,7 +98,8 @@ def pseudo_file(
     ----------
     source : Path or sequence of Path
         LLaVA-OneVision-Data, as JSON or Parquet, or JSON lines of ``{"image": path, "caption": …}``. Images inside a
-        Parquet file are written to a folder beside `target`, ``<target>.images``. All files are drawn from together.
+        Parquet file are written to a folder beside `target`, ``out.images`` of ``out.jsonl``. All files are drawn
+        from together.
     root : Path, optional
         The folder that paths in `source` start from; default: that of the file.
     count : int, optional
@@ -126,7 +127,7 @@ def pseudo_file(
     usable: list[Captioned] = []
     left_out: list[LeftOut] = []
     for file in files:
-        some, others = read_captioned(file, root, target.with_name(f"{target.name}.images"), progress)
+        some, others = read_captioned(file, root, beside(target, "images"), progress)
         usable += some
         left_out += others
     different = len({row.image for row in usable})
@@ -182,7 +183,7 @@ def read_captioned(
                 left_out.append(LeftOut(record.number, name, fault))
                 continue
             if data:
-                image = _written(data, images or path.with_name(f"{path.name}.images"))
+                image = _written(data, images or beside(path, "images"))
             usable.append(Captioned(image, " ".join(row["caption"].split())))
         if progress is not None and done % 50 == 0:
             progress(done)
