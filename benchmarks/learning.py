@@ -44,7 +44,7 @@ from workbench.testbed.study import first_look, object_oracle, question_oracle
 
 TABLES = ("deep dense", "deep dense-b", "deep sparse", "deep sparse-b", "shallow sparse", "shallow sparse-b")
 """Model and world of each table."""
-SEEDS, RETENTIONS = (9201, 9202, 9203), (0.4, 0.25, 0.1, 0.05, 0.025)
+SEEDS, RETENTIONS = (9301, 9302, 9303), (0.4, 0.25, 0.1, 0.05, 0.025)
 """The first retention is for trained policies alone: it costs as much as the last four together."""
 PROBED = (0.1, 0.05)
 """Retentions at which question-aware policies also get another question."""

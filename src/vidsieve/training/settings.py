@@ -328,7 +328,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 300,
+        "steps": 450,
     },
     ("cacovid", "official"): {
         "world": "sparse",
@@ -350,7 +350,7 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
         "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 300,
+        "steps": 450,
     },
     ("score", "paper"): {"world": "sparse", "lr": 0.002, "steps": 100, "frames": 128},
     ("score", "ours"): {
