@@ -9,6 +9,7 @@ from vidsieve.adapters import prune as prune
 from vidsieve.compressors.base import Compressor as Compressor
 from vidsieve.compressors.base import ScoreCompressor as ScoreCompressor
 from vidsieve.compressors.calibrated import calibrated as calibrated
+from vidsieve.compressors.calibrated import frames_for as frames_for
 from vidsieve.compressors.composed import Pipeline as Pipeline
 from vidsieve.compressors.reuse import Reuse as Reuse
 from vidsieve.errors import VidsieveError as VidsieveError

@@ -230,7 +230,11 @@ def check_model(name: str) -> None:
 
 
 def load_model(
-    name: str, layout: str | None = None, dtype: torch.dtype | str | None = None, device: str = "cpu"
+    name: str,
+    layout: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+    positions: str | None = None,
 ) -> tuple[Any, Any]:
     """Return the model and processor of a local folder or hub id; ``"testbed"`` is in the package (`shipped_model`).
 
@@ -245,6 +249,8 @@ def load_model(
         Default: the dtype in its files, float32 for the testbed's models.
     device : str
         A device of torch, or "auto": this process's GPU if there is one.
+    positions : str, optional
+        As in `prune`; stored in the configuration of the loaded model.
 
     Raises
     ------
@@ -253,7 +259,7 @@ def load_model(
     UnsupportedModelError
         If the model's family has no adapter.
     UnknownNameError, UnsupportedCallError
-        If there is no such layout, or not in this family.
+        If there is no such layout or position convention, or not in this family.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -276,10 +282,12 @@ def load_model(
             f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "
             "'testbed'"
         ) from error
-    adapter_for(model, layout=layout)
+    adapter_for(model, layout=layout, positions=positions)
     model.vidsieve_template = template_or_reason(processor)
     if layout is not None:
         model.config.vidsieve_layout = layout
+    if positions is not None:
+        model.config.vidsieve_positions = positions
     if device != "cpu":
         device = own_device() if device == "auto" else device
         try:

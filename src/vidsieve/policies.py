@@ -24,7 +24,7 @@ from vidsieve.io.bounded import parsed, read_bytes
 from vidsieve.io.files import writing
 from vidsieve.io.hub import download, is_hub_name, is_repository, upload
 from vidsieve.io.tensors import load_tensors, save_tensors
-from vidsieve.retention import Rule
+from vidsieve.retention import FrameRule, Rule
 from vidsieve.types import VideoTokens
 
 Size = Annotated[int, msgspec.Meta(ge=1, le=2**20)]
@@ -60,6 +60,8 @@ class PolicyConfig:
         Checksum of the weights that this was saved with; empty in older files.
     calibration : dict
         By variant the rule that `vidsieve calibrate` saved last, see `retention.Rule`.
+    frames : dict
+        By variant the rule that ``vidsieve calibrate --tokens`` saved last, see `retention.FrameRule`.
     """
 
     type: str
@@ -71,6 +73,7 @@ class PolicyConfig:
     training: dict[str, Any] = field(default_factory=dict)
     weights: str = ""
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    frames: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the text of the file, with the versions of vidsieve and of the format, and a checksum."""
@@ -270,7 +273,7 @@ def policy_folder(name: str | Path) -> Path:
     return inner if os.path.isfile(inner / CONFIG) and not os.path.isfile(path / CONFIG) else path
 
 
-def save_rule(folder: Path, rule: Rule) -> None:
+def save_rule(folder: Path, rule: Rule | FrameRule) -> None:
     """Add a calibrated rule to the `config.json` of the policy in `folder`, in place of an older one of its variant.
 
     Raises
@@ -278,9 +281,13 @@ def save_rule(folder: Path, rule: Rule) -> None:
     PolicyError, PolicyMismatchError, OutputError
     """
     config = read_config(folder)
-    saved = {**config.calibration, rule.variant: msgspec.to_builtins(rule)}
+    saved = msgspec.to_builtins(rule)
+    if isinstance(rule, FrameRule):
+        config = dataclasses.replace(config, frames={**config.frames, rule.variant: saved})
+    else:
+        config = dataclasses.replace(config, calibration={**config.calibration, rule.variant: saved})
     with writing(folder / CONFIG) as temporary:
-        temporary.write_text(dataclasses.replace(config, calibration=saved).to_json(), encoding="utf-8")
+        temporary.write_text(config.to_json(), encoding="utf-8")
 
 
 def read_config(folder: Path) -> PolicyConfig:

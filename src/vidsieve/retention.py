@@ -1,9 +1,10 @@
-"""Retention: a fraction of the video tokens, or their number."""
+"""Retention: a fraction of the video tokens, or their number, and the rules that calibration makes of them."""
 
 from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -30,7 +31,7 @@ class Tokens:
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Finite = Annotated[float, msgspec.Meta(ge=-1e9, le=1e9)]
 
-CALIBRATED = "calibrated"
+CALIBRATED, AUTO = "calibrated", "auto"
 FEATURES = ("log retention", "log dropped softmax", "log dropped standardised", "last kept", "last kept z", "range z")
 """What a rule reads of a selection, see `compressors.calibrated.features`."""
 
@@ -92,9 +93,97 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class FrameRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A rule from the number of tokens kept to the number of frames read, and the accuracies that it was made from.
+
+    Parameters
+    ----------
+    method, variant : str
+        The method that chooses the tokens.
+    frames, tokens : tuple of int
+        Numbers of frames read and of tokens kept that were measured, ascending.
+    accuracy : tuple of tuple of float or None
+        A row for each number of frames; None where they have fewer tokens than are to be kept.
+    tolerance : float
+        The fewest frames whose accuracy is at most this much below the best are read.
+    videos, questions : int
+        Those that accuracies were measured on.
+    data, model : str
+        Names of the questions and of the model, for information only.
+
+    Raises
+    ------
+    ValueError
+        If numbers do not ascend, or a number of tokens has no accuracy.
+    """
+
+    method: str
+    variant: str
+    frames: tuple[Count, ...]
+    tokens: tuple[Count, ...]
+    accuracy: tuple[tuple[Annotated[float, msgspec.Meta(ge=0, le=1)] | None, ...], ...]
+    tolerance: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    videos: Count
+    questions: Count
+    data: str = ""
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name, counts in (("frames", self.frames), ("tokens", self.tokens)):
+            if not counts or list(counts) != sorted(set(counts)):
+                raise ValueError(f"numbers of {name} ascend")
+        if len(self.accuracy) != len(self.frames) or any(len(row) != len(self.tokens) for row in self.accuracy):
+            raise ValueError(f"accuracy has {len(self.frames)} rows of {len(self.tokens)} numbers")
+        for count, column in zip(self.tokens, zip(*self.accuracy, strict=True), strict=True):
+            if all(value is None for value in column):
+                raise ValueError(f"no number of frames has {count} tokens")
+
+    def accuracies(self, count: int) -> dict[int, float]:
+        """Return the accuracy by frames read when `count` tokens are kept.
+
+        Between two measured numbers of tokens it is a straight line over their logarithm.
+
+        Raises
+        ------
+        RetentionError
+            If `count` lies outside what was measured.
+        """
+        least, most = self.tokens[0], self.tokens[-1]
+        if not least <= count <= most:
+            raise RetentionError(
+                f"frames were measured for {least} to {most} tokens, not for {count}: ask for a number between them, "
+                "or run `vidsieve calibrate` with it among --tokens"
+            )
+        above = bisect_left(self.tokens, count)
+        below = above if self.tokens[above] == count else above - 1
+        low, high = self.tokens[below], self.tokens[above]
+        part = math.log(count / low) / math.log(high / low) if high > low else 0.0
+        found = {}
+        for frames, row in zip(self.frames, self.accuracy, strict=True):
+            first, last = row[below], row[above]
+            if first is not None and last is not None:
+                found[frames] = first + part * (last - first)
+        return found
+
+    def frames_for(self, count: int) -> int:
+        """Return the fewest frames whose accuracy with `count` tokens is at most `tolerance` below the best.
+
+        Raises
+        ------
+        RetentionError
+            As `accuracies`.
+        """
+        found = self.accuracies(count)
+        enough = max(found.values()) - self.tolerance - 1e-9
+        return min(frames for frames, value in found.items() if value >= enough)
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """A budget that follows each video: ``retention="calibrated"``, or ``"calibrated:FILE"``.
+    """What a calibrated rule decides: ``retention="calibrated"`` or ``"calibrated:FILE"``, frames ``auto``.
 
     Parameters
     ----------
@@ -138,6 +227,21 @@ def budget_text(budget: float | Tokens | Calibration) -> str:
     if isinstance(budget, Calibration):
         return f"{CALIBRATED}:{budget.file}" if budget.file else CALIBRATED
     return f"{budget.count}t" if isinstance(budget, Tokens) else f"{budget:g}"
+
+
+def parse_frames(text: str) -> int | Calibration:
+    """Return the number of frames in a text, or what ``auto`` and ``auto:FILE`` stand for.
+
+    Raises
+    ------
+    RetentionError
+    """
+    name, _, file = text.strip().partition(":")
+    if name == AUTO:
+        return Calibration(file)
+    if not text.strip().isdigit() or int(text) < 1:
+        raise RetentionError(f"a number of frames is a whole number from 1 on, auto or auto:FILE; got {text!r}")
+    return int(text)
 
 
 def parse_retention(text: str) -> float | Tokens:

@@ -20,7 +20,7 @@ from vidsieve.video.reading import read_video, write_video
 
 MISTAKES = {
     ("ask", "clip.mp4"): "error: Missing argument 'question'; see `vidsieve ask --help`",
-    ("ask", "clip.mp4", "hi", "--threds", "3"): "--threads); see `vidsieve ask --help`",
+    ("ask", "clip.mp4", "hi", "--threds", "3"): "--threads, --tokens); see `vidsieve ask --help`",
     ("--threads", "3", "ask", "clip.mp4", "hi"): "stand after it, as in `vidsieve ask --threads …`",
     ("ask", "clip.mp4", "hi", "--quiet"): "it stands before the command, as in `vidsieve --quiet ask …`",
     ("data", "chekc"): "Did you mean 'check'? see `vidsieve data --help`",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
@@ -20,8 +21,8 @@ from vidsieve.errors import BudgetError, EvaluationError, RetentionError, StageE
 from vidsieve.evaluation.calibration import FIT_SHARE, Measured, calibrate, fit, p_value, predicted, videos_needed
 from vidsieve.loading import shipped_policy
 from vidsieve.policies import save_rule
-from vidsieve.retention import FEATURES, Calibration, Rule
-from vidsieve.types import Selection, TokenGrid, VideoTokens
+from vidsieve.retention import FEATURES, Calibration, FrameRule, Rule
+from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
 
 
 def rule(method="vidcom2", variant="ours", **fields):
@@ -239,6 +240,59 @@ def test_vllm_takes_the_fixed_retention_of_the_same_bound(tmp_path):
     assert settings_of(config).method.retention == 0.4
 
 
+# -- frames for a number of tokens ------------------------------------------------------------------------------------
+
+
+def frame_rule(method="vidcom2", variant="ours", **fields):
+    known = {
+        "frames": (16, 64, 256),
+        "tokens": (100, 400, 1600),
+        "accuracy": ((0.5, 0.6, None), (0.55, 0.8, 0.9), (0.3, 0.795, 0.95)),
+        "tolerance": 0.01,
+        "videos": 5,
+        "questions": 20,
+    }
+    return FrameRule(method=method, variant=variant, **(known | fields))
+
+
+def test_accuracies_are_interpolated_over_the_logarithm_of_the_tokens():
+    made = frame_rule()
+    assert made.accuracies(400) == {16: 0.6, 64: 0.8, 256: 0.795}
+    assert made.accuracies(200) == pytest.approx({16: 0.55, 64: 0.675, 256: 0.5475})
+    assert made.accuracies(800) == pytest.approx({64: 0.85, 256: 0.8725})  # 16 frames have no 800 tokens
+
+
+def test_the_fewest_frames_within_the_tolerance_of_the_best_are_read():
+    assert [frame_rule().frames_for(count) for count in (100, 200, 400, 800, 1600)] == [64, 64, 64, 256, 256]
+    assert frame_rule(tolerance=0.06).frames_for(100) == 16
+    assert frame_rule(tolerance=0.0).frames_for(1600) == 256
+    for count in (99, 1601):
+        with pytest.raises(RetentionError, match=f"measured for 100 to 1600 tokens, not for {count}"):
+            frame_rule().frames_for(count)
+    with pytest.raises(ValueError, match="no number of frames has 100 tokens"):
+        frame_rule(accuracy=((None, 0.5, 0.5),) * 3)
+
+
+def test_frames_are_planned_for_a_method_that_keeps_a_number_of_tokens(tmp_path):
+    method = vidsieve.load("vidcom2", retention=Tokens(800))
+    assert vidsieve.frames_for(method, frame_rule()) == 256
+    with pytest.raises(RetentionError, match=r"keeps 0\.25: ask for Tokens"):
+        vidsieve.frames_for(method.with_retention(0.25), frame_rule())
+    with pytest.raises(RetentionError, match="calibrated for score"):
+        vidsieve.frames_for(method, frame_rule("score"))
+    with pytest.raises(RetentionError, match=r"is not trained: run `vidsieve calibrate --tokens`.*auto:FILE"):
+        vidsieve.frames_for(method)
+    folder = tmp_path / "policy"
+    shutil.copytree(shipped_policy("score"), folder)
+    with pytest.raises(RetentionError, match="no rule saved"):
+        vidsieve.frames_for(vidsieve.load(folder, retention=Tokens(400)))
+    save_rule(folder, rule("score"))
+    save_rule(folder, frame_rule("score"))
+    loaded = vidsieve.load(folder, retention=Tokens(400))
+    assert vidsieve.frames_for(loaded) == 64
+    assert vidsieve.load(folder, retention="calibrated").rule == rule("score")
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -266,3 +320,48 @@ def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypat
     asked = ["ask", str(video), "what happens ?", "--method", "vidcom2", "--retention", "calibrated:vidcom2-rule.json"]
     answered = run.invoke(app, [*asked, "--json", "answer.json"])
     assert answered.exit_code == 0, answered.output
+
+
+def test_frames_are_calibrated_and_read_from_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner()
+    made = run.invoke(app, ["testbed", "render", "videos", "--scenes", "2", "--frames", "24"])
+    assert made.exit_code == 0, made.output
+    questions = tmp_path / "videos" / "questions.jsonl"
+    rows = {}
+    for line in questions.read_text().splitlines():
+        rows.setdefault(json.loads(line)["video"], []).append(line)
+    questions.write_text("\n".join(line for some in rows.values() for line in some[:2]) + "\n")
+    shared = ["--answer", "choice", "--positions", "compact", "--model", "testbed"]
+    command = ["calibrate", "vidcom2", str(questions), "--frames", "24,6", "--tokens", "300,60", *shared]
+    done = run.invoke(app, [*command, "--json", "out.json"])
+    assert done.exit_code == 0, done.output
+    assert "--tokens 300 --frames auto:vidcom2-frames.json" in " ".join(done.output.split())
+    written = json.loads(tmp_path.joinpath("vidcom2-frames.json").read_text())
+    assert (written["frames"], written["tokens"], written["questions"]) == ([6, 24], [60, 300], 4)
+    table = {
+        (row["frames"], row["retention"]): row["accuracy"] for row in json.loads(Path("out.json").read_text())["rows"]
+    }
+    assert written["accuracy"] == [[table[6, "60t"], None], [table[24, "60t"], table[24, "300t"]]]
+
+    written["accuracy"] = [[1.0, None], [0.5, 1.0]]
+    Path("rule.json").write_text(json.dumps(written))
+    video = str(next(tmp_path.joinpath("videos").glob("*.mp4")))
+    for tokens, frames in ((60, 6), (299, 24)):
+        asked = ["ask", video, "where is the old sign ?", "--method", "vidcom2", "--tokens", str(tokens)]
+        answered = run.invoke(
+            app,
+            [*asked, "--frames", "auto:rule.json", "--positions", "compact", "--model", "testbed", "--json", "a.json"],
+        )
+        assert answered.exit_code == 0, answered.output
+        given = json.loads(Path("a.json").read_text())
+        assert (given["frames"], given["videos"][0]["kept"]) == (frames, tokens)
+        assert f"frames: {frames}, by the rule of vidcom2" in answered.output
+    refused = run.invoke(app, [*asked, "--retention", "0.5"])
+    assert refused.exit_code != 0 and "two budgets" in str(refused.exception or refused.output)
+
+    measured = ["eval", "questions", str(questions), "--model", "testbed", "--methods", "vidcom2", "--tokens", "60"]
+    done = run.invoke(app, [*measured, "--frames", "8,auto:rule.json", *shared, "--out", "run", "--json", "eval.json"])
+    assert done.exit_code == 0, done.output
+    rows = [(row["method"], row["frames"]) for row in json.loads(Path("eval.json").read_text())["rows"]]
+    assert ("vidcom2", 6) in rows and ("vidcom2", 8) in rows and ("random", 6) not in rows

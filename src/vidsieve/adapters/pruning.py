@@ -56,7 +56,7 @@ def unwrapped(model: Any) -> Any:
 def adapter_for(
     model: Any,
     template: Template | NeedError | None = None,
-    positions: str = "installed",
+    positions: str | None = None,
     layout: str | None = None,
 ) -> Adapter:
     """Return the adapter of a model, found by the names of its classes, and by the layout where it is not installed.
@@ -66,7 +66,8 @@ def adapter_for(
     A model that PEFT, DistributedDataParallel or FSDP have wrapped is the one inside (`Adapter.model`).
 
     Without `template` it is the model's attribute ``vidsieve_template``, which `vidsieve.loading.load_model` sets.
-    Without `layout` it is what the model's configuration states as ``vidsieve_layout``, or ``"installed"``.
+    Without `positions` and `layout` they are what the model's configuration states as ``vidsieve_positions`` and
+    ``vidsieve_layout``, or ``"installed"``.
 
     Raises
     ------
@@ -76,7 +77,9 @@ def adapter_for(
         If its family has no such layout.
     """
     model = unwrapped(model)
-    layout = layout or getattr(getattr(model, "config", None), "vidsieve_layout", "installed")
+    config = getattr(model, "config", None)
+    layout = layout or getattr(config, "vidsieve_layout", "installed")
+    positions = str(positions or getattr(config, "vidsieve_positions", "installed"))
     if layout not in LAYOUTS:
         raise UnknownNameError("token layout", layout, LAYOUTS)
     for base in type(model).__mro__:
@@ -131,7 +134,7 @@ def prune(
     inputs: Mapping[str, Any],
     compressor: Compressor,
     *,
-    positions: str = "installed",
+    positions: str | None = None,
     layout: str | None = None,
     template: Template | None = None,
     generator: Generator | None = None,
@@ -151,7 +154,7 @@ def prune(
     inputs : mapping
         What the model's processor returned: ``input_ids`` (B, L), ``attention_mask``, pixels, …
     compressor : Compressor
-    positions : str
+    positions : str, optional
         The position convention: ``"installed"`` (original ids as the installed transformers computes them),
         ``"legacy"`` (as transformers before 5.3 and vLLM), ``"compact"`` (counted anew over what is kept; families
         with 1-D positions).

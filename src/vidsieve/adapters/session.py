@@ -360,7 +360,7 @@ def attach(
     model: Any,
     compressor: Compressor,
     *,
-    positions: str = "installed",
+    positions: str | None = None,
     layout: str | None = None,
     template: Template | None = None,
     seed: int = 0,
@@ -375,7 +375,7 @@ def attach(
         This instance only; its class and other instances are not touched. Of a model wrapped by PEFT (LoRA),
         DistributedDataParallel or FSDP it is the one inside, and calls of either are pruned.
     compressor : Compressor
-    positions : str
+    positions : str, optional
         The position convention, as in `prune`.
     layout : str
         The token layout, as in `prune`.

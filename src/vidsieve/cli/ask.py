@@ -43,12 +43,14 @@ def ask(
         str | None,
         typer.Option(help="Folder of the policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False),
     ] = None,
-    retention: shared.Retention = "0.25",
+    retention: Annotated[str | None, shared.retention_option("0.25")] = None,
+    tokens: shared.TokensKept = None,
     earliest: shared.Earliest = False,
     max_pixels: shared.MaxPixels = Limits.pixels,
     frames: shared.Frames = None,
     fps: shared.Fps = None,
     layout: shared.Layout = None,
+    positions: shared.Positions = None,
     device: shared.Device = "auto",
     dtype: shared.Dtype = None,
     max_new_tokens: shared.NewTokens = 64,
@@ -81,7 +83,7 @@ def ask(
 ) -> None:
     """Ask a question about a video; show what each method kept and where the time went."""
     check_file(video)
-    amount = parse_budget(retention)
+    amount = parse_budget(shared.budget_asked(retention, tokens) or "0.25")
     shared.check_question(question)
     shared.check_output(json, reads=[video])
     shared.check_output(picture, shared.PICTURES, [video])
@@ -108,15 +110,18 @@ def ask(
 
     shared.quiet()
     clock = answering.Clock()
-    loaded = answering.read(video, clock, **shared.frames_asked(frames, fps))
-    model = shared.named_model(model or ("testbed" if is_scene(loaded) else None))
+    asked = shared.frames_asked(frames, fps)
+    loaded = None if asked is None else answering.read(video, clock, **asked)
+    model = shared.named_model(model or ("testbed" if loaded is not None and is_scene(loaded) else None))
     chosen: dict[str, Compressor] = {}
     if several:
         chosen = named_methods(names, model, earliest=earliest)
     elif method != "full":
         chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
-    network, processor = shared.load_model(model, layout, dtype, device)
+    if loaded is None:
+        loaded = answering.read(video, clock, **shared.frames_by_rule(str(frames), fps, list(chosen.values())))
+    network, processor = shared.load_model(model, layout, dtype, device, positions)
     notes = list(loaded.notes)
     if loading.is_testbed(model) and (warning := toy_warning(loaded, question, processor)):
         notes.append(warning)
@@ -135,7 +140,14 @@ def ask(
     about = {"device": str(network.device), "dtype": str(network.dtype).removeprefix("torch.")}
     lead = "\n".join([f"video {video.name}, model {model}, {', '.join(about.values())}", *notes])
     shared.write_report(report, question, sections, lead, figures)
-    asked = {"video": str(video), "question": question, "model": model, **about, "notes": notes}
+    asked = {
+        "video": str(video),
+        "question": question,
+        "model": model,
+        "frames": len(loaded.pixels),
+        **about,
+        "notes": notes,
+    }
     shared.write_json(json, result | asked)
 
 

@@ -1,4 +1,4 @@
-"""`vidsieve calibrate`: a retention that follows each video, with a bound on what it loses."""
+"""`vidsieve calibrate`: a retention that follows each video, with a bound on what it loses, or frames for a budget."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from vidsieve.errors import EvaluationError
 from vidsieve.io.files import writing
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
+from vidsieve.retention import FrameRule, Rule
 
 
 def calibrate(
@@ -33,7 +34,17 @@ def calibrate(
     model: shared.Model = None,
     device: shared.Device = "auto",
     dtype: shared.Dtype = None,
-    frames: Annotated[int, typer.Option(help="Frames taken evenly from each video.", min=1)] = 32,
+    frames: Annotated[
+        str, typer.Option(help="Frames taken evenly from each video; with --tokens several numbers, as 16,64,256.")
+    ] = "32",
+    tokens: Annotated[
+        str | None,
+        typer.Option(
+            help="Numbers of tokens kept, as 256,512: measure each with each number of frames, for --frames auto.",
+            show_default=False,
+        ),
+    ] = None,
+    positions: shared.Positions = None,
     answer: Annotated[
         str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
     ] = "generate",
@@ -50,9 +61,16 @@ def calibrate(
     max_row: shared.MaxRow = Limits.row,
     json: shared.Json = None,
 ) -> None:
-    """Fit a rule from a video's scores to its retention, and bound what it loses, for --retention calibrated."""
+    """Fit a rule from a video's scores to its retention, and bound what it loses, for --retention calibrated.
+
+    With --tokens: measure accuracy by frames read and tokens kept, for --frames auto. There --tolerate is how far below
+    the best the fewest frames may be, and nothing is bounded.
+    """
     if not (0 < tolerate < 1 and 0 < confidence < 1):
         raise EvaluationError(f"--tolerate and --confidence lie between 0 and 1, got {tolerate:g} and {confidence:g}")
+    counts, kept = _counts("--frames", frames), _counts("--tokens", tokens or "")
+    if len(counts) != 1 and not kept:
+        raise EvaluationError(f"--frames {frames} are several numbers: give --tokens too, to measure --frames auto")
     model = shared.named_model(model)
     registry.check_known(method)
     shared.check_output(json, reads=[data])
@@ -65,7 +83,7 @@ def calibrate(
 
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import is_policy, method_for
-    from vidsieve.evaluation.tasks.calibrating import CalibrationTask, ladder_conditions
+    from vidsieve.evaluation.tasks.calibrating import CalibrationTask, FramesTask, frame_conditions, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
     from vidsieve.io.hub import is_hub_name
     from vidsieve.policies import policy_folder, save_rule
@@ -73,35 +91,49 @@ def calibrate(
     items = items_of(registry.benchmarks.get("questions"), data)
     shared.quiet()
     chosen = method_for(method, model)
-    network, processor = shared.load_model(model, dtype=dtype, device=device)
-    task = CalibrationTask(
-        registry.benchmarks.get("questions"),
-        items,
-        adapter_for(network),
-        processor,
-        model,
-        answer,
-        about={"data": data.name},
-        tolerance=tolerate,
-        confidence=confidence,
-    )
-    conditions = ladder_conditions(chosen, frames, method if is_policy(method) else "")
-    table = shared.run_task(task, conditions, "videos", folder=folder, json=json)
-    rule = task.rule(table)
-    if save is None and is_policy(method) and not is_hub_name(method):  # the hub's cache is not written
+    network, processor = shared.load_model(model, dtype=dtype, device=device, positions=positions)
+    asked = (registry.benchmarks.get("questions"), items, adapter_for(network), processor, model, answer)
+    about = {"data": data.name} | ({} if positions is None else {"positions": positions})
+    label = method if is_policy(method) else ""
+    rule: Rule | FrameRule
+    if kept:
+        frames_task = FramesTask(*asked, about=about, tolerance=tolerate)
+        conditions = frame_conditions(chosen, counts, kept, label)
+        rule = frames_task.rule(shared.run_task(frames_task, conditions, "videos", folder=folder, json=json))
+    else:
+        task = CalibrationTask(*asked, about=about, tolerance=tolerate, confidence=confidence)
+        conditions = ladder_conditions(chosen, counts[0], label)
+        rule = task.rule(shared.run_task(task, conditions, "videos", folder=folder, json=json))
+    if save is None and label and not is_hub_name(method):  # the hub's cache is not written
         where = policy_folder(method)
         save_rule(where, rule)
-        name = "calibrated"
+        suffix = ""
     else:
-        where = save or Path(f"{re.sub('[:/@]', '-', method)}-rule.json")
+        where = save or Path(f"{re.sub('[:/@]', '-', method)}-{'frames' if kept else 'rule'}.json")
         with writing(where) as temporary:
             temporary.write_text(dumps(to_builtins(rule), indent=2) + "\n", encoding="utf-8")
-        name = f"calibrated:{where}"
+        suffix = f":{where}"
+    if isinstance(rule, FrameRule):
+        best = ", ".join(f"{rule.frames_for(count)} for {count} tokens" for count in rule.tokens)
+        shared.out.print(
+            f"Frames to read: {best}.\nsaved: {where}; use it with --tokens {rule.tokens[-1]} --frames auto{suffix}",
+            markup=False,
+            soft_wrap=True,
+        )
+        return
     shared.out.print(
         f"The rule keeps {100 * rule.retention:.3g} % of the tokens on average and loses {100 * rule.loss:.2f} points "
         f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
         f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
-        f"saved: {where}; use it with --retention {name}",
+        f"saved: {where}; use it with --retention calibrated{suffix}",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _counts(option: str, text: str) -> list[int]:
+    """Return the whole numbers of a comma-separated list, ascending, each once."""
+    words = shared.words(text)
+    if not all(word.isdigit() and int(word) > 0 for word in words):
+        raise EvaluationError(f"{option} takes whole numbers from 1 on, as 16,64; got {text!r}")
+    return sorted({int(word) for word in words})

@@ -13,7 +13,7 @@ from vidsieve.cli import shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
-from vidsieve.retention import parse_budget, parse_retentions
+from vidsieve.retention import parse_budget, parse_frames, parse_retentions
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
@@ -37,6 +37,7 @@ ONLY_BENCHMARKS = (
     "allow_missing",
     "indices",
     "layout",
+    "positions",
     "device",
     "dtype",
 )
@@ -62,9 +63,15 @@ def evaluate(
             help="Fractions of video tokens kept, or counts as 512t.", show_default="0.25,0.1; testbed: also 0.05"
         ),
     ] = None,
+    tokens: shared.TokensKept = None,
     frames: Annotated[
         str | None,
-        typer.Option(help="Frames taken evenly, or several numbers of them.", show_default="32", rich_help_panel=SETS),
+        typer.Option(
+            help="Frames taken evenly, or several numbers of them; '16,auto': also as many as each method's rule reads "
+            "for --tokens.",
+            show_default="32",
+            rich_help_panel=SETS,
+        ),
     ] = None,
     fps: Annotated[
         float | None,
@@ -130,6 +137,7 @@ def evaluate(
     ] = None,
     share: shared.Share = None,
     layout: Annotated[str | None, shared.layout_option(SETS)] = None,
+    positions: shared.Positions = None,
     device: Annotated[str, shared.device_option(SETS)] = "auto",
     dtype: Annotated[str | None, shared.dtype_option(SETS)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
@@ -148,6 +156,7 @@ def evaluate(
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise EvaluationError(f"--{name.replace('_', '-')} means nothing for {task}: leave it out")
+    retention = shared.budget_asked(retention, tokens)
     options = {"methods": methods, "retention": retention, "seed": seed, "subset": subset, "model": model}
     given: dict[str, Any] = (TESTBED if task == "testbed" else BENCHMARK) | {
         name: value for name, value in options.items() if value is not None
@@ -187,6 +196,7 @@ def evaluate(
             indices=indices,
             earliest=earliest,
             layout=layout,
+            positions=positions,
             device=device,
             dtype=dtype,
         )
@@ -232,16 +242,20 @@ def _questions(
     indices: bool,
     earliest: bool,
     layout: str | None,
+    positions: str | None,
     device: str,
     dtype: str | None,
 ) -> tuple[Task, Sequence[Condition]]:
     """Return a published set of questions, and every method at every retention and number of frames."""
-    counts = [_count(word) for word in shared.words(frames)]
+    asked = [parse_frames(word) for word in shared.words(frames)]
+    counts = [count for count in asked if isinstance(count, int)]
+    rules = [rule for rule in asked if not isinstance(rule, int)]
     amounts = [parse_budget(word) for word in shared.words(given["retention"])]
     if not amounts or not counts:
-        raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames")
+        raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames, as 16 or 16,auto")
     from vidsieve.adapters.pruning import adapter_for
-    from vidsieve.evaluation.conditions import conditions_of, named_methods
+    from vidsieve.compressors.calibrated import frames_for
+    from vidsieve.evaluation.conditions import Condition, conditions_of, label_of, named_methods
     from vidsieve.evaluation.protocols import protocol as protocol_of
     from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
 
@@ -263,7 +277,7 @@ def _questions(
     shared.quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]
     methods = named_methods(listed, model, earliest=earliest)
-    network, processor = shared.load_model(model, layout, dtype, device)
+    network, processor = shared.load_model(model, layout, dtype, device, positions)
     adapter = adapter_for(network)
     if tokens_per_frame is not None:
         adapter.limit_frames(processor, tokens_per_frame)
@@ -274,14 +288,17 @@ def _questions(
         "tokens_per_frame": tokens_per_frame,
         "earliest": earliest,
         "layout": layout,
+        **({} if positions is None else {"positions": positions}),
     }
     task = QuestionsTask(
         benchmark, items, adapter, processor, model, answer, fps, max_new_tokens, given["seed"], indices, about
     )
-    return task, conditions_of(methods, amounts, counts)
-
-
-def _count(word: str) -> int:
-    if not word.isdigit() or int(word) < 1:
-        raise EvaluationError(f"--frames is a whole number from 1 on, or several, as 8,16,32; got {word!r}")
-    return int(word)
+    conditions = conditions_of(methods, amounts, counts)
+    for rule in rules:
+        for amount in amounts:
+            for word in names:
+                method = methods[word].with_retention(amount)
+                planned = Condition(method, frames_for(method, rule), label_of(word))
+                if planned not in conditions:
+                    conditions.append(planned)
+    return task, conditions

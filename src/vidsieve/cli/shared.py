@@ -24,16 +24,19 @@ from vidsieve.errors import (
     ModelError,
     OutputError,
     PromptError,
+    RetentionError,
     UnknownNameError,
     VidsieveError,
 )
 from vidsieve.io.files import locked, writing
 from vidsieve.io.limits import limits
 from vidsieve.io.texts import printable
+from vidsieve.retention import parse_frames
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+    from vidsieve.compressors.base import Compressor
     from vidsieve.evaluation.conditions import Condition
     from vidsieve.evaluation.experiment import Task
     from vidsieve.evaluation.table import Table
@@ -116,7 +119,12 @@ def dtype_option(panel: str | None = None, default: str = "as in the model's fil
 Device = Annotated[str, device_option()]
 Dtype = Annotated[str | None, dtype_option()]
 Frames = Annotated[
-    int | None, typer.Option("--frames", help="Frames taken evenly; with --fps at most this many.", show_default="16")
+    str | None,
+    typer.Option(
+        "--frames",
+        help="Frames taken evenly; with --fps at most this many; 'auto[:FILE]': by `calibrate --tokens`.",
+        show_default="16",
+    ),
 ]
 
 
@@ -158,11 +166,33 @@ def layout_option(panel: str | None = None) -> Any:
 
 
 Layout = Annotated[str | None, layout_option()]
+Positions = Annotated[
+    str | None,
+    typer.Option(
+        "--positions",
+        help="'compact': counted over the kept tokens, for videos longer than in training.",
+        show_default=False,
+    ),
+]
 Earliest = Annotated[
     bool,
     typer.Option("--earliest", help="Move methods inside the LLM to earlier layers if the retention needs it."),
 ]
-Retention = Annotated[str, typer.Option("--retention", help="Fraction of video tokens kept, or a count such as 512t.")]
+
+
+def retention_option(default: str | bool = True) -> Any:
+    """Return the option ``--retention``; `default` is shown where the command sets it itself."""
+    about = "Fraction of video tokens kept, or a count such as 512t."
+    return typer.Option("--retention", help=about, show_default=default)
+
+
+Retention = Annotated[str, retention_option()]
+TokensKept = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", help="Video tokens kept, in place of --retention: 512 is 512t.", min=1, show_default=False
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Random seed.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Longest answer in tokens.", min=1)]
 
@@ -375,6 +405,21 @@ def check_question(question: str) -> None:
         raise PromptError("the question is empty: write what you want to know")
 
 
+def budget_asked(retention: str | None, tokens: int | None) -> str | None:
+    """Return the retention asked for as a text, be it as a number of tokens.
+
+    Raises
+    ------
+    EvaluationError
+        If both were given.
+    """
+    if tokens is None:
+        return retention
+    if retention is not None:
+        raise EvaluationError(f"--tokens {tokens} and --retention {retention} are two budgets: leave one of them out")
+    return f"{tokens}t"
+
+
 def named_model(model: str | None) -> str:
     """Return the model of ``--model``, which has no default for videos and questions of one's own.
 
@@ -390,7 +435,9 @@ def named_model(model: str | None) -> str:
     return model
 
 
-def load_model(name: str, layout: str | None = None, dtype: Any = None, device: str = "auto") -> tuple[Any, Any]:
+def load_model(
+    name: str, layout: str | None = None, dtype: Any = None, device: str = "auto", positions: str | None = None
+) -> tuple[Any, Any]:
     """Return `loading.load_model` of the arguments, and say on stderr that it takes its time."""
     from vidsieve import loading
 
@@ -398,14 +445,45 @@ def load_model(name: str, layout: str | None = None, dtype: Any = None, device: 
     if not err.is_terminal and not loading.is_testbed(name):
         err.print(f"loading {name}", markup=False, highlight=False, soft_wrap=True)
     with err.status(f"loading {escape(name)}"):  # nothing where there is no terminal
-        return loading.load_model(name, layout, dtype, device)
+        return loading.load_model(name, layout, dtype, device, positions)
 
 
-def frames_asked(frames: int | None, fps: float | None) -> dict[str, Any]:
-    """Return what `answering.read` takes: 16 frames where nothing was given; with a rate, `frames` is the most."""
+def frames_asked(frames: str | None, fps: float | None) -> dict[str, Any] | None:
+    """Return what `answering.read` takes; None where a rule decides.
+
+    By default these are 16 frames; with a rate, `frames` is the most.
+    """
+    count = None if frames is None else parse_frames(frames)
+    if count is not None and not isinstance(count, int):
+        return None
     if fps is None:
-        return {"frames": 16 if frames is None else frames, "fps": None, "max_frames": None}
-    return {"frames": None, "fps": fps, "max_frames": frames}
+        return {"frames": 16 if count is None else count, "fps": None, "max_frames": None}
+    return {"frames": None, "fps": fps, "max_frames": count}
+
+
+def frames_by_rule(frames: str, fps: float | None, methods: Sequence[Compressor]) -> dict[str, Any]:
+    """Return what `answering.read` takes where the rule of the one method decides, and print how many frames it reads.
+
+    Raises
+    ------
+    RetentionError
+        If there is no rule, not exactly one method, or a rate too.
+    """
+    rule = parse_frames(frames)
+    assert not isinstance(rule, int)
+    if len(methods) != 1:
+        raise RetentionError(f"--frames {frames} is for one method that keeps --tokens: name one with --method")
+    if fps is not None:
+        raise RetentionError(f"--frames {frames} chooses the frames: leave --fps out")
+    from vidsieve.compressors.calibrated import frames_for
+
+    count = frames_for(methods[0], rule)
+    out.print(
+        f"frames: {count}, by the rule of {methods[0].describe()}; the vision encoder's cost grows with them",
+        markup=False,
+        soft_wrap=True,
+    )
+    return {"frames": count, "fps": None, "max_frames": None}
 
 
 def parse_share(text: str | None, in_folder: bool = True) -> tuple[int, int]:

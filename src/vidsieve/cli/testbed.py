@@ -34,6 +34,9 @@ def render(
             help="vidsieve, video-r1, llava-video, koala-36m, llava-onevision (Parquet) or llava-images.",
         ),
     ] = "vidsieve",
+    frames: Annotated[
+        int, typer.Option(help="Frames of a video; of more than 16 few matter: the scene is spread over them.", min=16)
+    ] = 16,
     broken: Annotated[
         float, typer.Option(help="Share of videos that are missing, cut short or damaged; truth.json says which.")
     ] = 0.0,
@@ -59,6 +62,7 @@ def render(
                 layout=layout,
                 broken=broken,
                 leaked=leaked,
+                frames=frames,
                 progress=advance,
             )
     out.print(f"{scenes} scene{'s' * (scenes != 1)}, {summary['questions']} questions in {folder}")

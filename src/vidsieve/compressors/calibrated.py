@@ -1,11 +1,11 @@
-"""A method whose budget follows each video: the least retention that a calibrated rule finds harmless enough."""
+"""Calibrated rules: the least retention of each video that is harmless enough, and the frames to read for a budget."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -14,7 +14,7 @@ from torch import Generator
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, RetentionError, StageError
 from vidsieve.io.bounded import parsed, read_bytes
-from vidsieve.retention import Calibration, Rule, Tokens
+from vidsieve.retention import AUTO, CALIBRATED, Calibration, FrameRule, Rule, Tokens, budget_text
 from vidsieve.types import Need, Selection, Stage, VideoTokens
 
 LADDER = (0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
@@ -127,47 +127,78 @@ def calibrated(
         raise StageError(
             f"{method.name} acts {method.acts.value}: a calibrated retention is for methods before the LLM"
         )
-    rule = retention if isinstance(retention, Rule) else rule_of(method, retention)
-    if (rule.method, rule.variant) != (method.name, method.variant):
-        raise RetentionError(
-            f"the rule was calibrated for {rule.method} (variant {rule.variant}), not for {method.name} (variant "
-            f"{method.variant}): run `vidsieve calibrate` for it"
-        )
+    rule = rule_of(method, retention, Rule)
     return Calibrated(
         rule.retention, method.variant, method=method, rule=rule, floor=floor, cap=cap, ahead=method.front
     )
 
 
-def rule_of(method: Compressor, calibration: Calibration) -> Rule:
-    """Return the rule in a calibration's file, or without one the rule that was saved with a method's policy.
+def frames_for(method: Compressor, rule: Calibration | FrameRule | None = None) -> int:
+    """Return the number of frames to read for a method that keeps a number of tokens: ``retention=Tokens(512)``.
+
+    Parameters
+    ----------
+    rule : Calibration or FrameRule, optional
+        A rule, or its file; default: the one saved with the method's policy.
 
     Raises
     ------
     RetentionError
-        If there is none, or it is damaged.
+        If the method's budget is no number of tokens, or one that was not measured; if there is no such rule, or it is
+        of another method or variant.
     """
+    budget = method.budget_asked
+    if not isinstance(budget, Tokens):
+        raise RetentionError(
+            f"frames are planned for a number of tokens, and {method.name} keeps {budget_text(budget)}: ask for "
+            "Tokens(512), on the command line --tokens 512"
+        )
+    return rule_of(method, rule or Calibration(), FrameRule).frames_for(budget.count)
+
+
+R = TypeVar("R", Rule, FrameRule)
+
+
+def rule_of(method: Compressor, rule: Calibration | R, kind: type[R]) -> R:
+    """Return a rule of a kind: itself, the one in a calibration's file, or the one saved with a method's policy.
+
+    Raises
+    ------
+    RetentionError
+        If there is none, it is damaged, or it was calibrated for another method or variant.
+    """
+    found = _saved_rule(method, rule, kind) if isinstance(rule, Calibration) else rule
+    if (found.method, found.variant) != (method.name, method.variant):
+        raise RetentionError(
+            f"the rule was calibrated for {found.method} (variant {found.variant}), not for {method.name} (variant "
+            f"{method.variant}): run `vidsieve calibrate` for it"
+        )
+    return found
+
+
+def _saved_rule(method: Compressor, calibration: Calibration, kind: type[R]) -> R:
+    command, word = ("vidsieve calibrate --tokens", AUTO) if kind is FrameRule else ("vidsieve calibrate", CALIBRATED)
     if calibration.file:
         where, path = calibration.file, Path(calibration.file)
         if not path.is_file():
-            raise RetentionError(f"there is no calibrated rule in {path}: `vidsieve calibrate` writes one")
+            raise RetentionError(f"there is no calibrated rule in {path}: `{command}` writes one")
         try:
             saved = parsed(read_bytes(path, RetentionError))
         except ValueError as error:
             raise RetentionError(f"{path} {error}") from None
     else:
         config = getattr(getattr(method, "policy", None), "config", None)
-        where, saved = (
-            f"the policy of {method.name}",
-            None if config is None else config.calibration.get(method.variant),
-        )
+        where, saved = f"the policy of {method.name}", None
+        if config is not None:
+            saved = (config.frames if kind is FrameRule else config.calibration).get(method.variant)
         if saved is None:
             reason = "is not trained" if config is None else "has no rule saved with its policy"
             raise RetentionError(
-                f"{method.name} (variant {method.variant}) {reason}: run `vidsieve calibrate`, and where it writes a "
-                "file, ask for calibrated:FILE"
+                f"{method.name} (variant {method.variant}) {reason}: run `{command}`, and where it writes a file, ask "
+                f"for {word}:FILE"
             )
     try:
-        return msgspec.convert(saved, Rule)
+        return msgspec.convert(saved, kind)
     except msgspec.ValidationError as error:
         raise RetentionError(f"{where} holds no calibrated rule: {error!s:.300}") from None
 

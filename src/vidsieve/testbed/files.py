@@ -15,6 +15,7 @@ from PIL import Image
 
 from vidsieve.errors import OutputError, TrainingError, UnknownNameError
 from vidsieve.io.files import writing
+from vidsieve.testbed.long import LongScene
 from vidsieve.testbed.pseudo import make_still
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, SHAPES
@@ -22,7 +23,7 @@ from vidsieve.testbed.world import FRAMES, SIDE, make_cast, render, scene_rng
 from vidsieve.video.reading import Video, write_video
 
 FPS = 4.0
-"""Frame rate of written scenes, four seconds each."""
+"""Frame rate of written scenes; 16 frames are four seconds."""
 CLASSES = (COLOURS, (*SHAPES, *FIXTURES), PLACES, DIRECTIONS)
 """Answer words by type."""
 
@@ -75,6 +76,7 @@ def write_scenes(
     layout: str = "vidsieve",
     broken: float = 0.0,
     leaked: float = 0.0,
+    frames: int = FRAMES,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Write scenes with their questions and captions, and return a summary.
@@ -87,6 +89,8 @@ def write_scenes(
         Fraction of videos that are missing, cut short or not a video, a third each; ``truth.json`` lists them.
     leaked : float
         Fraction of questions whose wrong options are of other types, so that they need no video; listed there too.
+    frames : int
+        Frames of a video; beyond a scene's own 16 it is a `LongScene`.
     progress : callable, optional
         Called with (scenes written, scenes).
 
@@ -104,11 +108,13 @@ def write_scenes(
     with_questions = layout in ("vidsieve", "video-r1", "llava-video")
     if leaked and not with_questions:
         raise TrainingError(f"leaked is about questions, and {layout} has none: leave it out")
+    if frames != FRAMES and not with_questions:
+        raise TrainingError(f"{layout} has videos of {FRAMES} frames or images: leave frames out")
     written = []
     for index in range(scenes):
         name = video_name(index)
         if name.endswith(".mp4"):
-            write_scene(folder / name, world=world, seed=seed, index=index)
+            write_video(folder / name, LongScene(world, seed, index, frames).pixels(), FPS)
         else:
             _write_image(folder / name, make_still(world, seed, index)[1])
         written.append(_scene(world, seed, index, name, leaked, with_questions))
@@ -117,7 +123,7 @@ def write_scenes(
     faults = _break(folder, [scene.video for scene in written], broken, seed)
     files = write(folder, written)
     questions = sum(len(scene.questions) for scene in written)
-    summary = {"world": world, "seed": seed, "scenes": scenes, "frames": FRAMES, "questions": questions}
+    summary = {"world": world, "seed": seed, "scenes": scenes, "frames": frames, "questions": questions}
     leaks = [
         {"video": scene.video, "question": question.text}
         for scene in written

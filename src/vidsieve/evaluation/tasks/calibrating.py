@@ -1,4 +1,4 @@
-"""A method at every step of a ladder on a set of questions, and the rule that these answers calibrate."""
+"""Calibration on a set of questions: a method at every step of a ladder, or with several frames and tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.items import Item
 from vidsieve.evaluation.table import Table
 from vidsieve.evaluation.tasks.questions import QuestionsTask
-from vidsieve.retention import Rule
+from vidsieve.retention import FrameRule, Rule, Tokens
 
 
 @dataclass(frozen=True)
@@ -98,3 +98,58 @@ class CalibrationTask(QuestionsTask):
 def ladder_conditions(method: Compressor, frames: int, label: str = "") -> Sequence[Condition]:
     """Return all tokens, and a method at every step of the ladder."""
     return [Condition(None, frames), *(Condition(method.with_retention(step), frames, label) for step in LADDER)]
+
+
+@dataclass(frozen=True)
+class FramesTask(QuestionsTask):
+    """Questions that tell how many frames to read for a number of tokens.
+
+    Parameters
+    ----------
+    tolerance : float
+        As in `FrameRule`; nothing is bounded.
+    """
+
+    tolerance: float = 0.01
+
+    def tabulate(self, results: Results) -> Table:
+        """Return the table of accuracies, and in its result the ``rule``.
+
+        Raises
+        ------
+        BudgetError
+            If the method refuses a number of tokens with every number of frames.
+        """
+        table = super().tabulate(results)
+        found = {(row["frames"], row["retention"]): row["accuracy"] for row in table.result["rows"]}
+        frames = sorted({condition.frames for condition in results.conditions})
+        methods = [condition.method for condition in results.conditions if condition.method is not None]
+        budgets = {method.retention.count for method in methods if isinstance(method.retention, Tokens)}
+        for count in budgets:
+            if not any((number, f"{count}t") in found for number in frames):
+                raise BudgetError(next(iter(results.refused.values()))[0])
+        rule = FrameRule(
+            method=methods[0].name,
+            variant=methods[0].variant,
+            frames=tuple(frames),
+            tokens=tuple(sorted(budgets)),
+            accuracy=tuple(tuple(found.get((number, f"{count}t")) for count in sorted(budgets)) for number in frames),
+            tolerance=self.tolerance,
+            videos=len(self.units()),
+            questions=len(self.items),
+            data=self.benchmark.title,
+            model=self.model,
+        )
+        return replace(table, result={**table.result, "rule": msgspec.to_builtins(rule)})
+
+    @staticmethod
+    def rule(table: Table) -> FrameRule:
+        """Return the rule in a table of this task."""
+        return msgspec.convert(table.result["rule"], FrameRule)
+
+
+def frame_conditions(
+    method: Compressor, frames: Sequence[int], tokens: Sequence[int], label: str = ""
+) -> Sequence[Condition]:
+    """Return a method with every number of frames and of tokens."""
+    return [Condition(method.with_retention(Tokens(kept)), count, label) for count in frames for kept in tokens]
