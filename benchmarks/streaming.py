@@ -98,9 +98,12 @@ def watched(streams: dict[str, SharedStream], scene: LongScene, asked: Sequence[
                 start = time.process_time()
                 streams["score"].ask(question.text, max_new_tokens=2)
                 spent.append(1e3 * (time.process_time() - start))
+            memory = streams["score"].ask(asked[0].text, max_new_tokens=1).memory
             rows.append(
                 {
                     "frames": first + len(pixels),
+                    "frames_held": memory.frames_held,
+                    "tokens": memory.tokens,
                     "resident_bytes": resident(),
                     "ask_ms": float(np.mean(spent)),
                     "push_ms_a_frame": 1e3 * (time.process_time() - begun) / (first + len(pixels)),
