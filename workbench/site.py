@@ -85,8 +85,9 @@ def _place(path: str) -> str:
 
 
 def _sources(file: Any) -> set[str]:
-    """Return the paths in the repository of the sources that a page links to."""
+    """Return the paths in the repository of the sources outside docs/ that a page links to."""
     folder = posixpath.dirname(_home(file.src_uri))
     links = [match[1] for part in _CODE.split(file.content_string)[::2] for match in _LINK.finditer(part)]
     paths = {posixpath.normpath(posixpath.join(folder, link.partition("#")[0])) for link in links}
-    return {path for path in paths if Path(path).suffix in _LANGUAGES and os.path.isfile(ROOT / path)}
+    outside = {path for path in paths if not path.startswith("docs/")}
+    return {path for path in outside if Path(path).suffix in _LANGUAGES and os.path.isfile(ROOT / path)}
