@@ -118,6 +118,15 @@ def test_baselines_keep_a_sample_frames_spread_evenly_or_the_last_ones():
     assert not torch.equal(BASELINES["random"](3, 4, 0), BASELINES["random"](3, 4, 1))
 
 
+def test_the_grid_and_the_indices_of_what_is_kept():
+    stream = stream_of("llava_onevision", "recent", memory=18)
+    with pytest.raises(StreamError, match="nothing has been pushed"):
+        stream.kept()
+    grid, kept = pushed(stream, pixels_of("llava_onevision", 5), np.arange(5.0), [2]).kept()
+    assert (grid.frames, grid.per_frame) == (5, 16), "else choose another memory here"
+    assert kept.tolist() == [48, 49, *range(64, 80)], "the last frame, and of the one before the first tokens"
+
+
 @pytest.mark.parametrize("method", ["frame_difference", "score", "sieve", "random"])
 def test_scores_do_not_depend_on_how_frames_were_pushed(method):
     compressor = {
@@ -328,13 +337,14 @@ def test_a_file_of_another_model_method_or_kind_is_refused(tmp_path):
     [
         (trained("sieve", "llava_onevision"), "variant='blind'"),
         (vidsieve.load("divprune"), "no score for each token"),
-        (vidsieve.load("random"), "no score for each token"),
-        (vidsieve.load("fastv"), "as reader="),
+        (vidsieve.load("random"), "give its name, 'random'"),
+        (vidsieve.load("fastv"), "as the reader"),
         (trained("visionselector", "llava_onevision"), "by the whole video"),
         (vidsieve.load("frame_difference", first_frame="next"), "by the whole video"),
         (vidsieve.Pipeline(vidsieve.Reuse(), MOTION), "leave it out of a stream"),
         (vidsieve.load("frame_difference", retention=vidsieve.Tokens(8)), "a fraction"),
         ("newest", "one of random, uniform, recent"),
+        (type(MOTION), "one of random, uniform, recent"),
     ],
 )
 def test_compressors_that_cannot_score_a_frame_when_it_comes_are_refused(compressor, said):

@@ -527,6 +527,7 @@ def test_stream_asks_the_lines_that_are_typed_while_the_video_plays(run, scene, 
         (["--memory", "5000"], "from 1 to 4095"),
         (["--question", " "], "the question is empty"),
         (["--question=-1=what ?"], "at 0 seconds or later"),
+        (["--question=1:30=what ?"], "a number of seconds"),
         (["--retention", "calibrated", "--reader", "score"], "no calibrated one"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -91,6 +92,8 @@ def stream(
         answers.append({"question": text, "second": second, **result.as_dict()})
 
     live, second = not waiting, 0.0
+    if live:
+        shared.err.print("playing: type a question and press Enter; Ctrl-D ends the questions")
     typed, begun = _typed() if live else SimpleQueue(), time.monotonic()
     bar: AbstractContextManager[Any] = nullcontext() if live else Bar("frames")
     with bar as advance:
@@ -122,6 +125,8 @@ def _timed(text: str) -> tuple[float, str]:
     try:
         second, words = (float(head), rest) if sign else (math.inf, text)
     except ValueError:
+        if re.fullmatch(r"[\d:., ]+[a-z]*", head):
+            raise StreamError(f"a question's time is a number of seconds, as 90=what ?; got {head!r}") from None
         second, words = math.inf, text
     shared.check_question(words)
     if not second >= 0:

@@ -70,24 +70,26 @@ def scores_of(
 
 def check_evictor(adapter: Adapter, compressor: ScoreCompressor | str) -> None:
     """Refuse a compressor that cannot score a frame when it comes."""
-    if isinstance(compressor, str):
-        if compressor not in BASELINES:
-            raise StreamError(
-                f"{compressor!r} is no baseline: give one of {', '.join(BASELINES)}, or a method by vidsieve.load"
-            )
+    if isinstance(compressor, str) and compressor in BASELINES:
         return
+    if not isinstance(compressor, Compressor):
+        raise StreamError(
+            f"{compressor!r} is no baseline: give one of {', '.join(BASELINES)}, or a method by vidsieve.load"
+        )
     name = compressor.name
+    if name in BASELINES:
+        raise StreamError(f"{name} chooses in a whole video: for the baseline of streams give its name, {name!r}")
     if READS_QUESTION & compressor.needs:
         other = (
             "load it with variant='blind'"
             if "blind" in compressor.variants
-            else "use one that does not, as score, to evict, and this one as reader="
+            else "use one that does not, as score, to evict, and this one as the reader"
         )
         raise StreamError(f"{name} reads the question, which is not known when tokens are evicted: {other}")
     if not isinstance(compressor, ScoreCompressor) or compressor.acts is not Stage.PRE_LLM:
         raise StreamError(
             f"{name} gives no score for each token: evict by one that does, as score or frame_difference, and use "
-            f"{name} as reader="
+            f"{name} as the reader"
         )
     if not compressor.local:
         raise StreamError(

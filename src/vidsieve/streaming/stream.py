@@ -261,6 +261,21 @@ class Stream:
             )
         return [video.at_frames(torch.tensor([number])) for video in videos for number in range(video.grid.frames)]
 
+    def kept(self) -> tuple[TokenGrid, Tensor]:
+        """Return the token grid of the stream so far, and the raster indices in it (M,) int64 of the tokens in memory.
+
+        Pictures that wait for others of their frame are not in it.
+
+        Raises
+        ------
+        StreamError
+            If no frame is complete.
+        """
+        if self._state is None:
+            raise StreamError("nothing has been pushed: push frames, then look at what is kept")
+        grid, memory = self._state.grid, self._state.memory
+        return replace(grid, frames=self._state.seen), (memory.frames * grid.per_frame + memory.places).cpu()
+
     # -- questions ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
