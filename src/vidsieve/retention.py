@@ -260,7 +260,8 @@ def parse_retention(text: str) -> float | Tokens:
         percent = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%?", word)
         meant = f"; did you mean {float(percent[1]) / 100:g}?" if percent and float(percent[1]) > 0 else ""
         raise RetentionError(
-            f"retention is a number in (0, 1], or a token count such as 512t; got {text!r}{meant}"
+            "retention is a number in (0, 1], a token count such as 512t, calibrated or calibrated:FILE; "
+            f"got {text!r}{meant}"
         ) from None
 
 

@@ -313,9 +313,14 @@ def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypat
     assert "--retention calibrated:vidcom2-rule.json" in " ".join(done.output.split())
     written = json.loads(tmp_path.joinpath("vidcom2-rule.json").read_text())
     assert written == json.loads(tmp_path.joinpath("out.json").read_text())["rule"]
-    # A tighter bound needs no new answers, only more videos.
-    few = run.invoke(app, [*command[:4], "0.01", *command[5:], "--answer", "choice"])
+    few = run.invoke(app, [*command[:4], "0.01", *command[5:], "--answer", "choice", "--out", "unasked"])
+    assert not Path("unasked").exists(), "too few videos are refused before any question is asked"
     assert few.exit_code != 0 and "videos are too few" in " ".join(str(few.exception or few.output).split())
+    for method, said in (("divprune", "gives no scores"), ("fastv", "before the LLM")):
+        refused = run.invoke(app, ["calibrate", method, *command[2:], "--answer", "choice", "--out", method])
+        assert refused.exit_code != 0 and said in " ".join(str(refused.exception or refused.output).split())
+        journal = Path(method, "units-1-of-1.jsonl")
+        assert not journal.exists() or not journal.read_text(), "refused at the first video"
     video = next(tmp_path.joinpath("videos").glob("*.mp4"))
     asked = ["ask", str(video), "what happens ?", "--method", "vidcom2", "--retention", "calibrated:vidcom2-rule.json"]
     answered = run.invoke(app, [*asked, "--json", "answer.json"])

@@ -28,7 +28,7 @@ def calibrate(
     ],
     data: Annotated[Path, typer.Argument(help="A file of questions whose answers are known.", show_default=False)],
     tolerate: Annotated[
-        float, typer.Option(help="Accuracy that may be lost on average over videos.", min=0, max=1)
+        float, typer.Option(help="Accuracy that may be lost on average over videos; 0.01: one point.", min=0, max=1)
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="Chance that the bound holds.", min=0, max=1)] = 0.9,
     model: shared.Model = None,
@@ -82,6 +82,7 @@ def calibrate(
     from msgspec import to_builtins
 
     from vidsieve.adapters.pruning import adapter_for
+    from vidsieve.evaluation.calibration import check_enough
     from vidsieve.evaluation.conditions import is_policy, method_for
     from vidsieve.evaluation.tasks.calibrating import CalibrationTask, FramesTask, frame_conditions, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
@@ -89,6 +90,8 @@ def calibrate(
     from vidsieve.policies import policy_folder, save_rule
 
     items = items_of(registry.benchmarks.get("questions"), data)
+    if not kept:
+        check_enough(len({item.video for item in items}), tolerate, confidence)
     shared.quiet()
     chosen = method_for(method, model)
     network, processor = shared.load_model(model, dtype=dtype, device=device, positions=positions)

@@ -60,6 +60,26 @@ def videos_needed(tolerance: float, confidence: float) -> int:
     return high
 
 
+def check_enough(videos: int, tolerance: float, confidence: float) -> int:
+    """Return how many of `videos` fit the model of harm; the others calibrate.
+
+    Raises
+    ------
+    EvaluationError
+        If a tolerance or confidence is not in (0, 1), or the others are too few for them.
+    """
+    if not (0 < tolerance < 1 and 0 < confidence < 1):
+        raise EvaluationError(f"tolerance and confidence lie between 0 and 1, got {tolerance:g} and {confidence:g}")
+    fitting = round(FIT_SHARE * videos)
+    needed = videos_needed(tolerance, confidence)
+    if videos - fitting < needed:
+        raise EvaluationError(
+            f"{videos} videos are too few to lose at most {tolerance:g} with confidence {confidence:g}: give "
+            f"questions about {math.ceil(needed / (1 - FIT_SHARE))} videos at least, or allow a larger loss"
+        )
+    return fitting
+
+
 @dataclass(frozen=True)
 class Measured:
     """Answers of Q questions at the L retentions of a ladder.
@@ -117,16 +137,8 @@ def calibrate(
     EvaluationError
         If a tolerance or confidence is not in (0, 1), or there are too few videos for them.
     """
-    if not (0 < tolerance < 1 and 0 < confidence < 1):
-        raise EvaluationError(f"tolerance and confidence lie between 0 and 1, got {tolerance} and {confidence}")
     order = np.random.default_rng(seed).permutation(np.unique(measured.videos))
-    fitting = round(FIT_SHARE * len(order))
-    needed = videos_needed(tolerance, confidence)
-    if len(order) - fitting < needed:
-        raise EvaluationError(
-            f"{len(order)} videos are too few to lose at most {tolerance:g} with confidence {confidence:g}: give "
-            f"questions about {math.ceil(needed / (1 - FIT_SHARE))} videos at least, or allow a larger loss"
-        )
+    fitting = check_enough(len(order), tolerance, confidence)
     model_of_harm = fit(measured.of(order[:fitting]))
     # Renumbered in the drawn order, which is the order of the bets.
     held = measured.of(order[fitting:])

@@ -13,7 +13,7 @@ import torch
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.calibrated import LADDER, features
-from vidsieve.errors import BudgetError
+from vidsieve.errors import BudgetError, StageError
 from vidsieve.evaluation.calibration import Measured, calibrate
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import Measurement, Results
@@ -21,6 +21,7 @@ from vidsieve.evaluation.items import Item
 from vidsieve.evaluation.table import Table
 from vidsieve.evaluation.tasks.questions import QuestionsTask
 from vidsieve.retention import FrameRule, Rule, Tokens
+from vidsieve.types import Stage
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class CalibrationTask(QuestionsTask):
     def settings(self) -> dict[str, Any]:
         """Return the settings that records depend on; the bound is not among them."""
         return {**super().settings(), "ladder": list(LADDER)}
+
+    def measure(self, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
+        """Return the answers to the questions about one video.
+
+        Raises
+        ------
+        BudgetError
+            If a condition is refused: without one of its steps the ladder calibrates nothing.
+        """
+        records = super().measure(unit, conditions)
+        for record in records:
+            if record.condition and record.reason:
+                raise BudgetError(record.reason)
+        return records
 
     def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
         """Return the answer to one question under one condition, and what a rule reads of its selection."""
@@ -73,8 +88,6 @@ class CalibrationTask(QuestionsTask):
     def tabulate(self, results: Results) -> Table:
         """Return the table of accuracies at each step, and in its result the ``rule``."""
         table = super().tabulate(results)
-        if results.refused:
-            raise BudgetError(next(iter(results.refused.values()))[0])
         method = results.conditions[1].method
         assert method is not None  # by `ladder_conditions`
         rule = calibrate(
@@ -96,7 +109,15 @@ class CalibrationTask(QuestionsTask):
 
 
 def ladder_conditions(method: Compressor, frames: int, label: str = "") -> Sequence[Condition]:
-    """Return all tokens, and a method at every step of the ladder."""
+    """Return all tokens, and a method at every step of the ladder.
+
+    Raises
+    ------
+    StageError
+        If the method does not act before the LLM.
+    """
+    if method.acts is not Stage.PRE_LLM:
+        raise StageError(f"{method.name} acts {method.acts.value}: calibrate a method that acts before the LLM")
     return [Condition(None, frames), *(Condition(method.with_retention(step), frames, label) for step in LADDER)]
 
 
