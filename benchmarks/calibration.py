@@ -23,8 +23,10 @@ from vidsieve.compressors.calibrated import LADDER, features
 from vidsieve.evaluation.calibration import Measured, calibrate, predicted, steps_at
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.tasks.testbed import FULL, _right, logits_of_one_selection, read_scene, scene_questions
+from vidsieve.io.files import writing
 from vidsieve.io.machine import write_result
 from vidsieve.loading import load_model
+from vidsieve.report.pictures import new_figure
 from vidsieve.retention import FEATURES
 
 SPLITS, TEST_SHARE = 200, 0.4
@@ -159,6 +161,39 @@ def study(measured: Measured, others: dict[str, Measured], tolerance: float) -> 
     }
 
 
+def curve(measured: Measured) -> dict[str, list[float]]:
+    """Return the steps of the ladder, and the mean loss over videos of a fixed retention at each."""
+    losses = [float(measured.by_video(measured.losses[:, step]).mean()) for step in range(len(measured.ladder))]
+    return {"retentions": list(measured.ladder), "losses": losses}
+
+
+def figure(result: dict[str, Any], path: Path) -> None:
+    """Draw loss against retention, a panel a method: fixed retentions, and the calibrated ones with their bounds."""
+    curves = result["fixed"]
+    canvas = new_figure(figsize=(4.6 * len(curves) + 1.2, 3.6), layout="constrained")
+    panels = canvas.subplots(1, len(curves), squeeze=False, sharey=True)[0]
+    for panel, (method, fixed) in zip(panels, curves.items(), strict=True):
+        losses = [100 * loss for loss in fixed["losses"]]
+        panel.plot(fixed["retentions"], losses, color="0.5", marker="o", markersize=3, label="fixed retention")
+        rows = [row for row in result["rows"] if row["method"] == method]
+        for number, row in enumerate(rows):
+            tolerance, colour = 100 * row["tolerance"], f"C{number}"
+            panel.axhline(tolerance, color=colour, linewidth=1, linestyle=":")
+            label = f"calibrated, bound {tolerance:g}"
+            panel.plot(row["retention"], 100 * row["loss"], "D", color=colour, label=label)
+        panel.set_xscale("log")
+        panel.set_xticks(fixed["retentions"], [f"{100 * at:g} %" for at in fixed["retentions"]], fontsize=7)
+        panel.minorticks_off()
+        panel.set_ylim(-1, 2 * 100 * max(row["tolerance"] for row in rows))
+        panel.set_title(f"{method} ({rows[0]['scenes']:,} scenes)", fontsize=10, loc="left")
+        panel.set_xlabel("video tokens kept")
+        panel.grid(alpha=0.25)
+    panels[0].set_ylabel("points of accuracy lost")
+    panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    with writing(path) as temporary:
+        canvas.savefig(temporary, dpi=130, format="png")
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -168,11 +203,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=9501)
     parser.add_argument("--questions", type=int, default=10_000)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--figure", type=Path, help="also draw loss against retention, .png")
     given = parser.parse_args()
     if given.gather:
         gather(given.gather[0], given.model, given.gather[1], given.seed, given.questions, given.folder)
         return
-    rows = []
+    rows, fixed = [], {}
     for path in sorted(given.folder.glob("*-dense.npz")):
         name = path.stem.removesuffix("-dense")
         others = {
@@ -180,12 +216,17 @@ def main() -> None:
             for other in sorted(given.folder.glob(f"{name}-*.npz"))
             if other != path
         }
+        measured = read(path)
+        fixed[name] = curve(measured)
         for tolerance in TOLERANCES:
-            row = {"method": name, **study(read(path), others, tolerance)}
+            row = {"method": name, **study(measured, others, tolerance)}
             print(json.dumps(row), flush=True)
             rows.append(row)
+    result = {"features": FEATURES, "vidsieve": vidsieve.__version__, "fixed": fixed, "rows": rows}
     if given.json:
-        write_result(given.json, {"features": FEATURES, "vidsieve": vidsieve.__version__, "rows": rows})
+        write_result(given.json, result)
+    if given.figure:
+        figure(result, given.figure)
 
 
 if __name__ == "__main__":
