@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-SMALLER = {"method": "QUESTIONS = 24", "train": "STEPS, QUESTIONS = 2, 24", "compare": "RETENTIONS = [0.1]"}
+SMALLER = {
+    "method": "QUESTIONS = 24",
+    "train": "STEPS, QUESTIONS = 2, 24",
+    "compare": "RETENTIONS = [0.1]",
+    "stream": "SCENES, EACH = 2, 2",
+    "calibrate": "SCENES, EACH, FRESH, TOLERANCE = 15, 1, 2, 0.3",
+}
 """Run behind the cell that has the tag ``parameters``."""
 
 
