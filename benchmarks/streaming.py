@@ -33,6 +33,7 @@ from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.stats import clustered_mean, paired_difference
+from vidsieve.evaluation.table import finite
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model
 from vidsieve.retention import Tokens
@@ -224,7 +225,7 @@ def main() -> None:
         with journal.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         print({name: np.mean(marks).round(3) for name, marks in record["marks"].items()}, flush=True)
-    write_result(given.json, summary(records[: given.streams], given))
+    write_result(given.json, finite(summary(records[: given.streams], given)))
 
 
 if __name__ == "__main__":
