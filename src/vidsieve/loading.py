@@ -174,8 +174,6 @@ _LONGEST_TEXT = 2**26
 
 def _check_files(folder: Path) -> None:
     """Refuse a folder without a model, or one whose files transformers would wait for, or fill memory with."""
-    if not os.path.isfile(folder / "config.json"):
-        raise ModelError(f"no model in {folder}: config.json is missing there")
     for path in folder.glob("*"):
         if path.suffix in (".json", ".jinja", ".safetensors", ".bin") and not os.path.isfile(path):
             raise ModelError(f"{path} is a folder, a pipe or a device, or a link to nothing: fetch the model again")
@@ -186,6 +184,8 @@ def _check_files(folder: Path) -> None:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or any(Path(str(name)).name != name for name in shards.values()):
             raise ModelError(f"{path} names weights outside its folder, or none: fetch the model again")
+    if not os.path.isfile(folder / "config.json"):
+        raise ModelError(f"no model in {folder}: config.json is missing there")
 
 
 _PATIENCE = 10.0

@@ -88,7 +88,7 @@ def test_from_images_to_pseudo_videos_to_a_policy(testbed, rendered, cli, tmp_pa
     cli("data", "pseudo", source, again, "--count", 6, "--images", "2-3")
     if layout == "llava-onevision":
         assert out.read_bytes() == again.read_bytes(), "images are named by what they hold"
-        assert len(list((tmp_path / "pseudo.jsonl.images").iterdir())) == SCENES - 3
+        assert len(list((tmp_path / "pseudo.images").iterdir())) == SCENES - 3
     record = train_policy("score", *testbed, tmp_path / "run", CAPTION, files=Files(out))
     assert record["prompts"] == 12 and not (tmp_path / "run" / "skipped.jsonl").exists()
 

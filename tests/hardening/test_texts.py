@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import typer
 from rich.table import Table as RichTable
 
 from vidsieve.cli.shared import PlainConsole
@@ -118,12 +119,16 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_shown_on_request(m
     from vidsieve.cli import main
     from vidsieve.io import faults
 
+    app = typer.Typer()
+
+    @app.command()
     def broken() -> None:
         raise RuntimeError("first\nsecond")
 
+    monkeypatch.setattr(sys, "argv", ["vidsieve"])
     for debug in (False, True):
         monkeypatch.setattr(faults, "debug", debug)
         with pytest.raises(RuntimeError if debug else SystemExit):
-            main(broken)
+            main(app)
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and text.startswith("error: unexpected RuntimeError: first (") and "--debug" in text
