@@ -6,6 +6,7 @@ a linked source file is shown on a page of its own, so that every link works wit
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -26,7 +27,7 @@ DOCUMENTS = {
 """By path in the repository: documents outside docs/, and their place on the site. The README's is docs/README.md."""
 _LINK = re.compile(r"(?<=\]\()([^)\s:]+)(?=\))")
 _CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]*`)", re.MULTILINE | re.DOTALL)
-_LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json"}
+_LANGUAGES = {".py": "python", ".sh": "bash", ".json": "json", ".ipynb": "python"}
 
 
 def on_config(config: Any) -> Any:
@@ -47,6 +48,8 @@ def on_files(files: Any, config: Any) -> Any:
             files.append(File.generated(config, place, content=(ROOT / path).read_text("utf-8")))
     for path in sorted({path for file in files.documentation_pages() for path in _sources(file)}):
         text = (ROOT / path).read_text("utf-8")
+        if path.endswith(".ipynb"):
+            text = _script(text)
         shown = f"---\nsearch: {{exclude: true}}\n---\n# {path}\n\n````{_LANGUAGES[Path(path).suffix]}\n{text}````\n"
         files.append(File.generated(config, _place(path), content=shown))
     return files
@@ -69,6 +72,12 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     return "".join(
         part if number % 2 else _LINK.sub(followed, part) for number, part in enumerate(_CODE.split(markdown))
     )
+
+
+def _script(notebook: str) -> str:
+    """Return a notebook's code without outputs, with its texts as comments."""
+    cells = [("".join(cell["source"]), cell["cell_type"]) for cell in json.loads(notebook)["cells"]]
+    return "\n\n".join(text if kind == "code" else re.sub("(?m)^", "# ", text) for text, kind in cells) + "\n"
 
 
 def _home(place: str) -> str:
