@@ -23,10 +23,9 @@ from vidsieve.compressors.calibrated import LADDER, features
 from vidsieve.evaluation.calibration import Measured, calibrate, predicted, steps_at
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.tasks.testbed import FULL, _right, logits_of_one_selection, read_scene, scene_questions
-from vidsieve.io.files import writing
 from vidsieve.io.machine import write_result
 from vidsieve.loading import load_model
-from vidsieve.report.pictures import new_figure
+from vidsieve.report.pictures import new_figure, save
 from vidsieve.retention import FEATURES
 
 SPLITS, TEST_SHARE = 200, 0.4
@@ -190,8 +189,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("points of accuracy lost")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    with writing(path) as temporary:
-        canvas.savefig(temporary, dpi=130, format="png")
+    save(canvas, path, dpi=130)
 
 
 def main() -> None:

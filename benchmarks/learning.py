@@ -31,11 +31,10 @@ from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import named_methods
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
 from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask
-from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model, shipped_model, shipped_policy
 from vidsieve.policies import Policy, read_config
-from vidsieve.report.pictures import new_figure
+from vidsieve.report.pictures import new_figure, save
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
 from vidsieve.types import Need, VideoTokens
@@ -386,8 +385,7 @@ def figure(result: dict[str, Any], path: Path) -> None:
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("right answers, chance .25")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    with writing(path) as temporary:
-        canvas.savefig(temporary, dpi=130, format="png")
+    save(canvas, path, dpi=130)
 
 
 def main() -> None:

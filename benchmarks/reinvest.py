@@ -37,9 +37,9 @@ from vidsieve.cli.shared import quiet
 from vidsieve.compressors.base import Compressor
 from vidsieve.evaluation.conditions import method_for
 from vidsieve.evaluation.stats import clustered_mean, paired_difference
-from vidsieve.io.files import writing
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model
+from vidsieve.report.pictures import save
 from vidsieve.retention import FrameRule, Tokens
 from vidsieve.testbed.long import LongScene
 from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
@@ -427,8 +427,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.axhline(0.25, color="grey", linewidth=0.8, linestyle="--")
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.25)
-    with writing(path) as temporary:
-        canvas.savefig(temporary, dpi=130, format="png")
+    save(canvas, path, dpi=130)
 
 
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"

@@ -17,7 +17,7 @@ from vidsieve.evaluation.table import Table
 from vidsieve.io.texts import json_line, printable
 from vidsieve.report import charts
 from vidsieve.report.page import Section, write_page
-from vidsieve.report.pictures import contact_sheet, kept_picture
+from vidsieve.report.pictures import contact_sheet, kept_picture, save
 from vidsieve.training.data.merging import merge_files
 from vidsieve.types import TokenGrid
 
@@ -92,7 +92,7 @@ def test_a_picture_is_drawn_whatever_names_say(tmp_path, text):
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     for ending in ("png", "svg"):
         kept_picture(tmp_path / f"kept.{ending}", frames, TokenGrid(2, 2, 2), {text: [0, 3]}, title=text)
-        charts.save(charts.against({text: [(1, 1, 0)], "b": [(1, 2, 0)]}, x="x", y="y"), tmp_path / f"line.{ending}")
+        save(charts.against({text: [(1, 1, 0)], "b": [(1, 2, 0)]}, x="x", y="y"), tmp_path / f"line.{ending}")
     contact_sheet(tmp_path / "sheet.png", [(frames, text)])
     assert printable((tmp_path / "kept.svg").read_text()) == (tmp_path / "kept.svg").read_text()
 

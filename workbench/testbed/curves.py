@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vidsieve.io.files import writing
-from vidsieve.report.pictures import new_figure
+from vidsieve.report.pictures import new_figure, save
 
 SHOWN = (("right", "rollouts answered rightly"), ("dead_groups", "groups with equal rewards"), ("ratio", "rate kept"))
 """Figures that are drawn, each where a condition logs it, and what they say."""
@@ -42,6 +41,4 @@ def curves_picture(path: str | Path, tables: Sequence[dict[str, Any]]) -> None:
             panel.tick_params(labelsize=8)
             panel.grid(alpha=0.25)
         line[0].legend(fontsize=7, frameon=False)
-    path = Path(path)
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format=path.suffix.lstrip(".") or "png")
+    save(figure, path, dpi=130)

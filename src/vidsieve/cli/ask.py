@@ -110,8 +110,8 @@ def ask(
 
     shared.quiet()
     clock = answering.Clock()
-    asked = shared.frames_asked(frames, fps)
-    loaded = None if asked is None else answering.read(video, clock, **asked)
+    reading = shared.frames_asked(frames, fps)
+    loaded = None if reading is None else answering.read(video, clock, **reading)
     model = shared.named_model(model or ("testbed" if loaded is not None and is_scene(loaded) else None))
     chosen: dict[str, Compressor] = {}
     if several:

@@ -364,8 +364,8 @@ def write_report(
         return
     from vidsieve.evaluation.experiment import versions
     from vidsieve.io.machine import machine
-    from vidsieve.report.charts import save
     from vidsieve.report.page import write_page
+    from vidsieve.report.pictures import save
 
     parts = sections()
     if path is not None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from vidsieve.io.files import writing
 from vidsieve.report.pictures import drawable, new_figure
 
 _MARKS = "os^Dv<>Phx*"
@@ -27,19 +25,6 @@ def svg(figure: Any) -> str:
     text = text[text.index("<svg") :].replace("#000000", "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return re.sub(r'(<text\b(?![^>]*fill:)[^>]*style=")', r"\1fill: currentColor; ", text)
-
-
-def save(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG, or by the path's ending as SVG or PDF.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
-    path = Path(path)
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=140, format=path.suffix.lstrip(".") or "png")
 
 
 def _panel(figure: Any, x: str, y: str) -> Any:

@@ -29,6 +29,19 @@ def new_figure(**options: Any) -> Any:
     return Figure(**options)
 
 
+def save(figure: Any, path: str | Path, dpi: int = 140) -> None:
+    """Write a figure as PNG, or by the path's ending as SVG or PDF.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix.lstrip(".") or "png")
+
+
 def drawable(text: str) -> str:
     """Return a text as matplotlib draws it: printable, and no dollar sign begins a formula."""
     return printable(text).replace("$", r"\$")
@@ -69,10 +82,7 @@ def kept_picture(
     OutputError
         If the file cannot be written.
     """
-    path = Path(path)
-    figure = kept_figure(frames, grid, kept, title, columns)
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format=path.suffix.lstrip(".") or "png")
+    save(kept_figure(frames, grid, kept, title, columns), path, dpi=110)
 
 
 def kept_figure(
