@@ -232,7 +232,7 @@ WRONG = [
     ({"method": "all"}, EvaluationError, "one run of lmms-eval measures one method"),
     ({"pretrained": ""}, EvaluationError, "length >= 1 for `pretrained`"),
     ({"pretrained": "no/such/folder"}, ModelError, "no/such/folder"),
-    ({"retention": "half"}, RetentionError, "a number in \\(0, 1\\], or a token count such as 512t"),
+    ({"retention": "half"}, RetentionError, "a number in \\(0, 1\\], a token count such as 512t, calibrated"),
     ({"retention": 1.5}, RetentionError, "1.5"),
     ({"retention": True}, EvaluationError, "got `bool` for `retention`"),
     ({"method": "full", "retention": 0.5}, EvaluationError, "keeps all tokens: leave retention out"),
