@@ -308,7 +308,7 @@ def page(result: dict[str, Any], figure: str) -> Iterator[str]:
     yield ""
     yield (
         "The shipped deep model has seen positions up to about 700 in training; a video of 256 frames reaches 9,216. "
-        f"Right answers ({first['questions']} questions about {first['videos']} videos of each length, chance .25):"
+        f"Right answers ({first['questions']} questions about {first['videos']} videos of each length, chance 0.25):"
     )
     yield ""
     names = {"relevant frames": "the 16 relevant frames, whole", "question oracle": "the tokens asked about"}
@@ -349,7 +349,7 @@ def page(result: dict[str, Any], figure: str) -> Iterator[str]:
             label = {"whole": "16 frames whole", "relevant": "oracle: the relevant frames whole"}.get(name, f"`{name}`")
             gap = row.get("vs_whole")
             apart = f"{gap['diff']:+.3f} ({gap['interval'][0]:+.3f} to {gap['interval'][1]:+.3f})" if gap else "–"
-            share = f"{row['relevant_share']:.0%}" if "relevant_share" in row else "–"
+            share = f"{100 * row['relevant_share']:.0f} %" if "relevant_share" in row else "–"
             rows.append([str(length), label, str(row.get("frames_read", 16)), percent(row), apart, share])
     yield from table(["video", "kept", "frames read", "accuracy", "− 16 frames whole", "in clips"], rows)
     yield ""

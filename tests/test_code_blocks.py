@@ -112,7 +112,7 @@ def run_python(code, names, folder):
 
 def without_times(text):
     """Return a text on one line without its decimal numbers, except percentages: times differ from run to run."""
-    return " ".join(re.sub(r"\d+\.\d+(?!\d*%)", "N", text).split())
+    return " ".join(re.sub(r"\d+\.\d+(?!\d* %)", "N", text).split())
 
 
 @pytest.fixture(scope="module")

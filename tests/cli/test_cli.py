@@ -307,7 +307,7 @@ def test_bad_videos_exit_2_with_a_sentence(run, tmp_path, scene):
 
 def test_ask_with_a_method_inside_the_llm(run, scene):
     out, _ = run("ask", scene, "what colour is the home ?", "--method", "fastv", "--retention", "0.5", "--threads", 1)
-    assert "fastv (variant ours, retention 0.5): 192 of 576 video tokens (33.3%)" in out
+    assert "fastv (variant ours, retention 0.5): 192 of 576 video tokens (33.3 %)" in out
     _, err = run("ask", scene, "what ?", "--method", "fastv", "--retention", "0.1", code=2)
     assert "cannot go below 0.2501" in err
 
@@ -327,7 +327,7 @@ def test_ask_with_a_method_that_acts_while_decoding(run, scene, tmp_path):
         "--json",
         tmp_path / "a.json",
     )
-    assert "dycoke (variant ours, retention 0.5): 288 of 576 video tokens (50.0%)" in out
+    assert "dycoke (variant ours, retention 0.5): 288 of 576 video tokens (50 %)" in out
     (video,) = json.loads((tmp_path / "a.json").read_text())["videos"]
     assert 0 < video["decode_share"] < 0.5
     _, err = run("ask", scene, "what ?", "--method", "dycoke", "--retention", "0.1", code=2)

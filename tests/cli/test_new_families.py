@@ -120,7 +120,7 @@ def test_ask_and_eval(family, tmp_path):
             app, [*asked, "--method", method, "--retention", "0.25", "--json", str(tmp_path / "a.json")]
         )
         assert result.exit_code == 0, result.output
-        assert "of 128 video tokens (25.0%)" in result.output
+        assert "of 128 video tokens (25 %)" in result.output
     questions = str(tmp_path / "scenes/questions.jsonl")
     table = ["eval", "questions", questions, "--model", model, "--methods", "divprune", "--retention", "0.25"]
     result = run.invoke(
@@ -156,7 +156,7 @@ def test_ask_and_eval_on_gemma_4(family, tmp_path):
             assert result.exit_code == 1 and "it has no vision tower" in str(result.exception)
             continue
         assert result.exit_code == 0, result.output
-        assert "256 of 1024 video tokens (25.0%)" in result.output
+        assert "256 of 1024 video tokens (25 %)" in result.output
         answer = json.loads(found.read_text())
         assert answer["prompt_tokens_before"] - answer["prompt_tokens_after"] == 768
         assert [(one["grid"], len(one["indices"])) for one in answer["videos"]] == [([16, 8, 8], 256)]

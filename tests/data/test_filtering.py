@@ -203,10 +203,10 @@ def test_the_command_says_what_went_and_why(leaky, cli, tmp_path):
     result = json.loads((tmp_path / "f.json").read_text())
     assert (
         f"{result['kept']} of {result['questions']} questions are kept" in said
-        and "guessing would come to 25.0%" in said
+        and "guessing would come to 25 %" in said
     )
     assert "left out: 12 × image" in said and "guesses drop" not in said
-    assert "guesses drop about 25% of the good questions" in cli(
+    assert "guesses drop about 25 % of the good questions" in cli(
         "data", "filter", leaky[0], tmp_path / "one.jsonl", *model
     )
     assert "share 1 of 2 is done" in cli("data", "filter", leaky[0], tmp_path / "p.jsonl", *model, "--share", "1/2")

@@ -14,7 +14,7 @@ from rich.table import Table as RichTable
 
 from vidsieve.cli.shared import PlainConsole
 from vidsieve.evaluation.table import Table
-from vidsieve.io.texts import json_line, printable
+from vidsieve.io.texts import json_line, percent, printable
 from vidsieve.report import charts
 from vidsieve.report.page import Section, write_page
 from vidsieve.report.pictures import contact_sheet, kept_picture, save
@@ -132,3 +132,7 @@ def test_an_unexpected_error_is_one_line_and_its_traceback_is_shown_on_request(m
             main(app)
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and text.startswith("error: unexpected RuntimeError: first (") and "--debug" in text
+
+
+def test_percentages_have_three_digits_and_no_zeros_behind_them():
+    assert [percent(share) for share in (1, 0.25, 57 / 576, 0.00432)] == ["100 %", "25 %", "9.9 %", "0.432 %"]

@@ -100,6 +100,6 @@ def test_a_run_warns_once_and_its_record_remembers_over_a_pause(testbed, tmp_pat
         record = train_policy(
             "score", *testbed, tmp_path, settings | {"steps": steps}, events=Events(warn=said.append), resume=steps == 6
         )
-    assert len(said) == 1 and said[0].startswith("dead groups: 100% of the groups")
+    assert len(said) == 1 and said[0].startswith("dead groups: 100 % of the groups")
     assert record["warnings"]["dead groups"]["step"] == 3
     assert read_config(tmp_path / "policy").training["warnings"] == record["warnings"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.compressors.inside import layers_in_words
+from vidsieve.io.texts import percent
 from vidsieve.types import Selection, TokenGrid
 
 
@@ -109,9 +110,9 @@ class VideoTrace:
     @property
     def inside(self) -> str:
         """Summary of the part inside the LLM; empty without one."""
-        held = "" if self.held is None else f", {self.held:.1%} on average over layers"
+        held = "" if self.held is None else f", {percent(self.held)} on average over layers"
         if self.decoded is not None:
-            held = f", {self.decoded:.1%} of them read while decoding"
+            held = f", {percent(self.decoded)} of them read while decoding"
         by = f", by attention in {layers_in_words(self.attention_layers)}" if self.attention_layers else ""
         held += f" (fewer from layer {', '.join(map(str, self.layers))} on{by})" if held and self.layers else ""
         return held
@@ -175,8 +176,9 @@ class Trace:
             ends = f", and {video.newlines} newline{'s' * (video.newlines > 1)}" if video.newlines else ""
             lines.append(
                 f"{video.method} ({video.variant}): {verb} {video.kept} of {video.total} video tokens "
-                f"({video.real_retention:.1%}{video.inside}, grid {video.grid}){ends} in {video.select_ms:.1f} ms; "
-                f"per frame {' '.join(map(str, video.per_frame))}{video.before}; positions {self.positions}"
+                f"({percent(video.real_retention)}{video.inside}, grid {video.grid}){ends} in "
+                f"{video.select_ms:.1f} ms; per frame {' '.join(map(str, video.per_frame))}{video.before}; "
+                f"positions {self.positions}"
             )
         if not lines:
             lines = ["nothing pruned yet"]

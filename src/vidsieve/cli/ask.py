@@ -15,6 +15,7 @@ from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError
 from vidsieve.io.limits import Limits
+from vidsieve.io.texts import percent
 from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
 
@@ -185,7 +186,9 @@ def _answered(request: AskRequest, method: Compressor | None, clock: Clock, cont
     )
     shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     before, after = result.prompt_tokens
-    kept = ", ".join(f"{t.kept} of {t.total} video tokens ({t.real_retention:.1%}){t.inside}" for t in result.traces)
+    kept = ", ".join(
+        f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}" for t in result.traces
+    )
     shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
     spent = {part: result.ms.get(part, 0.0) for part in answering.PARTS}
     spent["total"] = sum(spent.values())

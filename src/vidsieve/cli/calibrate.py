@@ -15,6 +15,7 @@ from vidsieve.errors import EvaluationError
 from vidsieve.io.files import writing
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
+from vidsieve.io.texts import percent
 from vidsieve.retention import FrameRule, Rule
 
 
@@ -125,7 +126,7 @@ def calibrate(
         )
         return
     shared.out.print(
-        f"The rule keeps {100 * rule.retention:.3g} % of the tokens on average and loses {100 * rule.loss:.2f} points "
+        f"The rule keeps {percent(rule.retention)} of the tokens on average and loses {100 * rule.loss:.2f} points "
         f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
         f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
         f"saved: {where}; use it with --retention calibrated{suffix}",

@@ -37,6 +37,7 @@ from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
+from vidsieve.io.texts import percent
 
 if TYPE_CHECKING:
     from vidsieve.training.data.skipped import Skipped
@@ -191,20 +192,22 @@ def filter_prompts(
     columns = ("source", "type", "questions", "dropped", *(f"{name}, blind" for name in names))
     lines = []
     for group in result.groups:
-        accuracies = (f"{accuracy:.1%}" for accuracy in group["blind_accuracy"])
+        accuracies = map(percent, group["blind_accuracy"])
         numbers = (f"{group['questions']:,}", f"{group['dropped']:,}", *accuracies)
         lines.append((escape(group["source"] or "–"), escape(group["type"]), *numbers))
     out.print(table(f"{source}: without the video", columns, lines, right=range(2, len(columns))))
     for name, accuracy in zip(names, result.blind_accuracy, strict=True):
-        out.print(f"{name}: {accuracy:.1%} of blind answers are correct, guessing would come to {result.chance:.1%}")
+        out.print(
+            f"{name}: {percent(accuracy)} of blind answers are correct, guessing would come to {percent(result.chance)}"
+        )
     out.print(
         f"{result.kept:,} of {result.questions:,} questions are kept in {target}; "
         f"the others are in {beside(target, 'dropped.jsonl')}",
         highlight=False,
     )
     if seeds == 1 and result.chance > 0.05:
-        share_of = f"{result.chance:.0%}"
-        out.print(f"note: with one answer each, guesses drop about {share_of} of the good questions too; try --seeds 3")
+        lost = percent(result.chance)
+        out.print(f"note: with one answer each, guesses drop about {lost} of the good questions too; try --seeds 3")
     if result.captions or result.others:
         out.print(
             f"kept as they are: {result.captions:,} rows with captions, {result.others:,} questions of other kinds"

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from vidsieve.cli.shared import Json, Layout, check_output, out, positive, quiet, table, write_json
 from vidsieve.errors import EvaluationError
+from vidsieve.io.texts import percent
 from vidsieve.retention import parse_retentions
 
 UNITS = {"flops": ("TFLOPs", 1e12), "bytes": ("MB", 1e6), "s": ("ms", 1e-3)}  # by the last word of a figure's name
@@ -56,7 +57,7 @@ def plan(
         values = (_shown(row[name], one) for row in rows)
         label = (part if unit else name).replace("_", " ").replace("llm", "LLM")
         lines.append((f"{LABELS.get(label, label)}, {unit}" if unit else label, *values))
-    columns = ("", *(f"{100 * row['retention']:g} %" for row in rows))
+    columns = ("", *(percent(row["retention"]) for row in rows))
     title = f"{escape(model)} on {escape(gpu)}, {frames} frames: predicted"
     out.print(table(title, columns, lines, right=range(1, len(columns))))
     out.print("\n".join(f"- {line}" for line in result["assumptions"]), soft_wrap=True, markup=False)

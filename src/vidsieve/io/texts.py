@@ -21,6 +21,11 @@ def printable(text: str) -> str:
     return _HIDDEN.sub("\ufffd", text)
 
 
+def percent(share: float) -> str:
+    """Return a fraction as a percentage of at most three digits: 0.25 is "25 %", 0.0989 "9.89 %"."""
+    return f"{100 * share:.3g} %"
+
+
 def json_line(value: Any) -> str:
     """Return a value as a line of JSON that can be written as UTF-8: in ASCII if it holds half of a surrogate pair.
 

@@ -22,6 +22,7 @@ from vidsieve.errors import ModelError, SelectionError, UnknownNameError
 from vidsieve.evaluation.blueprints import BLUEPRINTS
 from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.io.machine import total_memory
+from vidsieve.io.texts import percent
 from vidsieve.loading import is_testbed, shipped_model
 from vidsieve.selection import kept_tokens
 from vidsieve.types import TokenGrid
@@ -260,8 +261,9 @@ def plan(
         "rows": rows,
         "assumptions": [
             f"nothing was run; {gpu.tflops:.4g} TFLOP/s in bfloat16 without sparsity, {gpu.bandwidth:.4g} GB/s, "
-            f"{gpu.memory:.4g} GB; assumed: {gpu.efficiency:.0%} of the operations, {gpu.bandwidth_share:.0%} of the "
-            f"bandwidth, {USABLE_MEMORY:.0%} of the memory for weights ({weights / 1e9:.2f} GB) and caches",
+            f"{gpu.memory:.4g} GB; assumed: {percent(gpu.efficiency)} of the operations, "
+            f"{percent(gpu.bandwidth_share)} of the bandwidth, {percent(USABLE_MEMORY)} of the memory for weights "
+            f"({weights / 1e9:.2f} GB) and caches",
             f"a prompt has {grid.frames}×{grid.height}×{grid.width} video tokens, {newlines} "
             f"newline{'s' * (newlines != 1)} and {prompt_tokens} tokens of text; models that write text around frames "
             f"add up to 13 a frame; this one is made for {text.max_position_embeddings:,}, and pruning does not "

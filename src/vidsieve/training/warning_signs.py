@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from vidsieve.io.texts import percent
+
 WINDOW = 3
 """Lines of metrics in a row that must show a sign."""
 UNSETTLED = 0.2
@@ -14,7 +16,7 @@ UNSETTLED = 0.2
 
 @dataclass(frozen=True)
 class Sign:
-    """A sign of trouble: a figure below or above a limit, and advice that may quote its `value`."""
+    """A figure below or above a limit, and advice that may quote it as `value` or as `share`, in per cent."""
 
     name: str
     figure: str
@@ -27,14 +29,14 @@ SIGNS = (
     Sign(
         "keep-all",
         "kept",
-        "the policy keeps nearly every token ({value:.0%}) and saves nothing: lower tolerance, or set the rate by "
+        "the policy keeps nearly every token ({share}) and saves nothing: lower tolerance, or set the rate by "
         "rate_low and rate_high",
         above=0.95,
     ),
     Sign(
         "drop-all",
         "kept",
-        "the policy drops nearly every token (it keeps {value:.2%}): raise tolerance, or lower lr",
+        "the policy drops nearly every token (it keeps {share}): raise tolerance, or lower lr",
         below=0.01,
     ),
     Sign(
@@ -53,21 +55,21 @@ SIGNS = (
     Sign(
         "saturated probabilities",
         "saturated",
-        "{value:.0%} of the keep probabilities are within 1 % of 0 or 1, so little new is tried: lower lr, and start a "
+        "{share} of the keep probabilities are within 1 % of 0 or 1, so little new is tried: lower lr, and start a "
         "new run",
         above=0.25,
     ),
     Sign(
         "blind answers",
         "blind",
-        "{value:.0%} of the prompts are answered rightly without the video, and teach nothing about it: remove them "
+        "{share} of the prompts are answered rightly without the video, and teach nothing about it: remove them "
         "with `vidsieve data filter`",
         above=0.5,
     ),
     Sign(
         "dead groups",
         "dead_groups",
-        "{value:.0%} of the groups have equal rewards, and teach nothing: choose reward margin or advantage group, "
+        "{share} of the groups have equal rewards, and teach nothing: choose reward margin or advantage group, "
         "draw more rollouts, or remove prompts that are too easy or too hard with `vidsieve data filter`",
         above=0.5,
     ),
@@ -100,5 +102,5 @@ def warnings(lines: Sequence[Mapping[str, float]], steps: int, own_rate: bool) -
         values = [value for value in figures if value is not None][-WINDOW:]
         shown = len(values) == WINDOW and all(value < sign.below or value > sign.above for value in values)
         if shown and (own_rate or sign.figure != "kept"):
-            texts[sign.name] = sign.advice.format(value=values[-1])
+            texts[sign.name] = sign.advice.format(value=values[-1], share=percent(values[-1]))
     return texts
