@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from vidsieve import registry
+from vidsieve.io.texts import percent
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
@@ -52,11 +53,6 @@ def read_results(folder: Path) -> Results:
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     return [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *(f"| {' | '.join(cells)} |" for cells in rows)]
-
-
-def percent(ratio: float) -> str:
-    """Return a ratio as people say it."""
-    return f"{100 * ratio:g} %"
 
 
 # -- accuracy -----------------------------------------------------------------------------------------------
@@ -285,7 +281,10 @@ def mebibytes(row: dict[str, Any], grid: str, form: str) -> str:
 def selecting(name: str, result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines about time and memory of selecting alone."""
     every, machine = result.get("rows", {}), result.get("machine", {})
-    rows = {key: row for key, row in every.items() if key.partition(",")[0] == name} or {name: {}}
+    rows = {key: row for key, row in every.items() if key.partition(",")[0] == name}
+    if not rows:
+        yield "**Selecting alone** has not been measured."
+        return
     grids = list(dict.fromkeys(grid for row in every.values() for grid in row.get("seconds", {})))
     yield (
         f"**Selecting alone**: medians in milliseconds on {machine.get('threads', '–')} threads of "
@@ -319,24 +318,24 @@ def kept_cell(row: dict[str, Any] | None) -> str:
 
 def kept(name: str, result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines about nominal and real retention, and about families that refuse a method."""
+    settings, ratios = result.get("kept", {}), result.get("retentions", [])
+    labels = [key for rows in settings.values() for key in rows if key.partition(",")[0].partition(":")[0] == name]
+    refusing = {key: row for key, row in result.get("refused", {}).items() if key.partition(":")[0] == name}
+    if not refusing:
+        yield "**What is kept** at a nominal retention, and which families refuse it, has not been measured."
+        return
     yield (
         "**What is kept** at a nominal retention: the share of tokens kept after the last stage / the mean over the "
         "LLM's layers ([retention.md](../retention.md))."
     )
     yield ""
-    settings, ratios = result.get("kept", {}), result.get("retentions", [])
-    labels = [key for rows in settings.values() for key in rows if key.partition(",")[0].partition(":")[0] == name]
     heads = [f"{title.partition(':')[0].lower()}, {percent(ratio)}" for title in settings for ratio in ratios]
     rows = []
-    for key in dict.fromkeys(labels or [name]):
+    for key in dict.fromkeys(labels):
         found = [by_label.get(key, {}).get(str(ratio)) for by_label in settings.values() for ratio in ratios]
         rows.append([f"`{key}`", *map(kept_cell, found)])
     yield from table(["method", *heads], rows)
     yield ""
-    refusing = {key: row for key, row in result.get("refused", {}).items() if key.partition(":")[0] == name}
-    if not refusing:
-        yield "–: not measured; neither was which families refuse it."
-        return
     dashes = any("–" in row for row in rows)
     reasons = "–: cannot keep so little; [retention.md](../retention.md) has the reasons. " if dashes else ""
     yield reasons + families(refusing)

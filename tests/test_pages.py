@@ -218,6 +218,9 @@ def test_lists_and_tables_look_the_same_on_the_site_and_on_github(path):
             assert not found or item.match(before), line
             assert not line.startswith("|") or before.startswith("|"), line
         assert before.strip() or found or not re.match(r" {1,3}\S", line), line
+    for paragraph in "\n".join(lines).split("\n\n"):
+        first, *rest = paragraph.strip("\n").split("\n")
+        assert item.match(first) or not any(map(item.match, rest)), rest
 
 
 def test_the_readme_is_short():
