@@ -48,6 +48,7 @@ def test_a_runs_page_shows_what_was_kept_on_its_videos(cli, scenes, tmp_path):
     assert len(data) == 2 and data[0]["grid"] == [16, 6, 6], "one a video"
     methods = {method["name"]: method["kept"] for method in data[0]["methods"]}
     assert set(methods) == {f"{name}, 64t" for name in ("random", "uniform", "downsample", "divprune")}
+    assert next(iter(methods)) == "divprune, 64t", "shown first, before the baselines"
     line = next(
         s
         for s in map(json.loads, (tmp_path / "run/samples.jsonl").read_text().splitlines())

@@ -164,7 +164,7 @@ def test_reports_of_evaluations():
     sections = result_sections(accuracy_table(evaluated(failed=failed)))
     titles = [section.title for section in sections]
     assert titles == [
-        "B: 9 questions about 3 videos",
+        "Accuracy",
         "Accuracy against retention, 16 frames",
         "Accuracy by kind",
     ]

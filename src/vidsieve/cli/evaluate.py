@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 TESTBED = {"methods": "all", "retention": "0.25,0.1,0.05", "seed": 9001, "subset": 2000, "model": "testbed"}
 BENCHMARK = {"methods": "", "retention": "0.25,0.1", "seed": 0}
 """Defaults of options that differ between tasks."""
-BASELINES = ("random", "uniform", "downsample")
-"""Methods that every run on a set of questions measures."""
 SETS, SCENES = "Not for testbed", "For testbed only"
 ONLY_TESTBED = ("world", "probes")
 ONLY_BENCHMARKS = (
@@ -255,7 +253,7 @@ def _questions(
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames, as 16 or 16,auto")
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.compressors.calibrated import frames_for
-    from vidsieve.evaluation.conditions import Condition, conditions_of, label_of, named_methods
+    from vidsieve.evaluation.conditions import BASELINES, Condition, conditions_of, label_of, named_methods
     from vidsieve.evaluation.protocols import protocol as protocol_of
     from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
 

@@ -25,4 +25,4 @@ def report(
 
     with locked(page):
         title, sections = run_page(folder, videos)
-        shared.write_report(page, title, lambda: sections, str(folder), figures)
+        shared.write_report(page, title, lambda: sections, f"Run: {folder}", figures)

@@ -266,7 +266,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
             out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")
         if is_main():
             metrics = folder / "metrics.jsonl"
-            write_report(report, f"Training {method}", lambda: training_sections(metrics), str(folder))
+            write_report(report, f"Training {method}", lambda: training_sections(metrics), f"Run: {folder}")
             write_json(json, record)
 
     keyword = inspect.Parameter.KEYWORD_ONLY

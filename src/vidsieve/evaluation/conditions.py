@@ -21,6 +21,9 @@ from vidsieve.policies import CONFIG, policy_folder
 from vidsieve.retention import Calibration, Tokens, budget_text
 from vidsieve.types import Stage
 
+BASELINES = ("random", "uniform", "downsample")
+"""Methods that every run on a set of questions measures."""
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -9,6 +9,7 @@ from typing import Any
 
 from vidsieve.errors import EvaluationError, VidsieveError
 from vidsieve.evaluation.accuracy import accuracy_table
+from vidsieve.evaluation.conditions import BASELINES
 from vidsieve.evaluation.table import Table, named
 from vidsieve.evaluation.tasks.questions import frames_of
 from vidsieve.evaluation.tasks.timing import timing_table
@@ -113,10 +114,14 @@ def _kept_sections(folder: Path, result: dict[str, Any], videos: int) -> list[Se
         shown = [(conditions[s["condition"]], s) for s in samples if conditions[s["condition"]]["frames"] == most]
         if not shown:
             continue
+        shown.sort(key=lambda row: row[0]["method"] in BASELINES)
         kept = [Kept(_name(row), sample["indices"][0]) for row, sample in shown]
         grid, video = TokenGrid(*shown[0][1]["grid"]), frames_of(unit, most, settings["fps"])
         asked = shown[0][1].get("question", item)
-        answers = "; ".join(f"{_name(row)}: {sample['said']}" for row, sample in shown)
+        answers = dict[str, list[str]]()
+        for row, sample in shown:
+            answers.setdefault(f"{'✓' if sample['score'] >= 1 else '✗'} {sample['said']}", []).append(_name(row))
+        lines = [f"{answer}: {'; '.join(names)}" for answer, names in answers.items()]
         section = frames_section(video, grid, kept, f"{Path(unit).name}: {asked}")
-        sections.append(replace(section, text=f"Correct: {shown[0][1]['answer']}. {answers}"))
+        sections.append(replace(section, text="\n".join((f"Correct: {shown[0][1]['answer']}", *lines))))
     return sections

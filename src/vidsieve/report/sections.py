@@ -33,13 +33,14 @@ def table_section(table: Table) -> Section:
 
 
 def result_sections(table: Table) -> list[Section]:
-    """Return the sections of an experiment: its table, charts of its rows, and its further tables."""
+    """Return the sections of an experiment, on a page with its table's title: table, charts, and further tables."""
     rows = table.result["rows"]
     if "accuracy" in rows[0]:
         drawn = accuracy_charts(rows)
     else:
         drawn = [time_section(part_times(rows))] if "ms" in rows[0] else []
-    return [table_section(table), *drawn, *map(table_section, table.more)]
+    first = replace(table_section(table), title="Accuracy" if "accuracy" in rows[0] else "Times")
+    return [first, *drawn, *map(table_section, table.more)]
 
 
 # -- one video --------------------------------------------------------------------------------------------------------

@@ -43,6 +43,4 @@ def _item(row: dict[str, Any], name: str, folder: Path) -> Item:
     return Item(name, video, str(row["question"]), options.texts, answer, groups, listed=options.lettered)
 
 
-QUESTIONS = Benchmark(
-    "questions", "questions of a file (Video-R1's JSON, or JSON lines)", "Video-R1, arXiv 2503.21776", read, 0, 0
-)
+QUESTIONS = Benchmark("questions", "Questions of a file", "Video-R1, arXiv 2503.21776", read, 0, 0)
