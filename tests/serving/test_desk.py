@@ -122,7 +122,7 @@ desk = Desk(*load_model("testbed"), methods | {"full": None})
 page = build(desk, "testbed")
 (ask,) = (fn.fn for fn in page.fns.values() if fn.api_name == "ask")
 text, figure, spent = ask(str(clip), "where is the chime ?", "divprune", 0.1)
-assert text and "57 of 576 video tokens kept (9.9%)" in spent and len(figure.axes) == 12, spent
+assert text and "57 of 576 video tokens kept (9.9 %)" in spent and len(figure.axes) == 12, spent
 assert "| read video |" in spent and "toy" not in spent
 assert "is a toy" in ask(str(clip), "What happens?", "uniform", 0.1)[2]
 _, figure, spent = ask(str(clip), "where is the chime ?", "full", 0.5)

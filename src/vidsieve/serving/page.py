@@ -16,6 +16,7 @@ from vidsieve.adapters.pruning import adapter_with
 from vidsieve.answering import PARTS, Answer, Clock, chat, reply
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, UnknownNameError, VidsieveError
+from vidsieve.io.texts import percent
 from vidsieve.io.versions import warn_untested
 from vidsieve.loading import is_testbed
 from vidsieve.report.pictures import kept_figure
@@ -35,7 +36,10 @@ STYLE = """<style>
   --body-text-color-subdued: #6a6a73; }
 .dark .gradio-container, .gradio-container.dark { --input-placeholder-color: #a1a1aa;
   --body-text-color-subdued: #a1a1aa; }
-.gradio-container :focus-visible { outline: 3px solid #1a73e8; outline-offset: 2px; }
+.gradio-container .prose :is(td, th) { padding: .15rem .8rem; border-color: var(--border-color-primary); }
+#kept { overflow-x: auto; } #kept img { min-width: 40rem; }
+#kept :has(> img) { justify-content: safe center; }
+.gradio-container :focus-visible { outline: 3px solid #1a73e8 !important; outline-offset: 2px; }
 </style>"""
 """Colours in place of gradio's that fall short of WCAG's AA contrast, and a focus that is seen."""
 
@@ -175,7 +179,7 @@ def build(desk: Desk, model: str) -> Any:
         gr.Markdown(f"# vidsieve\n{about}")
         with gr.Row():
             with gr.Column():
-                video = gr.Video(label="Video", sources=["upload"], height=320)
+                video = gr.Video(label="Video", sources=["upload"], height=240)
                 question = gr.Textbox(
                     label="Question", placeholder="what colour is the old mark ?" if toy else "What happens?"
                 )
@@ -187,7 +191,7 @@ def build(desk: Desk, model: str) -> Any:
             with gr.Column():
                 answer = gr.Textbox(label="Answer", interactive=False)
                 spent = gr.Markdown()
-                picture = gr.Plot(label="Kept tokens (highlighted)")
+        picture = gr.Plot(label="Kept tokens", show_label=False, elem_id="kept")
         gr.HTML(STYLE)
         inputs, outputs = [video, question, method, retention], [answer, picture, spent]
         events = [button.click, question.submit, retention.release, method.input]
@@ -203,11 +207,14 @@ def shown(answer: Answer, video: Video, warning: str = "") -> tuple[str, Any, st
     lines += [f"**{answer.method}**: prompt of {before:,} tokens, the LLM read {after:,}"]
     if answer.traces:
         trace = answer.traces[0]
-        lines.append(f"{trace.kept:,} of {trace.total:,} video tokens kept ({trace.real_retention:.1%}){trace.inside}")
-        figure = kept_figure(video.pixels, trace.grid, {answer.method: trace.indices}, columns=6)
+        lines.append(
+            f"{trace.kept:,} of {trace.total:,} video tokens kept ({percent(trace.real_retention)}){trace.inside}"
+        )
+        rows = {answer.method.partition(" (")[0]: trace.indices}
+        figure = kept_figure(video.pixels, trace.grid, rows, "Kept tokens, highlighted", columns=6)
     if "encode" not in answer.ms:
         lines.append("the prompt was encoded before")
     parts = [(part, answer.ms[part]) for part in PARTS if part in answer.ms]
     parts.append(("total", sum(ms for _, ms in parts)))
-    table = ["| part | ms |", "|---|--:|", *(f"| {part} | {ms:.0f} |" for part, ms in parts)]
+    table = ["| part | ms |", "|---|--:|", *(f"| {part} | {ms:,.0f} |" for part, ms in parts)]
     return answer.text, figure, "\n\n".join(lines) + "\n\n" + "\n".join(table)
