@@ -37,8 +37,8 @@ STYLE = """<style>
 .dark .gradio-container, .gradio-container.dark { --input-placeholder-color: #a1a1aa;
   --body-text-color-subdued: #a1a1aa; }
 .gradio-container .prose :is(td, th) { padding: .15rem .8rem; border-color: var(--border-color-primary); }
-#kept { overflow-x: auto; } #kept img { min-width: 40rem; }
-#kept :has(> img) { justify-content: safe center; }
+#kept { overflow-x: auto !important; } #kept img { min-width: 40rem; }
+#kept :has(> img) { align-items: safe center; }
 .gradio-container :focus-visible { outline: 3px solid #1a73e8 !important; outline-offset: 2px; }
 </style>"""
 """Colours in place of gradio's that fall short of WCAG's AA contrast, and a focus that is seen."""
