@@ -1,7 +1,7 @@
 """Screenshots of the README, the site, a report and `vidsieve ui`: light, dark, narrow and printed.
 
 `python benchmarks/screens.py FOLDER` writes all of them to look at; it takes five minutes. Those of the documents are
-written by `python benchmarks/screens.py docs --pages report,ui --looks light --height 1300`. Needs Chromium, which is
+written by `python benchmarks/screens.py docs --pages report,ui --looks light --height 1340`. Needs Chromium, which is
 driven through a pipe, and what `make test` installs.
 """
 
