@@ -196,14 +196,13 @@ TABLES: tuple[AblationTable, ...] = (
         "start",
         "cacovid",
         "Where the policy starts, and learning without RL (CaCoVID Figure 1: attention against contribution), in equal "
-        "minutes of one core: an objective has as many steps as the first row takes time for. Distilling an oracle has "
-        "no LLM to run and takes fewer.",
+        "minutes of one core: an objective has as many steps as the first row takes time for.",
         (
             BASE,
             _ours("the first look, one step", start="first_look", steps=1, log_every=1),
             LOOKING,
             _ours("distilled from the attention of the first layer that sees the video", **DISTILLED, steps=415),
-            _ours("distilled from an oracle", teacher="oracle", **DISTILLED, steps=4000),
+            _ours("distilled from an oracle", teacher="oracle", **DISTILLED, steps=2000),
             _ours("straight-through", objective="straight_through", steps=128),
             _ours(
                 "differentiable top-k (VisionSelector)",
