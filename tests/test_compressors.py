@@ -102,14 +102,23 @@ def test_vidcom2_finds_the_channels_that_vary_least():
 
 def brute_force_picks(unit, count):
     """Return the max-min picks by their definition, from all distances in double precision."""
+    return brute_force(unit, count)[0]
+
+
+def brute_force(unit, count):
+    """Return the max-min picks, and each token's distance to the nearest of them; for a pick: of those before it."""
     distance = 1 - unit.double() @ unit.double().T
     alone = distance.clone().fill_diagonal_(torch.inf).amin(1)
     picks = [int(alone.argmax())]
+    radii = [float(distance[picks[0]].max())]
     while len(picks) < count:
         nearest = distance[picks].amin(0)
         nearest[picks] = -1
         picks.append(int(nearest.argmax()))
-    return picks
+        radii.append(float(nearest.max()))
+    distances = distance[picks].amin(0)
+    distances[picks] = torch.tensor(radii, dtype=torch.float64)
+    return picks, distances
 
 
 @pytest.mark.parametrize(("tokens", "width", "count"), [(1, 4, 1), (7, 3, 7), (300, 16, 300), (2500, 24, 400)])
@@ -117,7 +126,13 @@ def test_divprune_equals_its_definition(tokens, width, count):
     for seed in range(3):
         features = torch.randn(tokens, width, generator=torch.Generator().manual_seed(seed))
         unit = torch.nn.functional.normalize(features, dim=1)
-        assert diverse_picks(features, count).tolist() == brute_force_picks(unit, count)
+        picks, distances = brute_force(unit, count)
+        found = diverse_picks(features, count)
+        assert found[0].tolist() == picks
+        assert torch.allclose(found[1].double(), distances, atol=2e-6)
+        assert found[1].topk(count).values.min() >= distances[picks[-1]] - 2e-6, (
+            "no token is farther than the last pick"
+        )
 
 
 def test_divprune_on_clusters_wider_than_its_pool():
@@ -126,15 +141,15 @@ def test_divprune_on_clusters_wider_than_its_pool():
     centres = torch.randn(40, 16, generator=draw)
     features = centres.repeat_interleave(60, 0) + 0.01 * torch.randn(2400, 16, generator=draw)
     unit = torch.nn.functional.normalize(features, dim=1)
-    assert diverse_picks(features, 120).tolist() == brute_force_picks(unit, 120)
+    assert diverse_picks(features, 120)[0].tolist() == brute_force_picks(unit, 120)
 
 
 def test_divprune_with_duplicates():
     features = torch.randn(50, 8, generator=torch.Generator().manual_seed(1)).repeat(40, 1)
-    ours = diverse_picks(features, 300).tolist()
+    ours = diverse_picks(features, 300)[0].tolist()
     assert len(set(ours)) == 300
     assert len({i % 50 for i in ours[:50]}) == 50, "every different token comes before any duplicate"
-    released = diverse_picks(features, 60, repeat=True).tolist()
+    released = diverse_picks(features, 60, repeat=True)[0].tolist()
     assert len(set(released)) < 60
 
 
@@ -142,8 +157,10 @@ def test_divprune_takes_the_lowest_of_equal_tokens():
     embeds = torch.eye(3).repeat(4, 1)  # every frame shows the same three tokens
     video = VideoTokens(embeds, TokenGrid(4, 1, 3), torch.arange(12)[None])
     assert load("divprune", retention=Tokens(3)).compress(video).indices.tolist() == [0, 1, 2]
-    assert load("divprune", retention=Tokens(5)).compress(video).indices.tolist() == [0, 1, 2, 3, 4]
-    assert diverse_picks(embeds, 5, repeat=True).tolist() == [0, 1, 2, 0, 0], "the release stays at the first"
+    five = load("divprune", retention=Tokens(5)).compress(video)
+    assert five.indices.tolist() == [0, 1, 2, 3, 4]
+    assert five.scores.tolist() == [1.0] * 3 + [0.0] * 9, "a duplicate of a pick has no distance to it"
+    assert diverse_picks(embeds, 5, repeat=True)[0].tolist() == [0, 1, 2, 0, 0], "the release stays at the first"
 
 
 def test_divprune_official_rounds_half_to_even():

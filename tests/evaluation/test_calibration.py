@@ -152,10 +152,11 @@ def test_the_model_of_harm_is_a_logistic_regression():
 # -- methods ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["vidcom2", "divprune"])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_calibrated_method_keeps_the_first_step_that_the_rule_accepts(seed):
-    video, method = clip(seed), vidsieve.load("vidcom2")
-    got = calibrated(method, rule()).compress(video)
+def test_a_calibrated_method_keeps_the_first_step_that_the_rule_accepts(seed, name):
+    video, method = clip(seed), vidsieve.load(name)
+    got = calibrated(method, rule(name)).compress(video)
     for retention in [*LADDER, 1.0]:
         wanted = method.with_retention(retention).compress(video)
         if retention == 1.0:
@@ -316,7 +317,7 @@ def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypat
     few = run.invoke(app, [*command[:4], "0.01", *command[5:], "--answer", "choice", "--out", "unasked"])
     assert not Path("unasked").exists(), "too few videos are refused before any question is asked"
     assert few.exit_code != 0 and "videos are too few" in " ".join(str(few.exception or few.output).split())
-    for method, said in (("divprune", "gives no scores"), ("fastv", "before the LLM")):
+    for method, said in (("uniform", "gives no scores"), ("fastv", "before the LLM")):
         refused = run.invoke(app, ["calibrate", method, *command[2:], "--answer", "choice", "--out", method])
         assert refused.exit_code != 0 and said in " ".join(str(refused.exception or refused.output).split())
         journal = Path(method, "units-1-of-1.jsonl")

@@ -28,6 +28,10 @@ class DivPrune(Compressor):
 
     Variants: ``"ours"`` keeps exactly ⌊R·N⌋ different tokens, ties to the lower index. ``"official"`` rounds R·N half
     to even and, where only duplicates of the picks are left, may pick one index twice and so keep fewer.
+
+    Scores are distances: of a kept token to the nearest one kept before it, of another to the nearest one kept. So the
+    lowest score among the kept is the radius within which every token of the video has a kept one (the rest of it is
+    what a calibrated retention reads); they depend on the retention.
     ``docs/methods/divprune.md`` lists the other differences from the release, which is for still images.
 
     References
@@ -53,12 +57,12 @@ class DivPrune(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         with torch.no_grad():
-            picks = diverse_picks(video.embeds, budget, repeat=self.variant == "official")
-        return Selection(torch.unique(picks))
+            picks, distances = diverse_picks(video.embeds, budget, repeat=self.variant == "official")
+        return Selection(torch.unique(picks), scores=distances)
 
 
-def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tensor:
-    """Return the picks of the greedy max-min diversity problem in order.
+def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the picks of the greedy max-min diversity problem in order, and the distance of every token.
 
     Exact, in memory linear in N. Candidates are the `_POOL` tokens farthest from the picks so far: as
     distances to the picks only shrink, the best of them is the best of all until it falls below the tokens
@@ -74,12 +78,16 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
 
     Returns
     -------
-    Tensor, (count,), int64
+    picks : Tensor, (count,), int64
+    distances : Tensor, (N,), float32
+        Cosine distance, 0 to 2: of a pick to the nearest pick before it (of the first to its farthest token, which a
+        second pick is), of another token to the nearest pick.
     """
     unit = _UnitVectors.of(features)
     total = len(features)
     picks = [_loneliest(unit)]
     nearest = 1 - unit.closest(unit.rows(picks))
+    radii = {picks[0]: float(nearest.max())}
     taken = 0.0 if repeat else -1.0
     nearest[picks[0]] = taken
     while len(picks) < count:
@@ -102,12 +110,14 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
                 left = (rest >= 0).nonzero().flatten()
                 missing = count - len(picks) - len(fresh)
                 fill = left[:1].repeat(missing) if repeat else left[:missing]
-                return torch.tensor(picks + fresh + fill.tolist(), device=features.device)
+                chosen = torch.tensor(picks + fresh + fill.tolist(), device=features.device)
+                return chosen, _distances(torch.zeros_like(nearest), radii)
             if best <= ceiling + _RESOLUTION:
                 choice = _farthest(unit, (nearest >= best - _RESOLUTION).nonzero().flatten(), picks)
             else:
                 choice = _farthest(unit, pool[distance >= best - _RESOLUTION], picks + fresh)
             fresh.append(choice)
+            radii.setdefault(choice, best)
             place = int(torch.searchsorted(pool, choice))
             if place == len(pool) or int(pool[place]) != choice:
                 break
@@ -116,7 +126,14 @@ def diverse_picks(features: Tensor, count: int, *, repeat: bool = False) -> Tens
         nearest = torch.minimum(nearest, 1 - unit.closest(unit.rows(fresh)))
         picks += fresh
         nearest[picks] = taken
-    return torch.tensor(picks, device=features.device)
+    return torch.tensor(picks, device=features.device), _distances(nearest, radii)
+
+
+def _distances(nearest: Tensor, radii: dict[int, float]) -> Tensor:
+    """Return the distances (N,) float32 to the nearest pick; of the picks themselves those in `radii`."""
+    distances = nearest.clamp(min=0)
+    distances[list(radii)] = torch.tensor(list(radii.values()), device=nearest.device)
+    return distances
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def _picks(archive: Archive, case: str) -> Case:
     features = torch.from_numpy(archive[f"{case}/x"])
     wanted = archive[f"{case}/selected_in_order"]
     count = round(float(archive[f"{case}/ratio"]) * features.shape[0])
-    ours = diverse_picks(features, count, repeat=True)
+    ours = diverse_picks(features, count, repeat=True)[0]
     if same_indices(ours, wanted) == 0:
         return judged("divprune", case, {"pick order": 0.0})
     # Exact duplicates: the release's order follows rounding noise. Both must be greedy optima all the same.
@@ -61,6 +61,6 @@ def _sequence(archive: Archive, case: str) -> Case:
     embeds = torch.from_numpy(archive[f"{case}/embeds"])
     length, ratio = int(archive[f"{case}/img_len"]), float(archive[f"{case}/ratio"])
     block = embeds[_START : _START + length]
-    picks = diverse_picks(block, round(ratio * length), repeat=True).numpy() + _START
+    picks = diverse_picks(block, round(ratio * length), repeat=True)[0].numpy() + _START
     kept = np.sort(np.concatenate([np.arange(_START), picks, np.arange(_START + length, len(embeds))]))
     return judged("divprune", case, {"kept positions": same_indices(kept, archive[f"{case}/keep_indexs"])})
