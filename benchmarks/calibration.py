@@ -56,7 +56,7 @@ def gather(name: str, model_name: str, world: str, seed: int, questions: int, fo
                 video = adapter.video_tokens(scene.encoded, number, at.needs)
                 chosen.append(at.compress(video, generator=Generator().manual_seed(seed + index)))
             total = scene.encoded.videos[0].features.grid.num_tokens
-            rows.append([features(selection, total) for selection in chosen])
+            rows.append([features(selection.scores, selection.num_kept, total) for selection in chosen])
             shares.append([selection.num_kept / total for selection in chosen])
             marks.append(right_of(adapter, scene, chosen))
         found["features"] += np.array(rows).transpose(1, 0, 2).tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -224,9 +224,7 @@ def reply(
     result = generated(adapter, encoded, compressor, clock or Clock(), tokens=max_new_tokens, seed=seed)
     read = result.plan.inputs["input_ids"].shape[1]
     text = processor.batch_decode(result.ids[:, read:], skip_special_tokens=True)[0].strip()
-    name = compressor.describe() if compressor is not None else "full"
-    scores = tuple(selection.scores for selection in result.plan.selections)
-    return Answer(text, name, (int(encoded.input_ids.shape[1]), read), result.plan.traces, result.ms, scores)
+    return _answer(text, encoded, compressor, result.plan, result.ms)
 
 
 @dataclass(frozen=True)
@@ -278,11 +276,17 @@ def generated(
 
 @torch.no_grad()
 def choice(
-    adapter: Adapter, encoded: Encoded, option_ids: Tensor, compressor: Compressor | None = None, *, seed: int = 0
-) -> tuple[int, tuple[int, int], tuple[VideoTrace, ...]]:
-    """Return the index of the likeliest of some next tokens (options,) int64 after one encoded prompt.
+    adapter: Adapter,
+    encoded: Encoded,
+    options: Sequence[str],
+    option_ids: Tensor,
+    compressor: Compressor | None = None,
+    *,
+    seed: int = 0,
+) -> Answer:
+    """Return the option whose token in `option_ids` (options,) int64 is the likeliest next one after an encoded prompt.
 
-    It takes a single prefill. The prompt's tokens before and after pruning, and the traces, come with it.
+    It takes a single prefill, and no times are measured.
 
     Raises
     ------
@@ -290,8 +294,13 @@ def choice(
     """
     plan = adapter.plan(encoded, compressor, torch.Generator().manual_seed(seed))
     logits = next_token_logits(adapter, plan)[0]
-    best = int(logits[option_ids.to(logits.device)].argmax())
-    return best, (int(encoded.input_ids.shape[1]), int(plan.inputs["input_ids"].shape[1])), plan.traces
+    return _answer(options[int(logits[option_ids.to(logits.device)].argmax())], encoded, compressor, plan, {})
+
+
+def _answer(text: str, encoded: Encoded, compressor: Compressor | None, plan: Plan, ms: dict[str, float]) -> Answer:
+    name = compressor.describe() if compressor is not None else "full"
+    prompt = int(encoded.input_ids.shape[1]), int(plan.inputs["input_ids"].shape[1])
+    return Answer(text, name, prompt, plan.traces, ms, tuple(selection.scores for selection in plan.selections))
 
 
 @torch.no_grad()

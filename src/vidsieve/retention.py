@@ -36,13 +36,16 @@ FEATURES = ("log retention", "log dropped softmax", "log dropped standardised", 
 """What a rule reads of a selection, see `compressors.calibrated.features`."""
 
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A rule from a video's scores to its retention, and the record of its calibration.
 
     Parameters
     ----------
     method, variant : str
-        The method whose scores it reads.
+        The method whose scores it reads, with what acts before it: ``reuse+score``.
     ladder : tuple of float
         Retentions in ascending order.
     means, scales, weights : tuple of float, bias : float
@@ -58,6 +61,10 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Calibration videos (those that fitted the model are not among them) and their questions.
     retention, loss : float
         Means over the calibration videos.
+    frames : tuple of int
+        Fewest and most frames of the videos' token grids; a video of others is warned of.
+    model_digest, policy_digest : str
+        Hashes of the model and of the method's policy, empty without one; others are refused.
     data, model : str
         Names of the questions and of the model, for information only.
     """
@@ -77,6 +84,9 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     questions: Annotated[int, msgspec.Meta(ge=1)]
     retention: Annotated[float, msgspec.Meta(gt=0, le=1)]
     loss: Finite
+    frames: tuple[Count, Count]
+    model_digest: str
+    policy_digest: str
     data: str = ""
     model: str = ""
 
@@ -91,9 +101,6 @@ class Rule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         standard = ((v - mean) / scale for v, mean, scale in zip(values, self.means, self.scales, strict=True))
         logit = self.bias + sum(w * v for w, v in zip(self.weights, standard, strict=True))
         return 1 / (1 + math.exp(-max(-50.0, min(50.0, logit))))
-
-
-Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class FrameRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -15,14 +15,16 @@ import torch
 from typer.testing import CliRunner
 
 import vidsieve
+from vidsieve.adapters import adapter_for
+from vidsieve.adapters.fingerprint import model_digest, policy_digest
 from vidsieve.cli import app
 from vidsieve.compressors.calibrated import LADDER, calibrated, features
 from vidsieve.errors import BudgetError, EvaluationError, RetentionError, StageError
 from vidsieve.evaluation.calibration import FIT_SHARE, Measured, calibrate, fit, p_value, predicted, videos_needed
-from vidsieve.loading import shipped_policy
+from vidsieve.loading import load_model, shipped_policy
 from vidsieve.policies import save_rule
 from vidsieve.retention import FEATURES, Calibration, FrameRule, Rule
-from vidsieve.types import Selection, TokenGrid, Tokens, VideoTokens
+from vidsieve.types import TokenGrid, Tokens, VideoTokens
 
 
 def rule(method="vidcom2", variant="ours", **fields):
@@ -40,6 +42,9 @@ def rule(method="vidcom2", variant="ours", **fields):
         "questions": 900,
         "retention": 0.2,
         "loss": 0.004,
+        "frames": (6, 8),
+        "model_digest": "",
+        "policy_digest": "",
     }
     return Rule(method=method, variant=variant, **(known | fields))
 
@@ -177,14 +182,14 @@ def test_a_calibrated_method_keeps_the_first_step_that_the_rule_accepts(seed, na
             float(low),
             float(high - low),
         )
-        assert features(wanted, video.num_tokens) == pytest.approx(read, abs=1e-5)
+        assert features(wanted.scores, wanted.num_kept, video.num_tokens) == pytest.approx(read, abs=1e-5)
         if 1 / (1 + math.exp(2 + read[0] - 0.3 * read[1] - 0.2 * read[2] - 0.1 * read[4])) <= 0.6:
             break
     assert torch.equal(got.indices, wanted.indices)
 
 
 def test_what_acts_before_the_encoder_stays_before_a_calibrated_method():
-    method = calibrated(vidsieve.load("reuse+vidcom2", tolerance=0.1), rule())
+    method = calibrated(vidsieve.load("reuse+vidcom2", tolerance=0.1), rule("reuse+vidcom2"))
     assert method.front == vidsieve.Reuse(0.1) and method.title == "reuse+vidcom2"
 
 
@@ -204,8 +209,35 @@ def test_a_rule_of_another_method_is_refused():
         calibrated(vidsieve.load("evs"), rule())
     with pytest.raises(StageError, match="before the LLM"):
         calibrated(vidsieve.load("fastv"), rule("fastv"))
+    with pytest.raises(RetentionError, match=r"calibrated for vidcom2 .* not for reuse\+vidcom2"):
+        calibrated(vidsieve.load("reuse+vidcom2"), rule())
     with pytest.raises(BudgetError, match="gives no scores"):
-        features(Selection(torch.arange(3)), 10)
+        features(None, 3, 10)
+
+
+def test_a_rule_of_another_model_or_policy_is_refused_before_anything_runs():
+    model, _ = load_model("testbed")
+    adapter, method = adapter_for(model), vidsieve.load("score", "testbed")
+    mine = rule("score", method.variant, model_digest=model_digest(model), policy_digest=policy_digest(method))
+    adapter.check(calibrated(method, mine))
+    with pytest.raises(RetentionError, match="other weights of score"):
+        adapter.check(calibrated(method, msgspec.structs.replace(mine, policy_digest="0")))
+    with pytest.raises(RetentionError, match="another model"):
+        adapter.check(calibrated(method, msgspec.structs.replace(mine, model_digest="0")))
+    other, _ = load_model("testbed", positions="compact")
+    with (
+        pytest.raises(RetentionError, match=r"another model.*positions"),
+        vidsieve.attach(other, calibrated(method, mine)),
+    ):
+        pass
+
+
+def test_a_video_of_other_frames_than_those_calibrated_on_is_warned_of():
+    method = calibrated(vidsieve.load("vidcom2"), rule())
+    method.compress(clip(0, frames=8))
+    for frames in (5, 9):
+        with pytest.warns(UserWarning, match=f"6 to 8 frames of the token grid, and this one has {frames}"):
+            method.compress(clip(0, frames=frames))
 
 
 def test_a_rule_is_saved_with_its_policy_and_read_from_a_file(tmp_path):
@@ -324,8 +356,10 @@ def test_a_rule_is_calibrated_and_used_from_the_command_line(tmp_path, monkeypat
         assert not journal.exists() or not journal.read_text(), "refused at the first video"
     video = next(tmp_path.joinpath("videos").glob("*.mp4"))
     asked = ["ask", str(video), "what happens ?", "--method", "vidcom2", "--retention", "calibrated:vidcom2-rule.json"]
-    answered = run.invoke(app, [*asked, "--json", "answer.json"])
+    answered = run.invoke(app, [*asked, "--frames", "8"])
     assert answered.exit_code == 0, answered.output
+    refused = run.invoke(app, [*asked, "--frames", "8", "--model", "testbed:shallow"])
+    assert refused.exit_code != 0 and "another model" in str(refused.exception or refused.output)
 
 
 def test_frames_are_calibrated_and_read_from_the_command_line(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from vidsieve.adapters.decoder_layer import Decoder, block_shape, check_rotary, 
 from vidsieve.adapters.drop import gathered, kept_columns
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Family, Videos
+from vidsieve.adapters.fingerprint import check_rule
 from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.inside.layers import LayerRun
@@ -28,6 +29,7 @@ from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import FULL, SLIDING, check_layers, check_model, layer_kinds, synchronise
 from vidsieve.compressors._decoder import BlockShape, LayerState
 from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.calibrated import Calibrated
 from vidsieve.compressors.front import Front
 from vidsieve.compressors.inside import DecodeCompressor, InnerCompressor, LayerCompressor, layers_in_words
 from vidsieve.errors import (
@@ -164,6 +166,8 @@ class Adapter(Family):
             If it acts where this model does not let it, reads what the model does not give, or keeps less than it can.
         PolicyMismatchError
             If its policy was trained for another width or family.
+        RetentionError
+            If its retention was calibrated with another model or policy.
         """
         if not isinstance(compressor, Compressor):
             raise UnsupportedCallError(
@@ -182,6 +186,8 @@ class Adapter(Family):
             self._check_layers(compressor)
         if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
             self._check_cuts(compressor, "read fewer tokens")
+        if isinstance(compressor, Calibrated):
+            check_rule(compressor, self.model)
         config = getattr(getattr(compressor, "policy", None), "config", None)
         if config is not None:
             if config.hidden_size != self.hidden_size:

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.calibrated import Calibrated
+from vidsieve.errors import RetentionError
 
 
 def digest(value: Any) -> str:
@@ -36,6 +40,32 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
             places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
             digest_.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
     return digest_.hexdigest()[:16]
+
+
+def policy_digest(method: Compressor) -> str:
+    """Return a hash of a method's weights; empty where it has none."""
+    policy = getattr(method, "policy", None)
+    return weights_digest(policy.named_parameters()) if isinstance(policy, nn.Module) else ""
+
+
+def check_rule(method: Calibrated, model: Any) -> None:
+    """Refuse a calibrated method whose rule was made with another policy or model: its bound is not of these.
+
+    Raises
+    ------
+    RetentionError
+    """
+    rule = method.rule
+    if rule.policy_digest != policy_digest(method):
+        raise RetentionError(
+            f"the rule was calibrated with other weights of {method.title}: run `vidsieve calibrate` for this policy, "
+            "or give a fixed retention"
+        )
+    if rule.model_digest != model_digest(model):
+        raise RetentionError(
+            f"the rule was calibrated with {rule.model or 'a model'}, and this is another model, or it has another "
+            "precision, layout or positions: run `vidsieve calibrate` with it, or give a fixed retention"
+        )
 
 
 def model_digest(model: Any) -> str:

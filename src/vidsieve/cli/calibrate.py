@@ -129,7 +129,8 @@ def calibrate(
         f"The rule keeps {percent(rule.retention)} of the tokens on average and loses {100 * rule.loss:.2f} points "
         f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
         f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
-        f"saved: {where}; use it with --retention calibrated{suffix}",
+        f"saved: {where}; use it with --retention calibrated{suffix} --frames {counts[0]}"
+        + ("" if positions is None else f" --positions {positions}"),
         markup=False,
         soft_wrap=True,
     )

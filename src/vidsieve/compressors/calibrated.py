@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 import torch
-from torch import Generator
+from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, RetentionError, StageError
@@ -88,13 +89,21 @@ class Calibrated(Compressor):
     def compress(self, video: VideoTokens, *, generator: Generator | None = None) -> Selection:
         """Return the selection at the least retention of the ladder whose predicted harm the rule accepts."""
         self._check_needs(video)
+        seen, (fewest, most) = (video.whole or video.grid).frames, self.rule.frames
+        if not fewest <= seen <= most:
+            warnings.warn(
+                f"the rule was calibrated on videos of {fewest} to {most} frames of the token grid, and this one has "
+                f"{seen}: the bound does not cover it; read as many frames, or run `vidsieve calibrate` for these",
+                stacklevel=2,
+            )
         return self._select(video, 0, generator or torch.Generator().manual_seed(0))
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         for retention in self.rule.ladder:
             if self.floor <= retention <= self.cap:
                 chosen = self.method.with_retention(retention).compress(video, generator=generator)
-                if self.rule.harm(features(chosen, video.num_tokens)) <= self.rule.threshold:
+                read = features(chosen.scores, chosen.num_kept, video.num_tokens)
+                if self.rule.harm(read) <= self.rule.threshold:
                     return chosen
         return self.method.with_retention(self.cap).compress(video, generator=generator)
 
@@ -168,9 +177,10 @@ def rule_of(method: Compressor, rule: Calibration | R, kind: type[R]) -> R:
         If there is none, it is damaged, or it was calibrated for another method or variant.
     """
     found = _saved_rule(method, rule, kind) if isinstance(rule, Calibration) else rule
-    if (found.method, found.variant) != (method.name, method.variant):
+    name = method.title if kind is Rule else method.name  # what acts before a method changes what the bound is of
+    if (found.method, found.variant) != (name, method.variant):
         raise RetentionError(
-            f"the rule was calibrated for {found.method} (variant {found.variant}), not for {method.name} (variant "
+            f"the rule was calibrated for {found.method} (variant {found.variant}), not for {name} (variant "
             f"{method.variant}): run `vidsieve calibrate` for it"
         )
     return found
@@ -203,8 +213,8 @@ def _saved_rule(method: Compressor, calibration: Calibration, kind: type[R]) -> 
         raise RetentionError(f"{where} holds no calibrated rule: {error!s:.300}") from None
 
 
-def features(selection: Selection, num_tokens: int) -> tuple[float, ...]:
-    """Return the `FEATURES` of a selection, all known before the LLM runs.
+def features(given: Tensor | None, kept: int, num_tokens: int) -> tuple[float, ...]:
+    """Return the `FEATURES` of a selection of `kept` tokens from its scores (N,), all known before the LLM runs.
 
     The logarithms of the retention and of the scores' softmax that is dropped, of the scores as they are and of
     standardised ones; the lowest score among the K highest, as it is and standardised; its distance from the highest.
@@ -214,10 +224,9 @@ def features(selection: Selection, num_tokens: int) -> tuple[float, ...]:
     BudgetError
         If the method gives no scores.
     """
-    if selection.scores is None:
+    if given is None:
         raise BudgetError("the method gives no scores that a rule could read: choose one that scores tokens, as score")
-    kept = selection.num_kept
-    scores = selection.scores.detach().double().cpu().sort(descending=True).values
+    scores = given.detach().double().cpu().sort(descending=True).values
     z = (scores - scores.mean()) / scores.std(correction=0).clamp(min=1e-9)
     dropped = [float(values.softmax(0)[kept:].sum().clamp(min=1e-6).log()) for values in (scores, z)]
     return (

@@ -122,8 +122,11 @@ def calibrate(
     tolerance: float,
     confidence: float,
     seed: int = 0,
+    frames: tuple[int, int] = (1, 2**20),
     data: str = "",
     model: str = "",
+    model_digest: str = "",
+    policy_digest: str = "",
 ) -> Rule:
     """Return the rule that keeps least among those accepted.
 
@@ -131,6 +134,8 @@ def calibrate(
     ----------
     seed : int
         Of the split into fitting and calibration videos, and of the latter's order.
+    frames, data, model, model_digest, policy_digest
+        As in `Rule`, for its record.
 
     Raises
     ------
@@ -184,6 +189,9 @@ def calibrate(
         questions=len(held.videos),
         retention=float(kept.mean()),
         loss=float(losses.mean()),
+        frames=frames,
+        model_digest=model_digest,
+        policy_digest=policy_digest,
         data=data,
         model=model,
     )

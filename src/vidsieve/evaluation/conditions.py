@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from vidsieve import registry
-from vidsieve.adapters.fingerprint import weights_digest
+from vidsieve.adapters.fingerprint import policy_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError
@@ -69,12 +67,6 @@ class Condition:
     def digest(self) -> str:
         """A hash of the weights of the method's policy; empty without one."""
         return "" if self.method is None else policy_digest(self.method)
-
-
-def policy_digest(method: Compressor) -> str:
-    """Return a hash of a method's weights; empty where it has none."""
-    policy = getattr(method, "policy", None)
-    return weights_digest(policy.named_parameters()) if isinstance(policy, nn.Module) else ""
 
 
 def conditions_of(

@@ -22,13 +22,13 @@ import msgspec
 import torch
 
 from vidsieve.adapters.encoded import Encoded, on_device, stacked
-from vidsieve.adapters.fingerprint import model_files_digest
+from vidsieve.adapters.fingerprint import model_files_digest, policy_digest
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.answering import chat
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PromptError, VidsieveError
-from vidsieve.evaluation.conditions import known_fields, method_for, policy_digest
+from vidsieve.evaluation.conditions import known_fields, method_for
 from vidsieve.evaluation.experiment import versions
 from vidsieve.evaluation.items import Item
 from vidsieve.io.bounded import check_value, lines, opened, too_long

@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
-import torch
 
 from vidsieve.adapters.encoded import Encoded
+from vidsieve.adapters.fingerprint import model_digest, policy_digest
+from vidsieve.answering import Answer
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.calibrated import LADDER, features
 from vidsieve.errors import BudgetError, StageError
@@ -36,7 +37,7 @@ class CalibrationTask(QuestionsTask):
 
     tolerance: float = 0.01
     confidence: float = 0.9
-    form: ClassVar[Any] = (*QuestionsTask.form, ("features", list[float], []))
+    form: ClassVar[Any] = (*QuestionsTask.form, ("features", list[float], []), ("frames", int, 0))
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that records depend on; the bound is not among them."""
@@ -56,17 +57,16 @@ class CalibrationTask(QuestionsTask):
                 raise BudgetError(record.reason)
         return records
 
-    def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
-        """Return the answer to one question under one condition, and what a rule reads of its selection."""
-        record = super()._record(encoded, item, condition)
-        if condition.method is None:
-            return record
+    def _values(self, encoded: Encoded, item: Item, answer: Answer, score: float) -> dict[str, Any]:
+        """Return the values of a record, and what a rule reads of a selection, and the frames of the video's grid."""
+        values = super()._values(encoded, item, answer, score)
         if len(encoded.videos) != 1:
             raise BudgetError(f"question {item.id!r} is about {len(encoded.videos)} videos: a rule is for one")
-        video = self.adapter.video_tokens(encoded, 0, condition.method.needs)
-        generator = torch.Generator().manual_seed(self.seed)
-        read = features(condition.method.compress(video, generator=generator), video.num_tokens)
-        return Measurement(record.item, record.condition, {**record.values, "features": list(read)}, record.ms)
+        video = encoded.videos[0].features
+        values["frames"] = video.prompted.frames
+        if answer.traces:
+            values["features"] = list(features(answer.scores[0], answer.traces[0].kept, video.grid.num_tokens))
+        return values
 
     def measured(self, results: Results) -> Measured:
         """Return the answers of the questions that could be asked, as `calibrate` reads them."""
@@ -90,15 +90,19 @@ class CalibrationTask(QuestionsTask):
         table = super().tabulate(results)
         method = results.conditions[1].method
         assert method is not None  # by `ladder_conditions`
+        frames = [sample["frames"] for sample in results.samples[results.conditions[0].key].values()]
         rule = calibrate(
             self.measured(results),
-            method.name,
+            method.title,
             method.variant,
             tolerance=self.tolerance,
             confidence=self.confidence,
             seed=self.seed,
+            frames=(min(frames), max(frames)),
             data=self.benchmark.title,
             model=self.model,
+            model_digest=model_digest(self.adapter.model),
+            policy_digest=policy_digest(method),
         )
         return replace(table, result={**table.result, "rule": msgspec.to_builtins(rule)})
 

@@ -15,8 +15,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, on_device
 from vidsieve.adapters.fingerprint import digest, model_digest
-from vidsieve.adapters.trace import VideoTrace
-from vidsieve.answering import chat, choice, reply
+from vidsieve.answering import Answer, chat, choice, reply
 from vidsieve.errors import (
     BudgetError,
     EvaluationError,
@@ -185,29 +184,31 @@ class QuestionsTask:
 
     def _record(self, encoded: Encoded, item: Item, condition: Condition) -> Measurement:
         """Return the answer to one question under one condition."""
-        text, score, prompt, traces = self._answer(encoded, item, condition)
+        answer, score = self._answer(encoded, item, condition)
+        ms = sum(trace.select_ms for trace in answer.traces)
+        return Measurement(item.id, condition.key, self._values(encoded, item, answer, score), ms=ms)
+
+    def _values(self, encoded: Encoded, item: Item, answer: Answer, score: float) -> dict[str, Any]:
+        """Return the values of a record."""
+        traces = answer.traces
         total = sum(span.features.prompted.num_tokens for span in encoded.videos)
-        values: dict[str, Any] = {"said": text, "score": score, "kept": total, "total": total, "layers": 1.0}
+        values: dict[str, Any] = {"said": answer.text, "score": score, "kept": total, "total": total, "layers": 1.0}
         if traces:
             values["kept"] = sum(trace.kept for trace in traces)
             values["layers"] = sum(trace.layer_retention * trace.total for trace in traces) / total
-        values["prompt"] = list(prompt)
+        values["prompt"] = list(answer.prompt_tokens)
         if self.indices:
             grid = traces[0].grid if traces else None
             values["indices"] = [list(trace.indices) for trace in traces]
             values["grid"] = [grid.frames, grid.height, grid.width] if grid else None
-        values |= {"question": item.question, "answer": item.answer}
-        return Measurement(item.id, condition.key, values, ms=sum(trace.select_ms for trace in traces))
+        return values | {"question": item.question, "answer": item.answer}
 
-    def _answer(
-        self, encoded: Encoded, item: Item, condition: Condition
-    ) -> tuple[str, float, tuple[int, int], tuple[VideoTrace, ...]]:
-        """Return the answer, its score, the prompt's tokens before and after pruning, and the traces."""
+    def _answer(self, encoded: Encoded, item: Item, condition: Condition) -> tuple[Answer, float]:
+        """Return the answer and its score."""
         method = condition.method
         if self.way == "choice":
-            best, prompt, traces = choice(self.adapter, encoded, self._tokens(item), method, seed=self.seed)
-            word = item.answers[best]
-            return word, float(word == item.answer), prompt, traces
+            said = choice(self.adapter, encoded, item.answers, self._tokens(item), method, seed=self.seed)
+            return said, float(said.text == item.answer)
         result = reply(
             self.adapter, self.processor, encoded, method, max_new_tokens=self.max_new_tokens, seed=self.seed
         )
@@ -215,7 +216,7 @@ class QuestionsTask:
             score = float(chosen(result.text, item.options, item.answers) == item.answer)
         else:
             score = judge(item.kind, result.text, item.answer)
-        return result.text, score, result.prompt_tokens, result.traces
+        return result, score
 
     def _tokens(self, item: Item) -> Tensor:
         """Return the token of each of an item's possible answers.
