@@ -529,6 +529,7 @@ def test_stream_asks_the_lines_that_are_typed_while_the_video_plays(run, scene, 
         (["--question=-1=what ?"], "at 0 seconds or later"),
         (["--question=1:30=what ?"], "a number of seconds"),
         (["--retention", "calibrated", "--reader", "score"], "no calibrated one"),
+        (["--positions", "dense"], "compact"),
     ],
 )
 def test_stream_refuses_what_cannot_be_served(cli, scene, given, said):

@@ -51,6 +51,7 @@ def stream(
     ] = "0.25",
     fps: Annotated[float, typer.Option(help="Frames per second.", callback=shared.positive)] = 1.0,
     layout: shared.Layout = None,
+    positions: shared.Positions = None,
     max_new_tokens: shared.NewTokens = 64,
     seed: shared.Seed = 0,
     threads: shared.Threads = 0,
@@ -79,7 +80,7 @@ def stream(
     toy = loading.is_testbed(model)
     chosen: Any = method if method in BASELINES else method_for(method, model)
     chooser = method_for(reader, model).with_retention(budget) if reader else None
-    network, processor = shared.load_model(model, layout, dtype, device)
+    network, processor = shared.load_model(model, layout, dtype, device, positions)
     watched = Stream(network, processor, chosen, memory, reader=chooser, seed=seed)
     answers: list[dict[str, Any]] = []
 
