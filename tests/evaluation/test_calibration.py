@@ -397,6 +397,15 @@ def test_frames_are_calibrated_and_read_from_the_command_line(tmp_path, monkeypa
         given = json.loads(Path("a.json").read_text())
         assert (given["frames"], given["videos"][0]["kept"]) == (frames, tokens)
         assert f"frames: {frames}, by the rule of vidcom2" in answered.output
+    Path("rows.jsonl").write_text(json.dumps({"video": video, "question": "where is the old sign ?"}) + "\n")
+    batch = ["batch", "rows.jsonl", "answers.jsonl", "--method", "vidcom2", "--frames", "auto:rule.json"]
+    done = run.invoke(app, [*batch, "--retention", "60t", "--model", "testbed"])
+    assert done.exit_code == 0, done.output
+    answered = json.loads(Path("answers.jsonl").read_text())
+    assert (answered["frames"], answered["kept"]) == (6, 60)
+    refused = run.invoke(app, [*batch, "--retention", "0.5", "--model", "testbed"])
+    assert refused.exit_code != 0 and "ask for Tokens(512)" in str(refused.exception or refused.output)
+
     refused = run.invoke(app, [*asked, "--retention", "0.5"])
     assert refused.exit_code != 0 and "two budgets" in str(refused.exception or refused.output)
 

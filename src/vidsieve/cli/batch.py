@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from vidsieve.cli.shared import (
     Dtype,
     Earliest,
     Fps,
+    Frames,
     Layout,
     MaxPixels,
     MaxRow,
@@ -23,6 +25,7 @@ from vidsieve.cli.shared import (
     Threads,
     check_output,
     err,
+    frames_by_rule,
     named_model,
     out,
     quiet,
@@ -33,7 +36,7 @@ from vidsieve.errors import ModelError, OutputError
 from vidsieve.io.limits import Limits
 from vidsieve.io.stopping import stop_on_signal
 from vidsieve.registry import check_known
-from vidsieve.retention import parse_budget
+from vidsieve.retention import parse_budget, parse_frames
 
 if TYPE_CHECKING:
     from vidsieve.serving.batch import BatchReport
@@ -50,7 +53,7 @@ def batch(
     ] = None,
     retention: Retention = "0.25",
     earliest: Earliest = False,
-    frames: Annotated[int, typer.Option(help="Frames taken evenly; with --fps at most this many.", min=1)] = 16,
+    frames: Frames = None,
     fps: Fps = None,
     layout: Layout = None,
     max_new_tokens: NewTokens = 64,
@@ -107,14 +110,18 @@ def batch(
         policy,
         amount,
         earliest,
-        frames,
-        fps,
-        max_new_tokens,
-        size,
+        fps=fps,
+        max_new_tokens=max_new_tokens,
+        batch=size,
         layout=layout,
         device=device,
         dtype=dtype,
     )
+    count = parse_frames(frames or "16")
+    if not isinstance(count, int):
+        chosen = settings.compressor()
+        count = frames_by_rule(str(frames), fps, [] if chosen is None else [chosen])["frames"]
+    settings = replace(settings, frames=count)
     note = partial(err.print, "stopping after the current group; Ctrl-C again stops at once", soft_wrap=True)
     with stoppable(journal), stop_on_signal(note) as flag, Bar("rows", None) as update:
         report = answer_file(
