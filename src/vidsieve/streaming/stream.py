@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +30,8 @@ from vidsieve.types import Stage, TokenGrid, Tokens
 FORMAT = 1
 BATCH = 8
 """Frames that go through the vision encoder at a time, at most."""
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+"""glibc's function that returns freed memory to the system; other C libraries have none."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +300,9 @@ class Stream:
         if reader is not None and isinstance(reader.retention, Tokens) and reader.retention.count >= tokens:
             reader = None
         answer = reply(self.adapter, self.processor, encoded, reader, max_new_tokens=max_new_tokens, seed=self.seed)
+        del encoded
+        if _TRIM is not None:  # a prompt is written with every token of its frames: megabytes that glibc would keep
+            _TRIM(0)
         trace = MemoryTrace(
             (state.start, self._last_time),
             state.seen,
