@@ -215,6 +215,13 @@ def test_a_rule_of_another_method_is_refused():
         features(None, 3, 10)
 
 
+def test_a_pipeline_does_not_take_a_calibrated_part():
+    method = calibrated(vidsieve.load("vidcom2"), rule())
+    for first, second in ((method, vidsieve.load("fastv")), (vidsieve.Reuse(), method)):
+        with pytest.raises(BudgetError, match="covers vidcom2 alone"):
+            vidsieve.Pipeline(first, second, 0.2)
+
+
 def test_a_rule_of_another_model_or_policy_is_refused_before_anything_runs():
     model, _ = load_model("testbed")
     adapter, method = adapter_for(model), vidsieve.load("score", "testbed")

@@ -20,6 +20,7 @@ from vidsieve.compressors.inside import (
     LayerView,
 )
 from vidsieve.errors import BudgetError, StageError
+from vidsieve.retention import Calibration
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
 
@@ -45,8 +46,14 @@ def Pipeline(
     StageError
         If one of them does not act where it must, or there are two before the vision encoder's output.
     BudgetError
-        If the total is more than `first` keeps, or one is a ratio and the other a count.
+        If the total is more than `first` keeps, one is a ratio and the other a count, or one is calibrated.
     """
+    for part in (first, second):
+        if isinstance(part, Compressor) and isinstance(part.budget_asked, Calibration):
+            raise BudgetError(
+                f"the bound of a calibrated retention covers {part.name} alone, not a pipeline with it: attach it "
+                "alone, or give a ratio"
+            )
     if isinstance(first, Front):
         method = AllTokens(retention) if second is None else second.with_retention(retention)
         if method.front is not None:
