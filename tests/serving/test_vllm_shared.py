@@ -255,6 +255,15 @@ def test_the_command_is_vllms_own(cli, tmp_path):
     )
 
 
+def test_a_model_that_is_not_there_is_told_before_vllm_starts(cli, tmp_path):
+    def served(model, fails=True):
+        return cli("serve", model, "--print", fails=fails)
+
+    assert "no folder ./nowhere" in served("./nowhere") and "no folder a/b/c" in served("a/b/c")
+    assert "config.json is missing" in served(str(tmp_path))
+    assert "--model OWNER/NAME" in served("OWNER/NAME", fails=False), "the hub is vLLM's own affair"
+
+
 def test_options_of_vllms_that_would_undo_the_pruning(cli):
     def serve(*options, fails=False):
         return cli("serve", "testbed", *options, "--print", fails=fails)
@@ -274,6 +283,8 @@ def test_options_of_vllms_that_would_undo_the_pruning(cli):
         (["--seed", "3"], "--seed 3 needs --method"),
         (["--on-error", "uniform"], "--on-error uniform needs --method"),
         (["--model", "other"], "the first argument here"),
+        (["--methods", "divprune"], "give it as --method"),
+        (["--method", "divprune", "--frames=8"], """--media-io-kwargs '{"video": {"num_frames": N}}'"""),
     ]:
         assert told in serve(*options, fails=True), options
     assert "--video-pruning-rate 0.5" in serve("--video-pruning-rate", "0.5"), "without us it is vLLM's own affair"

@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.shared import out
-from vidsieve.errors import PluginError, PolicyError, UnsupportedCallError
+from vidsieve.errors import ModelError, PluginError, UnsupportedCallError
+from vidsieve.io.hub import is_repository
 from vidsieve.retention import budget_text, parse_budget
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -21,7 +22,7 @@ SERVER = "vllm.entrypoints.openai.api_server"
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of a LLaVA-OneVision, Qwen2.5-VL or Qwen3-VL; 'testbed'.")
+        str, typer.Argument(help="Folder or hub id of a LLaVA-OneVision, Qwen2.5-VL, Qwen3-VL or Qwen3.5; 'testbed'.")
     ],
     method: Annotated[
         str | None,
@@ -77,6 +78,8 @@ def server_command(
     ------
     RetentionError, UnknownNameError, StageError, NeedError, BudgetError, PolicyError
         If the method cannot run before the LLM as vLLM needs it.
+    ModelError
+        If the model is neither a folder with a model nor of the form of a hub id.
     UnsupportedCallError
         If further options contradict each other or the pruning.
     """
@@ -84,9 +87,8 @@ def server_command(
     _check(extra, pruned=method is not None)
     command = [sys.executable, "-m", SERVER, "--model", _folder(model), "--trust-request-mm-kwargs"]
     if method is None:
-        if policy is not None:
-            raise PolicyError(f"--policy {policy} needs --method, cacovid or score")
-        for name, value in (("--retention", retention), ("--seed", seed), ("--on-error", on_error)):
+        needy = {"--policy": policy, "--retention": retention, "--seed": seed, "--on-error": on_error}
+        for name, value in needy.items():
             if value is not None:
                 raise UnsupportedCallError(f"{name} {value} needs --method: without one nothing is pruned")
         return [*command, *extra]
@@ -112,12 +114,23 @@ def server_command(
     return [*command, "--hf-overrides", json_module.dumps(overrides | {"vidsieve": settings}), *extra]
 
 
+_FRAMES = {
+    name: f'--media-io-kwargs \'{{"video": {{"{field}": N}}}}\''
+    for name, field in (("--frames", "num_frames"), ("--fps", "fps"))
+}
+"""vLLM's way to say what other commands here say by these options."""
+
+
 def _check(extra: list[str], pruned: bool) -> None:
     """Raise UnsupportedCallError if an option of vLLM's bypasses ours."""
     for option in extra:
         name = option.partition("=")[0].replace("_", "-")
         if name == "--model":
             raise UnsupportedCallError("--model is the first argument here: vidsieve serve MODEL")
+        if name == "--methods":
+            raise UnsupportedCallError("--methods: a server has one method, give it as --method")
+        if name in _FRAMES:
+            raise UnsupportedCallError(f"{name}: vLLM reads the videos, give it {_FRAMES[name]}")
         if pruned and name.startswith("--video-pruning-"):
             raise UnsupportedCallError(f"{name} is vLLM's own pruning: omit it or --method")
         if pruned and name.startswith("--hf-overrides."):
@@ -149,6 +162,13 @@ def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
 
 
 def _folder(model: str) -> str:
-    from vidsieve.loading import is_testbed, shipped_model
+    """Return the model as vLLM is given it; refuse a folder without a model, and what is no model's name."""
+    if not (os.path.exists(model) or is_repository(model) or "://" in model or model.startswith("testbed")):
+        raise ModelError(f"no folder {model}: give a model's folder, a hub id as OWNER/NAME, or 'testbed'")
+    from vidsieve.loading import check_model, is_testbed, shipped_model
 
-    return str(shipped_model(model)) if is_testbed(model) else model
+    if is_testbed(model):
+        return str(shipped_model(model))
+    if os.path.isdir(model):
+        check_model(model)
+    return model
