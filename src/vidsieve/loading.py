@@ -60,7 +60,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
             return put_before(first, load(rest, policy, **fields))
         _check_fields(front, AllTokens, fields)
         if policy is not None:
-            raise PolicyError(f"{front} is not trained and takes no policy; leave {policy} out")
+            raise PolicyError(f"{front} is not trained and takes no policy, got {policy}")
         return AllTokens(ahead=first, **fields)
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
@@ -73,7 +73,7 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     _check_fields(name, method, fields)
     if not method.trained:
         if policy is not None:
-            raise PolicyError(f"{name} is not trained and takes no policy; leave {policy} out")
+            raise PolicyError(f"{name} is not trained and takes no policy, got {policy}")
         untrained: Compressor = method(**fields)
         return untrained
     if policy is None:

@@ -30,7 +30,9 @@ def kept_tokens(retention: float | Tokens, num_tokens: int) -> int:
     budget = check_retention(retention)
     if isinstance(budget, Tokens):
         if budget.count > num_tokens:
-            raise BudgetError(f"{budget} asks for more than the video's {num_tokens} tokens; ask for 1 to {num_tokens}")
+            raise BudgetError(
+                f"{budget.count} tokens are more than the video's {num_tokens}; ask for 1 to {num_tokens}"
+            )
         return budget.count
     return max(1, math.floor(Fraction(repr(budget)) * num_tokens))
 

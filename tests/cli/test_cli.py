@@ -112,7 +112,9 @@ def test_ask(run, scene, tmp_path):
     result = json.loads((tmp_path / "a.json").read_text())
     assert result["videos"][0]["kept"] == 57 and len(result["videos"][0]["indices"]) == 57
     assert result["answer"] and result["answer"] in out and "57 of 576" in out
+    total = result["ms"].pop("total")
     assert set(result["ms"]) == {"read video", "preprocess", "encode", "select", "prefill", "generate"}
+    assert total == pytest.approx(sum(result["ms"].values()))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -353,6 +355,7 @@ MISTAKES = [
     (["--method", "score", "--policy", "/nowhere"], "no policy in /nowhere"),
     (["--json", "/proc/nowhere/x.json"], "cannot write /proc/nowhere/x.json"),
     (["--frames", "0"], "frames"),
+    (["--retention", "999t"], "999 tokens are more than the video's 576; ask for 1 to 576"),
     (["--fps", "nan"], "--fps must be a finite number above 0, got nan"),
     (["--fps", "-1"], "got -1"),
     (["--layout", "gird"], "Did you mean 'grid'"),
@@ -369,6 +372,11 @@ def test_a_placeholder_in_the_question_is_refused(run, scene):
 def test_mistakes_exit_2_with_a_sentence(run, scene, options, message):
     _, err = run("ask", scene, "what ?", *options, code=2)
     assert err.startswith("error:") and re.search(message, err), err
+
+
+def test_a_question_before_the_video_is_told(run, scene):
+    _, err = run("ask", "what ?", scene, code=2)
+    assert "'what ?' does not exist" in err and "the video comes first" in err
 
 
 def test_mistakes_of_other_commands(run, tmp_path):

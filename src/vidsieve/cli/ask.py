@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.markup import escape
 from vidsieve import registry
 from vidsieve.cli import shared
 from vidsieve.cli.progress import Bar
-from vidsieve.errors import OutputError
+from vidsieve.errors import OutputError, VideoError
 from vidsieve.io.limits import Limits
 from vidsieve.io.texts import percent
 from vidsieve.retention import parse_budget
@@ -83,6 +84,8 @@ def ask(
     json: shared.Json = None,
 ) -> None:
     """Ask a question about a video; show what each method kept and where the time went."""
+    if not os.path.exists(video) and os.path.isfile(question):
+        raise VideoError(f"'{video}' does not exist, and the question is a file: the video comes first")
     check_file(video)
     amount = parse_budget(shared.budget_asked(retention, tokens) or "0.25")
     shared.check_question(question)
@@ -185,6 +188,8 @@ def _answered(request: AskRequest, method: Compressor | None, clock: Clock, cont
         clock=clock,
     )
     shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
+    if not result.text:
+        shared.err.print("note: the answer is empty, the model ended it at once")
     before, after = result.prompt_tokens
     kept = ", ".join(
         f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}" for t in result.traces
@@ -199,7 +204,7 @@ def _answered(request: AskRequest, method: Compressor | None, clock: Clock, cont
     scores = None if given is None else given.float().cpu().numpy()
     shown = (result.traces[0].grid, {result.method: result.traces[0].indices}) if result.traces else None
     return (
-        result.as_dict(),
+        result.as_dict() | {"ms": spent},
         shown,
         lambda: answer_sections(request.video, request.question, result.as_dict(), scores, answering.PARTS, measured),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,8 +94,9 @@ def demo(
     task = ScenesTask(adapter_for(model), processor, "dense", seed + 1, questions)
     conditions = scene_conditions(methods, [methods["random"].budget_ratio(grid.num_tokens)])
     accuracy = run_task(task, conditions, "fresh scenes")
-    out.print("model and policies are toys trained on this synthetic world: the README says what that proves")
-    out.print(f"next: vidsieve ask {video_path} {examples[0].text!r}", markup=False, highlight=False, soft_wrap=True)
+    out.print("model and policies are toys trained on this synthetic world: they say nothing about real videos")
+    called = sys.argv[0] if Path(sys.argv[0]).name == "vidsieve" and shutil.which("vidsieve") is None else "vidsieve"
+    out.print(f"next: {called} ask {video_path} {examples[0].text!r}", markup=False, highlight=False, soft_wrap=True)
     write_json(
         json,
         {"video": str(video_path), "picture": str(picture_path), "answers": record, "accuracy": accuracy.to_json()},

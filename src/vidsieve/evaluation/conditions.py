@@ -162,7 +162,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
     base, _, variant = name.partition(":")
     trained = registry.compressors.get(base).trained
     if policy is not None and not trained:
-        raise PolicyError(f"{base} is not trained and takes no policy; leave {policy} out")
+        raise PolicyError(f"{base} is not trained and takes no policy, got {policy}")
     if policy is None and trained:
         if model is None or not is_testbed(model):
             raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
