@@ -284,7 +284,7 @@ def test_options_of_vllms_that_would_undo_the_pruning(cli):
         (["--on-error", "uniform"], "--on-error uniform needs --method"),
         (["--model", "other"], "the first argument here"),
         (["--methods", "divprune"], "give it as --method"),
-        (["--method", "divprune", "--frames=8"], """--media-io-kwargs '{"video": {"num_frames": N}}'"""),
+        (["--method", "divprune", "--frames=8"], """'{"video": {"num_frames": N, "video_backend": "opencv"}}'"""),
     ]:
         assert told in serve(*options, fails=True), options
     assert "--video-pruning-rate 0.5" in serve("--video-pruning-rate", "0.5"), "without us it is vLLM's own affair"

@@ -114,11 +114,8 @@ def server_command(
     return [*command, "--hf-overrides", json_module.dumps(overrides | {"vidsieve": settings}), *extra]
 
 
-_FRAMES = {
-    name: f'--media-io-kwargs \'{{"video": {{"{field}": N}}}}\''
-    for name, field in (("--frames", "num_frames"), ("--fps", "fps"))
-}
-"""vLLM's way to say what other commands here say by these options."""
+_FRAMES = {"--frames": '{"num_frames": N, "video_backend": "opencv"}', "--fps": '{"fps": N}'}
+"""Options of other commands, and what says the same to vLLM, whose own sampling for Qwen ignores num_frames."""
 
 
 def _check(extra: list[str], pruned: bool) -> None:
@@ -130,7 +127,9 @@ def _check(extra: list[str], pruned: bool) -> None:
         if name == "--methods":
             raise UnsupportedCallError("--methods: a server has one method, give it as --method")
         if name in _FRAMES:
-            raise UnsupportedCallError(f"{name}: vLLM reads the videos, give it {_FRAMES[name]}")
+            raise UnsupportedCallError(
+                f"{name}: vLLM reads the videos, give it --media-io-kwargs '{{\"video\": {_FRAMES[name]}}}'"
+            )
         if pruned and name.startswith("--video-pruning-"):
             raise UnsupportedCallError(f"{name} is vLLM's own pruning: omit it or --method")
         if pruned and name.startswith("--hf-overrides."):
