@@ -188,9 +188,11 @@ def test_something_else_lacks_everything():
     wanted = (
         "no adapter for Linear, and it lacks what families have in common: forward takes no mm_encoder_outputs; "
         "forward takes no pixel_values_videos; its model has no get_video_features; its model has no "
-        "language_model.layers; its configuration states no video_token_id. Supported: Llava.*To add a family"
+        "language_model.layers; its configuration states no video_token_id. `vidsieve list` shows the families."
     )
     refused(torch.nn.Linear(2, 2), wanted)
+    with pytest.raises(UnsupportedCallError, match="a model is needed first, not the method uniform"):
+        vidsieve.attach(uniform(), torch.nn.Linear(2, 2))
 
 
 def test_each_part_of_the_contract_is_missed_by_name(unknown, monkeypatch):

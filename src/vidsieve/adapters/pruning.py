@@ -82,6 +82,8 @@ def adapter_for(
     positions = str(positions or getattr(config, "vidsieve_positions", "installed"))
     if layout not in LAYOUTS:
         raise UnknownNameError("token layout", layout, LAYOUTS)
+    if isinstance(model, Compressor):
+        raise UnsupportedCallError(f"a model is needed first, not the method {model.name}: attach(model, method)")
     for base in type(model).__mro__:
         if base.__name__ in registry.families:
             name = base.__name__ if layout == "installed" else f"{base.__name__}:{layout}"
@@ -99,10 +101,9 @@ def adapter_for(
 
     missing = lacking(model)
     if missing:
-        names = ", ".join(name for name in registry.families if ":" not in name)
         raise UnsupportedModelError(
             f"no adapter for {type(model).__name__}, and it lacks what families have in common: {'; '.join(missing)}. "
-            f"Supported: {names}. To add a family, write a vidsieve.adapters.Adapter and register it: "
+            "`vidsieve list` shows the families. To add one, write a vidsieve.adapters.Adapter and register it: "
             "vidsieve.registry.families.register('ClassName', 'module:Adapter')"
         )
     if layout != "installed":
