@@ -215,4 +215,4 @@ def test_commands_and_options_stay_few():
     assert "frames" in options["ask"]
     assert len(options) <= 23, sorted(options)
     count = sum(map(len, options.values()))
-    assert count <= 345, f"{count} options: { ({name: len(names) for name, names in options.items()}) }"
+    assert count <= 350, f"{count} options: { ({name: len(names) for name, names in options.items()}) }"

@@ -28,12 +28,15 @@ class BudgetError(VidsieveError, ValueError):
 
 
 class UnknownNameError(VidsieveError, KeyError):
-    """A name is not registered; the text offers the nearest ones."""
+    """A name is not registered; the text offers the nearest ones, those that hold it, or those of the same `sense`."""
 
-    def __init__(self, kind: str, name: object, known: Iterable[str], hint: str = "") -> None:
+    def __init__(
+        self, kind: str, name: object, known: Iterable[str], hint: str = "", sense: Iterable[str] = ()
+    ) -> None:
         names = sorted(known)
         given = str(name)[:80]
         near = get_close_matches(given, names, n=3, cutoff=0.6)
+        near = near or [other for other in names if len(given) > 1 and given in other] or sorted(sense)
         offer = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"Known: {', '.join(names)}."
         super().__init__(f"unknown {kind} {given!r}. {offer}{' ' + hint if hint else ''}")
 

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from vidsieve.answering import answer
 from vidsieve.cli.main import main, method_markdown
 from vidsieve.cli.shared import write_json
 from vidsieve.cli.train import parsed, shown_default
 from vidsieve.errors import VidsieveError
+from vidsieve.policies import PolicyConfig
 from vidsieve.testbed.files import write_scene, write_scenes
-from vidsieve.training.settings import CaCoVIDConfig
+from vidsieve.training.settings import SETTINGS, CaCoVIDConfig
+from vidsieve.video.reading import read_video
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +84,8 @@ def test_any_setting_can_be_set_by_its_name():
     assert parsed(CaCoVIDConfig, texts) == {"sampler": "random", "balanced": True, "width": 3.0, "depth": 2}
     for text, error in (
         ("widht=3", "unknown setting 'widht'. Did you mean 'width'"),
+        ("lr=1", "Did you mean 'body_lr' or 'head_lr'"),
+        ("learning_rate=1", "Did you mean 'body_lr' or 'head_lr'"),
         ("depth=2.5", "depth takes a value of type int, got '2.5'"),
         ("width=wide", "width takes a value of type float"),
         ("balanced=maybe", "balanced takes a value of type bool"),
@@ -90,6 +95,43 @@ def test_any_setting_can_be_set_by_its_name():
             parsed(CaCoVIDConfig, [text])
     with pytest.raises(VidsieveError, match="each name once"):
         parsed(CaCoVIDConfig, ["depth=1", "depth=2"])
+
+
+def test_a_policy_s_settings_train_the_next_one(run, tmp_path, monkeypatch):
+    given = ("--steps", 7, "--set", "depth=2", "--set", "replay=false", "--world", "sparse")
+    asked: list[dict] = []
+    record = {"steps": 0, "minutes": 0.0, "best": {}}
+    monkeypatch.setattr(
+        "vidsieve.training.recipes.train_policy", lambda *a, **options: asked.append(a[4] | options) or record
+    )
+    run("train", "cacovid", tmp_path / "a", *given)
+    effective = dataclasses.asdict(CaCoVIDConfig(**SETTINGS["cacovid", "ours"] | wanted(asked[0])))
+    path = tmp_path / "config.json"
+
+    def write(variant="ours", **changed):
+        training = {"settings": effective | changed}
+        path.write_text(PolicyConfig("cacovid", variant, 64, "qwen2_vl", training=training).to_json())
+
+    write()
+    run("train", "cacovid", tmp_path / "b", "--config", path, "--seed", 5, "--set", "depth=1")
+    assert wanted(asked[1]) == {**wanted(asked[0]), "seed": 5, "depth": 1}
+
+    for change, command, said in (
+        ({}, ("score",), "settings of cacovid, variant ours, and not of score"),
+        ({"variant": "paper"}, ("cacovid",), "--variant paper`"),
+        ({"widht": 3}, ("cacovid",), "Did you mean 'width'"),
+        ({"steps": "7"}, ("cacovid",), "steps in .* must be of type int, got '7'"),
+    ):
+        write(**change)
+        _, err = run("train", *command, tmp_path / "c", "--config", path, code=2)
+        assert re.search(said, err) and "\n" not in err.strip(), err
+    path.write_text(PolicyConfig("cacovid", "ours", 64, "qwen2_vl").to_json())
+    assert "no record of a training" in run("train", "cacovid", tmp_path / "c", "--config", path, code=2)[1]
+
+
+def wanted(asked):
+    """The settings among what `train_policy` is asked."""
+    return {name: asked[name] for name in {f.name for f in dataclasses.fields(CaCoVIDConfig)} & asked.keys()}
 
 
 @pytest.mark.slow
@@ -116,6 +158,21 @@ def test_ask(run, scene, tmp_path):
     assert set(result["ms"]) == {"read video", "preprocess", "encode", "select", "prefill", "generate"}
     assert total == pytest.approx(sum(result["ms"].values()))
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ask_sets_the_answer_from_all_tokens_against_it(run, scene, tmp_path, testbed):
+    asked = ("ask", scene, "what colour is the home ?", "--method", "evs")
+    assert "against" not in run(*asked)[0]
+    out, _ = run(*asked, "--against", "--json", tmp_path / "a.json")
+    result = json.loads((tmp_path / "a.json").read_text())
+    whole = result["against"]
+    video = read_video(scene, frames=16)
+    assert whole["answer"] == answer(*testbed, video, "what colour is the home ?").text
+    assert whole["prompt_tokens_after"] == result["prompt_tokens_before"] > result["prompt_tokens_after"]
+    assert whole["ms"]["read video"] == result["ms"]["read video"] and whole["ms"]["prefill"] > 0
+    assert f"against all tokens: {whole['answer']}; ms: read video " in out
+    for methods in ("full", "evs,divprune"):
+        assert "--against" in run("ask", scene, "what ?", "--methods", methods, "--against", code=2)[1]
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ FIGURES = {"reward": 0.5, "dead_groups": 0.25, "kept": 0.1, "entropy": 0.9, "rol
 
 
 def shown(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100 if terminal else 30)
     with Progress(console) as progress:
         for step in (1, 2, 3):
             progress.tick(step, 10, {"loss": 0.125})

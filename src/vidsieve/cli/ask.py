@@ -56,6 +56,9 @@ def ask(
     device: shared.Device = "auto",
     dtype: shared.Dtype = None,
     max_new_tokens: shared.NewTokens = 64,
+    against: Annotated[
+        bool, typer.Option("--against", help="Of one method: show the answer and the times with all tokens too.")
+    ] = False,
     repeats: Annotated[
         int | None,
         typer.Option(help="Of several methods: timed rounds, after one warm-up.", min=1, show_default="3"),
@@ -102,6 +105,9 @@ def ask(
             raise OutputError(f"{option} is for one method, and --methods names several: leave {option} out")
     if repeats is not None and not several:
         raise OutputError("--repeats is for several methods, and --methods names one: leave --repeats out")
+    if against and (several or method == "full"):
+        whole = "several are compared with all tokens anyway" if several else "'full' keeps all tokens"
+        raise OutputError(f"--against is for one method, and {whole}: leave --against out")
     for option, path in (("--picture", picture), ("--overlay", overlay)):
         if method == "full" and path is not None:
             raise OutputError(f"{option} shows what a method kept, and 'full' keeps all: leave {option} out")
@@ -135,7 +141,7 @@ def ask(
     if several:
         result, kept, sections = _compared(request, chosen, repeats or 3)
     else:
-        result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions)
+        result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions, against)
     if kept is not None:
         grid, indices = kept
         shared.write_pictures(loaded, grid, indices, question, picture, overlay)
@@ -172,21 +178,34 @@ Outcome = tuple[dict[str, Any], KeptTokens | None, Callable[[], "list[Section]"]
 """The result for JSON, the indices that methods keep of a grid, and the sections of the page."""
 
 
-def _answered(request: AskRequest, method: Compressor | None, clock: Clock, contributions: int) -> Outcome:
-    """Ask under one method, and print its answer."""
+def _answered(
+    request: AskRequest, method: Compressor | None, clock: Clock, contributions: int, against: bool
+) -> Outcome:
+    """Ask under one method, and print its answer, with `against` that from all tokens too."""
     from vidsieve import answering
     from vidsieve.report.sections import answer_sections
 
-    result = answering.answer(
-        request.model,
-        request.processor,
-        request.video,
-        request.question,
-        method,
-        max_new_tokens=request.max_new_tokens,
-        seed=request.seed,
-        clock=clock,
-    )
+    def asked(method: Compressor | None, clock: Clock) -> answering.Answer:
+        return answering.answer(
+            request.model,
+            request.processor,
+            request.video,
+            request.question,
+            method,
+            max_new_tokens=request.max_new_tokens,
+            seed=request.seed,
+            clock=clock,
+        )
+
+    def spent(ms: Mapping[str, float]) -> dict[str, float]:
+        parts = {part: ms.get(part, 0.0) for part in answering.PARTS}
+        return {**parts, "total": sum(parts.values())}
+
+    def times(ms: Mapping[str, float]) -> str:
+        return "ms: " + "  ".join(f"{part} {one:.1f}" for part, one in spent(ms).items())
+
+    reading = dict(clock.ms)
+    result = asked(method, clock)
     shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     if not result.text:
         shared.err.print("note: the answer is empty, the model ended it at once")
@@ -195,16 +214,18 @@ def _answered(request: AskRequest, method: Compressor | None, clock: Clock, cont
         f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}" for t in result.traces
     )
     shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    spent = {part: result.ms.get(part, 0.0) for part in answering.PARTS}
-    spent["total"] = sum(spent.values())
-    times = "  ".join(f"{part} {ms:.1f}" for part, ms in spent.items())
-    shared.out.print(f"ms: {times}", highlight=False)
+    shared.out.print(times(result.ms), highlight=False)
+    further = {}
+    if against:
+        whole = asked(None, answering.Clock(reading))
+        shared.out.print(f"against all tokens: [bold]{escape(whole.text)}[/]; {times(whole.ms)}", highlight=False)
+        further["against"] = whole.as_dict() | {"ms": spent(whole.ms)}
     measured = _contributions(request, contributions) if contributions else None
     given = result.scores[0] if result.scores else None
     scores = None if given is None else given.float().cpu().numpy()
     shown = (result.traces[0].grid, {result.method: result.traces[0].indices}) if result.traces else None
     return (
-        result.as_dict() | {"ms": spent},
+        result.as_dict() | {"ms": spent(result.ms)} | further,
         shown,
         lambda: answer_sections(request.video, request.question, result.as_dict(), scores, answering.PARTS, measured),
     )

@@ -83,7 +83,7 @@ class Progress:
         self.step, self.steps = step, steps
         self.figures |= metrics
         if self._live is None:
-            self.console.print(line(step, steps, metrics), highlight=False)
+            self.console.print(line(step, steps, metrics), highlight=False, soft_wrap=True)
 
     def table(self) -> Table:
         """Return the table of the latest metrics."""

@@ -49,6 +49,10 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any setting (docs/training.md lists them); may be repeated."),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", help="config.json of a trained policy: train with its settings.", show_default=False),
+]
 Model = Annotated[str | None, typer.Option(help=MODEL, show_default="testbed without --data")]
 Data = Annotated[
     Path | None,
@@ -85,7 +89,7 @@ DryRun = Annotated[
 
 PANELS = {
     "Data": "model device data eval_data video_root pseudo cache frames hold_out world max_row max_pixels",
-    "Run": "variant set_ resume force dry_run threads max_minutes precision",
+    "Run": "variant config_ set_ resume force dry_run threads max_minutes precision",
     "Output": "log_to json report log_every save_every eval_every",
 }
 """Panels of the help, with their options; all others are in `SETTINGS_PANEL`."""
@@ -128,13 +132,53 @@ def parsed(config: type[TrainConfig], assignments: Sequence[str]) -> dict[str, A
         if not equals or name in settings:
             raise TrainingError(f"--set takes NAME=VALUE, each name once; got {text!r}")
         if name not in defaults:
-            raise UnknownNameError("setting", name, defaults)
+            said = name.replace("_", " ")
+            sense = [item.name for item in fields(config) if said and said in item.metadata["help"].lower()]
+            raise UnknownNameError("setting", name, defaults, sense=sense)
         kind = type(defaults[name])
         try:
             settings[name] = msgspec.convert(value, kind, strict=False)
         except msgspec.ValidationError:
             raise TrainingError(f"--set {name} takes a value of type {kind.__name__}, got {value!r}") from None
     return settings
+
+
+def saved_settings(path: Path, method: str, variant: str) -> dict[str, Any]:
+    """Return the settings in the `config.json` of a policy that are not the variant's defaults.
+
+    Raises
+    ------
+    PolicyError, PolicyMismatchError
+        If it is not the configuration of a policy.
+    TrainingError, UnknownNameError
+        If that is of another method or variant, or has no settings, unknown ones or values of another type.
+    """
+    import msgspec
+
+    from vidsieve.errors import PolicyError
+    from vidsieve.io.bounded import read_bytes
+    from vidsieve.policies import PolicyConfig
+
+    saved = PolicyConfig.from_json(read_bytes(path, PolicyError), path)
+    if (saved.type, saved.variant) != (method, variant):
+        raise TrainingError(
+            f"{path} has settings of {saved.type}, variant {saved.variant}, and not of {method}, variant {variant}: "
+            f"use `vidsieve train {saved.type} … --variant {saved.variant}`, or leave --config out"
+        )
+    if not saved.training.get("settings"):
+        raise TrainingError(f"{path} has no record of a training")
+    defaults = {item.name: item.default for item in fields(CONFIGS[method])}
+    settings: dict[str, Any] = {}
+    for name, value in saved.training["settings"].items():
+        if name not in defaults:
+            raise UnknownNameError(f"setting in {path}", name, defaults)
+        kind = type(defaults[name])
+        try:
+            settings[name] = msgspec.convert(value, kind)
+        except msgspec.ValidationError:
+            raise TrainingError(f"{name} in {path} must be of type {kind.__name__}, got {value!r:.100}") from None
+    defaults |= SETTINGS.get((method, variant), {})  # training refuses an unknown variant
+    return {name: value for name, value in settings.items() if value != defaults[name]}
 
 
 def refuse_sharding() -> None:
@@ -186,6 +230,7 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         cache: Cache = None,
         max_row: MaxRow = Limits.row,
         variant: str = "ours",
+        config_: Config = None,
         set_: Set = None,
         resume: Resume = False,
         force: Force = False,
@@ -213,6 +258,8 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         if settings.keys() & extra.keys():
             raise TrainingError(f"{min(settings.keys() & extra.keys())} is given as an option and by --set")
         settings |= extra
+        if config_ is not None:
+            settings = saved_settings(config_, method, variant) | settings
         if dry_run:
             check_output(json)
             set_threads(threads)
