@@ -39,7 +39,7 @@ def opened(path: Path, error: type[VidsieveError]) -> BufferedReader:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise error(f"cannot read {path}: it is a folder, a pipe or a device; name a file")
+            raise ValueError("it is a folder, a pipe or a device; name a file")
         return path.open("rb")
     except (OSError, ValueError) as fault:
         raise error(f"cannot read {path}: {getattr(fault, 'strerror', None) or fault}") from None
