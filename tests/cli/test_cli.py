@@ -125,6 +125,7 @@ def test_a_policy_s_settings_train_the_next_one(run, tmp_path, monkeypatch):
         write(**change)
         _, err = run("train", *command, tmp_path / "c", "--config", path, code=2)
         assert re.search(said, err) and "\n" not in err.strip(), err
+    assert run("train", "cacovid", tmp_path / "c", "--config", tmp_path, code=2)[1].count("cannot read") == 1
     path.write_text(PolicyConfig("cacovid", "ours", 64, "qwen2_vl").to_json())
     assert "no record of a training" in run("train", "cacovid", tmp_path / "c", "--config", path, code=2)[1]
 

@@ -100,7 +100,10 @@ def test_the_check_says_what_is_there(rendered, cli, tmp_path):
     )
     found = json.loads((tmp_path / "c.json").read_text())
     rows = truth["questions"] + SCENES
-    assert found["rows"] == rows and f"of {rows} rows can be used; 7 of 10 videos and images are readable" in said
+    assert (
+        found["rows"] == rows
+        and f"of {rows} well-formed rows can be used; 7 of 10 videos and images are readable" in said
+    )
     assert "left out: 10 × image" in said and "left out: 1 missing video of" in said
     assert {group["kind"]: group["rows"] for group in found["groups"]} == {
         "multiple choice": truth["questions"],

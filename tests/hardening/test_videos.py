@@ -476,6 +476,6 @@ def test_rows_past_a_limit_are_counted_and_passed_over(folder):
     finally:
         limits.pixels = type(limits).pixels
     text = " ".join(result.output.split())
-    assert result.exit_code == 0 and "1 of 4 rows can be used" in text
+    assert result.exit_code == 0 and "1 of 4 well-formed rows can be used" in text
     for reason in ("1 malformed record", "1 missing video", "2 broken videos", "would take 8 × 96 × 64 pixels"):
         assert reason in text

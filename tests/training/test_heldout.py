@@ -101,12 +101,15 @@ def test_files_are_split_by_video(testbed, tmp_path):
     assert held_out(load_rows(path), 0.25, path) == frozenset().union(*(keys_of({"video": video}) for video in held))
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(rows[0]))
-    with pytest.raises(TrainingError, match=r"1 videos of .*other.jsonl are in .*rows.jsonl too, first a.mp4"):
+    with pytest.raises(TrainingError, match=r"other.jsonl and .*rows.jsonl have a video in common, first a.mp4"):
         source(adapter, processor, CaCoVIDConfig(), Files(path, other))
     with pytest.raises(TrainingError, match=r"give one of them"):
         source(adapter, processor, CaCoVIDConfig(hold_out=0.25), Files(path, other))
     with pytest.raises(TrainingError, match="hold_out is for the videos of --data, and none was given"):
         source(adapter, processor, CaCoVIDConfig(hold_out=0.25), Files(None, None))
+    with pytest.raises(TrainingError, match="eval_every needs held-out videos: give --hold-out or --eval-data"):
+        source(adapter, processor, CaCoVIDConfig(eval_every=5), Files(path, None))
+    assert source(adapter, processor, CaCoVIDConfig(eval_every=5, hold_out=0.25), Files(path, None)).count == 6
     with pytest.raises(TrainingError, match=r"can be used: 24 × a question"):
         source(adapter, processor, ScoreConfig(hold_out=0.25), Files(path, None))
     with pytest.raises(TrainingError, match="shows a single video, and cannot be parted"):

@@ -100,7 +100,7 @@ def check(
         length = f", {hours:.1f} hours of video" if hours >= 1 else f", {result.seconds:.0f} s of video"
         state = "there" if quick else f"readable{length}"
         videos = f"; {good:,} of {result.videos:,} videos and images are {state}"
-    out.print(f"{result.usable:,} of {result.rows:,} rows can be used{videos}", highlight=False)
+    out.print(f"{result.usable:,} of {result.rows:,} well-formed rows can be used{videos}", highlight=False)
     _print_skipped(skipped)
     if listed is not None and skipped.faults:
         say(f"listed in {listed}")

@@ -158,8 +158,8 @@ def source(
             both = np.intersect1d(trained.videos, held.videos).tolist()
             if both:
                 raise TrainingError(
-                    f"{len(both)} videos of {eval_data} are in {trained.path} too, first "
-                    f"{Path(held.first_of(both)).name}: take them out of one"
+                    f"{eval_data} and {trained.path} have {'a video' if len(both) == 1 else f'{len(both)} videos'} in "
+                    f"common, first {Path(held.first_of(both)).name}: take what they share out of one of them"
                 )
     count = 0 if held is None else config.eval_prompts
     if isinstance(held, FilePrompts):
@@ -193,6 +193,10 @@ def _check(config: TrainConfig, files: Files, first: int) -> None:
             "pseudo_steps needs pseudo-videos: make some with `vidsieve data pseudo`, pass --pseudo FILE",
         ),
         (files.pseudo and not first, f"{files.pseudo} is for the first pseudo_steps, which are 0: set pseudo_steps"),
+        (
+            config.eval_every and on_files and not config.hold_out and files.eval_data is None,
+            "eval_every needs held-out videos: give --hold-out or --eval-data, or leave it out",
+        ),
         (config.hold_out and files.eval_data, "hold_out and --eval-data both choose held-out videos: give one of them"),
     )
 

@@ -38,13 +38,13 @@ class Skipped:
     left_out : Counter
         Parts of records that are not for training, by reason; not listed, nothing is wrong with them.
     layout, read : dict
-        By file: its layout, and the number of its rows and of those that are used.
+        By file: its layout, and the number of its rows that are used.
     """
 
     def __init__(self, path: Path | None = None, lists: bool = True) -> None:
         self.path, self.lists = path, lists
         self.layout: dict[str, str] = {}
-        self.read: dict[str, tuple[int, int]] = {}
+        self.read: dict[str, int] = {}
         self.faults, self.videos, self.left_out = Counter[str](), Counter[str](), Counter[str]()
         self._first: dict[str, str] = {}
         self._shown = Counter[str]()
@@ -113,10 +113,7 @@ class Skipped:
 
     def lines(self) -> list[str]:
         """Return lines for a person: the rows read of each file, and what was left out of all."""
-        lines = [
-            f"{path} ({self.layout[path]}): {usable} of {rows} rows are used"
-            for path, (rows, usable) in self.read.items()
-        ]
+        lines = [f"{path} ({self.layout[path]}): {_many(usable, 'row')} used" for path, usable in self.read.items()]
         left = self.summary()
         if left:
             listed = f" (listed in {self.path})" if self.path is not None and self.faults else ""

@@ -157,7 +157,7 @@ def load_rows(
     for shown in (table.files[key] for key in table.files if key in missing):
         skipped.add(f"missing {'video' if shown.is_video else 'image'}", shown.name, "", file=path, rows=shown.rows)
     view = View(table, range(len(table))).without(missing)
-    skipped.read[str(path)] = (len(table), len(view))
+    skipped.read[str(path)] = len(view)
     if not len(view) and not empty:
         advice = ". Do its paths start from that folder? --video-root names another" if missing else ""
         raise TrainingError(f"nothing in {path} can be used: {skipped.summary() or 'it holds no rows'}{advice}")
