@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -122,9 +123,13 @@ def test_the_command_writes_nothing_but_its_figures(tmp_path):
     printed = CliRunner().invoke(app, [*arguments, "--precision", "bf16", "--json", str(out)]).output
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
     figures = json.loads(out.read_text())
-    assert (
-        f"{figures['rollouts_per_s']:.3g} a second" in printed and f"{figures['memory_bytes'] / 1e9:.3g} GB" in printed
-    )
+    for label, shown in (
+        ("rollouts per second", f"{figures['rollouts_per_s']:.3g}"),
+        ("memory", f"{figures['memory_bytes'] / 1e9:.3g} GB"),
+        ("memory: policy", f"{figures['policy_bytes'] / 1e9:.3g} GB"),
+        ("time of a prompt: rollouts", f"{figures['rollouts_s']:.3g} s"),
+    ):
+        assert re.search(rf"{label} +│ +{re.escape(shown)} ", printed), label
 
 
 def test_bad_input_is_refused(tmp_path):

@@ -207,11 +207,14 @@ def predicted(method: str, model: str, settings: dict[str, Any], variant: str, g
         part, _, last = name.rpartition("_")
         unit, one = units.get(last, ("", 1.0))
         if name.endswith("_per_s"):
-            part, unit = name.removesuffix("_per_s"), "a second"
+            part, unit = f"{name.removesuffix('_per_s')} per second", ""
+        elif unit:
+            whole = "memory" if last == "bytes" else "time of a prompt"
+            part = whole if part in ("memory", "prompt") else f"{whole}: {part}"
         if isinstance(value, (int, float)):
             shown = f"{value:,}" if isinstance(value, int) and one == 1 else f"{value / one:.3g}"
-            lines.append(((part if unit else name).replace("_", " "), f"{shown} {unit}".strip()))
-    out.print(table(f"{escape(model)} on {escape(card.name)}: predicted", ("", ""), lines, right=[1]))
+            lines.append(((part if last in units else name).replace("_", " "), f"{shown} {unit}".strip()))
+    out.print(table(f"{escape(model)} on {escape(card.name)}", ("", "predicted"), lines, right=[1]))
     out.print("\n".join(f"- {line}" for line in found["assumptions"]), soft_wrap=True, markup=False)
     return found
 
