@@ -229,6 +229,14 @@ def check_model(name: str) -> None:
         _check_hub(name)
 
 
+def _policy_in(folder: Path) -> str:
+    """Return the method of the policy in a folder, empty if it holds none."""
+    try:
+        return read_config(folder).type
+    except PolicyError:
+        return ""
+
+
 def load_model(
     name: str,
     layout: str | None = None,
@@ -277,6 +285,11 @@ def load_model(
         config = getattr(config, "thinker_config", config)  # of an Omni model, whose talker speaks
         model = AutoModelForImageTextToText.from_pretrained(source, config=config, dtype=dtype or default)
     except Exception as error:  # of a wrong file transformers raises anything
+        if kind := _policy_in(Path(source)):
+            raise ModelError(
+                f"{name} holds a {kind} policy, not a model: name it as the method, and as the model the one that it "
+                "was trained for"
+            ) from None
         first = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
         raise ModelError(
             f"cannot load the model {name!r}: {first}. Give the folder of a model with its processor, a hub id, or "

@@ -100,11 +100,11 @@ def test_any_setting_can_be_set_by_its_name():
 def test_a_policy_s_settings_train_the_next_one(run, tmp_path, monkeypatch):
     given = ("--steps", 7, "--set", "depth=2", "--set", "replay=false", "--world", "sparse")
     asked: list[dict] = []
-    record = {"steps": 0, "minutes": 0.0, "best": {}}
+    record = {"steps": 1, "minutes": 0.0, "best": {}, "settings": {"steps": 7}}
     monkeypatch.setattr(
         "vidsieve.training.recipes.train_policy", lambda *a, **options: asked.append(a[4] | options) or record
     )
-    run("train", "cacovid", tmp_path / "a", *given)
+    assert "1 of 7 steps in" in run("train", "cacovid", tmp_path / "a", *given)[0]
     effective = dataclasses.asdict(CaCoVIDConfig(**SETTINGS["cacovid", "ours"] | wanted(asked[0])))
     path = tmp_path / "config.json"
 
@@ -446,6 +446,7 @@ def test_mistakes_of_other_commands(run, tmp_path):
         (["workbench", "separation", "--world", "C"], "world"),
         (["train", "score", tmp_path / "run", "--steps", "0"], "steps must be at least 1"),
         (["train", "score", tmp_path / "run", "--resume"], "holds no run"),
+        (["train", "score", tmp_path / "run", "--force"], "give --resume too"),
         (["testbed", "render", "/proc/nowhere"], "cannot write"),
         (["train", "score", tmp_path / "run", "--variant", "theirs"], "variant of score"),
         (["train", "cacovid", tmp_path / "run", "--set", "sampler=ocs"], "Did you mean 'ocss'"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import vidsieve.testbed
 from vidsieve.errors import ModelError
 from vidsieve.training.settings import CONFIGS
 from vidsieve.video.reading import read_video, write_video
@@ -138,6 +139,9 @@ def test_a_model_that_is_not_there_is_named_before_the_hub_is_asked(tmp_path, mo
     for name, said in (("./none", "no folder ./none"), ("a/b/c", "no folder a/b/c"), (str(tmp_path), "config.json is")):
         with pytest.raises(ModelError, match=said):
             load_model(name)
+    policy = Path(vidsieve.testbed.__file__).parent / "assets" / "score"
+    with pytest.raises(ModelError, match="holds a score policy, not a model: name it as the method"):
+        load_model(str(policy))
     assert not asked
     with pytest.raises(ModelError, match=r"neither a folder nor in the cache .* does not answer \(ConnectionError\)"):
         load_model("owner/none")

@@ -274,4 +274,8 @@ def test_the_command_refuses_what_it_cannot_do(cli, tmp_path):
     assert "would overwrite" in cli("data", "pseudo", source, source, fails=True)
     source.write_text('{"image": "gone.png", "caption": "x"}')
     assert "has 0 usable images" in cli("data", "pseudo", source, out, fails=True)
+    faulty = ['{"caption": "x"}', '{"image": 1, "caption": "x"}', '{"image": "a.png"}', "[]", "x"]
+    source.write_text("\n".join(['{"image": "gone.png", "caption": "x"}', *faulty]))
+    said = cli("data", "pseudo", source, out, fails=True)
+    assert said.count(" × ") == 3 and "for other reasons" in said and "--image-root" in said, said
     assert not out.exists() and os.listdir(tmp_path / "images")

@@ -258,6 +258,8 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         name = named_model(model or (None if data or pseudo else "testbed"))
         settings = {name: value for name, value in given.items() if value is not None}
         extra = parsed(config, set_ or [])
+        if force and not resume:
+            raise TrainingError("--force is for runs that are continued: give --resume too, or leave --force out")
         if settings.keys() & extra.keys():
             raise TrainingError(f"{min(settings.keys() & extra.keys())} is given as an option and by --set")
         settings |= extra
@@ -310,7 +312,9 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
         except KeyboardInterrupt as stop:
             err.print(str(stop) or "interrupted", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
-        out.print(f"policy in {folder / 'policy'}: {record['steps']} steps in {record['minutes']:.1f} minutes")
+        done, asked = record["steps"], record["settings"]["steps"]
+        steps = f"{done} step{'s' * (done != 1)}" if done == asked else f"{done} of {asked} steps"
+        out.print(f"policy in {folder / 'policy'}: {steps} in {record['minutes']:.1f} minutes")
         if record["best"]:
             best = record["best"]
             out.print(f"best in {folder / 'best'}: step {best['step']}, {best['metric']} {best['value']:.4f}")

@@ -132,13 +132,16 @@ def pseudo_file(
         left_out += others
     different = len({row.image for row in usable})
     if different < images[1]:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(r.reason for r in left_out).items())
+        counted = Counter(r.reason for r in left_out)
+        reasons = "; ".join(f"{n} × {reason}" for reason, n in counted.most_common(3))
+        if len(counted) > 3:
+            reasons += f"; {counted.total() - sum(n for _, n in counted.most_common(3))} for other reasons"
         raise TrainingError(
             f"{', '.join(map(str, files[:3]))} has {different} usable images, and a video needs up to {images[1]}"
             f"{f' ({reasons})' if reasons else ''}: add captioned images, or ask for fewer by --images"
             + (
                 ". Do their paths start from that folder? --image-root names another"
-                if "missing image" in reasons
+                if any("missing image" in reason for reason in counted)
                 else ""
             )
         )
