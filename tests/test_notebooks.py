@@ -16,6 +16,7 @@ SMALLER = {
     "method": "QUESTIONS = 24",
     "train": "STEPS, QUESTIONS = 2, 24",
     "compare": "RETENTIONS = [0.1]",
+    "reinvest": "SCENES, EACH, FRAMES, TOKENS = 2, 2, (16, 32), (144, 576)",
     "stream": "SCENES, EACH = 2, 2",
     "calibrate": "SCENES, EACH, FRESH, TOLERANCE = 15, 1, 2, 0.3",
 }
