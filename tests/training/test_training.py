@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +15,14 @@ import torch
 from vidsieve import load
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
-from vidsieve.errors import OutputError, PolicyError, TrainingError, UnknownNameError, UnsupportedCallError
+from vidsieve.errors import (
+    OutputError,
+    PolicyError,
+    TrainingError,
+    UnknownNameError,
+    UnsupportedCallError,
+    VidsieveError,
+)
 from vidsieve.testbed.world import make_cast
 from vidsieve.testing.equivalence import configuration
 from vidsieve.testing.reference import reference_logits
@@ -28,7 +37,7 @@ from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Packing, Rollouts
 from vidsieve.training.run_folder import CHECKPOINT, METRICS, PREVIOUS, read_metrics
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, config_of
 from vidsieve.training.sources import Files
 from vidsieve.training.trainer import StepResult, Trainer
 from vidsieve.types import Need, Selection
@@ -170,6 +179,19 @@ def test_a_run_that_cannot_begin_leaves_nothing(testbed, tmp_path, monkeypatch):
 def test_settings_out_of_range_are_refused(config, field, value):
     with pytest.raises(TrainingError, match=field):
         config(**{field: value})
+
+
+def test_settings_in_python_are_checked_as_those_of_the_command(testbed, tmp_path):
+    for method, settings, said in (
+        ("cacovid", {"lr": 0.1}, "unknown setting 'lr'. Did you mean 'body_lr' or 'head_lr'"),
+        ("cacovid", {"steps": 1.5}, "steps must be of type int, got 1.5"),  # no step is the last one
+        ("cacovid", {"replay": 0}, "replay must be of type bool, got 0"),
+        ("grpo", {}, "unknown trainer 'grpo'"),
+    ):
+        with pytest.raises(VidsieveError, match=re.escape(said)):
+            train_policy(method, *testbed, tmp_path / "run", settings)
+    assert config_of("cacovid", "ours", {"width": 3}).width == 3
+    assert Files("rows.jsonl").data == Path("rows.jsonl") and Files().data is None
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])

@@ -37,10 +37,10 @@ from vidsieve.cli.shared import (
     write_json,
     write_report,
 )
-from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.errors import TrainingError
 from vidsieve.io.files import METRICS
 from vidsieve.io.limits import Limits
-from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig
+from vidsieve.training.settings import CONFIGS, SETTINGS, TrainConfig, unknown_setting
 
 app = typer.Typer(no_args_is_help=True, help="Train a policy for a frozen model.")
 
@@ -132,9 +132,7 @@ def parsed(config: type[TrainConfig], assignments: Sequence[str]) -> dict[str, A
         if not equals or name in settings:
             raise TrainingError(f"--set takes NAME=VALUE, each name once; got {text!r}")
         if name not in defaults:
-            said = name.replace("_", " ")
-            sense = [item.name for item in fields(config) if said and said in item.metadata["help"].lower()]
-            raise UnknownNameError("setting", name, defaults, sense=sense)
+            raise unknown_setting(config, name)
         kind = type(defaults[name])
         try:
             settings[name] = msgspec.convert(value, kind, strict=False)
@@ -150,11 +148,9 @@ def saved_settings(path: Path, method: str, variant: str) -> dict[str, Any]:
     ------
     PolicyError, PolicyMismatchError
         If it is not the configuration of a policy.
-    TrainingError, UnknownNameError
-        If that is of another method or variant, or has no settings, unknown ones or values of another type.
+    TrainingError
+        If that is of another method or variant, or has no settings.
     """
-    import msgspec
-
     from vidsieve.errors import PolicyError
     from vidsieve.io.bounded import read_bytes
     from vidsieve.policies import PolicyConfig
@@ -165,20 +161,10 @@ def saved_settings(path: Path, method: str, variant: str) -> dict[str, Any]:
             f"{path} has settings of {saved.type}, variant {saved.variant}, and not of {method}, variant {variant}: "
             f"use `vidsieve train {saved.type} … --variant {saved.variant}`, or leave --config out"
         )
-    if not saved.training.get("settings"):
+    if not isinstance(saved.training.get("settings"), dict):
         raise TrainingError(f"{path} has no record of a training")
-    defaults = {item.name: item.default for item in fields(CONFIGS[method])}
-    settings: dict[str, Any] = {}
-    for name, value in saved.training["settings"].items():
-        if name not in defaults:
-            raise UnknownNameError(f"setting in {path}", name, defaults)
-        kind = type(defaults[name])
-        try:
-            settings[name] = msgspec.convert(value, kind)
-        except msgspec.ValidationError:
-            raise TrainingError(f"{name} in {path} must be of type {kind.__name__}, got {value!r:.100}") from None
-    defaults |= SETTINGS.get((method, variant), {})  # training refuses an unknown variant
-    return {name: value for name, value in settings.items() if value != defaults[name]}
+    defaults = {item.name: item.default for item in fields(CONFIGS[method])} | SETTINGS.get((method, variant), {})
+    return {name: value for name, value in saved.training["settings"].items() if value != defaults.get(name)}
 
 
 def refuse_sharding() -> None:

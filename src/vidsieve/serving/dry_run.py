@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.errors import TrainingError
 from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.loading import is_testbed
 from vidsieve.serving.plan import Gpu, encoded_video, read_model
@@ -15,7 +15,7 @@ from vidsieve.testbed.world import FRAMES
 from vidsieve.training.recipes import new_cacovid, new_score, new_sieve, new_visionselector
 from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, GPU_TOKENS, Footprint
 from vidsieve.training.sampling import tokens_per_draw
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig, config_of
 
 UNKNOWN_RATE = 0.5
 """Fraction kept by a policy that chooses its own rate, as at its start; it falls in training."""
@@ -67,9 +67,7 @@ def dry_run(
     ------
     UnknownNameError, TrainingError, ModelError, UnsupportedModelError
     """
-    if (method, variant) not in SETTINGS:
-        raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
-    config = CONFIGS[method](**SETTINGS[method, variant] | settings)
+    config = config_of(method, variant, settings)
     if config.objective in ("straight_through", "soft_topk"):
         raise TrainingError(f"objective {config.objective!r} differentiates through the LLM, which is not predicted")
     adapter = read_model(model)

@@ -25,7 +25,13 @@ from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.processes import is_main, joined
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CONFIGS, SETTINGS, CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig
+from vidsieve.training.settings import (
+    CaCoVIDConfig,
+    ScoreConfig,
+    SieveConfig,
+    VisionSelectorConfig,
+    config_of,
+)
 from vidsieve.training.sieve import SieveTrainer
 from vidsieve.training.sources import Files, held_out, source
 from vidsieve.training.trainer import Events, Report
@@ -74,10 +80,8 @@ def train_policy(
     ------
     UnknownNameError, TrainingError, OutputError
     """
-    if (method, variant) not in SETTINGS:
-        raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
     check_trackers(log_to)
-    config = CONFIGS[method](**SETTINGS[method, variant] | settings)
+    config = config_of(method, variant, settings)
     folder, files, events = Path(folder), files or Files(), events or Events()
     if files.data is not None and "world" in settings:
         raise TrainingError(

@@ -43,6 +43,13 @@ def check(*faults: tuple[object, str]) -> None:
             raise TrainingError(text)
 
 
+def unknown_setting(config: type[TrainConfig], name: str) -> UnknownNameError:
+    """Return the error for a setting that is not there; it offers those whose help speaks of it."""
+    said = name.replace("_", " ").lower()
+    sense = [item.name for item in fields(config) if said and said in item.metadata["help"].lower()]
+    return UnknownNameError("setting", name, [item.name for item in fields(config)], sense=sense)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of all trainers; those of `fixed` have no option, and may not change.
@@ -50,7 +57,7 @@ class TrainConfig:
     Raises
     ------
     TrainingError
-        If a number is out of its bounds, or two settings contradict each other.
+        If a value is of another type, a number out of its bounds, or two settings contradict each other.
     UnknownNameError
         If a value is not one of its `Literal`.
     """
@@ -115,6 +122,9 @@ class TrainConfig:
         for item in fields(self):
             value, kind = getattr(self, item.name), types[item.name]
             low, high = item.metadata["low"], item.metadata["high"]
+            wanted = type(item.default)
+            if type(value) is not wanted and not (wanted is float and type(value) is int):
+                raise TrainingError(f"{item.name} must be of type {wanted.__name__}, got {value!r:.100}")
             if get_args(kind) and value not in get_args(kind):
                 raise UnknownNameError(item.name, value, get_args(kind))
             if kind in (int, float) and not low <= value <= high:
@@ -382,3 +392,21 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     },
 }
 """Defaults that a variant changes; the settings of a run override them."""
+
+
+def config_of(method: str, variant: str, settings: dict[str, Any]) -> CaCoVIDConfig | ScoreConfig:
+    """Return the configuration of a training: a variant's defaults, and the settings that differ from them.
+
+    Raises
+    ------
+    UnknownNameError, TrainingError
+        If there is no such method, variant or setting, or a value cannot be used.
+    """
+    if method not in CONFIGS:
+        raise UnknownNameError("trainer", method, CONFIGS)
+    if (method, variant) not in SETTINGS:
+        raise UnknownNameError(f"variant of {method}", variant, [v for m, v in SETTINGS if m == method])
+    config = CONFIGS[method]
+    if unknown := settings.keys() - {item.name for item in fields(config)}:
+        raise unknown_setting(config, min(unknown))
+    return config(**SETTINGS[method, variant] | settings)

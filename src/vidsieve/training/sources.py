@@ -54,6 +54,10 @@ class Files:
     cache: Path | None = None
     root: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name, path in vars(self).items():
+            object.__setattr__(self, name, None if path is None else Path(path))
+
 
 @dataclass(frozen=True)
 class Source:
