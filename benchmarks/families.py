@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vidsieve.serving.vllm.plugin import MODELS
 from vidsieve.testing.calls import CALLS, Case
 from vidsieve.testing.equivalence import TOLERANCE, check_full_retention, configuration
 from vidsieve.testing.tiny_models import FAMILIES
-from vidsieve.types import ENCODER_NEEDS
+from vidsieve.types import ENCODER_NEEDS, Stage
 from workbench.families import families, tiny
 
 RETENTION = 0.3
@@ -119,6 +119,20 @@ def made_by() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
 
 
+def fronts(names: Iterable[str]) -> list[str]:
+    """Return lines on which families let methods act before the vision encoder, and between its blocks."""
+    every = {adapter.family: adapter for adapter in map(registry.families.get, registry.families)}
+    lines = []
+    for stage, method in ((Stage.FRAME, "reuse"), (Stage.ENCODER, "earlytom")):
+        reasons: dict[str, list[str]] = {}
+        for name in names:
+            if stage not in every[name].fronts:
+                reasons.setdefault(every[name].lacks[stage], []).append(f"`{name}`")
+        refused = "; ".join(f"{', '.join(missing)} ({reason})" for reason, missing in reasons.items())
+        lines.append(f"- {stage.value} (`{method}`): all families but {refused}.")
+    return lines
+
+
 def exact(row: Mapping[str, Any]) -> str:
     """Return how many calls are exact, and the largest difference."""
     numbers = [value for value in row["calls"].values() if not isinstance(value, str)]
@@ -161,6 +175,7 @@ def page(result: Mapping[str, Any]) -> str:
             *("yes" if row[key] else "no" for key in ("encoder", "vllm")),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "## Before and inside the vision encoder", "", *fronts(rows)]
     lines += ["", "## What each family is", ""]
     lines += [f"- `{name}` ({', '.join(row['layers'])}): {row['about']}" for name, row in rows.items()]
     reasons: dict[str, dict[str, list[str]]] = {}

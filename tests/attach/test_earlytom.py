@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from transformers.vision_utils import get_vision_window_index
 
 import vidsieve
+from vidsieve import registry
 from vidsieve.adapters import adapter_for
-from vidsieve.adapters.probe import listening
+from vidsieve.adapters.families.frames import FrameAdapter
+from vidsieve.adapters.probe import attention_modules, listening, received
 from vidsieve.compressors.earlytom import (
     EarlyTom,
     FrameMerging,
@@ -35,7 +37,8 @@ from vidsieve.evaluation.conditions import check_prefill, named_methods
 from vidsieve.selection import kept_tokens
 from vidsieve.testing import make_video
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
-from vidsieve.types import EncoderOutputs, TokenGrid, Tokens, VideoTokens
+from vidsieve.types import EncoderOutputs, Stage, TokenGrid, Tokens, VideoTokens
+from workbench.families import absent, tiny
 
 MERGING = ("llava_onevision", "llava_video")
 PACKED = ("qwen2_5_vl", "qwen3_vl")
@@ -280,20 +283,25 @@ def test_frames_are_left_for_the_whole_budget(inner, retention):
 
 
 VISION = {
-    "qwen2_5_vl": {"depth": DEPTH, "fullatt_block_indexes": [1, 4]},
-    "qwen3_vl": {"depth": DEPTH, "deepstack_visual_indexes": [0, 2]},
+    "depth": DEPTH,
+    "num_hidden_layers": DEPTH,
+    "fullatt_block_indexes": [1, 4],
+    "deepstack_visual_indexes": [0, 2],
+    "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
 }
-"""Encoders of six blocks; those of other families need no more said."""
+"""Of encoders of six blocks; each takes those that it has."""
 
 
 def deep(family):
     """Return a tiny model with an encoder of six blocks."""
-    model = FAMILIES[family]()
+    model = FAMILIES[family]() if family in FAMILIES else tiny(family).model(0, tiny(family).layers)
     raw = model.config.to_dict()
-    raw["vision_config"] |= VISION.get(family, {"num_hidden_layers": DEPTH})
+    raw["vision_config"] |= {name: value for name, value in VISION.items() if raw["vision_config"].get(name)}
     torch.manual_seed(0)
     made = type(model)(type(model.config).from_dict(raw)).eval()
-    made.vidsieve_template, made.generation_config = model.vidsieve_template, model.generation_config
+    made.generation_config = model.generation_config
+    if family in FAMILIES:
+        made.vidsieve_template = model.vidsieve_template
     if family == "llava_video":
         made.config.vidsieve_layout = "grid"
     with torch.no_grad():
@@ -304,11 +312,15 @@ def deep(family):
 
 def given(family, frames=12, batch=1, noise=0.02):
     """Return a model, and inputs of videos in which most neighbouring frames are alike."""
-    model, grid = deep(family), default_grid(family, frames)
-    inputs = inputs_for(family, [[grid]] * batch)
-    pixels = inputs["pixel_values_videos"]
-    still = pixels.reshape(batch, frames, -1)[:, [0] * 5 + [5] + [6] * (frames - 6)].reshape(pixels.shape)
-    inputs["pixel_values_videos"] = still + noise * torch.randn(still.shape, generator=torch.Generator().manual_seed(0))
+    model = deep(family)
+    if family in FAMILIES:
+        inputs = inputs_for(family, [[default_grid(family, frames)]] * batch)
+    else:
+        inputs = tiny(family).inputs([[frames]] * batch, [5] * batch, "left")
+    name = adapter_for(model).video_keys[0]
+    pixels = inputs[name]
+    still = pixels.reshape(batch, frames, -1)[:, ([0] * 5 + [5] + [6] * frames)[:frames]].reshape(pixels.shape)
+    inputs[name] = still + noise * torch.randn(still.shape, generator=torch.Generator().manual_seed(0))
     return model, inputs
 
 
@@ -401,7 +413,7 @@ def test_later_blocks_of_a_packed_encoder_run_on_merged_frames(family):
                 framed, frames = merged(framed, parts), frames[[part.frames[0] for part in parts]]
                 spans, hidden = method.segments(likeness(framed)), framed.flatten(0, 1)
                 beside = shown(adapter, inputs, len(frames))[0]
-            if number in VISION[family].get("deepstack_visual_indexes", ()):
+            if family == "qwen3_vl" and number in VISION["deepstack_visual_indexes"]:
                 merger = adapter.projectors[1 + len(deep_)]
                 deep_.append((frames, merger(hidden).unflatten(0, (len(frames), -1))))
         tokens = adapter.projectors[0](hidden).unflatten(0, (len(frames), -1))
@@ -462,6 +474,87 @@ def test_a_threshold_that_never_merges_equals_selecting_alone(family):
     signals = EncoderOutputs(video.encoder.attention, None, torch.arange(12))
     alone = VideoTokens(plain.embeds, plain.grid, torch.arange(plain.grid.num_tokens)[None], None, signals)
     assert torch.equal(method.compress(alone).indices, selection.indices)
+
+
+def alone(adapter, inputs, frames):
+    """Return the arguments of a call that has some frames of the one video alone."""
+    if isinstance(adapter, FrameAdapter):
+        return adapter.images_of(inputs, frames)
+    return adapter.frames_of(inputs, 0, frames)
+
+
+def called(adapter, blocks, inputs):
+    """Return the arguments of every block in a call."""
+    calls = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+        for block in blocks
+    ]
+    adapter.video_features(inputs)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def latest(adapter, inputs):
+    """Return the last block but one that the projector reads: in all families one with attention to a whole frame."""
+    return len(adapter.encoder_blocks(inputs)) - 2
+
+
+EVERY = [
+    adapter.family
+    for adapter in map(registry.families.get, registry.families)
+    if Stage.ENCODER in adapter.fronts and not absent(adapter.family)
+]
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_blocks_of_every_family_run_on_what_is_left(family):
+    """Blocks called by hand, with what they get beside the frames in a video of those that are left.
+
+    What the last one gives then goes the way of the stock model, in its place.
+    """
+    model, inputs = given(family)
+    adapter = adapter_for(model)
+    last = latest(adapter, inputs)
+    method = EarlyTom(0.3, inner=False, layers=(0, last), threshold=0.5, merge_threshold=0.3)
+    with torch.no_grad():
+        video = adapter.encode(inputs, None, method.needs, method.front).videos[0].features
+        if family == "gemma4":  # without the padding that the processor makes
+            real = (inputs["video_position_ids"][0] >= 0).all(-1)
+            assert not real.all()
+            inputs |= {name: inputs[name][:, real] for name in adapter.video_keys[:2]}
+        blocks, frames = adapter.encoder_blocks(inputs), torch.arange(12)
+        calls = called(adapter, blocks, alone(adapter, inputs, frames))
+        hidden = calls[0][0][0]
+        for number, block in enumerate(blocks):
+            (_, *rest), kwargs = calls[number]
+            with listening(model.config.vision_config, attention_modules(blocks[last])[0]) as notes:
+                hidden = block(hidden, *rest, **kwargs)
+            if number in method.layers:
+                framed = hidden.reshape(len(frames), -1, hidden.shape[-1])
+                alike = likeness(framed)
+                parts = merges(alike, method.segments(alike), False, threshold=0.3)
+                hidden = merged(framed, parts).reshape(-1, *hidden.shape[1:])
+                frames = frames[[part.frames[0] for part in parts]]
+                calls = called(adapter, blocks, alone(adapter, inputs, frames))
+            if number == last:  # each call is of frames, or of the pictures of one
+                rows = torch.cat([received(*note, cls_token=adapter.cls_token)[0].flatten() for note in notes])
+                rows = merged(rows.reshape(len(framed), -1), parts)
+        with blocks[-1].register_forward_hook(lambda module, args, output: hidden, prepend=True):
+            (wanted,) = adapter.video_features(alone(adapter, inputs, frames))
+        attention = adapter.pool_signals([rows[..., None]], alone(adapter, inputs, frames))[:, 0]
+    assert len(frames) < 10 and torch.equal(video.frames, frames) and video.whole.frames == 12
+    assert torch.allclose(video.embeds, wanted.embeds, atol=1e-5)
+    found = video.encoder.attention
+    assert torch.allclose(found / found.sum(), attention / attention.sum(), atol=1e-6)
+
+
+def test_a_block_without_attention_is_refused_with_those_that_have_some():
+    model, inputs = given("lfm3_vl")
+    method = EarlyTom(0.3, inner=False, layers=(0, 3))
+    with torch.no_grad(), pytest.raises(UnsupportedCallError, match=r"attention of block 3 .* after one of \[2, 4\]"):
+        adapter_for(model).encode(inputs, None, method.needs, method.front)
 
 
 def hooks_of(model):
@@ -538,9 +631,16 @@ def test_all_methods_of_the_testbed_are_those_that_it_can_run():
     assert "earlytom" in named_methods(["all"], "testbed")
 
 
-@pytest.mark.parametrize("family", ["internvl", "smolvlm"])
-def test_encoders_that_take_frames_in_another_way_are_refused_by_name(family):
-    with pytest.raises(
-        UnsupportedCallError, match=f"earlytom acts inside the vision encoder, and the {family} adapter"
-    ):
-        vidsieve.attach(FAMILIES[family](), vidsieve.load("earlytom", retention=0.5))
+def test_images_outside_a_video_are_encoded_whole_beside_merged_frames():
+    model, inputs = given("internvl")
+    adapter = adapter_for(model)
+    method = EarlyTom(0.3, inner=False, layers=(0, 2), threshold=0.5)
+    with torch.no_grad():
+        encoded = adapter.encode(inputs, [(2, 9)], method.needs, method.front)
+        stock = adapter.encode(inputs, [(2, 9)])
+    (image,), (span,) = encoded.images, encoded.videos
+    assert torch.equal(image.columns, stock.images[0].columns)
+    assert torch.allclose(image.embeds, stock.images[0].embeds, atol=1e-5)
+    assert span.features.whole.frames == 9 and span.features.grid.frames < 9
+    columns = torch.cat([span.columns, span.surplus_columns]).sort().values
+    assert torch.equal(columns, stock.videos[0].columns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import vidsieve
 from vidsieve import registry
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.families.frames import FrameAdapter
 from vidsieve.compressors.front import EncoderFront, FrameFront, Merged
 from vidsieve.errors import SelectionError, StageError, UnsupportedCallError
 from vidsieve.selection import kept_tokens
@@ -81,16 +83,19 @@ def test_a_family_s_frames_are_encoded_without_regard_to_each_other(family):
 
 
 @pytest.mark.parametrize("front", [Pairs(), EverySecond()])
-def test_a_family_that_does_not_say_how_refuses_by_name(front):
-    missing = [name for name in ("kimi_k25", "molmo2", "video_llama_3", "minicpmv4_6") if not absent(name)]
+def test_a_family_without_a_stage_refuses_it_by_name_and_says_why(front):
+    every = {adapter.family: adapter for adapter in map(registry.families.get, registry.families)}
+    missing = [name for name, adapter in every.items() if front.stage not in adapter.fronts and not absent(name)]
     for family in missing:
         model, inputs = made(family, [[2]])
         method = vidsieve.load("random", retention=0.5, ahead=front)
-        with pytest.raises(UnsupportedCallError, match=f"{front.name} acts .* the {family} adapter"):
+        refused = re.escape(f"the {family} adapter does not let it ({every[family].lacks[front.stage]})")
+        with pytest.raises(UnsupportedCallError, match=f"{front.name} acts .* {refused}"):
             vidsieve.attach(model, method)
-        with pytest.raises(UnsupportedCallError, match=f"the {family} adapter"), torch.no_grad():
+        with pytest.raises(UnsupportedCallError, match=refused), torch.no_grad():
             adapter_for(model).encode(inputs, front=front)
-    assert missing
+    assert {"molmo2", "video_llama_3", "minicpmv4_6"} - set(missing) <= {n for n in every if absent(n)}
+    assert ("perception_lm" in missing) == (front.stage is Stage.ENCODER)
 
 
 def test_ready_features_are_refused():
@@ -120,29 +125,36 @@ def test_frames_that_take_from_none_are_refused(made_):
         adapter_for(model).encode(inputs, front=Returning(made_))
 
 
-MERGING = stands(Stage.ENCODER)
+KINDS = ("llava_onevision", "llava_video", "qwen2_5_vl", "internvl")
+"""A family for each way in which frames lie in an encoder and in the prompt."""
+RUNS = [(family, "visionzip", 0.3) for family in stands(Stage.ENCODER)] + [
+    (family, name, retention)
+    for family in KINDS
+    for name in ("random", "visionzip", "vidcom2")
+    for retention in (0.3, 0.9, Tokens(20))
+    if (name, retention) != ("visionzip", 0.3)
+]
 
 
-@pytest.mark.parametrize("family", MERGING)
-@pytest.mark.parametrize("name", ["random", "visionzip", "vidcom2"])
-@pytest.mark.parametrize("retention", [0.3, 0.9, Tokens(20)])
+@pytest.mark.parametrize(("family", "name", "retention"), RUNS)
 def test_merged_frames_leave_the_prompt_and_budgets_count_all_frames(family, name, retention):
     """A run equals one of the whole video of which the method keeps tokens of the frames that are left alone."""
     model, inputs = made(family, [[5], [5, 5]])
     adapter, method = adapter_for(model), vidsieve.load(name, retention=retention, ahead=EverySecond())
+    videos = [(0, 5), (5, 5), (10, 5)] if isinstance(adapter, FrameAdapter) else None
     rows = []
     hooks = [
         block.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
         for block in adapter.encoder_blocks(inputs)
     ]
     with torch.no_grad():
-        encoded = adapter.encode(inputs, None, method.needs, method.front)
+        encoded = adapter.encode(inputs, videos, method.needs, method.front)
         for hook in hooks:
             hook.remove()
         frame = rows[0] // 5  # packed encoders have a row for each patch
         assert rows == [5 * frame, *[3 * frame] * (len(hooks) - 1)] * 3
         plan = adapter.plan(encoded, method, torch.Generator().manual_seed(0))
-        whole = adapter.encode(inputs)
+        whole = adapter.encode(inputs, videos)
         chosen = []
         for span, all_, selection in zip(encoded.videos, whole.videos, plan.selections, strict=True):
             video, grid = span.features, all_.features.grid

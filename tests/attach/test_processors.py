@@ -151,7 +151,7 @@ def test_a_prompt_of_the_familys_own_processor_is_pruned_right(family):
 def test_a_stream_is_the_prompt_of_the_familys_own_processor_or_refused(family):
     processor, kind = own_processor(family), tiny(family)
     model = kind.model(0, kind.layers)
-    if family in ("video_llama_3", "gemma4", "gemma4_unified"):  # the encoder, or what follows it, mixes frames
+    if family in ("video_llama_3", "gemma4_unified"):
         with pytest.raises(StreamError, match="does not say that frames are encoded one by one"):
             Stream(model, processor, "recent")
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.front import merging, sources
 from vidsieve.adapters.locate import find_images, find_videos
-from vidsieve.adapters.probe import Signals, listening, signals
+from vidsieve.adapters.probe import Signals, attention_modules, listening, signals
 from vidsieve.adapters.template import Template
 from vidsieve.adapters.transformers_api import encoder_features, execution_device
 from vidsieve.compressors.front import EncoderFront, FrameFront, Front
@@ -66,8 +66,8 @@ class Family(ABC):
         Path of the module that projects the vision tower's features to the width of the LLM.
     provides : frozenset of Need
         Signals that methods can read.
-    lacks : mapping of Need to str
-        Why it does not provide others, where that is not plain; ends a sentence.
+    lacks : mapping of Need or Stage to str
+        Why it does not provide a signal, where that is not plain, or has no such stage among `fronts`; ends a sentence.
     cls_token : bool
         True if the vision tower has a class token.
     fronts : frozenset of Stage
@@ -104,7 +104,7 @@ class Family(ABC):
     layout: ClassVar[str] = "installed"
     projector: ClassVar[str] = "model.multi_modal_projector"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
-    lacks: ClassVar[Mapping[Need, str]] = {}
+    lacks: ClassVar[Mapping[Need | Stage, str]] = {}
     cls_token: ClassVar[bool] = False
     fronts: ClassVar[frozenset[Stage]] = frozenset()
 
@@ -335,9 +335,11 @@ class Family(ABC):
         if front is None:
             return
         if front.stage not in self.fronts:
+            known = front.stage in self.lacks
+            reason = self.lacks[front.stage] if known else "it does not say how frames are told apart there"
             raise UnsupportedCallError(
-                f"{front.name} acts {front.stage.value}, and the {self.family} adapter does not say how frames are "
-                "told apart there: leave it out, or choose a method that acts before the LLM"
+                f"{front.name} acts {front.stage.value}, and the {self.family} adapter does not let it ({reason}): "
+                "leave it out, or choose a method that acts before the LLM"
             )
         given = inputs or {}
         if any(encoder_features(given, modality) is not None for modality in {"video", self.modality}):
@@ -358,17 +360,22 @@ class Family(ABC):
         raise NotImplementedError(f"{self.family} has fronts {self.fronts} and no frames_of")
 
     def encoder_blocks(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """Return the blocks of the vision tower, (F, S, d) → (F, S, d), up to the last that the projector reads."""
-        last, blocks = self.probe_point(inputs)[1], []
-        for module in self.model.modules():
-            if any(child is last for child in module.children()):
-                blocks = [block for block in self.model.modules() if type(block) is type(module)]
-                return blocks[: blocks.index(module) + 1]
-        return blocks
+        """Return the blocks of the vision tower, (F, S, d) → (F, S, d), up to the last that the projector reads.
+
+        Blocks without attention that follow the last one with attention are read too.
+        """
+        attention = self.probe_point(inputs)[1]
+        stacks = (list(module) for module in self.model.modules() if isinstance(module, torch.nn.ModuleList))
+        for stack in stacks:
+            number = next((n for n, block in enumerate(stack) if attention in block.children()), None)
+            if number is not None:
+                later = (n for n, block in enumerate(stack) if n > number and attention_modules(block))
+                return stack[: next(later, len(stack))]
+        raise UnsupportedCallError(f"the vision encoder of {self.family} is no list of blocks that hold its attention")
 
     @property
     def projectors(self) -> list[Any]:
-        """What reads the output of blocks of the vision tower."""
+        """What reads the output of blocks of the vision tower, whatever the number of rows."""
         return [self.model.get_submodule(self.projector)]
 
     def surplus(self, frames: int) -> int:
@@ -385,26 +392,30 @@ class Family(ABC):
                 (video,) = self.features(self.frames_of(inputs, number, kept), needs)
                 video = replace(video.at_frames(places), surplus=self.surplus(len(frames)), encoded=len(kept))
             else:
-                video = self._merged(self.frames_of(inputs, number, torch.arange(len(frames))), needs, front)
+                video = self._merged(partial(self.frames_of, inputs, number), len(frames), needs, front)
             videos.append(video)
         return videos
 
-    def _merged(self, inputs: Mapping[str, Any], needs: frozenset[Need], front: Front) -> VideoFeatures:
-        """Return the one video of a call, whose frames a method merges inside the encoder."""
+    def _merged(
+        self, shown: Callable[[Tensor], dict[str, Any]], count: int, needs: frozenset[Need], front: Front
+    ) -> VideoFeatures:
+        """Return a video of `count` frames that a method merges inside the encoder.
+
+        `shown` returns the arguments of a call that has some frames (T',) int64 of it alone.
+        """
         if not isinstance(front, EncoderFront):
             raise StageError(f"{front.name} acts {front.stage.value}: derive it from FrameFront or EncoderFront")
-        (count,) = (len(frames) for frames in self.frame_cells(inputs))
+        inputs = shown(torch.arange(count))
         blocks, seen = self.encoder_blocks(inputs), dict(inputs)
         if front.listens(len(blocks)) is not None:
             needs -= {Need.ENCODER_ATTENTION}
 
         def pooled(attention: Tensor) -> Tensor:
-            shown = self.frames_of(inputs, 0, torch.arange(len(attention)))
-            return self.pool_signals([attention[..., None]], shown)[:, 0]
+            return self.pool_signals([attention[..., None]], shown(torch.arange(len(attention))))[:, 0]
 
         def encode() -> list[VideoFeatures]:
             videos = self.video_features(inputs)
-            seen.update(self.frames_of(inputs, 0, left.frames))
+            seen.update(shown(left.frames))
             return videos
 
         with merging(

@@ -62,13 +62,14 @@ def merging(
     """Let a method merge the frames of one video inside an encoder, until the block ends.
 
     Frames are the batch rows of the encoder's blocks, or follow each other in one packed sequence (F·S, d), where every
-    frame has the same rotary positions. The projectors' outputs have `count` frames again: merged ones repeat the one
-    before that is left.
+    frame has the same rotary positions. What blocks get beside them, a row a frame or a row a patch, is cut to the
+    frames that are left. The projectors' outputs have `count` frames again: merged ones repeat the one before that is
+    left.
 
     Parameters
     ----------
     projectors : sequence of modules
-        What reads the output of blocks.
+        What reads the output of blocks; the last block itself where what reads it counts the frames of the call.
     count : int
         The number of frames.
     config : the encoder's configuration
@@ -78,25 +79,28 @@ def merging(
         Returns the number of LLM tokens that a frame becomes.
     cls_token : bool
         True if the first place of a frame is a class token.
+
+    Raises
+    ------
+    UnsupportedCallError
+        If the block whose attention the method reads has none.
     """
     left, heard = Left(torch.arange(count)), front.listens(len(blocks))
     notes: list[Note] = []
 
     def shortened(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        hidden = args[0]
-        if hidden.ndim > 2 or len(left.frames) == count:
+        hidden, frames = args[0], left.frames
+        if len(frames) == count:
             return None
-        bounds, rotary = kwargs.get("cu_seqlens"), kwargs.get("position_embeddings")
-        if bounds is None or rotary is None:
+        if hidden.ndim > 2:
+            rest = (_rows(value, frames, count) for value in args[1:])
+            return (hidden, *rest), {name: _rows(value, frames, count) for name, value in kwargs.items()}
+        if len(args) > 1 or "cu_seqlens" not in kwargs:
             raise UnsupportedCallError(
-                f"{front.name} shortens the cu_seqlens and position_embeddings of a {type(module).__name__}, which "
-                f"gets {', '.join(kwargs)}"
+                f"{front.name} shortens the cu_seqlens of a {type(module).__name__}, which gets {', '.join(kwargs)} "
+                f"and {len(args)} unnamed arguments"
             )
-        changed = {
-            "cu_seqlens": bounds[bounds <= len(hidden)],
-            "position_embeddings": tuple(part.narrow(-2, 0, len(hidden)) for part in rotary),
-        }
-        return args, kwargs | changed
+        return args, {name: _packed(name, value, hidden, len(frames), count) for name, value in kwargs.items()}
 
     def after(number: int) -> Any:
         def merge(module: Any, args: Any, output: Any) -> Any:
@@ -126,7 +130,7 @@ def merging(
 
     with ExitStack() as stack:
         if heard is not None:
-            notes = stack.enter_context(listening(config, attention_modules(blocks[heard])[0]))
+            notes = stack.enter_context(listening(config, _attending(front, blocks, heard)))
         for number, block in enumerate(blocks):
             stack.callback(block.register_forward_pre_hook(shortened, with_kwargs=True).remove)
             if number < len(blocks) - 1:
@@ -134,6 +138,41 @@ def merging(
         for projector in projectors:
             stack.callback(projector.register_forward_hook(spread).remove)
         yield left
+
+
+def _attending(front: EncoderFront, blocks: Sequence[Any], number: int) -> Any:
+    """Return the attention module of a block."""
+    having = [place for place, block in enumerate(blocks) if attention_modules(block)]
+    if number not in having:
+        raise UnsupportedCallError(
+            f"{front.name} reads the attention of block {number} of this vision encoder, which has none: let it merge "
+            f"last after one of {having} (layers=…)"
+        )
+    return attention_modules(blocks[number])[0]
+
+
+def _rows(value: Any, frames: Tensor, count: int) -> Any:
+    """Return the rows of `frames` (F',) of what has `count` rows; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(_rows(part, frames, count) for part in value)
+    if isinstance(value, Tensor) and value.ndim and len(value) == count:
+        return value[frames.to(value.device)]
+    return value
+
+
+def _packed(name: str, value: Any, hidden: Tensor, left: int, count: int) -> Any:
+    """Return an argument of a block of a packed sequence as it is for `left` of `count` equal frames.
+
+    Bounds of sequences, rotary positions (…, S, d), and the grid of one video.
+    """
+    if name == "cu_seqlens":
+        return value[value <= len(hidden)]
+    if name == "position_embeddings":
+        return tuple(part.narrow(-2, 0, len(hidden)) for part in value)
+    if name == "grid_thw":
+        ((steps, height, width),) = value
+        return [[steps * left // count, height, width]]
+    return value
 
 
 def _by_frame(rows: Tensor, frames: int) -> Tensor:

@@ -56,17 +56,17 @@ def find_videos(ids: Tensor, token_id: int, videos: list[VideoFeatures]) -> tupl
             tokens, tail = lines[:, :width].flatten(), lines[:, width]
         surplus = where[len(used) :]
         if video.frames is not None:
-            tokens, rest = _of_frames(tokens, video)
+            tokens, rest = of_frames(tokens, video)
             surplus = torch.cat([rest, surplus])
             if video.per_row:
-                tail, rest = _of_frames(tail, video)
+                tail, rest = of_frames(tail, video)
                 surplus = torch.cat([rest, surplus])
         spans.append(VideoSpan(int(row[0]), tokens, tail, video, surplus))
         start += size
     return tuple(spans)
 
 
-def _of_frames(columns: Tensor, video: VideoFeatures) -> tuple[Tensor, Tensor]:
+def of_frames(columns: Tensor, video: VideoFeatures) -> tuple[Tensor, Tensor]:
     """Return those of columns (n,), equally many a frame of the prompt, of the frames that are left, and the others."""
     assert video.frames is not None
     table, left = columns.view(video.prompted.frames, -1), video.frames.to(columns.device)

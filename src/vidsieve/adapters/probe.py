@@ -39,7 +39,7 @@ def _probe(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
 def attention_modules(tower: Any) -> list[Any]:
     """Return the attention modules of a vision tower, in the order of its blocks."""
     named = [module for module in tower.modules() if type(module).__name__.endswith("Attention")]
-    return [module for module in named if hasattr(module, "q_proj") or hasattr(module, "qkv")]
+    return [module for module in named if any(hasattr(module, name) for name in ("q_proj", "qkv", "q"))]
 
 
 @contextmanager

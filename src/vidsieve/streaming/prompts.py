@@ -137,7 +137,7 @@ class _Shape(Tensor):
 
 def _hollow(value: Tensor) -> Tensor:
     """Return pixels as a tensor without values; sizes, which prompts are made from, as they are."""
-    pixels = value.is_floating_point() or value.ndim > 2
+    pixels = value.is_floating_point() or value.ndim > 3
     return value.to("meta").as_subclass(_Shape) if pixels else value
 
 

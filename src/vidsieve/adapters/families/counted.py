@@ -64,7 +64,7 @@ class StackedAdapter(CountedAdapter):
     """
 
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
     frame_cells = LlavaOnevisionAdapter.frame_cells
     frames_of = LlavaOnevisionAdapter.frames_of

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.types import Need
+from vidsieve.adapters.locate import needed
+from vidsieve.adapters.probe import attention_modules
+from vidsieve.types import ENCODER_NEEDS, Need
 
 
 class Ernie45VLMoeAdapter(MropeAdapter):
@@ -18,4 +24,24 @@ class Ernie45VLMoeAdapter(MropeAdapter):
     family: ClassVar[str] = "ernie4_5_vl_moe"
     column_keys: ClassVar[tuple[str, ...]] = ("moe_mm_token_type_ids",)
     projector: ClassVar[str] = "model.resampler_model"
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION}) | ENCODER_NEEDS
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block."""
+        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
+
+    @property
+    def projectors(self) -> list[Any]:
+        """The resampler's layer before the one that joins the two frames of a token, and counts those of the call."""
+        return [self.model.model.resampler_model.spatial_linear]
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the mean over each token's patches, of its two frames."""
+        vision = self.model.config.vision_config
+        merge, patches = vision.spatial_merge_size**2, torch.cat([some.flatten(0, 1) for some in values]).float()
+        sizes = [int(grid.prod()) for grid in needed(inputs, "video_grid_thw", "a video")]
+        tokens = []
+        for part, shape in zip(torch.split(patches, sizes), self._shapes(inputs["video_grid_thw"]), strict=True):
+            laid_out = part.reshape(shape.frames, vision.temporal_merge_size, shape.per_frame, merge, -1)
+            tokens.append(laid_out.mean((1, 3)).flatten(0, 1))
+        return torch.cat(tokens)

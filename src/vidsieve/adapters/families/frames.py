@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -15,10 +16,10 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.front import cells, sources
-from vidsieve.adapters.locate import check_count
+from vidsieve.adapters.locate import check_count, of_frames
 from vidsieve.adapters.probe import block_mean
 from vidsieve.adapters.transformers_api import encoder_features
-from vidsieve.compressors.front import FrameFront, Front
+from vidsieve.compressors.front import EncoderFront, FrameFront, Front
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
@@ -33,7 +34,7 @@ class FrameAdapter(Adapter):
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     modality: ClassVar[Literal["video", "image"]] = "image"
     image_keys: ClassVar[tuple[str, ...]] = ()
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
     @abstractmethod
     def frame_features(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -116,6 +117,8 @@ class FrameAdapter(Adapter):
     ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
         """Return the videos and the images outside them, located by their placeholders."""
         self.check_front(front, inputs)
+        if isinstance(front, EncoderFront):
+            return self._located_merged(ids, inputs, videos, needs, front)
         size, places = self.frame_side**2, None
         if isinstance(front, FrameFront):
             encoded, places = self._reused(inputs, ids, videos, front)
@@ -124,17 +127,10 @@ class FrameAdapter(Adapter):
         if places is not None:
             frames = frames[places.to(frames.device)]
             probe = None if probe is None else probe.at(places, size)
-        count = len(frames)
-        rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
-        check_count(len(rows), count * size, "image", count)
-        first, last, where = rows.view(count, size)[:, 0], rows.view(count, size)[:, -1], columns.view(count, size)
-        if not torch.equal(first, last):
-            raise PromptError("an image's placeholders run from one prompt of the batch into the next")
+        first, where = self._placed(ids, len(frames))
         chosen = _videos(videos, first.tolist())
         side, spans = self.frame_side, []
-        outside = torch.ones(count, dtype=torch.bool, device=ids.device)
         for start, length in chosen:
-            outside[start : start + length] = False
             tokens = frames[start : start + length].flatten(0, 1)
             signals = probe.part(start * size, length * size) if probe is not None else None
             through = None if places is None else len(torch.unique(places[start : start + length]))
@@ -142,11 +138,35 @@ class FrameAdapter(Adapter):
             video = VideoFeatures(tokens, grid, tokens[:0], encoder=signals, encoded=through)
             span = where[start : start + length].flatten()
             spans.append(VideoSpan(int(first[start]), span, span[:0], video, span[:0]))
-        images = []
-        for row in sorted(set(first[outside].tolist())):
-            mine = outside & (first == row)
-            images.append(ImageSpan(row, where[mine].flatten(), frames[mine.to(frames.device)].flatten(0, 1)))
-        return tuple(spans), tuple(images)
+        others = _outside(chosen, len(frames))
+        return tuple(spans), _images(first[others], where[others], frames[others.to(frames.device)])
+
+    def _located_merged(
+        self, ids: Tensor, inputs: Mapping[str, Any], videos: Videos, needs: frozenset[Need], front: EncoderFront
+    ) -> tuple[tuple[VideoSpan, ...], tuple[ImageSpan, ...]]:
+        """Return the videos, encoded one by one under a method inside the encoder, and the images outside them."""
+        first, where = self._placed(ids, len(self.images(inputs)))
+        chosen, spans = _videos(videos, first.tolist()), []
+        for start, length in chosen:
+            numbers = torch.arange(start, start + length)
+            shown = partial(lambda numbers, some: self.images_of(inputs, numbers[some]), numbers)
+            video = self._merged(shown, length, needs, front)
+            tokens, rest = of_frames(where[numbers].flatten(), video)
+            spans.append(VideoSpan(int(first[start]), tokens, tokens[:0], video, rest))
+        others = _outside(chosen, len(first))
+        if not len(others):
+            return tuple(spans), ()
+        return tuple(spans), _images(first[others], where[others], self.frame_features(self.images_of(inputs, others)))
+
+    def _placed(self, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Return the prompt (F,) of each of `count` images, and the columns (F, n) of its placeholders."""
+        size = self.frame_side**2
+        rows, columns = (ids == self.image_token_id).nonzero(as_tuple=True)
+        check_count(len(rows), count * size, "image", count)
+        rows = rows.view(count, size)
+        if not torch.equal(rows[:, 0], rows[:, -1]):
+            raise PromptError("an image's placeholders run from one prompt of the batch into the next")
+        return rows[:, 0], columns.view(count, size)
 
     def check_videos(self, videos: Videos) -> None:
         """Refuse what is no list of (first, count)."""
@@ -169,6 +189,20 @@ class FrameAdapter(Adapter):
     ) -> BaseModelOutputWithPooling:
         """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
         return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
+
+
+def _outside(videos: Sequence[tuple[int, int]], count: int) -> Tensor:
+    """Return which of `count` images are in no video, sorted."""
+    inside = {number for start, length in videos for number in range(start, start + length)}
+    return torch.tensor([number for number in range(count) if number not in inside], dtype=torch.int64)
+
+
+def _images(rows: Tensor, columns: Tensor, frames: Tensor) -> tuple[ImageSpan, ...]:
+    """Return the images of every prompt, from the prompt (O,), the columns (O, n) and features (O, n, D) of each."""
+    return tuple(
+        ImageSpan(row, columns[rows == row].flatten(), frames[(rows == row).to(frames.device)].flatten(0, 1))
+        for row in sorted(set(rows.tolist()))
+    )
 
 
 def _videos(videos: Videos, rows: list[int]) -> list[tuple[int, int]]:

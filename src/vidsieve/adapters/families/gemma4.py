@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.front import Front
 from vidsieve.errors import NeedError, UnsupportedCallError
-from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
+from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 DIFFERENT = "differ in the sizes of their heads, and share keys and values"
 
@@ -39,7 +39,8 @@ class Gemma4Adapter(CountedAdapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_position_ids")
     column_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION}) | ENCODER_NEEDS
-    lacks: ClassVar[Mapping[Need, str]] = {Need.LAYER_ATTENTION: f"its LLM's layers {DIFFERENT}"}
+    lacks: ClassVar[Mapping[Need | Stage, str]] = {Need.LAYER_ATTENTION: f"its LLM's layers {DIFFERENT}"}
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
     projector: ClassVar[str] = "model.embed_vision"
 
     def encode(
@@ -83,6 +84,35 @@ class Gemma4Adapter(CountedAdapter):
         parts = torch.split(torch.cat(list(ready.pooler_output)), [grid.num_tokens for grid in grids])
         return [VideoFeatures(part, grid, part[:0]) for part, grid in zip(parts, grids, strict=True)]
 
+    def frame_cells(self, inputs: Mapping[str, Any]) -> list[Tensor]:
+        """Return the patches of each video's frames, padding among them."""
+        counts = torch.as_tensor(needed(inputs, "num_frames_per_video", "a video"))
+        return list(torch.split(inputs["pixel_values_videos"], counts.tolist()))
+
+    def frames_of(self, inputs: Mapping[str, Any], video: int, frames: Tensor) -> dict[str, Any]:
+        """Return a call with some frames of one video."""
+        counts = torch.as_tensor(inputs["num_frames_per_video"])
+        rows = frames + counts[:video].sum().to(frames.device)
+        taken = {key: inputs[key][rows.to(inputs[key].device)] for key in self.video_keys[:2]}
+        return {**inputs, **taken, "num_frames_per_video": torch.full_like(counts[:1], len(frames))}
+
+    @property
+    def projectors(self) -> list[Any]:
+        """The last block: what pools its patches takes their places from the call."""
+        return [self.model.model.vision_tower.encoder.layers[-1]]
+
+    def _merged(
+        self, shown: Callable[[Tensor], dict[str, Any]], count: int, needs: frozenset[Need], front: Front
+    ) -> VideoFeatures:
+        """Return a video whose frames are merged inside the encoder; their padding is no place of theirs, and goes."""
+
+        def real(frames: Tensor) -> dict[str, Any]:
+            inputs = shown(frames)
+            kept = (inputs["video_position_ids"][0] >= 0).all(-1)
+            return inputs | {key: inputs[key][:, kept.to(inputs[key].device)] for key in self.video_keys[:2]}
+
+        return super()._merged(real, count, needs, front)
+
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the last block."""
         return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
@@ -124,9 +154,10 @@ class Gemma4UnifiedAdapter(Gemma4Adapter):
 
     family: ClassVar[str] = "gemma4_unified"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
-    lacks: ClassVar[Mapping[Need, str]] = {
+    fronts: ClassVar[frozenset[Stage]] = frozenset()
+    lacks: ClassVar[Mapping[Need | Stage, str]] = {
         **Gemma4Adapter.lacks,
-        **dict.fromkeys(ENCODER_NEEDS, "it has no vision tower"),
+        **dict.fromkeys([*ENCODER_NEEDS, Stage.FRAME, Stage.ENCODER], "it has no vision tower"),
     }
 
     def patch_side(self) -> int:

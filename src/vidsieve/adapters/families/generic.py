@@ -42,6 +42,9 @@ class GenericAdapter(MropeAdapter):
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
     image_keys: ClassVar[tuple[str, ...]] = ()
     fronts: ClassVar[frozenset[Stage]] = frozenset()
+    lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
+        [Stage.FRAME, Stage.ENCODER], "nothing tells how the encoder of an unknown class takes frames"
+    )
 
     def __init__(self, model: Any, template: Template | NeedError | None = None, convention: str = "installed") -> None:
         if convention == "legacy":

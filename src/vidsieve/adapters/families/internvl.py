@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vidsieve.adapters.families.frames import FrameAdapter
-from vidsieve.adapters.probe import attention_modules
+from vidsieve.adapters.families.llava_onevision import ReadsLayer
 from vidsieve.adapters.transformers_api import encoder_features
 
 
-class InternVLAdapter(FrameAdapter):
+class InternVLAdapter(ReadsLayer, FrameAdapter):
     """Adapter of `InternVLForConditionalGeneration`; images may have several tiles, a frame has one."""
 
     family: ClassVar[str] = "internvl"
@@ -30,10 +30,6 @@ class InternVLAdapter(FrameAdapter):
             ready = self.model.model.get_image_features(pixels, return_dict=True, **options)
         features: Tensor = ready.pooler_output
         return features.reshape(-1, self.frame_side**2, features.shape[-1])
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
 
     @property
     def frame_side(self) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from vidsieve.adapters.families.counted import CountedPositions
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.types import Need
+from vidsieve.adapters.probe import attention_modules
 
 
 class Lfm3VlAdapter(CountedPositions, MropeAdapter):
@@ -19,5 +20,8 @@ class Lfm3VlAdapter(CountedPositions, MropeAdapter):
     family: ClassVar[str] = "lfm3_vl"
     oldest: ClassVar[str] = "5.23"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
-    provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
     projector: ClassVar[str] = "model.multi_modal_projector"
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the last block that has attention; some are convolutions."""
+        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]

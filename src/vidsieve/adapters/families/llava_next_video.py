@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.families.counted import StackedAdapter
-from vidsieve.adapters.families.llava_onevision import LlavaOnevisionAdapter
+from vidsieve.adapters.families.llava_onevision import LlavaOnevisionAdapter, ReadsLayer
 from vidsieve.adapters.probe import block_mean
 from vidsieve.types import ENCODER_NEEDS, Need
 
 
-class LlavaNextVideoAdapter(StackedAdapter):
+class LlavaNextVideoAdapter(ReadsLayer, StackedAdapter):
     """Adapter of `LlavaNextVideoForConditionalGeneration`; the vision tower is CLIP."""
 
     family: ClassVar[str] = "llava_next_video"
@@ -23,7 +23,6 @@ class LlavaNextVideoAdapter(StackedAdapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     cls_token: ClassVar[bool] = True
 
-    probe_point = LlavaOnevisionAdapter.probe_point
     encoder_outputs = LlavaOnevisionAdapter.encoder_outputs
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:

@@ -19,7 +19,40 @@ from vidsieve.errors import UnsupportedCallError
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
-class LlavaOnevisionAdapter(Adapter):
+class ReadsLayer(Adapter):
+    """Base of families whose projector reads the hidden states that ``vision_feature_layer`` names.
+
+    Attributes
+    ----------
+    tower : str
+        Path of the vision tower.
+    """
+
+    tower: ClassVar[str] = "model.vision_tower"
+
+    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the block whose output the projector reads (several: the last)."""
+        number = _feature_layers(self.model, inputs)[-1]
+        blocks = attention_modules(self.model.get_submodule(self.tower))
+        return self.model.config.vision_config, blocks[number if number < 0 else number - 1]
+
+    def encoder_blocks(self, inputs: Mapping[str, Any]) -> list[Any]:
+        """Return the blocks up to the one whose output the projector reads.
+
+        Raises
+        ------
+        UnsupportedCallError
+            If it reads several, whose frames would differ.
+        """
+        if len(layers := _feature_layers(self.model, inputs)) > 1:
+            raise UnsupportedCallError(
+                f"the projector reads several blocks of the vision encoder (vision_feature_layer {layers}): frames "
+                "cannot be merged between them"
+            )
+        return super().encoder_blocks(inputs)
+
+
+class LlavaOnevisionAdapter(ReadsLayer):
     """Adapter of `LlavaOnevisionForConditionalGeneration`.
 
     Each frame is pooled to a square grid by the model; its ``image_newline`` closes the video, lies outside
@@ -69,27 +102,6 @@ class LlavaOnevisionAdapter(Adapter):
             sizes = needed(inputs, "image_sizes")
             ready = self.model.model.get_image_features(pixels, sizes, return_dict=True, **options)
         return torch.cat(list(ready.pooler_output)), ()
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the block whose output the projector reads, by ``vision_feature_layer`` (several: the last)."""
-        number = _feature_layers(self.model, inputs)[-1]
-        blocks = attention_modules(self.model.model.vision_tower)
-        return self.model.config.vision_config, blocks[number if number < 0 else number - 1]
-
-    def encoder_blocks(self, inputs: Mapping[str, Any]) -> list[Any]:
-        """Return the blocks up to the one whose output the projector reads.
-
-        Raises
-        ------
-        UnsupportedCallError
-            If it reads several, whose frames would differ.
-        """
-        if len(layers := _feature_layers(self.model, inputs)) > 1:
-            raise UnsupportedCallError(
-                f"the projector reads several blocks of the vision encoder (vision_feature_layer {layers}): frames "
-                "cannot be merged between them"
-            )
-        return super().encoder_blocks(inputs)
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return patches pooled to tokens as features are."""

@@ -14,7 +14,7 @@ from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, VideoFeatures
 from vidsieve.adapters.locate import needed
 from vidsieve.adapters.transformers_api import encoder_features
-from vidsieve.types import Need, Prompt, TokenGrid
+from vidsieve.types import Need, Prompt, Stage, TokenGrid
 
 
 class Molmo2Adapter(Adapter):
@@ -32,6 +32,10 @@ class Molmo2Adapter(Adapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_token_pooling", "image_grids", "image_num_crops")
     column_keys: ClassVar[tuple[str, ...]] = ("mm_token_type_ids",)
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
+    lacks: ClassVar[Mapping[Need | Stage, str]] = {
+        Stage.FRAME: "its tokens are pooled by the numbers of patches among those of all frames",
+        Stage.ENCODER: "its projector reads several blocks of the vision encoder",
+    }
 
     def holds_video(self, ids: Tensor) -> bool:
         """True if prompts hold placeholders, and a frame's marker or none of an image."""

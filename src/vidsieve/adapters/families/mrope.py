@@ -33,7 +33,7 @@ class MropeAdapter(Adapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
     projector: ClassVar[str] = "model.visual.merger"
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Make a processor give at most `tokens` tokens a frame, by the pixels that it scales frames to.

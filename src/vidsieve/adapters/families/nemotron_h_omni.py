@@ -13,7 +13,7 @@ from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import UnsupportedCallError
-from vidsieve.types import TokenGrid
+from vidsieve.types import Need, Stage, TokenGrid
 
 
 class NemotronHOmniAdapter(Adapter):
@@ -30,6 +30,9 @@ class NemotronHOmniAdapter(Adapter):
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_hw")
     shared_placeholder: ClassVar[bool] = True
     projector: ClassVar[str] = "multi_modal_projector"
+    lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
+        [Stage.FRAME, Stage.ENCODER], "the patches of its tubelets, and the registers before them, are not told apart"
+    )
 
     @property
     def language_model(self) -> Any:

@@ -10,12 +10,17 @@ from torch.nn import Conv2d
 
 from vidsieve.adapters.families.counted import StackedAdapter
 from vidsieve.adapters.front import cells
+from vidsieve.types import ENCODER_NEEDS, Need, Stage
 
 
 class PerceptionLMAdapter(StackedAdapter):
     """Adapter of `PerceptionLMForConditionalGeneration`, which encodes frames as it does the tiles of images."""
 
     family: ClassVar[str] = "perception_lm"
+    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME})
+    lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
+        [*ENCODER_NEEDS, Stage.ENCODER], "its vision encoder is timm's, whose attention is not transformers' own"
+    )
 
     def frame_cells(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """Return the pixels of each video's frames by the patches of the vision tower, which timm configures."""

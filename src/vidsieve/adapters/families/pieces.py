@@ -52,6 +52,9 @@ class PieceAdapter(Adapter):
     """Base of families that tell videos apart by what lies between their pieces in the prompt."""
 
     fronts: ClassVar[frozenset[Stage]] = frozenset()
+    lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
+        [Stage.FRAME, Stage.ENCODER], "which of the encoded pictures are frames of one video, the prompt tells"
+    )
 
     @abstractmethod
     def pieces(self, inputs: Mapping[str, Any]) -> list[Encoding]:

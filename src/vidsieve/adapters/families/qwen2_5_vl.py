@@ -9,14 +9,12 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.types import Stage
 
 
 class Qwen25VLAdapter(MropeAdapter):
     """Adapter of `Qwen2_5_VLForConditionalGeneration`."""
 
     family: ClassVar[str] = "qwen2_5_vl"
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
     video_keys: ClassVar[tuple[str, ...]] = (*MropeAdapter.video_keys, "second_per_grid_ts")
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.types import Stage
 
 
 class Qwen2VLAdapter(MropeAdapter):
     """Adapter of `Qwen2VLForConditionalGeneration`."""
 
     family: ClassVar[str] = "qwen2_vl"
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})

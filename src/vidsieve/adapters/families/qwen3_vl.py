@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.types import Stage
 
 
 class Qwen3VLAdapter(MropeAdapter):
     """Adapter of `Qwen3VLForConditionalGeneration`; the words between frames are always kept."""
 
     family: ClassVar[str] = "qwen3_vl"
-    fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})

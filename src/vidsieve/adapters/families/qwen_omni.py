@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, ImageSpan
 from vidsieve.adapters.families.mrope import MropeAdapter
+from vidsieve.adapters.families.qwen2_5_vl import Qwen25VLAdapter
 from vidsieve.adapters.locate import find_images
 from vidsieve.adapters.plan import Plan
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.types import Need, Selection
+from vidsieve.types import Selection
 
 
-class Qwen25OmniAdapter(MropeAdapter):
+class Qwen25OmniAdapter(Qwen25VLAdapter):
     """Adapter of `Qwen2_5OmniThinkerForConditionalGeneration`.
 
     A video's sound takes turns with its frames, by seconds. The sound's tokens stay, where and when they are; every
@@ -27,7 +27,6 @@ class Qwen25OmniAdapter(MropeAdapter):
 
     family: ClassVar[str] = "qwen2_5_omni"
     oldest: ClassVar[str] = "5.22"
-    provides: ClassVar[frozenset[Need]] = Adapter.provides
     video_keys: ClassVar[tuple[str, ...]] = (*MropeAdapter.video_keys, "video_second_per_grid")
     audio_keys: ClassVar[tuple[str, ...]] = (
         *("input_features", "feature_attention_mask", "audio_feature_lengths"),
@@ -96,3 +95,5 @@ class Qwen3OmniMoeAdapter(Qwen25OmniAdapter):
     """Adapter of `Qwen3OmniMoeThinkerForConditionalGeneration`: experts, deepstack features, times with fractions."""
 
     family: ClassVar[str] = "qwen3_omni_moe"
+
+    pool_signals = MropeAdapter.pool_signals

@@ -15,7 +15,7 @@ from vidsieve.adapters.families.counted import CountedAdapter
 from vidsieve.adapters.families.mrope import MropeAdapter
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
-from vidsieve.types import TokenGrid
+from vidsieve.types import Need, Stage, TokenGrid
 
 
 class VideoLlama3Adapter(CountedAdapter):
@@ -35,6 +35,9 @@ class VideoLlama3Adapter(CountedAdapter):
     )
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw", "image_merge_sizes")
     projector: ClassVar[str] = "model.projector"
+    lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
+        [Stage.FRAME, Stage.ENCODER], "its processor leaves out tokens that repeat those of the frame before"
+    )
 
     encoder_outputs = MropeAdapter.encoder_outputs
 

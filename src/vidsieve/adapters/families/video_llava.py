@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.families.counted import StackedAdapter
-from vidsieve.types import TokenGrid
+from vidsieve.adapters.families.llava_onevision import ReadsLayer
+from vidsieve.types import ENCODER_NEEDS, Need, TokenGrid
 
 
-class VideoLlavaAdapter(StackedAdapter):
+class VideoLlavaAdapter(ReadsLayer, StackedAdapter):
     """Adapter of `VideoLlavaForConditionalGeneration`.
 
     A frame's class token is one of its tokens, so that a frame is no rectangle: its grid is one row of 1 + 256. Images,
@@ -17,9 +22,15 @@ class VideoLlavaAdapter(StackedAdapter):
     """
 
     family: ClassVar[str] = "video_llava"
+    provides: ClassVar[frozenset[Need]] = StackedAdapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ()
+    tower: ClassVar[str] = "model.video_tower"
 
     image_features = Adapter.image_features
+
+    def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
+        """Return the patches, the class token among them, as they are: each is a token."""
+        return torch.cat([some.flatten(0, 1) for some in values]).float()
 
     def frame_grid(self, frames: int, tokens: int) -> TokenGrid:
         """Return T × 1 × n."""
