@@ -25,8 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import plain.aot
 import plain.divprune
 import plain.dycoke
+import plain.earlytom
 import plain.evs
 import plain.fastv
 import plain.fastvid
@@ -125,6 +127,8 @@ def before_llm(name: str, method: Compressor, grid: TokenGrid, dtype: str) -> Ca
 
     forms: dict[str, Callable[[], Any]] = {
         "divprune": lambda: plain.divprune.picks(video.embeds, budget).sort().values,
+        "aot": lambda: plain.aot.select(frames, attention, ratio),
+        "earlytom": lambda: plain.earlytom.select(attention, plain.earlytom.segments(frames), ratio, grid.frames),
         "vcast": lambda: plain.vcast.select(frames, ratio),
         "vidcom2": lambda: plain.vidcom2.select(frames, ratio),
         "evs": lambda: plain.evs.select(frames, budget),
@@ -231,6 +235,7 @@ def inside_llm(name: str, method: LayerCompressor, grid: TokenGrid, dtype: str) 
         "pyramiddrop": pyramiddrop,
         "sparsevlm": sparsevlm,
         "holitom": holitom,
+        "earlytom": holitom,
         "prunevid": prunevid,
         "framefusion": framefusion,
     }

@@ -14,8 +14,10 @@ from replays import groups, noise_pieces, same_indices, with_newlines
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import plain.aot  # noqa: E402
 import plain.divprune  # noqa: E402
 import plain.dycoke  # noqa: E402
+import plain.earlytom  # noqa: E402
 import plain.evs  # noqa: E402
 import plain.fastv  # noqa: E402
 import plain.fastvid  # noqa: E402
@@ -227,6 +229,55 @@ def test_flashvid():
             np.lexsort((rows[:, 0].numpy(), places.numpy())).tolist() for rows, places in ((made, kept), (out, theirs))
         )  # of an index that occurs twice the order is undefined
         assert close(made[ours], out[wanted])
+
+
+def test_aot():
+    recorded = Recorded("aot")
+    for case in recorded.cases(1, "deep"):
+        shallow, deep = recorded.of(case, "shallow"), recorded.of(case, "deep")
+        count, share = int(recorded.of(case, "visual_token_num")), float(recorded.of(case, "global_ratio"))
+        local, rest = plain.aot.anchors(shallow, deep, round(shallow.shape[1] ** 0.5), count, share)
+        assert torch.equal(local.sort(1).values, recorded.of(case, "local_idx").long().sort(1).values)
+        assert torch.equal(rest.sort(1).values, recorded.of(case, "global_idx").long().sort(1).values)
+    for case in recorded.cases(1, "out_kept"):
+        frames, mask = recorded.of(case, "x"), recorded.of(case, "mask").bool()
+        made = plain.aot.within(frames, mask, round(frames.shape[1] ** 0.5))
+        assert close(made, recorded.of(case, "out_kept"))
+    for case in recorded.cases(1, "segments"):
+        frames, mask, rows = recorded.of(case, "x"), recorded.of(case, "mask").bool(), []
+        keep, scaling = float(recorded.of(case, "keep_ratio")), float(recorded.of(case, "scaling"))
+        kept = mask.clone()
+        for start, count in recorded.of(case, "segments").tolist():
+            clip = [frames[t][mask[t]] for t in range(start, start + count)]
+            made, stays = plain.aot.along(clip, keep, scaling)
+            rows += made
+            for t, own in enumerate(stays, start + 1):
+                kept[t, mask[t].nonzero().flatten()[~own]] = False
+        assert torch.equal(kept, recorded.of(case, "kept").bool())
+        assert close(torch.cat(rows), recorded.of(case, "out"))
+
+
+def test_earlytom():
+    recorded = Recorded("earlytom")
+    for case in recorded.cases(1, "out_attn"):
+        frames = recorded.of(case, "x")
+        settings = [float(recorded.of(case, "tau")), int(recorded.of(case, "max_window"))]
+        newest, last = float(recorded.of(case, "ema")), bool(recorded.of(case, "last"))
+        assert str(recorded.archive[f"{case}/mode"]) == "mixing"
+        spans = plain.earlytom.segments(frames, *settings, newest)
+        made, attention = plain.earlytom.merge(frames, recorded.of(case, "attn"), spans)
+        assert close(made, recorded.of(case, "out")) and close(attention, recorded.of(case, "out_attn"))
+        groups_ = plain.earlytom.segments(made, *settings, newest) if last else spans
+        assert [list(group) for group in groups_] == recorded.of(case, "groups").tolist()
+    for case in recorded.cases(1, "keep_idx"):
+        groups_ = [tuple(group) for group in recorded.of(case, "groups").tolist()]
+        kept = plain.earlytom.select(
+            recorded.of(case, "attn"),
+            groups_,
+            float(recorded.of(case, "ratio")),
+            int(recorded.of(case, "init_frames")),
+        )
+        assert torch.equal(kept, recorded.of(case, "keep_idx").long())
 
 
 def test_dycoke():
