@@ -45,7 +45,7 @@ def within(frames: Tensor, mask: Tensor, side: int) -> Tensor:
     own, others = frames[mask].reshape(len(frames), -1, width), frames[~mask].reshape(len(frames), -1, width)
     near, far = spots[mask].reshape(len(frames), -1, 2), spots[~mask].reshape(len(frames), -1, 2)
     cosine = F.normalize(others, dim=-1) @ F.normalize(own, dim=-1).mT
-    plan = transport(1 - cosine + 0.5 * torch.cdist(far, near))
+    plan = transport(1 - cosine + 0.5 * torch.cdist(far, near)).to(others)
     moved = (own + plan.mT @ others) / (1 + plan.sum(1)[..., None])
     joins = F.one_hot(cosine.argmax(-1), own.shape[1]).to(own)
     mean = (own + joins.mT @ others) / (1 + joins.sum(1)[..., None])
