@@ -191,8 +191,10 @@ def likeness(frames: Tensor) -> Tensor:
     """Return the cosine (F, F) float32 of each pair of frames (F, S, D), the mean over their S places."""
     total = torch.zeros(len(frames), len(frames), device=frames.device)
     for part in torch.split(frames.detach(), 16, 1):
-        unit = F.normalize(part.float(), dim=-1).flatten(1)
-        total += unit @ unit.T
+        rows = part.float().transpose(0, 1)
+        products = rows @ rows.mT  # of each place
+        length = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
+        total += (products / (length[:, :, None] * length[:, None])).sum(0)
     return total / frames.shape[1]
 
 
