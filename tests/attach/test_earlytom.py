@@ -638,6 +638,9 @@ def test_images_outside_a_video_are_encoded_whole_beside_merged_frames():
     with torch.no_grad():
         encoded = adapter.encode(inputs, [(2, 9)], method.needs, method.front)
         stock = adapter.encode(inputs, [(2, 9)])
+        never = replace(method, threshold=1.0)
+        unmerged = adapter.encode(inputs, [(2, 9)], never.needs, never.front).videos[0].features
+    assert torch.allclose(unmerged.embeds, stock.videos[0].features.embeds, atol=1e-5)
     (image,), (span,) = encoded.images, encoded.videos
     assert torch.equal(image.columns, stock.images[0].columns)
     assert torch.allclose(image.embeds, stock.images[0].embeds, atol=1e-5)
