@@ -201,28 +201,28 @@ def test_each_part_of_the_contract_is_missed_by_name(unknown, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "forward", lambda self, video_grid_thw=None, mm_encoder_outputs=None: 0)
-        refused(model, "in common: forward takes no pixel_values_videos. Supported")
+        refused(model, "in common: forward takes no pixel_values_videos. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setattr(kind, "forward", lambda self, video_grid_thw=None, pixel_values_videos=None: 0)
-        refused(model, "in common: forward takes no mm_encoder_outputs. Supported")
+        refused(model, "in common: forward takes no mm_encoder_outputs. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.delattr(inner, "get_video_features")
-        refused(model, "in common: its model has no get_video_features. Supported")
+        refused(model, "in common: its model has no get_video_features. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setattr(inner, "get_video_features", lambda self, pixel_values_videos, sizes: 0)
-        refused(model, "in common: get_video_features takes sizes, which forward does not. Supported")
+        refused(model, "in common: get_video_features takes sizes, which forward does not. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setattr(inner, "get_rope_index", lambda self, input_ids, mm_token_type_ids, times, video_grid_thw: 0)
-        refused(model, "in common: get_rope_index takes times, which forward does not. Supported")
+        refused(model, "in common: get_rope_index takes times, which forward does not. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setattr(inner, "get_rope_index", lambda self, input_ids, video_grid_thw: 0)
-        refused(model, "in common: get_rope_index takes no mm_token_type_ids. Supported")
+        refused(model, "in common: get_rope_index takes no mm_token_type_ids. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setitem(model.model._modules, "language_model", torch.nn.Identity())
-        refused(model, r"in common: its model has no language_model\.layers. Supported")
+        refused(model, r"in common: its model has no language_model\.layers. `vidsieve list`")
     with monkeypatch.context() as patch:
         patch.setattr(model, "config", SimpleNamespace())
-        refused(model, "in common: its configuration states no video_token_id. Supported")
+        refused(model, "in common: its configuration states no video_token_id. `vidsieve list`")
 
 
 # -- a class that fits, and behaves otherwise -----------------------------------------------------------------------

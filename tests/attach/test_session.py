@@ -463,7 +463,7 @@ def test_policies_for_other_models_are_refused(model, family):
 
 
 def test_unknown_models_and_conventions(model):
-    with pytest.raises(UnsupportedModelError, match="To add a family"):
+    with pytest.raises(UnsupportedModelError, match="To add one"):
         vidsieve.attach(torch.nn.Linear(2, 2), random())
     with pytest.raises(UnknownNameError, match="installed"):
         vidsieve.attach(model, random(), positions="instaled")

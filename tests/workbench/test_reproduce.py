@@ -69,7 +69,7 @@ def test_a_training_table_takes_the_testbeds_own_ablations(cli):
         (["score:tabel1"], "Did you mean 'score:table1'"),
         (["score:table1", "--only", "divprun"], "unknown row 'divprun'"),
         (["score:table1", "--model", "here"], "as NAME=FOLDER; got 'here'"),
-        (["score:table1", "--model", "qwen=here"], "Known: qwen2.5-vl"),
+        (["score:table1", "--model", "qwen=here"], "Did you mean 'qwen2.5-vl'"),
         (["score:table1"], "nothing of score:table1 can be measured here"),
         (["--check", "nothing.json"], "is no result bundle"),
         (["cacovid:table2", "--dtype", "float8"], "unknown dtype"),
