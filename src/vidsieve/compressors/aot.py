@@ -61,7 +61,7 @@ class AOT(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         grid, attention = video.grid, encoder_attention(video)
-        frames = video.embeds.detach().reshape(grid.frames, grid.per_frame, -1).float()
+        frames = video.embeds.detach().reshape(grid.frames, grid.per_frame, -1)
         clips = list(torch.split(torch.arange(grid.frames), self.clip))
         if self.adaptive_budget:
             indices, rows = self._official(frames, attention, grid, clips)
@@ -75,20 +75,21 @@ class AOT(Compressor):
     ) -> tuple[Tensor, Tensor]:
         size, scores = grid.per_frame, attention.reshape(grid.frames, -1)
         indices, rows = [], []
-        for clip, count in zip(clips, proportional_counts([len(clip) * size for clip in clips], budget), strict=True):
+        counts = proportional_counts([len(clip) * size for clip in clips], budget)
+        for clip, own, count in zip(clips, torch.split(frames, self.clip), counts, strict=True):
             if not count:
                 continue
             later = len(clip) - 1
             # At least an even share, so that later frames have candidates enough for what is left.
             each = min(size, max(-(-count // len(clip)), int(count / (1 + later * self.keep))))
             places = anchors(scores[clip], scores[clip], grid, each, self.global_share)
-            merged = merged_within(frames[clip], places, grid)
+            merged = merged_within(own, places, grid)
             kept = even_counts(count - each, later).tolist() if later else []
             anchor, masks = merged_along(list(merged), self.keep, self.scaling, kept)
             indices.append(places[0] + int(clip[0]) * size)
             rows.append(anchor)
-            for t, own, made, mask in zip(clip[1:].tolist(), places[1:], merged[1:], masks, strict=True):
-                indices.append(own[mask] + t * size)
+            for t, place, made, mask in zip(clip[1:].tolist(), places[1:], merged[1:], masks, strict=True):
+                indices.append(place[mask] + t * size)
                 rows.append(made[mask])
         return torch.cat(indices), torch.cat(rows)
 
@@ -191,7 +192,9 @@ def plan(cost: Tensor, together: bool = False) -> Tensor:
 
 
 def merged_within(frames: Tensor, places: Tensor, grid: TokenGrid, official: bool = False) -> Tensor:
-    """Return the anchors (T, A, D) of frames (T, n, D) float32 with each frame's other tokens merged into them.
+    """Return the anchors (T, A, D) of frames (T, n, D) with each frame's other tokens merged into them.
+
+    At least float32.
 
     Parameters
     ----------
@@ -202,23 +205,28 @@ def merged_within(frames: Tensor, places: Tensor, grid: TokenGrid, official: boo
     official : bool
         Hand over the whole frame with a mass of 1, and stop all plans together; else each token has a mass of 1.
     """
-    count, size, width = frames.shape
+    count, size, _ = frames.shape
     own = _taken(frames, places)
     rest = torch.ones(count, size, dtype=torch.bool, device=frames.device).scatter(1, places, False)
     others = rest.nonzero()[:, 1].reshape(count, -1)
     if not others.shape[1]:
-        return own
-    tokens = _taken(frames, others)
+        return own.float()
     down = torch.linspace(0, 1, grid.height, device=frames.device)
     across = torch.linspace(0, 1, grid.width, device=frames.device)
     spots = torch.cartesian_prod(down, across)
-    alike = F.normalize(tokens, dim=-1) @ F.normalize(own, dim=-1).mT
-    found = plan(1 - alike + _PLACE * torch.cdist(spots[others], spots[places]), together=official)
-    transported = _taken_in(own, tokens, found if official else _per_row(found))
-    nearest = alike.argmax(2)
-    total = own.scatter_add(1, nearest[..., None].expand(-1, -1, width), tokens)
-    members = torch.ones_like(own[..., :1]).scatter_add(1, nearest[..., None], torch.ones_like(tokens[..., :1]))
-    return (1 - _NEAREST) * transported + _NEAREST * total / members
+    # Products of all rows, unnormalised and in the dtype given: nothing of the size of `frames` is made.
+    wide = torch.promote_types(frames.dtype, torch.float32)
+    lengths = torch.linalg.vector_norm(frames, dim=-1, dtype=wide).clamp(min=1e-12)
+    alike = (frames @ own.mT) / (lengths[:, :, None] * lengths.gather(1, places)[:, None])
+    alike = _taken(alike.float(), others)
+    share = plan(1 - alike + _PLACE * torch.cdist(spots[others], spots[places]), together=official)
+    share = share if official else _per_row(share)
+    joins = F.one_hot(alike.argmax(2), own.shape[1]).to(share)
+    # An anchor becomes a weighted mean: of itself with weight 1 and of what each of the two hands over to it.
+    by_plan, by_place = (1 - _NEAREST) / (1 + share.sum(1, True)), _NEAREST / (1 + joins.sum(1, True))
+    part = by_plan * share + by_place * joins
+    handed = part.new_zeros(count, size, own.shape[1]).scatter(1, others[..., None].expand_as(part), part)
+    return (by_plan + by_place).mT * own + handed.mT.to(frames.dtype) @ frames
 
 
 def merged_along(
@@ -260,7 +268,7 @@ def merged_along(
 
 
 def _taken(frames: Tensor, places: Tensor) -> Tensor:
-    return frames.gather(1, places[..., None].expand(-1, -1, frames.shape[-1]))
+    return frames[torch.arange(len(frames), device=frames.device)[:, None], places]
 
 
 def _per_row(plans: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ Span = tuple[int, int]
 """The first and the last frame of a segment."""
 _LAYERS, _DEPTH = (6, 21, 23), 26
 _SLACK = 1e-5
+_PLACES = 16
+"""Places of all frames that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class EarlyTom(TwoPartCompressor):
         numbers = None if video.encoder is None else video.encoder.segments
         if numbers is None:  # the encoder merged nothing: tokens tell which frames are alike
             with torch.no_grad():
-                spans = self.segments(likeness(video.embeds.reshape(grid.frames, grid.per_frame, -1)))
+                spans = self.segments(likeness(video.embeds.reshape(grid.frames, grid.per_frame, -1), self.window))
         else:
             spans = spans_of(numbers)
         middle = between(spans)
@@ -165,7 +167,7 @@ class FrameMerging(EncoderFront):
         method, layers = self.method, self.method.merging_layers(view.depth)
         if view.block not in layers:
             return None
-        alike = likeness(view.hidden)
+        alike = likeness(view.hidden, method.window)
         official = method.variant == "official"
         parts = merges(alike, method.segments(alike), official, method.mean, method.merge_threshold)
         if not official:
@@ -173,7 +175,7 @@ class FrameMerging(EncoderFront):
         hidden, frames = merged(view.hidden, parts), torch.tensor([part.frames[0] for part in parts])
         if view.attention is None:
             return Merged(hidden, frames)
-        spans = method.segments(likeness(hidden))
+        spans = method.segments(likeness(hidden, method.window))
         numbers = torch.tensor([number for number, (first, last) in enumerate(spans) for _ in range(first, last + 1)])
         return Merged(hidden, frames, merged(view.attention, parts), numbers)
 
@@ -187,14 +189,22 @@ class FrameMerging(EncoderFront):
 # -- segments -----------------------------------------------------------------------------------------------
 
 
-def likeness(frames: Tensor) -> Tensor:
-    """Return the cosine (F, F) float32 of each pair of frames (F, S, D), the mean over their S places."""
-    total = torch.zeros(len(frames), len(frames), device=frames.device)
-    for part in torch.split(frames.detach(), 16, 1):
-        rows = part.float().transpose(0, 1)
-        products = rows @ rows.mT  # of each place
-        length = products.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
-        total += (products / (length[:, :, None] * length[:, None])).sum(0)
+def likeness(frames: Tensor, window: int | None = None) -> Tensor:
+    """Return the cosine (F, F) float32 of each pair of frames (F, S, D), the mean over their S places.
+
+    Of a pair `window` frames apart or further it may be 0 instead: no segment holds both.
+    """
+    count, places, width = frames.shape
+    step = min(window or count, count)
+    total = torch.zeros(count, count, device=frames.device)
+    room = torch.empty(min(_PLACES, places), count, width, device=frames.device)
+    for part in torch.split(frames.detach(), _PLACES, 1):
+        rows = room[: part.shape[1]].copy_(part.transpose(0, 1))
+        length = torch.linalg.vector_norm(rows, dim=2).clamp(min=1e-12)
+        for first in range(0, count, step):
+            ones, others = slice(first, first + step), slice(first, first + 2 * step - 1)
+            products = rows[:, ones] @ rows[:, others].mT  # of each place
+            total[ones, others] += (products / (length[:, ones, None] * length[:, None, others])).sum(0)
     return total / frames.shape[1]
 
 
