@@ -19,7 +19,7 @@ from vidsieve.adapters.decoder_layer import Decoder, block_shape, check_rotary, 
 from vidsieve.adapters.drop import gathered, kept_columns
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Family, Videos
-from vidsieve.adapters.fingerprint import check_rule
+from vidsieve.adapters.fingerprint import model_digest, policy_digest
 from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.inside.layers import LayerRun
@@ -36,6 +36,7 @@ from vidsieve.errors import (
     NeedError,
     PolicyMismatchError,
     PromptError,
+    RetentionError,
     SelectionError,
     StageError,
     UnsupportedCallError,
@@ -187,7 +188,7 @@ class Adapter(Family):
         if isinstance(compressor, DecodeCompressor) and compressor.acts is Stage.DECODE:
             self._check_cuts(compressor, "read fewer tokens")
         if isinstance(compressor, Calibrated):
-            check_rule(compressor, self.model)
+            self._check_rule(compressor)
         config = getattr(getattr(compressor, "policy", None), "config", None)
         if config is not None:
             if config.hidden_size != self.hidden_size:
@@ -202,6 +203,20 @@ class Adapter(Family):
                 )
         if Need.QUESTION in compressor.needs:
             self.template()
+
+    def _check_rule(self, compressor: Calibrated) -> None:
+        """Refuse a rule that was made with another policy or model: its bound is not of these."""
+        rule = compressor.rule
+        if rule.policy_digest != policy_digest(compressor):
+            raise RetentionError(
+                f"the rule was calibrated with other weights of {compressor.title}: run `vidsieve calibrate` for this "
+                "policy, or give a fixed retention"
+            )
+        if rule.model_digest != model_digest(self.model):
+            raise RetentionError(
+                f"the rule was calibrated with {rule.model or 'a model'}, and this is another model, or it has another "
+                "precision, layout or positions: run `vidsieve calibrate` with it, or give a fixed retention"
+            )
 
     def _lacking(self, compressor: Compressor, need: Need) -> NeedError:
         """Return the error that a method reads what this family does not provide, and what to choose instead."""

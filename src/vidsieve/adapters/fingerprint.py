@@ -8,13 +8,15 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vidsieve.compressors.base import Compressor
-from vidsieve.compressors.calibrated import Calibrated
-from vidsieve.errors import RetentionError
+
+_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
+"""Of each model: its weights by address and number of changes in place, and their hash."""
 
 
 def digest(value: Any) -> str:
@@ -48,29 +50,12 @@ def policy_digest(method: Compressor) -> str:
     return weights_digest(policy.named_parameters()) if isinstance(policy, nn.Module) else ""
 
 
-def check_rule(method: Calibrated, model: Any) -> None:
-    """Refuse a calibrated method whose rule was made with another policy or model: its bound is not of these.
-
-    Raises
-    ------
-    RetentionError
-    """
-    rule = method.rule
-    if rule.policy_digest != policy_digest(method):
-        raise RetentionError(
-            f"the rule was calibrated with other weights of {method.title}: run `vidsieve calibrate` for this policy, "
-            "or give a fixed retention"
-        )
-    if rule.model_digest != model_digest(model):
-        raise RetentionError(
-            f"the rule was calibrated with {rule.model or 'a model'}, and this is another model, or it has another "
-            "precision, layout or positions: run `vidsieve calibrate` with it, or give a fixed retention"
-        )
-
-
 def model_digest(model: Any) -> str:
-    """Return a hash of a model's configuration and some values of all its weights."""
-    return digest([lasting(model.config.to_dict()), weights_digest(model.named_parameters())])
+    """Return a hash of a model's configuration and some values of all its weights, which are read again if changed."""
+    state = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
+    if _WEIGHTS.get(model, (None, ""))[0] != state:
+        _WEIGHTS[model] = state, weights_digest(model.named_parameters())
+    return digest([lasting(model.config.to_dict()), _WEIGHTS[model][1]])
 
 
 def folder_digest(folder: Path) -> str:
