@@ -1,4 +1,4 @@
-"""The notebooks of `examples/` run, with smaller numbers than those whose outputs they show."""
+"""The notebooks of `examples/` run, with smaller numbers than those whose outputs they show; so does the script."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from vidsieve.testing import tiny_models
 
 FOLDER = Path(__file__).parent.parent / "examples"
 SMALLER = {
@@ -53,3 +55,23 @@ def test_it_shows_its_outputs_and_its_links_exist(name):
     for cell in cells(name):
         for link in re.findall(r"\]\((\.\./[^)]+)\)", "".join(cell["source"])):
             assert (FOLDER / link).exists(), link
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_script_for_qwen_runs_on_a_tiny_model(family, run, tmp_path):
+    run("testbed", "render", tmp_path / "scenes", "--scenes", "1")
+    clip = tmp_path / "scenes" / "scene-0000.mp4"
+    getattr(tiny_models, family)().save_pretrained(tmp_path / "model")
+    tiny_models.processor_for(family).save_pretrained(tmp_path / "model")
+    script = [sys.executable, FOLDER / "qwen.py", clip, "what colour", "--model", tmp_path / "model", "--frames", "8"]
+    done = subprocess.run(
+        [*script, "--methods", "divprune,evs", "--retention", "0.25", "--max-new-tokens", "3"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shown = done.stdout.splitlines()
+    assert [line.split()[0] for line in shown] == ["all", "divprune", "evs"]
+    for line in shown[1:]:
+        kept, total = map(int, re.search(r"(\d+) of (\d+) video tokens", line).groups())
+        assert kept == total // 4
