@@ -16,6 +16,7 @@ import torch
 from torch import Generator
 
 import vidsieve
+from learning import remembering
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.answering import next_token_logits
 from vidsieve.cli.shared import quiet
@@ -38,23 +39,20 @@ def gather(name: str, model_name: str, world: str, seed: int, questions: int, fo
     quiet()
     model, processor = load_model(model_name)
     adapter = adapter_for(model)
-    method = method_for(name, model_name)
+    method = remembering(method_for(name, model_name))
     scenes = scene_questions(world, seed, questions)
     found: dict[str, list[Any]] = {"features": [], "right": [], "full": [], "kept": [], "videos": []}
     for index, some in enumerate(scenes):
         scene = read_scene(adapter, processor, world, seed, index, len(some))
         everything = FULL.select(adapter, scene, 0, Generator())
         full = right_of(adapter, scene, [everything] * len(some))
+        given = range(len(some)) if method.needs else (0,)  # what reads the video alone selects once for all questions
+        videos = [adapter.video_tokens(scene.encoded, number, method.needs) for number in given]
         rows, marks, shares = [], [], []
         for retention in LADDER:
             at = method.with_retention(retention)
-            chosen = []
-            for number in range(len(some)):
-                if number and not at.needs:
-                    chosen.append(chosen[0])
-                    continue
-                video = adapter.video_tokens(scene.encoded, number, at.needs)
-                chosen.append(at.compress(video, generator=Generator().manual_seed(seed + index)))
+            chosen = [at.compress(video, generator=Generator().manual_seed(seed + index)) for video in videos]
+            chosen *= len(some) // len(chosen)
             total = scene.encoded.videos[0].features.grid.num_tokens
             rows.append([features(selection.scores, selection.num_kept, total) for selection in chosen])
             shares.append([selection.num_kept / total for selection in chosen])
