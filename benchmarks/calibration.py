@@ -35,14 +35,16 @@ TOLERANCES, CONFIDENCE = (0.01, 0.02, 0.05), 0.9
 
 @torch.no_grad()
 def gather(name: str, model_name: str, world: str, seed: int, questions: int, folder: Path) -> None:
-    """Write features, scores and shares kept of every question and step to ``folder/name-world.npz``."""
+    """Write features, scores and shares kept of all questions and steps to ``folder/name-world.npz``, or go on there."""
     quiet()
     model, processor = load_model(model_name)
     adapter = adapter_for(model)
     method = remembering(method_for(name, model_name))
     scenes = scene_questions(world, seed, questions)
-    found: dict[str, list[Any]] = {"features": [], "right": [], "full": [], "kept": [], "videos": []}
-    for index, some in enumerate(scenes):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.replace(':', '-')}-{world}.npz"
+    found = gathered(path, seed, [len(some) for some in scenes])
+    for index, some in list(enumerate(scenes))[len(set(found["videos"])) :]:
         scene = read_scene(adapter, processor, world, seed, index, len(some))
         everything = FULL.select(adapter, scene, 0, Generator())
         full = right_of(adapter, scene, [everything] * len(some))
@@ -62,10 +64,25 @@ def gather(name: str, model_name: str, world: str, seed: int, questions: int, fo
         found["kept"] += np.array(shares).T.tolist()
         found["full"] += full
         found["videos"] += [index] * len(some)
-        if index % 50 == 0:
-            print(f"{name} {world}: scene {index} of {len(scenes)}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez(folder / f"{name.replace(':', '-')}-{world}.npz", ladder=LADDER, **found)
+        if index % 25 == 24 or index == len(scenes) - 1:
+            part = path.with_suffix(".part.npz")
+            np.savez(part, ladder=LADDER, seed=seed, **found)
+            part.replace(path)
+            print(f"{name} {world}: scene {index + 1} of {len(scenes)}", flush=True)
+
+
+def gathered(path: Path, seed: int, questions: list[int]) -> dict[str, list[Any]]:
+    """Return what a file holds of the first scenes, those with as many `questions` as asked for."""
+    names = ("features", "right", "full", "kept", "videos")
+    if not path.exists():
+        return {name: [] for name in names}
+    data = np.load(path)
+    if (data["seed"], *data["ladder"]) != (seed, *LADDER):
+        raise SystemExit(f"{path} has another seed or ladder: name another folder")
+    videos = data["videos"]
+    counts = np.bincount(videos, minlength=len(questions))
+    short = [index for index, count in enumerate(questions) if counts[index] != count]
+    return {name: data[name][videos < min(short, default=len(questions))].tolist() for name in names}
 
 
 def right_of(adapter: Any, scene: Any, chosen: list[Any]) -> list[bool]:
@@ -197,7 +214,7 @@ def main() -> None:
     parser.add_argument("--gather", nargs=2, metavar=("METHOD", "WORLD"))
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--seed", type=int, default=9501)
-    parser.add_argument("--questions", type=int, default=10_000)
+    parser.add_argument("--questions", type=int, default=12_000, help="of 512 scenes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path, help="also draw loss against retention, .png")
     given = parser.parse_args()
