@@ -35,7 +35,7 @@ TOLERANCES, CONFIDENCE = (0.01, 0.02, 0.05), 0.9
 
 @torch.no_grad()
 def gather(name: str, model_name: str, world: str, seed: int, questions: int, folder: Path) -> None:
-    """Write features, scores and shares kept of all questions and steps to ``folder/name-world.npz``, or go on there."""
+    """Write features, scores and shares kept at every step to ``folder/name-world.npz``; go on where it ends."""
     quiet()
     model, processor = load_model(model_name)
     adapter = adapter_for(model)
