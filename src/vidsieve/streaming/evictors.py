@@ -88,8 +88,8 @@ def check_evictor(adapter: Adapter, compressor: ScoreCompressor | str) -> None:
         raise StreamError(f"{name} reads the question, which is not known when tokens are evicted: {other}")
     if not isinstance(compressor, ScoreCompressor) or compressor.acts is not Stage.PRE_LLM:
         raise StreamError(
-            f"{name} gives no score for each token: evict by one that does, as score or frame_difference, and use "
-            f"{name} as the reader"
+            f"{name} gives no score that a frame alone tells of its tokens: evict by one that does, as score or "
+            f"frame_difference, and use {name} as the reader"
         )
     if not compressor.local:
         raise StreamError(

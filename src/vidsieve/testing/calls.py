@@ -79,8 +79,9 @@ class Case:
         return reference_greedy(self.adapter, self.inputs, chosen, STEPS, self.videos, extra)
 
     def generate(self, inputs: Mapping[str, Any] | None = None, **options: Any) -> Any:
-        """Return the output of the model's own `generate`, greedy by default."""
+        """Return the output of the model's own `generate`, greedy by default; no token ends an answer."""
         defaults = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        defaults["eos_token_id"] = self.adapter.model.config.get_text_config().vocab_size
         return self.adapter.model.generate(**(self.inputs if inputs is None else inputs), **(defaults | options))
 
 

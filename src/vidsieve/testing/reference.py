@@ -12,7 +12,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Videos
-from vidsieve.adapters.transformers_api import eager_attention
+from vidsieve.adapters.transformers_api import FULL, eager_attention, layer_kinds
 from vidsieve.compressors.inside import LayerCompressor
 from vidsieve.testing.shortened import shortened_logits
 from vidsieve.testing.staged import (
@@ -27,6 +27,15 @@ from vidsieve.testing.staged import (
 from vidsieve.types import Selection
 
 
+def shortens(adapter: Adapter) -> bool:
+    """Whether a pruned run equals one on a shorter prompt, and not one in which dropped tokens are masked.
+
+    True for families of definition "shortened", and where some layer of the LLM does not attend to all earlier tokens.
+    """
+    kinds = layer_kinds(adapter.model.config.get_text_config())
+    return adapter.definition == "shortened" or any(kind != FULL for kind in kinds)
+
+
 def reference_logits(
     adapter: Adapter,
     inputs: Mapping[str, Any],
@@ -36,7 +45,8 @@ def reference_logits(
 ) -> Tensor:
     """Return the logits (B, L + E, V) of a full forward without cache in which dropped tokens are masked out.
 
-    For families of definition "shortened" it is `shortened_logits`.
+    Where `shortens` it is `shortened_logits`, but for methods inside an LLM of a family of definition "masked", which
+    may only cut behind its last such layer.
 
     Parameters
     ----------
@@ -48,7 +58,7 @@ def reference_logits(
         Tokens after the prompt.
     videos : as in `prune`
     """
-    if adapter.definition == "shortened":
+    if adapter.definition == "shortened" or (shortens(adapter) and not isinstance(selections, LayeredSelections)):
         return shortened_logits(adapter, inputs, selections, extra_ids, videos)
     encoded = adapter.encode(inputs, videos)
     if not isinstance(selections, LayeredSelections):

@@ -83,6 +83,8 @@ def train_policy(
     check_trackers(log_to)
     config = config_of(method, variant, settings)
     folder, files, events = Path(folder), files or Files(), events or Events()
+    if not isinstance(files, Files):
+        raise TrainingError(f"files must be vidsieve.training.sources.Files(data=…), got {files!r}")
     if files.data is not None and "world" in settings:
         raise TrainingError(
             "world chooses the testbed's scenes, and the videos of --data are read: leave one of them out"
