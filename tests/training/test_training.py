@@ -191,7 +191,7 @@ def test_settings_in_python_are_checked_as_those_of_the_command(testbed, tmp_pat
         with pytest.raises(VidsieveError, match=re.escape(said)):
             train_policy(method, *testbed, tmp_path / "run", settings)
     with pytest.raises(TrainingError, match=r"files must be vidsieve\.training\..*Files\(data=…\), got \{"):
-        train_policy("cacovid", *testbed, tmp_path / "run", files={"data": "rows.jsonl"})
+        train_policy("cacovid", *testbed, tmp_path / "run", {}, files={"data": "rows.jsonl"})
     assert config_of("cacovid", "ours", {"width": 3}).width == 3
     assert Files("rows.jsonl").data == Path("rows.jsonl") and Files().data is None
 
