@@ -1,4 +1,4 @@
-"""Accuracy of every method on fresh questions of the testbed: three seeds, all worlds and models, one JSON file.
+"""Accuracy of methods on fresh questions of the testbed: up to three seeds, all worlds and models, one JSON file.
 
 Rows of the three seeds are pooled (errors clustered by scene), differences are paired question by question.
 `--markdown` prints the README's table from a result file.
@@ -209,6 +209,15 @@ def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"marks": marks, "clusters": clusters, "floors": parts[0]["floors"]}
 
 
+def joined(earlier: dict[str, Any] | None, table: dict[str, Any]) -> dict[str, Any]:
+    """Return a table with those rows of an earlier one, of the same questions, that it has not itself."""
+    if earlier is None or any(earlier.get(name) != table[name] for name in ("seeds", "questions")):
+        return table
+    rows = {(row["method"], row["variant"], row["retention"]): row for row in (*earlier["rows"], *table["rows"])}
+    both = {name: earlier[name] | table[name] for name in ("curves", "floors")}
+    return table | both | {"rows": list(rows.values())}
+
+
 def interval(estimate: Estimate) -> dict[str, Any]:
     return {"mean": estimate.mean, "stderr": estimate.stderr, "interval": list(estimate.interval)}
 
@@ -306,15 +315,15 @@ def differences(table: dict[str, Any], methods: Sequence[tuple[str, str]], reten
     return "\n".join(lines)
 
 
-def page(result: dict[str, Any]) -> str:
+def page(result: dict[str, Any], title: str) -> str:
     """Return the document of a result."""
     parts = [
-        "# What learning adds on the testbed",
+        f"# {title}",
         "",
-        f"Written by `python benchmarks/learning.py`, seed {', '.join(map(str, result['seeds']))}, none of them seen "
-        "in training; on `dense-b` and `sparse-b` nothing is trained. Kept: what the LLM's layers see on average, "
-        "exactly (`docs/retention.md`). Methods with two parts run by the one before the LLM, as in SCORE's tables. "
-        "These worlds are made so that cheap heuristics fail: an order of methods here is none on real videos.",
+        "Written by `python benchmarks/learning.py`; no question was seen in training, and on `dense-b` and `sparse-b` "
+        "nothing is trained. Kept: what the LLM's layers see on average, exactly (`docs/retention.md`). Methods with "
+        "two parts run by the one before the LLM, as in SCORE's tables. These worlds are made so that cheap heuristics "
+        "fail: an order of methods here is none on real videos.",
     ]
     for name, table in result["tables"].items():
         rows = list(dict.fromkeys((r["method"], r["variant"]) for r in table["rows"]))
@@ -323,7 +332,9 @@ def page(result: dict[str, Any]) -> str:
         model, world = name.split()
         refused = {key.partition("/")[0]: reason.partition(": ")[2] for key, reason in table["floors"].items()}
         parts += ["", f"## The {model} model in the {world} world", ""]
-        parts += [f"{table['questions']:,} questions on {table['scenes']} scenes.", "", markdown(table, plain)]
+        seeds = ", ".join(map(str, table["seeds"]))
+        about = f"{table['questions']:,} questions on {table['scenes']} scenes (seeds {seeds})."
+        parts += [about, "", markdown(table, plain)]
         parts += ["", "Percentage points with 95 % intervals, question by question, clustered by scene:", ""]
         parts += [differences(table, plain, PROBED)]
         for pair, found in table["curves"].items():
@@ -398,7 +409,13 @@ def main() -> None:
     parser.add_argument("--policies", type=Path, nargs="*", default=[], help="folders of more trainings, each table's")
     parser.add_argument("--processes", type=int, default=2, help="one thread each")
     parser.add_argument("--parts", type=Path, default=Path("runs/learning"), help="rows measured so far, to go on from")
-    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/learning.json"))
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("benchmarks/results/learning.json"),
+        help="other rows of the same questions, and other tables, stay in it",
+    )
+    parser.add_argument("--title", default="What learning adds on the testbed", help="of the document")
     parser.add_argument("--page", type=Path, help="also write the document of the result")
     parser.add_argument("--figure", type=Path, help="also draw accuracy against retention, .png")
     parser.add_argument("--show", action="store_true", help="print an existing result")
@@ -414,9 +431,14 @@ def main() -> None:
         options.parts.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
             parts = dict(zip([task[:2] for task in tasks], pool.map(measured, tasks), strict=True))
-        tables = {name: compared(pooled([parts[name, seed] for seed, _ in sizes])) for name in names}
-        write_result(options.json, {"machine": machine(), "seeds": [seed for seed, _ in sizes], "tables": tables})
-    text = page(json.loads(options.json.read_text()))
+        known = json.loads(options.json.read_text())["tables"] if options.json.exists() else {}
+        tables = {
+            name: {"seeds": [seed for seed, _ in sizes], **compared(pooled([parts[name, seed] for seed, _ in sizes]))}
+            for name in names
+        }
+        tables = known | {name: joined(known.get(name), table) for name, table in tables.items()}
+        write_result(options.json, {"machine": machine(), "tables": tables})
+    text = page(json.loads(options.json.read_text()), options.title)
     print(text)
     if options.page is not None:
         options.page.write_text(text, encoding="utf-8")

@@ -79,11 +79,13 @@ def by_hand(model, processor, methods, questions):
                 return_dict=True,
                 return_tensors="pt",
             )
-            # The vision tower reads a scene once: its features stand in for the pixels.
-            ready = ready or model.get_video_features(inputs["pixel_values_videos"])
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-            inputs["mm_encoder_outputs"] = {"video": ready}
+            pixels = {"pixel_values_videos": inputs["pixel_values_videos"]}
+            # The vision tower reads a scene once: its features stand in for the pixels, where it may.
+            ready = ready or model.get_video_features(**pixels)
+            words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             for name, method in methods.items():
+                fronted = method is not None and method.front is not None
+                inputs = words | (pixels if fronted else {"mm_encoder_outputs": {"video": ready}})
                 if method is None:
                     logits = model(**inputs).logits[0, -1]
                 else:
@@ -151,6 +153,22 @@ def test_a_method_that_reads_the_question_chooses_for_each(testbed, task):
     marks = few.marks(experiment.measured(few, [FULL, SceneCondition(method)]))
     alone = by_hand(*testbed, {"cacovid": method}, 8)["cacovid"]
     assert marks["cacovid/ours/0.05"] == [right for _, right in alone]
+
+
+def test_what_acts_before_or_inside_the_encoder_has_a_scene_of_its_own(testbed, task):
+    methods = named_methods(["earlytom:ours", "reuse+divprune", "divprune"])
+    methods["earlytom:ours"] = replace(methods["earlytom:ours"], inner=False)
+    few, at = replace(task, questions=6), scene_conditions(methods, [0.1])
+    results = experiment.measured(few, at)
+    marks = few.marks(results)
+    assert len(marks) == 4
+    assert {row["kept"] for samples in results.samples.values() for row in samples.values() if "kept" in row} == {
+        57,
+        576,
+    }
+    for condition in at[1:3]:
+        alone = by_hand(*testbed, {"it": condition.method}, 6)["it"]
+        assert marks[condition.key] == [right for _, right in alone], condition.key
 
 
 def test_a_video_read_once_gives_the_logits_of_a_whole_batch():

@@ -105,8 +105,7 @@ def named_methods(
     earliest : bool
         True to move methods inside the LLM to earlier layers where their budget requires it.
     prefill : bool
-        True if ``all`` has only the part before the LLM of methods with two parts, as in SCORE's tables, and no
-        method that acts inside the vision encoder.
+        True if ``all`` has only the part before the LLM of methods with two parts, as in SCORE's tables.
 
     Raises
     ------
@@ -123,8 +122,7 @@ def named_methods(
         if is_testbed(model):
             every += shipped_policies(model)
         parts = {"inner": False} if prefill else {}
-        known = {name: method_for(name, model, **known_fields(name, earliest=earliest, **parts)) for name in every}
-        methods |= {name: method for name, method in known.items() if not prefill or method.front is None}
+        methods |= {name: method_for(name, model, **known_fields(name, earliest=earliest, **parts)) for name in every}
     return methods
 
 
@@ -187,11 +185,6 @@ def check_prefill(methods: Mapping[str, Compressor]) -> None:
     StageError
     """
     for method in methods.values():
-        if method.front is not None:
-            raise StageError(
-                f"{method.front.name} acts {method.front.stage.value}, and the testbed encodes a scene once for all "
-                "methods: attach it to a model, or try it with `vidsieve ask`"
-            )
         if method.acts is Stage.DECODE:
             raise StageError(
                 f"{method.name} acts {method.acts.value}, and the testbed's answers are read off the prefill: attach "

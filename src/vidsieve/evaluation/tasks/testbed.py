@@ -197,12 +197,18 @@ class ScenesTask:
         able = cast("Sequence[SceneCondition]", conditions)
         needs = frozenset().union(*(condition.needs for condition in able)) & ENCODER_NEEDS
         index = int(unit)
-        scene = read_scene(self.adapter, self.processor, self.world, self.seed, index, len(self.scenes[index]), needs)
+        count = len(self.scenes[index])
+        scenes: dict[Front | None, SceneBatch] = {}
         refused: dict[str, str] = {}
         for condition in able:
             with contained(refused, condition.key, BudgetError, NeedError, StageError, UnsupportedCallError):
                 if condition.method is not None:
                     self.adapter.check(condition.method)
+                if (front := condition.front) not in scenes:
+                    scenes[front] = read_scene(
+                        self.adapter, self.processor, self.world, self.seed, index, count, needs, front
+                    )
+                scene = scenes[front]
                 marks, traces = answers(self.adapter, scene, condition, self.seed + index)
                 for number, (question, right) in enumerate(zip(scene.questions, marks, strict=True)):
                     kept: dict[str, Any] = {}
@@ -279,16 +285,19 @@ def read_scene(
     cast = make_cast(world, seed, index)
     questions = make_questions(cast, seed, index)[:count]
     inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in questions])
-    features = adapter.features(inputs, needs, front)
-    # One pass through the vision tower serves every question of the scene.
-    inputs["mm_encoder_outputs"] = {"video": repeated_features(features[0], len(questions))}
-    del inputs["pixel_values_videos"]
-    encoded = adapter.encode(inputs)
+    pixels = inputs.pop("pixel_values_videos")
+    if front is None:  # one pass through the vision tower serves every question of the scene
+        features = adapter.features({"pixel_values_videos": pixels}, needs)[0]
+        inputs["mm_encoder_outputs"] = {"video": repeated_features(features, len(questions))}
+        encoded = adapter.encode(inputs).with_signals(features)
+    else:
+        inputs["pixel_values_videos"] = pixels.repeat(len(questions), 1, 1, 1, 1)
+        encoded = adapter.encode(inputs, needs=needs, front=front)
     return SceneBatch(
         index,
         cast,
         questions,
-        encoded.with_signals(features[0]),
+        encoded,
         torch.tensor([[WORD_ID[w] for w in q.options] for q in questions]),
         torch.tensor([q.options.index(q.answer) for q in questions]),
     )
@@ -376,8 +385,9 @@ def _selected(
         start = time.perf_counter()
         selections.append(condition.select(adapter, scene, number, generator))
         spent = 1e3 * (time.perf_counter() - start)
-        grid = scene.encoded.videos[number].features.grid
-        traces.append(VideoTrace.of(number, grid, selections[-1], spent, **named))
+        features = scene.encoded.videos[number].features
+        about = {"encoded": features.encoded, "frames": features.frames, "whole": features.whole}
+        traces.append(VideoTrace.of(number, features.grid, selections[-1], spent, **named, **about))
     return selections, traces
 
 
