@@ -590,7 +590,7 @@ def test_stream_asks_the_lines_that_are_typed_while_the_video_plays(run, scene, 
     ("given", "said"),
     [
         (["--method", "sieve"], "variant='blind'"),
-        (["--method", "divprune"], "no score for each token"),
+        (["--method", "divprune"], "no score that a frame alone tells"),
         (["--memory", "5000"], "from 1 to 4095"),
         (["--question", " "], "the question is empty"),
         (["--question=-1=what ?"], "at 0 seconds or later"),

@@ -386,8 +386,17 @@ def _selected(
         selections.append(condition.select(adapter, scene, number, generator))
         spent = 1e3 * (time.perf_counter() - start)
         features = scene.encoded.videos[number].features
-        about = {"encoded": features.encoded, "frames": features.frames, "whole": features.whole}
-        traces.append(VideoTrace.of(number, features.grid, selections[-1], spent, **named, **about))
+        trace = VideoTrace.of(
+            number,
+            features.grid,
+            selections[-1],
+            spent,
+            **named,
+            encoded=features.encoded,
+            frames=features.frames,
+            whole=features.whole,
+        )
+        traces.append(trace)
     return selections, traces
 
 
