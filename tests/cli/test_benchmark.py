@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from vidsieve.cli.shared import command_line
+from vidsieve.cli.output import command_line
 from vidsieve.testbed.files import write_scenes
 
 

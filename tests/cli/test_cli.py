@@ -16,7 +16,7 @@ import pytest
 
 from vidsieve.answering import answer
 from vidsieve.cli.main import main, method_markdown
-from vidsieve.cli.shared import write_json
+from vidsieve.cli.output import write_json
 from vidsieve.cli.train import parsed, shown_default
 from vidsieve.errors import VidsieveError
 from vidsieve.policies import PolicyConfig

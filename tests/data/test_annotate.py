@@ -33,7 +33,7 @@ RUN = """
 import sys, typer, vidsieve.training.data.teacher as client
 from rich.markup import escape
 from vidsieve.cli.annotate import annotate
-from vidsieve.cli.shared import err
+from vidsieve.cli.output import err
 from vidsieve.errors import VidsieveError
 client.FIRST_WAIT = 0.1
 app = typer.Typer(pretty_exceptions_enable=False)

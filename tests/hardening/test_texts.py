@@ -12,7 +12,7 @@ import pytest
 import typer
 from rich.table import Table as RichTable
 
-from vidsieve.cli.shared import PlainConsole
+from vidsieve.cli.output import PlainConsole
 from vidsieve.evaluation.table import Table
 from vidsieve.io.texts import json_line, percent, printable
 from vidsieve.report import charts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidsieve.cli.shared import write_report
+from vidsieve.cli.output import write_report
 from vidsieve.errors import OutputError
 from vidsieve.evaluation.accuracy import accuracy_table
 from vidsieve.evaluation.table import Table

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.errors import EvaluationError, UnknownNameError
 from vidsieve.evaluation.table import Table
 from workbench.papers.bundles import bundled, read_bundle
@@ -53,9 +53,9 @@ def reproduce(
     dtype: Annotated[str, typer.Option(help="Of timed models.")] = "float32",
     repeats: Annotated[int, typer.Option(help="Counted rounds of timed tables.", min=1)] = 3,
     seeds: Annotated[int, typer.Option(help="Training seeds of the testbed's trainings.", min=1)] = 2,
-    seed: shared.Seed = 0,
-    threads: shared.Threads = 0,
-    report: shared.Report = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    report: options.Report = None,
 ) -> None:
     """Run what a table of either paper takes, and print published against measured, cell by cell."""
     if check is not None:
@@ -65,13 +65,13 @@ def reproduce(
         raise EvaluationError(f"which table? There are {', '.join(PAPER_TABLES)}")
     spec, folder = paper_table(name), folder or Path("runs/reproduce", name.replace(":", "-"))
     target = bundle or folder / "bundle.json"
-    shared.check_output(target)
-    shared.check_output(report, shared.PAGE)
+    output.check_output(target)
+    output.check_output(report, output.PAGE)
     models, policies = _pairs("--model", model), _pairs("--policy", policy)
     for known in models:
         if known not in spec.protocols:
             raise UnknownNameError("model of this table", known, spec.protocols)
-    rows = _rows(name, spec, shared.words(only))
+    rows = _rows(name, spec, options.words(only))
     shared.set_threads(threads)
     shared.quiet()
     missing: list[str] = []
@@ -89,7 +89,7 @@ def reproduce(
             cells |= evaluated(part, data, models.get(family), policies, subset, protocol)
         settings |= {family: part.settings} if part.settings else {}
     for line in missing:
-        shared.err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
+        output.err.print(f"missing: {line}", markup=False, highlight=False, soft_wrap=True)
     if plan:
         return
     if not any(cell.get("measured") is not None for cell in cells.values()):
@@ -101,27 +101,27 @@ def reproduce(
         name,
         cells,
         testbed=testbed,
-        command=shared.command_line(),
+        command=output.command_line(),
         settings=settings,
         missing=missing,
         versions=versions(),
         machine=machine(),
     )
     for one in bundle_tables(made, measured_only=True):
-        shared.out.print(one.to_rich())
+        output.out.print(one.to_rich())
     if testbed and spec.kind == "accuracy":
-        shared.out.print(
+        output.out.print(
             f"testbed: {subset or 480} questions of each world; “relative” is of world dense; trained rows are the "
             "policies that come with the package",
             soft_wrap=True,
         )
-    shared.write_json(target, made)
+    output.write_json(target, made)
     read_bundle(target)
-    shared.out.print(f"written: {target}")
+    output.out.print(f"written: {target}")
     from vidsieve.report.sections import table_section
 
     tables = [*bundle_tables(made), *missing_table(made)]
-    shared.write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
+    output.write_report(report, f"{name}, published and measured", lambda: [table_section(one) for one in tables])
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, str]:
@@ -158,4 +158,4 @@ def _check(path: Path) -> None:
         where = "testbed" if made["testbed"] else models
         lines.append((file.name, made["table"], where, told, made["versions"].get("vidsieve", "–")))
     columns = ("file", "table", "of", "cells measured", "vidsieve")
-    shared.out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())
+    output.out.print(Table("sound result bundles", columns, lines, frozenset({0, 1, 2, 4})).to_rich())

@@ -10,8 +10,8 @@ from typing import Any
 
 from vidsieve import registry
 from vidsieve.cli.bench import made_clip
+from vidsieve.cli.output import command_line, out
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import command_line, out
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import EvaluationError, PolicyError, VidsieveError
 from vidsieve.evaluation.conditions import Condition
@@ -155,7 +155,7 @@ def timed(part: Part, testbed: bool, dtype: str, repeats: int) -> dict[Any, Any]
 
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.cli.bench import timed_model
-    from vidsieve.cli.shared import known_dtype
+    from vidsieve.cli.options import known_dtype
     from vidsieve.evaluation.tasks.timing import TimingTask
     from vidsieve.loading import load
     from workbench.papers.reproducing import time_cells

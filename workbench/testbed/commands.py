@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vidsieve import registry
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import UnknownNameError
 from vidsieve.io.files import writing
@@ -35,41 +35,41 @@ def build(
     quick: Annotated[
         bool, typer.Option("--quick", help="A few steps of each stage, to see that it runs; no usable model.")
     ] = False,
-    threads: shared.Threads = 0,
-    json: shared.Json = None,
+    threads: options.Threads = 0,
+    json: options.Json = None,
 ) -> None:
     """Train the testbed's models by the committed recipe; goes on where it was stopped."""
     if model not in (names := ("all", "shallow", "deep", "second")):
         raise UnknownNameError("model", model, names)
-    shared.check_output(json)
-    shared.check_output(folder / model / model / "config.json")
+    output.check_output(json)
+    output.check_output(folder / model / model / "config.json")
     shared.set_threads(threads)
     from workbench.testbed.build import build_testbed
 
     shared.quiet()
     record = build_testbed(
-        folder, model, seed=seed, scenes=scenes, quick=quick, log=lambda line: shared.out.print(line, highlight=False)
+        folder, model, seed=seed, scenes=scenes, quick=quick, log=lambda line: output.out.print(line, highlight=False)
     )
-    shared.write_json(json, record)
+    output.write_json(json, record)
 
 
 def talker(
     folder: Annotated[Path, typer.Argument(help="Where checkpoints and the finished model go.")],
     seed: Annotated[int, typer.Option(help="Seed of scenes and order.")] = 21,
     scenes: Annotated[int, typer.Option(help="Training scenes.", min=1)] = 2500,
-    threads: shared.Threads = 0,
-    json: shared.Json = None,
+    threads: options.Threads = 0,
+    json: options.Json = None,
 ) -> None:
     """Teach the shipped model to count and to say what is not there, for `python -m workbench open`."""
-    shared.check_output(json)
-    shared.check_output(folder / "model" / "config.json")
+    output.check_output(json)
+    output.check_output(folder / "model" / "config.json")
     shared.set_threads(threads)
     from workbench.testbed.talking import build_talker
 
     shared.quiet()
-    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: shared.out.print(line, highlight=False))
-    shared.out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
-    shared.write_json(json, record)
+    record = build_talker(folder, seed=seed, scenes=scenes, log=lambda line: output.out.print(line, highlight=False))
+    output.out.print(f"model in {folder / 'model'}, {record['minutes']:.0f} minutes")
+    output.write_json(json, record)
 
 
 def separation(
@@ -82,12 +82,12 @@ def separation(
         bool, typer.Option("--attention", help="Also the attention of the last prompt token, in every layer (slow).")
     ] = False,
     folder: Out = None,
-    threads: shared.Threads = 0,
-    json: shared.Json = None,
+    threads: options.Threads = 0,
+    json: options.Json = None,
 ) -> None:
     """Measure the world before any policy: oracles that know the scene against heuristics without training."""
     ratios = parse_retentions(retention)
-    shared.check_output(json)
+    output.check_output(json)
     world_of(world)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
@@ -101,8 +101,8 @@ def separation(
     conditions = separation_conditions(adapter, processor, ratios, world=world, seed=seed, attention=attention)
     result = shared.run_task(task, conditions, "scenes", folder=folder).to_json()
     for line in targets(result):
-        shared.out.print(line, highlight=False)
-    shared.write_json(json, result | {"targets": targets(result)})
+        output.out.print(line, highlight=False)
+    output.write_json(json, result | {"targets": targets(result)})
 
 
 def surrogate(
@@ -113,11 +113,11 @@ def surrogate(
     ] = None,
     prompts: Annotated[int, typer.Option(help="Held-out prompts.", min=1)] = 200,
     model: Annotated[str, typer.Option(help="One of the testbed's models.")] = "testbed",
-    threads: shared.Threads = 0,
-    json: shared.Json = None,
+    threads: options.Threads = 0,
+    json: options.Json = None,
 ) -> None:
     """Search settings of CaCoVID without the LLM: a coin that knows what a question needs answers. No result."""
-    shared.check_output(json)
+    output.check_output(json)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.cli.train import parsed
@@ -134,9 +134,9 @@ def surrogate(
         settings,
         variant=variant,
         prompts=prompts,
-        report=lambda line: shared.out.print(line, highlight=False),
+        report=lambda line: output.out.print(line, highlight=False),
     )
-    shared.write_json(json, figures)
+    output.write_json(json, figures)
 
 
 def open_ended(
@@ -148,26 +148,26 @@ def open_ended(
         str, typer.Option(help="dense or sparse; dense-b or sparse-b, on which nothing is trained.")
     ] = "dense",
     model: Annotated[str, typer.Option(help="'talker', or the folder of one built anew.")] = "talker",
-    earliest: shared.Earliest = False,
+    earliest: options.Earliest = False,
     folder: Out = None,
-    share: shared.Share = None,
-    threads: shared.Threads = 0,
-    report: shared.Report = None,
-    json: shared.Json = None,
+    share: options.Share = None,
+    threads: options.Threads = 0,
+    report: options.Report = None,
+    json: options.Json = None,
 ) -> None:
     """Beyond multiple choice, on the testbed: captions, counting, order, what is not there, a second turn."""
     ratios = parse_retentions(retention)
-    shared.check_output(json)
-    shared.check_output(report, shared.PAGE)
+    output.check_output(json)
+    output.check_output(report, output.PAGE)
     world_of(world)
-    shard = shared.parse_share(share, folder is not None)
+    shard = options.parse_share(share, folder is not None)
     shared.set_threads(threads)
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import check_prefill, conditions_of, named_methods
     from vidsieve.testbed.world import FRAMES
     from workbench.testbed.open_ended import OpenTask
 
-    names = shared.words(methods)
+    names = options.words(methods)
     for name in names:
         registry.check_known(name)
     if "all" not in names and "random" not in names:
@@ -194,7 +194,7 @@ def ablate(
     search: Annotated[
         int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
     ] = 50,
-    json: shared.Json = None,
+    json: options.Json = None,
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
     ] = None,
@@ -203,20 +203,20 @@ def ablate(
     ] = None,
 ) -> None:
     """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
-    shared.check_output(json)
-    shared.check_output(write)
-    shared.check_output(figure)
+    output.check_output(json)
+    output.check_output(write)
+    output.check_output(figure)
     searched = folder / f"search-{search}.json"
-    shared.check_output(searched)
+    output.check_output(searched)
     from vidsieve.evaluation import experiment
     from workbench.testbed.ablating import EVAL_SEED, AblationTask, chosen_tables
     from workbench.testbed.curves import curves_picture
     from workbench.testbed.search import search_table
 
-    chosen = chosen_tables(shared.words(tables))
+    chosen = chosen_tables(options.words(tables))
     task = AblationTask(chosen, seeds, questions, folder, processes, second=second)
     with shared.stoppable(folder), Bar("trainings", len(task.units())) as advance:
-        table = experiment.run(task, [], command=shared.command_line(), progress=advance)
+        table = experiment.run(task, [], command=output.command_line(), progress=advance)
     if table is None:
         raise RuntimeError("a run of one process has a table")
     result, shown = table.to_json(), [table, *table.more]
@@ -224,13 +224,13 @@ def ablate(
         result["search"] = _searched(searched, EVAL_SEED, search)
         shown.append(search_table(result["search"]))
     text = "\n\n".join(one.to_markdown() for one in shown)
-    shared.out.print(text, markup=False, highlight=False)
+    output.out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
     if figure is not None:
         curves_picture(figure, result["tables"])
-    shared.write_json(json, result)
+    output.write_json(json, result)
 
 
 def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from vidsieve.cli.options import Json, MaxPixels, MaxRow
+from vidsieve.cli.output import check_free, check_output, err, out, write_json
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, MaxPixels, MaxRow, check_free, check_output, err, out, write_json
 from vidsieve.errors import TrainingError
 from vidsieve.io.bounded import read_bytes
 from vidsieve.io.limits import Limits

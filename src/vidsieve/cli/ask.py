@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from vidsieve import registry
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import OutputError, VideoError
 from vidsieve.io.limits import Limits
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 def ask(
     video: Annotated[Path, typer.Argument(help="A video file.")],
     question: Annotated[str, typer.Argument(help="What to ask.")],
-    model: shared.Model = None,
+    model: options.Model = None,
     method: Annotated[
         str,
         typer.Option(
@@ -45,17 +45,17 @@ def ask(
         str | None,
         typer.Option(help="Folder of the policy, or OWNER/NAME on the hub; 'testbed' for ours.", show_default=False),
     ] = None,
-    retention: Annotated[str | None, shared.retention_option("0.25")] = None,
-    tokens: shared.TokensKept = None,
-    earliest: shared.Earliest = False,
-    max_pixels: shared.MaxPixels = Limits.pixels,
-    frames: shared.Frames = None,
-    fps: shared.Fps = None,
-    layout: shared.Layout = None,
-    positions: shared.Positions = None,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = None,
-    max_new_tokens: shared.NewTokens = 64,
+    retention: Annotated[str | None, options.retention_option("0.25")] = None,
+    tokens: options.TokensKept = None,
+    earliest: options.Earliest = False,
+    max_pixels: options.MaxPixels = Limits.pixels,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    layout: options.Layout = None,
+    positions: options.Positions = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
+    max_new_tokens: options.NewTokens = 64,
     against: Annotated[
         bool, typer.Option("--against", help="Of one method: show the answer and the times with all tokens too.")
     ] = False,
@@ -66,7 +66,7 @@ def ask(
     picture: Annotated[
         Path | None,
         typer.Option(
-            help=f"Write a picture of the kept tokens here: {', '.join(shared.PICTURES)}.", show_default=False
+            help=f"Write a picture of the kept tokens here: {', '.join(output.PICTURES)}.", show_default=False
         ),
     ] = None,
     overlay: Annotated[
@@ -80,23 +80,23 @@ def ask(
             min=0,
         ),
     ] = 0,
-    seed: shared.Seed = 0,
-    threads: shared.Threads = 0,
-    report: shared.Report = None,
-    figures: shared.Figures = None,
-    json: shared.Json = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    report: options.Report = None,
+    figures: options.Figures = None,
+    json: options.Json = None,
 ) -> None:
     """Ask a question about a video; show what each method kept and where the time went."""
     if not os.path.exists(video) and os.path.isfile(question):
         raise VideoError(f"'{video}' does not exist, and the question is a file: the video comes first")
     check_file(video)
-    amount = parse_budget(shared.budget_asked(retention, tokens) or "0.25")
-    shared.check_question(question)
-    shared.check_output(json, reads=[video])
-    shared.check_output(picture, shared.PICTURES, [video])
-    shared.check_output(overlay, shared.MOVIE, [video])
-    shared.check_output(report, shared.PAGE, [video])
-    names = shared.words(method)
+    amount = parse_budget(options.budget_asked(retention, tokens) or "0.25")
+    options.check_question(question)
+    output.check_output(json, reads=[video])
+    output.check_output(picture, output.PICTURES, [video])
+    output.check_output(overlay, output.MOVIE, [video])
+    output.check_output(report, output.PAGE, [video])
+    names = options.words(method)
     for name in names:
         registry.check_known(name)
     several = len(names) > 1 or names == ["all"]
@@ -120,9 +120,9 @@ def ask(
 
     shared.quiet()
     clock = answering.Clock()
-    reading = shared.frames_asked(frames, fps)
+    reading = options.frames_asked(frames, fps)
     loaded = None if reading is None else answering.read(video, clock, **reading)
-    model = shared.named_model(model or ("testbed" if loaded is not None and is_scene(loaded) else None))
+    model = options.named_model(model or ("testbed" if loaded is not None and is_scene(loaded) else None))
     chosen: dict[str, Compressor] = {}
     if several:
         chosen = named_methods(names, model, earliest=earliest)
@@ -130,13 +130,13 @@ def ask(
         chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
     if loaded is None:
-        loaded = answering.read(video, clock, **shared.frames_by_rule(str(frames), fps, list(chosen.values())))
+        loaded = answering.read(video, clock, **options.frames_by_rule(str(frames), fps, list(chosen.values())))
     network, processor = shared.load_model(model, layout, dtype, device, positions)
     notes = list(loaded.notes)
     if loading.is_testbed(model) and (warning := toy_warning(loaded, question, processor)):
         notes.append(warning)
     for note in notes:
-        shared.out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        output.out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
     request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
     if several:
         result, kept, sections = _compared(request, chosen, repeats or 3)
@@ -144,12 +144,12 @@ def ask(
         result, kept, sections = _answered(request, next(iter(chosen.values()), None), clock, contributions, against)
     if kept is not None:
         grid, indices = kept
-        shared.write_pictures(loaded, grid, indices, question, picture, overlay)
+        output.write_pictures(loaded, grid, indices, question, picture, overlay)
     elif picture is not None:
-        shared.out.print("picture: none, as no method of the list could run")
+        output.out.print("picture: none, as no method of the list could run")
     about = {"device": str(network.device), "dtype": str(network.dtype).removeprefix("torch.")}
     lead = "\n".join([f"video {video.name}, model {model}, {', '.join(about.values())}", *notes])
-    shared.write_report(report, question, sections, lead, figures)
+    output.write_report(report, question, sections, lead, figures)
     asked = {
         "video": str(video),
         "question": question,
@@ -158,7 +158,7 @@ def ask(
         **about,
         "notes": notes,
     }
-    shared.write_json(json, result | asked)
+    output.write_json(json, result | asked)
 
 
 @dataclass(frozen=True)
@@ -206,19 +206,19 @@ def _answered(
 
     reading = dict(clock.ms)
     result = asked(method, clock)
-    shared.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
+    output.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     if not result.text:
-        shared.err.print("note: the answer is empty, the model ended it at once")
+        output.err.print("note: the answer is empty, the model ended it at once")
     before, after = result.prompt_tokens
     kept = ", ".join(
         f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}" for t in result.traces
     )
-    shared.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
-    shared.out.print(times(result.ms), highlight=False)
+    output.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
+    output.out.print(times(result.ms), highlight=False)
     further = {}
     if against:
         whole = asked(None, answering.Clock(reading))
-        shared.out.print(f"against all tokens: [bold]{escape(whole.text)}[/]; {times(whole.ms)}", highlight=False)
+        output.out.print(f"against all tokens: [bold]{escape(whole.text)}[/]; {times(whole.ms)}", highlight=False)
         further["against"] = whole.as_dict() | {"ms": spent(whole.ms)}
     measured = _contributions(request, contributions) if contributions else None
     given = result.scores[0] if result.scores else None

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
+from vidsieve.cli.options import (
     Device,
     Dtype,
     Earliest,
@@ -23,15 +22,12 @@ from vidsieve.cli.shared import (
     NewTokens,
     Retention,
     Threads,
-    check_output,
-    err,
     frames_by_rule,
     named_model,
-    out,
-    quiet,
-    set_threads,
-    stoppable,
 )
+from vidsieve.cli.output import check_output, err, out
+from vidsieve.cli.progress import Bar
+from vidsieve.cli.shared import quiet, set_threads, stoppable
 from vidsieve.errors import ModelError, OutputError
 from vidsieve.io.limits import Limits
 from vidsieve.io.stopping import stop_on_signal

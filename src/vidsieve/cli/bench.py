@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vidsieve import registry
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.errors import EvaluationError
 from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
@@ -24,7 +24,7 @@ def bench(
     video: Annotated[
         Path | None, typer.Argument(help="A video file; default: a generated moving picture.", show_default=False)
     ] = None,
-    model: Annotated[str, typer.Option(help=shared.MODEL)] = "testbed",
+    model: Annotated[str, typer.Option(help=options.MODEL)] = "testbed",
     random_weights: Annotated[
         str | None,
         typer.Option(help="A published size instead, with random weights, such as qwen2.5-vl-7b.", show_default=False),
@@ -35,7 +35,7 @@ def bench(
     retention: Annotated[
         str, typer.Option("--retention", help="Fractions kept, or counts as 512t, comma-separated.")
     ] = "0.25,0.1",
-    earliest: shared.Earliest = False,
+    earliest: options.Earliest = False,
     lengths: Annotated[
         str, typer.Option(help="Comma-separated frame counts; a repeated value is weighted accordingly.")
     ] = "16,32",
@@ -45,17 +45,17 @@ def bench(
     attention: Annotated[
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
-    layout: shared.Layout = None,
-    dtype: Annotated[str, shared.dtype_option(default="float32")] = "float32",
-    device: shared.Device = "auto",
+    layout: options.Layout = None,
+    dtype: Annotated[str, options.dtype_option(default="float32")] = "float32",
+    device: options.Device = "auto",
     folder: Annotated[
         Path | None,
         typer.Option("--out", help="Folder of the run, which the same command resumes.", show_default=False),
     ] = None,
-    seed: shared.Seed = 0,
-    threads: shared.Threads = 0,
-    report: shared.Report = None,
-    json: shared.Json = None,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    report: options.Report = None,
+    json: options.Json = None,
 ) -> None:
     """Time every part from the file to the answer, methods in turns with all tokens, random and downsample."""
     if str(video) in ("pipeline", "select"):
@@ -64,16 +64,16 @@ def bench(
         )
     if context.args:
         raise EvaluationError(f"one video at a time: leave {' '.join(context.args)} out")
-    shared.check_output(json, reads=[video])
-    shared.check_output(report, shared.PAGE, [video])
+    output.check_output(json, reads=[video])
+    output.check_output(report, output.PAGE, [video])
     if video is not None:
         check_file(video)
-    counts = [_count(word, "--lengths") for word in shared.words(lengths)]
-    amounts = [parse_budget(word) for word in shared.words(retention)]
+    counts = [_count(word, "--lengths") for word in options.words(lengths)]
+    amounts = [parse_budget(word) for word in options.words(retention)]
     size = [_count(word, "--clip") for word in clip.split("x")]
     if len(size) != 3 or not counts or not amounts:
         raise EvaluationError("give --lengths as 16,32, --retention as 0.25,0.1 and --clip as 640x360x10")
-    names = shared.words(methods)
+    names = options.words(methods)
     names = [*(name for name in ("random", "downsample") if name not in names), *names]
     for name in names:
         registry.check_known(name)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from vidsieve import registry
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.errors import EvaluationError
 from vidsieve.io.files import writing
 from vidsieve.io.journal import shard_path
@@ -32,9 +32,9 @@ def calibrate(
         float, typer.Option(help="Accuracy that may be lost on average over videos; 0.01: one point.", min=0, max=1)
     ] = 0.01,
     confidence: Annotated[float, typer.Option(help="Chance that the bound holds.", min=0, max=1)] = 0.9,
-    model: shared.Model = None,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = None,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
     frames: Annotated[
         str, typer.Option(help="Frames taken evenly from each video; with --tokens several numbers, as 16,64,256.")
     ] = "32",
@@ -45,7 +45,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    positions: shared.Positions = None,
+    positions: options.Positions = None,
     answer: Annotated[
         str, typer.Option(help="'generate' text and read its letter, or 'choice': the likeliest letter.")
     ] = "generate",
@@ -57,10 +57,10 @@ def calibrate(
         Path | None,
         typer.Option("--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate"),
     ] = None,
-    max_pixels: shared.MaxPixels = Limits.pixels,
-    threads: shared.Threads = 0,
-    max_row: shared.MaxRow = Limits.row,
-    json: shared.Json = None,
+    max_pixels: options.MaxPixels = Limits.pixels,
+    threads: options.Threads = 0,
+    max_row: options.MaxRow = Limits.row,
+    json: options.Json = None,
 ) -> None:
     """Fit a rule from a video's scores to its retention, and bound what it loses, for --retention calibrated.
 
@@ -72,13 +72,13 @@ def calibrate(
     counts, kept = _counts("--frames", frames), _counts("--tokens", tokens or "")
     if len(counts) != 1 and not kept:
         raise EvaluationError(f"--frames {frames} are several numbers: give --tokens too, to measure --frames auto")
-    model = shared.named_model(model)
+    model = options.named_model(model)
     registry.check_known(method)
-    shared.check_output(json, reads=[data])
-    shared.check_output(save, reads=[data])
+    output.check_output(json, reads=[data])
+    output.check_output(save, reads=[data])
     folder = folder or Path("runs/calibrate")
-    shared.check_output(folder / "run.json")
-    shared.check_free(shard_path(folder, (0, 1)))
+    output.check_output(folder / "run.json")
+    output.check_free(shard_path(folder, (0, 1)))
     shared.set_threads(threads)
     from msgspec import to_builtins
 
@@ -119,13 +119,13 @@ def calibrate(
         suffix = f":{where}"
     if isinstance(rule, FrameRule):
         best = ", ".join(f"{rule.frames_for(count)} for {count} tokens" for count in rule.tokens)
-        shared.out.print(
+        output.out.print(
             f"Frames to read: {best}.\nsaved: {where}; use it with --tokens {rule.tokens[-1]} --frames auto{suffix}",
             markup=False,
             soft_wrap=True,
         )
         return
-    shared.out.print(
+    output.out.print(
         f"The rule keeps {percent(rule.retention)} of the tokens on average and loses {100 * rule.loss:.2f} points "
         f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
         f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
@@ -138,7 +138,7 @@ def calibrate(
 
 def _counts(option: str, text: str) -> list[int]:
     """Return the whole numbers of a comma-separated list, ascending, each once."""
-    words = shared.words(text)
+    words = options.words(text)
     if not all(word.isdigit() and int(word) > 0 for word in words):
         raise EvaluationError(f"{option} takes whole numbers from 1 on, as 16,64; got {text!r}")
     return sorted({int(word) for word in words})

@@ -10,29 +10,10 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.annotate import annotate
+from vidsieve.cli.options import Device, Dtype, Json, MaxPixels, MaxRow, Share, Threads, named_model, parse_share
+from vidsieve.cli.output import PICTURES, check_free, check_output, err, out, table, write_json
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import (
-    PICTURES,
-    Device,
-    Dtype,
-    Json,
-    MaxPixels,
-    MaxRow,
-    Share,
-    Threads,
-    check_free,
-    check_output,
-    err,
-    load_model,
-    named_model,
-    out,
-    parse_share,
-    quiet,
-    set_threads,
-    stoppable,
-    table,
-    write_json,
-)
+from vidsieve.cli.shared import load_model, quiet, set_threads, stoppable
 from vidsieve.errors import TrainingError, UnknownNameError
 from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import shard_path

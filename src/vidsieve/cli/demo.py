@@ -12,19 +12,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import (
-    Json,
-    Threads,
-    check_output,
-    err,
-    load_model,
-    out,
-    quiet,
-    run_task,
-    set_threads,
-    table,
-    write_json,
-)
+from vidsieve.cli.options import Json, Threads
+from vidsieve.cli.output import check_output, err, out, table, write_json
+from vidsieve.cli.shared import load_model, quiet, run_task, set_threads
 from vidsieve.retention import parse_retention
 
 _EXAMPLES = 3

@@ -7,7 +7,8 @@ from dataclasses import asdict
 
 import typer
 
-from vidsieve.cli.shared import Json, check_output, out, write_json
+from vidsieve.cli.options import Json
+from vidsieve.cli.output import check_output, out, write_json
 
 
 def doctor(json: Json = None) -> None:

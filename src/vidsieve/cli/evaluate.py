@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vidsieve import registry
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.errors import EvaluationError, RetentionError, UnknownNameError
 from vidsieve.io.journal import shard_path
 from vidsieve.io.limits import Limits
@@ -61,7 +61,7 @@ def evaluate(
             help="Fractions of video tokens kept, or counts as 512t.", show_default="0.25,0.1; testbed: also 0.05"
         ),
     ] = None,
-    tokens: shared.TokensKept = None,
+    tokens: options.TokensKept = None,
     frames: Annotated[
         str | None,
         typer.Option(
@@ -124,7 +124,7 @@ def evaluate(
         bool,
         typer.Option("--probes", help="Also ask question-aware methods another question.", rich_help_panel=SCENES),
     ] = False,
-    earliest: shared.Earliest = False,
+    earliest: options.Earliest = False,
     folder: Annotated[
         Path | None,
         typer.Option(
@@ -133,17 +133,17 @@ def evaluate(
             show_default="runs/eval/TASK; testbed: none",
         ),
     ] = None,
-    share: shared.Share = None,
-    layout: Annotated[str | None, shared.layout_option(SETS)] = None,
-    positions: shared.Positions = None,
-    device: Annotated[str, shared.device_option(SETS)] = "auto",
-    dtype: Annotated[str | None, shared.dtype_option(SETS)] = None,
+    share: options.Share = None,
+    layout: Annotated[str | None, options.layout_option(SETS)] = None,
+    positions: options.Positions = None,
+    device: Annotated[str, options.device_option(SETS)] = "auto",
+    dtype: Annotated[str | None, options.dtype_option(SETS)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of what is drawn.", show_default="0; testbed: 9001")] = None,
-    max_pixels: shared.MaxPixels = Limits.pixels,
-    threads: shared.Threads = 0,
-    max_row: shared.MaxRow = Limits.row,
-    report: shared.Report = None,
-    json: shared.Json = None,
+    max_pixels: options.MaxPixels = Limits.pixels,
+    threads: options.Threads = 0,
+    max_row: options.MaxRow = Limits.row,
+    report: options.Report = None,
+    json: options.Json = None,
 ) -> None:
     """Measure methods side by side, beside the model with all tokens: accuracy with errors clustered by video."""
     if task == "open":
@@ -154,26 +154,26 @@ def evaluate(
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise EvaluationError(f"--{name.replace('_', '-')} means nothing for {task}: leave it out")
-    retention = shared.budget_asked(retention, tokens)
-    options = {"methods": methods, "retention": retention, "seed": seed, "subset": subset, "model": model}
+    retention = options.budget_asked(retention, tokens)
+    asked = {"methods": methods, "retention": retention, "seed": seed, "subset": subset, "model": model}
     given: dict[str, Any] = (TESTBED if task == "testbed" else BENCHMARK) | {
-        name: value for name, value in options.items() if value is not None
+        name: value for name, value in asked.items() if value is not None
     }
-    for name in shared.words(given["methods"]):
+    for name in options.words(given["methods"]):
         registry.check_known(name)
-    shared.check_output(json, reads=[data])
-    shared.check_output(report, shared.PAGE, [data])
+    output.check_output(json, reads=[data])
+    output.check_output(report, output.PAGE, [data])
     if task == "testbed":
         if data is not None:
             raise EvaluationError(f"testbed makes its own scenes: leave {data} out")
-        shard = shared.parse_share(share, folder is not None)
+        shard = options.parse_share(share, folder is not None)
     else:
         if data is None:
             raise EvaluationError(f"DATA is missing: give the folder of {task}, or a file of questions")
-        shard, folder = shared.parse_share(share), folder or Path("runs/eval", task)
-        shared.check_output(folder / "run.json")
+        shard, folder = options.parse_share(share), folder or Path("runs/eval", task)
+        output.check_output(folder / "run.json")
     if folder is not None:
-        shared.check_free(shard_path(folder, shard))
+        output.check_free(shard_path(folder, shard))
     shared.set_threads(threads)
     if data is None:
         what, conditions = _testbed(given, world, probes, earliest)
@@ -206,7 +206,7 @@ def _testbed(given: Mapping[str, Any], world: str, probes: bool, earliest: bool)
     """Return the testbed's questions, and every method at every retention; `full` and `random` are always there."""
     if given["subset"] < 2:
         raise EvaluationError("on the testbed, --questions is a whole number from 2 on")
-    ratios, names = parse_retentions(given["retention"]), shared.words(given["methods"])
+    ratios, names = parse_retentions(given["retention"]), options.words(given["methods"])
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import check_prefill, named_methods
     from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
@@ -245,10 +245,10 @@ def _questions(
     dtype: str | None,
 ) -> tuple[Task, Sequence[Condition]]:
     """Return a published set of questions, and every method at every retention and number of frames."""
-    asked = [parse_frames(word) for word in shared.words(frames)]
+    asked = [parse_frames(word) for word in options.words(frames)]
     counts = [count for count in asked if isinstance(count, int)]
     rules = [rule for rule in asked if not isinstance(rule, int)]
-    amounts = [parse_budget(word) for word in shared.words(given["retention"])]
+    amounts = [parse_budget(word) for word in options.words(given["retention"])]
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames, as 16 or 16,auto")
     from vidsieve.adapters.pruning import adapter_for
@@ -257,12 +257,12 @@ def _questions(
     from vidsieve.evaluation.protocols import protocol as protocol_of
     from vidsieve.evaluation.tasks.questions import QuestionsTask, items_of
 
-    model, names = given.get("model"), shared.words(given["methods"])
+    model, names = given.get("model"), options.words(given["methods"])
     if protocol is not None:
         fixed = protocol_of(protocol)
         counts, tokens_per_frame, model = [fixed.frames], fixed.tokens_per_frame, model or fixed.model
         layout = layout or fixed.layout
-    model = shared.named_model(model)
+    model = options.named_model(model)
     benchmark = registry.benchmarks.get(name)
     items = items_of(
         benchmark,
@@ -270,7 +270,7 @@ def _questions(
         subset=given.get("subset"),
         seed=given["seed"],
         allow_missing=allow_missing,
-        note=lambda text: shared.err.print(f"note: {text}", markup=False, soft_wrap=True),
+        note=lambda text: output.err.print(f"note: {text}", markup=False, soft_wrap=True),
     )
     shared.quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]

@@ -24,7 +24,9 @@ from vidsieve.cli import report as report_command
 from vidsieve.cli import serve as serve_command
 from vidsieve.cli import stream as stream_command
 from vidsieve.cli import ui as ui_command
-from vidsieve.cli.shared import Json, check_output, err, moved, out, table, write_json
+from vidsieve.cli.options import Json
+from vidsieve.cli.output import check_output, err, out, table, write_json
+from vidsieve.cli.shared import moved
 from vidsieve.errors import PluginError, VidsieveError
 from vidsieve.io import faults
 

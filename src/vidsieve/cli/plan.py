@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from vidsieve.cli.shared import Json, Layout, check_output, out, positive, quiet, table, write_json
+from vidsieve.cli.options import Json, Layout, positive
+from vidsieve.cli.output import check_output, out, table, write_json
+from vidsieve.cli.shared import quiet
 from vidsieve.errors import EvaluationError
 from vidsieve.io.texts import percent
 from vidsieve.retention import parse_retentions

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from vidsieve.cli.shared import err
+from vidsieve.cli.output import err
 
 SHOWN = (
     ("reward", "reward"),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli import shared
+from vidsieve.cli import options, output
 from vidsieve.io.files import locked
 
 
@@ -17,12 +17,12 @@ def report(
     videos: Annotated[
         int, typer.Option(help="Also show kept tokens on the first N videos, of a run with --indices.", min=0)
     ] = 0,
-    figures: shared.Figures = None,
+    figures: options.Figures = None,
 ) -> None:
     """Write the page of a finished run from its folder; nothing is measured again."""
-    shared.check_output(page, shared.PAGE)
+    output.check_output(page, output.PAGE)
     from vidsieve.report.runs import run_page
 
     with locked(page):
         title, sections = run_page(folder, videos)
-        shared.write_report(page, title, lambda: sections, f"Run: {folder}", figures)
+        output.write_report(page, title, lambda: sections, f"Run: {folder}", figures)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import out
+from vidsieve.cli.output import out
 from vidsieve.errors import ModelError, PluginError, UnsupportedCallError
 from vidsieve.io.hub import is_repository
 from vidsieve.retention import budget_text, parse_budget

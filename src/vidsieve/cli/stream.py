@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from vidsieve.cli import shared
+from vidsieve.cli import options, output, shared
 from vidsieve.cli.progress import Bar
 from vidsieve.errors import StreamError
 from vidsieve.retention import Calibration, parse_budget
@@ -34,9 +34,9 @@ def stream(
             show_default=False,
         ),
     ] = None,
-    model: shared.Model = None,
-    device: shared.Device = "auto",
-    dtype: shared.Dtype = None,
+    model: options.Model = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = None,
     method: Annotated[
         str,
         typer.Option(help="What tokens stay: a method that scores, name:variant, a policy, random, uniform or recent."),
@@ -49,20 +49,20 @@ def stream(
     retention: Annotated[
         str, typer.Option(help="Fraction of the tokens in memory that the reader keeps, or a count such as 512t.")
     ] = "0.25",
-    fps: Annotated[float, typer.Option(help="Frames per second.", callback=shared.positive)] = 1.0,
-    layout: shared.Layout = None,
-    positions: shared.Positions = None,
-    max_new_tokens: shared.NewTokens = 64,
-    seed: shared.Seed = 0,
-    threads: shared.Threads = 0,
-    json: shared.Json = None,
+    fps: Annotated[float, typer.Option(help="Frames per second.", callback=options.positive)] = 1.0,
+    layout: options.Layout = None,
+    positions: options.Positions = None,
+    max_new_tokens: options.NewTokens = 64,
+    seed: options.Seed = 0,
+    threads: options.Threads = 0,
+    json: options.Json = None,
 ) -> None:
     """Ask questions about a video while it is read; only its best tokens are remembered.
 
     Without --question the video plays at its own speed, and lines that you type are asked as they come.
     """
     check_file(video)
-    shared.check_output(json, reads=[video])
+    output.check_output(json, reads=[video])
     budget = parse_budget(retention)
     if isinstance(budget, Calibration):
         raise StreamError("a reader has a retention or a count, and no calibrated one: give --retention 0.25")
@@ -76,7 +76,7 @@ def stream(
 
     shared.quiet()
     first = read_video(video, frames=1)
-    model = shared.named_model(model or ("testbed" if is_scene(first) else None))
+    model = options.named_model(model or ("testbed" if is_scene(first) else None))
     toy = loading.is_testbed(model)
     chosen: Any = method if method in BASELINES else method_for(method, model)
     chooser = method_for(reader, model).with_retention(budget) if reader else None
@@ -86,15 +86,15 @@ def stream(
 
     def ask(text: str, second: float) -> None:
         if toy and (warning := toy_warning(first, text, processor)):
-            shared.err.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+            output.err.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
         result = watched.ask(text, max_new_tokens=max_new_tokens)
-        shared.out.print(f"{second:g} s: [bold]{escape(result.text)}[/]", highlight=False)
-        shared.out.print(f"  {result.memory}", highlight=False)
+        output.out.print(f"{second:g} s: [bold]{escape(result.text)}[/]", highlight=False)
+        output.out.print(f"  {result.memory}", highlight=False)
         answers.append({"question": text, "second": second, **result.as_dict()})
 
     live, second = not waiting, 0.0
     if live:
-        shared.err.print("playing: type a question and press Enter; Ctrl-D ends the questions")
+        output.err.print("playing: type a question and press Enter; Ctrl-D ends the questions")
     typed, begun = _typed() if live else SimpleQueue(), time.monotonic()
     bar: AbstractContextManager[Any] = nullcontext() if live else Bar("frames")
     with bar as advance:
@@ -117,7 +117,7 @@ def stream(
     if live:
         for text in iter(typed.get, None):
             ask(text, second)
-    shared.write_json(json, {"video": str(video), "model": model, "memory": memory, "answers": answers})
+    output.write_json(json, {"video": str(video), "model": model, "memory": memory, "answers": answers})
 
 
 def _timed(text: str) -> tuple[float, str]:
@@ -129,7 +129,7 @@ def _timed(text: str) -> tuple[float, str]:
         if re.fullmatch(r"[\d:., ]+[a-z]*", head):
             raise StreamError(f"a question's time is a number of seconds, as 90=what ?; got {head!r}") from None
         second, words = math.inf, text
-    shared.check_question(words)
+    options.check_question(words)
     if not second >= 0:
         raise StreamError(f"a question is asked at 0 seconds or later, got {head}")
     return second, words

@@ -8,8 +8,10 @@ from typing import Annotated
 
 import typer
 
+from vidsieve.cli.options import Json
+from vidsieve.cli.output import check_output, out, write_json
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import Json, check_output, moved, out, write_json
+from vidsieve.cli.shared import moved
 from vidsieve.errors import OutputError
 from vidsieve.io.files import locked
 

@@ -14,29 +14,10 @@ import typer
 from rich.markup import escape
 from typer.models import OptionInfo
 
+from vidsieve.cli.options import MODEL, Device, Json, MaxPixels, MaxRow, Report, Threads, named_model, words
+from vidsieve.cli.output import PAGE, check_free, check_output, err, out, table, write_json, write_report
 from vidsieve.cli.progress import Progress
-from vidsieve.cli.shared import (
-    MODEL,
-    PAGE,
-    Device,
-    Json,
-    MaxPixels,
-    MaxRow,
-    Report,
-    Threads,
-    check_free,
-    check_output,
-    err,
-    load_model,
-    named_model,
-    out,
-    quiet,
-    set_threads,
-    table,
-    words,
-    write_json,
-    write_report,
-)
+from vidsieve.cli.shared import load_model, quiet, set_threads
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import METRICS
 from vidsieve.io.limits import Limits

@@ -15,19 +15,9 @@ from typing import Annotated
 
 import typer
 
-from vidsieve.cli.shared import (
-    MODEL,
-    Device,
-    Dtype,
-    MaxPixels,
-    Threads,
-    err,
-    load_model,
-    out,
-    quiet,
-    set_threads,
-    words,
-)
+from vidsieve.cli.options import MODEL, Device, Dtype, MaxPixels, Threads, words
+from vidsieve.cli.output import err, out
+from vidsieve.cli.shared import load_model, quiet, set_threads
 from vidsieve.errors import OutputError, PluginError
 from vidsieve.io.limits import Limits
 from vidsieve.registry import check_known
