@@ -1,7 +1,7 @@
 """Calibrated retention on the testbed: how often the bound holds, and how many tokens it saves.
 
 `--gather` answers every question at every step of the ladder and writes an .npz file per world; without it these files
-are split by scene 200 times: each split calibrates a rule on 60 % of its scenes and measures it on the others.
+are split by scene 200 times: each split calibrates a rule on three quarters of its scenes and measures it on the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vidsieve.loading import load_model
 from vidsieve.report.pictures import new_figure, save
 from vidsieve.retention import FEATURES
 
-SPLITS, TEST_SHARE = 200, 0.4
+SPLITS, TEST_SHARE = 200, 0.25
 TOLERANCES, CONFIDENCE = (0.01, 0.02, 0.05), 0.9
 
 
@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--gather", nargs=2, metavar=("METHOD", "WORLD"))
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--seed", type=int, default=9501)
-    parser.add_argument("--questions", type=int, default=12_000, help="of 512 scenes")
+    parser.add_argument("--questions", type=int, default=16_400, help="of 700 scenes: 525 calibrate")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path, help="also draw loss against retention, .png")
     given = parser.parse_args()

@@ -20,7 +20,7 @@ from vidsieve.io.texts import percent
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
-RETENTIONS = (0.4, 0.25, 0.15, 0.1, 0.05)
+RETENTIONS = (0.4, 0.25, 0.1, 0.05, 0.025)
 PIPELINES = ("llava-onevision-0.1b", "qwen2.5-vl-0.1b")
 GPU = "gpu_scale_h100"
 SOURCES = ("methods", "selecting", "retention", "open", "learning", GPU, *(f"pipeline_{name}" for name in PIPELINES))
@@ -29,14 +29,14 @@ ABOUT = ("README", "open", "pipeline", "leaderboard")
 """Pages other than those of methods."""
 REFERENCES = {
     "full": "all tokens",
-    "first_look": "layer 0's attention from the question, untrained",
+    "first_look": "the question's queries and keys on the LLM's inputs, untrained",
     "question_oracle": "oracle: knows which objects are asked about",
 }
 BESIDE = {"cacovid": ("full", "first_look"), "score": ("full",)}
 """By page: rows of `REFERENCES` that belong beside the method's own; `full` beside all."""
 BESIDE |= {f"train-{name}": (*rows, "question_oracle") for name, rows in BESIDE.items()}
 FORMER = {"A": "dense", "B": "dense-b"}
-"""By its former name, a world of results that were measured on the testbed's shallow model with its former policies."""
+"""By its former name, a world of results that were measured earlier."""
 
 Results = dict[str, dict[str, Any]]
 Condition = tuple[str, str]
@@ -85,22 +85,23 @@ def accuracy_cell(row: dict[str, Any] | None) -> str:
 
 def accuracy(page: str, name: str, result: dict[str, Any]) -> Iterator[str]:
     """Yield the lines about accuracy on the testbed."""
-    worlds = result.get("worlds", {})
-    asked = " and ".join(f"{world['questions']:,} of world {FORMER.get(key, key)}" for key, world in worlds.items())
+    worlds = {key.split()[1]: found for key, found in result.get("tables", {}).items()}
+    asked = ", ".join(f"{world['questions']:,} of world {key}" for key, world in worlds.items())
     yield (
-        "**Accuracy on the testbed**, a synthetic world with a tiny model trained on it: it says nothing about real "
-        f"videos ([accuracy.md](../accuracy.md)). Share of questions answered correctly ({asked or 'none yet'}) ± its "
-        "standard error, clustered by scene; in brackets the paired difference to `random`."
-        + (" The model is `testbed:shallow`, with its former policies." if worlds.keys() & FORMER.keys() else "")
+        "**Accuracy on the testbed**, a synthetic world with a tiny model of eight layers trained on it: it says "
+        "nothing about real videos ([accuracy.md](../accuracy.md)). Share of questions answered correctly "
+        f"({asked or 'none yet'}) ± its standard error, clustered by scene; in brackets the paired difference to "
+        "`random`."
     )
     yield ""
     wanted = conditions(name, worlds) + [(other, "-") for other in BESIDE.get(page, ("full",))]
     rows = []
     for key, world in worlds.items():
         by = {(row["method"], row["variant"], row["retention"]): row for row in world["rows"]}
+        by |= {(method, "-", at): row for (method, _, at), row in by.items() if method in REFERENCES}
         for method, variant in wanted:
             at = [by.get((method, variant, 1.0 if method == "full" else ratio)) for ratio in RETENTIONS]
-            rows.append([f"{FORMER.get(key, key)}: {label(name, method, variant)}", *map(accuracy_cell, at)])
+            rows.append([f"{key}: {label(name, method, variant)}", *map(accuracy_cell, at)])
     yield from table(["kept", *map(percent, RETENTIONS)], rows)
     yield ""
     variants = [v for v in registry.compressors.get(name).variants if (name, v) not in wanted]
