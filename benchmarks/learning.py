@@ -225,7 +225,8 @@ def interval(estimate: Estimate) -> dict[str, Any]:
 def compared(data: dict[str, Any]) -> dict[str, Any]:
     """Return accuracy of every row and its paired differences to random, the best untrained method, oracle and full."""
     marks, clusters = data["marks"], data["clusters"]
-    free = [name for name in registry.compressors if not registry.compressors.get(name).trained]
+    every = {name: registry.compressors.get(name) for name in registry.compressors}
+    free = [f"{name}/{method.variants[0]}" for name, method in every.items() if not method.trained]
     rows = []
     for key, values in marks.items():
         method, variant, retention = key.rsplit("/", 2)
@@ -236,7 +237,7 @@ def compared(data: dict[str, Any]) -> dict[str, Any]:
             "other_question": f"{method}[other question]/{variant}/{retention}",
         }
         if retention != "1":
-            there = [key for key in (f"{name}/ours/{retention}" for name in free) if key in marks]
+            there = [key for key in (f"{name}/{retention}" for name in free) if key in marks]
             if there:
                 others["best_training_free"] = max(there, key=lambda name: sum(marks[name]))
             others |= {name: f"{name}/ours/{retention}" for name in TRAINED}
