@@ -123,7 +123,8 @@ def wanted_rows(
 ) -> dict[str, tuple[SceneCondition, str]]:
     """Return (condition, fingerprint) by key: named methods, policies of more trainings, oracles, the first look."""
     chosen: list[tuple[str, Compressor, Path | None]] = [
-        ("", method, None) for method in named_methods(names, model, prefill=True).values()
+        ("", dataclasses.replace(method, inner=False) if hasattr(method, "inner") else method, None)  # type: ignore[call-arg]
+        for method in named_methods(names, model, prefill=True).values()
     ]
     for folder in folders:
         config = read_config(folder)
