@@ -118,6 +118,8 @@ class FrameRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         The fewest frames whose accuracy is at most this much below the best are read.
     videos, questions : int
         Those that accuracies were measured on.
+    model_digest : str
+        Hash of the model, its positions included.
     data, model : str
         Names of the questions and of the model, for information only.
 
@@ -135,6 +137,7 @@ class FrameRule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tolerance: Annotated[float, msgspec.Meta(ge=0, lt=1)]
     videos: Count
     questions: Count
+    model_digest: str
     data: str = ""
     model: str = ""
 

@@ -317,6 +317,10 @@ def test_a_file_of_another_model_method_or_kind_is_refused(tmp_path):
     for wrong, said in ((MOTION, "method"), (other, "policy"), ("recent", "method")):
         with pytest.raises(StreamError, match=f"made with the {said}"):
             Stream.load(path, model, processor, wrong)
+    with pytest.raises(StreamError, match=r"made with the reader none, this is 'divprune \(.*: use the same"):
+        Stream.load(
+            path, model, processor, trained("score", "qwen2_5_vl"), reader=vidsieve.load("divprune", retention=0.5)
+        )
     with pytest.raises(StreamError, match="made with the family"):
         Stream.load(path, FAMILIES["qwen3_vl"](), processor_for("qwen3_vl"), "recent")
     broken = bytearray(path.read_bytes())
@@ -335,8 +339,8 @@ def test_a_file_of_another_model_method_or_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("compressor", "said"),
     [
-        (trained("sieve", "llava_onevision"), "variant='blind'"),
-        (vidsieve.load("divprune"), "no score for each token"),
+        (trained("sieve", "llava_onevision"), "variant 'blind'"),
+        (vidsieve.load("divprune"), "no score that a frame alone tells"),
         (vidsieve.load("random"), "give its name, 'random'"),
         (vidsieve.load("fastv"), "as the reader"),
         (trained("visionselector", "llava_onevision"), "by the whole video"),

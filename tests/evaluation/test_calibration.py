@@ -309,6 +309,7 @@ def frame_rule(method="vidcom2", variant="ours", **fields):
         "tolerance": 0.01,
         "videos": 5,
         "questions": 20,
+        "model_digest": "abc",
     }
     return FrameRule(method=method, variant=variant, **(known | fields))
 
@@ -340,6 +341,17 @@ def test_frames_are_planned_for_a_method_that_keeps_a_number_of_tokens(tmp_path)
         vidsieve.frames_for(method, frame_rule("score"))
     with pytest.raises(RetentionError, match=r"is not trained: run `vidsieve calibrate --tokens`.*auto:FILE"):
         vidsieve.frames_for(method)
+    assert vidsieve.frames_for(method, frame_rule(), "abc") == 256
+    with pytest.raises(RetentionError, match=r"this is another model.*positions"):
+        vidsieve.frames_for(method, frame_rule(), "other")
+    path = tmp_path / "rule.json"
+    path.write_bytes(msgspec.json.encode(frame_rule()))
+    assert vidsieve.frames_for(method, path) == vidsieve.frames_for(method, str(path)) == 256
+    with pytest.raises(RetentionError, match=r"rule\.json is a rule of frames, and one of retentions is needed"):
+        vidsieve.load("vidcom2", retention=f"calibrated:{path}")
+    path.write_bytes(msgspec.json.encode(rule("vidcom2")))
+    with pytest.raises(RetentionError, match=r"rule\.json is a rule of retentions, and one of frames is needed"):
+        vidsieve.frames_for(method, path)
     folder = tmp_path / "policy"
     shutil.copytree(shipped_policy("score"), folder)
     with pytest.raises(RetentionError, match="no rule saved"):

@@ -129,9 +129,10 @@ def ask(
     elif method != "full":
         chosen = {method: method_for(method, model, policy, **known_fields(method, earliest=earliest))}
     chosen = {name: one.with_retention(amount) for name, one in chosen.items()}
-    if loaded is None:
-        loaded = answering.read(video, clock, **options.frames_by_rule(str(frames), fps, list(chosen.values())))
     network, processor = shared.load_model(model, layout, dtype, device, positions)
+    if loaded is None:
+        planned = options.frames_by_rule(str(frames), fps, list(chosen.values()), network)
+        loaded = answering.read(video, clock, **planned)
     notes = list(loaded.notes)
     if loading.is_testbed(model) and (warning := toy_warning(loaded, question, processor)):
         notes.append(warning)

@@ -55,7 +55,9 @@ def calibrate(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate"),
+        typer.Option(
+            "--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate/NAME"
+        ),
     ] = None,
     max_pixels: options.MaxPixels = Limits.pixels,
     threads: options.Threads = 0,
@@ -76,7 +78,8 @@ def calibrate(
     registry.check_known(method)
     output.check_output(json, reads=[data])
     output.check_output(save, reads=[data])
-    folder = folder or Path("runs/calibrate")
+    name = f"{re.sub('[:/@]', '-', method)}-{'frames' if kept else 'rule'}"
+    folder = folder or Path("runs/calibrate") / name
     output.check_output(folder / "run.json")
     output.check_free(shard_path(folder, (0, 1)))
     shared.set_threads(threads)
@@ -113,14 +116,16 @@ def calibrate(
         save_rule(where, rule)
         suffix = ""
     else:
-        where = save or Path(f"{re.sub('[:/@]', '-', method)}-{'frames' if kept else 'rule'}.json")
+        where = save or Path(f"{name}.json")
         with writing(where) as temporary:
             temporary.write_text(dumps(to_builtins(rule), indent=2) + "\n", encoding="utf-8")
         suffix = f":{where}"
+    more = "" if positions is None else f" --positions {positions}"
     if isinstance(rule, FrameRule):
         best = ", ".join(f"{rule.frames_for(count)} for {count} tokens" for count in rule.tokens)
         output.out.print(
-            f"Frames to read: {best}.\nsaved: {where}; use it with --tokens {rule.tokens[-1]} --frames auto{suffix}",
+            f"Frames to read: {best}.\nsaved: {where}; use it with --tokens {rule.tokens[-1]} --frames auto{suffix}"
+            f"{more}",
             markup=False,
             soft_wrap=True,
         )
@@ -129,8 +134,7 @@ def calibrate(
         f"The rule keeps {percent(rule.retention)} of the tokens on average and loses {100 * rule.loss:.2f} points "
         f"on {rule.videos} videos; with confidence {confidence:g} at most {100 * tolerate:g} points on videos like "
         f"these. The least fixed retention with the same bound is {rule.fixed:g}.\n"
-        f"saved: {where}; use it with --retention calibrated{suffix} --frames {counts[0]}"
-        + ("" if positions is None else f" --positions {positions}"),
+        f"saved: {where}; use it with --retention calibrated{suffix} --frames {counts[0]}{more}",
         markup=False,
         soft_wrap=True,
     )

@@ -251,6 +251,7 @@ def _questions(
     amounts = [parse_budget(word) for word in options.words(given["retention"])]
     if not amounts or not counts:
         raise RetentionError("give at least one retention, as 0.25,0.1, and one number of frames, as 16 or 16,auto")
+    from vidsieve.adapters.fingerprint import model_digest
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.compressors.calibrated import frames_for
     from vidsieve.evaluation.conditions import BASELINES, Condition, conditions_of, label_of, named_methods
@@ -292,11 +293,12 @@ def _questions(
         benchmark, items, adapter, processor, model, answer, fps, max_new_tokens, given["seed"], indices, about
     )
     conditions = conditions_of(methods, amounts, counts)
+    digest = model_digest(adapter.model)
     for rule in rules:
         for amount in amounts:
             for word in names:
                 method = methods[word].with_retention(amount)
-                planned = Condition(method, frames_for(method, rule), label_of(word))
+                planned = Condition(method, frames_for(method, rule, digest), label_of(word))
                 if planned not in conditions:
                     conditions.append(planned)
     return task, conditions

@@ -6,6 +6,7 @@ import inspect
 import io
 import re
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -183,6 +184,11 @@ def print_error(text: str) -> None:
     err.print(f"[bold red]error:[/] {escape(' '.join(text.splitlines()))}", soft_wrap=True, highlight=False)
 
 
+def _note(message: Warning | str, *_: Any) -> None:
+    """Print a warning as commands print their notes, without the line of code that it comes from."""
+    err.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+
+
 def main(app: typer.Typer = app) -> None:
     """Run a command line, and end with its exit code.
 
@@ -194,7 +200,9 @@ def main(app: typer.Typer = app) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # of a terminal whose encoding lacks a character
     try:
-        code = app(prog_name=app.info.name, standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            code = app(prog_name=app.info.name, standalone_mode=False)
         sys.exit(code or int(faults.seen))
     except UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":

@@ -141,7 +141,7 @@ Earliest = Annotated[
 
 def retention_option(default: str | bool = True) -> Any:
     """Return the option ``--retention``; `default` is shown where the command sets it itself."""
-    about = "Fraction of video tokens kept, or a count such as 512t."
+    about = "Fraction of video tokens kept, a count such as 512t, or calibrated[:FILE]."
     return typer.Option("--retention", help=about, show_default=default)
 
 
@@ -210,13 +210,13 @@ def frames_asked(frames: str | None, fps: float | None) -> dict[str, Any] | None
     return {"frames": None, "fps": fps, "max_frames": count}
 
 
-def frames_by_rule(frames: str, fps: float | None, methods: Sequence[Compressor]) -> dict[str, Any]:
+def frames_by_rule(frames: str, fps: float | None, methods: Sequence[Compressor], model: Any = None) -> dict[str, Any]:
     """Return what `answering.read` takes where the rule of the one method decides, and print how many frames it reads.
 
     Raises
     ------
     RetentionError
-        If there is no rule, not exactly one method, or a rate too.
+        If there is no rule, not exactly one method, or a rate too; if the rule is not of `model`, where it is given.
     """
     rule = parse_frames(frames)
     assert not isinstance(rule, int)
@@ -224,9 +224,10 @@ def frames_by_rule(frames: str, fps: float | None, methods: Sequence[Compressor]
         raise RetentionError(f"--frames {frames} is for one method that keeps --tokens: name one with --method")
     if fps is not None:
         raise RetentionError(f"--frames {frames} chooses the frames: leave --fps out")
+    from vidsieve.adapters.fingerprint import model_digest
     from vidsieve.compressors.calibrated import frames_for
 
-    count = frames_for(methods[0], rule)
+    count = frames_for(methods[0], rule, "" if model is None else model_digest(model))
     out.print(
         f"frames: {count}, by the rule of {methods[0].describe()}; the vision encoder's cost grows with them",
         markup=False,

@@ -47,8 +47,11 @@ def stream(
         typer.Option(help="A method that chooses among them for each question.", show_default=False),
     ] = None,
     retention: Annotated[
-        str, typer.Option(help="Fraction of the tokens in memory that the reader keeps, or a count such as 512t.")
-    ] = "0.25",
+        str | None,
+        typer.Option(
+            help="Fraction of the tokens in memory that the reader keeps, or a count such as 512t.", show_default="0.25"
+        ),
+    ] = None,
     fps: Annotated[float, typer.Option(help="Frames per second.", callback=options.positive)] = 1.0,
     layout: options.Layout = None,
     positions: options.Positions = None,
@@ -63,7 +66,9 @@ def stream(
     """
     check_file(video)
     output.check_output(json, reads=[video])
-    budget = parse_budget(retention)
+    if retention is not None and reader is None:
+        raise StreamError("--retention is what a reader keeps of the memory: give --reader too, or leave it out")
+    budget = parse_budget(retention or "0.25")
     if isinstance(budget, Calibration):
         raise StreamError("a reader has a retention or a count, and no calibrated one: give --retention 0.25")
     waiting = sorted((_timed(text) for text in question or ()), key=lambda asked: asked[0])
@@ -112,7 +117,9 @@ def stream(
                     ask(text, second)
             if not live:
                 advance(number, total)
-    for _, text in waiting:
+    for at, text in waiting:
+        if second < at < math.inf:
+            output.err.print(f"note: the video ends at {second:g} s, before {at:g} s", highlight=False)
         ask(text, second)
     if live:
         for text in iter(typed.get, None):

@@ -189,7 +189,7 @@ class Compressor(ABC):
 
     def describe(self) -> str:
         """Return name, variant and budget for traces and tables, and the part if one runs alone."""
-        rate = str(self.retention) if isinstance(self.retention, Tokens) else f"{self.retention:g}"
+        rate = f"{self.retention.count} tokens" if isinstance(self.retention, Tokens) else f"{self.retention:g}"
         part = "outer part, " if self.part == "outer part" else ""
         return f"{self.title} ({part}variant {self.variant}, retention {rate})"
 

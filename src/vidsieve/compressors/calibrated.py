@@ -91,9 +91,10 @@ class Calibrated(Compressor):
         self._check_needs(video)
         seen, (fewest, most) = (video.whole or video.grid).frames, self.rule.frames
         if not fewest <= seen <= most:
+            known = f"{fewest}" if fewest == most else f"{fewest} to {most}"
             warnings.warn(
-                f"the rule was calibrated on videos of {fewest} to {most} frames of the token grid, and this one has "
-                f"{seen}: the bound does not cover it; read as many frames, or run `vidsieve calibrate` for these",
+                f"the rule was calibrated on videos of {known} frames of the token grid, and this one has {seen}: the "
+                "bound does not cover it; read as many frames, or run `vidsieve calibrate` for these",
                 stacklevel=2,
             )
         return self._select(video, 0, generator or torch.Generator().manual_seed(0))
@@ -109,10 +110,10 @@ class Calibrated(Compressor):
 
     def describe(self) -> str:
         """Return name, variant and rule for traces and tables."""
-        return (
-            f"{self.name} (variant {self.variant}, retention calibrated to lose at most {self.rule.tolerance:g} with "
-            f"confidence {self.rule.confidence:g})"
-        )
+        bound = f"to lose at most {self.rule.tolerance:g} with confidence {self.rule.confidence:g}"
+        if self.cap < 1:
+            bound += f", but at most {self.cap:g}: without a bound"
+        return f"{self.name} (variant {self.variant}, retention calibrated {bound})"
 
 
 def calibrated(
@@ -142,19 +143,23 @@ def calibrated(
     )
 
 
-def frames_for(method: Compressor, rule: Calibration | FrameRule | None = None) -> int:
+def frames_for(
+    method: Compressor, rule: Calibration | FrameRule | str | Path | None = None, model_digest: str = ""
+) -> int:
     """Return the number of frames to read for a method that keeps a number of tokens: ``retention=Tokens(512)``.
 
     Parameters
     ----------
-    rule : Calibration or FrameRule, optional
+    rule : Calibration, FrameRule, str or Path, optional
         A rule, or its file; default: the one saved with the method's policy.
+    model_digest : str, optional
+        Hash of the model that will read them.
 
     Raises
     ------
     RetentionError
         If the method's budget is no number of tokens, or one that was not measured; if there is no such rule, or it is
-        of another method or variant.
+        of another method, variant or model.
     """
     budget = method.budget_asked
     if not isinstance(budget, Tokens):
@@ -162,7 +167,14 @@ def frames_for(method: Compressor, rule: Calibration | FrameRule | None = None) 
             f"frames are planned for a number of tokens, and {method.name} keeps {budget_text(budget)}: ask for "
             "Tokens(512), on the command line --tokens 512"
         )
-    return rule_of(method, rule or Calibration(), FrameRule).frames_for(budget.count)
+    given = Calibration(str(rule)) if isinstance(rule, str | Path) else rule or Calibration()
+    found = rule_of(method, given, FrameRule)
+    if model_digest and found.model_digest != model_digest:
+        raise RetentionError(
+            f"frames were measured with {found.model or 'a model'}, and this is another model, or it has another "
+            "precision, layout or positions: run `vidsieve calibrate --tokens` with it, or give --frames a number"
+        )
+    return found.frames_for(budget.count)
 
 
 R = TypeVar("R", Rule, FrameRule)
@@ -195,7 +207,7 @@ def _saved_rule(method: Compressor, calibration: Calibration, kind: type[R]) -> 
         try:
             saved = parsed(read_bytes(path, RetentionError))
         except ValueError as error:
-            raise RetentionError(f"{path} {error}") from None
+            raise RetentionError(f"{path} {error}: give a file that `{command}` has written") from None
     else:
         config = getattr(getattr(method, "policy", None), "config", None)
         where, saved = f"the policy of {method.name}", None
@@ -207,6 +219,10 @@ def _saved_rule(method: Compressor, calibration: Calibration, kind: type[R]) -> 
                 f"{method.name} (variant {method.variant}) {reason}: run `{command}`, and where it writes a file, ask "
                 f"for {word}:FILE"
             )
+    fields = set(saved) if isinstance(saved, dict) else set()
+    if fields & {"ladder", "accuracy"} and not fields & ({"accuracy"} if kind is FrameRule else {"ladder"}):
+        one, other = ("frames", "retentions") if kind is FrameRule else ("retentions", "frames")
+        raise RetentionError(f"{where} is a rule of {other}, and one of {one} is needed, as `{command}` makes it")
     try:
         return msgspec.convert(saved, kind)
     except msgspec.ValidationError as error:

@@ -110,13 +110,14 @@ def accuracy_table(result: Mapping[str, Any]) -> Table:
     figure = ["figure %"] if own else []  # else it is the accuracy
     columns = ["method", *frames, "retention", "mean kept over layers", "kept after the last layer"]
     columns += ["accuracy % ± s.e.", *figure]
-    columns += ["− random, 95 %", "− all tokens, 95 %"]
+    others = [name for name in ("random", "full") if any(row["method"] == name for row in rows)]
+    columns += [{"random": "− random, 95 %", "full": "− all tokens, 95 %"}[name] for name in others]
     cells = []
     for row in rows:
         known = [named(row), *(row[name] for name in frames), row["retention"]]
         kept = [number(row[name], ".4f") for name in ("layer_retention", "real_retention")]
         accuracy = [with_error(row["accuracy"], row["stderr"]), *(number(row.get("figure"), times=100) for _ in figure)]
-        gaps = [row[f"vs_{name}"] if row["method"] != name else None for name in ("random", "full")]
+        gaps = [row[f"vs_{name}"] if row["method"] != name else None for name in others]
         cells.append([*known, *kept, *accuracy, *map(difference, gaps)])
     title, clusters = _title(result)
     notes = [*(f"figure: {result['figure']}" for _ in figure), *few_note(clusters), *_failed(result.get("failed", []))]

@@ -12,6 +12,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.compressors.base import Compressor, ScoreCompressor
+from vidsieve.compressors.calibrated import Calibrated
 from vidsieve.errors import StreamError
 from vidsieve.types import ENCODER_NEEDS, READS_QUESTION, Stage, Tokens, VideoTokens
 
@@ -81,11 +82,13 @@ def check_evictor(adapter: Adapter, compressor: ScoreCompressor | str) -> None:
         raise StreamError(f"{name} chooses in a whole video: for the baseline of streams give its name, {name!r}")
     if READS_QUESTION & compressor.needs:
         other = (
-            "load it with variant='blind'"
+            f"use its variant 'blind' (on the command line {name}:blind)"
             if "blind" in compressor.variants
             else "use one that does not, as score, to evict, and this one as the reader"
         )
         raise StreamError(f"{name} reads the question, which is not known when tokens are evicted: {other}")
+    if isinstance(compressor, Calibrated):
+        raise StreamError(f"{name} is calibrated, and a stream evicts to a number of tokens: load it with a retention")
     if not isinstance(compressor, ScoreCompressor) or compressor.acts is not Stage.PRE_LLM:
         raise StreamError(
             f"{name} gives no score that a frame alone tells of its tokens: evict by one that does, as score or "

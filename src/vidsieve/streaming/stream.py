@@ -27,7 +27,7 @@ from vidsieve.streaming.memory import State, StreamTokens
 from vidsieve.streaming.prompts import blank_prompt, shapes_of_frame, video_of, with_memory
 from vidsieve.types import Stage, TokenGrid, Tokens
 
-FORMAT = 1
+FORMAT = 2
 BATCH = 8
 """Frames that go through the vision encoder at a time, at most."""
 _TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -393,6 +393,7 @@ class Stream:
             "dtype": str(self.adapter.model.dtype),
             "method": method,
             "policy": digest,
+            "reader": "" if self.reader is None else self.reader.describe(),
         }
 
     @classmethod
@@ -405,26 +406,31 @@ class Stream:
         *,
         reader: Compressor | None = None,
     ) -> Self:
-        """Return the stream in a file, to go on with the model and the compressor that it was made with.
+        """Return the stream in a file, to go on with the model, compressor and reader that it was made with.
 
         Raises
         ------
         StreamError
-            If the file is no stream, damaged, of a newer format, or of another model or compressor.
+            If the file is no stream, damaged, of a newer format, or of another model, compressor or reader.
         """
         path = Path(path)
         try:
             header, tensors, _ = load_tensors(path)
         except ValueError as error:
-            raise StreamError(f"{path} is no readable stream ({error!s:.300}): save it again") from None
+            raise StreamError(
+                f"{path} is no saved stream, or damaged ({error!s:.300}): give one of Stream.save"
+            ) from None
         if header.get("kind") != "stream":
             raise StreamError(f"{path} is no stream: give a file of Stream.save")
         if header["format"] > FORMAT:
             raise StreamError(f"{path} is in format {header['format']}, this version reads {FORMAT}: upgrade vidsieve")
         stream = cls(model, processor, compressor, header["memory"], reader=reader, seed=header["seed"])
         for name, mine in stream._identity().items():
+            if name == "reader" and header["format"] == 1:  # not recorded then
+                continue
             if header[name] != mine:
-                raise StreamError(f"{path} was made with the {name} {header[name]!r}, this is {mine!r}: use the same")
+                made, now = (repr(text) if text else "none" for text in (header[name], mine))
+                raise StreamError(f"{path} was made with the {name} {made}, this is {now}: use the same")
         height, width = header["size"]
         stream._size, stream._last_time = (height, width), header["last_time"]
         if header["waiting"]:

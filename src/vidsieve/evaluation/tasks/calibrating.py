@@ -162,6 +162,7 @@ class FramesTask(QuestionsTask):
             tolerance=self.tolerance,
             videos=len(self.units()),
             questions=len(self.items),
+            model_digest=model_digest(self.adapter.model),
             data=self.benchmark.title,
             model=self.model,
         )
