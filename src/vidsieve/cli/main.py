@@ -201,7 +201,7 @@ def main(app: typer.Typer = app) -> None:
             stream.reconfigure(errors="replace")  # of a terminal whose encoding lacks a character
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _note
+            warnings.showwarning = _note  # type: ignore[assignment]
             code = app(prog_name=app.info.name, standalone_mode=False)
         sys.exit(code or int(faults.seen))
     except UsageError as error:
