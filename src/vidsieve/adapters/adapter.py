@@ -17,13 +17,14 @@ from torch import Generator, Tensor
 
 from vidsieve.adapters.decoder_layer import Decoder, block_shape, check_rotary, layer_state
 from vidsieve.adapters.drop import gathered, kept_columns
-from vidsieve.adapters.encoded import Encoded
+from vidsieve.adapters.encoded import Encoded, ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.family import Family, Videos
 from vidsieve.adapters.fingerprint import model_digest, policy_digest
 from vidsieve.adapters.inside.decoding import DecodeRun
 from vidsieve.adapters.inside.hooks import InnerRun
 from vidsieve.adapters.inside.layers import LayerRun
 from vidsieve.adapters.inside.view import place
+from vidsieve.adapters.locate import find_videos
 from vidsieve.adapters.plan import Plan
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import FULL, SLIDING, check_layers, check_model, layer_kinds, synchronise
@@ -87,8 +88,18 @@ class Adapter(Family):
             )
         if not self.holds_video(ids):
             raise PromptError("the prompt has no video placeholder: put the video into the chat message")
-        spans, images = self.locate(ids, inputs, videos, needs, front)
-        whole = mask
+        return self._encoded(inputs, mask, *self.locate(ids, inputs, videos, needs, front))
+
+    def encode_shared(self, inputs: Mapping[str, Any], video: VideoFeatures) -> Encoded:
+        """Return a batch of prompts about one video, encoded already, for a family that counts positions by columns."""
+        spans = find_videos(inputs["input_ids"], self.video_token_id, [video] * len(inputs["input_ids"]))
+        return self._encoded(inputs, inputs["attention_mask"], spans, ())
+
+    def _encoded(
+        self, inputs: Mapping[str, Any], mask: Tensor, spans: tuple[VideoSpan, ...], images: tuple[ImageSpan, ...]
+    ) -> Encoded:
+        """Return a batch whose videos and images are located."""
+        ids, whole = inputs["input_ids"], mask
         for span in spans:
             if not bool(mask[span.row, torch.cat([span.columns, span.tail_columns])].bool().all()):
                 raise UnsupportedCallError("attention_mask hides video tokens: pruning would bring them back")

@@ -25,7 +25,7 @@ from vidsieve.evaluation.conditions import Condition, label_of
 from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.table import Table
 from vidsieve.io.faults import contained
-from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
+from vidsieve.testbed.model import WORD_ID, chat_inputs
 from vidsieve.testbed.questions import Question, make_questions
 from vidsieve.testbed.world import TOKENS, Cast, make_cast, render
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, Stage, Tokens
@@ -286,18 +286,13 @@ def read_scene(
     questions = make_questions(cast, seed, index)[:count]
     inputs = chat_inputs(processor, render(cast, seed, index), [q.text for q in questions])
     pixels = inputs.pop("pixel_values_videos")
-    if front is None:  # one pass through the vision tower serves every question of the scene
-        features = adapter.features({"pixel_values_videos": pixels}, needs)[0]
-        inputs["mm_encoder_outputs"] = {"video": repeated_features(features, len(questions))}
-        encoded = adapter.encode(inputs).with_signals(features)
-    else:
-        inputs["pixel_values_videos"] = pixels.repeat(len(questions), 1, 1, 1, 1)
-        encoded = adapter.encode(inputs, needs=needs, front=front)
+    # One pass through the vision tower serves every question of the scene.
+    features = adapter.features({"pixel_values_videos": pixels}, needs, front)[0]
     return SceneBatch(
         index,
         cast,
         questions,
-        encoded,
+        adapter.encode_shared(inputs, features),
         torch.tensor([[WORD_ID[w] for w in q.options] for q in questions]),
         torch.tensor([q.options.index(q.answer) for q in questions]),
     )
