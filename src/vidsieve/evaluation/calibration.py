@@ -21,7 +21,7 @@ from vidsieve.retention import FEATURES, Rule
 
 Floats = NDArray[np.float64]
 
-FIT_SHARE = 0.4
+FIT_SHARE = 0.25
 """Share of the videos that fit the model of harm; the others calibrate its threshold."""
 THRESHOLDS = (0.0, *np.geomspace(1e-4, 0.5, 60).tolist())
 _PRIOR_VARIANCE, _MOST = 0.01, 0.75
