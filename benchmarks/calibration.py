@@ -118,7 +118,7 @@ def fixed_of_equal_loss(measured: Measured, loss: float) -> float:
     for step in range(len(ladder) - 1, 0, -1):
         if means[step - 1] > loss:
             low, high = means[step], means[step - 1]
-            along = (loss - low) / (high - low) if high > low else 0.0
+            along = max(0.0, (loss - low) / (high - low)) if high > low else 0.0
             return float(ladder[step] + along * (ladder[step - 1] - ladder[step]))
     return float(ladder[0])
 
@@ -173,6 +173,19 @@ def study(measured: Measured, others: dict[str, Measured], tolerance: float) -> 
             for name in others
         },
     }
+
+
+def shifted(measured: Measured, tolerance: float) -> dict[str, float]:
+    """Return what a rule loses on the quarter of the scenes that 5 % harms most, calibrated on the other scenes alone.
+
+    So the calibration videos are not drawn as the others are, and the bound need not hold.
+    """
+    harm = measured.by_video(measured.losses[:, measured.ladder.index(0.05)])
+    order = np.unique(measured.videos)[np.argsort(harm, kind="stable")]
+    test = round(TEST_SHARE * len(order))
+    rule = calibrate(measured.of(order[:-test]), "method", "ours", tolerance=tolerance, confidence=CONFIDENCE, seed=0)
+    loss, kept, _ = applied(rule, measured.of(order[-test:]))
+    return {"loss": loss, "retention": kept}
 
 
 def curve(measured: Measured) -> dict[str, list[float]]:
@@ -232,7 +245,7 @@ def main() -> None:
         measured = read(path)
         fixed[name] = curve(measured)
         for tolerance in TOLERANCES:
-            row = {"method": name, **study(measured, others, tolerance)}
+            row = {"method": name, **study(measured, others, tolerance), "shifted": shifted(measured, tolerance)}
             print(json.dumps(row), flush=True)
             rows.append(row)
     result = {"features": FEATURES, "vidsieve": vidsieve.__version__, "fixed": fixed, "rows": rows}
