@@ -211,10 +211,12 @@ def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def joined(earlier: dict[str, Any] | None, table: dict[str, Any]) -> dict[str, Any]:
-    """Return a table with those rows of an earlier one, of the same questions, that it has not itself."""
+    """Return a table with the rows, and differences, of an earlier one of the same questions that it lacks itself."""
     if earlier is None or any(earlier.get(name) != table[name] for name in ("seeds", "questions")):
         return table
-    rows = {(row["method"], row["variant"], row["retention"]): row for row in (*earlier["rows"], *table["rows"])}
+    rows: dict[Any, dict[str, Any]] = {}
+    for row in (*earlier["rows"], *table["rows"]):
+        rows.setdefault((row["method"], row["variant"], row["retention"]), {}).update(row)
     both = {name: earlier[name] | table[name] for name in ("curves", "floors")}
     return table | both | {"rows": list(rows.values())}
 
