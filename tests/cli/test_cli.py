@@ -589,7 +589,7 @@ def test_stream_asks_the_lines_that_are_typed_while_the_video_plays(run, scene, 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--method", "sieve"], "variant='blind'"),
+        (["--method", "sieve"], "variant 'blind'"),
         (["--method", "divprune"], "no score that a frame alone tells"),
         (["--memory", "5000"], "from 1 to 4095"),
         (["--question", " "], "the question is empty"),

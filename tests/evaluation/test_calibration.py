@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import vidsieve
-from vidsieve.adapters import adapter_for, fingerprint
+from vidsieve.adapters import adapter_for
 from vidsieve.adapters.fingerprint import model_digest, policy_digest
 from vidsieve.cli import app
 from vidsieve.compressors.calibrated import LADDER, calibrated, features
@@ -248,13 +248,6 @@ def test_a_rule_of_another_model_or_policy_is_refused_before_anything_runs():
     model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(weight))
     with pytest.raises(RetentionError, match="another model"):
         adapter.check(calibrated(method, mine))
-
-
-def test_weights_are_hashed_once_for_all_questions(monkeypatch):
-    model, _ = load_model("testbed")
-    wanted = model_digest(model)
-    monkeypatch.setattr(fingerprint, "weights_digest", None)
-    assert model_digest(model) == wanted
 
 
 def test_a_video_of_other_frames_than_those_calibrated_on_is_warned_of():

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vidsieve.compressors.base import Compressor
-
-_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], str]] = WeakKeyDictionary()
-"""Of each model: its weights by address and number of changes in place, and their hash."""
 
 
 def digest(value: Any) -> str:
@@ -35,12 +32,21 @@ def lasting(config: Any) -> Any:
 
 def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of names, shapes and some values of weights; of offloaded ones only names and shapes."""
-    digest_ = hashlib.sha256()
-    for name, weight in weights:
-        digest_.update(f"{name} {tuple(weight.shape)}".encode())
+    known = list(weights)
+    sampled: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for _, weight in known:
         if not weight.is_meta:
             places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
-            digest_.update(weight.detach().flatten()[places].float().cpu().numpy().tobytes())
+            sampled[weight.device].append(weight.detach().flatten()[places].float())
+    # One copy from each device: a copy for each weight would wait for a GPU hundreds of times.
+    values = {
+        device: iter(torch.cat(parts).cpu().split([len(part) for part in parts])) for device, parts in sampled.items()
+    }
+    digest_ = hashlib.sha256()
+    for name, weight in known:
+        digest_.update(f"{name} {tuple(weight.shape)}".encode())
+        if not weight.is_meta:
+            digest_.update(next(values[weight.device]).numpy().tobytes())
     return digest_.hexdigest()[:16]
 
 
@@ -51,11 +57,8 @@ def policy_digest(method: Compressor) -> str:
 
 
 def model_digest(model: Any) -> str:
-    """Return a hash of a model's configuration and some values of all its weights, which are read again if changed."""
-    state = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in model.parameters()]
-    if _WEIGHTS.get(model, (None, ""))[0] != state:
-        _WEIGHTS[model] = state, weights_digest(model.named_parameters())
-    return digest([lasting(model.config.to_dict()), _WEIGHTS[model][1]])
+    """Return a hash of a model's configuration and some values of all its weights."""
+    return digest([lasting(model.config.to_dict()), weights_digest(model.named_parameters())])
 
 
 def folder_digest(folder: Path) -> str:
