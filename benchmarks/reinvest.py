@@ -203,6 +203,7 @@ def rules(records: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, 
             tolerance=0.01,
             videos=len(records),
             questions=sum(len(next(iter(r["marks"].values()))) for r in records),
+            model_digest="",  # of no model: used here alone
             data="long videos of the testbed",
             model="testbed",
         )

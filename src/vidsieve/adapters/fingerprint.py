@@ -40,7 +40,8 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
             sampled[weight.device].append(weight.detach().flatten()[places].float())
     # One copy from each device: a copy for each weight would wait for a GPU hundreds of times.
     values = {
-        device: iter(torch.cat(parts).cpu().split([len(part) for part in parts])) for device, parts in sampled.items()
+        device: iter(torch.split(torch.cat(parts).cpu(), [len(part) for part in parts]))
+        for device, parts in sampled.items()
     }
     digest_ = hashlib.sha256()
     for name, weight in known:
