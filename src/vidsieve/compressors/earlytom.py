@@ -25,7 +25,7 @@ Span = tuple[int, int]
 """The first and the last frame of a segment."""
 _LAYERS, _DEPTH = (6, 21, 23), 26
 _SLACK = 1e-5
-_PLACES = 16
+_PLACES = 8
 """Places of all frames that are compared at a time."""
 
 
