@@ -56,7 +56,7 @@ def calibrate(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate/NAME"
+            "--out", help="Folder of the run; the same command resumes it.", show_default="runs/calibrate/NAME-rule"
         ),
     ] = None,
     max_pixels: options.MaxPixels = Limits.pixels,
