@@ -124,7 +124,7 @@ def wanted_rows(
     """Return (condition, fingerprint) by key: named methods, policies of more trainings, oracles, the first look."""
     chosen: list[tuple[str, Compressor, Path | None]] = [
         ("", dataclasses.replace(method, inner=False) if hasattr(method, "inner") else method, None)  # type: ignore[call-arg]
-        for method in named_methods(names, model, prefill=True).values()
+        for method in named_methods(names, model).values()
     ]
     for folder in folders:
         config = read_config(folder)

@@ -271,7 +271,7 @@ def _questions(
         subset=given.get("subset"),
         seed=given["seed"],
         allow_missing=allow_missing,
-        note=lambda text: output.err.print(f"note: {text}", markup=False, soft_wrap=True),
+        note=output.note,
     )
     shared.quiet()
     listed = [*(base for base in BASELINES if base not in names and "all" not in names), *names]

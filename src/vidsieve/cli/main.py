@@ -26,7 +26,7 @@ from vidsieve.cli import serve as serve_command
 from vidsieve.cli import stream as stream_command
 from vidsieve.cli import ui as ui_command
 from vidsieve.cli.options import Json
-from vidsieve.cli.output import check_output, err, out, table, write_json
+from vidsieve.cli.output import check_output, err, note, out, table, write_json
 from vidsieve.cli.shared import moved
 from vidsieve.errors import PluginError, VidsieveError
 from vidsieve.io import faults
@@ -186,7 +186,7 @@ def print_error(text: str) -> None:
 
 def _note(message: Warning | str, *_: Any) -> None:
     """Print a warning as commands print their notes, without the line of code that it comes from."""
-    err.print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+    note(message)
 
 
 def main(app: typer.Typer = app) -> None:

@@ -45,6 +45,11 @@ PAGE, MOVIE, PICTURES = (".html", ".htm"), (".mp4",), (".png", ".svg", ".pdf", "
 """Endings of the files that commands write."""
 
 
+def note(text: object) -> None:
+    """Print a note for people on stderr, whatever the names in it hold."""
+    err.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+
 def check_output(path: Path | None, kinds: Sequence[str] = (), reads: Sequence[Path | None] = ()) -> None:
     """Refuse an output file that could not be written, before any work is done.
 

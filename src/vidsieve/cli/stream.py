@@ -91,7 +91,7 @@ def stream(
 
     def ask(text: str, second: float) -> None:
         if toy and (warning := toy_warning(first, text, processor)):
-            output.err.print(f"note: {warning}", markup=False, highlight=False, soft_wrap=True)
+            output.note(warning)
         result = watched.ask(text, max_new_tokens=max_new_tokens)
         output.out.print(f"{second:g} s: [bold]{escape(result.text)}[/]", highlight=False)
         output.out.print(f"  {result.memory}", highlight=False)
@@ -119,7 +119,7 @@ def stream(
                 advance(number, total)
     for at, text in waiting:
         if second < at < math.inf:
-            output.err.print(f"note: the video ends at {second:g} s, before {at:g} s", highlight=False)
+            output.note(f"the video ends at {second:g} s, before {at:g} s")
         ask(text, second)
     if live:
         for text in iter(typed.get, None):

@@ -219,9 +219,10 @@ def _saved_rule(method: Compressor, calibration: Calibration, kind: type[R]) -> 
                 f"{method.name} (variant {method.variant}) {reason}: run `{command}`, and where it writes a file, ask "
                 f"for {word}:FILE"
             )
-    fields = set(saved) if isinstance(saved, dict) else set()
-    if fields & {"ladder", "accuracy"} and not fields & ({"accuracy"} if kind is FrameRule else {"ladder"}):
-        one, other = ("frames", "retentions") if kind is FrameRule else ("retentions", "frames")
+    one, other, field_ = (
+        ("frames", "retentions", "ladder") if kind is FrameRule else ("retentions", "frames", "accuracy")
+    )
+    if isinstance(saved, dict) and field_ in saved:
         raise RetentionError(f"{where} is a rule of {other}, and one of {one} is needed, as `{command}` makes it")
     try:
         return msgspec.convert(saved, kind)

@@ -178,7 +178,7 @@ def is_policy(name: str) -> bool:
 
 
 def check_prefill(methods: Mapping[str, Compressor]) -> None:
-    """Refuse methods that act where the testbed does not: its scenes are encoded, its answers read from the prefill.
+    """Refuse methods that act while decoding: the testbed's answers are read off the prefill.
 
     Raises
     ------
