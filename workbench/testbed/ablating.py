@@ -90,11 +90,14 @@ def runs_of(tables: Sequence[AblationTable], seeds: int, questions: int, second:
     return list(found.values())
 
 
-def marks_in(task: ScenesTask, conditions: Sequence[SceneCondition]) -> dict[str, Any]:
-    """Return the marks of every condition but the first, all tokens, by method and retention."""
+def marks_in(task: ScenesTask, conditions: Sequence[SceneCondition]) -> dict[str, str]:
+    """Return the marks of every condition but the first, all tokens, by method and retention: 1 for a right answer."""
     rows = {condition.key: condition.described() for condition in conditions[1:]}
     marks = task.marks(measured(task, conditions[1:]))
-    return {f"{rows[key]['method']}/{rows[key]['retention']:g}": own for key, own in marks.items()}
+    return {
+        f"{rows[key]['method']}/{rows[key]['retention']:g}": "".join("01"[mark] for mark in own)
+        for key, own in marks.items()
+    }
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
@@ -245,7 +248,7 @@ def tabulated(
             clusters = trained[0]["clusters"][place]
             row: dict[str, Any] = {"label": condition.label + ("" if view == table.method else f" {_named(view)}")}
             for retention in RETENTIONS:
-                marks = [result["marks"][f"{view}/{retention:g}"] for result in trained]
+                marks = [[mark == "1" for mark in result["marks"][f"{view}/{retention:g}"]] for result in trained]
                 base = first.setdefault((place, retention), marks)
                 per_seed = [sum(line) / len(line) for line in marks]
                 gap = difference(marks, base, clusters) if marks is not base else None

@@ -18,8 +18,8 @@ from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
 from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 _LAYER = 3
-_PART = 64
-"""Tokens of a frame that are made float32 at once."""
+_PART = 16
+"""Tokens of each of four frames that are made float32 at once."""
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,13 @@ def similarities(frames: Tensor) -> Tensor:
     Frames 4i are compared with nothing and get −1, so that they come first where the least similar stay.
     """
     cosines = torch.full(frames.shape[:2], -1.0, device=frames.device)
-    for frame in range(len(frames)):
-        place = frame % 4
-        if place:
-            reference = frames[frame - 2 if place == 2 else frame - 1]
-            pairs = zip(torch.split(frames[frame], _PART), torch.split(reference, _PART), strict=True)
-            cosines[frame] = torch.cat([F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in pairs])
+    for group, ours in zip(torch.split(frames, 4), torch.split(cosines, 4), strict=True):
+        reference = [0, 0, 2][: len(group) - 1]
+        for tokens, part in zip(torch.split(group, _PART, dim=1), torch.split(ours, _PART, dim=1), strict=True):
+            values = tokens.float()
+            lengths = torch.linalg.vector_norm(values, dim=-1).clamp(min=1e-8)
+            for frame, of in enumerate(reference, start=1):
+                part[frame] = (values[frame] * values[of]).sum(-1) / (lengths[frame] * lengths[of])
     return cosines
 
 

@@ -14,7 +14,7 @@ from vidsieve.types import Selection, TokenGrid, VideoTokens
 
 _WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 _TEMPERATURE = 0.01
-_BLOCK = 256
+_BLOCK = 64
 """Tokens that are worked on at once."""
 
 
