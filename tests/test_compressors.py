@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -221,6 +222,27 @@ def test_downsampling_passes_gradients():
     assert torch.allclose(video.embeds.grad, torch.full_like(video.embeds, 0.25))
 
 
+def test_dycoke_keeps_the_first_of_equal_tokens():
+    video = make_video(TokenGrid(6, 3, 3))
+    still = dataclasses.replace(video, embeds=video.embeds[:9].repeat(6, 1))
+    kept = load("dycoke", retention=0.6, inner=False).compress(still).indices  # 18 of two whole frames, 14 of four
+    assert [(kept[kept // 9 == frame] % 9).tolist() for frame in (1, 2, 3, 5)] == [[0, 1, 2], [0, 1, 2, 3]] * 2
+
+
+def test_dycoke_as_released_takes_counts_as_ours_and_all_tokens_as_they_are():
+    def method(budget, variant):
+        return load("dycoke", retention=budget, variant=variant, inner=False)
+
+    nine, four = make_video(TokenGrid(9, 3, 3)), make_video(TokenGrid(4, 3, 3))
+    for count in (40, 81):
+        kept = [method(Tokens(count), variant).compress(nine).indices for variant in ("ours", "official")]
+        assert len(kept[0]) == count and torch.equal(*kept)
+    assert all(method(1.0, "official").compress(video).num_kept == video.num_tokens for video in (nine, four))
+    for budget, video, message in ((Tokens(82), nine, "more than the video's 81"), (0.5, four, "five frames or more")):
+        with pytest.raises(BudgetError, match=message):
+            method(budget, "official").compress(video)
+
+
 def test_random_differs_by_seed():
     video, method = make_video(TokenGrid(8, 6, 6)), load("random", retention=0.1)
     picks = [method.compress(video, generator=torch.Generator().manual_seed(s)).indices for s in range(5)]
@@ -236,6 +258,7 @@ def test_random_differs_by_seed():
         ("fastvid", {"context": 1.0}, r"context must be a number in \[0, 1\)"),
         ("prunevid", {"threshold": float("nan")}, r"threshold must be a number in \[-1, 1\]"),
         ("framefusion", {"inner": 1}, "inner must be True or False, got 1"),
+        ("flashvid", {"segment_threshold": float("nan")}, r"segment_threshold must be a number in \[-2, 1\]"),
         ("pyramiddrop", {"layers": (1, 1, 2)}, r"layers must be rising whole numbers from 1, as \(8, 16, 24\)"),
     ],
 )
@@ -247,6 +270,11 @@ def test_fields_outside_their_bounds_are_refused(name, fields, message):
 def test_bounds_that_are_closed_or_optional_hold_themselves():
     assert load("holitom", inner_kept=1, layer=None, centre_weight=0).inner_kept == 1
     assert load("dycoke", similarity=-1).similarity == -1
+
+
+def test_a_list_of_layers_leaves_a_method_its_hash():
+    for name in ("earlytom", "pyramiddrop"):
+        assert hash(load(name, layers=[2, 4, 6])) == hash(load(name, layers=(2, 4, 6)))
 
 
 def test_a_choice_inside_the_llm_is_checked():
@@ -499,6 +527,24 @@ def test_aots_released_transport_hardly_moves_an_anchor():
     assert torch.allclose(found.sum(1), torch.full((3, 5), 0.2)) and torch.allclose(
         found.sum(2), torch.full((3, 20), 0.05), rtol=0.1
     )
+
+
+@pytest.mark.parametrize("variant", ["ours", "official"])
+def test_aot_on_long_vectors_in_half_precision(variant):
+    """Products of two such tokens are more than float16 holds."""
+    video = clip_video(width=64)
+    method, results = load("aot", retention=0.25, variant=variant), []
+    for dtype in (torch.float16, torch.float32):
+        tokens = (video.embeds * 60).to(torch.float16).to(dtype)  # of norm 480
+        results.append(method.compress(dataclasses.replace(video, embeds=tokens)))
+    half, single = results
+    assert torch.equal(half.indices, single.indices)
+    assert torch.allclose(half.embeds.float(), single.embeds, rtol=5e-3, atol=1)
+
+
+def test_aot_as_released_keeps_an_anchor_where_windows_have_them_all():
+    kept = load("aot", retention=0.05, variant="official", global_share=0.0).compress(clip_video())
+    assert kept.num_kept == 4
 
 
 def test_aot_on_still_and_empty_videos():

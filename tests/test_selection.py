@@ -136,5 +136,10 @@ def test_shapes_are_checked_at_the_boundary():
             VideoTokens(embeds, grid, where)
     with pytest.raises(SelectionError):
         TokenGrid(0, 2, 2)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        embeds = torch.zeros(8, 4)
+        embeds[6, 1] = bad
+        with pytest.raises(SelectionError, match="token 6 of the video, in frame 1 of 2, has values"):
+            VideoTokens(embeds, grid, positions)
     with pytest.raises(SelectionError, match="embeds"):
         Selection(torch.tensor([1, 2]), embeds=torch.zeros(3, 4))

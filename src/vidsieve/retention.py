@@ -16,9 +16,13 @@ from vidsieve.errors import RetentionError, SelectionError
 
 @dataclass(frozen=True)
 class Tokens:
-    """A budget as a token count instead of a fraction: ``retention=Tokens(512)``."""
+    """A budget as a token count instead of a fraction: ``retention=Tokens(512)``.
+
+    `capped`: of a video with fewer tokens, all of them; else that is an error.
+    """
 
     count: int
+    capped: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.count, int) or isinstance(self.count, bool) or self.count < 1:

@@ -25,15 +25,15 @@ def kept_tokens(retention: float | Tokens, num_tokens: int) -> int:
     RetentionError
         If `retention` is not in (0, 1].
     BudgetError
-        If `Tokens` asks for more than there are.
+        If `Tokens` asks for more than there are, and is not capped.
     """
     budget = check_retention(retention)
     if isinstance(budget, Tokens):
-        if budget.count > num_tokens:
+        if budget.count > num_tokens and not budget.capped:
             raise BudgetError(
                 f"{budget.count} tokens are more than the video's {num_tokens}; ask for 1 to {num_tokens}"
             )
-        return budget.count
+        return min(budget.count, num_tokens)
     return max(1, math.floor(Fraction(repr(budget)) * num_tokens))
 
 

@@ -181,6 +181,9 @@ def test_what_cannot_be_in_a_row_is_refused():
         vidsieve.Pipeline(reusing, vidsieve.Pipeline(front, vidsieve.load("fastv"), 0.5), 0.4)
     with pytest.raises(StageError, match="acts alone"):
         vidsieve.Pipeline(method)
+    assert vidsieve.Pipeline(front, method).retention == 0.5
+    with pytest.raises(BudgetError, match="give the retention of divprune and fastv together"):
+        vidsieve.Pipeline(method, vidsieve.load("fastv"))
     with pytest.raises(BudgetError, match="reuse keeps every token"):
         vidsieve.load("reuse", retention=0.5)
 

@@ -77,7 +77,7 @@ def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
     monkeypatch.setattr(AblationTask, "_results", iter(results.values()))
     shown = experiment.run(task, [])
     assert shown.result["tables"] == [tabulated(table, 2, 8, results)]
-    assert shown.title == "t (cacovid, 2 seeds)" and [row[0] for row in shown.rows] == ["a", "b"]
+    assert shown.title == "t (cacovid, 2 seeds, 8 questions)" and [row[0] for row in shown.rows] == ["a", "b"]
 
 
 def test_a_difference_has_the_errors_of_seeds_and_of_scenes():

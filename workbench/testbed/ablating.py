@@ -263,7 +263,8 @@ def tabulated(
             if table.curves and view == table.method:
                 row["curve"] = _mean_curve([result["curve"] for result in trained])
             rows.append(row)
-    return {"name": table.name, "method": table.method, "paper": table.paper, "seeds": count, "rows": rows}
+    about = {"name": table.name, "method": table.method, "paper": table.paper}
+    return {**about, "seeds": count, "questions": questions, "rows": rows}
 
 
 def _views(marks: dict[str, Any], table: AblationTable) -> list[str]:
@@ -307,7 +308,8 @@ def ablation_table(table: Mapping[str, Any]) -> Table:
         at = [row[f"{ratio:g}"] for ratio in RETENTIONS]
         cells = [cell for value in at for cell in (f"{value['accuracy']:.3f}", _difference(value))]
         rows.append([row["label"], *cells, f"{row['minutes']:.1f}"])
-    title = f"{table['name']} ({table['method']}, {table['seeds']} seeds)"
+    seeds = "one seed" if table["seeds"] == 1 else f"{table['seeds']} seeds"
+    title = f"{table['name']} ({table['method']}, {seeds}, {table['questions']:,} questions)"
     return Table(title, ("", *heads, "minutes"), rows, notes=[table["paper"]])
 
 

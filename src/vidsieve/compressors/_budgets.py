@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 from vidsieve.compressors.base import Compressor, within
 from vidsieve.compressors.inside import LayerCompressor, usable_layer
 from vidsieve.errors import BudgetError, StageError
-from vidsieve.selection import least_retention
+from vidsieve.selection import exact_ratio, kept_tokens, least_retention
 from vidsieve.types import Stage, Tokens
 
 # -- a part before the LLM and one inside it --------------------------------------------------------------------
@@ -83,7 +83,7 @@ class TwoPartCompressor(PartedCompressor):
             layer = self.first_layer(num_layers)
             mean = (layer + self._share * (num_layers - layer)) / num_layers
             if isinstance(retention, Tokens):
-                retention = Tokens(max(1, math.floor(retention.count / mean)))
+                retention = Tokens(max(1, math.floor(retention.count / mean)), capped=True)
             else:
                 retention = float(min(Fraction(1), Fraction(repr(retention)) / mean))
         return replace(self, inner=False, retention=retention)
@@ -93,9 +93,11 @@ class TwoPartCompressor(PartedCompressor):
         layer, kept = self.first_layer(num_layers), self._share
         if self.variant == "official":
             return ((layer, max(1, round(num_tokens * kept))),)
-        if not isinstance(self.retention, Tokens):  # all tokens enter: the rest of the budget is spent inside
-            spent = (Fraction(repr(self.retention)) * num_layers - layer) / (num_layers - layer)
-            kept = max(kept, min(spent, Fraction(1)))
+        if isinstance(self.retention, Tokens):
+            kept_tokens(self.retention, num_tokens)  # an error if it is more
+        # What is left of the budget if all tokens enter is spent inside.
+        spent = (exact_ratio(self.retention, num_tokens) * num_layers - layer) / (num_layers - layer)
+        kept = max(kept, min(spent, Fraction(1)))
         return ((layer, max(1, math.floor(num_tokens * kept))),)
 
     @property

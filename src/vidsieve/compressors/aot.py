@@ -61,7 +61,7 @@ class AOT(Compressor):
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
         grid, attention = video.grid, encoder_attention(video)
-        frames = video.embeds.detach().reshape(grid.frames, grid.per_frame, -1)
+        frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         clips = list(torch.split(torch.arange(grid.frames), self.clip))
         if self.adaptive_budget:
             indices, rows = self._official(frames, attention, grid, clips)
@@ -144,6 +144,8 @@ def anchors(
     ]
     chosen = torch.cat(picks, 1)
     rest = count - (local if lossy else chosen.shape[1])
+    if not chosen.shape[1]:
+        rest = max(rest, 1)
     everywhere = torch.arange(deep.shape[1], device=deep.device)
     others = deep.float().scatter(1, chosen, -torch.inf)
     return torch.cat([chosen, _best(others, everywhere, rest)], 1).sort(1).values
@@ -214,11 +216,7 @@ def merged_within(frames: Tensor, places: Tensor, grid: TokenGrid, official: boo
     down = torch.linspace(0, 1, grid.height, device=frames.device)
     across = torch.linspace(0, 1, grid.width, device=frames.device)
     spots = torch.cartesian_prod(down, across)
-    # Products of all rows, unnormalised and in the dtype given: nothing of the size of `frames` is made.
-    wide = torch.promote_types(frames.dtype, torch.float32)
-    lengths = torch.linalg.vector_norm(frames, dim=-1, dtype=wide).clamp(min=1e-12)
-    alike = (frames @ own.mT) / (lengths[:, :, None] * lengths.gather(1, places)[:, None])
-    alike = _taken(alike.float(), others)
+    alike = torch.stack([cosines(*of) for of in zip(frames.detach(), places, others, strict=True)])
     share = plan(1 - alike + _PLACE * torch.cdist(spots[others], spots[places]), together=official)
     share = share if official else _per_row(share)
     joins = F.one_hot(alike.argmax(2), own.shape[1]).to(share)
@@ -227,6 +225,15 @@ def merged_within(frames: Tensor, places: Tensor, grid: TokenGrid, official: boo
     part = by_plan * share + by_place * joins
     handed = part.new_zeros(count, size, own.shape[1]).scatter(1, others[..., None].expand_as(part), part)
     return (by_plan + by_place).mT * own + handed.mT.to(frames.dtype) @ frames
+
+
+def cosines(frame: Tensor, anchor: Tensor, other: Tensor) -> Tensor:
+    """Return the cosines (m, a) of the tokens of a frame (n, D) at `other` (m,) to those at `anchor` (a,).
+
+    At least float32: in float16 the product of two tokens may be too large.
+    """
+    unit = F.normalize(frame.to(torch.promote_types(frame.dtype, torch.float32)), dim=-1)
+    return unit[other] @ unit[anchor].T
 
 
 def merged_along(
@@ -253,7 +260,8 @@ def merged_along(
     """
     anchor, masks = clip[0], []
     for apart, tokens in enumerate(clip[1:], 1):
-        alike = (F.normalize(tokens, dim=-1) @ F.normalize(anchor, dim=-1).T).clamp(-1 + 1e-6, 1 - 1e-6)
+        alike = F.normalize(tokens.detach(), dim=-1) @ F.normalize(anchor.detach(), dim=-1).T
+        alike = alike.clamp(-1 + 1e-6, 1 - 1e-6)
         far = 1 - torch.exp(torch.tensor(-(apart**2) / _SPREAD)).item()
         share = _per_row(plan(((alike.max() - alike) * far)[None]))[0]
         top = share.amax(1)

@@ -71,6 +71,9 @@ class Compressor(ABC):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "retention", check_retention(self.retention))
+        for item in dataclasses.fields(self):  # a list would leave the method without a hash
+            if isinstance(value := getattr(self, item.name), list):
+                object.__setattr__(self, item.name, tuple(value))
         if self.variant not in self.variants:
             raise UnknownNameError(f"variant of {self.name}", self.variant, self.variants)
         check_bounds(self)

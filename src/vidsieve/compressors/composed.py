@@ -25,7 +25,7 @@ from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
 
 def Pipeline(
-    first: Compressor | Front, second: Compressor | None = None, retention: float | Tokens = 1.0
+    first: Compressor | Front, second: Compressor | None = None, retention: float | Tokens | None = None
 ) -> Compressor:
     """Return a method that runs `first` and then `second` on what it kept, under one total budget.
 
@@ -37,16 +37,17 @@ def Pipeline(
         After a `Front` any method, at the total; None keeps all tokens. After a `Compressor` one that acts inside the
         LLM, with no part before it, or while decoding: its retention (while decoding: its share of cached tokens that
         are read) is computed from the total.
-    retention : float or Tokens
+    retention : float or Tokens, optional
         Mean over layers of the tokens that they see; where `second` acts while decoding, of the tokens that its layers
-        read at a step. A ratio or a count, like `first`'s.
+        read at a step. A ratio or a count, like `first`'s. None: behind a `Front` the budget of `second`.
 
     Raises
     ------
     StageError
         If one of them does not act where it must, or there are two before the vision encoder's output.
     BudgetError
-        If the total is more than `first` keeps, one is a ratio and the other a count, or one is calibrated.
+        If the total is not given or more than `first` keeps, one is a ratio and the other a count, or one is
+        calibrated.
     """
     for part in (first, second):
         if isinstance(part, Compressor) and isinstance(part.budget_asked, Calibration):
@@ -55,12 +56,17 @@ def Pipeline(
                 "alone, or give a ratio"
             )
     if isinstance(first, Front):
-        method = AllTokens(retention) if second is None else second.with_retention(retention)
+        method = AllTokens() if second is None else second
+        method = method if retention is None else method.with_retention(retention)
         if method.front is not None:
             raise StageError(f"{method.front.name} acts {method.front.stage.value} already: leave {first.name} out")
         return dataclasses.replace(method, ahead=first)
     if second is None:
         raise StageError(f"{first.name} acts alone: attach it without a pipeline")
+    if retention is None:
+        raise BudgetError(
+            f"two methods share one budget: give the retention of {first.name} and {second.name} together"
+        )
     if first.front is not None and second.front is not None:
         raise StageError(f"both methods bring one before the encoder's output: leave {second.front.name} out")
     if first.acts is not Stage.PRE_LLM:

@@ -20,6 +20,8 @@ from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
 _LAYER = 3
 _PART = 16
 """Tokens of each of four frames that are made float32 at once."""
+_ROUNDING = 1e-6
+"""By how much the cosine of two equal tokens may miss 1."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,9 @@ class DyCoke(DecodeCompressor):
 
     Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens, the same number of each compared frame to within one; R cannot go
     below the share of the whole frames. In ``"official"`` R is 1 − k of the release: ⌊R·H·W⌋ tokens of a compared frame
-    stay, five frames or more are needed, and where attention stays alike all tokens are read. The cache itself is never
-    shortened. ``docs/methods/dycoke.md`` lists the other differences from the release.
+    stay, five frames or more are needed, and where attention stays alike all tokens are read; given a count, it selects
+    as ``"ours"``. The cache itself is never shortened. ``docs/methods/dycoke.md`` lists the other differences from the
+    release.
 
     References
     ----------
@@ -76,14 +79,19 @@ class DyCoke(DecodeCompressor):
             Below the share of the frames that stay whole, or under ``"official"`` for fewer than five frames.
         """
         frames, size = video.grid.frames, video.grid.per_frame
-        if self.variant == "official":
+        if self._released and self.retention != 1.0:
             if frames < 5:
                 raise BudgetError(f"the release of dycoke needs five frames or more, got {frames}: use variant 'ours'")
             return len(official_tokens(video.grid, None, self.budget_ratio(video.num_tokens)))
         return self.budget_above(video, -(-frames // 4) * size, "every fourth frame stays whole")
 
+    @property
+    def _released(self) -> bool:
+        """True if tokens are counted as in the release."""
+        return self.variant == "official" and not isinstance(self.retention, Tokens)
+
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        if self.variant == "official":
+        if self._released:
             chosen = official_tokens(video.grid, video.embeds, self.budget_ratio(video.num_tokens))
             return Selection(chosen.sort().values)
         grid, frames = video.grid, video.grid.frames
@@ -119,17 +127,19 @@ class DyCoke(DecodeCompressor):
 def similarities(frames: Tensor) -> Tensor:
     """Return the cosine (T, n) float32 of each token of frames (T, n, D) to the one it is compared with.
 
-    Frames 4i are compared with nothing and get −1, so that they come first where the least similar stay.
+    Frames 4i are compared with nothing and get −1, so that they come first where the least similar stay. What is 1 up
+    to rounding is 1, so that of equal tokens the first stay.
     """
     cosines = torch.full(frames.shape[:2], -1.0, device=frames.device)
-    for group, ours in zip(torch.split(frames, 4), torch.split(cosines, 4), strict=True):
-        reference = [0, 0, 2][: len(group) - 1]
-        for tokens, part in zip(torch.split(group, _PART, dim=1), torch.split(ours, _PART, dim=1), strict=True):
-            values = tokens.float()
+    for first in range(0, len(frames), 4):
+        reference = [0, 0, 2][: len(frames) - first - 1]
+        for start in range(0, frames.shape[1], _PART):
+            values = frames[first : first + 4, start : start + _PART].detach().float()
             lengths = torch.linalg.vector_norm(values, dim=-1).clamp(min=1e-8)
             for frame, of in enumerate(reference, start=1):
-                part[frame] = (values[frame] * values[of]).sum(-1) / (lengths[frame] * lengths[of])
-    return cosines
+                cosine = (values[frame] * values[of]).sum(-1) / (lengths[frame] * lengths[of])
+                cosines[first + frame, start : start + _PART] = cosine
+    return cosines.masked_fill(cosines > 1 - _ROUNDING, 1.0)
 
 
 def official_tokens(grid: TokenGrid, embeds: Tensor | None, ratio: float) -> Tensor:

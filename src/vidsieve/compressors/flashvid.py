@@ -79,7 +79,7 @@ class FlashVID(TwoPartCompressor):
     alpha: float = within(0.7, "[0, 1]")
     threshold: float = within(0.8, "[-1, 1]")
     segments: int = within(8, "[1, inf)")
-    segment_threshold: float = 0.9
+    segment_threshold: float = within(0.9, "[-2, 1]")
     expansion: float = within(1.25, "(0, inf)")
     inner_kept: float = within(0.3, "(0, 1]")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.inside import DecodeCompressor, DecodeView, LayerCompressor, Rows
 from vidsieve.errors import BudgetError, NeedError, RetentionError, UnknownNameError
-from vidsieve.selection import kept_tokens
+from vidsieve.selection import exact_ratio, kept_tokens
 from vidsieve.testing.views import GivenView
 from vidsieve.types import (
     EncoderOutputs,
@@ -163,6 +163,19 @@ def check_dtype_and_device(method: Method) -> None:
         _expect(chosen.embeds is None or chosen.embeds.dtype == dtype, f"merged tokens are not {dtype}")
 
 
+def check_tokens_with_gradients(method: Method) -> None:
+    """Tokens that carry gradients are chosen as others are, and where tokens are merged the gradients reach them."""
+    plain, carrying = make_video(GRIDS[0]), make_video(GRIDS[0])
+    carrying.embeds.requires_grad_()
+    with torch.enable_grad():
+        chosen = _compress(example(method), carrying)
+    _expect(torch.equal(chosen.indices, _compress(example(method), plain).indices), "gradients changed the choice")
+    if chosen.embeds is not None:
+        _expect(chosen.embeds.requires_grad, "merged tokens carry no gradients")
+        (grad,) = torch.autograd.grad(chosen.embeds.sum(), carrying.embeds)
+        _expect(bool(grad.any()), "no gradient reaches the tokens")
+
+
 def check_one_frame_and_one_token(method: Method) -> None:
     """A single frame works, and a single token is kept whatever the retention."""
     half, frame = example(method, retention=0.5), make_video(TokenGrid(1, 4, 4))
@@ -244,20 +257,23 @@ def check_layer_budget(method: Method) -> None:
     """Layers see, on average, the fraction asked for or at most one token a stage less; or the budget is refused."""
     assert issubclass(method, LayerCompressor)
     for depth, tokens in ((28, 6272), (32, 576), (12, 196)):
-        for retention in (0.02, 0.25, 0.5, 0.9):
+        for retention in (0.02, 0.25, 0.5, 0.9, Tokens(tokens // 2), Tokens(tokens - 1), Tokens(tokens)):
             compressor = method(retention=retention)
             try:
                 outer = compressor.outer(depth)
                 entering = tokens if outer is None else kept_tokens(outer.retention, tokens)
                 stages = compressor.stages(depth, entering)
             except BudgetError:
+                _expect(retention != Tokens(tokens), f"{tokens} of {tokens} tokens are refused")
                 continue
             edges = [*(layer for layer, _ in stages), depth]
             alive = [entering, *(keep for _, keep in stages)]
             seen = sum(count * (b - a) for count, a, b in zip(alive, [0, *edges], edges, strict=False))
             _expect(edges == sorted(set(edges)) and edges[0] >= 1, f"stages {stages} are not in order")
             _expect(
-                -1e-6 <= retention * depth * tokens - seen <= depth * (len(stages) + (outer is not None)),
+                -1e-6
+                <= exact_ratio(retention, tokens) * depth * tokens - seen
+                <= depth * (len(stages) + (outer is not None)),
                 f"{retention} of {tokens} tokens in {depth} layers: {stages} sees {seen}",
             )
 
@@ -320,6 +336,7 @@ CHECKS: tuple[Check, ...] = (
     check_dtype_and_device,
     check_one_frame_and_one_token,
     check_inputs_not_changed,
+    check_tokens_with_gradients,
     check_duplicate_tokens,
     check_picklable,
     check_default_constructible,
