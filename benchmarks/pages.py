@@ -1,4 +1,4 @@
-"""The measured parts of README.md, docs/methods/*.md, open.md, pipeline.md and leaderboard.md, from the result files.
+"""The measured parts of README.md, docs/methods/*.md and some other pages of docs/, from the result files.
 
 Everything between the two comments of a page is replaced. `--check` writes nothing, and fails if a page is out of date.
 """
@@ -17,6 +17,7 @@ from msgspec import Meta
 
 from vidsieve import registry
 from vidsieve.io.texts import percent
+from workbench.testbed.ablating import ablation_table
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN, CLOSE = "<!-- measured -->", "<!-- /measured -->"
@@ -25,7 +26,7 @@ PIPELINES = ("llava-onevision-0.1b", "qwen2.5-vl-0.1b")
 GPU = "gpu_scale_h100"
 SOURCES = ("methods", "selecting", "retention", "open", "learning", GPU, *(f"pipeline_{name}" for name in PIPELINES))
 ENTRIES = ROOT / "docs" / "results" / "leaderboard"
-ABOUT = ("README", "open", "pipeline", "leaderboard")
+ABOUT = ("README", "open", "pipeline", "leaderboard", "ablations")
 """Pages other than those of methods."""
 REFERENCES = {
     "full": "all tokens",
@@ -47,7 +48,13 @@ def read_results(folder: Path) -> Results:
     """Return the result files by name, and the leaderboard's entries; a file that is not there yet is empty."""
     paths = {name: folder / f"{name}.json" for name in SOURCES}
     found = {name: json.loads(path.read_text("utf-8")) if path.exists() else {} for name, path in paths.items()}
-    return {**found, "leaderboard": {path.stem: read_entry(path) for path in sorted(ENTRIES.glob("*.json"))}}
+    ablated = [json.loads(path.read_text("utf-8")) for path in sorted((folder / "ablations").glob("*.json"))]
+    entries = {path.stem: read_entry(path) for path in sorted(ENTRIES.glob("*.json"))}
+    return {
+        **found,
+        "ablations": {one["name"]: one for result in ablated for one in result["tables"]},
+        "leaderboard": entries,
+    }
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -369,6 +376,8 @@ def block(page: str, results: Results) -> str:
         return "\n" + "\n".join(pipeline(results))
     if page == "leaderboard":
         return "\n" + "\n".join(leaderboard(results["leaderboard"]))
+    if page == "ablations":
+        return "\n" + "\n\n".join(ablation_table(one).to_markdown() for one in results["ablations"].values()) + "\n"
     name = page.removeprefix("train-")
     lines = ["", *accuracy(page, name, results["methods"]), ""]
     if name == page:
