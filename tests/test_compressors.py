@@ -298,10 +298,22 @@ def test_loading_by_name():
         load("uniform", retension=0.5)
     with pytest.raises(UnknownNameError, match="variant of divprune"):
         load("divprune", variant="paper")
+    assert load("divprune:official", retention=0.5) == load("divprune", variant="official", retention=0.5)
     with pytest.raises(PolicyError, match="takes no policy"):
         load("uniform", "some/folder")
-    with pytest.raises(PolicyError, match="needs a trained policy"):
+    with pytest.raises(PolicyError, match=r"needs a trained policy.*or load\('score', 'testbed'\)"):
         load("score")
+    with pytest.raises(
+        PolicyError, match=r"needs a trained policy.*which `vidsieve train visionselector FOLDER` makes"
+    ):
+        load("visionselector")
+    for name, message in (
+        ("divprune+reuse", "unknown name before a \\+ 'divprune'.*comes before a method"),
+        ("divprune+fastv", "two methods in a row are for `vidsieve.Pipeline`"),
+        ("reuze+divprune", "Did you mean 'reuse'"),
+    ):
+        with pytest.raises(UnknownNameError, match=message):
+            load(name)
     for name in ("score", "cacovid", "visionselector"):
         with pytest.raises(PolicyError, match="needs a trained policy"):
             registry.compressors.get(name)().compress(make_video(TokenGrid(2, 2, 2)))

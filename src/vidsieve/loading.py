@@ -62,6 +62,9 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         if policy is not None:
             raise PolicyError(f"{front} is not trained and takes no policy, got {policy}")
         return AllTokens(ahead=first, **fields)
+    base, colon, variant = rest.partition(":")
+    if colon and base in registry.compressors:
+        return load(base, policy, variant=variant, **fields)
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
         name, policy = read_config(folder).type, folder
@@ -77,9 +80,9 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         untrained: Compressor = method(**fields)
         return untrained
     if policy is None:
-        raise PolicyError(
-            f"{name} needs a trained policy: load({name!r}, FOLDER), or load({name!r}, 'testbed') for the testbed"
-        )
+        shipped = f"or load({name!r}, 'testbed') for the testbed"
+        trained = shipped if name in shipped_policies() else f"which `vidsieve train {name} FOLDER` makes"
+        raise PolicyError(f"{name} needs a trained policy: load({name!r}, FOLDER), {trained}")
     if policy == "testbed":
         policy = shipped_policy(f"{name}:{fields.get('variant', 'ours')}")
     loaded: Compressor = method.from_pretrained(policy_folder(policy), **fields)
@@ -96,8 +99,13 @@ def _check_fields(name: str, method: type[Compressor], fields: dict[str, Any]) -
 
 def split_front(name: str) -> tuple[str, str]:
     """Return the name of what acts before the vision encoder's output, "" if there is none, and the method's, or ""."""
-    front, _, rest = name.partition("+")
-    return (front, rest) if front in registry.fronts else ("", name)
+    front, plus, rest = name.partition("+")
+    if front in registry.fronts:
+        return front, rest
+    if plus and (front.partition(":")[0] in registry.compressors or rest.partition(":")[0] in registry.compressors):
+        hint = "It comes before a method; two methods in a row are for `vidsieve.Pipeline`."
+        raise UnknownNameError("name before a +", front, registry.fronts, hint)
+    return "", name
 
 
 def put_before(front: Front, method: Compressor) -> Compressor:

@@ -272,7 +272,8 @@ def parse_retention(text: str) -> float | Tokens:
         return check_retention(float(word))
     except ValueError:  # RetentionError is one, too
         percent = re.fullmatch(r"(\d{1,2}(?:\.\d+)?)\s*%?", word)
-        meant = f"; did you mean {float(percent[1]) / 100:g}?" if percent and float(percent[1]) > 0 else ""
+        count = f" or {word}t" if word.isdigit() else ""
+        meant = f"; did you mean {float(percent[1]) / 100:g}{count}?" if percent and float(percent[1]) > 0 else ""
         raise RetentionError(
             "retention is a number in (0, 1], a token count such as 512t, calibrated or calibrated:FILE; "
             f"got {text!r}{meant}"

@@ -8,7 +8,7 @@ import torch
 import vidsieve
 from vidsieve.adapters import adapter_for
 from vidsieve.compressors.composed import AllTokens
-from vidsieve.errors import BudgetError, PolicyError, StageError, UnknownNameError
+from vidsieve.errors import BudgetError, PolicyError, StageError, UnknownNameError, UnsupportedCallError
 from vidsieve.evaluation.conditions import Condition, known_fields, method_for
 from vidsieve.registry import check_known
 from vidsieve.testing.tiny_models import FAMILIES, default_grid, inputs_for
@@ -182,6 +182,11 @@ def test_what_cannot_be_in_a_row_is_refused():
     with pytest.raises(StageError, match="acts alone"):
         vidsieve.Pipeline(method)
     assert vidsieve.Pipeline(front, method).retention == 0.5
+    for second in (front, vidsieve.Reuse(0.1)):
+        with pytest.raises(StageError, match="reuse acts before the vision encoder: it comes first"):
+            vidsieve.Pipeline(method, second, 0.25)
+    with pytest.raises(UnsupportedCallError, match="made of methods, got 'divprune'"):
+        vidsieve.Pipeline(front, "divprune", 0.25)
     with pytest.raises(BudgetError, match="give the retention of divprune and fastv together"):
         vidsieve.Pipeline(method, vidsieve.load("fastv"))
     with pytest.raises(BudgetError, match="reuse keeps every token"):

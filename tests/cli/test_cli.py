@@ -300,6 +300,16 @@ def test_a_retention_out_of_reach_is_a_dash_with_its_reason(run, tmp_path):
     assert re.search(r"evs +│ +0.05 │ +– │ +– │", out) and "the first frame stays whole, 36 of 576 tokens" in out
 
 
+def test_an_evaluation_in_which_no_method_could_run_ends_with_an_error(run):
+    out, err = run("eval", "testbed", "--methods", "evs", "--retention", "0.01", "--questions", 24, code=2)
+    assert "the first frame stays whole" in out and "no method could run: the reasons are below the table" in err
+
+
+def test_a_count_without_its_letter_is_recognised(run):
+    _, err = run("eval", "testbed", "--methods", "evs", "--retention", "64", code=2)
+    assert "got '64'; did you mean 0.64 or 64t?" in err
+
+
 def test_policies_of_one_method_are_rows_of_their_own(run, tmp_path):
     from vidsieve.loading import shipped_policy
 

@@ -186,10 +186,10 @@ class Adapter(Family):
                 f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
             )
         check_model(self.model)
+        self.check_front(compressor.front)
         for need in sorted(compressor.needs - self.provides, key=lambda need: need.name):
             if need is not Need.LAYER_ATTENTION or compressor.acts is not Stage.PRE_LLM:
                 raise self._lacking(compressor, need)
-        self.check_front(compressor.front)
         if compressor.acts is not Stage.PRE_LLM:
             check_layers(self.decoder_layers)
             kinds = layer_kinds(self.model.config.get_text_config())

@@ -212,7 +212,7 @@ def _answered(
         output.err.print("note: the answer is empty, the model ended it at once")
     before, after = result.prompt_tokens
     kept = ", ".join(
-        f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}" for t in result.traces
+        f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}{t.before}" for t in result.traces
     )
     output.out.print(f"{result.method}: {kept or 'all video tokens'}; prompt {before} → {after} tokens")
     output.out.print(times(result.ms), highlight=False)

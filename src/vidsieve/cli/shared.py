@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.output import command_line, err, out, print_table, write_json, write_report
-from vidsieve.errors import VidsieveError
+from vidsieve.errors import EvaluationError, VidsieveError
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
@@ -68,6 +68,11 @@ def run_task(
         Name of the units, for the bar.
     lead : str
         First line of the page.
+
+    Raises
+    ------
+    EvaluationError
+        At the end, if every method but `random` was refused.
     """
     from vidsieve.cli.progress import Bar
     from vidsieve.evaluation.experiment import run
@@ -88,6 +93,9 @@ def run_task(
         sections = result_sections(table) if with_answers is None else run_page(with_answers)[1]
         write_report(report, table.title, lambda: sections, lead)
     write_json(json, table.to_json())
+    asked = [one for one in conditions if one.method is not None and one.method.name != "random"]
+    if asked and len(table.result["refused"]) == len(asked):
+        raise EvaluationError("no method could run: the reasons are below the table")
     return table
 
 

@@ -19,7 +19,7 @@ from vidsieve.compressors.inside import (
     LayerCompressor,
     LayerView,
 )
-from vidsieve.errors import BudgetError, StageError
+from vidsieve.errors import BudgetError, StageError, UnsupportedCallError
 from vidsieve.retention import Calibration
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
 
@@ -45,16 +45,22 @@ def Pipeline(
     ------
     StageError
         If one of them does not act where it must, or there are two before the vision encoder's output.
+    UnsupportedCallError
+        If one of them is no method.
     BudgetError
         If the total is not given or more than `first` keeps, one is a ratio and the other a count, or one is
         calibrated.
     """
     for part in (first, second):
+        if not isinstance(part, Compressor | Front | None):
+            raise UnsupportedCallError(f"a pipeline is made of methods, got {part!r}: make one with vidsieve.load")
         if isinstance(part, Compressor) and isinstance(part.budget_asked, Calibration):
             raise BudgetError(
                 f"the bound of a calibrated retention covers {part.name} alone, not a pipeline with it: attach it "
                 "alone, or give a ratio"
             )
+    if isinstance(second, Front):
+        raise StageError(f"{second.name} acts {second.stage.value}: it comes first, Pipeline({second.name}, method)")
     if isinstance(first, Front):
         method = AllTokens() if second is None else second
         method = method if retention is None else method.with_retention(retention)
@@ -107,7 +113,8 @@ class AllTokens(Compressor):
         super().__post_init__()
         if self.retention != 1.0:
             raise BudgetError(
-                f"{self.title} keeps every token: ask for a retention of 1, or put a method behind it (NAME+METHOD)"
+                f"{self.title} keeps every token: ask for a retention of 1 (--retention 1), or put a method behind it "
+                f"({self.title}+METHOD)"
             )
 
     @property

@@ -157,7 +157,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
         return put_before(registry.fronts.get(front)(), method_for(rest, model, policy, **fields))
     if is_policy(name):
         return load(name, policy, **fields)
-    base, _, variant = name.partition(":")
+    base = name.partition(":")[0]
     trained = registry.compressors.get(base).trained
     if policy is not None and not trained:
         raise PolicyError(f"{base} is not trained and takes no policy, got {policy}")
@@ -166,9 +166,12 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
             raise PolicyError(f"{base} needs a policy made for this model: give the folder of one as the method")
         there = shipped_policies(model)
         if policy_name(name) not in there:
-            raise PolicyError(f"no policy of {name} comes with the package for {model}, only {', '.join(there)}")
+            raise PolicyError(
+                f"no policy of {name} comes with the package for {model}, only {', '.join(there)}: train one with "
+                f"`vidsieve train {base} FOLDER`, and give FOLDER/policy as the method"
+            )
         policy = "testbed"
-    return load(base, policy, **({"variant": variant} if variant else {}), **fields)
+    return load(name, policy, **fields)
 
 
 def is_policy(name: str) -> bool:

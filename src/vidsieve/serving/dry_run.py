@@ -69,7 +69,10 @@ def dry_run(
     """
     config = config_of(method, variant, settings)
     if config.objective in ("straight_through", "soft_topk"):
-        raise TrainingError(f"objective {config.objective!r} differentiates through the LLM, which is not predicted")
+        raise TrainingError(
+            f"objective {config.objective!r} differentiates through the LLM, which is not predicted: leave --dry-run "
+            "out, and see what --steps 2 takes"
+        )
     adapter = read_model(model)
     adapter.model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
     width = adapter.model.dtype.itemsize
