@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from vidsieve.errors import UnknownNameError
 from vidsieve.evaluation import experiment
 from workbench.testbed import ablating
 from workbench.testbed.ablating import (
-    RESULT,
     AblationTask,
     ablation_table,
     chosen_tables,
@@ -40,7 +40,7 @@ def test_every_condition_is_one_that_can_be_trained():
 
 def test_tables_share_runs_and_a_first_look_at_all_comes_before_the_second_seed():
     runs = runs_of(TABLES, 3, 24)
-    assert len({run.folder for run in runs}) == len(runs)
+    assert len({run.result for run in runs}) == len(runs)
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
     single = sum(len(table.conditions) for table in TABLES)
     assert len([run for run in runs if run.seed == 0]) < single, "the base is run once"
@@ -57,11 +57,14 @@ def test_a_run_is_performed_once_and_goes_on_after_a_kill(tmp_path, monkeypatch)
     assert result["clusters"].keys() == {"", "dense-b"} and len(result["clusters"]["dense-b"]) == 24
     assert "cacovid[dense-b]/0.05" in result["marks"] and {len(marks) for marks in result["marks"].values()} == {24}
     assert {"cacovid/0.1", "cacovid[other question]/0.05"} <= result["marks"].keys()
-    (tmp_path / run.folder / RESULT).unlink()
-    again = perform(run, tmp_path)
-    assert again["marks"] == result["marks"]
+    (tmp_path / run.result).unlink()
+    shutil.rmtree(tmp_path / run.folder / "policy")
+    assert perform(run, tmp_path)["marks"] == result["marks"]
     monkeypatch.setattr(ablating, "train_policy", lambda *a, **k: pytest.fail("trained again"))
-    assert perform(run, tmp_path) == json.loads((tmp_path / run.folder / RESULT).read_text())
+    assert perform(run, tmp_path) == json.loads((tmp_path / run.result).read_text())
+    (fewer,) = runs_of([table], 1, 12)
+    assert fewer.folder == run.folder and fewer.result != run.result
+    assert {len(marks) for marks in perform(fewer, tmp_path)["marks"].values()} == {12}
 
 
 def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
@@ -108,7 +111,7 @@ def test_tables_name_differences_that_are_none():
     for run in runs_of([table], 2, 80):
         marks = right if run.condition.label == "a" else wrong
         curve = [{"step": 1, "right": 0.5 + 0.1 * run.seed}]
-        results[run.folder] = {"marks": marks, "clusters": {"": clusters}, "curve": curve, "minutes": 1.0}
+        results[run.result] = {"marks": marks, "clusters": {"": clusters}, "curve": curve, "minutes": 1.0}
     made = tabulated(table, 2, 80, results)
     assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
     assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
@@ -128,7 +131,7 @@ def test_a_transfer_table_compares_each_place_with_its_own_first_row():
             f"cacovid{at}/{keep:g}": here if at == "" else there for at in ("", "[dense-b]") for keep in (0.1, 0.05)
         }
         scenes = [i // 4 for i in range(80)]
-        results[run.folder] = {"marks": marks, "clusters": {"": scenes, "dense-b": scenes}, "curve": [], "minutes": 1.0}
+        results[run.result] = {"marks": marks, "clusters": {"": scenes, "dense-b": scenes}, "curve": [], "minutes": 1.0}
     rows = tabulated(table, 1, 80, results)["rows"]
     assert [row["label"] for row in rows] == ["a", "a — in dense-b", "b", "b — in dense-b"]
     assert [row["0.1"]["difference"] for row in rows] == [None, None, 0.0, -0.5]
@@ -141,7 +144,7 @@ def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
     results = {}
     for run in runs_of([table], 1, 80):
         marks = "01"[run.condition.label == "a"] * 80
-        results[run.folder] = {
+        results[run.result] = {
             "marks": {"cacovid/0.1": marks, "cacovid/0.05": marks},
             "clusters": {"": [i // 4 for i in range(80)]},
             "curve": [],

@@ -1,6 +1,7 @@
 """Running the ablation tables: every training once per seed, in any order, on any number of processes, resumable.
 
-A run's folder is named after its settings, so that tables share runs and a stopped command goes on where it was.
+A run's folder is named after its training's settings and its result after what was measured, so that tables share
+trainings, another measurement needs no new one, and a stopped command goes on where it was.
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ from vidsieve.evaluation.table import NONE, Table
 from vidsieve.evaluation.tasks.testbed import SceneCondition, ScenesTask, scene_conditions
 from vidsieve.io.files import METRICS, writing
 from vidsieve.loading import shipped_model
+from vidsieve.policies import CONFIG, read_config
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.run_folder import read_metrics
+from vidsieve.training.run_folder import POLICY, read_metrics
 from vidsieve.training.settings import CONFIGS, SETTINGS
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
 RETENTIONS = (0.1, 0.05)
 EVAL_SEED = 9401
 """Scenes that neither training nor the published comparisons see."""
-RESULT = "result.json"
 SECOND = "second answerer"
 
 
@@ -55,22 +56,30 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """A name made of everything that the result depends on, but the code itself."""
+        """A name made of everything that the training depends on, but the code itself."""
         c = self.condition
         settings = SETTINGS[self.method, c.variant] | c.settings
         config = asdict(CONFIGS[self.method](**settings))
-        parts = [self.method, c.variant, config, c.probes, self.seed, self.questions, EVAL_SEED, RETENTIONS]
-        parts += [WORLD_VERSION, _model_digest(shipped_model(c.model)), f"{self.world}-b"]
+        parts = [self.method, c.variant, config, self.seed, WORLD_VERSION, _model_digest(shipped_model(c.model))]
+        return f"{self.method}-{_digest(parts)}-{self.seed}"
+
+    @property
+    def result(self) -> str:
+        """The path of the result, whose name is made of what is measured."""
+        parts = [self.condition.probes, self.questions, EVAL_SEED, RETENTIONS, f"{self.world}-b"]
         if self.second is not None:
             parts.append(_model_digest(self.second))
-        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-        return f"{self.method}-{digest}-{self.seed}"
+        return f"{self.folder}/result-{_digest(parts)}.json"
 
     @property
     def world(self) -> str:
         """The world that the policy is trained and measured in."""
         settings = SETTINGS[self.method, self.condition.variant] | self.condition.settings
         return CONFIGS[self.method](**settings).world
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @cache
@@ -86,7 +95,7 @@ def runs_of(tables: Sequence[AblationTable], seeds: int, questions: int, second:
             for condition in table.conditions:
                 run = Run(table.method, condition, seed, questions, second if condition.model == "testbed" else None)
                 if seed < table.count(seeds):
-                    found.setdefault(run.folder, run)
+                    found.setdefault(run.result, run)
     return list(found.values())
 
 
@@ -101,10 +110,10 @@ def marks_in(task: ScenesTask, conditions: Sequence[SceneCondition]) -> dict[str
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Return a run's marks and learning curve, from its folder if it has been performed before."""
-    home = folder / run.folder
-    if os.path.exists(home / RESULT):
-        found: dict[str, Any] = json.loads((home / RESULT).read_text(encoding="utf-8"))
+    """Return a run's marks and learning curve; what has been trained, or measured, before is not again."""
+    home, written = folder / run.folder, folder / run.result
+    if os.path.exists(written):
+        found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
         return found
     from vidsieve.loading import load_model
 
@@ -112,16 +121,17 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     name = run.condition.model
     model, processor = load_model(name)
     settings = run.condition.settings | {"seed": run.seed, "eval_prompts": 0}
-    record = train_policy(
-        run.method,
-        model,
-        processor,
-        home,
-        settings,
-        variant=run.condition.variant,
-        model_name=name,
-        resume=os.path.exists(home / METRICS),
-    )
+    if not os.path.exists(home / POLICY / CONFIG):
+        train_policy(
+            run.method,
+            model,
+            processor,
+            home,
+            settings,
+            variant=run.condition.variant,
+            model_name=name,
+            resume=os.path.exists(home / METRICS),
+        )
     policy, twin = {run.method: method_for(str(home))}, f"{run.world}-b"
     task = ScenesTask(adapter_for(model), processor, run.world, EVAL_SEED, run.questions, name)
     found = marks_in(task, scene_conditions(policy, RETENTIONS, probes=run.condition.probes))
@@ -134,8 +144,9 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         clusters[place] = list(there.items.values())
         for key, marks in marks_in(there, scene_conditions(policy, RETENTIONS)).items():
             found[f"{run.method}[{place}]/{key.rpartition('/')[2]}"] = marks
-    result = {"marks": found, "clusters": clusters, "curve": read_metrics(home), "minutes": record["minutes"]}
-    with writing(home / RESULT) as temporary:
+    minutes = read_config(home / POLICY).training["minutes"]
+    result = {"marks": found, "clusters": clusters, "curve": read_metrics(home), "minutes": minutes}
+    with writing(written) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")
     return result
 
@@ -171,16 +182,16 @@ class AblationTask:
 
     @cached_property
     def runs(self) -> dict[str, Run]:
-        """Trainings by the names of their folders."""
+        """Trainings by the paths of their results."""
         runs = runs_of(self.tables, self.seeds, self.questions, self.second)
-        return {run.folder: run for run in runs if self.labels is None or run.condition.label in self.labels}
+        return {run.result: run for run in runs if self.labels is None or run.condition.label in self.labels}
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that records depend on."""
         return {"eval_seed": EVAL_SEED, "questions": self.questions, "seeds": self.seeds}
 
     def units(self) -> list[str]:
-        """Return the names of the trainings' folders."""
+        """Return the paths of the trainings' results."""
         return list(self.runs)
 
     @cached_property
@@ -242,7 +253,7 @@ def tabulated(
         if labels is not None and condition.label not in labels:
             continue
         of = runs_of([replace(table, conditions=(condition,))], seeds, questions, second)
-        trained = [results[run.folder] for run in of]
+        trained = [results[run.result] for run in of]
         for view in _views(trained[0]["marks"], table):
             place = _place(view)
             clusters = trained[0]["clusters"][place]

@@ -232,8 +232,10 @@ def cosines(frame: Tensor, anchor: Tensor, other: Tensor) -> Tensor:
 
     At least float32: in float16 the product of two tokens may be too large.
     """
-    unit = F.normalize(frame.to(torch.promote_types(frame.dtype, torch.float32)), dim=-1)
-    return unit[other] @ unit[anchor].T
+    values = frame.to(torch.promote_types(frame.dtype, torch.float32))
+    lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
+    alike = values @ (values[anchor] / lengths[anchor]).T / lengths
+    return alike[other]
 
 
 def merged_along(

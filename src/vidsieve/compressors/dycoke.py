@@ -18,7 +18,7 @@ from vidsieve.selection import even_counts, top_indices, top_indices_per_frame
 from vidsieve.types import Selection, Stage, TokenGrid, Tokens, VideoTokens
 
 _LAYER = 3
-_PART = 16
+_PART = 32
 """Tokens of each of four frames that are made float32 at once."""
 _ROUNDING = 1e-6
 """By how much the cosine of two equal tokens may miss 1."""
