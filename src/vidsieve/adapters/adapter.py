@@ -186,10 +186,10 @@ class Adapter(Family):
                 f"a method is needed, not {compressor!r}: make one with vidsieve.load(name, retention=…)"
             )
         check_model(self.model)
-        self.check_front(compressor.front)
         for need in sorted(compressor.needs - self.provides, key=lambda need: need.name):
             if need is not Need.LAYER_ATTENTION or compressor.acts is not Stage.PRE_LLM:
                 raise self._lacking(compressor, need)
+        self.check_front(compressor.front)
         if compressor.acts is not Stage.PRE_LLM:
             check_layers(self.decoder_layers)
             kinds = layer_kinds(self.model.config.get_text_config())
@@ -232,7 +232,9 @@ class Adapter(Family):
     def _lacking(self, compressor: Compressor, need: Need) -> NeedError:
         """Return the error that a method reads what this family does not provide, and what to choose instead."""
         inner = need is Need.LAYER_ATTENTION
-        reason = f" ({self.lacks[need]})" if need in self.lacks else ""
+        causes: list[Need | Stage] = [need] if compressor.front is None else [need, compressor.front.stage]
+        causes = [cause for cause in causes if cause in self.lacks]
+        reason = f" ({self.lacks[causes[0]]})" if causes else ""
         others = "a method that acts before the LLM" if inner else "a method that reads the video's tokens alone"
         part = (
             ", or the part of this one before the LLM (inner=False)" if inner and hasattr(compressor, "inner") else ""

@@ -234,7 +234,7 @@ def cosines(frame: Tensor, anchor: Tensor, other: Tensor) -> Tensor:
     """
     values = frame.to(torch.promote_types(frame.dtype, torch.float32))
     lengths = torch.linalg.vector_norm(values, dim=1, keepdim=True).clamp(min=1e-12)
-    alike = values @ (values[anchor] / lengths[anchor]).T / lengths
+    alike: Tensor = values @ (values[anchor] / lengths[anchor]).T / lengths
     return alike[other]
 
 
