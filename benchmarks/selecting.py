@@ -393,9 +393,12 @@ def page(result: dict[str, Any]) -> str:
             if round(extra.get(small, 0)) > extra.get(f"{small}, published form", float("inf")) + 0.5:
                 above.append(f"`{name}` in {dtype}")
     slower = [f"`{name}`" for name, row in half.items() if factor_of(row) < aim(name)]
-    lines += ["", f"Slower than the aim in bfloat16: {', '.join(slower) or 'none'}. A processor with matrix units for"]
-    lines += ["bfloat16 multiplies the published forms' tokens on them; ours compares tokens in float32, in which a"]
-    lines += ["cosine has seven digits and not three."]
+    lines += [
+        "",
+        f"Slower than the aim in bfloat16: {', '.join(slower) or 'none'}. A processor with matrix units for",
+        "bfloat16 multiplies the published forms' tokens on them; ours compares tokens in float32, in which a",
+        "cosine has seven digits and not three.",
+    ]
     lines += ["", f"More memory than the published form: {', '.join(above) or 'none'}."]
     if open_ := [f"`{name}`" for name in rows if name not in half]:
         lines += ["", f"Not measured yet (`--dtypes bfloat16`): {', '.join(open_)}."]

@@ -32,9 +32,9 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or a trained policy, by its folder, that of its training run, or its name on the Hugging
-        Face Hub: ``OWNER/NAME``, or ``OWNER/NAME@REVISION``; ``reuse+NAME`` puts `Reuse` before it, and ``reuse`` alone
-        keeps every token.
+        A registered name, or ``NAME:VARIANT``; or a trained policy, by its folder, that of its training run, or its
+        name on the Hugging Face Hub: ``OWNER/NAME``, or ``OWNER/NAME@REVISION``; ``reuse+NAME`` puts `Reuse` before
+        it, and ``reuse`` alone keeps every token.
     policy : str or Path, optional
         The policy of a trained method, by folder or name on the hub; ``"testbed"`` for the one in the package.
     **fields

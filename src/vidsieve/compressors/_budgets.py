@@ -93,8 +93,7 @@ class TwoPartCompressor(PartedCompressor):
         layer, kept = self.first_layer(num_layers), self._share
         if self.variant == "official":
             return ((layer, max(1, round(num_tokens * kept))),)
-        if isinstance(self.retention, Tokens):
-            kept_tokens(self.retention, num_tokens)  # an error if it is more
+        kept_tokens(self.retention, num_tokens)  # an error if a count is more
         # What is left of the budget if all tokens enter is spent inside.
         spent = (exact_ratio(self.retention, num_tokens) * num_layers - layer) / (num_layers - layer)
         kept = max(kept, min(spent, Fraction(1)))
