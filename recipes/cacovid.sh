@@ -16,7 +16,7 @@ if [ -n "$TESTBED" ]; then
   BLIND=(--model testbed --seeds 3)
   TRAIN=(--variant paper --frames 16 --steps 8 --prompts-per-step 4 --token-rollouts 4 --frame-rollouts 2
     --iterations 2 --dynamic-ratio --threads 1 --save-every 4)
-  [ -e "$DATA/truth.json" ] || run $VIDSIEVE testbed render "$DATA" --format video-r1 --scenes 20 --seed 41 --broken 0.05 --leaked 0.2
+  [ -e "$DATA/truth.json" ] || run $VIDSIEVE testbed render "$DATA" --format video-r1 --scenes 12 --seed 41 --broken 0.1 --leaked 0.2
 fi
 
 # 1. What is there: counts by source and kind, missing and broken videos in a list.

@@ -12,18 +12,21 @@ from pathlib import Path
 import pytest
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SETTINGS = os.environ | {
+    "VIDSIEVE": f"{sys.executable} -m vidsieve",
+    "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(RECIPES.parent / "src"), os.environ.get("PYTHONPATH")])),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 def recipe(name, *arguments, code=0, **changed):
-    settings = os.environ | {
-        "VIDSIEVE": f"{sys.executable} -m vidsieve",
-        "TORCHRUN": f"{sys.executable} -m torch.distributed.run",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(RECIPES.parent / "src"), os.environ.get("PYTHONPATH")])),
-        "OMP_NUM_THREADS": "1",
-        **changed,
-    }
     done = subprocess.run(
-        ["bash", str(RECIPES / name), *map(str, arguments)], env=settings, capture_output=True, text=True, timeout=600
+        ["bash", str(RECIPES / name), *map(str, arguments)],
+        env=SETTINGS | changed,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -42,10 +45,22 @@ def teacher(tmp_path_factory):
             process.kill()
 
 
+def commands(said):
+    """Return the commands that a recipe prints, each without its beginning."""
+    return [line[2:] for line in said.splitlines() if line.startswith("+ ")]
+
+
+def in_this_process(run, command):
+    """Run one of a recipe's commands here: one that is not started anew takes a third of the time."""
+    return " ".join(run(*shlex.split(command.partition(" -m vidsieve ")[2])))
+
+
 @pytest.mark.slow
-def test_cacovid_from_the_file_to_the_table(tmp_path):
-    """Broken videos are in a list, leaked questions gone, two processes train; the second call does nothing again."""
-    said = recipe("cacovid.sh", "--testbed", "--out", tmp_path)
+def test_cacovid_from_the_file_to_the_table(run, tmp_path):
+    """Broken videos are in a list, leaked questions gone, two processes train; the second call goes on with the run."""
+    render, check, blind, train, evaluate = commands(recipe("cacovid.sh", "--testbed", "--out", tmp_path, "--print"))
+    for command in (render, check, blind):
+        in_this_process(run, command)
     truth = json.loads((tmp_path / "data" / "truth.json").read_text())
     listed = [json.loads(line)["where"] for line in (tmp_path / "unusable.jsonl").read_text().splitlines()]
     assert {Path(name).stem for name in listed} == {Path(name).stem for name in truth["broken"]} and len(listed) == 1
@@ -53,20 +68,20 @@ def test_cacovid_from_the_file_to_the_table(tmp_path):
     leaked = {(Path(leak["video"]).name, leak["question"]) for leak in truth["leaked"]}
     kept = {(Path(row["video"]).name, row["question"]) for row in left if row["problem_type"] == "multiple choice"}
     assert leaked and not leaked & kept and len(kept) > 0.6 * truth["questions"]
+    subprocess.run(shlex.split(train), env=SETTINGS, check=True, capture_output=True)
     config = json.loads((tmp_path / "run" / "policy" / "config.json").read_text())
-    assert config["training"]["steps"] == 8 and "cacovid:paper" in said
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    again = recipe("cacovid.sh", "--testbed", "--out", tmp_path, VIDSIEVE="true")  # what torchrun starts
-    assert "--resume" in again and (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+    assert config["training"]["steps"] == 8 and config["training"]["processes"] == 2
+    assert "cacovid:paper" in in_this_process(run, evaluate)
+    *done, train, _ = commands(recipe("cacovid.sh", "--testbed", "--out", tmp_path, "--print"))
+    assert done == [check, blind] and "--resume" in train  # what is rendered stays
 
 
 @pytest.mark.slow
 def test_score_through_both_stages_and_a_teacher(run, tmp_path, teacher):
-    """Its commands as printed, in this process: one that is not started anew for each takes a third of the time."""
     told = ["--testbed", "--gpus", 1, "--out", tmp_path, "--teacher", teacher, "--teacher-model", "tiny"]
-    commands = [line for line in recipe("score.sh", *told, "--print").splitlines() if line.startswith("+ ")]
-    assert len(commands) == 11 and sum("torch.distributed.run" in line for line in commands) == 1
-    said = "".join(" ".join(run(*shlex.split(line.partition(" -m vidsieve ")[2]))) for line in commands)
+    printed = commands(recipe("score.sh", *told, "--print"))
+    assert len(printed) == 11 and sum("torch.distributed.run" in line for line in printed) == 1
+    said = "".join(in_this_process(run, command) for command in printed)
     real = [json.loads(line) for line in (tmp_path / "real-annotated.jsonl").read_text().splitlines()]
     assert len(real) + said.count("aside") >= 29 and all(row["caption"] != row["original_caption"] for row in real)
     pseudo = [json.loads(line) for line in (tmp_path / "pseudo-annotated.jsonl").read_text().splitlines()]
