@@ -337,7 +337,7 @@ def test_flashvid_picks_what_is_farthest_by_weighted_cosine(relevance):
 
     video, spans = make_video(GRID, seed=5), [(0, 3), (3, 4), (4, 8)]
     rows, attention = video.embeds.reshape(8, 35, -1) + 0.5, video.encoder.attention.reshape(8, 35)
-    event = relevances(rows, spans) if relevance else None
+    event = relevances(rows, rows.mean(1), spans) if relevance else None
     picks = distinct_picks(rows, attention, event, 12)
     assert picks.tolist() == brute_picks(rows, attention, spans, 12, relevance=relevance, again=False)
     assert picks.tolist() == distinct_picks(rows, attention, event, 35)[:, :12].tolist(), "fewer are the first of more"
@@ -355,7 +355,7 @@ def test_flashvids_release_picks_a_token_again():
     centred[:, 4, 0] = 1000.0
     equal = torch.cat([rows[:, :5]] * 7, 1)
     for features in (centred, equal):
-        event = relevances(features, spans)
+        event = relevances(features, features.mean(1), spans)
         released = distinct_picks(features, attention, event, 12, again=True, exact=True)
         ours = distinct_picks(features, attention, event, 12)
         assert min(len(set(picks)) for picks in released.tolist()) < 12

@@ -11,6 +11,8 @@ from torch import Tensor
 
 _WHOLE, _BLOCK = 2**24, 2**22
 """Most distances that are kept at once, and the size of a block where they are not."""
+_FEW = 25
+"""Tokens that `torch.cdist` compares one by one, and not by a product of matrices."""
 _ROWS = 512
 """Tokens that are made float32 at once."""
 
@@ -62,7 +64,7 @@ class Distances:
     def of(cls, tokens: Tensor) -> Distances:
         """Return the distances of tokens (n, D)."""
         tokens = tokens.detach().float()
-        return cls(tokens, _apart(tokens, tokens) if len(tokens) ** 2 <= _WHOLE else None)
+        return cls(tokens, _all_apart(tokens) if len(tokens) ** 2 <= _WHOLE else None)
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield blocks of rows: their slice, and their distances (b, n) to all tokens."""
@@ -81,6 +83,16 @@ class Distances:
             owner = torch.cat([_apart(self.tokens[part], centre).argmin(1) for part in parts])
         owner[chosen] = torch.arange(len(chosen), device=owner.device)
         return owner
+
+
+def _all_apart(tokens: Tensor) -> Tensor:
+    """Return the distances of tokens (n, D) to each other: of more than a few by one product, and 0 to themselves."""
+    if len(tokens) <= _FEW:
+        return _apart(tokens, tokens)
+    product = tokens @ tokens.T
+    squares = product.diagonal().clone()
+    apart: Tensor = product.mul_(-2).add_(squares).add_(squares[:, None]).clamp_(min=0.0)
+    return apart.div_(tokens.shape[-1]).sqrt_()
 
 
 def _apart(first: Tensor, second: Tensor) -> Tensor:

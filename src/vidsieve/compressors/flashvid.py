@@ -94,15 +94,15 @@ class FlashVID(TwoPartCompressor):
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         received, release = attention.reshape(grid.frames, grid.per_frame), self.adaptive_budget
         with torch.no_grad():
-            alike = neighbours_alike(torch.stack([frame.float().mean(0) for frame in frames]))
-            spans = cut(alike, self.segments, self.segment_threshold, release)
+            means = torch.stack([frame.float().mean(0) for frame in frames])
+            spans = cut(neighbours_alike(means), self.segments, self.segment_threshold, release)
             if release:
                 ratio = float(self.budget_ratio(grid.num_tokens))
                 shares = [official_share(grid.per_frame, ratio, self.expansion, self.alpha)] * grid.frames
             else:
                 shares = [share_of(int(count), self.alpha) for count in even_counts(budget, grid.frames)]
             weights = received.float() * _SCALE
-            relevance = relevances(frames, spans) if self.form == "v2" else None
+            relevance = relevances(frames, means, spans) if self.form == "v2" else None
             most = max(picks for picks, _ in shares)
             # Only the release's second form may pick a token twice.
             again = release and self.form == "v2"
@@ -156,14 +156,16 @@ def official_share(size: int, ratio: float, expansion: float, alpha: float) -> t
 # -- tokens that differ -------------------------------------------------------------------------------------
 
 
-def relevances(frames: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """Return the mean dot product (T, n) float32 of each token of (T, n, D) with the frame vectors of its segment."""
+def relevances(frames: Tensor, means: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """Return the mean dot product (T, n) float32 of each token of (T, n, D) with the frame vectors of its segment.
+
+    `means` (T, D) float32 are the frame vectors.
+    """
     found = torch.empty(frames.shape[:2], device=frames.device)
     for start, stop in spans:
         if stop > start:
-            segment = frames[start:stop]
-            means = torch.stack([frame.float().mean(0) for frame in segment])
-            found[start:stop] = torch.stack([(frame.float() @ means.T).mean(-1) for frame in segment])
+            own = means[start:stop].T
+            found[start:stop] = torch.stack([(frame.float() @ own).mean(-1) for frame in frames[start:stop]])
     return found
 
 
@@ -289,7 +291,7 @@ def links(frames: Tensor, free: Tensor, threshold: float, least: int, release: b
         unit = F.normalize(frames[frame].float(), dim=-1)
         own, others = free[frame].nonzero().flatten(), free[frame - 1].nonzero().flatten()
         if len(own) and len(others):
-            alike[frame, own], best = (unit[own] @ before[others].T).max(1)
+            alike[frame, own], best = (unit @ before.T)[own][:, others].max(1)
             parent[frame, own] = others[best]
         before = unit
     linked, most = alike > threshold, alike.numel() - least

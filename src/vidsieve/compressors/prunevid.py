@@ -7,7 +7,6 @@ from itertools import groupby, pairwise
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors._budgets import TwoPartCompressor
@@ -166,7 +165,8 @@ def _directions(frames: Tensor) -> Tensor:
     """Return the sum (n, D) float32 of the unit vectors of frames (w, n, D)."""
     total = torch.zeros_like(frames[0], dtype=torch.float32)
     for frame in frames.detach():
-        total += F.normalize(frame.float(), dim=-1)
+        tokens = frame.float()
+        total.addcmul_(tokens, torch.linalg.vector_norm(tokens, dim=-1, keepdim=True).clamp(min=1e-12).reciprocal())
     return total
 
 

@@ -64,7 +64,7 @@ def _video(archive: Archive, case: str) -> Case:
     count, size = frames.shape[:2]
     spans = cut(neighbours_alike(frames.mean(1)), method.segments, method.segment_threshold, release=True)
     share = official_share(size, float(method.budget_ratio(count * size)), method.expansion, method.alpha)
-    relevance = relevances(frames, spans) if method.form == "v2" else None
+    relevance = relevances(frames, frames.mean(1), spans) if method.form == "v2" else None
     picks = distinct_picks(frames, attention * 1e6, relevance, share[0], again=method.form == "v2", exact=True)
     with noisy(noise_pieces(archive, case)):
         kept, tokens = merged_segments(frames, picks, spans, [share] * count, method.threshold, release=True)
