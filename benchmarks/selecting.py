@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache, partial
@@ -286,13 +286,21 @@ def risen(name: str, grid: TokenGrid, which: str, dtype: str) -> int:
     return peak_memory() - before
 
 
+@cache
+def processes() -> ProcessPoolExecutor:
+    """Return what runs every call in a fresh process, forked from one that has imported what takes long."""
+    # Freed blocks go back to the system at once, so that none of them hides in what the process had before.
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["transformers.models.qwen2.modeling_qwen2", "vidsieve.testing", "vidsieve.io.machine"]
+    )
+    return ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),), max_tasks_per_child=1)
+
+
 def memory(name: str, grid: TokenGrid, which: str = "ours", dtype: str = "float32") -> float:
     """Return what selecting adds to the memory of a fresh process, in MiB."""
-    command = [sys.executable, __file__, "--memory", name, which, f"{grid.frames},{grid.height},{grid.width}", dtype]
-    # Freed blocks go back to the system at once, so that none of them hides in what the process had before.
-    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, check=True, capture_output=True, text=True, env=settings)
-    return int(done.stdout.strip().splitlines()[-1]) / 2**20
+    return processes().submit(risen, name, grid, which, dtype).result() / 2**20
 
 
 def in_memory(name: str, dtype: str) -> dict[str, float]:
@@ -419,13 +427,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/selecting.json"))
     parser.add_argument("--page", type=Path, default=Path("docs/selecting.md"))
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.memory:
-        name, which, sides, dtype = options.memory
-        print(risen(name, TokenGrid(*map(int, sides.split(","))), which, dtype))
-        return
     # Methods can be measured one by one, and their memory apart from their time: what was measured before stays.
     whole = not options.methods and (options.parts, options.dtypes) == ("seconds,memory", "float32,bfloat16")
     goes_on = not whole and options.json.exists()
