@@ -155,6 +155,11 @@ def cosines(first: Tensor, second: Tensor) -> Tensor:
     return torch.stack(rows) if rows else first[..., 0]
 
 
+def frame_means(frames: Tensor) -> Tensor:
+    """Return the mean token (T, D) float32 of each of frames (T, n, D), of which one at a time is made float32."""
+    return torch.stack([frame.float().mean(0) for frame in frames])
+
+
 def neighbours_alike(frames: Tensor) -> Tensor:
     """Return the cosine (T − 1,) of every frame vector of (T, D) to the next."""
     unit = F.normalize(frames, dim=-1)

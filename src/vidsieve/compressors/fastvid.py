@@ -11,7 +11,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.compressors._clustering import Distances, centres, most_alike, neighbours_alike, peak_scores, totals
+from vidsieve.compressors._clustering import (
+    Distances,
+    centres,
+    frame_means,
+    most_alike,
+    neighbours_alike,
+    peak_scores,
+    totals,
+)
 from vidsieve.compressors.base import Compressor, encoder_attention, within
 from vidsieve.errors import BudgetError, UnknownNameError
 from vidsieve.selection import even_counts, top_indices
@@ -85,7 +93,7 @@ class FastVID(Compressor):
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         saliency = encoder_attention(video).reshape(grid.frames, grid.per_frame)
         with torch.no_grad():
-            alike = neighbours_alike(torch.stack([frame.float().mean(0) for frame in frames]))
+            alike = neighbours_alike(frame_means(frames))
             spans = cut(alike, self.segments, self.threshold)
             if self.adaptive_budget:
                 share = int(grid.per_frame * self.budget_ratio(grid.num_tokens))

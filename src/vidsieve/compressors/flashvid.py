@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from vidsieve.compressors._budgets import TwoPartCompressor
-from vidsieve.compressors._clustering import Distances, centres, neighbours_alike, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, centres, frame_means, neighbours_alike, peak_scores, totals
 from vidsieve.compressors.base import encoder_attention, within
 from vidsieve.compressors.inside import LayerChoice, LayerView
 from vidsieve.errors import UnknownNameError
@@ -94,7 +94,7 @@ class FlashVID(TwoPartCompressor):
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         received, release = attention.reshape(grid.frames, grid.per_frame), self.adaptive_budget
         with torch.no_grad():
-            means = torch.stack([frame.float().mean(0) for frame in frames])
+            means = frame_means(frames)
             spans = cut(neighbours_alike(means), self.segments, self.segment_threshold, release)
             if release:
                 ratio = float(self.budget_ratio(grid.num_tokens))

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from vidsieve.compressors._budgets import TwoPartCompressor
-from vidsieve.compressors._clustering import Distances, Group, centres, cosines, peak_scores, totals
+from vidsieve.compressors._clustering import Distances, Group, centres, cosines, frame_means, peak_scores, totals
 from vidsieve.compressors.base import within
 from vidsieve.compressors.inside import LayerChoice, LayerView
 from vidsieve.errors import BudgetError
@@ -66,7 +66,7 @@ class PruneVID(TwoPartCompressor):
         grid = video.grid
         frames = video.embeds.reshape(grid.frames, grid.per_frame, -1)
         with torch.no_grad():
-            labels = frame_labels(frames.mean(1), max(1, int(grid.frames * self.segments)))
+            labels = frame_labels(frame_means(frames), max(1, int(grid.frames * self.segments)))
             spans = runs_of(refined(labels))
         parts = split(frames, spans, self.threshold)
         sizes = [len(part.places) for part in parts]

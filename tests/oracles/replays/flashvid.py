@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from replays import Archive, Case, gap, groups, judged, noise_pieces, noisy, same_indices
-from vidsieve.compressors._clustering import neighbours_alike
+from vidsieve.compressors._clustering import frame_means, neighbours_alike
 from vidsieve.compressors.flashvid import (
     FlashVID,
     Form,
@@ -64,7 +64,7 @@ def _video(archive: Archive, case: str) -> Case:
     count, size = frames.shape[:2]
     spans = cut(neighbours_alike(frames.mean(1)), method.segments, method.segment_threshold, release=True)
     share = official_share(size, float(method.budget_ratio(count * size)), method.expansion, method.alpha)
-    relevance = relevances(frames, frames.mean(1), spans) if method.form == "v2" else None
+    relevance = relevances(frames, frame_means(frames), spans) if method.form == "v2" else None
     picks = distinct_picks(frames, attention * 1e6, relevance, share[0], again=method.form == "v2", exact=True)
     with noisy(noise_pieces(archive, case)):
         kept, tokens = merged_segments(frames, picks, spans, [share] * count, method.threshold, release=True)
