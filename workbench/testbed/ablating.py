@@ -267,7 +267,7 @@ def tabulated(
                     "accuracy": float(np.mean(per_seed)),
                     "seeds": per_seed,
                     "difference": gap.mean if gap else None,
-                    "stderr": gap.stderr if gap else None,
+                    "stderr": gap.stderr if gap and not math.isnan(gap.stderr) else None,
                 }
             row["minutes"] = float(np.mean([result["minutes"] for result in trained]))
             row["settings"] = condition.settings | {"variant": condition.variant}
@@ -327,7 +327,7 @@ def ablation_table(table: Mapping[str, Any]) -> Table:
 def _difference(cell: dict[str, Any]) -> str:
     if cell["difference"] is None:
         return NONE
-    if math.isnan(cell["stderr"]):
+    if cell["stderr"] is None:
         return f"{cell['difference']:+.3f} (one seed)"
     if abs(cell["difference"]) <= 2 * cell["stderr"]:
         return f"no difference ({cell['difference']:+.3f} ± {cell['stderr']:.3f})"
