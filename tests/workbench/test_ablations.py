@@ -83,6 +83,12 @@ def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
     assert shown.title == "t (cacovid, 2 seeds, 8 questions)" and [row[0] for row in shown.rows] == ["a", "b"]
 
 
+def test_no_training_is_two_runs():
+    """Else two processes would train in one folder at once."""
+    folders = [run.folder for run in runs_of(TABLES, 3, 480)]
+    assert len(folders) == len(set(folders))
+
+
 def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
     """Simulated: gaps with a known spread over seeds and over scenes; 95 % of intervals hold the truth."""
     draw = np.random.default_rng(0)

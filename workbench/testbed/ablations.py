@@ -185,7 +185,7 @@ TABLES: tuple[AblationTable, ...] = (
         "cacovid",
         "How words and tokens meet in the question path, at equal size.",
         (
-            _ours("sum over words"),
+            _ours("sum over words", probes=True),  # the same run as `BASE`
             _ours("softmax over words", match="softmax"),
             _ours("cross-attention into the network", match="cross_attention", match_width=96),
             _ours("mean of the words", match="mean"),
