@@ -28,7 +28,7 @@ VERSION ?=
 demo: $(VENV)/.installed
 	$(BIN)/vidsieve demo --out demo
 
-test: check
+test: check docs
 	$(BIN)/python -m pytest $(PARALLEL)
 
 # One minute of random rows, policies and videos, from a seed that is new with every commit; `make fuzz FUZZ_SECONDS=600`
@@ -66,7 +66,7 @@ test-vllm: $(SERVING)/.installed
 	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_models.py --json benchmarks/results/vllm_models.json
 	PYTHONPATH=. $(SERVING)/bin/python benchmarks/vllm_serving.py --json benchmarks/results/vllm.json
 
-check: $(VENV)/.installed-dev docs
+check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -14,7 +14,7 @@ from vidsieve.compressors.composed import AllTokens, Pipeline
 from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
-from vidsieve.io.hub import is_repository, no_policy
+from vidsieve.io.hub import is_hub_name, is_repository, no_policy
 from vidsieve.policies import CONFIG, policy_folder, read_config
 from vidsieve.retention import Calibration, parse_budget
 
@@ -32,9 +32,9 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
     Parameters
     ----------
     name_or_path : str or Path
-        A registered name, or ``NAME:VARIANT``; or a trained policy, by its folder, that of its training run, or its
-        name on the Hugging Face Hub: ``OWNER/NAME``, or ``OWNER/NAME@REVISION``; ``reuse+NAME`` puts `Reuse` before
-        it, and ``reuse`` alone keeps every token.
+        A registered name; or a trained policy, by its folder, that of its training run, or its name on the Hugging
+        Face Hub: ``OWNER/NAME``, or ``OWNER/NAME@REVISION``. ``:VARIANT`` may follow either; ``reuse+NAME`` puts
+        `Reuse` before it, and ``reuse`` alone keeps every token.
     policy : str or Path, optional
         The policy of a trained method, by folder or name on the hub; ``"testbed"`` for the one in the package.
     **fields
@@ -62,8 +62,8 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         if policy is not None:
             raise PolicyError(f"{front} is not trained and takes no policy, got {policy}")
         return AllTokens(ahead=first, **fields)
-    base, colon, variant = rest.partition(":")
-    if colon and base in registry.compressors:
+    base, variant = split_variant(rest)
+    if base != rest:
         return load(base, policy, variant=variant, **fields)
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
@@ -106,6 +106,21 @@ def split_front(name: str) -> tuple[str, str]:
         hint = "It comes before a method; two methods in a row are for `vidsieve.Pipeline`."
         raise UnknownNameError("name before a +", front, registry.fronts, hint)
     return "", name
+
+
+def split_variant(name: str) -> tuple[str, str]:
+    """Return the name of a method or policy and what follows its last colon, "" if the name has no variant."""
+    base, _, variant = name.rpartition(":")
+    return (base, variant) if base and (base in registry.compressors or is_policy(base)) else (name, "")
+
+
+def is_policy(name: str) -> bool:
+    """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub.
+
+    ``:VARIANT`` may follow it.
+    """
+    names = [part for part in (name, name.rpartition(":")[0]) if part and part not in registry.compressors]
+    return any(is_hub_name(part) or os.path.isfile(policy_folder(part) / CONFIG) for part in names)
 
 
 def put_before(front: Front, method: Compressor) -> Compressor:

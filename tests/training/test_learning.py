@@ -121,7 +121,14 @@ def test_attention_rows_are_those_of_the_eager_model(family):
     encoded = rollouts.encoded
     rows = encoded.attention_mask[0].nonzero().flatten()[[-3, -1]]
     layers = range(len(adapter.decoder_layers))
-    found = attention_rows(rollouts, rows, layers)
+    found, ran = attention_rows(rollouts, rows, layers), []
+    hooks = [
+        layer.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, layer in enumerate(adapter.decoder_layers)
+    ]
+    (first,) = attention_rows(rollouts, rows, [1])
+    assert torch.equal(first, found[1]) and ran == [0], "layers from the last to read on need not run"
+    for hook in hooks:
+        hook.remove()
     model.set_attn_implementation("eager")
     whole = adapter.build(encoded, encoded.per_row(encoded.everything()))
     with torch.no_grad():

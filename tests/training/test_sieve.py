@@ -10,12 +10,13 @@ import torch
 import vidsieve
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.sieve import Sieve, SievePolicy
-from vidsieve.errors import PolicyError, TrainingError
+from vidsieve.errors import PolicyError, TrainingError, UnknownNameError
 from vidsieve.evaluation import experiment
-from vidsieve.evaluation.conditions import named_methods
+from vidsieve.evaluation.conditions import label_of, named_methods
 from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
+from vidsieve.training.controls import teacher_scores
 from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
@@ -66,9 +67,19 @@ def test_the_policy_knows_the_budget(policy):
 
 def test_a_saved_policy_is_loaded_with_its_switch(policy, tmp_path):
     policy.save_pretrained(tmp_path)
-    loaded = vidsieve.load(tmp_path, retention=0.2, variant="blind")
     video = make_video(TokenGrid(4, 3, 3))
-    assert torch.equal(loaded.score(video), Sieve(policy=policy, retention=0.2, variant="blind").score(video))
+    wanted = Sieve(policy=policy, retention=0.2, variant="blind").score(video)
+    named = f"{tmp_path}:blind"
+    for loaded in (
+        vidsieve.load(tmp_path, variant="blind"),
+        vidsieve.load(named),
+        named_methods([named])[named],
+        vidsieve.load(f"reuse+{named}"),
+    ):
+        assert torch.equal(loaded.with_retention(0.2).score(video), wanted)
+    assert label_of(named) == named
+    with pytest.raises(UnknownNameError, match="blnd"):
+        vidsieve.load(f"{tmp_path}:blnd")
 
 
 def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, monkeypatch):
@@ -123,6 +134,29 @@ def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dro
         assert (one is None) == (other is None)
         if one is not None:
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-7)
+
+
+def test_distillation_teaches_both_readings(testbed, tmp_path):
+    """A prompt's loss: the cross-entropy against the teacher's tokens and frames, of either reading."""
+    adapter = adapter_for(testbed[0])
+    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"warmup_steps": 1})
+    policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
+    with torch.no_grad():
+        policy.scorer.query.weight.normal_(0, 0.02)
+    prompts = ScenePrompts(adapter, testbed[1], seed=3)
+    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
+    prompt = trainer.prepare(prompts.choice(0))
+    found = float(trainer.train_step(prompt).loss.detach())
+    video = prompt.rollouts.video(frozenset({Need.QUESTION}))
+    teacher = teacher_scores(prompt.rollouts, "first_look").softmax(0)
+    wanted: list[float] = []
+    for asked in (True, False):
+        out = policy(video, prompt.ratio, asked)
+        tokens, frames = ((logits[:, 1] - logits[:, 0]).log_softmax(0) for logits in out)
+        of_frames = teacher.view(len(frames), -1).sum(1)
+        wanted += [-float((part * log).sum().detach()) for part, log in ((teacher, tokens), (of_frames, frames))]
+    assert found == pytest.approx(sum(wanted), rel=1e-5)
+    assert wanted[0] != pytest.approx(wanted[2], rel=1e-3), "the readings differ"
 
 
 def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from typing import Any
 from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError
-from vidsieve.evaluation.conditions import is_policy, known_fields, method_for
+from vidsieve.evaluation.conditions import known_fields, method_for
+from vidsieve.loading import is_policy
 from workbench.papers.bundles import Place
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published

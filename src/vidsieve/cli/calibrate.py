@@ -87,10 +87,11 @@ def calibrate(
 
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.calibration import check_enough
-    from vidsieve.evaluation.conditions import is_policy, method_for
+    from vidsieve.evaluation.conditions import method_for
     from vidsieve.evaluation.tasks.calibrating import CalibrationTask, FramesTask, frame_conditions, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
     from vidsieve.io.hub import is_hub_name
+    from vidsieve.loading import is_policy, split_variant
     from vidsieve.policies import policy_folder, save_rule
 
     items = items_of(registry.benchmarks.get("questions"), data)
@@ -111,7 +112,8 @@ def calibrate(
         task = CalibrationTask(*asked, about=about, tolerance=tolerate, confidence=confidence)
         conditions = ladder_conditions(chosen, counts[0], label)
         rule = task.rule(shared.run_task(task, conditions, "videos", folder=folder, json=json))
-    if save is None and label and not is_hub_name(method):  # the hub's cache is not written
+    # The hub's cache is not written, and a policy's own rule is for the variant that it was trained as.
+    if save is None and label and not is_hub_name(method) and not split_variant(method)[1]:
         where = policy_folder(method)
         save_rule(where, rule)
         suffix = ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +12,7 @@ from vidsieve.adapters.fingerprint import policy_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError
-from vidsieve.io.hub import is_hub_name
-from vidsieve.loading import is_testbed, load, policy_name, put_before, shipped_policies, split_front
-from vidsieve.policies import CONFIG, policy_folder
+from vidsieve.loading import is_policy, is_testbed, load, policy_name, put_before, shipped_policies, split_front
 from vidsieve.retention import Calibration, Tokens, budget_text
 from vidsieve.types import Stage
 
@@ -172,12 +169,6 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
             )
         policy = "testbed"
     return load(name, policy, **fields)
-
-
-def is_policy(name: str) -> bool:
-    """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub."""
-    known = name in registry.compressors
-    return not known and (is_hub_name(name) or os.path.isfile(policy_folder(name) / CONFIG))
 
 
 def check_prefill(methods: Mapping[str, Compressor]) -> None:

@@ -137,12 +137,11 @@ class CaCoVIDTrainer(Trainer[Choice]):
         if c.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
             prompt.ratio = sampling.log_uniform(c.rate_low, c.rate_high, self.generator)
         token_logits, frame_logits = self.policy_logits(prompt, video)  # (N, 2), (T, 2)
-        keep, frame_keep = difference(token_logits), difference(frame_logits)  # (N,), (T,)
+        keep = difference(token_logits)  # (N,)
         metrics: dict[str, float] = {}
         if c.objective == "distil" or self.step < c.warmup_steps:
             teacher = teacher_scores(prompt.rollouts, c.teacher, prompt.sample.targets)
-            frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()
-            loss = distillation_loss(keep, teacher) + distillation_loss(frame_keep, frames)
+            loss = self.distil(prompt, video, teacher, token_logits, frame_logits)
         elif c.objective == "soft_topk":
             chosen, constraint = softly_selected(video, keep, prompt.ratio, self.progress)
             answer_loss, right = choice_loss(prompt.rollouts, prompt.sample, [chosen])
@@ -173,6 +172,15 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """Return the policy's logits of tokens (N, 2) and of frames (T, 2)."""
         logits: tuple[Tensor, Tensor] = self.run_policy(video)
         return logits
+
+    def distil(
+        self, prompt: Prompted, video: VideoTokens, teacher: Tensor, token_logits: Tensor, frame_logits: Tensor
+    ) -> Tensor:
+        """Return the loss against a teacher's scores of tokens (N,), which tell those of frames too."""
+        frames = teacher.softmax(0).reshape(video.grid.frames, -1).sum(1).clamp(min=1e-12).log()  # (T,)
+        return distillation_loss(difference(token_logits), teacher) + distillation_loss(
+            difference(frame_logits), frames
+        )
 
     def cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
         """Return the CPO loss of fresh and remembered rollouts; None where no reward is finite."""

@@ -10,6 +10,7 @@ loss, of growing weight, pulls the mask to 0 and 1, where it is what a selection
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -31,6 +32,10 @@ CONSTRAINT = (0.1, 2.0)
 """Weight of `constraint_loss` at the first and at the last step, as in VisionSelector's release."""
 UNLIKELY = -12.0
 """Log-score of a token that the oracle does not name."""
+
+
+class _AllRead(Exception):
+    """Leaves the LLM before the last layer to read has run; no fault."""
 
 
 @torch.no_grad()
@@ -72,8 +77,8 @@ def teacher_scores(rollouts: Rollouts, teacher: Teacher, targets: Tensor | None 
 def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """Return the attention (H, R, N) float32 from columns `rows` (R,) to the video's tokens, one tensor a layer.
 
-    Recomputed from each layer's own projections while the whole prompt runs through the LLM once: no full attention
-    matrix, whatever the attention backend.
+    Recomputed from each layer's own projections while the whole prompt runs through the LLM once, up to the last of
+    `layers`: no full attention matrix, whatever the attention backend.
 
     Raises
     ------
@@ -96,10 +101,13 @@ def attention_rows(rollouts: Rollouts, rows: Tensor, layers: Sequence[int]) -> l
         hidden, window = layer_hidden(args, kwargs, layer)[0], window_of(text, number)
         weights = decoder_layer.attention_rows(layer, text, hidden, positions, asking, window)
         attention.append(weights[..., columns.to(weights.device)])
+        if number == max(layers):
+            raise _AllRead
 
     hooks = [adapter.decoder_layers[n].register_forward_pre_hook(partial(read, n), with_kwargs=True) for n in layers]
     try:
-        rollouts.prefill(whole)
+        with suppress(_AllRead):
+            rollouts.prefill(whole)
     finally:
         for hook in hooks:
             hook.remove()

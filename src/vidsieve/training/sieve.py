@@ -34,6 +34,15 @@ class SieveTrainer(CaCoVIDTrainer):
         logits: tuple[Tensor, Tensor] = self.run_policy(video, prompt.ratio, prompt.asked)
         return logits
 
+    def distil(
+        self, prompt: Prompted, video: VideoTokens, teacher: Tensor, token_logits: Tensor, frame_logits: Tensor
+    ) -> Tensor:
+        """Return the loss of both readings against a teacher's scores."""
+        other = self.run_policy(video, prompt.ratio, not prompt.asked)
+        return super().distil(prompt, video, teacher, token_logits, frame_logits) + super().distil(
+            prompt, video, teacher, *other
+        )
+
     def cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
         """Return the CPO loss, with that of the reading that did not draw the masks; None where no reward is finite."""
         result, c = super().cpo(prompt, video, token_logits, frame_logits), self.config
