@@ -38,10 +38,10 @@ FUZZ_SEED ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),0)
 fuzz: $(VENV)/.installed-dev
 	VIDSIEVE_FUZZ_SECONDS=$(FUZZ_SECONDS) VIDSIEVE_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/hardening/test_fuzz.py
 
-# The same environment with nothing but transformers replaced: sessions and every family that runs with it once more. All
-# of tests/attach passes with it too.
-OLDEST_TESTS := decoding encoder equivalence every_method families inside layers pipeline said_placeholder session shapes \
-  staged stream transformers_api windows wrapped
+# The same environment with nothing but transformers replaced: sessions and every family that runs with it once more, the
+# longest files first. All of tests/attach passes with it too.
+OLDEST_TESTS := session equivalence layers staged wrapped families decoding stream encoder inside said_placeholder shapes \
+  transformers_api windows earlytom
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c 'import transformers as t; assert t.__version__ == "$(OLDEST)", t.__version__'
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -m pytest $(PARALLEL) $(foreach part,$(OLDEST_TESTS),tests/attach/test_$(part).py)

@@ -295,10 +295,8 @@ def markdown(table: dict[str, Any], methods: Sequence[tuple[str, str]]) -> str:
         largest = max(largest, *(row["stderr"] for row in rows if row))
         cells = [f"{row['mean']:.3f}" if row else "–" for row in rows]
         lines.append(f"| {_label(method, variant)} | {' | '.join(cells)} |")
-    about = (
-        f"Standard errors, clustered by scene: at most {largest:.3f}. –: below what the method can keep, or not probed."
-    )
-    return "\n".join([*lines, "", about])
+    errors = f"Standard errors, clustered by scene: at most {largest:.3f}."
+    return "\n".join([*lines, "", f"{errors} –: below what the method can keep, or not measured."])
 
 
 def differences(table: dict[str, Any], methods: Sequence[tuple[str, str]], retentions: Sequence[float]) -> str:
@@ -345,10 +343,11 @@ def page(result: dict[str, Any], title: str) -> str:
             mean, half = 100 * found["mean"], 196 * found["stderr"]
             parts += ["", f"Mean of the {len(RETENTIONS)} retentions, points: `{pair}` {mean:+.1f} ± {half:.1f}."]
         if probes:
+            several = any("[shipped]" in method for method, _ in probes)
             parts += [
                 "",
-                "`[other question]`: tokens are chosen for the scene's next question. `[shipped]`, `[seed …]`: one",
-                "training each, of which the rows above have the mean.",
+                "`[other question]`: tokens are chosen for the scene's next question."
+                + (" `[shipped]`, `[seed …]`: one\ntraining each, of which the rows above have the mean." * several),
                 "",
                 markdown(table, probes),
             ]
@@ -406,8 +405,9 @@ def figure(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--questions", default="1200,1200,1200", help=f"of each seed of {SEEDS}, or of the first ones; 0: none"
+        "--questions", default="1200,1200,1200", help="of each seed of --seeds, or of the first ones; 0: none"
     )
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of the scenes and their questions")
     parser.add_argument("--tables", default=",".join(TABLES), help="model and world of each")
     parser.add_argument("--methods", default="all", help="names, as `vidsieve eval` has them")
     parser.add_argument("--policies", type=Path, nargs="*", default=[], help="folders of more trainings, each table's")
@@ -425,8 +425,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print an existing result")
     options = parser.parse_args()
     if not options.show:
-        counts = [int(count) for count in options.questions.split(",")]
-        sizes = [(seed, count) for seed, count in zip(SEEDS, counts, strict=False) if count]
+        counts, seeds = ([int(n) for n in text.split(",")] for text in (options.questions, options.seeds))
+        sizes = [(seed, count) for seed, count in zip(seeds, counts, strict=False) if count]
         names = options.tables.split(",")
         methods = options.methods.split(",")
         tasks = [

@@ -64,6 +64,8 @@ def load(name_or_path: str | Path, policy: str | Path | None = None, **fields: A
         return AllTokens(ahead=first, **fields)
     base, variant = split_variant(rest)
     if base != rest:
+        if "variant" in fields:
+            raise PolicyError(f"{rest} names a variant, and variant={fields['variant']!r} another: leave one out")
         return load(base, policy, variant=variant, **fields)
     folder = policy_folder(name_or_path)
     if policy is None and str(name_or_path) not in registry.compressors and os.path.isfile(folder / CONFIG):
@@ -129,8 +131,8 @@ def put_before(front: Front, method: Compressor) -> Compressor:
 
 
 def policy_name(name: str) -> str:
-    """Return the name of the policy that serves ``method:variant``: ``ours`` and ``blind`` share the method's own."""
-    return name.removesuffix(":ours").removesuffix(":blind")
+    """Return the name of the policy that serves ``method:variant``: both variants of `sieve` have one."""
+    return "sieve" if name == "sieve:blind" else name.removesuffix(":ours")
 
 
 def shipped_policies(model: str | None = None) -> list[str]:

@@ -184,7 +184,7 @@ def test_a_policy_does_not_depend_on_who_reads_the_videos(testbed, tmp_path, met
     few = {"rollouts": 4} if method == "score" else {"token_rollouts": 4, "frame_rollouts": 0}
 
     def train(name, workers, *, stop=0, data=tmp_path / "questions.jsonl"):
-        settings = few | {"steps": 4, "prompts_per_step": 1, "workers": workers, "log_every": 1}
+        settings = few | {"steps": 4, "prompts_per_step": 1, "workers": workers, "log_every": 1, "eval_prompts": 0}
         train_policy(
             method,
             model,

@@ -8,10 +8,15 @@ import pytest
 from file_rows import rows_of
 
 from vidsieve.errors import TrainingError
+from vidsieve.evaluation.benchmarks import questions
+from vidsieve.testbed.files import write_scenes
 from vidsieve.training.data.filtering import filter_file
 from vidsieve.training.data.layouts import read_records
+from vidsieve.training.data.merging import merge_files
 from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.table import held_out, keys_of, load_rows
+from vidsieve.training.recipes import train_policy
+from vidsieve.training.sources import Files
 
 
 def rows_file(tmp_path, *rows):
@@ -26,13 +31,14 @@ ASKED = {"video": "a.mp4", "question": "?", "options": ["red", "blue"], "answer"
 @pytest.mark.parametrize(
     ("row", "fault"),
     [
-        ({"video": "a.mp4", "caption": "c", "question": "?"}, "missing field answer"),
+        ({"video": "a.mp4", "caption": "c", "question": "?"}, "missing field options"),
+        ({"video": "a.mp4", "question": "?", "problem_type": "numerical"}, "answer: is missing, and only a multiple"),
         ({"video": 5, "caption": "c"}, "video: expected str, got int"),
         ({"video": "a.mp4", "caption": None}, "caption: expected str, got null"),
         ({"video": "a.mp4", "caption": "  "}, "caption: expected a text that is not empty"),
         (
             {"video": "a.mp4"},
-            "a row needs video, and caption or question, options and answer; or frames or image, and caption",
+            "a row needs video, and caption or question and options; or frames or image, and caption",
         ),
         (["a"], "a row needs"),
         ({"caption": "c"}, "a row needs"),
@@ -67,6 +73,34 @@ def test_a_wrong_answer_is_told_before_training(testbed, tmp_path):
     prompts = FilePrompts(adapter_for(model), processor, path)
     assert len(prompts.choices) == 1
     assert "record 2: the answer 'green' is none of its options" in prompts.skipped.summary()
+
+
+UNLABELLED = {name: value for name, value in ASKED.items() if name != "answer"} | {"question": "which colour ?"}
+
+
+def test_a_question_without_an_answer_is_for_the_models_own_alone(testbed, tmp_path):
+    """Reward "agreement" trains on it; others, held-out prompts and evaluations count it as left out."""
+    write_scenes(tmp_path, world="dense", seed=2, scenes=2)
+    rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    blank = [{name: value for name, value in row.items() if name != "answer"} for row in rows]
+    path, few = rows_file(tmp_path, *blank), {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4}
+    record = train_policy("sieve", *testbed, tmp_path / "sieve", few, files=Files(path))
+    assert record["prompts"] == 2 and record["skipped"]["left_out"] == {"a caption": 2}
+    with pytest.raises(TrainingError, match=r"can be used: .*a question without an answer: for reward 'agreement'"):
+        train_policy("cacovid", *testbed, tmp_path / "cacovid", few, files=Files(path))
+    with pytest.raises(TrainingError, match="a question without an answer"):
+        train_policy("sieve", *testbed, tmp_path / "held", few | {"hold_out": 0.5}, files=Files(path))
+    mixed = rows_file(tmp_path, *blank, *(row for row in rows if "question" in row))
+    assert questions.read(mixed)[0].fault == "answer: is missing"
+
+
+def test_a_filter_and_a_mix_keep_questions_without_an_answer(testbed, tmp_path):
+    (tmp_path / "a.mp4").touch()
+    path = rows_file(tmp_path, ASKED, UNLABELLED)
+    assert filter_file(path, tmp_path / "out.jsonl", [testbed]).others == 1
+    merge_files([(path, None)], tmp_path / "mix.jsonl")
+    for name in ("out.jsonl", "mix.jsonl"):
+        assert UNLABELLED["question"] in (tmp_path / name).read_text()
 
 
 def test_images_that_rows_share_are_held_out_together(tmp_path):

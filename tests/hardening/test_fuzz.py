@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-SECONDS = float(os.environ.get("VIDSIEVE_FUZZ_SECONDS", "4"))
+SECONDS = float(os.environ.get("VIDSIEVE_FUZZ_SECONDS", "1"))
 SEED = int(os.environ.get("VIDSIEVE_FUZZ_SEED", "0"))
 DEADLINE, MEMORY = 60, 2**30
 """Seconds that a case may take, and bytes above those of the first one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,11 @@ from vidsieve.training import cacovid, losses
 from vidsieve.training.advantages import leave_one_out, no_std, split_advantage
 from vidsieve.training.controls import attention_rows, caption_loss, choice_loss, gated, teacher_scores
 from vidsieve.training.data.scenes import ScenePrompts
-from vidsieve.training.recipes import train_policy
+from vidsieve.training.recipes import new_cacovid, train_policy
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.run_folder import read_metrics
 from vidsieve.training.sampling import log_uniform
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, config_of
 from vidsieve.training.sources import Files
 
 
@@ -46,7 +47,7 @@ def cpo_calls(monkeypatch):
 
 def run(testbed, folder, method, variant="ours", **settings):
     model, processor = testbed
-    few = {"rollouts": 4} if method == "score" else {}
+    few = {"rollouts": 4} if method == "score" and settings.get("objective") != "distil" else {}
     settings = {"steps": 2, "prompts_per_step": 2, "log_every": 1, "seed": 5, "eval_prompts": 0} | few | settings
     record = train_policy(method, model, processor, folder, settings, variant=variant, model_name="testbed")
     return record, read_metrics(folder)
@@ -191,7 +192,7 @@ def test_straight_through_changes_nothing_forward_and_is_the_gradient_of_scaling
     masks = torch.rand(3, TOKENS, generator=draw) < 0.05
     logits = torch.randn(TOKENS, generator=draw).requires_grad_()
     selections = gated(video, logits, masks)
-    loss, right = choice_loss(rollouts, sample, selections)
+    loss, right = choice_loss(rollouts, sample.option_ids, sample.answer, selections)
     wanted = rollouts.option_logits(masks, sample.option_ids)
     target = torch.full((3,), sample.answer)
     assert float(loss.detach()) == pytest.approx(float(torch.nn.functional.cross_entropy(wanted, target)), abs=1e-5)
@@ -205,7 +206,7 @@ def test_straight_through_changes_nothing_forward_and_is_the_gradient_of_scaling
             type(s)(s.indices, embeds=torch.where((s.indices == token)[:, None], s.embeds * gate, s.embeds).detach())
             for s in selections
         ]
-        moved.append(float(choice_loss(rollouts, sample, scaled)[0].detach()))
+        moved.append(float(choice_loss(rollouts, sample.option_ids, sample.answer, scaled)[0].detach()))
     p = float(logits[token].detach().sigmoid())
     assert float(logits.grad[token]) == pytest.approx(p * (1 - p) * (moved[1] - moved[0]) / 0.02, rel=0.05)
 
@@ -238,9 +239,35 @@ def test_controls_learn_without_rewards(testbed, tmp_path, method, settings):
         assert lines[-1]["loss"] < lines[0]["loss"]
 
 
-def test_a_warm_up_distils_first_and_then_rolls_out(testbed, tmp_path):
-    _, lines = run(testbed, tmp_path, "cacovid", steps=3, warmup_steps=2)
-    assert [("reward" in line) for line in lines] == [False, False, True]
+def test_a_warm_up_distils_first_and_then_rolls_out(testbed, tmp_path, monkeypatch):
+    """The frozen LLM answers nothing before there are rewards, and the first rewarded prompts without the video."""
+    answered, original = [], Rollouts.option_logits
+    monkeypatch.setattr(Rollouts, "option_logits", lambda *args: answered.append(args) or original(*args))
+    _, lines = run(testbed, tmp_path, "cacovid", steps=3, warmup_steps=2, reward="agreement")
+    assert [("reward" in line, "blind" in line) for line in lines] == [(False, False), (False, False), (True, True)]
+    assert [line["rollouts_per_second"] > 0 for line in lines] == [False, False, True]
+    assert len(answered) == 4, "two prompts: under all tokens, and under their rollouts"
+
+
+def test_controls_are_rewarded_as_the_policy_gradient_is(testbed, tmp_path, prompts):
+    """Under reward "agreement" straight-through reads no label either."""
+    config = config_of("cacovid", "ours", {"objective": "straight_through", "reward": "agreement"})
+    policy = new_cacovid(prompts.adapter, config, "ours", "testbed")
+    trainer, found = cacovid.CaCoVIDTrainer(prompts.adapter, policy, config, prompts.choice, tmp_path), []
+    for label in (0, 1):
+        trainer.generator.manual_seed(0)
+        prompt = trainer.prepare(replace(prompts.choice(2), answer=label))
+        found.append(float(trainer.train_step(prompt).loss.detach()))
+    assert found[0] == found[1]
+
+
+def test_an_answer_that_is_not_finite_is_no_reward(testbed, tmp_path, prompts, monkeypatch):
+    config = config_of("cacovid", "ours", {"reward": "agreement"})
+    policy = new_cacovid(prompts.adapter, config, "ours", "testbed")
+    trainer = cacovid.CaCoVIDTrainer(prompts.adapter, policy, config, prompts.choice, tmp_path)
+    monkeypatch.setattr(Rollouts, "option_logits", lambda *_: torch.tensor([[0.0, torch.nan, 0.0, 0.0]]))
+    result = trainer.train_step(trainer.prepare(prompts.choice(2)))
+    assert result.loss is None and result.broken.startswith("reward 'agreement' is nan")
 
 
 # -- remedies, the release's trainer, the curriculum ----------------------------------------------------------
@@ -369,6 +396,31 @@ def test_settings_that_contradict_each_other_are_refused(make, settings, said):
         make(teacher="atention")
 
 
+@pytest.mark.parametrize(
+    ("method", "variant", "settings", "said"),
+    [
+        ("cacovid", "ours", {"body_lr": 1e-3}, "body_lr is for decoder layers"),
+        ("cacovid", "paper", {"match": "mean"}, "match is for body 'question'"),
+        ("cacovid", "ours", {"ratio": 0.2, "rate_low": 0.1, "rate_high": 0.2}, "ratio is what rate_low"),
+        ("cacovid", "ours", {"replay": False}, "replay acts between iterations"),
+        ("cacovid", "ours", {"ratio_low": 0.2}, "ratio_low is a threshold of dynamic_ratio"),
+        ("cacovid", "ours", {"width": 4.0, "sampler": "random"}, "width is the width of OCSS, not of sampler 'random'"),
+        ("cacovid", "ours", {"objective": "distil", "advantage": "no_std"}, "advantage is about rewards"),
+        ("cacovid", "ours", {"objective": "soft_topk", "sampler": "random"}, "sampler draws masks"),
+        ("cacovid", "ours", {"answer_tokens": 4}, "answer_tokens is for reward 'generate'"),
+        ("sieve", "ours", {"teacher": "attention"}, "teacher is for objective 'distil' and for warmup_steps"),
+        ("score", "ours", {"tolerance": 1.1}, "tolerance belongs to advantage 'split'"),
+        ("score", "paper", {"pseudo_tolerance": 1.1}, "pseudo_tolerance is for pseudo_steps"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(method, variant, settings, said):
+    with pytest.raises(TrainingError, match=said):
+        config_of(method, variant, settings)
+    name = said.partition(" ")[0]
+    usual = getattr(config_of(method, variant, {}), name)
+    assert getattr(config_of(method, variant, settings | {name: usual}), name) == usual, "the default is no fault"
+
+
 def test_what_a_recipe_refuses(testbed, tmp_path):
     with pytest.raises(TrainingError, match="causal is for bodies"):
         run(testbed, tmp_path / "a", "cacovid", causal=True)
@@ -483,6 +535,17 @@ def test_captions_that_one_token_predicts_are_an_error_before_training(shallow, 
         run(shallow, tmp_path, "score", "paper", steps=1, prompts_per_step=2)
     assert not (tmp_path / "metrics.jsonl").exists() or not read_metrics(tmp_path)
     run(shallow, tmp_path / "group", "score", steps=1, prompts_per_step=2)
+
+    def hardly_better(self, kept):
+        single = not isinstance(kept, torch.Tensor) and len(kept[0].indices) == 1
+        return torch.full((len(kept),), 1.5 * (1.015 if single else 1))
+
+    monkeypatch.setattr(
+        Rollouts, "caption_ce", hardly_better
+    )  # above the 1 % of pseudo-videos, below the 2 % of others
+    run(shallow, tmp_path / "pseudo", "score", "paper", steps=1, prompts_per_step=2, pseudo_steps=1)
+    with pytest.raises(TrainingError, match="a single token predicts"):
+        run(shallow, tmp_path / "real", "score", "paper", steps=1, prompts_per_step=2)
 
 
 @pytest.mark.parametrize("world", ["dense", "sparse"])

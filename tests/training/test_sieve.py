@@ -78,6 +78,8 @@ def test_a_saved_policy_is_loaded_with_its_switch(policy, tmp_path):
     ):
         assert torch.equal(loaded.with_retention(0.2).score(video), wanted)
     assert label_of(named) == named
+    with pytest.raises(PolicyError, match="names a variant, and variant='ours' another"):
+        vidsieve.load(named, variant="ours")
     with pytest.raises(UnknownNameError, match="blnd"):
         vidsieve.load(f"{tmp_path}:blnd")
 
@@ -157,6 +159,49 @@ def test_distillation_teaches_both_readings(testbed, tmp_path):
         wanted += [-float((part * log).sum().detach()) for part, log in ((teacher, tokens), (of_frames, frames))]
     assert found == pytest.approx(sum(wanted), rel=1e-5)
     assert wanted[0] != pytest.approx(wanted[2], rel=1e-3), "the readings differ"
+
+
+def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path):
+    """A prompt's gradient: plain CPO without the question, and the teacher's with it, as a mean over tokens."""
+    adapter = adapter_for(testbed[0])
+    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"taught": True, "score_decay": 0.0})
+    policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
+    with torch.no_grad():
+        policy.scorer.query.weight.normal_(0, 0.02)
+    prompts = ScenePrompts(adapter, testbed[1], seed=3)
+    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
+    for number in range(20):
+        prompt = trainer.prepare(prompts.choice(number))
+        result, known = trainer.train_step(prompt), prompt.memory["tokens"]
+        if not bool((known.rewards == known.rewards[0]).all()):
+            break
+    video = prompt.rollouts.video(frozenset({Need.QUESTION}))
+    advantage = (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
+    logits = policy(video, prompt.ratio, False)[0].log_softmax(1)
+    wanted = -(advantage[:, None] * torch.where(known.masks, logits[:, 1], logits[:, 0])).mean()
+    teacher = teacher_scores(prompt.rollouts, "first_look").softmax(0)
+    for target, out in zip((teacher, teacher.view(16, -1).sum(1)), policy(video, prompt.ratio, True), strict=True):
+        wanted = wanted - (target * (out[:, 1] - out[:, 0]).log_softmax(0)).sum() / video.num_tokens
+    found = torch.autograd.grad(result.loss, policy.parameters(), allow_unused=True)
+    expected = torch.autograd.grad(wanted, policy.parameters(), allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-7)
+    with pytest.raises(TrainingError, match="question_dropped is 1 where the question's part is taught"):
+        train_policy("sieve", *testbed, tmp_path / "run", {"taught": True, "question_dropped": 0.3})
+
+
+def test_iterations_read_a_prompt_one_way(testbed, tmp_path, monkeypatch):
+    asked, original = [], SieveTrainer.token_masks
+
+    def token_masks(self, prompt, *args):
+        asked.append((id(prompt), prompt.asked))
+        return original(self, prompt, *args)
+
+    monkeypatch.setattr(SieveTrainer, "token_masks", token_masks)
+    train_policy("sieve", *testbed, tmp_path, FEW | {"iterations": 4, "steps": 1})
+    assert len(asked) == 12 and len(set(asked)) == 3
 
 
 def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):

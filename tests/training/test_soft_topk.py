@@ -111,7 +111,7 @@ def test_the_answer_s_loss_reaches_the_scores(prompts):
     video = rollouts.video()
 
     def loss(scores):
-        return choice_loss(rollouts, sample, [softly_selected(video, scores, 0.2, 0.0)[0]])[0]
+        return choice_loss(rollouts, sample.option_ids, sample.answer, [softly_selected(video, scores, 0.2, 0.0)[0]])[0]
 
     scores = draw(video.num_tokens, scale=1.0).float().requires_grad_()
     (grad,) = torch.autograd.grad(loss(scores), scores)

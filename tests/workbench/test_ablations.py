@@ -10,6 +10,7 @@ import pytest
 
 from vidsieve.errors import UnknownNameError
 from vidsieve.evaluation import experiment
+from vidsieve.training.settings import SETTINGS, config_of
 from workbench.testbed import ablating
 from workbench.testbed.ablating import (
     AblationTask,
@@ -27,14 +28,11 @@ TINY = {"steps": 1, "prompts_per_step": 1, "token_rollouts": 4, "frame_rollouts"
 
 
 def test_every_condition_is_one_that_can_be_trained():
-    from vidsieve.training.settings import SETTINGS, CaCoVIDConfig, ScoreConfig
-
     for table in TABLES:
         labels = [condition.label for condition in table.conditions]
         assert len(set(labels)) == len(labels) > 1
         for condition in table.conditions:
-            make = CaCoVIDConfig if table.method == "cacovid" else ScoreConfig
-            make(**(SETTINGS[table.method, condition.variant] | condition.settings))
+            config_of(table.method, condition.variant, condition.settings)
     assert len({table.name for table in TABLES}) == len(TABLES)
 
 
@@ -159,7 +157,7 @@ def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
     kept = json.loads(json.dumps(tabulated(table, 1, 80, results), allow_nan=False))  # as a page reads it
     assert "| b | 0.000 | -1.000 (one seed) |" in ablation_table(kept).to_markdown()
     before = runs_of([table], 1, 80)[0].folder
-    monkeypatch.setitem(ablating.SETTINGS, ("cacovid", "ours"), ablating.SETTINGS["cacovid", "ours"] | {"head_lr": 0.5})
+    monkeypatch.setitem(SETTINGS, ("cacovid", "ours"), SETTINGS["cacovid", "ours"] | {"head_lr": 0.5})
     assert runs_of([table], 1, 80)[0].folder != before
 
 

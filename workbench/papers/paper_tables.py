@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vidsieve.errors import UnknownNameError
+from workbench.testbed.ablations import BASE
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class Trained:
     Parameters
     ----------
     method : str
-    options : str
-        What `vidsieve train METHOD FOLDER` is given to train it.
+    options, data : str
+        What `vidsieve train METHOD FOLDER` is given to train it, and what stands for its file of prompts.
     fields : dict
         Fields of the method, where rows differ in how one policy's scores are spent.
     ablation, label, view : str
@@ -26,6 +27,7 @@ class Trained:
 
     method: str
     options: str = ""
+    data: str = "FILE"
     fields: Mapping[str, Any] = field(default_factory=dict)
     ablation: str = ""
     label: str = ""
@@ -65,12 +67,15 @@ class PaperTable:
 
 _OV = {"llava-onevision": "cacovid:llava-onevision"}
 _QWEN = {"qwen2.5-vl": "score:qwen2.5-vl"}
-_BASE = "OCSS, three tokens of every frame, λ 2, pull .002"
+_FILTERED = "FILE-AFTER-vidsieve-data-filter"
+_PSEUDO = "--variant paper --pseudo PSEUDO-VIDEOS --pseudo-steps 1250"
+_REPLAYED = "--iterations 5 --dynamic-ratio"
 _SPENT = {"FrameAvg": "frame_avg", "FrameAda": "frame_ada", "FrameAda+ST": "frame_ada_st"}
 
 
-def _sampled(options: str, table: str, label: str) -> Trained:
-    return Trained("cacovid", f"--variant paper {options}".strip(), ablation=table, label=label)
+def _sampled(options: str, table: str, label: str = BASE.label, data: str = "FILE") -> Trained:
+    options = f"--variant paper --frame-rollouts 8 {options}"
+    return Trained("cacovid", options, data, ablation=table, label=label)
 
 
 PAPER_TABLES: dict[str, PaperTable] = {
@@ -86,13 +91,15 @@ PAPER_TABLES: dict[str, PaperTable] = {
         ("mlvu", "videomme"),
         trained={
             "OCSS, video, 2 %": _sampled(
-                "--ratio 0.02 --set over=video", "sampling", "OCSS over the whole video, as many tokens"
+                f"--ratio 0.02 {_REPLAYED} --set over=video", "sampling", "OCSS over the whole video, as many tokens"
             ),
-            "OCSS, frame, 2 %": _sampled("--ratio 0.02", "sampling", _BASE),
-            "random, frame, 2 %": _sampled("--ratio 0.02 --set sampler=random", "sampling", "random"),
-            "multinomial, frame, 2 %": _sampled("--ratio 0.02 --set sampler=multinomial", "sampling", "multinomial"),
-            "OCSS, frame, 1 %": _sampled("--ratio 0.01", "ratio", "one token of every frame"),
-            "OCSS, frame, 5 %": _sampled("--ratio 0.05", "ratio", "four tokens"),
+            "OCSS, frame, 2 %": _sampled(f"--ratio 0.02 {_REPLAYED}", "sampling"),
+            "random, frame, 2 %": _sampled(f"--ratio 0.02 {_REPLAYED} --set sampler=random", "sampling", "random"),
+            "multinomial, frame, 2 %": _sampled(
+                f"--ratio 0.02 {_REPLAYED} --set sampler=multinomial", "sampling", "multinomial"
+            ),
+            "OCSS, frame, 1 %": _sampled(f"--ratio 0.01 {_REPLAYED}", "ratio", "one token of every frame"),
+            "OCSS, frame, 5 %": _sampled(f"--ratio 0.05 {_REPLAYED}", "ratio", "four tokens"),
         },
     ),
     "cacovid:table4": PaperTable(
@@ -100,12 +107,10 @@ PAPER_TABLES: dict[str, PaperTable] = {
         _OV,
         ("mlvu", "videomme"),
         trained={
-            "none": _sampled("--ratio 0.02 --iterations 1 --no-dynamic-ratio", "exploration", _BASE),
-            "ISF": _sampled(
-                "--ratio 0.02 --set blind_filter=true --iterations 1 --no-dynamic-ratio", "exploration", "ISF"
-            ),
-            "ISF, ER": _sampled("--ratio 0.02 --set blind_filter=true --no-dynamic-ratio", "exploration", "ISF + ER"),
-            "ISF, ER, DSR": _sampled("--ratio 0.02 --set blind_filter=true", "exploration", "ISF + ER + DSR"),
+            "none": _sampled("--ratio 0.02", "exploration"),
+            "ISF": _sampled("--ratio 0.02", "exploration", "ISF", _FILTERED),
+            "ISF, ER": _sampled("--ratio 0.02 --iterations 5", "exploration", "ISF + ER", _FILTERED),
+            "ISF, ER, DSR": _sampled(f"--ratio 0.02 {_REPLAYED}", "exploration", "ISF + ER + DSR", _FILTERED),
         },
     ),
     "cacovid:table5": PaperTable(
@@ -113,13 +118,10 @@ PAPER_TABLES: dict[str, PaperTable] = {
         _OV,
         ("mlvu", "videomme"),
         trained={
-            row: Trained(
-                "cacovid",
-                "--variant paper",
-                {"allocation": way},
-                "allocation",
-                _BASE,
-                f"[{way}]",
+            row: replace(
+                _sampled(f"--ratio 0.02 {_REPLAYED}", "allocation", data=_FILTERED),
+                fields={"allocation": way},
+                view=f"[{way}]",
             )
             for row, way in _SPENT.items()
         },
@@ -134,8 +136,10 @@ PAPER_TABLES: dict[str, PaperTable] = {
         _QWEN,
         ("lvbench", "mlvu", "videomme"),
         trained={
-            "pseudo": Trained("score", "--variant paper", ablation="curriculum", label="pseudo"),
-            "pseudo + real": Trained("score", "--variant paper", ablation="curriculum", label="half pseudo, then real"),
+            "pseudo": Trained("score", f"{_PSEUDO} --steps 1250", ablation="curriculum", label="pseudo"),
+            "pseudo + real": Trained(
+                "score", f"{_PSEUDO} --steps 8375", ablation="curriculum", label="half pseudo, then real"
+            ),
         },
     ),
     "score:table5": PaperTable(

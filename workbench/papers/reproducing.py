@@ -65,7 +65,7 @@ def method_of(
         options = f" {own.options}" if own else ""
         raise PolicyError(
             f"a policy for {row!r} of {model}: give --policy '{row}=FOLDER', made by "
-            f"`vidsieve train {name} RUN --model MODEL --data FILE{options}`"
+            f"`vidsieve train {name} RUN --model MODEL --data {own.data if own else 'FILE'}{options}`"
         )
     if folder is not None and not is_policy(folder):
         raise PolicyError(f"--policy {row}={folder}: no policy is there")

@@ -29,12 +29,12 @@ from vidsieve.evaluation.stats import Estimate, clustered_mean
 from vidsieve.evaluation.table import NONE, Table
 from vidsieve.evaluation.tasks.testbed import SceneCondition, ScenesTask, scene_conditions
 from vidsieve.io.files import METRICS, writing
-from vidsieve.loading import shipped_model
+from vidsieve.loading import load_model, shipped_model
 from vidsieve.policies import CONFIG, read_config
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.run_folder import POLICY, read_metrics
-from vidsieve.training.settings import CONFIGS, SETTINGS
+from vidsieve.training.settings import TrainConfig, config_of
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
 RETENTIONS = (0.1, 0.05)
@@ -57,10 +57,8 @@ class Run:
     @property
     def folder(self) -> str:
         """A name made of everything that the training depends on, but the code itself."""
-        c = self.condition
-        settings = SETTINGS[self.method, c.variant] | c.settings
-        config = asdict(CONFIGS[self.method](**settings))
-        parts = [self.method, c.variant, config, self.seed, WORLD_VERSION, _model_digest(shipped_model(c.model))]
+        variant, answerer = self.condition.variant, _model_digest(shipped_model(self.condition.model))
+        parts = [self.method, variant, asdict(self.config), self.seed, WORLD_VERSION, answerer]
         return f"{self.method}-{_digest(parts)}-{self.seed}"
 
     @property
@@ -74,8 +72,12 @@ class Run:
     @property
     def world(self) -> str:
         """The world that the policy is trained and measured in."""
-        settings = SETTINGS[self.method, self.condition.variant] | self.condition.settings
-        return CONFIGS[self.method](**settings).world
+        return self.config.world
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings of the training, but its seed."""
+        return config_of(self.method, self.condition.variant, self.condition.settings)
 
 
 def _digest(parts: Sequence[Any]) -> str:
@@ -115,8 +117,6 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
     if os.path.exists(written):
         found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
         return found
-    from vidsieve.loading import load_model
-
     torch.set_num_threads(1)
     name = run.condition.model
     model, processor = load_model(name)

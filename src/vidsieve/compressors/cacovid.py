@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from vidsieve.compressors._decoder import BlockShape, DecoderBlock, RMSNorm
 from vidsieve.compressors._question import QuestionScorer, ScorerSettings
-from vidsieve.compressors.base import Compressor
+from vidsieve.compressors.base import Compressor, within
 from vidsieve.errors import PolicyError, UnknownNameError
 from vidsieve.policies import Policy, PolicyConfig, head, mlp, network_of
 from vidsieve.selection import (
@@ -203,8 +203,8 @@ class CaCoVID(Compressor):
     variants: ClassVar[tuple[str, ...]] = ("ours", "paper", "official")
     policy: CaCoVIDPolicy | None = None
     allocation: Allocation | None = None
-    contribution: float = 0.5
-    frame_cap: float = 1.5
+    contribution: float = within(0.5, "[0, 1]")
+    frame_cap: float = within(1.5, "(0, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()

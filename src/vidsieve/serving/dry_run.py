@@ -12,10 +12,10 @@ from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.loading import is_testbed
 from vidsieve.serving.plan import Gpu, encoded_video, read_model
 from vidsieve.testbed.world import FRAMES
-from vidsieve.training.recipes import new_cacovid, new_score, new_sieve, new_visionselector
+from vidsieve.training.recipes import new_policy
 from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, GPU_TOKENS, Footprint
 from vidsieve.training.sampling import tokens_per_draw
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig, VisionSelectorConfig, config_of
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, config_of
 
 UNKNOWN_RATE = 0.5
 """Fraction kept by a policy that chooses its own rate, as at its start; it falls in training."""
@@ -78,14 +78,7 @@ def dry_run(
     width = adapter.model.dtype.itemsize
     text, vision = adapter.model.config.get_text_config(), adapter.model.config.vision_config
     with torch.device("meta"):
-        if isinstance(config, SieveConfig):
-            policy: torch.nn.Module = new_sieve(adapter, config, model)
-        elif isinstance(config, CaCoVIDConfig):
-            policy = new_cacovid(adapter, config, variant, model, blank=True)
-        elif isinstance(config, VisionSelectorConfig):
-            policy = new_visionselector(adapter, config, variant, model)
-        else:
-            policy = new_score(adapter, config, variant, model)
+        policy = new_policy(adapter, config, variant, model, blank=True)
     frames = min(config.frames, FRAMES) if is_testbed(model) else config.frames
     grid, newlines, patches, encoder_flops = encoded_video(adapter, frames, size)
     tokens, kept = grid.num_tokens, kept_by_rollouts(config, grid.per_frame)
@@ -94,7 +87,7 @@ def dry_run(
     length, whole, positions = round(kept * tokens) + around, tokens + around, caption + 1
 
     if isinstance(config, CaCoVIDConfig):
-        iterations, complete = config.iterations, int(config.reward == "agreement")
+        iterations, complete = config.iterations, int(config.reward == "agreement" and config.objective != "distil")
     else:
         iterations, complete = 1, int(config.advantage == "split")
     groups = config.masks

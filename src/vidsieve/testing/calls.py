@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
+from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.session import Session, attach
 from vidsieve.adapters.transformers_api import cache_kwargs, output_cache
@@ -70,9 +71,9 @@ class Case:
             encoded = self.adapter.encode_for(self.inputs, self.compressor, self.videos)
             return self.adapter.select(encoded, self.compressor, torch.Generator().manual_seed(0))[0]
 
-    def logits(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
+    def logits(self, chosen: list[Selection], extra: Tensor | None = None, encoded: Encoded | None = None) -> Tensor:
         """Return the reference's logits (B, L + E, V) with `extra` (B, E) tokens after the prompts."""
-        return reference_logits(self.adapter, self.inputs, chosen, extra, self.videos)
+        return reference_logits(self.adapter, self.inputs, chosen, extra, self.videos, encoded)
 
     def greedy(self, chosen: list[Selection], extra: Tensor | None = None) -> Tensor:
         """Return the reference's next `STEPS` tokens (B, STEPS) after the prompts and `extra`."""
@@ -134,12 +135,12 @@ def beams(case: Case) -> Outcome:
 
 
 def _beam_reference(case: Case, chosen: list[Selection], count: int) -> tuple[Tensor, Tensor]:
-    """Return the best of `count` beams (B, STEPS) and its mean log-probability (B,), recomputed at every step."""
+    """Return the best of `count` beams (B, STEPS) and its mean log-probability (B,), the LLM run anew at each step."""
     batch, device = case.ids.shape[0], case.ids.device
     tokens = torch.empty(batch, 1, 0, dtype=torch.int64, device=device)
-    totals = torch.zeros(batch, 1, device=device)
+    totals, encoded = torch.zeros(batch, 1, device=device), case.adapter.encode(case.inputs, case.videos)
     for _ in range(STEPS):
-        each = [F.log_softmax(case.logits(chosen, tokens[:, i])[:, -1], -1) for i in range(tokens.shape[1])]
+        each = [F.log_softmax(case.logits(chosen, tokens[:, i], encoded)[:, -1], -1) for i in range(tokens.shape[1])]
         log_p = torch.stack(each, 1)
         vocabulary = log_p.shape[-1]
         totals, flat = (totals[..., None] + log_p).flatten(1).topk(count, 1)

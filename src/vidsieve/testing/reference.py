@@ -42,6 +42,7 @@ def reference_logits(
     selections: Sequence[Selection],
     extra_ids: Tensor | None = None,
     videos: Videos = None,
+    encoded: Encoded | None = None,
 ) -> Tensor:
     """Return the logits (B, L + E, V) of a full forward without cache in which dropped tokens are masked out.
 
@@ -57,10 +58,12 @@ def reference_logits(
     extra_ids : Tensor, optional, (B, E), int64
         Tokens after the prompt.
     videos : as in `prune`
+    encoded : Encoded, optional
+        What `inputs` are encoded to, where that is known.
     """
+    encoded = encoded or adapter.encode(inputs, videos)
     if adapter.definition == "shortened" or (shortens(adapter) and not isinstance(selections, LayeredSelections)):
-        return shortened_logits(adapter, inputs, selections, extra_ids, videos)
-    encoded = adapter.encode(inputs, videos)
+        return shortened_logits(adapter, inputs, selections, extra_ids, encoded)
     if not isinstance(selections, LayeredSelections):
         return _through(adapter, encoded, selections, extra_ids, {}, {})
     length = encoded.input_ids.shape[1] + (0 if extra_ids is None else extra_ids.shape[1])
@@ -176,12 +179,13 @@ def reference_greedy(
     videos: Videos = None,
     extra_ids: Tensor | None = None,
 ) -> Tensor:
-    """Return `steps` greedy tokens (B, steps) of the masked reference, recomputed from scratch at each step.
+    """Return `steps` greedy tokens (B, steps) of the masked reference, its LLM run from scratch at each step.
 
     They follow the prompts and, if given, `extra_ids` (B, E).
     """
     tokens = inputs["input_ids"][:, :0] if extra_ids is None else extra_ids
+    encoded = adapter.encode(inputs, videos)
     for _ in range(steps):
-        logits = reference_logits(adapter, inputs, selections, tokens, videos)
+        logits = reference_logits(adapter, inputs, selections, tokens, videos, encoded)
         tokens = torch.cat([tokens, logits[:, -1].argmax(-1, keepdim=True)], 1)
     return tokens[:, tokens.shape[1] - steps :]

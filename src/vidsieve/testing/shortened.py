@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
-from vidsieve.adapters.family import Videos
+from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.transformers_api import cache_kwargs, new_cache
 from vidsieve.testing.checks import CheckFailure
 from vidsieve.testing.staged import LayeredSelections, visible_tokens
@@ -20,8 +20,8 @@ def shortened_logits(
     adapter: Adapter,
     inputs: Mapping[str, Any],
     selections: Sequence[Selection],
-    extra_ids: Tensor | None = None,
-    videos: Videos = None,
+    extra_ids: Tensor | None,
+    encoded: Encoded,
 ) -> Tensor:
     """Return the logits (B, L + E, V) of one fresh run of the stock model a prompt, 0 at columns that it does not read.
 
@@ -36,7 +36,6 @@ def shortened_logits(
     """
     if isinstance(selections, LayeredSelections):
         raise CheckFailure(f"{selections.compressor.name} acts inside the LLM: no shortened prompt equals its run")
-    encoded = adapter.encode(inputs, videos)
     batch, length = encoded.input_ids.shape
     extra = encoded.input_ids[:, :0] if extra_ids is None else extra_ids
     columns_of = [seen.nonzero().flatten() for seen in visible_tokens(encoded, selections)]
@@ -68,7 +67,7 @@ def shortened_logits(
     return logits
 
 
-def _features(adapter: Adapter, encoded: Any, selections: Sequence[Selection], row: int) -> dict[str, Any]:
+def _features(adapter: Adapter, encoded: Encoded, selections: Sequence[Selection], row: int) -> dict[str, Any]:
     """Return ``mm_encoder_outputs`` of one shortened prompt, in the order of its placeholders."""
     parts: dict[str, list[tuple[int, Tensor, tuple[Tensor, ...]]]] = {adapter.modality: [], "image": []}
     for span, selection in zip(encoded.videos, selections, strict=True):

@@ -79,6 +79,8 @@ class Prompted:
     blind: Tensor | None = None
     answer: int = 0
     """Number of the option that is rewarded."""
+    broken: str = ""
+    """Why no rollout of the prompt can be rewarded."""
     asked: bool = True
     """If the policy reads the question while it draws."""
     memory: dict[str, Memory] = field(default_factory=dict)
@@ -116,41 +118,52 @@ class CaCoVIDTrainer(Trainer[Choice]):
     @property
     def rollouts(self) -> int:
         """Masks under which the frozen model answers."""
-        return self.config.masks
+        return 0 if self.distils else self.config.masks
 
     def prepare(self, sample: Choice) -> Prompted:
-        """Return a prompt, its video encoded, and answered without it if the reward needs that.
+        """Return a prompt, its video encoded, and answered without it or with all of it if the reward needs that.
 
-        The first prompts of a run are also answered without video: the warning about blind answers needs that figure.
+        The first rewarded prompts are also answered without video: the warning about blind answers needs that figure.
         """
         c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
-        early = self.step < WINDOW * c.log_every and c.objective == "policy_gradient" and len(sample.option_ids) > 0
-        blind = rollouts.blind_logits(sample.option_ids) if c.blind_margin or early else None
-        answer = sample.answer
+        prompt = Prompted(sample, rollouts, c.ratio, answer=sample.answer)
+        if self.distils:
+            return prompt
+        early = self.step < c.warmup_steps + WINDOW * c.log_every and c.objective == "policy_gradient"
+        if c.blind_margin or (early and len(sample.option_ids) > 0):
+            prompt.blind = rollouts.blind_logits(sample.option_ids)
         if c.reward == "agreement":
-            answer = int(rollouts.option_logits(rollouts.encoded.everything(), sample.option_ids)[0].argmax())
-        return Prompted(sample, rollouts, c.ratio, blind, answer)
+            whole = rollouts.option_logits(rollouts.encoded.everything(), sample.option_ids)[0]  # (options,)
+            prompt.answer = int(whole.argmax())
+            if not bool(whole.isfinite().all()):
+                prompt.broken = "reward 'agreement' is nan, as the answer under all tokens is,"
+        return prompt
 
     def train_step(self, prompt: Prompted) -> StepResult:
         """Return the loss of one prompt in one of its iterations: CPO, or a control without it."""
+        if prompt.broken:
+            return StepResult(None, {"skipped": 1.0}, broken=prompt.broken)
         c, video = self.config, prompt.rollouts.video(frozenset({Need.QUESTION}))
         if c.rate_high and not prompt.memory:  # one rate for all iterations: a group compares equal budgets
             prompt.ratio = sampling.log_uniform(c.rate_low, c.rate_high, self.generator)
         token_logits, frame_logits = self.policy_logits(prompt, video)  # (N, 2), (T, 2)
         keep = difference(token_logits)  # (N,)
         metrics: dict[str, float] = {}
-        if c.objective == "distil" or self.step < c.warmup_steps:
+        if self.distils:
             teacher = teacher_scores(prompt.rollouts, c.teacher, prompt.sample.targets)
             loss = self.distil(prompt, video, teacher, token_logits, frame_logits)
+            if c.objective != "distil":  # of the size of CPO's, or Adam would hardly move after a warm-up
+                loss = loss / video.num_tokens
         elif c.objective == "soft_topk":
             chosen, constraint = softly_selected(video, keep, prompt.ratio, self.progress)
-            answer_loss, right = choice_loss(prompt.rollouts, prompt.sample, [chosen])
+            answer_loss, right = choice_loss(prompt.rollouts, prompt.sample.option_ids, prompt.answer, [chosen])
             loss = answer_loss + constraint
             metrics = {"right": float(right.mean()), "answer_loss": float(answer_loss.detach())}
             metrics["constraint"] = float(constraint.detach())
         elif c.objective == "straight_through":
             masks = self.token_masks(prompt, video, keep.detach()).to(keep.device)
-            loss, right = choice_loss(prompt.rollouts, prompt.sample, gated(video, keep, masks))
+            kept = gated(video, keep, masks)
+            loss, right = choice_loss(prompt.rollouts, prompt.sample.option_ids, prompt.answer, kept)
             metrics = {"right": float(right.mean()), "answer_loss": float(loss.detach())}
             metrics["kept"] = float(masks.float().mean())
         else:

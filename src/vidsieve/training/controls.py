@@ -22,7 +22,6 @@ from vidsieve.adapters import decoder_layer
 from vidsieve.adapters.transformers_api import layer_hidden, window_of
 from vidsieve.errors import NeedError
 from vidsieve.selection import indices_to_mask, kept_tokens, mask_to_indices, top_indices
-from vidsieve.training.data.samples import Choice
 from vidsieve.training.rewards import caption_ce, label_span
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.settings import Teacher
@@ -184,12 +183,14 @@ def softly_selected(video: VideoTokens, scores: Tensor, ratio: float, progress: 
     return Selection(indices, embeds=video.embeds * mask[:, None].to(video.embeds)), constraint
 
 
-def choice_loss(rollouts: Rollouts, sample: Choice, selections: list[Selection]) -> tuple[Tensor, Tensor]:
-    """Return −log p(right option), a scalar, and if each selection is answered rightly (G,) float32."""
+def choice_loss(
+    rollouts: Rollouts, option_ids: Tensor, answer: int, selections: list[Selection]
+) -> tuple[Tensor, Tensor]:
+    """Return −log p(option `answer`), a scalar, and if each selection is answered by it (G,) float32."""
     logits = rollouts.prefill(selections)[0][:, -1]
-    options = logits[:, sample.option_ids.to(logits.device)].float()
-    target = torch.full((len(selections),), sample.answer, device=options.device)
-    return F.cross_entropy(options, target), (options.detach().argmax(1) == sample.answer).float()
+    options = logits[:, option_ids.to(logits.device)].float()
+    target = torch.full((len(selections),), answer, device=options.device)
+    return F.cross_entropy(options, target), (options.detach().argmax(1) == answer).float()
 
 
 def caption_loss(rollouts: Rollouts, selections: list[Selection]) -> Tensor:

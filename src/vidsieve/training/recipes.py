@@ -20,6 +20,7 @@ from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
 from vidsieve.compressors.visionselector import VisionSelectorPolicy
 from vidsieve.errors import TrainingError, UnknownNameError
+from vidsieve.policies import Policy
 from vidsieve.testbed.world import world_of
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.skipped import Skipped
@@ -29,6 +30,7 @@ from vidsieve.training.settings import (
     CaCoVIDConfig,
     ScoreConfig,
     SieveConfig,
+    TrainConfig,
     VisionSelectorConfig,
     config_of,
 )
@@ -39,6 +41,12 @@ from vidsieve.training.visionselector import VisionSelectorTrainer
 
 SKIPPED = "skipped.jsonl"
 """File in the folder of a run that lists the rows and videos that are not used."""
+TRAINERS: dict[type[TrainConfig], Any] = {
+    CaCoVIDConfig: CaCoVIDTrainer,
+    ScoreConfig: ScoreTrainer,
+    SieveConfig: SieveTrainer,
+    VisionSelectorConfig: VisionSelectorTrainer,
+}
 TRACKERS = ("tensorboard", "wandb")
 """Each is an extra of the package, with the name of the module it needs."""
 
@@ -110,25 +118,35 @@ def train_policy(
             "processes": processes,
             "events": replace(events, report=report),
         }
-        trainer: CaCoVIDTrainer | ScoreTrainer
-        decode = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
-        if isinstance(config, SieveConfig):
-            sieve = new_sieve(adapter, config, model_name)
-            trainer = SieveTrainer(adapter, sieve.to(model.device), config, samples, folder, decode=decode, **shared)
-        elif isinstance(config, CaCoVIDConfig):
-            policy = new_cacovid(adapter, config, variant, model_name).to(model.device)
-            trainer = CaCoVIDTrainer(adapter, policy, config, samples, folder, decode=decode, **shared)
-        elif isinstance(config, VisionSelectorConfig):
-            selector = new_visionselector(adapter, config, variant, model_name).to(model.device)
-            trainer = VisionSelectorTrainer(adapter, selector, config, samples, folder, **shared)
-        else:
-            scorer = new_score(adapter, config, variant, model_name).to(model.device)
-            trainer = ScoreTrainer(adapter, scorer, config, samples, folder, **shared)
-        record = trainer.fit(resume, force).config.training
+        if isinstance(config, CaCoVIDConfig):
+            shared["decode"] = partial(processor.tokenizer.batch_decode, skip_special_tokens=True)
+        policy = new_policy(adapter, config, variant, model_name).to(model.device)
+        trainer = TRAINERS[type(config)](adapter, policy, config, samples, folder, **shared)
+        record: dict[str, Any] = trainer.fit(resume, force).config.training
     broken = skipped.videos["broken"]
     if broken:
         events.announce(f"{broken} broken video{'s' * (broken > 1)} skipped: listed in {skipped.path}")
     return record if files.data is None else {**record, "skipped": skipped.as_dict()}
+
+
+def new_policy(adapter: Adapter, config: TrainConfig, variant: str, model_name: str, blank: bool = False) -> Policy:
+    """Return the policy of a configuration's method before training; `blank` as `new_cacovid` has it.
+
+    Raises
+    ------
+    TrainingError
+        If settings and model do not go together.
+    """
+    start: dict[str, Any] = {"seed": config.seed, "base_model": model_name}
+    sizes = adapter.hidden_size, adapter.family
+    if isinstance(config, SieveConfig):
+        return SievePolicy.start(*sizes, match_width=config.match_width, **start)
+    if isinstance(config, CaCoVIDConfig):
+        return new_cacovid(adapter, config, variant, model_name, blank)
+    if isinstance(config, VisionSelectorConfig):
+        return VisionSelectorPolicy.start(*sizes, variant=variant, **start)
+    assert isinstance(config, ScoreConfig)
+    return ScorePolicy.start(*sizes, variant=variant, hidden=config.hidden, residual=config.residual, **start)
 
 
 def new_cacovid(
@@ -174,39 +192,6 @@ def new_cacovid(
         base_model=model_name,
         body=None if config.body == "variant" else config.body,
         **network,
-    )
-
-
-def new_sieve(adapter: Adapter, config: SieveConfig, model_name: str) -> SievePolicy:
-    """Return the policy of `sieve` before training."""
-    return SievePolicy.start(
-        adapter.hidden_size,
-        adapter.family,
-        seed=config.seed,
-        base_model=model_name,
-        match_width=config.match_width,
-    )
-
-
-def new_score(adapter: Adapter, config: ScoreConfig, variant: str, model_name: str) -> ScorePolicy:
-    """Return SCORE's policy before training."""
-    return ScorePolicy.start(
-        adapter.hidden_size,
-        adapter.family,
-        variant=variant,
-        seed=config.seed,
-        base_model=model_name,
-        hidden=config.hidden,
-        residual=config.residual,
-    )
-
-
-def new_visionselector(
-    adapter: Adapter, config: VisionSelectorConfig, variant: str, model_name: str
-) -> VisionSelectorPolicy:
-    """Return VisionSelector's policy before training."""
-    return VisionSelectorPolicy.start(
-        adapter.hidden_size, adapter.family, variant=variant, seed=config.seed, base_model=model_name
     )
 
 

@@ -71,7 +71,7 @@ class ScoreTrainer(Trainer[Caption]):
                 rows.append({"one": one, "full": self.full_ce(sample, rollouts)})
         rows = self.processes.in_order(rows)
         one, full = (finite_mean(torch.tensor([row[name] for row in rows])) for name in ("one", "full"))
-        if one <= c.tolerance * full:
+        if one <= (c.pseudo_tolerance if c.pseudo_steps else c.tolerance) * full:
             raise TrainingError(
                 f"a single token predicts the captions of the first {len(rows)} videos as well as all tokens do "
                 f"(cross-entropy {one:.3f} and {full:.3f}): keeping nothing would be rewarded. Take captions that "
@@ -85,7 +85,7 @@ class ScoreTrainer(Trainer[Caption]):
     @property
     def rollouts(self) -> int:
         """Masks under which the frozen model predicts the caption."""
-        return self.config.masks
+        return 0 if self.distils else self.config.masks
 
     def train_step(self, sample: Caption) -> StepResult:
         """Return the loss of one video: a policy gradient, or a control without it."""
@@ -102,7 +102,7 @@ class ScoreTrainer(Trainer[Caption]):
             rate = log_uniform(c.rate_low, c.rate_high, self.generator)
             shift = shift_to_sum(logits.detach(), rate * len(logits))
         drawn = logits + shift  # (N,), at the group's rate
-        if c.objective == "distil" or self.step < c.warmup_steps:
+        if self.distils:
             loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
         elif c.objective == "soft_topk":
             chosen, constraint = softly_selected(video, logits, rate, self.progress)

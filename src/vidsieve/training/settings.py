@@ -113,6 +113,12 @@ class TrainConfig:
             if item.name in self.fixed and getattr(self, item.name) != item.default:
                 raise TrainingError(f"{item.name} {reason}")
 
+    def idle(self, variant: str) -> dict[str, str]:
+        """Return why each setting that changes nothing beside the others does not; the reason goes on from its name."""
+        if self.objective == "distil" or self.warmup_steps:
+            return {}
+        return {"teacher": "is for objective 'distil' and for warmup_steps"}
+
     def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting; a run with another value cannot be resumed."""
         return {"entropy_weight": 1.0}
@@ -139,6 +145,10 @@ class TrainConfig:
                 "warmup_steps has no effect with objective 'distil': set it to 0",
             ),
         )
+
+
+_DRAWING = ("token_rollouts", "sampler", "over", "width")
+_REWARDED = ("advantage", "balanced", "score_decay", "frame_rollouts")
 
 
 @dataclass(frozen=True)
@@ -199,6 +209,27 @@ class CaCoVIDConfig(TrainConfig):
         least = 0.01 if self.sampler == "official" else 0.0
         return super().removed() | {"ratio_least": least, "ratio_most": 0.12, "looks": "all", "trust": 0.25}
 
+    def reads_words(self, variant: str) -> bool:
+        """Return True if the policy is the question path, which has no decoder layer."""
+        return self.body == "question" or (self.body == "variant" and variant == "ours")
+
+    def idle(self, variant: str) -> dict[str, str]:
+        """Return why each setting that changes nothing beside the others does not."""
+        drawn, rewarded = self.objective not in WITHOUT_DRAWS, self.objective == "policy_gradient"
+        widths = self.sampler == "ocss" or (self.sampler != "official" and self.frame_rollouts > 0)
+        rules = (
+            (not drawn, f"draws masks, and objective {self.objective!r} has none", _DRAWING),
+            (not rewarded, f"is about rewards, and objective {self.objective!r} has none", _REWARDED),
+            (drawn and not widths, f"is the width of OCSS, not of sampler {self.sampler!r}", ("width",)),
+            (self.iterations == 1, "acts between iterations: set 2 or more", ("replay",)),
+            (not self.dynamic_ratio, "is a threshold of dynamic_ratio", ("ratio_low", "ratio_high")),
+            (bool(self.rate_high), "is what rate_low and rate_high draw", ("ratio",)),
+            (self.reward != "generate", "is for reward 'generate'", ("answer_tokens",)),
+            (self.reads_words(variant), "is for decoder layers, and body 'question' has none", ("body_lr", "depth")),
+            (not self.reads_words(variant), "is for body 'question'", ("match", "match_width")),
+        )
+        return super().idle(variant) | {name: reason for holds, reason, names in rules if holds for name in names}
+
     @property
     def masks(self) -> int:
         """Masks under which the frozen model answers a prompt; over frames where rewards are compared."""
@@ -245,6 +276,17 @@ class SieveConfig(CaCoVIDConfig):
     question_dropped: float = setting(
         0.5, "Fraction of the prompts whose rollouts are drawn without their question.", 0, 1
     )
+    taught: bool = setting(
+        False, "Teach the reading with the question by `teacher`; all rollouts are drawn without the question."
+    )
+
+    def idle(self, variant: str) -> dict[str, str]:
+        """Return why each setting that changes nothing beside the others does not."""
+        found = super().idle(variant)
+        if self.taught:
+            del found["teacher"]
+            found["question_dropped"] = "is 1 where the question's part is taught"
+        return found
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -281,6 +323,17 @@ class ScoreConfig(TrainConfig):
     def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting."""
         return super().removed() | {"slack": 0.0, "band_weight": 1.0}
+
+    def idle(self, variant: str) -> dict[str, str]:
+        """Return why each setting that changes nothing beside the others does not."""
+        rewarded, control = self.objective == "policy_gradient", self.objective
+        rules = (
+            (control in WITHOUT_DRAWS, f"draws masks, and objective {control!r} has none", ("rollouts",)),
+            (not rewarded, f"is about rewards, and objective {control!r} has none", ("advantage", "tolerance")),
+            (self.advantage != "split", "belongs to advantage 'split'", ("tolerance", "pseudo_tolerance")),
+            (not self.pseudo_steps, "is for pseudo_steps", ("pseudo_tolerance",)),
+        )
+        return super().idle(variant) | {name: reason for holds, reason, names in rules if holds for name in names}
 
     @property
     def masks(self) -> int:
@@ -331,7 +384,7 @@ CONFIGS: dict[str, type[CaCoVIDConfig] | type[ScoreConfig]] = {
 }
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
-    ("cacovid", "paper"): {"world": "sparse", "ratio": 0.083, "frame_rollouts": 0, "steps": 400, "frames": 32},
+    ("cacovid", "paper"): {"world": "sparse", "ratio": 0.083, "frame_rollouts": 0, "steps": 1200, "frames": 32},
     ("cacovid", "ours"): {
         "ratio": 0.083,
         "frame_rollouts": 0,
@@ -409,4 +462,9 @@ def config_of(method: str, variant: str, settings: dict[str, Any]) -> CaCoVIDCon
     config = CONFIGS[method]
     if unknown := settings.keys() - {item.name for item in fields(config)}:
         raise unknown_setting(config, min(unknown))
-    return config(**SETTINGS[method, variant] | settings)
+    usual = SETTINGS[method, variant]
+    made = config(**usual | settings)
+    for name, reason in made.idle(variant).items():
+        if settings.get(name, default := usual.get(name, getattr(config, name))) != default:
+            raise TrainingError(f"{name} {reason}: leave it out")
+    return made

@@ -125,13 +125,15 @@ def source(
     data, eval_data = files.data, files.eval_data
     captions = not isinstance(config, CaCoVIDConfig)
     kinds: Any = None if isinstance(config, CaCoVIDConfig) and config.reward == "generate" else "multiple choice"
+    needed = not (isinstance(config, CaCoVIDConfig) and config.reward == "agreement")  # answers, for training
     first = config.pseudo_steps * config.prompts_per_step if isinstance(config, ScoreConfig) else 0
     _check(config, files, first)
     skipped = Skipped() if skipped is None else skipped
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
-    def rows_of(path: Path, root: Path | None = files.root) -> View:
-        return load_prompts(processor, path, root, kinds=kinds, skipped=skipped, captions=captions)
+    def rows_of(path: Path, root: Path | None = files.root, answers: bool = True, skips: Skipped = skipped) -> View:
+        options: dict[str, Any] = {"kinds": kinds, "captions": captions, "answers": answers}
+        return load_prompts(processor, path, root, skipped=skips, **options)
 
     def read(
         path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[str]], bool] | None = None
@@ -150,11 +152,13 @@ def source(
         prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, blind_filter=filtered)
         held = ScenePrompts(adapter, processor, config.world, HELD_OUT_SEED) if eval_data is None else None
     else:
-        rows = rows_of(data)
+        rows = rows_of(data, answers=needed)
         apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()
         prompts = read(data, rows, config.seed, lambda shown: not shown & apart)
         if apart:
-            held = read(data, rows, only=lambda shown: bool(shown & apart))
+            held = read(
+                data, rows if needed else rows_of(data, skips=Skipped()), only=lambda shown: bool(shown & apart)
+            )
     pseudo = read(files.pseudo, rows_of(files.pseudo, None), config.seed) if files.pseudo is not None else None
     if eval_data is not None:
         held = read(eval_data, rows_of(eval_data))

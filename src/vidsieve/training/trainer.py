@@ -138,6 +138,11 @@ class Trainer(ABC, Generic[Sample]):
         """Answers of the frozen LLM that a prompt costs in one iteration."""
         return 1
 
+    @property
+    def distils(self) -> bool:
+        """True in a step that learns from a teacher: all of objective "distil", and those of a warm-up."""
+        return self.config.objective == "distil" or self.step < self.config.warmup_steps
+
     def prepare(self, sample: Sample) -> Any:
         """Return the argument of `train_step` in every iteration over a sample: the sample itself by default."""
         return sample
@@ -237,7 +242,8 @@ class Trainer(ABC, Generic[Sample]):
         numbers = range(first, first + self.config.prompts_per_step)
         prompts: dict[int, Any] = {}
         try:
-            return _mean([self._update(numbers, prompts, iteration) for iteration in range(self.iterations)])
+            rows = [self._update(numbers, prompts, iteration) for iteration in range(self.iterations)]
+            return _mean(rows) | {"rollouts": float(self.rollouts * self.iterations)}
         except Exception:
             if self.step == 0 and self.processes.main:  # a run without a step is not to be mistaken for a resumable one
                 self.run.discard()
@@ -286,9 +292,10 @@ class Trainer(ABC, Generic[Sample]):
 
     def _log(self, pace: float, evaluate: bool) -> None:
         """Write a line: the mean figures since the last one, the pace in prompts a second, an evaluation."""
-        metrics = _mean(self._window) | {
+        metrics = _mean(self._window)
+        metrics |= {
             "prompts_per_second": pace,
-            "rollouts_per_second": pace * self.rollouts * self.iterations,
+            "rollouts_per_second": pace * metrics.pop("rollouts"),
             "minutes": self.minutes,
         }
         figures = self.held_out.measure(self.policy, self.processes) if self.held_out and evaluate else {}

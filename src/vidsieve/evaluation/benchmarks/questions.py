@@ -8,7 +8,7 @@ from typing import Any, cast
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.evaluation.items import Benchmark, Item, checked
 from vidsieve.training.data.layouts import read_records
-from vidsieve.training.data.rows import Kind, kind_of, options_of
+from vidsieve.training.data.rows import Kind, kind_of, labelled, options_of
 
 
 def read(path: Path) -> list[Item]:
@@ -35,6 +35,8 @@ def read(path: Path) -> list[Item]:
 
 def _item(row: dict[str, Any], name: str, folder: Path) -> Item:
     kind, video = cast(Kind, kind_of(row)), folder / row["video"]
+    if not labelled(row):
+        return Item(name, video, str(row["question"]), (), "", fault="answer: is missing")
     groups = {"kind": (str(row.get("group", kind)),)}
     if kind != "multiple choice":
         return Item(name, video, str(row["question"]), (), str(row["answer"]), groups, kind)

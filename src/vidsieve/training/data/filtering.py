@@ -26,7 +26,7 @@ from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import Store, measure_all
 from vidsieve.io.texts import json_line
 from vidsieve.training.data.layouts import moved
-from vidsieve.training.data.rows import Remembered, ask, kind_of, relettered
+from vidsieve.training.data.rows import Remembered, ask, kind_of, labelled, relettered
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.data.table import View, load_rows
 
@@ -201,8 +201,10 @@ def filter_file(
         return current[number]
 
     tokenizer = Remembered(loaded(0)[1].tokenizer)
-    rows = load_rows(path, root, wanted=partial(_unusable, tokenizer=tokenizer), skipped=skipped, present=False)
-    choices = (number for number, row in zip(rows.numbers, rows, strict=True) if kind_of(row) == "multiple choice")
+    wanted = partial(_unusable, tokenizer=tokenizer)
+    rows = load_rows(path, root, wanted=wanted, skipped=skipped, present=False, answers=False)
+    numbered = zip(rows.numbers, rows, strict=True)
+    choices = (number for number, row in numbered if kind_of(row) == "multiple choice" and labelled(row))
     questions = View(rows.table, choices)
     if not len(questions):
         raise TrainingError(f"{path} has no multiple-choice questions to filter")

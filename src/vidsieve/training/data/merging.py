@@ -62,6 +62,7 @@ def merge_files(
             wanted=lambda row: unwanted(row, captions),
             skipped=skipped,
             empty=True,
+            answers=False,
             progress=progress,
         )
         for path, root in sources

@@ -39,6 +39,7 @@ def load_prompts(
     kinds: Kind | None = "multiple choice",
     skipped: Skipped | None = None,
     captions: bool | None = None,
+    answers: bool = True,
 ) -> View:
     """Return the rows of a file that a model can be trained on, captions, questions, or both; see `FilePrompts`.
 
@@ -59,7 +60,7 @@ def load_prompts(
         check_question(processor, str(row.get("prompt", CAPTION_PROMPT)) if kind == "caption" else ask(row, words).text)
         return ""
 
-    return load_rows(path, root, wanted=wanted, skipped=skipped)
+    return load_rows(path, root, wanted=wanted, skipped=skipped, answers=answers)
 
 
 class FilePrompts:

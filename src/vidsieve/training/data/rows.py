@@ -39,9 +39,9 @@ class AskedQuestion:
     option_ids : Tensor, (options,), int64
         The next token under each option; empty without options.
     answer : int
-        The number of the right option; −1 without options.
+        The number of the right option; −1 without options, and where it is not known.
     truth : str
-        The right answer as text.
+        The right answer as text; empty where it is not known.
     kind : str
     """
 
@@ -83,6 +83,11 @@ def kind_of(row: Mapping[str, Any]) -> str:
     return "image" if "image" in row else "caption"
 
 
+def labelled(row: Mapping[str, Any]) -> bool:
+    """Return False for a question without an answer."""
+    return "question" not in row or "answer" in row
+
+
 def unwanted(row: Mapping[str, Any], captions: bool | None) -> str:
     """Return the reason to leave a row out of videos with captions, with questions, or (None) with both."""
     kind = kind_of(row)
@@ -112,7 +117,7 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> AskedQuestion:
     name = Path(files_of(row)[0]).name if {"video", "frames"} & row.keys() else "a question"
     try:
         options = options_of(row)
-        right = options.index(str(row["answer"]))
+        right = options.index(str(row["answer"])) if labelled(row) else -1
     except OptionsError as error:
         raise TrainingError(f"{error} ({name})") from None
     question = str(row["question"])
@@ -120,9 +125,9 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> AskedQuestion:
     words = None if options.lettered and letters is not None else _single(tokenizer, options.texts)
     if letters is not None and words is None:
         text = "\n".join([question, *options.lines(), ASKED["multiple choice"]])
-        return AskedQuestion(text, letters, right, options.letters[right])
+        return AskedQuestion(text, letters, right, options.letters[right] if labelled(row) else "")
     if words is not None:
-        return AskedQuestion(question, words, right, options.texts[right])
+        return AskedQuestion(question, words, right, options.texts[right] if labelled(row) else "")
     raise TrainingError(
         f"options {list(options.texts)} of {name}: neither they nor the letters {', '.join(options.letters)} are one "
         "token each in this model's vocabulary, all different"

@@ -22,6 +22,7 @@ import torch
 from vidsieve.errors import PromptError, TrainingError
 from vidsieve.training.data.layouts import confined_records, files_of, layout_of
 from vidsieve.training.data.reading import image_fault
+from vidsieve.training.data.rows import labelled
 from vidsieve.training.data.skipped import Skipped
 
 _key = lru_cache(4096)(os.path.realpath)
@@ -105,6 +106,7 @@ def load_rows(
     skipped: Skipped | None = None,
     present: bool = True,
     empty: bool = False,
+    answers: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> View:
     """Return the rows of a file of prompts that can be used; the others are counted and listed in `skipped`.
@@ -120,6 +122,8 @@ def load_rows(
         Leave out rows whose videos are missing.
     empty : bool
         Return no rows where none can be used, instead of an error.
+    answers : bool
+        Leave out questions without an answer.
     progress : callable, optional
         Called with the number of records read, now and then.
 
@@ -140,6 +144,8 @@ def load_rows(
         for row in record.rows:
             try:
                 reason = "" if wanted is None else wanted(row)
+                if answers and not labelled(row):
+                    reason = reason or "a question without an answer: for reward 'agreement' alone"
             except (TrainingError, PromptError) as error:
                 skipped.add("question that cannot be asked", where, str(error), file=path)
                 continue

@@ -4,7 +4,8 @@
 ``"prompt"`` if captions are not asked for by the usual one. A caption may have still images in place of a video,
 ``"frames": [[path, times], …]`` (a pseudo-video of one frame a second that shows each `times` times), or one
 ``"image"``, of which pseudo-videos are made. ``"problem_type"`` names another kind of question than multiple choice,
-``"source"`` the set that a row was taken from. Fields of other names are kept as they are.
+``"source"`` the set that a row was taken from. A multiple-choice question may come without ``"answer"``: then only
+reward "agreement" can use it. Fields of other names are kept as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vidsieve.training.data.layouts import Layout, Name, Rows, Text, Words, chec
 from vidsieve.training.data.reading import MalformedError
 from vidsieve.training.data.rows import Kind, options_of
 
-_NEEDED = "a row needs video, and caption or question, options and answer; or frames or image, and caption"
+_NEEDED = "a row needs video, and caption or question and options; or frames or image, and caption"
 
 
 class _Video(msgspec.Struct):
@@ -42,7 +43,7 @@ class _Image(msgspec.Struct):
 
 class _Asked(msgspec.Struct):
     question: Text
-    answer: Words | int | float | bool
+    answer: Words | int | float | bool | msgspec.UnsetType = msgspec.UNSET
     problem_type: Kind = "multiple choice"
 
 
@@ -70,9 +71,13 @@ def _rows(record: Any, folder: Path, file: Path) -> Rows:
     if asked is not None and asked.problem_type == "multiple choice":
         checked(record, _Options)
         try:
-            options_of(record).index(str(record["answer"]))
+            options = options_of(record)
+            if "answer" in record:
+                options.index(str(record["answer"]))
         except OptionsError as error:
             raise MalformedError(str(error)) from None
+    elif asked is not None and "answer" not in record:
+        raise MalformedError("answer: is missing, and only a multiple-choice question can do without")
     if file.suffix == ".parquet":
         try:
             json.dumps(record)
