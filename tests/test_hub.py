@@ -359,7 +359,7 @@ def test_the_card_says_what_the_policy_is(hub):
         "| variant | paper |",
         "| base model | testbed:shallow |",
         "| width of its video tokens | 128 |",
-        "| steps | 400 |",
+        "| steps | 1200 |",
         "| world | sparse |",
         "| cacovid | 47 |",
         'method = vidsieve.load("someone/paper", retention=0.25)',

@@ -72,7 +72,7 @@ def test_list(run, tmp_path):
 
 def test_training_options_are_the_settings_with_their_texts(run):
     shown = {f.name: shown_default("cacovid", f) for f in dataclasses.fields(CaCoVIDConfig)}
-    assert shown["steps"] == "official: 100, ours: 450, paper: 400" and shown["seed"] == "42", (
+    assert shown["steps"] == "official: 100, ours: 450, paper: 1200" and shown["seed"] == "42", (
         "the values that variants really use"
     )
     out, _ = run("train", "cacovid", "--help")

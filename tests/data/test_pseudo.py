@@ -110,7 +110,7 @@ def test_bad_rows_are_left_out_with_reasons_and_each_image_is_opened_once(tmp_pa
     monkeypatch.setattr(Image, "open", lambda path: opened.append(path) or real(path))
     made = pseudo_file(source, tmp_path / "out.jsonl")
     assert made.images == 4 and max(Counter(opened).values()) == 1
-    needs = "a row needs video, and caption or question, options and answer; or frames or image, and caption"
+    needs = "a row needs video, and caption or question and options; or frames or image, and caption"
     assert [(row.record, row.reason) for row in made.left_out[:-2]] == [
         (5, "missing image"),
         (6, "unreadable image"),

@@ -157,7 +157,7 @@ def test_distillation_teaches_both_readings(testbed, tmp_path):
         tokens, frames = ((logits[:, 1] - logits[:, 0]).log_softmax(0) for logits in out)
         of_frames = teacher.view(len(frames), -1).sum(1)
         wanted += [-float((part * log).sum().detach()) for part, log in ((teacher, tokens), (of_frames, frames))]
-    assert found == pytest.approx(sum(wanted), rel=1e-5)
+    assert found == pytest.approx(sum(wanted) / video.num_tokens, rel=1e-5), "of the size of CPO's"
     assert wanted[0] != pytest.approx(wanted[2], rel=1e-3), "the readings differ"
 
 

@@ -17,7 +17,6 @@ from vidsieve.adapters.pruning import adapter_for
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.errors import (
     OutputError,
-    PolicyError,
     TrainingError,
     UnknownNameError,
     UnsupportedCallError,
@@ -383,8 +382,18 @@ def test_without_frame_rollouts_only_tokens_are_learned(testbed, tmp_path):
 )
 def test_bodies_start_as_the_llms_first_layers_and_train(testbed, tmp_path, body, depth):
     model, _ = testbed
-    still = {"steps": 1, "prompts_per_step": 1, "body_lr": 0.0, "weight_decay": 0.0}
-    train(testbed, tmp_path, "cacovid", variant="paper", body=body, depth=depth, **still)
+    layers = {} if body == "question" else {"depth": depth, "body_lr": 0.0}
+    train(
+        testbed,
+        tmp_path,
+        "cacovid",
+        variant="paper",
+        body=body,
+        **layers,
+        steps=1,
+        prompts_per_step=1,
+        weight_decay=0.0,
+    )
     policy = load(tmp_path / "policy").policy
     assert policy.body == body
     if body == "question":
@@ -401,7 +410,7 @@ def test_bodies_start_as_the_llms_first_layers_and_train(testbed, tmp_path, body
 def test_depths_that_do_not_exist_are_refused(testbed, tmp_path):
     with pytest.raises(TrainingError, match="has 6 layers to start from"):
         train(testbed, tmp_path / "deep", "cacovid", variant="paper", depth=7)
-    with pytest.raises(PolicyError, match="one layer, not 2"):
+    with pytest.raises(TrainingError, match="depth is for decoder layers, and body 'question' has none"):
         train(testbed, tmp_path / "question", "cacovid", depth=2)
     with pytest.raises(UnknownNameError, match="body"):
         train(testbed, tmp_path / "body", "cacovid", body="lager")

@@ -151,9 +151,9 @@ class CaCoVIDTrainer(Trainer[Choice]):
         metrics: dict[str, float] = {}
         if self.distils:
             teacher = teacher_scores(prompt.rollouts, c.teacher, prompt.sample.targets)
-            loss = self.distil(prompt, video, teacher, token_logits, frame_logits)
-            if c.objective != "distil":  # of the size of CPO's, or Adam would hardly move after a warm-up
-                loss = loss / video.num_tokens
+            # A warm-up's loss is of the size of CPO's, or Adam would hardly move after it.
+            scale = 1 if c.objective == "distil" else video.num_tokens
+            loss = self.distil(prompt, video, teacher, token_logits, frame_logits) / scale
         elif c.objective == "soft_topk":
             chosen, constraint = softly_selected(video, keep, prompt.ratio, self.progress)
             answer_loss, right = choice_loss(prompt.rollouts, prompt.sample.option_ids, prompt.answer, [chosen])
