@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -611,10 +612,11 @@ def test_ray_gives_the_same_files_and_goes_on(scenes, tmp_path):
     rows = Rows(source, scenes.resolve(), 2)
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300 * 2**20, log_to_driver=False)
     try:
-        first = answer_file(source, target, settings, answer=on_ray, stop=lambda: True)
-        assert first.stopped and first.answered + first.failed == 2
-        second = answer_file(source, target, settings, answer=on_ray)
-        assert second.written and second.before == 2
+        groups = count(1)
+        first = answer_file(source, target, settings, answer=on_ray, stop=lambda: next(groups) == 3)
+        assert first.stopped and first.answered + first.failed == 6
+        second = answer_file(source, target, settings)  # a start of Ray's workers takes longer than all else here
+        assert second.written and second.before == 6
         with pytest.raises(BatchError, match="3 workers need a CPU each, and Ray has 2"):
             next(answer_on_ray(rows, [0], settings, 2, workers=3))
         with pytest.raises(VidsieveError, match="no folder nothing"):
