@@ -550,6 +550,7 @@ def test_blocks_of_every_family_run_on_what_is_left(family):
     assert torch.allclose(found / found.sum(), attention / attention.sum(), atol=1e-6)
 
 
+@pytest.mark.families("lfm3_vl")
 def test_a_block_without_attention_is_refused_with_those_that_have_some():
     model, inputs = given("lfm3_vl")
     method = EarlyTom(0.3, inner=False, layers=(0, 3))
