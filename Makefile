@@ -39,7 +39,7 @@ fuzz: $(VENV)/.installed-dev
 	VIDSIEVE_FUZZ_SECONDS=$(FUZZ_SECONDS) VIDSIEVE_FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/hardening/test_fuzz.py
 
 # The same environment with nothing but transformers replaced: sessions and every family that runs with it once more, the
-# longest files first. All of tests/attach passes with it too.
+# longest files first.
 OLDEST_TESTS := session equivalence layers staged wrapped families decoding stream encoder inside said_placeholder shapes \
   transformers_api windows earlytom
 test-oldest: $(VENV)/.installed-dev $(VENV)/oldest/.installed

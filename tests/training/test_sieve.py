@@ -107,30 +107,28 @@ def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, 
     assert 6 <= sum(asked for _, asked in drawn) <= 18, "half of the rollouts are drawn without the question"
 
 
-@pytest.mark.parametrize("dropped", [0.0, 1.0])
-def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dropped):
-    """A prompt's gradient: plain CPO for one reading, and REINFORCE on the same masks for the other."""
+def trainer_of(testbed, folder, **settings):
+    """Return a trainer whose policy reads the question."""
     adapter = adapter_for(testbed[0])
-    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"question_dropped": dropped, "score_decay": 0.0})
     policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
     with torch.no_grad():
         policy.scorer.query.weight.normal_(0, 0.02)
-    prompts = ScenePrompts(adapter, testbed[1], seed=3)
-    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
+    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | settings)
+    return SieveTrainer(adapter, policy, config, ScenePrompts(adapter, testbed[1], seed=3).choice, folder)
+
+
+def rewarded_unequally(trainer):
+    """Return a prompt whose rollouts have different rewards, its loss, its rollouts and their advantages."""
     for number in range(20):
-        prompt = trainer.prepare(prompts.choice(number))
-        result = trainer.train_step(prompt)
-        known = prompt.memory["tokens"]
+        prompt = trainer.prepare(trainer.data(number))
+        loss, known = trainer.train_step(prompt).loss, prompt.memory["tokens"]
         if not bool((known.rewards == known.rewards[0]).all()):
             break
-    advantage = (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
-    video, wanted = prompt.rollouts.video(frozenset({Need.QUESTION})), torch.tensor(0.0)
-    for asked in (True, False):
-        logits = policy(video, prompt.ratio, asked)[0].log_softmax(1)
-        chosen = torch.where(known.masks, logits[:, 1], logits[:, 0])  # (G, N)
-        wanted = wanted - (advantage[:, None] * chosen).mean()
-    found = torch.autograd.grad(result.loss, policy.parameters(), allow_unused=True)
-    expected = torch.autograd.grad(wanted, policy.parameters(), allow_unused=True)
+    return prompt, loss, known, (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
+
+
+def check_gradients(policy, loss, wanted):
+    found, expected = (torch.autograd.grad(part, policy.parameters(), allow_unused=True) for part in (loss, wanted))
     assert any(gradient is not None and float(gradient.abs().max()) > 0 for gradient in found)
     for one, other in zip(found, expected, strict=True):
         assert (one is None) == (other is None)
@@ -138,16 +136,25 @@ def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dro
             torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("dropped", [0.0, 1.0])
+def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dropped):
+    """A prompt's gradient: plain CPO for one reading, and REINFORCE on the same masks for the other."""
+    trainer = trainer_of(testbed, tmp_path, question_dropped=dropped, score_decay=0.0)
+    policy = trainer.policy
+    prompt, loss, known, advantage = rewarded_unequally(trainer)
+    video, wanted = prompt.rollouts.video(frozenset({Need.QUESTION})), torch.tensor(0.0)
+    for asked in (True, False):
+        logits = policy(video, prompt.ratio, asked)[0].log_softmax(1)
+        chosen = torch.where(known.masks, logits[:, 1], logits[:, 0])  # (G, N)
+        wanted = wanted - (advantage[:, None] * chosen).mean()
+    check_gradients(policy, loss, wanted)
+
+
 def test_distillation_teaches_both_readings(testbed, tmp_path):
     """A prompt's loss: the cross-entropy against the teacher's tokens and frames, of either reading."""
-    adapter = adapter_for(testbed[0])
-    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"warmup_steps": 1})
-    policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
-    with torch.no_grad():
-        policy.scorer.query.weight.normal_(0, 0.02)
-    prompts = ScenePrompts(adapter, testbed[1], seed=3)
-    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
-    prompt = trainer.prepare(prompts.choice(0))
+    trainer = trainer_of(testbed, tmp_path, warmup_steps=1)
+    policy = trainer.policy
+    prompt = trainer.prepare(trainer.data(0))
     found = float(trainer.train_step(prompt).loss.detach())
     video = prompt.rollouts.video(frozenset({Need.QUESTION}))
     teacher = teacher_scores(prompt.rollouts, "first_look").softmax(0)
@@ -163,31 +170,16 @@ def test_distillation_teaches_both_readings(testbed, tmp_path):
 
 def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path):
     """A prompt's gradient: plain CPO without the question, and the teacher's with it, as a mean over tokens."""
-    adapter = adapter_for(testbed[0])
-    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | {"taught": True, "score_decay": 0.0})
-    policy = SievePolicy.start(adapter.hidden_size, "none", seed=1)
-    with torch.no_grad():
-        policy.scorer.query.weight.normal_(0, 0.02)
-    prompts = ScenePrompts(adapter, testbed[1], seed=3)
-    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path)
-    for number in range(20):
-        prompt = trainer.prepare(prompts.choice(number))
-        result, known = trainer.train_step(prompt), prompt.memory["tokens"]
-        if not bool((known.rewards == known.rewards[0]).all()):
-            break
+    trainer = trainer_of(testbed, tmp_path, taught=True, score_decay=0.0)
+    policy = trainer.policy
+    prompt, loss, known, advantage = rewarded_unequally(trainer)
     video = prompt.rollouts.video(frozenset({Need.QUESTION}))
-    advantage = (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
     logits = policy(video, prompt.ratio, False)[0].log_softmax(1)
     wanted = -(advantage[:, None] * torch.where(known.masks, logits[:, 1], logits[:, 0])).mean()
     teacher = teacher_scores(prompt.rollouts, "first_look").softmax(0)
     for target, out in zip((teacher, teacher.view(16, -1).sum(1)), policy(video, prompt.ratio, True), strict=True):
         wanted = wanted - (target * (out[:, 1] - out[:, 0]).log_softmax(0)).sum() / video.num_tokens
-    found = torch.autograd.grad(result.loss, policy.parameters(), allow_unused=True)
-    expected = torch.autograd.grad(wanted, policy.parameters(), allow_unused=True)
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-7)
+    check_gradients(policy, loss, wanted)
     with pytest.raises(TrainingError, match="question_dropped is 1 where the question's part is taught"):
         train_policy("sieve", *testbed, tmp_path / "run", {"taught": True, "question_dropped": 0.3})
 

@@ -169,7 +169,7 @@ def new_cacovid(
             f"variant 'official' starts from the LLM's layer 0, which has sliding attention in this model: the first "
             f"layer that sees the whole video is {first}; choose variant 'paper', which starts there"
         )
-    question = config.body == "question" or (config.body == "variant" and variant == "ours")
+    question = config.reads_words(variant)
     if config.causal and question:
         raise TrainingError("causal is for bodies that attend over the prompt: choose body layer, attention or local")
     if config.start == "first_look" and not question:

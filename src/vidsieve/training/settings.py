@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 from vidsieve.errors import TrainingError, UnknownNameError
 
+IdleRule = tuple[bool, str, tuple[str, ...]]
 Objective = Literal["policy_gradient", "distil", "straight_through", "soft_topk"]
 WITHOUT_DRAWS: dict[str, int] = {"distil": 0, "soft_topk": 1}
 """Objectives that draw no masks, and the masks under which the frozen model answers a prompt."""
@@ -113,11 +114,18 @@ class TrainConfig:
             if item.name in self.fixed and getattr(self, item.name) != item.default:
                 raise TrainingError(f"{item.name} {reason}")
 
+    @property
+    def has_teacher(self) -> bool:
+        """True if some step learns from `teacher`."""
+        return self.objective == "distil" or self.warmup_steps > 0
+
+    def rules(self, variant: str) -> tuple[IdleRule, ...]:
+        """Return when settings change nothing beside the others, why (the text goes on from a name), and which."""
+        return ((not self.has_teacher, "is for objective 'distil' and for warmup_steps", ("teacher",)),)
+
     def idle(self, variant: str) -> dict[str, str]:
-        """Return why each setting that changes nothing beside the others does not; the reason goes on from its name."""
-        if self.objective == "distil" or self.warmup_steps:
-            return {}
-        return {"teacher": "is for objective 'distil' and for warmup_steps"}
+        """Return why each setting that changes nothing beside the others does not."""
+        return {name: reason for holds, reason, names in self.rules(variant) if holds for name in names}
 
     def removed(self) -> dict[str, Any]:
         """Return the constant that has replaced each former setting; a run with another value cannot be resumed."""
@@ -213,11 +221,12 @@ class CaCoVIDConfig(TrainConfig):
         """Return True if the policy is the question path, which has no decoder layer."""
         return self.body == "question" or (self.body == "variant" and variant == "ours")
 
-    def idle(self, variant: str) -> dict[str, str]:
-        """Return why each setting that changes nothing beside the others does not."""
+    def rules(self, variant: str) -> tuple[IdleRule, ...]:
+        """Return when settings change nothing beside the others, why, and which."""
         drawn, rewarded = self.objective not in WITHOUT_DRAWS, self.objective == "policy_gradient"
         widths = self.sampler == "ocss" or (self.sampler != "official" and self.frame_rollouts > 0)
-        rules = (
+        return (
+            *super().rules(variant),
             (not drawn, f"draws masks, and objective {self.objective!r} has none", _DRAWING),
             (not rewarded, f"is about rewards, and objective {self.objective!r} has none", _REWARDED),
             (drawn and not widths, f"is the width of OCSS, not of sampler {self.sampler!r}", ("width",)),
@@ -228,7 +237,6 @@ class CaCoVIDConfig(TrainConfig):
             (self.reads_words(variant), "is for decoder layers, and body 'question' has none", ("body_lr", "depth")),
             (not self.reads_words(variant), "is for body 'question'", ("match", "match_width")),
         )
-        return super().idle(variant) | {name: reason for holds, reason, names in rules if holds for name in names}
 
     @property
     def masks(self) -> int:
@@ -280,13 +288,15 @@ class SieveConfig(CaCoVIDConfig):
         False, "Teach the reading with the question by `teacher`; all rollouts are drawn without the question."
     )
 
-    def idle(self, variant: str) -> dict[str, str]:
-        """Return why each setting that changes nothing beside the others does not."""
-        found = super().idle(variant)
-        if self.taught:
-            del found["teacher"]
-            found["question_dropped"] = "is 1 where the question's part is taught"
-        return found
+    @property
+    def has_teacher(self) -> bool:
+        """True if some step learns from `teacher`."""
+        return self.taught or super().has_teacher
+
+    def rules(self, variant: str) -> tuple[IdleRule, ...]:
+        """Return when settings change nothing beside the others, why, and which."""
+        dropped = (self.taught, "is 1 where the question's part is taught", ("question_dropped",))
+        return (*super().rules(variant), dropped)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -324,16 +334,16 @@ class ScoreConfig(TrainConfig):
         """Return the constant that has replaced each former setting."""
         return super().removed() | {"slack": 0.0, "band_weight": 1.0}
 
-    def idle(self, variant: str) -> dict[str, str]:
-        """Return why each setting that changes nothing beside the others does not."""
+    def rules(self, variant: str) -> tuple[IdleRule, ...]:
+        """Return when settings change nothing beside the others, why, and which."""
         rewarded, control = self.objective == "policy_gradient", self.objective
-        rules = (
+        return (
+            *super().rules(variant),
             (control in WITHOUT_DRAWS, f"draws masks, and objective {control!r} has none", ("rollouts",)),
             (not rewarded, f"is about rewards, and objective {control!r} has none", ("advantage", "tolerance")),
             (self.advantage != "split", "belongs to advantage 'split'", ("tolerance", "pseudo_tolerance")),
             (not self.pseudo_steps, "is for pseudo_steps", ("pseudo_tolerance",)),
         )
-        return super().idle(variant) | {name: reason for holds, reason, names in rules if holds for name in names}
 
     @property
     def masks(self) -> int:

@@ -115,9 +115,10 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> AskedQuestion:
         text = f"{row['question']}\n{ASKED[known]}"
         return AskedQuestion(text, torch.empty(0, dtype=torch.int64), -1, str(row["answer"]), known)
     name = Path(files_of(row)[0]).name if {"video", "frames"} & row.keys() else "a question"
+    answered = labelled(row)
     try:
         options = options_of(row)
-        right = options.index(str(row["answer"])) if labelled(row) else -1
+        right = options.index(str(row["answer"])) if answered else -1
     except OptionsError as error:
         raise TrainingError(f"{error} ({name})") from None
     question = str(row["question"])
@@ -125,9 +126,9 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> AskedQuestion:
     words = None if options.lettered and letters is not None else _single(tokenizer, options.texts)
     if letters is not None and words is None:
         text = "\n".join([question, *options.lines(), ASKED["multiple choice"]])
-        return AskedQuestion(text, letters, right, options.letters[right] if labelled(row) else "")
+        return AskedQuestion(text, letters, right, options.letters[right] if answered else "")
     if words is not None:
-        return AskedQuestion(question, words, right, options.texts[right] if labelled(row) else "")
+        return AskedQuestion(question, words, right, options.texts[right] if answered else "")
     raise TrainingError(
         f"options {list(options.texts)} of {name}: neither they nor the letters {', '.join(options.letters)} are one "
         "token each in this model's vocabulary, all different"

@@ -20,7 +20,7 @@ import msgspec
 from vidsieve.options import OptionsError
 from vidsieve.training.data.layouts import Layout, Name, Rows, Text, Words, checked
 from vidsieve.training.data.reading import MalformedError
-from vidsieve.training.data.rows import Kind, options_of
+from vidsieve.training.data.rows import Kind, labelled, options_of
 
 _NEEDED = "a row needs video, and caption or question and options; or frames or image, and caption"
 
@@ -72,11 +72,11 @@ def _rows(record: Any, folder: Path, file: Path) -> Rows:
         checked(record, _Options)
         try:
             options = options_of(record)
-            if "answer" in record:
+            if labelled(record):
                 options.index(str(record["answer"]))
         except OptionsError as error:
             raise MalformedError(str(error)) from None
-    elif asked is not None and "answer" not in record:
+    elif not labelled(record):
         raise MalformedError("answer: is missing, and only a multiple-choice question can do without")
     if file.suffix == ".parquet":
         try:
