@@ -84,10 +84,11 @@ def test_a_question_without_an_answer_is_for_the_models_own_alone(testbed, tmp_p
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     blank = [{name: value for name, value in row.items() if name != "answer"} for row in rows]
     path, few = rows_file(tmp_path, *blank), {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4}
+    few |= {"taught": False, "blind_reward": "answer"}
     record = train_policy("sieve", *testbed, tmp_path / "sieve", few, files=Files(path))
     assert record["prompts"] == 2 and record["skipped"]["left_out"] == {"a caption": 2}
     with pytest.raises(TrainingError, match=r"can be used: .*a question without an answer: for reward 'agreement'"):
-        train_policy("cacovid", *testbed, tmp_path / "cacovid", few, files=Files(path))
+        train_policy("cacovid", *testbed, tmp_path / "cacovid", {"steps": 1}, files=Files(path))
     with pytest.raises(TrainingError, match="a question without an answer"):
         train_policy("sieve", *testbed, tmp_path / "held", few | {"hold_out": 0.5}, files=Files(path))
     mixed = rows_file(tmp_path, *blank, *(row for row in rows if "question" in row))

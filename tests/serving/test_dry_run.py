@@ -90,8 +90,11 @@ def test_kept_by_rollouts_is_the_mean_of_what_they_draw():
     assert kept_by_rollouts(ScoreConfig(), 36) == 0.5
 
 
+ANSWERS = {"taught": False, "blind_reward": "answer"}
+
+
 def test_memory_is_weights_optimiser_and_the_largest_pack(testbed):
-    found = predicted("sieve", settings={"token_rollouts": 8})
+    found = predicted("sieve", settings=ANSWERS | {"token_rollouts": 8})
     size = sum(p.numel() for p in testbed[0].parameters())
     policy = SievePolicy.start(adapter_for(testbed[0]).hidden_size, "none")
     assert found["weights_bytes"] == 4 * size
@@ -101,12 +104,24 @@ def test_memory_is_weights_optimiser_and_the_largest_pack(testbed):
     assert found["memory_bytes"] == sum(found[f"{part}_bytes"] for part in ("weights", "policy", "activations"))
     rollout = Footprint.of(testbed[0]).rollout(found["rollout_tokens"])
     taken = found["weights_bytes"] + found["policy_bytes"]
-    small = predicted("sieve", gpu=replace(COUNTING, cpu=True, memory=1e-9 * (taken + 20 * rollout)))
+    small = predicted("sieve", settings=ANSWERS, gpu=replace(COUNTING, cpu=True, memory=1e-9 * (taken + 20 * rollout)))
     assert small["rollouts_per_prefill"] == (taken + 20 * rollout) // (4 * rollout), "a quarter, as in training"
-    full = predicted("sieve", gpu=replace(COUNTING, memory=1e-9 * (taken + 3.5 * rollout)))
+    full = predicted("sieve", settings=ANSWERS, gpu=replace(COUNTING, memory=1e-9 * (taken + 3.5 * rollout)))
     assert full["rollouts_per_prefill"] == 3, "what the model leaves on a GPU"
     with pytest.raises(TrainingError, match="no rollout fits beside them: take --precision bf16"):
-        predicted("sieve", gpu=replace(COUNTING, memory=1e-9 * (taken + 0.5 * rollout)))
+        predicted("sieve", settings=ANSWERS, gpu=replace(COUNTING, memory=1e-9 * (taken + 0.5 * rollout)))
+
+
+def test_captions_and_a_teacher_are_counted():
+    """Rewards of captions lengthen every rollout; a teacher reads all tokens up to its layer."""
+    answers, captions = (
+        predicted("sieve", settings=ANSWERS),
+        predicted("sieve", settings=ANSWERS | {"blind_reward": "caption"}),
+    )
+    assert captions["rollout_tokens"] == answers["rollout_tokens"] + 64
+    taught, whole = predicted("sieve"), predicted("sieve", settings={"teacher": "attention"})
+    assert taught["all_tokens_s"] == pytest.approx(3 / 8 * whole["all_tokens_s"], rel=0.01)
+    assert predicted("sieve", settings={"teacher": "oracle"})["all_tokens_s"] == 0
 
 
 @pytest.mark.parametrize("model", ["qwen2.5-vl-7b", "qwen3-vl-8b", "llava-onevision-7b"])

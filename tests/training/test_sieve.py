@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -14,17 +15,22 @@ from vidsieve.errors import PolicyError, TrainingError, UnknownNameError
 from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import label_of, named_methods
 from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
+from vidsieve.testbed.files import write_scenes
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
 from vidsieve.training.controls import teacher_scores
+from vidsieve.training.data.encodings import EncodingCache
+from vidsieve.training.data.prompts import FilePrompts
 from vidsieve.training.data.scenes import ScenePrompts
 from vidsieve.training.recipes import train_policy
 from vidsieve.training.rollouts import Rollouts
 from vidsieve.training.settings import SETTINGS, SieveConfig
 from vidsieve.training.sieve import SieveTrainer
-from vidsieve.types import Need, TokenGrid
+from vidsieve.training.sources import Files
+from vidsieve.types import Need, Selection, TokenGrid
 
 FEW = {"steps": 2, "prompts_per_step": 3, "token_rollouts": 4, "eval_prompts": 0}
+ANSWERS = {"taught": False, "blind_reward": "answer"}
 
 
 @pytest.fixture
@@ -98,7 +104,7 @@ def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, 
 
     monkeypatch.setattr(SieveTrainer, "run_policy", run_policy)
     monkeypatch.setattr(SieveTrainer, "token_masks", token_masks)
-    train_policy("sieve", *testbed, tmp_path, FEW | {"prompts_per_step": 12})
+    train_policy("sieve", *testbed, tmp_path, FEW | ANSWERS | {"prompts_per_step": 12})
     drawn, other = told[::2], told[1::2]
     assert [(rate, not asked) for rate, asked in drawn] == other, "every prompt teaches both readings, at one rate"
     rates = [rate for rate, _ in drawn]
@@ -114,7 +120,8 @@ def trainer_of(testbed, folder, **settings):
     with torch.no_grad():
         policy.scorer.query.weight.normal_(0, 0.02)
     config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW | settings)
-    return SieveTrainer(adapter, policy, config, ScenePrompts(adapter, testbed[1], seed=3).choice, folder)
+    prompts = ScenePrompts(adapter, testbed[1], seed=3, captioned=config.captioned)
+    return SieveTrainer(adapter, policy, config, prompts.choice, folder)
 
 
 def rewarded_unequally(trainer):
@@ -139,7 +146,7 @@ def check_gradients(policy, loss, wanted):
 @pytest.mark.parametrize("dropped", [0.0, 1.0])
 def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dropped):
     """A prompt's gradient: plain CPO for one reading, and REINFORCE on the same masks for the other."""
-    trainer = trainer_of(testbed, tmp_path, question_dropped=dropped, score_decay=0.0)
+    trainer = trainer_of(testbed, tmp_path, **ANSWERS, question_dropped=dropped, score_decay=0.0)
     policy = trainer.policy
     prompt, loss, known, advantage = rewarded_unequally(trainer)
     video, wanted = prompt.rollouts.video(frozenset({Need.QUESTION})), torch.tensor(0.0)
@@ -152,7 +159,7 @@ def test_a_group_teaches_the_reading_that_did_not_draw_it(testbed, tmp_path, dro
 
 def test_distillation_teaches_both_readings(testbed, tmp_path):
     """A prompt's loss: the cross-entropy against the teacher's tokens and frames, of either reading."""
-    trainer = trainer_of(testbed, tmp_path, warmup_steps=1)
+    trainer = trainer_of(testbed, tmp_path, **ANSWERS, warmup_steps=1)
     policy = trainer.policy
     prompt = trainer.prepare(trainer.data(0))
     found = float(trainer.train_step(prompt).loss.detach())
@@ -168,9 +175,10 @@ def test_distillation_teaches_both_readings(testbed, tmp_path):
     assert wanted[0] != pytest.approx(wanted[2], rel=1e-3), "the readings differ"
 
 
-def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path):
+@pytest.mark.parametrize("reward", ["answer", "caption"])
+def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path, reward):
     """A prompt's gradient: plain CPO without the question, and the teacher's with it, as a mean over tokens."""
-    trainer = trainer_of(testbed, tmp_path, taught=True, score_decay=0.0)
+    trainer = trainer_of(testbed, tmp_path, blind_reward=reward, score_decay=0.0)
     policy = trainer.policy
     prompt, loss, known, advantage = rewarded_unequally(trainer)
     video = prompt.rollouts.video(frozenset({Need.QUESTION}))
@@ -180,8 +188,90 @@ def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path
     for target, out in zip((teacher, teacher.view(16, -1).sum(1)), policy(video, prompt.ratio, True), strict=True):
         wanted = wanted - (target * (out[:, 1] - out[:, 0]).log_softmax(0)).sum() / video.num_tokens
     check_gradients(policy, loss, wanted)
-    with pytest.raises(TrainingError, match="question_dropped is 1 where the question's part is taught"):
-        train_policy("sieve", *testbed, tmp_path / "run", {"taught": True, "question_dropped": 0.3})
+
+
+@torch.no_grad()
+def caption_reward(trainer, caption, mask):
+    """Return the caption's mean log-probability under one mask, read token by token from the LLM's own logits."""
+    rollouts = Rollouts(trainer.adapter, caption.inputs)
+    logits, labels = rollouts.prefill(
+        [Selection(mask.nonzero().flatten())], span=caption.inputs["labels"].shape[1] // 4
+    )
+    words = [(place, int(word)) for place, word in enumerate(labels[0].tolist()) if word != -100]
+    ahead = labels.shape[1] - logits.shape[1]
+    return sum(float(logits[0, place - ahead - 1].log_softmax(0)[word]) for place, word in words) / len(words)
+
+
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_caption_rewards_the_reading_without_the_question(testbed, tmp_path, taught):
+    """A reward is the caption's log-probability; the reading with the question is not taught by it."""
+    trainer = trainer_of(testbed, tmp_path, taught=taught, **({} if taught else {"question_dropped": 1.0}))
+    prompt, loss, known, _ = rewarded_unequally(trainer)
+    found = [caption_reward(trainer, prompt.sample.caption, mask) for mask in known.masks]
+    assert known.rewards.tolist() == pytest.approx(found, rel=1e-4) and max(found) < 0
+    query = torch.autograd.grad(loss, trainer.policy.scorer.query.weight, allow_unused=True)[0]
+    assert (query is not None and bool(query.any())) == taught
+    assert "right" not in trainer.train_step(trainer.prepare(trainer.data(0))).metrics
+
+
+def test_captions_reward_without_the_question_and_answers_with_it(testbed, tmp_path):
+    trainer, asked = trainer_of(testbed, tmp_path, taught=False), set()
+    for number in range(8):
+        prompt = trainer.prepare(trainer.data(number))
+        trainer.train_step(prompt)
+        rewards = set(prompt.memory["tokens"].rewards.tolist())
+        assert rewards <= {0.0, 1.0} if prompt.asked else max(rewards) < 0
+        asked.add(prompt.asked)
+    assert asked == {True, False}
+
+
+def rows_of(folder, captions):
+    """Return a file of two scenes' questions, and rows of their own with captions of the first `captions` scenes."""
+    write_scenes(folder, world="dense", seed=2, scenes=2)
+    rows = [json.loads(line) for line in (folder / "questions.jsonl").read_text().splitlines()]
+    described = [row for row in rows if "caption" in row][:captions]
+    rows = [row for row in rows if "question" in row] + described
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path, rows
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_file_gives_questions_and_captions_of_the_same_videos(testbed, tmp_path, cached):
+    """The caption of a question's video is found in a row of its own; each prompt's video is encoded once."""
+    adapter = adapter_for(testbed[0])
+    path, (*questions, other, caption) = rows_of(tmp_path, 2)
+    asked = next(row for row in questions if row["video"] == caption["video"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in (asked, other, caption)))
+    cache = EncodingCache(tmp_path / "cache", adapter, testbed[1], 16) if cached else None
+    prompts = FilePrompts(adapter, testbed[1], path, captioned=True, cache=cache)
+    (whole,) = (found for found in map(prompts.caption, (0, 1)) if found.key == f"{path}:1")
+    config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW)
+    policy = SievePolicy.start(adapter.hidden_size, adapter.family, seed=1)
+    trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path / "run")
+    encoded: list[int] = []
+    hook = testbed[0].model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    prompt = trainer.prepare(trainer.data(0))
+    trainer.train_step(prompt)
+    hook.remove()
+    assert len(encoded) == (0 if cached else 1)
+    labels = prompt.sample.caption.inputs["labels"]
+    assert testbed[1].tokenizer.decode(labels[labels != -100]).strip().startswith(caption["caption"])
+    known = prompt.memory["tokens"]
+    assert known.rewards.tolist() == pytest.approx([caption_reward(trainer, whole, m) for m in known.masks], rel=1e-4)
+
+
+def test_questions_about_videos_without_a_caption_are_left_out(testbed, tmp_path):
+    few = {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4, "eval_prompts": 0}
+    path, (*questions, caption) = rows_of(tmp_path, 1)
+    lacking = sum(row["video"] != caption["video"] for row in questions)
+    record = train_policy("sieve", *testbed, tmp_path / "run", few, files=Files(path))
+    assert record["skipped"]["left_out"] == {"a question about a video without a caption": lacking}
+    path, _ = rows_of(tmp_path, 0)
+    with pytest.raises(
+        TrainingError, match=r"no rows with a question about a video with a caption.*set it to 'answer'"
+    ):
+        train_policy("sieve", *testbed, tmp_path / "none", few, files=Files(path))
 
 
 def test_iterations_read_a_prompt_one_way(testbed, tmp_path, monkeypatch):
@@ -192,7 +282,7 @@ def test_iterations_read_a_prompt_one_way(testbed, tmp_path, monkeypatch):
         return original(self, prompt, *args)
 
     monkeypatch.setattr(SieveTrainer, "token_masks", token_masks)
-    train_policy("sieve", *testbed, tmp_path, FEW | {"iterations": 4, "steps": 1})
+    train_policy("sieve", *testbed, tmp_path, FEW | ANSWERS | {"iterations": 4, "steps": 1})
     assert len(asked) == 12 and len(set(asked)) == 3
 
 
@@ -207,7 +297,7 @@ def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(SieveTrainer, "rewards", noted)
-    train_policy("sieve", *testbed, tmp_path / "right", FEW | {"steps": 1})
+    train_policy("sieve", *testbed, tmp_path / "right", FEW | ANSWERS | {"steps": 1})
     for sample, masks, found in rewards:
         rollouts = Rollouts(prompts.adapter, sample.inputs)
         everything = torch.ones(1, masks.shape[1], dtype=torch.bool)
@@ -219,7 +309,7 @@ def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ScenePrompts, "choice", lambda self, n: replace(choice(self, n), answer=(choice(self, n).answer + 1) % 4)
     )
-    train_policy("sieve", *testbed, tmp_path / "wrong", FEW | {"steps": 1})
+    train_policy("sieve", *testbed, tmp_path / "wrong", FEW | ANSWERS | {"steps": 1})
     weights = [(tmp_path / name / "policy/model.safetensors").read_bytes() for name in ("right", "wrong")]
     assert weights[0] == weights[1]
 

@@ -15,7 +15,7 @@ from vidsieve.testbed.world import FRAMES
 from vidsieve.training.recipes import new_policy
 from vidsieve.training.rollouts import CPU_SHARE, CPU_TOKENS, GPU_TOKENS, Footprint
 from vidsieve.training.sampling import tokens_per_draw
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, config_of
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig, config_of
 
 UNKNOWN_RATE = 0.5
 """Fraction kept by a policy that chooses its own rate, as at its start; it falls in training."""
@@ -82,16 +82,24 @@ def dry_run(
     frames = min(config.frames, FRAMES) if is_testbed(model) else config.frames
     grid, newlines, patches, encoder_flops = encoded_video(adapter, frames, size)
     tokens, kept = grid.num_tokens, kept_by_rollouts(config, grid.per_frame)
-    caption = caption_tokens if isinstance(config, ScoreConfig) else 0
+    captioned = config.captioned if isinstance(config, SieveConfig) else isinstance(config, ScoreConfig)
+    caption = caption_tokens if captioned else 0
     around = min(newlines, tokens) + text_tokens + caption
     length, whole, positions = round(kept * tokens) + around, tokens + around, caption + 1
 
     if isinstance(config, CaCoVIDConfig):
-        iterations, complete = config.iterations, int(config.reward == "agreement" and config.objective != "distil")
+        agreeing = config.answered and config.reward == "agreement" and config.objective != "distil"
+        iterations, complete = config.iterations, float(agreeing)
     else:
-        iterations, complete = 1, int(config.advantage == "split")
+        iterations, complete = 1, float(config.advantage == "split")
     groups = config.masks
-    complete += config.objective == "distil" and config.teacher == "attention"
+    if config.objective == "distil" or (isinstance(config, SieveConfig) and config.teaches):
+        read_layers = {
+            "oracle": 0,
+            "first_look": adapter.first_full_layer + 1,
+            "attention": len(adapter.decoder_layers),
+        }
+        complete += read_layers[config.teacher] / len(adapter.decoder_layers)
 
     llm = sum(p.numel() for p in adapter.language_model.parameters())
     parameters = sum(p.numel() for p in adapter.model.parameters())
@@ -108,7 +116,7 @@ def dry_run(
     head = 2.0 * text.hidden_size * text.vocab_size * caption  # the last position is in `prefill_flops`
     read = width * llm
 
-    def prefills(count: int, at: int, packs: int) -> float:
+    def prefills(count: float, at: int, packs: float) -> float:
         return gpu.seconds(count * (prefill_flops(text, at) + head), packs * read) if count else 0.0
 
     layers = [p for name, p in policy.named_parameters() if name.startswith("layers.")]

@@ -127,7 +127,7 @@ class CaCoVIDTrainer(Trainer[Choice]):
         """
         c, rollouts = self.config, Rollouts(self.adapter, sample.inputs, self.packing)
         prompt = Prompted(sample, rollouts, c.ratio, answer=sample.answer)
-        if self.distils:
+        if self.distils or not c.answered:
             return prompt
         early = self.step < c.warmup_steps + WINDOW * c.log_every and c.objective == "policy_gradient"
         if c.blind_margin or (early and len(sample.option_ids) > 0):

@@ -24,6 +24,7 @@ Schedule = Literal["constant", "cosine"]
 Precision = Literal["fp32", "bf16"]
 Match = Literal["sum", "softmax", "cross_attention", "mean"]
 Start = Literal["nothing", "first_look"]
+BlindReward = Literal["answer", "caption"]
 Body = Literal["variant", "layer", "attention", "local", "question"]
 
 
@@ -217,6 +218,11 @@ class CaCoVIDConfig(TrainConfig):
         least = 0.01 if self.sampler == "official" else 0.0
         return super().removed() | {"ratio_least": least, "ratio_most": 0.12, "looks": "all", "trust": 0.25}
 
+    @property
+    def answered(self) -> bool:
+        """True if some reward is of an answer."""
+        return True
+
     def reads_words(self, variant: str) -> bool:
         """Return True if the policy is the question path, which has no decoder layer."""
         return self.body == "question" or (self.body == "variant" and variant == "ours")
@@ -287,16 +293,46 @@ class SieveConfig(CaCoVIDConfig):
     taught: bool = setting(
         False, "Teach the reading with the question by `teacher`; all rollouts are drawn without the question."
     )
+    blind_reward: BlindReward = setting(
+        "answer",
+        "Reward of rollouts drawn without the question: 'answer', that of `reward`, which teaches both readings; or "
+        "'caption', minus the cross-entropy of the video's caption, as in SCORE, which teaches the blind one.",
+    )
+
+    @property
+    def asking(self) -> float:
+        """Fraction of the prompts whose rollouts are drawn with their question."""
+        return 0.0 if self.teaches else 1 - self.question_dropped
+
+    @property
+    def teaches(self) -> bool:
+        """True if `teacher` and not rewards teach the reading with the question."""
+        return self.taught and self.objective == "policy_gradient"
+
+    @property
+    def captioned(self) -> bool:
+        """True if captions and not answers reward the reading without the question."""
+        return self.blind_reward == "caption" and self.objective == "policy_gradient"
 
     @property
     def has_teacher(self) -> bool:
         """True if some step learns from `teacher`."""
-        return self.taught or super().has_teacher
+        return self.teaches or super().has_teacher
+
+    @property
+    def answered(self) -> bool:
+        """True if some reward is of an answer."""
+        return self.asking > 0 or not self.captioned
 
     def rules(self, variant: str) -> tuple[IdleRule, ...]:
         """Return when settings change nothing beside the others, why, and which."""
-        dropped = (self.taught, "is 1 where the question's part is taught", ("question_dropped",))
-        return (*super().rules(variant), dropped)
+        return (
+            *super().rules(variant),
+            (self.objective != "policy_gradient", "is for objective 'policy_gradient'", ("taught", "blind_reward")),
+            (self.teaches, "is 1 where the question's part is taught", ("question_dropped",)),
+            (self.asking == 1, "is for rollouts without the question, and there are none", ("blind_reward",)),
+            (not self.answered, "is about answers, and captions alone are rewarded", ("reward", "blind_margin")),
+        )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -417,13 +453,14 @@ SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     },
     ("sieve", "ours"): {
         "reward": "agreement",
+        "taught": True,
+        "blind_reward": "caption",
         "rate_low": 0.06,
         "rate_high": 0.15,
         "frame_rollouts": 0,
-        "prompts_per_step": 16,
         "score_decay": 0.002,
         "head_lr": 0.004,
-        "steps": 450,
+        "steps": 300,
     },
     ("score", "paper"): {"world": "sparse", "lr": 0.002, "steps": 100, "frames": 128},
     ("score", "ours"): {

@@ -20,7 +20,7 @@ from vidsieve.errors import TrainingError
 from vidsieve.training.data.prefetch import Prefetch
 from vidsieve.training.data.skipped import Skipped
 from vidsieve.training.heldout import HeldOut
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, TrainConfig, check
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig, TrainConfig, check
 
 TRAINING_SEED = 100_000
 """Scenes of the testbed come under this plus the run's seed; below it are the seeds of evaluation."""
@@ -124,7 +124,9 @@ def source(
 
     data, eval_data = files.data, files.eval_data
     captions = not isinstance(config, CaCoVIDConfig)
-    kinds: Any = None if isinstance(config, CaCoVIDConfig) and config.reward == "generate" else "multiple choice"
+    captioned = isinstance(config, SieveConfig) and config.captioned
+    choices = isinstance(config, CaCoVIDConfig) and config.answered and config.reward != "generate"
+    kinds: Any = "multiple choice" if choices else None
     needed = not (isinstance(config, CaCoVIDConfig) and config.reward == "agreement")  # answers, for training
     first = config.pseudo_steps * config.prompts_per_step if isinstance(config, ScoreConfig) else 0
     _check(config, files, first)
@@ -132,29 +134,37 @@ def source(
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
     def rows_of(path: Path, root: Path | None = files.root, answers: bool = True, skips: Skipped = skipped) -> View:
-        options: dict[str, Any] = {"kinds": kinds, "captions": captions, "answers": answers}
+        options: dict[str, Any] = {"kinds": kinds, "captions": None if captioned else captions, "answers": answers}
         return load_prompts(processor, path, root, skipped=skips, **options)
 
     def read(
-        path: Path, rows: View, seed: int = 0, only: Callable[[frozenset[str]], bool] | None = None
+        path: Path,
+        rows: View,
+        seed: int = 0,
+        only: Callable[[frozenset[str]], bool] | None = None,
+        captioned: bool = False,
     ) -> FilePrompts:
         options: dict[str, Any] = {"frames": config.frames, "cache": cache, "skipped": skipped, "rows": rows}
-        prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, **options)
+        prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, captioned=captioned, **options)
         if not (prompts.captions if captions else prompts.choices):
             part = "" if only is None else " (in a part of it: hold_out)"
-            raise TrainingError(f"{path} has no rows with {'a caption' if captions else 'a question'}{part}")
+            what = "a caption" if captions else "a question"
+            if captioned:
+                what += " about a video with a caption, as blind_reward 'caption' needs (or set it to 'answer')"
+            raise TrainingError(f"{path} has no rows with {what}{part}")
         return prompts
 
     prompts: Any
     held: Any = None
     if data is None:
         filtered = isinstance(config, CaCoVIDConfig) and config.blind_filter
-        prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, blind_filter=filtered)
+        only = {"blind_filter": filtered, "captioned": captioned}
+        prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, **only)
         held = ScenePrompts(adapter, processor, config.world, HELD_OUT_SEED) if eval_data is None else None
     else:
         rows = rows_of(data, answers=needed)
         apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()
-        prompts = read(data, rows, config.seed, lambda shown: not shown & apart)
+        prompts = read(data, rows, config.seed, lambda shown: not shown & apart, captioned)
         if apart:
             held = read(
                 data, rows if needed else rows_of(data, skips=Skipped()), only=lambda shown: bool(shown & apart)

@@ -186,8 +186,7 @@ class EncodingCache:
         video = stored[0] if stored is not None else self._encode(inputs)
         if stored is None:
             save_tensors(pending.path, *self._packed(video, pending.wording))
-        rest = {name: value for name, value in inputs.items() if not is_pixels(name) and name != _PENDING}
-        return rest | {"mm_encoder_outputs": self._ready(video)}
+        return without_video(inputs) | {"mm_encoder_outputs": self._ready(video)}
 
     @torch.no_grad()
     def _encode(self, inputs: Mapping[str, Any]) -> VideoFeatures:
@@ -258,6 +257,12 @@ class EncodingCache:
             known.surplus,
         )
         return video, Wording(start, head, named("kind."), named("extra."))
+
+
+def without_video(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs without the video's pixels or features."""
+    video = (_PENDING, "mm_encoder_outputs")
+    return {name: value for name, value in inputs.items() if not is_pixels(name) and name not in video}
 
 
 def _fingerprint(adapter: Adapter) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache as once
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ from torch import Tensor
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.answering import chat, check_question
 from vidsieve.errors import PromptError, TrainingError, VideoError
-from vidsieve.training.data.encodings import EncodingCache, Source
+from vidsieve.training.data.encodings import EncodingCache, Source, without_video
 from vidsieve.training.data.layouts import files_of
 from vidsieve.training.data.rows import Kind, Remembered, ask, kind_of, unwanted
 from vidsieve.training.data.samples import Caption, Choice
@@ -91,6 +92,9 @@ class FilePrompts:
         Where malformed records, missing and broken videos are counted and listed.
     rows : View, optional
         The file's rows, where `load_prompts` has read them already.
+    captioned : bool
+        Give each question the first caption of its video, in the same row or another; questions about a video without
+        one are left out.
 
     Raises
     ------
@@ -112,9 +116,10 @@ class FilePrompts:
         root: Path | None = None,
         skipped: Skipped | None = None,
         rows: View | None = None,
+        captioned: bool = False,
     ) -> None:
         self.adapter, self.processor, self.path, self.seed, self.frames = adapter, processor, Path(path), seed, frames
-        self.cache, self.skipped = cache, Skipped() if skipped is None else skipped
+        self.cache, self.skipped, self.captioned = cache, Skipped() if skipped is None else skipped, captioned
         if rows is None:
             rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
         table, questions, captions = rows.table, list[int](), list[int]()
@@ -124,6 +129,12 @@ class FilePrompts:
                     questions.append(number)
                 if "caption" in row:
                     captions.append(number)
+        self._caption_of = {frozenset(table.shown[number]): i for i, number in reversed([*enumerate(captions)])}
+        if captioned:
+            described = [number for number in questions if frozenset(table.shown[number]) in self._caption_of]
+            if len(described) < len(questions):
+                self.skipped.leave("a question about a video without a caption", len(questions) - len(described))
+            questions = described
         self.choices, self.captions = View(table, questions), View(table, captions)
         self.videos = sorted({key for number in (*questions, *captions) for key in table.shown[number]})
         self._broken: set[frozenset[str]] = set()
@@ -180,10 +191,11 @@ class FilePrompts:
             return read_frames(source, frames=self.frames)
         return read_video(source[0][0], frames=self.frames)
 
-    def _inputs(self, row: dict[str, Any], question: str) -> dict[str, Any]:
+    def _inputs(self, row: dict[str, Any], question: str, read: Callable[[], Video] | None = None) -> dict[str, Any]:
+        read = read or partial(self._video, row)
         if self.cache is not None:
-            return self.cache.inputs(self._source(row), lambda: self._video(row), question)
-        return chat(self.processor, self._video(row), question)
+            return self.cache.inputs(self._source(row), read, question)
+        return chat(self.processor, read(), question)
 
     def videos_to_encode(self, captions: bool) -> Iterator[tuple[Source, Callable[[], Video]]]:
         """Yield the source and the reader of each video for a cache, of rows with captions or with questions."""
@@ -211,16 +223,21 @@ class FilePrompts:
         return self._readable(self.captions, number, "a caption", self._caption)
 
     def _choice(self, index: int, row: dict[str, Any]) -> Choice:
-        asked = ask(row, self.processor.tokenizer)
-        inputs = self._inputs(row, asked.text)
+        asked, read = ask(row, self.processor.tokenizer), once(partial(self._video, row))
+        inputs = self._inputs(row, asked.text, read)
         if self.template is not None:
             ids = inputs["input_ids"][0]
             frames = (ids == self.adapter.video_token_id).nonzero().flatten()
             self.template.question_mask(ids, [frames])  # a question without a known word has no policy
-        return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind)
+        caption = None
+        if self.captioned:
+            place = self._caption_of[keys_of(row)]
+            caption = self._caption(place, self.captions[place], read)
+            caption = replace(caption, inputs=without_video(caption.inputs))  # the question's inputs have it
+        return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind, caption=caption)
 
-    def _caption(self, index: int, row: dict[str, Any]) -> Caption:
-        inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)))
+    def _caption(self, index: int, row: dict[str, Any], read: Callable[[], Video] | None = None) -> Caption:
+        inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)), read)
         end = self.processor.tokenizer.eos_token or ""
         text = f" {row['caption']} {end}"
         answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]

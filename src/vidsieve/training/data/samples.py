@@ -12,6 +12,22 @@ from vidsieve.training.data.rows import Kind
 
 
 @dataclass(frozen=True)
+class Caption:
+    """A video with its caption.
+
+    Parameters
+    ----------
+    inputs : mapping
+        Processor outputs of prompt and caption, ``labels`` on the caption only.
+    key : str
+        Different for each row of the data, the same in every pass; empty where there is none.
+    """
+
+    inputs: Mapping[str, Any]
+    key: str = ""
+
+
+@dataclass(frozen=True)
 class Choice:
     """A question about one video, with options or without.
 
@@ -29,6 +45,8 @@ class Choice:
         How a generated answer is judged.
     targets : Tensor, (tokens,), int64, optional
         Video tokens that the question is about, where they are known.
+    caption : Caption, optional
+        A caption of the same video, where it is wanted; its inputs may lack the video.
     """
 
     inputs: Mapping[str, Any]
@@ -37,19 +55,4 @@ class Choice:
     truth: str = ""
     kind: Kind = "multiple choice"
     targets: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Caption:
-    """A video with its caption.
-
-    Parameters
-    ----------
-    inputs : mapping
-        Processor outputs of prompt and caption, ``labels`` on the caption only.
-    key : str
-        Different for each row of the data, the same in every pass; empty where there is none.
-    """
-
-    inputs: Mapping[str, Any]
-    key: str = ""
+    caption: Caption | None = None

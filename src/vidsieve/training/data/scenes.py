@@ -44,6 +44,8 @@ class ScenePrompts:
         Prompts taken from a scene; neighbours in the order of samples come from different scenes.
     blind_filter : bool
         Leave out questions that the model answers without the video (ineffective-sample filtering).
+    captioned : bool
+        Give each question the caption of its scene.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class ScenePrompts:
         seed: int = 1,
         per_scene: int = 8,
         blind_filter: bool = False,
+        captioned: bool = False,
     ) -> None:
         self.adapter, self.processor, self.world, self.seed, self.per_scene = adapter, processor, world, seed, per_scene
-        self.blind_filter = blind_filter
+        self.blind_filter, self.captioned = blind_filter, captioned
         self._scenes: OrderedDict[int, tuple[VideoFeatures, list[Question], str]] = OrderedDict()
         self._drawn: dict[tuple[str, int], Drawing] = {}
 
@@ -137,7 +140,8 @@ class ScenePrompts:
         inputs = self._inputs(features, question.text, "")
         options = torch.tensor([WORD_ID[word] for word in question.options])
         right, targets = question.options.index(question.answer), torch.tensor(list(question.targets))
-        return Choice(inputs, options, right, question.answer, targets=targets)
+        caption = self.caption(index) if self.captioned else None
+        return Choice(inputs, options, right, question.answer, targets=targets, caption=caption)
 
     def caption(self, number: int) -> Caption:
         """Return caption prompt `number`, one a scene."""
