@@ -129,7 +129,9 @@ def wanted_rows(
     for folder in folders:
         config = read_config(folder)
         if shipped_model(config.base_model) == shipped_model(model):  # others have not learned its words
-            chosen.append((f"[seed {config.training['settings']['seed']}]", vidsieve.load(folder), folder))
+            suffix, own = f"[seed {config.training['settings']['seed']}]", vidsieve.load(folder)
+            for variant in ("ours", "blind") if own.name == "sieve" else (own.variant,):
+                chosen.append((suffix, dataclasses.replace(own, variant=variant), folder))  # type: ignore[call-arg]
     found: list[tuple[SceneCondition, Compressor | None, Path | None]] = [(FULL, None, None)]
     for suffix, method, folder in chosen:
         ready = remembering(method)

@@ -249,6 +249,14 @@ def test_a_warm_up_distils_first_and_then_rolls_out(testbed, tmp_path, monkeypat
     assert len(answered) == 4, "two prompts: under all tokens, and under their rollouts"
 
 
+@pytest.mark.parametrize("method", ["cacovid", "score", "sieve"])
+def test_a_warm_up_s_loss_is_a_mean_over_tokens_as_that_of_rewards(testbed, tmp_path, method):
+    few = {"steps": 1, "prompts_per_step": 1}
+    _, (whole,) = run(testbed, tmp_path / "distil", method, objective="distil", **few)
+    _, (first, _) = run(testbed, tmp_path / "warm_up", method, warmup_steps=1, **few | {"steps": 2})
+    assert first["loss"] == pytest.approx(whole["loss"] / 576, rel=0.01)
+
+
 def test_controls_are_rewarded_as_the_policy_gradient_is(testbed, tmp_path, prompts):
     """Under reward "agreement" straight-through reads no label either."""
     config = config_of("cacovid", "ours", {"objective": "straight_through", "reward": "agreement"})

@@ -103,7 +103,9 @@ class ScoreTrainer(Trainer[Caption]):
             shift = shift_to_sum(logits.detach(), rate * len(logits))
         drawn = logits + shift  # (N,), at the group's rate
         if self.distils:
-            loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher))
+            # A warm-up's loss is of the size of the rewards', or Adam would hardly move after it.
+            scale = 1 if c.objective == "distil" else len(logits)
+            loss = distillation_loss(logits, teacher_scores(rollouts, c.teacher)) / scale
         elif c.objective == "soft_topk":
             chosen, constraint = softly_selected(video, logits, rate, self.progress)
             ce = caption_loss(rollouts, [chosen]).mean()
