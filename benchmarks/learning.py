@@ -205,9 +205,11 @@ def pooled(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for key, others in trained.items():
         name, rest = key.split("/", 1)
         base, _, probe = name.partition("[")
-        shipped = f"{base}[shipped]{'[' if probe else ''}{probe}/{rest}"
-        marks[shipped] = marks.pop(key)
-        every = [marks[shipped], *(marks[other] for other in others)]
+        every = [marks[other] for other in others]
+        if key in marks:
+            shipped = f"{base}[shipped]{'[' if probe else ''}{probe}/{rest}"
+            marks[shipped] = marks.pop(key)
+            every.insert(0, marks[shipped])
         marks[key] = [sum(values) / len(values) for values in zip(*every, strict=True)]
     return {"marks": marks, "clusters": clusters, "floors": parts[0]["floors"]}
 

@@ -116,6 +116,11 @@ def test_a_policy_s_settings_train_the_next_one(run, tmp_path, monkeypatch):
     run("train", "cacovid", tmp_path / "b", "--config", path, "--seed", 5, "--set", "depth=1")
     assert wanted(asked[1]) == {**wanted(asked[0]), "seed": 5, "depth": 1}
 
+    del effective["prompts_per_step"]  # a setting that came after the file has the value that it stands for
+    write()
+    run("train", "cacovid", tmp_path / "old", "--config", path)
+    assert wanted(asked[2])["prompts_per_step"] == CaCoVIDConfig.prompts_per_step == 8
+
     for change, command, said in (
         ({}, ("score",), "settings of cacovid, variant ours, and not of score"),
         ({"variant": "paper"}, ("cacovid",), "--variant paper`"),

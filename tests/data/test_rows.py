@@ -79,7 +79,7 @@ UNLABELLED = {name: value for name, value in ASKED.items() if name != "answer"} 
 
 
 def test_a_question_without_an_answer_is_for_the_models_own_alone(testbed, tmp_path):
-    """Reward "agreement" trains on it; others, held-out prompts and evaluations count it as left out."""
+    """Rewards "agreement" and of captions train on it; others, held-out prompts and evaluations leave it out."""
     write_scenes(tmp_path, world="dense", seed=2, scenes=2)
     rows = [json.loads(line) for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
     blank = [{name: value for name, value in row.items() if name != "answer"} for row in rows]

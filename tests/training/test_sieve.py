@@ -1,4 +1,4 @@
-"""Sieve: one policy for every budget, with the question or without it, trained without labels."""
+"""Sieve: one policy for every budget, with the question or without it, trained without answers."""
 
 from __future__ import annotations
 
@@ -124,12 +124,15 @@ def trainer_of(testbed, folder, **settings):
     return SieveTrainer(adapter, policy, config, prompts.choice, folder)
 
 
-def rewarded_unequally(trainer):
-    """Return a prompt whose rollouts have different rewards, its loss, its rollouts and their advantages."""
-    for number in range(20):
+def rewarded_unequally(trainer, asked=None):
+    """Return a prompt whose rollouts have different rewards, its loss, its rollouts and their advantages.
+
+    `asked` names the reading that draws them, where that is not always the same.
+    """
+    for number in range(40):
         prompt = trainer.prepare(trainer.data(number))
         loss, known = trainer.train_step(prompt).loss, prompt.memory["tokens"]
-        if not bool((known.rewards == known.rewards[0]).all()):
+        if not bool((known.rewards == known.rewards[0]).all()) and asked in (None, prompt.asked):
             break
     return prompt, loss, known, (known.rewards - known.rewards.mean()) / known.rewards.std(correction=0)
 
@@ -193,36 +196,33 @@ def test_a_taught_question_leaves_rewards_to_the_other_reading(testbed, tmp_path
 @torch.no_grad()
 def caption_reward(trainer, caption, mask):
     """Return the caption's mean log-probability under one mask, read token by token from the LLM's own logits."""
-    rollouts = Rollouts(trainer.adapter, caption.inputs)
-    logits, labels = rollouts.prefill(
-        [Selection(mask.nonzero().flatten())], span=caption.inputs["labels"].shape[1] // 4
-    )
-    words = [(place, int(word)) for place, word in enumerate(labels[0].tolist()) if word != -100]
-    ahead = labels.shape[1] - logits.shape[1]
-    return sum(float(logits[0, place - ahead - 1].log_softmax(0)[word]) for place, word in words) / len(words)
+    rollouts, words = Rollouts(trainer.adapter, caption.inputs), int((caption.inputs["labels"] != -100).sum())
+    logits, labels = rollouts.prefill([Selection(mask.nonzero().flatten())], span=words + 1)
+    said = labels[0, -words:].tolist()
+    return sum(float(at.log_softmax(0)[word]) for at, word in zip(logits[0, :-1], said, strict=True)) / words
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_a_caption_rewards_the_reading_without_the_question(testbed, tmp_path, taught):
-    """A reward is the caption's log-probability; the reading with the question is not taught by it."""
-    trainer = trainer_of(testbed, tmp_path, taught=taught, **({} if taught else {"question_dropped": 1.0}))
-    prompt, loss, known, _ = rewarded_unequally(trainer)
+def test_a_caption_rewards_the_reading_without_the_question(testbed, tmp_path):
+    trainer = trainer_of(testbed, tmp_path)
+    prompt, _, known, _ = rewarded_unequally(trainer)
     found = [caption_reward(trainer, prompt.sample.caption, mask) for mask in known.masks]
     assert known.rewards.tolist() == pytest.approx(found, rel=1e-4) and max(found) < 0
-    query = torch.autograd.grad(loss, trainer.policy.scorer.query.weight, allow_unused=True)[0]
-    assert (query is not None and bool(query.any())) == taught
     assert "right" not in trainer.train_step(trainer.prepare(trainer.data(0))).metrics
+    with pytest.raises(TrainingError, match="needs a caption with every question"):
+        trainer.train_step(trainer.prepare(replace(trainer.data(0), caption=None)))
 
 
-def test_captions_reward_without_the_question_and_answers_with_it(testbed, tmp_path):
-    trainer, asked = trainer_of(testbed, tmp_path, taught=False), set()
-    for number in range(8):
-        prompt = trainer.prepare(trainer.data(number))
-        trainer.train_step(prompt)
-        rewards = set(prompt.memory["tokens"].rewards.tolist())
-        assert rewards <= {0.0, 1.0} if prompt.asked else max(rewards) < 0
-        asked.add(prompt.asked)
-    assert asked == {True, False}
+@pytest.mark.parametrize("asked", [True, False])
+def test_captions_reward_without_the_question_and_answers_with_it(testbed, tmp_path, asked):
+    """A prompt's gradient: plain CPO for the reading that drew the masks, and nothing for the other one."""
+    trainer = trainer_of(testbed, tmp_path, taught=False, score_decay=0.0)
+    policy = trainer.policy
+    prompt, loss, known, advantage = rewarded_unequally(trainer, asked)
+    assert prompt.asked == asked
+    assert set(known.rewards.tolist()) <= {0.0, 1.0} if asked else float(known.rewards.max()) < 0
+    logits = policy(prompt.rollouts.video(frozenset({Need.QUESTION})), prompt.ratio, asked)[0].log_softmax(1)
+    chosen = torch.where(known.masks, logits[:, 1], logits[:, 0])  # (G, N)
+    check_gradients(policy, loss, -(advantage[:, None] * chosen).mean())
 
 
 def rows_of(folder, captions):
@@ -237,15 +237,20 @@ def rows_of(folder, captions):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_file_gives_questions_and_captions_of_the_same_videos(testbed, tmp_path, cached):
-    """The caption of a question's video is found in a row of its own; each prompt's video is encoded once."""
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_file_gives_questions_and_captions_of_the_same_videos(testbed, tmp_path, cached, joined):
+    """A caption is in the question's row or the first of its video; each prompt's video is encoded once."""
     adapter = adapter_for(testbed[0])
     path, (*questions, other, caption) = rows_of(tmp_path, 2)
     asked = next(row for row in questions if row["video"] == caption["video"])
-    path.write_text("".join(json.dumps(row) + "\n" for row in (asked, other, caption)))
+    rows = [other, caption, caption | {"caption": "nothing ."}, asked]
+    if joined:
+        rows = [other, caption | {"caption": "nothing ."}, asked | caption]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole = FilePrompts(adapter, testbed[1], path).caption
+    (whole,) = (found for found in map(whole, range(3)) if found.key == f"{path}:{2 if joined else 1}")
     cache = EncodingCache(tmp_path / "cache", adapter, testbed[1], 16) if cached else None
     prompts = FilePrompts(adapter, testbed[1], path, captioned=True, cache=cache)
-    (whole,) = (found for found in map(prompts.caption, (0, 1)) if found.key == f"{path}:1")
     config = SieveConfig(**SETTINGS["sieve", "ours"] | FEW)
     policy = SievePolicy.start(adapter.hidden_size, adapter.family, seed=1)
     trainer = SieveTrainer(adapter, policy, config, prompts.choice, tmp_path / "run")
@@ -254,24 +259,37 @@ def test_a_file_gives_questions_and_captions_of_the_same_videos(testbed, tmp_pat
     prompt = trainer.prepare(trainer.data(0))
     trainer.train_step(prompt)
     hook.remove()
-    assert len(encoded) == (0 if cached else 1)
+    assert len(encoded) == 1
     labels = prompt.sample.caption.inputs["labels"]
     assert testbed[1].tokenizer.decode(labels[labels != -100]).strip().startswith(caption["caption"])
     known = prompt.memory["tokens"]
     assert known.rewards.tolist() == pytest.approx([caption_reward(trainer, whole, m) for m in known.masks], rel=1e-4)
 
 
-def test_questions_about_videos_without_a_caption_are_left_out(testbed, tmp_path):
-    few = {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4, "eval_prompts": 0}
-    path, (*questions, caption) = rows_of(tmp_path, 1)
-    lacking = sum(row["video"] != caption["video"] for row in questions)
-    record = train_policy("sieve", *testbed, tmp_path / "run", few, files=Files(path))
-    assert record["skipped"]["left_out"] == {"a question about a video without a caption": lacking}
-    path, _ = rows_of(tmp_path, 0)
-    with pytest.raises(
-        TrainingError, match=r"no rows with a question about a video with a caption.*set it to 'answer'"
-    ):
-        train_policy("sieve", *testbed, tmp_path / "none", few, files=Files(path))
+def test_what_has_no_caption_or_no_question_is_left_out(testbed, tmp_path):
+    """Such captions are no videos of the run either: other files may have them, and none is held out."""
+    few = {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4, "eval_prompts": 2}
+    *questions, first, second = rows_of(tmp_path, 2)[1]
+    asked = [row for row in questions if row["video"] == first["video"]]
+    rows, held = [*asked, first, second], [row for row in questions if row["video"] == second["video"]]
+    for name, part in (("rows", rows), ("held", held), ("lacking", [*questions, first]), ("bare", questions)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+    def trained(name, **settings):
+        files = Files(tmp_path / f"{name}.jsonl", settings.pop("eval_data", None))
+        return train_policy("sieve", *testbed, tmp_path / name, few | settings, files=files)["skipped"]["left_out"]
+
+    assert trained("rows", eval_data=tmp_path / "held.jsonl") == {"a caption of a video without a question": 1}
+    assert trained("lacking") == {"a question about a video without a caption": len(held)}
+    none = (
+        r"no rows with a question about a video with a caption, as .* \(or set it to 'answer'\): \d+ × a question about"
+    )
+    with pytest.raises(TrainingError, match=none):
+        trained("bare")
+    with pytest.raises(TrainingError, match=r"rows.jsonl shows a single video, and cannot be parted"):
+        train_policy(
+            "sieve", *testbed, tmp_path / "parted", few | {"hold_out": 0.5}, files=Files(tmp_path / "rows.jsonl")
+        )
 
 
 def test_iterations_read_a_prompt_one_way(testbed, tmp_path, monkeypatch):
@@ -320,6 +338,7 @@ def test_agreement_reads_no_label(testbed, tmp_path, monkeypatch):
         ({"depth": 2}, "depth is CaCoVID's"),
         ({"ratio": 0.1}, "ratio is CaCoVID's"),
         ({"rate_low": 0.0, "rate_high": 0.0}, "a range of rates"),
+        ({"taught": False, "question_dropped": 1.0}, "nothing teaches the reading with the question"),
     ],
 )
 def test_settings_of_another_network_are_refused(testbed, tmp_path, settings, text):

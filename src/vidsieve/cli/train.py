@@ -37,7 +37,7 @@ Config = Annotated[
 Model = Annotated[str | None, typer.Option(help=MODEL, show_default="testbed without --data")]
 Data = Annotated[
     Path | None,
-    typer.Option(help="File of questions or captions (see `vidsieve data check`).", show_default="the testbed"),
+    typer.Option(help="File of questions, captions or both (see `vidsieve data check`).", show_default="the testbed"),
 ]
 EvalData = Annotated[
     Path | None,
@@ -144,8 +144,9 @@ def saved_settings(path: Path, method: str, variant: str) -> dict[str, Any]:
         )
     if not isinstance(saved.training.get("settings"), dict):
         raise TrainingError(f"{path} has no record of a training")
-    defaults = {item.name: item.default for item in fields(CONFIGS[method])} | SETTINGS.get((method, variant), {})
-    return {name: value for name, value in saved.training["settings"].items() if value != defaults.get(name)}
+    own = {item.name: item.default for item in fields(CONFIGS[method])}
+    defaults, settings = own | SETTINGS.get((method, variant), {}), own | saved.training["settings"]
+    return {name: value for name, value in settings.items() if value != defaults.get(name)}
 
 
 def refuse_sharding() -> None:
@@ -307,7 +308,11 @@ def add_command(method: str, config: type[TrainConfig], about: str) -> None:
 
 
 add_command("cacovid", CONFIGS["cacovid"], "Train CaCoVID: question-aware scores, rewarded by right answers.")
-add_command("sieve", CONFIGS["sieve"], "Train sieve: any budget, with or without the question, no labels needed.")
+add_command(
+    "sieve",
+    CONFIGS["sieve"],
+    "Train sieve: any budget, with or without the question, from captions; no answers needed.",
+)
 add_command("score", CONFIGS["score"], "Train SCORE: question-free keep probabilities, rewarded by captions.")
 add_command(
     "visionselector",

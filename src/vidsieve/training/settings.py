@@ -295,8 +295,8 @@ class SieveConfig(CaCoVIDConfig):
     )
     blind_reward: BlindReward = setting(
         "answer",
-        "Reward of rollouts drawn without the question: 'answer', that of `reward`, which teaches both readings; or "
-        "'caption', minus the cross-entropy of the video's caption, as in SCORE, which teaches the blind one.",
+        "Reward of rollouts drawn without the question: 'answer', that of `reward`; or 'caption', minus the "
+        "cross-entropy of the video's caption, as in SCORE, which teaches the reading without the question alone.",
     )
 
     @property
@@ -312,7 +312,7 @@ class SieveConfig(CaCoVIDConfig):
     @property
     def captioned(self) -> bool:
         """True if captions and not answers reward the reading without the question."""
-        return self.blind_reward == "caption" and self.objective == "policy_gradient"
+        return self.blind_reward == "caption" and self.objective == "policy_gradient" and self.asking < 1
 
     @property
     def has_teacher(self) -> bool:
@@ -331,7 +331,7 @@ class SieveConfig(CaCoVIDConfig):
             (self.objective != "policy_gradient", "is for objective 'policy_gradient'", ("taught", "blind_reward")),
             (self.teaches, "is 1 where the question's part is taught", ("question_dropped",)),
             (self.asking == 1, "is for rollouts without the question, and there are none", ("blind_reward",)),
-            (not self.answered, "is about answers, and captions alone are rewarded", ("reward", "blind_margin")),
+            (not self.answered, "is about answers, and captions alone are rewarded", ("reward",)),
         )
 
     def __post_init__(self) -> None:
@@ -339,6 +339,10 @@ class SieveConfig(CaCoVIDConfig):
         self.check_fixed("is CaCoVID's; sieve has its own network and draws its rates: leave it out")
         if not self.rate_high:
             raise TrainingError("sieve is trained at a range of rates: set rate_low and rate_high")
+        if self.captioned and not self.teaches and self.question_dropped == 1:
+            raise TrainingError(
+                "nothing teaches the reading with the question: set taught=true, or question_dropped below 1"
+            )
 
 
 @dataclass(frozen=True)

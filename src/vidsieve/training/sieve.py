@@ -1,4 +1,4 @@
-"""Training `sieve`: CaCoVID's policy optimisation, for every budget, with the question and without it at once.
+"""Training `sieve`, for every budget: with the question by a teacher, without it by CaCoVID's policy optimisation.
 
 Per prompt a rate is drawn log-uniformly between `rate_low` and `rate_high`, which the policy is told.
 
@@ -20,6 +20,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vidsieve.errors import TrainingError
 from vidsieve.training.advantages import BY_NAME, over_finite
 from vidsieve.training.cacovid import CaCoVIDTrainer, Prompted
 from vidsieve.training.controls import teacher_scores
@@ -55,7 +56,8 @@ class SieveTrainer(CaCoVIDTrainer):
         """Return the reward of each keep-mask (G, N), and how right an answer is under it, NaN where none is given."""
         if prompt.asked or not self.config.captioned:
             return super().rewards(prompt, keep_masks)
-        assert prompt.sample.caption is not None
+        if prompt.sample.caption is None:
+            raise TrainingError("blind_reward 'caption' needs a caption with every question: give one, or set 'answer'")
         # The video is encoded already.
         ready = self.adapter.ready_features(prompt.rollouts.encoded.videos[0].features)
         inputs = dict(prompt.sample.caption.inputs, mm_encoder_outputs=ready)
@@ -65,6 +67,8 @@ class SieveTrainer(CaCoVIDTrainer):
     def cpo(self, prompt: Prompted, video: VideoTokens, token_logits: Tensor, frame_logits: Tensor) -> StepResult:
         """Return the CPO loss, with that of the other reading if it learns too; None where no reward is finite."""
         result, c = super().cpo(prompt, video, token_logits, frame_logits), self.config
+        if result.loss is None and c.captioned and not prompt.asked:
+            return replace(result, broken="the caption's cross-entropy is not finite")
         if result.loss is None or (c.captioned and not c.teaches):
             return result
         logits, frames = self.run_policy(video, prompt.ratio, not prompt.asked)

@@ -35,8 +35,8 @@ class Files:
     Parameters
     ----------
     data : Path, optional
-        Videos with questions or captions, in a layout of `vidsieve.training.data.layouts`. Rows that cannot be used are
-        listed in the run's ``skipped.jsonl``.
+        Videos with questions, captions or, for `sieve`, both, in a layout of `vidsieve.training.data.layouts`. Rows
+        that cannot be used are listed in the run's ``skipped.jsonl``.
     eval_data : Path, optional
         Such a file of other videos, for evaluation; default: other scenes on the testbed, else what the setting
         `hold_out` takes out of `data`.
@@ -118,23 +118,22 @@ def source(
         If a file is unreadable, would not be read, or has nothing that can be used, or a video is in two files.
     """
     from vidsieve.training.data.encodings import EncodingCache
-    from vidsieve.training.data.prompts import FilePrompts, load_prompts
+    from vidsieve.training.data.prompts import FilePrompts, described, load_prompts
     from vidsieve.training.data.scenes import ScenePrompts
     from vidsieve.training.data.table import View, held_out
 
     data, eval_data = files.data, files.eval_data
     captions = not isinstance(config, CaCoVIDConfig)
     captioned = isinstance(config, SieveConfig) and config.captioned
-    choices = isinstance(config, CaCoVIDConfig) and config.answered and config.reward != "generate"
-    kinds: Any = "multiple choice" if choices else None
+    kinds: Any = None if isinstance(config, CaCoVIDConfig) and config.reward == "generate" else "multiple choice"
     needed = not (isinstance(config, CaCoVIDConfig) and config.reward == "agreement")  # answers, for training
     first = config.pseudo_steps * config.prompts_per_step if isinstance(config, ScoreConfig) else 0
     _check(config, files, first)
     skipped = Skipped() if skipped is None else skipped
     cache = EncodingCache(files.cache, adapter, processor, config.frames) if files.cache is not None else None
 
-    def rows_of(path: Path, root: Path | None = files.root, answers: bool = True, skips: Skipped = skipped) -> View:
-        options: dict[str, Any] = {"kinds": kinds, "captions": None if captioned else captions, "answers": answers}
+    def rows_of(path: Path, root: Path | None = files.root, skips: Skipped = skipped, **options: Any) -> View:
+        options = {"kinds": kinds, "captions": captions} | options
         return load_prompts(processor, path, root, skipped=skips, **options)
 
     def read(
@@ -142,33 +141,35 @@ def source(
         rows: View,
         seed: int = 0,
         only: Callable[[frozenset[str]], bool] | None = None,
-        captioned: bool = False,
+        paired: bool = False,
     ) -> FilePrompts:
         options: dict[str, Any] = {"frames": config.frames, "cache": cache, "skipped": skipped, "rows": rows}
-        prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, captioned=captioned, **options)
+        prompts = FilePrompts(adapter, processor, path, seed=seed, only=only, captioned=paired, **options)
         if not (prompts.captions if captions else prompts.choices):
             part = "" if only is None else " (in a part of it: hold_out)"
             what = "a caption" if captions else "a question"
-            if captioned:
+            if paired:
                 what += " about a video with a caption, as blind_reward 'caption' needs (or set it to 'answer')"
-            raise TrainingError(f"{path} has no rows with {what}{part}")
+            raise TrainingError(f"{path} has no rows with {what}{part}: {skipped.summary() or 'it has others'}")
         return prompts
 
     prompts: Any
     held: Any = None
     if data is None:
         filtered = isinstance(config, CaCoVIDConfig) and config.blind_filter
-        only = {"blind_filter": filtered, "captioned": captioned}
-        prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, **only)
+        wanted = {"blind_filter": filtered, "captioned": captioned}
+        prompts = ScenePrompts(adapter, processor, config.world, TRAINING_SEED + config.seed, **wanted)
         held = ScenePrompts(adapter, processor, config.world, HELD_OUT_SEED) if eval_data is None else None
     else:
-        rows = rows_of(data, answers=needed)
+        if captioned:  # questions of every kind
+            rows = described(rows_of(data, answers=needed, captions=None, kinds=None), skipped)
+        else:
+            rows = rows_of(data, answers=needed)
         apart = held_out(rows, config.hold_out, data) if config.hold_out else frozenset()
-        prompts = read(data, rows, config.seed, lambda shown: not shown & apart, captioned)
+        prompts = read(data, rows, config.seed, (lambda shown: not shown & apart) if apart else None, captioned)
         if apart:
-            held = read(
-                data, rows if needed else rows_of(data, skips=Skipped()), only=lambda shown: bool(shown & apart)
-            )
+            same = needed and not captioned
+            held = read(data, rows if same else rows_of(data, skips=Skipped()), only=lambda shown: bool(shown & apart))
     pseudo = read(files.pseudo, rows_of(files.pseudo, None), config.seed) if files.pseudo is not None else None
     if eval_data is not None:
         held = read(eval_data, rows_of(eval_data))

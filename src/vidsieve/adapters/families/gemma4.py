@@ -133,7 +133,8 @@ class Gemma4Adapter(CountedAdapter):
         """Refuse: no layer of this LLM is one of the blocks that policies and teachers compute."""
         raise NeedError(
             f"policies and teachers do not know the layers of {self.family}, which {DIFFERENT}: train a policy that "
-            "starts from no layer (sieve, score, cacovid with body 'question' and start 'nothing'), without a teacher"
+            "starts from no layer (score, cacovid with body 'question' and start 'nothing', sieve with taught=false), "
+            "without a teacher"
         )
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -64,6 +64,22 @@ def load_prompts(
     return load_rows(path, root, wanted=wanted, skipped=skipped, answers=answers)
 
 
+def described(rows: View, skipped: Skipped) -> View:
+    """Return the questions about videos that have a caption, and these captions, and count the others in `skipped`."""
+    shown = rows.table.shown
+    kinds = [(number, "question" in row, "caption" in row) for number, row in zip(rows.numbers, rows, strict=True)]
+    asked, told = ({frozenset(shown[kind[0]]) for kind in kinds if kind[which]} for which in (1, 2))
+    both = [number for number, _, _ in kinds if frozenset(shown[number]) in asked & told]
+    for where, text in (
+        (asked - told, "a question about a video without a caption"),
+        (told - asked, "a caption of a video without a question"),
+    ):
+        count = sum(frozenset(shown[number]) in where for number in rows.numbers)
+        if count:
+            skipped.leave(text, count)
+    return View(rows.table, both)
+
+
 class FilePrompts:
     """Prompts of a file in a seeded order, again and again.
 
@@ -93,8 +109,7 @@ class FilePrompts:
     rows : View, optional
         The file's rows, where `load_prompts` has read them already.
     captioned : bool
-        Give each question the first caption of its video, in the same row or another; questions about a video without
-        one are left out.
+        Give each question the caption in its row, or the first one of its video; `rows` are `described`.
 
     Raises
     ------
@@ -122,6 +137,7 @@ class FilePrompts:
         self.cache, self.skipped, self.captioned = cache, Skipped() if skipped is None else skipped, captioned
         if rows is None:
             rows = load_prompts(processor, self.path, root, kinds=kinds, skipped=self.skipped)
+            rows = described(rows, self.skipped) if captioned else rows
         table, questions, captions = rows.table, list[int](), list[int]()
         for number, row in zip(rows.numbers, rows, strict=True):
             if only is None or only(frozenset(table.shown[number])):
@@ -129,12 +145,9 @@ class FilePrompts:
                     questions.append(number)
                 if "caption" in row:
                     captions.append(number)
-        self._caption_of = {frozenset(table.shown[number]): i for i, number in reversed([*enumerate(captions)])}
-        if captioned:
-            described = [number for number in questions if frozenset(table.shown[number]) in self._caption_of]
-            if len(described) < len(questions):
-                self.skipped.leave("a question about a video without a caption", len(questions) - len(described))
-            questions = described
+        self._caption_of: dict[frozenset[str], int] = {}
+        for place, number in enumerate(captions if captioned else ()):
+            self._caption_of.setdefault(frozenset(table.shown[number]), place)
         self.choices, self.captions = View(table, questions), View(table, captions)
         self.videos = sorted({key for number in (*questions, *captions) for key in table.shown[number]})
         self._broken: set[frozenset[str]] = set()
@@ -231,8 +244,10 @@ class FilePrompts:
             self.template.question_mask(ids, [frames])  # a question without a known word has no policy
         caption = None
         if self.captioned:
-            place = self._caption_of[keys_of(row)]
-            caption = self._caption(place, self.captions[place], read)
+            place = None if "caption" in row else self._caption_of[keys_of(row)]
+            caption = (
+                self._caption(index, row, read) if place is None else self._caption(place, self.captions[place], read)
+            )
             caption = replace(caption, inputs=without_video(caption.inputs))  # the question's inputs have it
         return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind, caption=caption)
 

@@ -145,7 +145,7 @@ def load_rows(
             try:
                 reason = "" if wanted is None else wanted(row)
                 if answers and not labelled(row):
-                    reason = reason or "a question without an answer: for reward 'agreement' alone"
+                    reason = reason or "a question without an answer: for reward 'agreement' and for sieve alone"
             except (TrainingError, PromptError) as error:
                 skipped.add("question that cannot be asked", where, str(error), file=path)
                 continue

@@ -5,7 +5,7 @@
 ``"frames": [[path, times], …]`` (a pseudo-video of one frame a second that shows each `times` times), or one
 ``"image"``, of which pseudo-videos are made. ``"problem_type"`` names another kind of question than multiple choice,
 ``"source"`` the set that a row was taken from. A multiple-choice question may come without ``"answer"``: then only
-reward "agreement" can use it. Fields of other names are kept as they are.
+`sieve` and reward "agreement" can use it. Fields of other names are kept as they are.
 """
 
 from __future__ import annotations
