@@ -192,8 +192,9 @@ def check_known(name: str) -> None:
     method = rest if front in fronts else name
     if name in ("all", "full") or not method or method.partition(":")[0] in compressors:
         return
-    places = (os.path.join(method, place) for place in ("config.json", "policy/config.json"))
-    if not is_hub_name(method) and not any(map(os.path.isfile, places)):
+    named = (method, method.rpartition(":")[0])  # a variant may follow
+    places = (os.path.join(part, place) for part in named if part for place in ("config.json", "policy/config.json"))
+    if not any(map(is_hub_name, named)) and not any(map(os.path.isfile, places)):
         if len(Path(method).parts) > 1:
             raise no_policy(method)
         raise UnknownNameError("method", method, compressors)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vidsieve
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.cli.main import app
 from vidsieve.compressors.sieve import Sieve, SievePolicy
 from vidsieve.errors import PolicyError, TrainingError, UnknownNameError
 from vidsieve.evaluation import experiment
 from vidsieve.evaluation.conditions import label_of, named_methods
 from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
+from vidsieve.loading import shipped_policy
 from vidsieve.testbed.files import write_scenes
 from vidsieve.testing import make_video
 from vidsieve.testing.checks import WIDTH
@@ -88,6 +92,16 @@ def test_a_saved_policy_is_loaded_with_its_switch(policy, tmp_path):
         vidsieve.load(named, variant="ours")
     with pytest.raises(UnknownNameError, match="blnd"):
         vidsieve.load(f"{tmp_path}:blnd")
+
+
+def test_a_folder_with_its_switch_is_a_name_on_the_command_line(tmp_path):
+    shutil.copytree(shipped_policy("sieve"), tmp_path / "own")
+    arguments = ["eval", "testbed", "--questions", "2", "--retention", "0.1", "--threads", "1", "--methods"]
+    done = CliRunner().invoke(app, [*arguments, f"{tmp_path / 'own'}:blind", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert ("sieve", "blind") in {(row["method"], row["variant"]) for row in rows}, done.output
+    missing = CliRunner().invoke(app, [*arguments, f"{tmp_path / 'none'}:blind"])
+    assert "no policy in" in str(missing.exception)
 
 
 def test_rollouts_keep_the_fraction_that_the_policy_was_told(testbed, tmp_path, monkeypatch):
