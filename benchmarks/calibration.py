@@ -16,7 +16,6 @@ import torch
 from torch import Generator
 
 import vidsieve
-from learning import remembering
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.answering import next_token_logits
 from vidsieve.cli.shared import quiet
@@ -39,7 +38,7 @@ def gather(name: str, model_name: str, world: str, seed: int, questions: int, fo
     quiet()
     model, processor = load_model(model_name)
     adapter = adapter_for(model)
-    method = remembering(method_for(name, model_name))
+    method = method_for(name, model_name)
     scenes = scene_questions(world, seed, questions)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name.replace(':', '-')}-{world}.npz"

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import vidsieve
 from vidsieve import registry
@@ -33,11 +32,11 @@ from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_differenc
 from vidsieve.evaluation.tasks.testbed import FULL, Oracle, SceneCondition, ScenesTask
 from vidsieve.io.machine import machine, write_result
 from vidsieve.loading import load_model, shipped_model, shipped_policy
-from vidsieve.policies import Policy, read_config
+from vidsieve.policies import read_config
 from vidsieve.report.pictures import new_figure, save
 from vidsieve.selection import kept_tokens
 from vidsieve.testbed.world import TOKENS
-from vidsieve.types import Need, VideoTokens
+from vidsieve.types import Need
 from workbench.testbed import study
 from workbench.testbed.study import first_look, object_oracle, question_oracle
 
@@ -51,37 +50,6 @@ PAIRS = (("sieve/ours", "cacovid/ours"), ("sieve/blind", "score/ours"))
 """Rows whose means over all retentions are compared."""
 SEED = re.compile(r"\[seed \d+\]")
 TRAINED = ("cacovid", "score", "sieve")
-
-
-class Remembering(torch.nn.Module):
-    """A policy that scores each video once, however many retentions it is used at."""
-
-    def __init__(self, policy: Policy) -> None:
-        super().__init__()
-        self.policy, self.config = policy, policy.config
-        self.known: dict[Any, tuple[Tensor, Any]] = {}
-
-    def forward(self, video: VideoTokens, *arguments: Any) -> Any:
-        """Return the policy's output for a video."""
-        # Every question of a scene has its own features object.
-        key = id(video.embeds), arguments
-        if key not in self.known:
-            if (
-                len(self.known) > 100
-            ):  # of earlier scenes; features are kept with their scores, so their id is not reused
-                self.known.clear()
-            self.known[key] = video.embeds, self.policy(video, *arguments)
-        return self.known[key][1]
-
-    def serving(self, like: Tensor) -> Any:
-        """Return the context in which the policy runs."""
-        return self.policy.serving(like)
-
-
-def remembering(method: Compressor) -> Compressor:
-    """Return a method whose policy, if it has one, is `Remembering`."""
-    policy = getattr(method, "policy", None)
-    return method if policy is None else dataclasses.replace(method, policy=Remembering(policy))  # type: ignore[call-arg]
 
 
 COMMON = (
@@ -102,7 +70,7 @@ def fingerprint(condition: SceneCondition, method: Compressor | None, folder: Pa
     """Return a hash of the measuring code, the model, and a method's code and policy."""
     package = Path(vidsieve.__file__).parent
     found = [path for name in COMMON for path in _files(package / name)]
-    found += [shipped_model(model) / "model.safetensors", Path(study.__file__)]
+    found += [shipped_model(model) / "model.safetensors", Path(study.__file__), Path(__file__)]
     if method is not None:
         found += [Path(inspect.getfile(k)) for k in type(method).__mro__ if k.__module__.startswith("vidsieve")]
         if method.trained:
@@ -134,9 +102,8 @@ def wanted_rows(
                 chosen.append((suffix, dataclasses.replace(own, variant=variant), folder))  # type: ignore[call-arg]
     found: list[tuple[SceneCondition, Compressor | None, Path | None]] = [(FULL, None, None)]
     for suffix, method, folder in chosen:
-        ready = remembering(method)
         for retention in RETENTIONS if method.trained else RETENTIONS[1:]:
-            plain = SceneCondition(ready.with_retention(retention), suffix=suffix)
+            plain = SceneCondition(method.with_retention(retention), suffix=suffix)
             found.append((plain, method, folder))
             if retention in PROBED and Need.QUESTION in plain.needs and method.trained:
                 other = dataclasses.replace(plain, suffix=f"{suffix}[other question]", other_question=True)
