@@ -244,10 +244,8 @@ class FilePrompts:
             self.template.question_mask(ids, [frames])  # a question without a known word has no policy
         caption = None
         if self.captioned:
-            place = None if "caption" in row else self._caption_of[keys_of(row)]
-            caption = (
-                self._caption(index, row, read) if place is None else self._caption(place, self.captions[place], read)
-            )
+            told = row if "caption" in row else self.captions[self._caption_of[keys_of(row)]]
+            caption = self._caption(index, told, read)
             caption = replace(caption, inputs=without_video(caption.inputs))  # the question's inputs have it
         return Choice(inputs, asked.option_ids, asked.answer, asked.truth, asked.kind, caption=caption)
 
