@@ -14,7 +14,7 @@ from vidsieve.compressors.composed import AllTokens, Pipeline
 from vidsieve.compressors.front import Front
 from vidsieve.errors import ModelError, PolicyError, UnknownNameError
 from vidsieve.io.bounded import read_json
-from vidsieve.io.hub import is_hub_name, is_repository, no_policy
+from vidsieve.io.hub import is_repository, no_policy
 from vidsieve.policies import CONFIG, policy_folder, read_config
 from vidsieve.retention import Calibration, parse_budget
 
@@ -113,16 +113,7 @@ def split_front(name: str) -> tuple[str, str]:
 def split_variant(name: str) -> tuple[str, str]:
     """Return the name of a method or policy and what follows its last colon, "" if the name has no variant."""
     base, _, variant = name.rpartition(":")
-    return (base, variant) if base and (base in registry.compressors or is_policy(base)) else (name, "")
-
-
-def is_policy(name: str) -> bool:
-    """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub.
-
-    ``:VARIANT`` may follow it.
-    """
-    names = [part for part in (name, name.rpartition(":")[0]) if part and part not in registry.compressors]
-    return any(is_hub_name(part) or os.path.isfile(policy_folder(part) / CONFIG) for part in names)
+    return (base, variant) if base and (base in registry.compressors or registry.is_policy(base)) else (name, "")
 
 
 def put_before(front: Front, method: Compressor) -> Compressor:

@@ -179,6 +179,16 @@ benchmarks = Registry(
 )
 
 
+def is_policy(name: str) -> bool:
+    """Return True if a name is the folder of a policy, that of the run that trained it, or a name on the hub.
+
+    ``:VARIANT`` may follow it.
+    """
+    names = [part for part in (name, name.rpartition(":")[0]) if part and part not in compressors]
+    places = (os.path.join(part, place) for part in names for place in ("config.json", "policy/config.json"))
+    return any(map(is_hub_name, names)) or any(map(os.path.isfile, places))
+
+
 def check_known(name: str) -> None:
     """Refuse the name of a method that is neither registered nor a policy, in a folder or on the hub.
 
@@ -192,9 +202,7 @@ def check_known(name: str) -> None:
     method = rest if front in fronts else name
     if name in ("all", "full") or not method or method.partition(":")[0] in compressors:
         return
-    named = (method, method.rpartition(":")[0])  # a variant may follow
-    places = (os.path.join(part, place) for part in named if part for place in ("config.json", "policy/config.json"))
-    if not any(map(is_hub_name, named)) and not any(map(os.path.isfile, places)):
+    if not is_policy(method):
         if len(Path(method).parts) > 1:
             raise no_policy(method)
         raise UnknownNameError("method", method, compressors)

@@ -11,7 +11,7 @@ from vidsieve import registry
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import PolicyError
 from vidsieve.evaluation.conditions import known_fields, method_for
-from vidsieve.loading import is_policy
+from vidsieve.registry import is_policy
 from workbench.papers.bundles import Place
 from workbench.papers.paper_tables import PaperTable
 from workbench.papers.published import published

@@ -91,7 +91,7 @@ def calibrate(
     from vidsieve.evaluation.tasks.calibrating import CalibrationTask, FramesTask, frame_conditions, ladder_conditions
     from vidsieve.evaluation.tasks.questions import items_of
     from vidsieve.io.hub import is_hub_name
-    from vidsieve.loading import is_policy, split_variant
+    from vidsieve.loading import split_variant
     from vidsieve.policies import policy_folder, save_rule
 
     items = items_of(registry.benchmarks.get("questions"), data)
@@ -102,7 +102,7 @@ def calibrate(
     network, processor = shared.load_model(model, dtype=dtype, device=device, positions=positions)
     asked = (registry.benchmarks.get("questions"), items, adapter_for(network), processor, model, answer)
     about = {"data": data.name} | ({} if positions is None else {"positions": positions})
-    label = method if is_policy(method) else ""
+    label = method if registry.is_policy(method) else ""
     rule: Rule | FrameRule
     if kept:
         frames_task = FramesTask(*asked, about=about, tolerance=tolerate)

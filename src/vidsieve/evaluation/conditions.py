@@ -12,7 +12,7 @@ from vidsieve.adapters.fingerprint import policy_digest
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import PolicyError, StageError
-from vidsieve.loading import is_policy, is_testbed, load, policy_name, put_before, shipped_policies, split_front
+from vidsieve.loading import is_testbed, load, policy_name, put_before, shipped_policies, split_front
 from vidsieve.retention import Calibration, Tokens, budget_text
 from vidsieve.types import Stage
 
@@ -81,7 +81,7 @@ def conditions_of(
 
 def label_of(name: str) -> str:
     """Return the label of a method's conditions: its name where that is a folder, else empty."""
-    return name if is_policy(split_front(name)[1]) else ""
+    return name if registry.is_policy(split_front(name)[1]) else ""
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def named_methods(
 def known_fields(name: str, *, earliest: bool = False, **fields: Any) -> dict[str, Any]:
     """Return those of `fields` that a method has, and ``earliest`` if it is True and the method has it."""
     name = split_front(name)[1]
-    if not name or is_policy(name):
+    if not name or registry.is_policy(name):
         return {}
     known = {field.name for field in dataclasses.fields(registry.compressors.get(name.partition(":")[0]))}
     wanted = fields | ({"earliest": True} if earliest else {})
@@ -152,7 +152,7 @@ def method_for(name: str, model: str | None = "testbed", policy: str | None = No
         if not rest:
             return load(front, policy, **fields)
         return put_before(registry.fronts.get(front)(), method_for(rest, model, policy, **fields))
-    if is_policy(name):
+    if registry.is_policy(name):
         return load(name, policy, **fields)
     base = name.partition(":")[0]
     trained = registry.compressors.get(base).trained
