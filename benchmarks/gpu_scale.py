@@ -125,11 +125,11 @@ def select(device: str, small: bool, rate: float) -> Iterator[dict[str, Any]]:
         for dtype in (torch.bfloat16, torch.float32):
             video = on(make_video(grid, shape.hidden_size, dtype=dtype), device)
             for name, make in {
-                "cacovid paper, layer": lambda: CaCoVIDPolicy.start(shape, "none", variant="paper"),
-                "cacovid paper, attention only": lambda: CaCoVIDPolicy.start(
+                "cacovid paper, layer": lambda: CaCoVIDPolicy.of_shape(shape, "none", variant="paper"),
+                "cacovid paper, attention only": lambda: CaCoVIDPolicy.of_shape(
                     shape, "none", variant="paper", body="attention"
                 ),
-                "cacovid ours": lambda: CaCoVIDPolicy.start(shape, "none"),
+                "cacovid ours": lambda: CaCoVIDPolicy.of_shape(shape, "none"),
                 "score paper, hidden 512": lambda: ScorePolicy.start(shape.hidden_size, "none", variant="paper"),
                 "score ours, hidden 256": lambda: ScorePolicy.start(shape.hidden_size, "none", hidden=256),
             }.items():
@@ -334,7 +334,7 @@ def steps(model: Any, family: str, device: str, small: bool) -> Iterator[dict[st
             if variant == "paper":
                 settings |= {"iterations": 5, "body_lr": 1e-7, "head_lr": 1e-6}
             state = adapter.layer_state(0)
-            policy = CaCoVIDPolicy.start(
+            policy = CaCoVIDPolicy.of_shape(
                 state.shape, adapter.family, variant=variant, layers=[state.weights], body=body
             ).to(device)
             policy.float()

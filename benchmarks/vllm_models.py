@@ -137,7 +137,7 @@ def policies(model: Any, folder: Path) -> dict[str, str]:
     adapter = adapter_for(model)
     score = ScorePolicy.start(adapter.hidden_size, adapter.family, variant="ours", seed=1, base_model="tiny")
     shape, weights = start(adapter)
-    cacovid = CaCoVIDPolicy.start(shape, adapter.family, variant="ours", layers=[weights], seed=1, base_model="tiny")
+    cacovid = CaCoVIDPolicy.of_shape(shape, adapter.family, variant="ours", layers=[weights], seed=1, base_model="tiny")
     for name, policy in (("score", score), ("cacovid", cacovid)):
         for parameter in policy.parameters():  # some start at zero, and leave the question out
             torch.nn.init.normal_(parameter, std=0.5)

@@ -45,7 +45,7 @@ ORACLE = Path(__file__).parent / "oracles" / "cacovid.npz"
 
 def policy_of(shape: BlockShape) -> CaCoVIDPolicy:
     with torch.device("meta"):
-        return CaCoVIDPolicy.start(shape, "llava_onevision", variant="official")
+        return CaCoVIDPolicy.of_shape(shape, "llava_onevision", variant="official")
 
 
 def made_up(shape: BlockShape = SHAPE) -> dict[str, torch.Tensor]:

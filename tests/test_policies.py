@@ -37,7 +37,7 @@ def test_variant_and_policy_go_together(tmp_path):
         assert load("cacovid", "testbed", variant=variant).policy.config.variant == variant
     assert load("score", "testbed").policy.config.variant == "ours"
     for trained, asked in (("ours", "paper"), ("paper", "ours"), ("ours", "official")):
-        CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "none", variant=trained).save_pretrained(tmp_path)
+        CaCoVIDPolicy.of_shape(BlockShape(WIDTH, 2, 1, 16, 48), "none", variant=trained).save_pretrained(tmp_path)
         with pytest.raises(PolicyMismatchError, match=f"trained as variant {trained!r}, not {asked!r}"):
             load("cacovid", tmp_path, variant=asked)
 
@@ -58,8 +58,8 @@ def test_weights_that_are_not_numbers_are_refused(folder):
     "make",
     [
         lambda: ScorePolicy.start(WIDTH, "llava_onevision", hidden=16),
-        lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="paper"),
-        lambda: CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="ours"),
+        lambda: CaCoVIDPolicy.of_shape(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="paper"),
+        lambda: CaCoVIDPolicy.of_shape(BlockShape(WIDTH, 2, 1, 16, 48), "llava_onevision", variant="ours"),
     ],
 )
 def test_a_saved_policy_scores_the_same(make, tmp_path):
@@ -184,7 +184,7 @@ def test_the_first_look_is_layer_0_attention_of_the_question(family):
         encoded = adapter.encode(inputs)
         video = adapter.video_tokens(encoded, 0, frozenset({Need.QUESTION}))
         state = adapter.layer_state(0)
-        policy = CaCoVIDPolicy.start(state.shape, family, layers=[state.weights], scorer={"first_look": True})
+        policy = CaCoVIDPolicy.of_shape(state.shape, family, layers=[state.weights], scorer={"first_look": True})
         look = policy.scorer.first_look(video, video.prompt)  # (H, words, N)
         block = DecoderBlock(state.shape)
         block.load_state_dict(state.weights)
@@ -210,7 +210,7 @@ def test_the_first_look_is_layer_0_attention_of_the_question(family):
 def test_the_question_path_word_by_word(match):
     """The scores of `QuestionScorer` from a loop over tokens and words, for every form of the match."""
     video = make_video(TokenGrid(3, 2, 2))
-    policy = CaCoVIDPolicy.start(
+    policy = CaCoVIDPolicy.of_shape(
         BlockShape(WIDTH, 2, 1, WIDTH // 2, 2 * WIDTH), "none", scorer={"match": match, "match_width": 5}
     )
     draw = torch.Generator().manual_seed(1)
@@ -287,7 +287,7 @@ def make_score():
 
 def make_cacovid(**fields):
     shape = BlockShape(WIDTH, 4, 2, WIDTH // 4, 2 * WIDTH)
-    return CaCoVIDPolicy.start(shape, "none", **fields)
+    return CaCoVIDPolicy.of_shape(shape, "none", **fields)
 
 
 def make_visionselector():
@@ -334,7 +334,7 @@ def test_question_awareness_of_each_body():
         ("question", "ours"),
         ("layer", "official"),
     ]:
-        policy = CaCoVIDPolicy.start(shape, "none", variant=variant, body=body).eval()
+        policy = CaCoVIDPolicy.of_shape(shape, "none", variant=variant, body=body).eval()
         with torch.no_grad():
             for parameter in policy.parameters():  # the question path starts without knowledge: its queries are zero
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
@@ -354,7 +354,7 @@ def test_local_body_does_not_see_other_frames():
         type(video.prompt)(changed, video.prompt.positions, video.prompt.video_mask, video.prompt.question_mask),
     )
     for body, sees in (("local", False), ("layer", True)):
-        policy = CaCoVIDPolicy.start(shape, "none", variant="paper", body=body).eval()
+        policy = CaCoVIDPolicy.of_shape(shape, "none", variant="paper", body=body).eval()
         with torch.no_grad():
             moved = (policy(video)[0] - policy(other)[0])[:9].abs().max()
         assert bool(moved > 1e-6) == sees
@@ -395,7 +395,7 @@ def test_unknown_settings_are_refused():
     with pytest.raises(UnknownNameError, match="allocation"):
         CaCoVID(allocation="frames")
     with pytest.raises(UnknownNameError, match="policy body"):
-        CaCoVIDPolicy.start(BlockShape(WIDTH, 2, 1, 16, 48), "none", body="layers")
+        CaCoVIDPolicy.of_shape(BlockShape(WIDTH, 2, 1, 16, 48), "none", body="layers")
     with pytest.raises(PolicyError, match="rope sections"):
         BlockShape(32, 2, 1, 16, 48, rope_sections=(1, 1, 1))
     with pytest.raises(PolicyError, match="cannot share"):

@@ -8,6 +8,7 @@ from vidsieve.adapters import attach as attach
 from vidsieve.adapters import prune as prune
 from vidsieve.compressors.base import Compressor as Compressor
 from vidsieve.compressors.base import ScoreCompressor as ScoreCompressor
+from vidsieve.compressors.base import TrainedCompressor as TrainedCompressor
 from vidsieve.compressors.calibrated import calibrated as calibrated
 from vidsieve.compressors.calibrated import frames_for as frames_for
 from vidsieve.compressors.composed import Pipeline as Pipeline

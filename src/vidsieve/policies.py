@@ -123,14 +123,32 @@ class Policy(nn.Module):
     """A network that scores video tokens, with its configuration."""
 
     method: ClassVar[str]
+    starts: ClassVar[dict[str, dict[str, Any]]] = {}
+    """By variant, arguments of the network other than its defaults."""
+    serves_all: ClassVar[bool] = False
+    """True if one network serves all variants of its method."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__()
         self.config = config
 
     @classmethod
-    def drawn(cls, config: PolicyConfig, seed: int) -> Self:
-        """Return an untrained policy whose first weights are drawn from a seed; torch's own draws go on as before."""
+    def start(
+        cls,
+        hidden_size: int,
+        family: str,
+        *,
+        variant: str = "ours",
+        seed: int = 0,
+        base_model: str = "",
+        **network: Any,
+    ) -> Self:
+        """Return an untrained policy whose first weights are drawn from a seed; torch's own draws go on as before.
+
+        `network` are arguments of the network, the other parameters those of `PolicyConfig`.
+        """
+        network = cls.starts.get(variant, {}) | network
+        config = PolicyConfig(cls.method, variant, hidden_size, family, network, base_model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return cls(config)
@@ -238,7 +256,7 @@ class Policy(nn.Module):
             For a network of ``"ours"`` under the published rules, or the reverse.
         """
         trained = self.config.variant
-        if variant in (None, trained) or {variant, trained} == {"paper", "official"}:
+        if self.serves_all or variant in (None, trained) or {variant, trained} == {"paper", "official"}:
             return variant or trained
         raise PolicyMismatchError(
             f"this {self.method} policy was trained as variant {trained!r}, not {variant!r}: leave variant out, or "

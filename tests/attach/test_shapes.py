@@ -79,7 +79,7 @@ def test_policies_and_methods_fit_models_of_published_sizes(name):
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.005)
         adapter = adapter_for(model, Template(((1, 2),), ((3,),)))
         shape = block_shape(model.config.get_text_config(), adapter.decoder_layers[0])
-        policy = CaCoVIDPolicy.start(shape, family, variant="paper")
+        policy = CaCoVIDPolicy.of_shape(shape, family, variant="paper")
     layer = {k: tuple(v.shape) for k, v in adapter.decoder_layers[0].state_dict().items()}
     ours = {k: tuple(v.shape) for k, v in policy.layers[0].state_dict().items()}
     assert ours == layer

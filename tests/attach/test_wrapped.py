@@ -236,7 +236,7 @@ def linears(model, make):
 
 def start(model):
     state = adapter_for(model).layer_state(0)
-    policy = CaCoVIDPolicy.start(state.shape, "qwen2_5_vl", layers=[state.weights], variant="paper")
+    policy = CaCoVIDPolicy.of_shape(state.shape, "qwen2_5_vl", layers=[state.weights], variant="paper")
     return policy.layers[0].state_dict()
 
 

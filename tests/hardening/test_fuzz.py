@@ -157,7 +157,9 @@ def fuzz_policies(folder, chance):
     from vidsieve.types import TokenGrid
 
     shape, variant = BlockShape(32, 2, 1, 16, 48), chance.choice(["ours", "paper", "official", ""])
-    made = CaCoVIDPolicy.start(shape, "none", variant=variant) if variant else ScorePolicy.start(32, "none", hidden=16)
+    made = (
+        CaCoVIDPolicy.of_shape(shape, "none", variant=variant) if variant else ScorePolicy.start(32, "none", hidden=16)
+    )
     made.save_pretrained(folder)
     config, weights = folder / "config.json", folder / "model.safetensors"
     if chance.random() < 0.7:

@@ -181,7 +181,7 @@ def policy(request, tmp_path):
     made = (
         ScorePolicy.start(32, "none", hidden=16)
         if request.param == "score"
-        else CaCoVIDPolicy.start(shape, "none", variant=request.param)
+        else CaCoVIDPolicy.of_shape(shape, "none", variant=request.param)
     )
     made.save_pretrained(tmp_path)
     return tmp_path
@@ -260,7 +260,7 @@ def test_a_small_configuration_costs_no_more_than_its_weights(tmp_path):
 
 @pytest.mark.parametrize("field", ["rope_theta", "rms_norm_eps"])
 def test_numbers_of_a_network_are_finite(field, tmp_path):
-    CaCoVIDPolicy.start(BlockShape(32, 2, 1, 16, 48), "none").save_pretrained(tmp_path)
+    CaCoVIDPolicy.of_shape(BlockShape(32, 2, 1, 16, 48), "none").save_pretrained(tmp_path)
     network = json.loads((tmp_path / "config.json").read_text())["network"]
     network["shape"][field] = float("inf")
     edited(tmp_path, network=network)

@@ -149,7 +149,7 @@ def test_the_same_tokens_as_under_transformers(family, name, tmp_path):
     adapter = adapter_for(model, template)
     if name == "cacovid":
         shape = BlockShape.of_width(adapter.hidden_size)
-        policy = CaCoVIDPolicy.start(shape, adapter.family, variant="ours", seed=1, base_model="tiny")
+        policy = CaCoVIDPolicy.of_shape(shape, adapter.family, variant="ours", seed=1, base_model="tiny")
         policy.save_pretrained(tmp_path)
         method = vidsieve.load("cacovid", tmp_path, retention=0.5)
     else:

@@ -320,7 +320,7 @@ def test_the_release_is_blind_and_the_paper_is_not(testbed, prompts):
     one, other = (Rollouts(adapter, prompts.choice(n).inputs).video(frozenset({Need.QUESTION})) for n in (0, 32))
     assert torch.equal(one.embeds, other.embeds), "two questions about one scene"
     for causal in (False, True):
-        policy = CaCoVIDPolicy.start(
+        policy = CaCoVIDPolicy.of_shape(
             state.shape, adapter.family, variant="paper", layers=[state.weights], causal=causal
         )
         with torch.no_grad():

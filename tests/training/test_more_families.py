@@ -101,8 +101,8 @@ def test_a_policy_takes_over_the_attention_of_a_layer_of_experts():
 
 def test_a_policy_says_which_part_of_a_layer_has_another_shape():
     shape = BlockShape.of_width(64)
-    policy = CaCoVIDPolicy.start(shape, "none", variant="paper")
+    policy = CaCoVIDPolicy.of_shape(shape, "none", variant="paper")
     weights = policy.layers[0].state_dict()
     weights["self_attn.q_proj.weight"] = torch.zeros(128, 64)
     with pytest.raises(PolicyError, match=r"self_attn.q_proj.weight is \(128, 64\) where the policy's block has"):
-        CaCoVIDPolicy.start(shape, "none", variant="paper", layers=[weights])
+        CaCoVIDPolicy.of_shape(shape, "none", variant="paper", layers=[weights])

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
 
 from vidsieve.compressors.front import Front
-from vidsieve.errors import BudgetError, NeedError, SelectionError, UnknownNameError
+from vidsieve.errors import BudgetError, NeedError, PolicyError, SelectionError, UnknownNameError
+from vidsieve.policies import Policy
 from vidsieve.retention import Calibration, check_retention
 from vidsieve.selection import kept_tokens, least_retention, top_indices
 from vidsieve.types import Need, Selection, Stage, Tokens, VideoTokens
@@ -195,6 +197,47 @@ class Compressor(ABC):
         rate = f"{self.retention.count} tokens" if isinstance(self.retention, Tokens) else f"{self.retention:g}"
         part = "outer part, " if self.part == "outer part" else ""
         return f"{self.title} ({part}variant {self.variant}, retention {rate})"
+
+
+@dataclass(frozen=True)
+class TrainedCompressor(Compressor):
+    """Base of methods with a trained policy, to be named before `ScoreCompressor`.
+
+    Parameters
+    ----------
+    policy : Policy or None
+        From `from_pretrained`; there is no sensible policy without training.
+    """
+
+    trained: ClassVar[bool] = True
+    policy_class: ClassVar[type[Policy]]
+    small: ClassVar[dict[str, Any]] = {}
+    """Arguments of a small network, for contract checks and timing."""
+    policy: Policy | None = None
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
+        """Return the compressor with the policy in `folder`, in the variant it was trained as or a compatible one."""
+        policy = cls.policy_class.from_pretrained(folder)
+        return cls(policy=policy, **(fields | {"variant": policy.served_as(fields.get("variant"))}))
+
+    @classmethod
+    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
+        """Return the compressor with random weights, for contract checks and timing."""
+        return cls(policy=cls.policy_class.start(hidden_size, "none", **cls.small).eval(), **fields)
+
+    def trained_policy(self) -> Any:
+        """Return the policy.
+
+        Raises
+        ------
+        PolicyError
+            If there is none.
+        """
+        if self.policy is None:
+            load = f"vidsieve.load({self.name!r}, FOLDER)"
+            raise PolicyError(f"{self.name} needs a trained policy: {load}, or `vidsieve train {self.name}`")
+        return self.policy
 
 
 @dataclass(frozen=True)

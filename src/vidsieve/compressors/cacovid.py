@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import msgspec
@@ -13,7 +12,7 @@ from torch import Generator, Tensor, nn
 
 from vidsieve.compressors._decoder import BlockShape, DecoderBlock, RMSNorm
 from vidsieve.compressors._question import QuestionScorer, ScorerSettings
-from vidsieve.compressors.base import Compressor, within
+from vidsieve.compressors.base import TrainedCompressor, within
 from vidsieve.errors import PolicyError, UnknownNameError
 from vidsieve.policies import Policy, PolicyConfig, head, mlp, network_of
 from vidsieve.selection import (
@@ -98,7 +97,7 @@ class CaCoVIDPolicy(Policy):
         return tokens.float(), head(self.frame_compress, self.layernorm(frame_features)).float()
 
     @classmethod
-    def start(
+    def of_shape(
         cls,
         shape: BlockShape,
         family: str,
@@ -109,7 +108,7 @@ class CaCoVIDPolicy(Policy):
         base_model: str = "",
         body: Body | None = None,
         **network: Any,
-    ) -> CaCoVIDPolicy:
+    ) -> Self:
         """Return an untrained policy; `layers` are the states of the LLM's first decoder layers (paper's start).
 
         Their number is the policy's depth, 1 without them.
@@ -124,15 +123,8 @@ class CaCoVIDPolicy(Policy):
             raise PolicyError(f"the question path has one layer, not {depth}: choose another body")
         body = body or ("question" if variant == "ours" else "layer")
         shape_dict = {key: getattr(shape, key) for key in shape.__dataclass_fields__}
-        config = PolicyConfig(
-            cls.method,
-            variant,
-            shape.hidden_size,
-            family,
-            base_model=base_model,
-            network={"body": body, "causal": variant == "official", "shape": shape_dict, "depth": depth} | network,
-        )
-        policy = cls.drawn(config, seed)
+        network = {"body": body, "causal": variant == "official", "shape": shape_dict, "depth": depth} | network
+        policy = cls.start(shape.hidden_size, family, variant=variant, seed=seed, base_model=base_model, **network)
         for number, weights in enumerate(layers or ()):
             target: nn.Module | None = policy.scorer.first_look if body == "question" else policy.layers[number]
             if target is None or not weights:
@@ -170,13 +162,11 @@ def _local_mask(prompt: Prompt, grid: TokenGrid) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CaCoVID(Compressor):
+class CaCoVID(TrainedCompressor):
     """Keep the tokens of the highest learned contribution, the budget shared out among frames.
 
     Parameters
     ----------
-    policy : CaCoVIDPolicy
-        From `from_pretrained`; there is no sensible policy without training.
     allocation : str, optional
         ``"frame_avg"`` (FrameAvg: the same number for every frame), ``"frame_ada"`` (FrameAda: in proportion
         to the frame scores), ``"frame_ada_st"`` (FrameAda+ST: a part of the budget spread uniformly over what
@@ -199,9 +189,8 @@ class CaCoVID(Compressor):
     name: ClassVar[str] = "cacovid"
     paper: ClassVar[str] = "CaCoVID, AAAI 2026"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
-    trained: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "paper", "official")
-    policy: CaCoVIDPolicy | None = None
+    policy_class: ClassVar[type[Policy]] = CaCoVIDPolicy
     allocation: Allocation | None = None
     contribution: float = within(0.5, "[0, 1]")
     frame_cap: float = within(1.5, "(0, inf)")
@@ -214,16 +203,10 @@ class CaCoVID(Compressor):
             raise UnknownNameError("allocation", self.allocation, get_args(Allocation))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
-        """Return the compressor with the policy in `folder`, in the variant it was trained as."""
-        policy = CaCoVIDPolicy.from_pretrained(folder)
-        return cls(policy=policy, **(fields | {"variant": policy.served_as(fields.get("variant"))}))
-
-    @classmethod
     def untrained(cls, hidden_size: int, **fields: Any) -> Self:
         """Return the compressor with random weights, for contract checks and timing."""
         shape = BlockShape.of_width(hidden_size)
-        policy = CaCoVIDPolicy.start(shape, "none", variant=fields.get("variant", "ours"))
+        policy = CaCoVIDPolicy.of_shape(shape, "none", variant=fields.get("variant", "ours"))
         return cls(policy=policy.eval(), **fields)
 
     def budget(self, video: VideoTokens) -> int:
@@ -233,10 +216,9 @@ class CaCoVID(Compressor):
         return super().budget(video)
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        if self.policy is None:
-            raise PolicyError("cacovid needs a trained policy: vidsieve.load('cacovid', FOLDER), or `vidsieve train`")
-        with self.policy.serving(video.embeds):
-            token_logits, frame_logits = self.policy(video)
+        policy = self.trained_policy()
+        with policy.serving(video.embeds):
+            token_logits, frame_logits = policy(video)
         scores, frames = token_logits[:, 1] - token_logits[:, 0], frame_logits[:, 1] - frame_logits[:, 0]
         if self.variant == "official" and self.allocation == "frame_ada_st" and not isinstance(self.retention, Tokens):
             indices = official_selection(

@@ -77,7 +77,7 @@ def read_official(folder: str | Path, *, family: str = "llava_onevision") -> CaC
     shape = _block_shape(folder / CONFIG, weights)
     with torch.device("meta"):
         base_model = "llava-hf/llava-onevision-qwen2-7b-ov-hf" if shape == QWEN2_7B else ""
-        policy = CaCoVIDPolicy.start(shape, family, variant="official", base_model=base_model)
+        policy = CaCoVIDPolicy.of_shape(shape, family, variant="official", base_model=base_model)
     try:
         policy.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vidsieve.compressors.base import ScoreCompressor
-from vidsieve.errors import PolicyError
+from vidsieve.compressors.base import ScoreCompressor, TrainedCompressor
 from vidsieve.policies import Policy, PolicyConfig, Size, in_full, network_of
 from vidsieve.types import TokenGrid, VideoTokens
 
@@ -37,6 +35,7 @@ class ScorePolicy(Policy):
     """
 
     method: ClassVar[str] = "score"
+    starts: ClassVar[dict[str, dict[str, Any]]] = {"ours": {"normalise": True}}
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
@@ -84,33 +83,12 @@ class ScorePolicy(Policy):
     def _scaled(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) if self.normalise else x
 
-    @classmethod
-    def start(
-        cls,
-        hidden_size: int,
-        family: str,
-        *,
-        variant: str = "ours",
-        seed: int = 0,
-        base_model: str = "",
-        **network: Any,
-    ) -> ScorePolicy:
-        """Return an untrained policy."""
-        defaults = {"normalise": True} if variant == "ours" else {}
-        config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)
-        return cls.drawn(config, seed)
-
 
 @dataclass(frozen=True)
-class Score(ScoreCompressor):
+class Score(TrainedCompressor, ScoreCompressor):
     """Keep the tokens of the highest learned retention probability over the whole video (global top-K).
 
     Blind to the question: one selection serves every question about a video.
-
-    Parameters
-    ----------
-    policy : ScorePolicy
-        From `from_pretrained`; there is no sensible policy without training.
 
     Variants ``"ours"`` and ``"paper"`` differ in network settings and training, not in selection: both keep
     exactly ⌊R·T·N⌋ tokens at their original positions (SCORE §4.5).
@@ -122,26 +100,14 @@ class Score(ScoreCompressor):
 
     name: ClassVar[str] = "score"
     paper: ClassVar[str] = "SCORE (Wang et al.)"
-    trained: ClassVar[bool] = True
     local: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "paper")
-    policy: ScorePolicy | None = None
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
-        """Return the compressor with the policy in `folder`, in the variant it was trained as."""
-        policy = ScorePolicy.from_pretrained(folder)
-        return cls(policy=policy, **(fields | {"variant": policy.served_as(fields.get("variant"))}))
-
-    @classmethod
-    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
-        """Return the compressor with random weights, for contract checks and timing."""
-        return cls(policy=ScorePolicy.start(hidden_size, "none", hidden=32).eval(), **fields)
+    policy_class: ClassVar[type[Policy]] = ScorePolicy
+    small: ClassVar[dict[str, Any]] = {"hidden": 32}
 
     def score(self, video: VideoTokens) -> Tensor:
         """Return keep logits (N,)."""
-        if self.policy is None:
-            raise PolicyError("score needs a trained policy: vidsieve.load('score', FOLDER), or `vidsieve train score`")
-        with self.policy.serving(video.embeds):
-            logits: Tensor = self.policy(video)
+        policy = self.trained_policy()
+        with policy.serving(video.embeds):
+            logits: Tensor = policy(video)
         return logits

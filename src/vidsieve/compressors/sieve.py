@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import msgspec
 from torch import Tensor
 
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors._question import QuestionScorer
-from vidsieve.compressors.base import ScoreCompressor
+from vidsieve.compressors.base import ScoreCompressor, TrainedCompressor
 from vidsieve.errors import PolicyError
 from vidsieve.policies import Policy, PolicyConfig, Size, network_of
 from vidsieve.types import Need, VideoTokens
@@ -28,6 +27,7 @@ class SievePolicy(Policy):
     """CaCoVID's question path, SCORE's surprise and the budget in one network (`QuestionScorer` with `budget`)."""
 
     method: ClassVar[str] = "sieve"
+    serves_all: ClassVar[bool] = True
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
@@ -62,23 +62,13 @@ class SievePolicy(Policy):
         tokens, frames = self.scorer(replace(video, embeds=video.embeds.to(dtype)), prompt, retention)
         return tokens.float(), frames.float()
 
-    @classmethod
-    def start(
-        cls, hidden_size: int, family: str, *, seed: int = 0, base_model: str = "", **network: Any
-    ) -> SievePolicy:
-        """Return an untrained policy."""
-        config = PolicyConfig(cls.method, "ours", hidden_size, family, network, base_model)
-        return cls.drawn(config, seed)
-
 
 @dataclass(frozen=True)
-class Sieve(ScoreCompressor):
+class Sieve(TrainedCompressor, ScoreCompressor):
     """Keep the tokens that the policy scores highest at the given budget, over the whole video.
 
     Parameters
     ----------
-    policy : SievePolicy
-        From `from_pretrained`; there is no sensible policy without training.
     variant : str
         "ours" reads the question. "blind" does not: one selection serves every question about a video, and prompts
         without one. The policy is the same.
@@ -87,30 +77,19 @@ class Sieve(ScoreCompressor):
     name: ClassVar[str] = "sieve"
     paper: ClassVar[str] = "vidsieve"
     needs: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION})
-    trained: ClassVar[bool] = True
     local: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "blind")
-    policy: SievePolicy | None = None
+    policy_class: ClassVar[type[Policy]] = SievePolicy
+    small: ClassVar[dict[str, Any]] = {"width": 16}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.variant == "blind":
             object.__setattr__(self, "needs", frozenset())
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
-        """Return the compressor with the policy in `folder`."""
-        return cls(policy=SievePolicy.from_pretrained(folder), **fields)
-
-    @classmethod
-    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
-        """Return the compressor with random weights, for contract checks and timing."""
-        return cls(policy=SievePolicy.start(hidden_size, "none", width=16).eval(), **fields)
-
     def score(self, video: VideoTokens) -> Tensor:
         """Return keep logits (N,)."""
-        if self.policy is None:
-            raise PolicyError("sieve needs a trained policy: vidsieve.load('sieve', FOLDER), or `vidsieve train sieve`")
-        with self.policy.serving(video.embeds):
-            logits: Tensor = self.policy(video, self.budget(video) / video.num_tokens, self.variant == "ours")[0]
+        policy = self.trained_policy()
+        with policy.serving(video.embeds):
+            logits: Tensor = policy(video, self.budget(video) / video.num_tokens, self.variant == "ours")[0]
         return logits[:, 1] - logits[:, 0]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar
 
 import msgspec
 import torch
 from torch import Generator, Tensor, nn
 
-from vidsieve.compressors.base import ScoreCompressor
+from vidsieve.compressors.base import ScoreCompressor, TrainedCompressor
 from vidsieve.errors import PolicyError
 from vidsieve.policies import Policy, PolicyConfig, network_of
 from vidsieve.selection import top_indices
@@ -37,6 +36,8 @@ class VisionSelectorPolicy(Policy):
     """
 
     method: ClassVar[str] = "visionselector"
+    starts: ClassVar[dict[str, dict[str, Any]]] = {"official": {"spread": OFFICIAL_START}}
+    serves_all: ClassVar[bool] = True
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
@@ -66,33 +67,12 @@ class VisionSelectorPolicy(Policy):
         scores: Tensor = (torch.cat(products) + offset) * query.out_features**-0.5
         return scores.float()
 
-    @classmethod
-    def start(
-        cls,
-        hidden_size: int,
-        family: str,
-        *,
-        variant: str = "ours",
-        seed: int = 0,
-        base_model: str = "",
-        **network: Any,
-    ) -> VisionSelectorPolicy:
-        """Return an untrained policy."""
-        defaults = {"spread": OFFICIAL_START} if variant == "official" else {}
-        config = PolicyConfig(cls.method, variant, hidden_size, family, defaults | network, base_model)
-        return cls.drawn(config, seed)
-
 
 @dataclass(frozen=True)
-class VisionSelector(ScoreCompressor):
+class VisionSelector(TrainedCompressor, ScoreCompressor):
     """Keep the tokens of the highest learned scores over the whole video.
 
     Blind to the question: one selection serves every question about a video.
-
-    Parameters
-    ----------
-    policy : VisionSelectorPolicy
-        From `from_pretrained`; there is no sensible policy without training.
 
     Variants: ``"ours"`` keeps exactly ⌊R·N⌋ tokens of the decimal R; ``"official"`` rounds R·N down in floating point,
     as the release does. A policy serves both: they train from other first weights.
@@ -105,31 +85,15 @@ class VisionSelector(ScoreCompressor):
 
     name: ClassVar[str] = "visionselector"
     paper: ClassVar[str] = "VisionSelector (arXiv 2510.16598)"
-    trained: ClassVar[bool] = True
     variants: ClassVar[tuple[str, ...]] = ("ours", "official")
     adaptive_variants: ClassVar[tuple[str, ...]] = ("official",)
-    policy: VisionSelectorPolicy | None = None
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **fields: Any) -> Self:
-        """Return the compressor with the policy in `folder`; its network serves both variants."""
-        policy = VisionSelectorPolicy.from_pretrained(folder)
-        return cls(policy=policy, **({"variant": policy.config.variant} | fields))
-
-    @classmethod
-    def untrained(cls, hidden_size: int, **fields: Any) -> Self:
-        """Return the compressor with random weights, for contract checks and timing."""
-        return cls(policy=VisionSelectorPolicy.start(hidden_size, "none").eval(), **fields)
+    policy_class: ClassVar[type[Policy]] = VisionSelectorPolicy
 
     def score(self, video: VideoTokens) -> Tensor:
         """Return scores (N,)."""
-        if self.policy is None:
-            raise PolicyError(
-                "visionselector needs a trained policy: vidsieve.load('visionselector', FOLDER), or `vidsieve train "
-                "visionselector`"
-            )
-        with self.policy.serving(video.embeds):
-            scores: Tensor = self.policy(video)
+        policy = self.trained_policy()
+        with policy.serving(video.embeds):
+            scores: Tensor = policy(video)
         return scores
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:

@@ -183,7 +183,7 @@ def new_cacovid(
     # Of a large model a layer is a gigabyte, and this path reads none: any shape of the LLM's width will do.
     apart = question and config.start == "nothing"
     blank = blank or apart
-    return CaCoVIDPolicy.start(
+    return CaCoVIDPolicy.of_shape(
         BlockShape.of_width(adapter.hidden_size) if apart else adapter.layer_shape(first),
         adapter.family,
         variant=variant,

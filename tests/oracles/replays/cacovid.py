@@ -161,7 +161,7 @@ def _policy(archive: Archive, case: str) -> Case:
     video = VideoTokens(embeds[mask], grid, positions[:, mask], Prompt(embeds, positions, mask, ~mask))
     compared: dict[str, float] = {}
     for mode, variant in (("released", "official"), ("bidirectional", "paper")):
-        policy = CaCoVIDPolicy.start(shape, "none", variant=variant)
+        policy = CaCoVIDPolicy.of_shape(shape, "none", variant=variant)
         # The release carries a third head that nothing reads.
         policy.load_state_dict({k: v for k, v in weights.items() if not k.startswith("mode_selection")})
         with torch.no_grad():
