@@ -20,7 +20,9 @@ from torch import Tensor
 
 import vidsieve
 from vidsieve.adapters import adapter_for
+from vidsieve.adapters.transformers_api import synchronise
 from vidsieve.compressors.inside import LayerCompressor
+from vidsieve.evaluation.blueprints import random_model
 from vidsieve.io.machine import machine, spread, write_result
 from vidsieve.testing.calls import CALLS, STEPS, Case
 from vidsieve.testing.equivalence import TOLERANCE, cell
@@ -38,88 +40,14 @@ def methods(small: bool) -> list[tuple[str, float]]:
     return [("random", 0.25), ("divprune", 0.25), ("divprune", 0.1), ("visionzip", 0.25), inside]
 
 
-def llava_onevision_7b() -> Any:
-    from transformers import LlavaOnevisionConfig
-
-    return LlavaOnevisionConfig(
-        vision_config={
-            "model_type": "siglip_vision_model",
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 26,
-            "num_attention_heads": 16,
-            "image_size": 384,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
-        text_config={
-            "model_type": "qwen2",
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152000,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1e6,
-            "tie_word_embeddings": False,
-        },
-        image_token_index=151646,
-        video_token_index=151647,
-        vision_feature_select_strategy="full",
-    )
-
-
-def qwen2_5_vl_7b() -> Any:
-    from transformers import Qwen2_5_VLConfig
-
-    return Qwen2_5_VLConfig(
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 3584,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-        },
-        text_config={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-            "max_position_embeddings": 128000,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "tie_word_embeddings": False,
-        },
-        video_token_id=151656,
-        image_token_id=151655,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-    )
-
-
-LARGE = {"llava_onevision": llava_onevision_7b, "qwen2_5_vl": qwen2_5_vl_7b}
+LARGE = {"llava_onevision": "llava-onevision-7b", "qwen2_5_vl": "qwen2.5-vl-7b"}
 
 
 def build(family: str, dtype: torch.dtype, device: str, small: bool) -> Any:
     """Return a model with random weights on the device."""
     if small:
         return FAMILIES[family]().to(device, dtype)
-    from transformers import AutoModelForImageTextToText
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(LARGE[family](), dtype=dtype, attn_implementation="sdpa")
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model.eval()
+    return random_model(LARGE[family], dtype=dtype, device=device).model
 
 
 def prompts(
@@ -162,11 +90,6 @@ def prompts(
     if "video_grid_thw" in made:
         made["mm_token_type_ids"] = 2 * (made["input_ids"] == config.video_token_id).long()
     return {key: value.to(device) for key, value in made.items()}
-
-
-def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def tiny(device: str) -> Iterator[dict[str, Any]]:

@@ -29,9 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gpu import build, prompts, synchronise
+from gpu import build, prompts
 from vidsieve.adapters.encoded import on_device
 from vidsieve.adapters.pruning import adapter_for
+from vidsieve.adapters.transformers_api import synchronise
 from vidsieve.answering import Clock, generated
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVID, CaCoVIDPolicy

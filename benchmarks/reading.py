@@ -29,7 +29,7 @@ from vidsieve.training.data.checking import check_file
 from vidsieve.training.data.filtering import _unusable
 from vidsieve.training.data.rows import Remembered
 from vidsieve.training.data.table import load_rows
-from vidsieve.testbed.model import build_tokenizer
+from workbench.testbed.model import build_tokenizer
 torch.set_num_threads(1)
 path, way = Path(sys.argv[1]), sys.argv[2]
 processor = SimpleNamespace(tokenizer=build_tokenizer())

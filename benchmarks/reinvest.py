@@ -42,10 +42,11 @@ from vidsieve.loading import load_model
 from vidsieve.report.pictures import save
 from vidsieve.retention import FrameRule, Tokens
 from vidsieve.testbed.long import LongScene
-from vidsieve.testbed.model import WORD_ID, chat_inputs, repeated_features
+from vidsieve.testbed.model import WORD_ID, chat_inputs
 from vidsieve.testbed.questions import Question
 from vidsieve.types import Selection
 from vidsieve.video.reading import Video
+from workbench.testbed.model import repeated_features
 
 METHODS = ("cacovid", "sieve", "score", "vidcom2", "divprune")
 LENGTHS = (64, 128, 256)

@@ -20,7 +20,7 @@ from vidsieve.adapters.pruning import adapter_with
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import synchronise
 from vidsieve.compressors.base import Compressor
-from vidsieve.errors import PromptError
+from vidsieve.errors import EvaluationError, PromptError
 
 if TYPE_CHECKING:  # a machine that only computes may have no decoder
     from vidsieve.video.reading import Video
@@ -290,11 +290,24 @@ def choice(
 
     Raises
     ------
-    BudgetError, NeedError
+    BudgetError, NeedError, EvaluationError
     """
     plan = adapter.plan(encoded, compressor, torch.Generator().manual_seed(seed))
     logits = next_token_logits(adapter, plan)[0]
-    return _answer(options[int(logits[option_ids.to(logits.device)].argmax())], encoded, compressor, plan, {})
+    return _answer(options[int(likeliest(logits[option_ids.to(logits.device)]))], encoded, compressor, plan, {})
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """Return the number (…) int64 of the highest of some logits (…, options).
+
+    Raises
+    ------
+    EvaluationError
+        If one is not a number, which `torch.argmax` would take for the highest.
+    """
+    if logits.isnan().any():
+        raise EvaluationError("the model's logits are not numbers: load it in another precision, such as bfloat16")
+    return logits.argmax(-1)
 
 
 def _answer(text: str, encoded: Encoded, compressor: Compressor | None, plan: Plan, ms: dict[str, float]) -> Answer:

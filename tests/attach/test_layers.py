@@ -127,6 +127,8 @@ def test_budgets():
     assert fastv(0.1117, layer=3).stages(28, 196) == ((3, 1),)
     with pytest.raises(BudgetError, match=r"cannot go below 0\.0367; no layer is earlier"):
         fastv(0.01, layer=3, earliest=True).stages(28, 1000)
+    with pytest.raises(BudgetError, match=r"another for every video if 500 tokens are: give a retention from 0 to 1"):
+        fastv(vidsieve.Tokens(500), earliest=True)
     ((_, keep),) = vidsieve.load("fastv", retention=vidsieve.Tokens(500), layer=2).stages(4, 800)
     assert 2 * 800 + 2 * keep == 4 * 500
     with pytest.raises(BudgetError, match="not among the model's 3"):

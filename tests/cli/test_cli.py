@@ -310,6 +310,12 @@ def test_an_evaluation_in_which_no_method_could_run_ends_with_an_error(run):
     assert "the first frame stays whole" in out and "no method could run: the reasons are below the table" in err
 
 
+def test_baselines_beside_it_do_not_hide_that_no_method_could_run(run):
+    asked = ("--methods", "evs,random", "--retention", "0.01,0.02", "--questions", 24)
+    out, err = run("eval", "testbed", *asked, code=2)
+    assert "random" in out and "no method could run" in err
+
+
 def test_a_count_without_its_letter_is_recognised(run):
     _, err = run("eval", "testbed", "--methods", "evs", "--retention", "64", code=2)
     assert "got '64'; did you mean 0.64 or 64t?" in err
@@ -411,8 +417,8 @@ def test_ask_with_a_method_that_acts_while_decoding(run, scene, tmp_path):
 
 @pytest.mark.slow
 def test_more_frames_than_exist_are_all_used_with_a_note(run, scene):
-    out, _ = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 1)
-    assert "note:" in out and "all are used" in out
+    _, err = run("ask", scene, "what colour is the home ?", "--frames", 64, "--method", "uniform", "--threads", 1)
+    assert "note:" in err and "all are used" in err
 
 
 MISTAKES = [

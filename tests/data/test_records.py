@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from vidsieve.errors import TrainingError
 from vidsieve.io import bounded
 from vidsieve.training.data import reading
-from vidsieve.training.data.layouts import LAYOUTS, files_of, layout_of, read_records
+from vidsieve.training.data.layouts import IMAGE_BYTES, LAYOUTS, files_of, layout_of, read_records
+from vidsieve.training.data.skipped import Skipped
+from vidsieve.training.data.table import load_rows
 
 
 def turns(*said):
@@ -113,6 +115,15 @@ def test_images_with_captions_and_what_is_none(write, tmp_path):
     ]
 
 
+def test_fields_of_a_users_own_change_nothing(write, tmp_path):
+    """Whatever their names: a size in bytes does not make a row an image, and its missing video is noticed."""
+    (tmp_path / "a.mp4").touch()
+    rows = [{"video": name, "caption": "a dog", "bytes": 123, "inside": True} for name in ("a.mp4", "gone.mp4")]
+    path, skipped = write(*rows, name="rows.jsonl"), Skipped()
+    assert list(load_rows(path, skipped=skipped)) == [rows[0] | {"video": str(tmp_path / "a.mp4")}]
+    assert skipped.videos["missing"] == 1
+
+
 def test_parquet_has_its_images_inside(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     rows = [
@@ -127,7 +138,7 @@ def test_parquet_has_its_images_inside(tmp_path):
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     records = list(read_records(tmp_path / "train.parquet"))
     assert records[0].fault == "image.bytes: expected bytes of length >= 1" and len(records) == 150
-    assert [record.rows[0]["bytes"] for record in records[1:]] == [bytes([n]) for n in range(1, 150)]
+    assert [record.rows[0][IMAGE_BYTES] for record in records[1:]] == [bytes([n]) for n in range(1, 150)]
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "train.parquet").read_bytes()[:-10])
     with pytest.raises(TrainingError, match=r"cannot read .*cut\.parquet"):
         list(read_records(tmp_path / "cut.parquet"))

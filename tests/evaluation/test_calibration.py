@@ -15,12 +15,17 @@ import torch
 from typer.testing import CliRunner
 
 import vidsieve
+from vidsieve import registry
 from vidsieve.adapters import adapter_for
-from vidsieve.adapters.fingerprint import model_digest, policy_digest
+from vidsieve.adapters.fingerprint import model_digest, policy_digest, weights_digest
 from vidsieve.cli import app
 from vidsieve.compressors.calibrated import LADDER, calibrated, features
 from vidsieve.errors import BudgetError, EvaluationError, RetentionError, StageError
 from vidsieve.evaluation.calibration import FIT_SHARE, Measured, calibrate, fit, p_value, predicted, videos_needed
+from vidsieve.evaluation.conditions import Condition
+from vidsieve.evaluation.experiment import Results
+from vidsieve.evaluation.items import Item
+from vidsieve.evaluation.tasks.calibrating import CalibrationTask
 from vidsieve.loading import load_model, shipped_policy
 from vidsieve.policies import save_rule
 from vidsieve.retention import FEATURES, Calibration, FrameRule, Rule
@@ -250,6 +255,14 @@ def test_a_rule_of_another_model_or_policy_is_refused_before_anything_runs():
         adapter.check(calibrated(method, mine))
 
 
+def test_weights_of_any_size_have_a_hash():
+    """Above 2²⁴ elements the place of the last one, in float32, would be one behind it."""
+    weight = torch.zeros(2**24 + 4, dtype=torch.bfloat16)
+    before = weights_digest([("a", weight)])
+    weight[-1] = 1
+    assert weights_digest([("a", weight)]) != before
+
+
 def test_a_video_of_other_frames_than_those_calibrated_on_is_warned_of():
     method = calibrated(vidsieve.load("vidcom2"), rule())
     method.compress(clip(0, frames=8))
@@ -354,6 +367,16 @@ def test_frames_are_planned_for_a_method_that_keeps_a_number_of_tokens(tmp_path)
     loaded = vidsieve.load(folder, retention=Tokens(400))
     assert vidsieve.frames_for(loaded) == 64
     assert vidsieve.load(folder, retention="calibrated").rule == rule("score")
+
+
+def test_a_question_that_one_step_could_not_be_asked_is_left_out():
+    items = [Item(name, Path("v.mp4"), "what ?", ("a", "b"), "A") for name in ("1", "2")]
+    task = CalibrationTask(registry.benchmarks.get("questions"), items, None, None, "testbed")
+    conditions = [Condition(None, 8), *(Condition(vidsieve.load("vidcom2", retention=r), 8) for r in (0.2, 0.4))]
+    made = {"score": 1.0, "kept": 1, "total": 4, "layers": 0.25, "features": [0.0, 1.0]}
+    samples = [made | {"item": item.id, "condition": c.key} for item in items for c in conditions]
+    results = Results(conditions, {"v.mp4": {"samples": samples[:-1], "refused": {}}})
+    assert task.measured(results).losses.shape == (1, 2), "question 2 has no answer at 0.4"
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

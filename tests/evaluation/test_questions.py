@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 import vidsieve
 from vidsieve import registry
@@ -18,6 +20,7 @@ from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.experiment import Results
 from vidsieve.evaluation.items import Item
 from vidsieve.evaluation.tasks.questions import QuestionsTask
+from vidsieve.report.runs import run_page
 from vidsieve.testbed.files import write_scenes
 from vidsieve.video.reading import read_video
 
@@ -207,8 +210,40 @@ def test_choice_is_the_likeliest_option(tmp_path, questions, task, conditions, w
     with pytest.raises(EvaluationError, match="none of the 1 questions could be asked, first because question") as why:
         run(tmp_path / "none", replace(chosen, items=[unclear]), conditions)
     assert "cannot be answered by one token each" in str(why.value)
+    unknown = replace(questions[0], listed=False, options=("red", "mauve"), answer="red")
+    with pytest.raises(EvaluationError, match="cannot be answered by one token each"):
+        run(tmp_path / "unknown", replace(chosen, items=[unknown]), conditions)
     with pytest.raises(UnknownNameError):
         replace(task, way="guess")
+
+
+def test_logits_that_are_no_numbers_end_the_run(questions, task, conditions, monkeypatch):
+    """Else the first option would be everyone's answer."""
+    monkeypatch.setattr("vidsieve.answering.next_token_logits", lambda adapter, plan: torch.full((1, 500), torch.nan))
+    with pytest.raises(EvaluationError, match="logits are not numbers"):
+        replace(task, way="choice").measure(str(questions[0].video), conditions)
+
+
+def test_a_question_about_still_images_counts_as_not_asked(tmp_path):
+    rows = [{"frames": [["a.png", 2]], "caption": "a dog", "question": "what is it ?", "options": ["dog", "cat"]}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0] | {"answer": "dog"}) + "\n")
+    (item,) = BENCHMARK.read(tmp_path / "rows.jsonl")
+    assert item.fault == "video: is missing, still images are not asked about"
+
+
+def test_the_files_of_one_video_are_json_for_every_reader(tmp_path, questions, testbed):
+    """With a single video there are no errors: null, and not NaN, which JSON does not have."""
+    model, processor = testbed
+    task = QuestionsTask(BENCHMARK, questions[:2], adapter_for(model), processor, "testbed", max_new_tokens=1)
+    result = run(tmp_path, task, [Condition(None, 16)])
+    assert math.isnan(result["rows"][0]["stderr"])
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    written = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert written["rows"][0]["stderr"] is None
+    assert run_page(tmp_path)[1]
 
 
 def test_a_method_that_a_video_refuses_has_no_row(tmp_path, questions, testbed):

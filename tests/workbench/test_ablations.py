@@ -22,7 +22,6 @@ from workbench.testbed.ablating import (
     tabulated,
 )
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
-from workbench.testbed.search import beam_search, upper_bound
 
 TINY = {"steps": 1, "prompts_per_step": 1, "token_rollouts": 4, "frame_rollouts": 0, "log_every": 1}
 
@@ -74,7 +73,7 @@ def test_a_task_has_the_tables_of_its_trainings(tmp_path, monkeypatch):
     for number, name in enumerate(task.units()):
         marks = "".join("01"[(place + number) % 3 == 0] for place in range(8))
         both = {"cacovid/0.1": marks, "cacovid/0.05": marks[::-1]}
-        results[name] = {"marks": both, "clusters": {"": [0, 0, 1, 1, 2, 2, 3, 3]}, "curve": [], "minutes": 1.0}
+        results[name] = {"marks": both, "clusters": {"": [0, 0, 1, 1, 2, 2, 3, 3]}, "minutes": 1.0}
     monkeypatch.setattr(AblationTask, "_results", iter(results.values()))
     shown = experiment.run(task, [])
     assert shown.result["tables"] == [tabulated(table, 2, 8, results)]
@@ -106,7 +105,7 @@ def test_a_difference_has_the_errors_of_seeds_and_of_scenes():
 
 def test_tables_name_differences_that_are_none():
     table = AblationTable(
-        "t", "cacovid", "why", (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2})), curves=True
+        "t", "cacovid", "why", (AblationCondition("a", {"seed": 1}), AblationCondition("b", {"seed": 2}))
     )
     clusters = [i // 4 for i in range(80)]
     right = {"cacovid/0.1": "1" * 80, "cacovid/0.05": "10" * 40}
@@ -114,11 +113,9 @@ def test_tables_name_differences_that_are_none():
     results = {}
     for run in runs_of([table], 2, 80):
         marks = right if run.condition.label == "a" else wrong
-        curve = [{"step": 1, "right": 0.5 + 0.1 * run.seed}]
-        results[run.result] = {"marks": marks, "clusters": {"": clusters}, "curve": curve, "minutes": 1.0}
+        results[run.result] = {"marks": marks, "clusters": {"": clusters}, "minutes": 1.0}
     made = tabulated(table, 2, 80, results)
     assert made["rows"][1]["0.1"]["difference"] == -1 and made["rows"][0]["0.1"]["difference"] is None
-    assert made["rows"][0]["curve"] == [{"step": 1, "right": 0.55}]
     text = ablation_table(made).to_markdown()
     assert "| a | 1.000 | – | 0.500 | – | 1.0 |" in text
     assert "| b | 0.000 | -1.000 ± 0.000 | 0.500 | no difference (+0.000 ± 0.000) | 1.0 |" in text
@@ -135,7 +132,7 @@ def test_a_transfer_table_compares_each_place_with_its_own_first_row():
             f"cacovid{at}/{keep:g}": here if at == "" else there for at in ("", "[dense-b]") for keep in (0.1, 0.05)
         }
         scenes = [i // 4 for i in range(80)]
-        results[run.result] = {"marks": marks, "clusters": {"": scenes, "dense-b": scenes}, "curve": [], "minutes": 1.0}
+        results[run.result] = {"marks": marks, "clusters": {"": scenes, "dense-b": scenes}, "minutes": 1.0}
     rows = tabulated(table, 1, 80, results)["rows"]
     assert [row["label"] for row in rows] == ["a", "a — in dense-b", "b", "b — in dense-b"]
     assert [row["0.1"]["difference"] for row in rows] == [None, None, 0.0, -0.5]
@@ -151,7 +148,6 @@ def test_one_seed_gives_no_verdict_and_defaults_are_part_of_a_run(monkeypatch):
         results[run.result] = {
             "marks": {"cacovid/0.1": marks, "cacovid/0.05": marks},
             "clusters": {"": [i // 4 for i in range(80)]},
-            "curve": [],
             "minutes": 1.0,
         }
     kept = json.loads(json.dumps(tabulated(table, 1, 80, results), allow_nan=False))  # as a page reads it
@@ -167,43 +163,6 @@ def test_unknown_tables_are_named():
         chosen_tables(["samplin"])
 
 
-def test_a_beam_finds_the_best_pair_that_greed_misses():
-    """Worth by hand: token 5 is best alone, but the pair (1, 2) beats every pair with 5."""
-
-    def worth(masks):
-        single = 0.5 * masks[:, 1] + 0.5 * masks[:, 2] + 1.0 * masks[:, 5]
-        return single + 3.0 * (masks[:, 1] & masks[:, 2])
-
-    assert beam_search(worth, 2, 1) == [(5,), (1, 5)]
-    assert beam_search(worth, 2, 3) == [(5,), (1, 2)]
-
-
-def test_an_upper_bound_is_one(testbed):
-    result = upper_bound(*testbed, seed=9101, questions=2, tokens=1, width=2)
-    by = {row["method"]: row for row in result["rows"]}
-    assert by["greedy"]["margin"] == by["beam of 2"]["margin"] == max(row["margin"] for row in result["rows"])
-    assert {"question_oracle", "cacovid", "score", "first_look"} < by.keys()
-
-
 def test_no_two_conditions_of_a_table_are_the_same_run():
     for table in TABLES:
         assert len(runs_of([table], 1, 24)) == len(table.conditions), table.name
-
-
-def test_curves_are_drawn_where_conditions_log_them(tmp_path):
-    from PIL import Image
-
-    from workbench.testbed.curves import curves_picture
-
-    curve = [{"step": step, "right": 0.3 + step / 50, "dead_groups": 0.1, "ratio": 0.03} for step in range(1, 11)]
-    bare = [{"step": 1, "right": 0.4}, {"step": 2, "right": 0.5}]
-    rows = [{"label": "OCSS", "curve": curve}, {"label": "without rewards", "curve": bare}, {"label": "no curve"}]
-    tables = [{"name": "sampling", "rows": rows}, {"name": "bodies", "rows": [{"label": "no curve"}]}]
-    for name in ("curves.png", "curves.svg"):
-        curves_picture(tmp_path / name, tables)
-    with Image.open(tmp_path / "curves.png") as picture:
-        assert picture.size[0] > 1000
-        colours = np.asarray(picture.convert("RGB")).reshape(-1, 3)
-    assert len(np.unique(colours, axis=0)) > 50
-    text = (tmp_path / "curves.svg").read_text()
-    assert "OCSS" in text and "without rewards" in text and "bodies" not in text and "no curve" not in text

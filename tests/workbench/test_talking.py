@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from vidsieve.loading import load_model
-from vidsieve.testbed.model import TALK_ID, WORD_ID
+from vidsieve.testbed.model import WORD_ID
 from vidsieve.testbed.vocabulary import NUMBERS, QUESTION_NAME, TALK_WORDS, VOCABULARY
 from vidsieve.testbed.world import make_cast, render
 from workbench.testbed import talking
 from workbench.testbed.commands import TALKER
+from workbench.testbed.model import TALK_ID
 from workbench.testbed.talking import NOTHING, absent_questions, counting_questions, describe_open, open_cast
 
 NAMES = {name: shape for shape, name in QUESTION_NAME.items()}

@@ -33,7 +33,7 @@ from vidsieve.loading import load_model, shipped_model
 from vidsieve.policies import CONFIG, read_config
 from vidsieve.testbed.world import WORLD_VERSION
 from vidsieve.training.recipes import train_policy
-from vidsieve.training.run_folder import POLICY, read_metrics
+from vidsieve.training.run_folder import POLICY
 from vidsieve.training.settings import TrainConfig, config_of
 from workbench.testbed.ablations import TABLES, AblationCondition, AblationTable
 
@@ -112,7 +112,7 @@ def marks_in(task: ScenesTask, conditions: Sequence[SceneCondition]) -> dict[str
 
 
 def perform(run: Run, folder: Path) -> dict[str, Any]:
-    """Return a run's marks and learning curve; what has been trained, or measured, before is not again."""
+    """Return a run's marks; what has been trained, or measured, before is not again."""
     home, written = folder / run.folder, folder / run.result
     if os.path.exists(written):
         found: dict[str, Any] = json.loads(written.read_text(encoding="utf-8"))
@@ -145,7 +145,7 @@ def perform(run: Run, folder: Path) -> dict[str, Any]:
         for key, marks in marks_in(there, scene_conditions(policy, RETENTIONS)).items():
             found[f"{run.method}[{place}]/{key.rpartition('/')[2]}"] = marks
     minutes = read_config(home / POLICY).training["minutes"]
-    result = {"marks": found, "clusters": clusters, "curve": read_metrics(home), "minutes": minutes}
+    result = {"marks": found, "clusters": clusters, "minutes": minutes}
     with writing(written) as temporary:
         temporary.write_text(json.dumps(result), encoding="utf-8")
     return result
@@ -205,7 +205,7 @@ class AblationTask:
                 raise
 
     def measure(self, unit: str, conditions: Sequence[Condition]) -> list[Measurement]:
-        """Return a training's ``marks, clusters, curve, minutes``; units are measured in their order."""
+        """Return a training's ``marks, clusters, minutes``; units are measured in their order."""
         return [Measurement(unit, values=next(self._results))]
 
     def tabulate(self, results: Results) -> Table:
@@ -271,8 +271,6 @@ def tabulated(
                 }
             row["minutes"] = float(np.mean([result["minutes"] for result in trained]))
             row["settings"] = condition.settings | {"variant": condition.variant}
-            if table.curves and view == table.method:
-                row["curve"] = _mean_curve([result["curve"] for result in trained])
             rows.append(row)
     about = {"name": table.name, "method": table.method, "paper": table.paper}
     return {**about, "seeds": count, "questions": questions, "rows": rows}
@@ -301,14 +299,6 @@ def _named(view: str) -> str:
         "frame_ada_st": "— half by score, half uniform",
         "global": "— one budget for the video",
     }[view.partition("[")[2].rstrip("]")]
-
-
-def _mean_curve(curves: list[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Return the mean over seeds of what was logged at each step."""
-    names = [name for name in ("step", "right", "reward", "dead_groups", "ratio") if name in curves[0][0]]
-    return [
-        {name: float(np.mean([line[name] for line in lines])) for name in names} for lines in zip(*curves, strict=True)
-    ]
 
 
 def ablation_table(table: Mapping[str, Any]) -> Table:

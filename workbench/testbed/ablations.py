@@ -45,8 +45,6 @@ class AblationTable:
         Where the papers have it and what they find, or why it is here.
     seeds : int
         Training seeds, 0 = as many as the command is told: one where no claim rests on the table.
-    curves : bool
-        Keep the learning curves.
     probes : bool
         Show what conditions with probes do when given another question, and with other ways of spending the budget.
     transfer : bool
@@ -58,7 +56,6 @@ class AblationTable:
     paper: str
     conditions: tuple[AblationCondition, ...]
     seeds: int = 0
-    curves: bool = False
     probes: bool = False
     transfer: bool = False
 
@@ -104,7 +101,6 @@ TABLES: tuple[AblationTable, ...] = (
             _ours("random", sampler="random"),
             _ours("OCSS over the whole video, as many tokens", over="video"),
         ),
-        curves=True,
         seeds=1,
     ),
     AblationTable(
@@ -135,7 +131,6 @@ TABLES: tuple[AblationTable, ...] = (
             _ours("three times as strong", score_decay=0.006),
             _ours("entropy floor of .5 nats instead", score_decay=0.0, entropy_floor=0.5),
         ),
-        curves=True,
     ),
     AblationTable(
         "exploration",
@@ -163,7 +158,6 @@ TABLES: tuple[AblationTable, ...] = (
             _replayed(".125 / .875, without replay", dynamic_ratio=True, replay=False),
             _replayed(".125 / .875, kept and dropped balanced", dynamic_ratio=True, balanced=True),
         ),
-        curves=True,
         seeds=1,
     ),
     AblationTable(

@@ -18,12 +18,12 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from vidsieve._version import __version__
 from vidsieve.io.checkpoints import load_state, save_state
 from vidsieve.loading import load_model
-from vidsieve.testbed.model import build_model, save_model
 from vidsieve.testbed.vocabulary import VOCABULARY
 from vidsieve.testbed.world import WORLD_VERSION, WORLDS
 from workbench.testbed.curriculum import CURRICULUM, TrainingStage, run_stage
 from workbench.testbed.deepen import STAGE_T, TranslationRecipe, deepened, question_words, train_translation
 from workbench.testbed.language import Scenes, prepare
+from workbench.testbed.model import build_model, save_model
 from workbench.testbed.tower import ProjectorRecipe, TowerRecipe, train_projector, train_tower
 
 Log = Callable[[str], None]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -191,27 +189,16 @@ def ablate(
         Path | None,
         typer.Option(help="Folder of a second answerer, of `build --model second`.", show_default=False),
     ] = None,
-    search: Annotated[
-        int, typer.Option(help="Questions on which sets of tokens are searched as an upper bound; 0 = none.", min=0)
-    ] = 50,
     json: options.Json = None,
     write: Annotated[
         Path | None, typer.Option("--markdown", help="Also write the tables here.", show_default=False)
-    ] = None,
-    figure: Annotated[
-        Path | None, typer.Option(help="Also draw learning curves here, .png or .svg.", show_default=False)
     ] = None,
 ) -> None:
     """Train and measure every condition of the ablation tables (hours for all of them), and print the tables."""
     output.check_output(json)
     output.check_output(write)
-    output.check_output(figure)
-    searched = folder / f"search-{search}.json"
-    output.check_output(searched)
     from vidsieve.evaluation import experiment
-    from workbench.testbed.ablating import EVAL_SEED, AblationTask, chosen_tables
-    from workbench.testbed.curves import curves_picture
-    from workbench.testbed.search import search_table
+    from workbench.testbed.ablating import AblationTask, chosen_tables
 
     chosen = chosen_tables(options.words(tables))
     task = AblationTask(chosen, seeds, questions, folder, processes, second=second)
@@ -219,29 +206,9 @@ def ablate(
         table = experiment.run(task, [], command=output.command_line(), progress=advance)
     if table is None:
         raise RuntimeError("a run of one process has a table")
-    result, shown = table.to_json(), [table, *table.more]
-    if search:
-        result["search"] = _searched(searched, EVAL_SEED, search)
-        shown.append(search_table(result["search"]))
-    text = "\n\n".join(one.to_markdown() for one in shown)
+    text = "\n\n".join(one.to_markdown() for one in [table, *table.more])
     output.out.print(text, markup=False, highlight=False)
     if write is not None:
         with writing(write) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
-    if figure is not None:
-        curves_picture(figure, result["tables"])
-    output.write_json(json, result)
-
-
-def _searched(path: Path, seed: int, questions: int) -> dict[str, Any]:
-    """Return the search over sets of tokens, from an earlier call if there was one."""
-    if not os.path.exists(path):
-        from workbench.testbed.search import upper_bound
-
-        shared.quiet()
-        with Bar("questions searched", questions) as advance:
-            found = upper_bound(*load_model("testbed"), seed=seed, questions=questions, progress=advance)
-        with writing(path) as temporary:
-            temporary.write_text(dumps(found), encoding="utf-8")
-    result: dict[str, Any] = loads(path.read_text(encoding="utf-8"))
-    return result
+    output.write_json(json, table.to_json())

@@ -29,10 +29,11 @@ from vidsieve.evaluation.experiment import Measurement, Results
 from vidsieve.evaluation.stats import Estimate, clustered_mean, paired_difference
 from vidsieve.evaluation.table import Table, difference, few_note, named, with_error
 from vidsieve.io.faults import contained
-from vidsieve.testbed.model import chat_inputs, repeated_features
+from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import CAPTION_PROMPT, Question, make_caption, make_questions
 from vidsieve.testbed.world import render
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, Stage
+from workbench.testbed.model import repeated_features
 from workbench.testbed.talking import ABSENT, NOTHING, absent_questions, counting_questions, open_cast
 
 TASKS = {

@@ -23,12 +23,13 @@ from torch import nn
 from vidsieve._version import __version__
 from vidsieve.io.checkpoints import load_state, save_state
 from vidsieve.loading import shipped_model
-from vidsieve.testbed.model import TALK_ID, WORD_ID, save_model
+from vidsieve.testbed.model import WORD_ID
 from vidsieve.testbed.questions import KINDS, Question, best_order, make_caption, make_questions, place_of
 from vidsieve.testbed.vocabulary import NUMBERS, QUESTION_NAME, SHAPES, TALK_WORDS, VOCABULARY
 from vidsieve.testbed.world import TOKENS, WORLD_VERSION, Cast, SceneObject, make_cast, render, scene_rng
 from workbench.testbed.curriculum import TrainingStage, run_stage
 from workbench.testbed.language import TokenizedQuestion, needed_tokens, prepare, words
+from workbench.testbed.model import TALK_ID, save_model
 
 COUNTED, ABSENT = "count", "absent"
 TALK_KINDS = (*KINDS, COUNTED, ABSENT)

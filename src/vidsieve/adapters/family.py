@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 import transformers
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
 from vidsieve.adapters.front import merging, sources
@@ -36,8 +37,8 @@ Videos = Sequence[tuple[int, int]] | None
 class Family(ABC):
     """Facts about a model family.
 
-    A new family sets `family` and `video_keys`, writes `video_features` and `encoder_outputs`, and overrides what
-    differs. The model's `forward` must take ``mm_encoder_outputs``: features that are encoded already, by modality.
+    A new family sets `family` and `video_keys`, writes `video_features`, and overrides what differs. The model's
+    `forward` must take ``mm_encoder_outputs``: features that are encoded already, by modality.
 
     Attributes
     ----------
@@ -62,6 +63,11 @@ class Family(ABC):
         Rows of the model's position ids that its rotary embedding reads.
     layout : str
         Name of its token layout.
+    flat : frozenset of str
+        Modalities whose features the model takes as one tensor (N, 1, D), which beams repeat row by row; of others it
+        takes a tensor for each prompt.
+    tower : str
+        Path of the vision tower.
     projector : str
         Path of the module that projects the vision tower's features to the width of the LLM.
     provides : frozenset of Need
@@ -102,6 +108,8 @@ class Family(ABC):
     shared_placeholder: ClassVar[bool] = False
     position_rows: ClassVar[slice] = slice(None)
     layout: ClassVar[str] = "installed"
+    flat: ClassVar[frozenset[str]] = frozenset()
+    tower: ClassVar[str] = "model.vision_tower"
     projector: ClassVar[str] = "model.multi_modal_projector"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION, Need.LAYER_ATTENTION})
     lacks: ClassVar[Mapping[Need | Stage, str]] = {}
@@ -132,12 +140,15 @@ class Family(ABC):
     def video_features(self, inputs: Mapping[str, Any]) -> list[VideoFeatures]:
         """Return every video of a batch, encoded by the model's vision tower and projector, in order."""
 
-    @abstractmethod
-    def encoder_outputs(self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str) -> Any:
+    def encoder_outputs(
+        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
+    ) -> BaseModelOutputWithPooling:
         """Return the model's container of features from the kept rows of each prompt, [(n_b, D), …].
 
         `deep` has the same per layer, for families with `VideoFeatures.deep`; `modality` is "video" or "image".
         """
+        features = torch.cat(list(rows))[:, None] if modality in self.flat else list(rows)
+        return BaseModelOutputWithPooling(pooler_output=features)
 
     def positions(self, input_ids: Tensor, attention_mask: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Return the position ids (rows, B, L) int64 that the installed model would use; here real tokens counted."""
@@ -441,8 +452,11 @@ class Family(ABC):
         return replace(short, encoder=signals, frames=left.frames, whole=whole)
 
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the vision tower's configuration and the attention module of the block whose output is projected."""
-        raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
+        """Return the vision tower's configuration and the attention module of the block whose output is projected.
+
+        Here the last block that has attention.
+        """
+        return self.model.config.vision_config, attention_modules(self.model.get_submodule(self.tower))[-1]
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return (M, C), one row an LLM token, from values (F, patches, C) of every call of the probed block."""

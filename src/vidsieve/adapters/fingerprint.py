@@ -36,8 +36,9 @@ def weights_digest(weights: Iterable[tuple[str, Tensor]]) -> str:
     sampled: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for _, weight in known:
         if not weight.is_meta:
-            places = torch.linspace(0, weight.numel() - 1, min(64, weight.numel())).long().to(weight.device)
-            sampled[weight.device].append(weight.detach().flatten()[places].float())
+            count = weight.numel()
+            places = torch.linspace(0, count - 1, min(64, count)).long().clamp(max=count - 1)  # float32 rounds up
+            sampled[weight.device].append(weight.detach().flatten()[places.to(weight.device)].float())
     # One copy from each device: a copy for each weight would wait for a GPU hundreds of times.
     values = {
         device: iter(torch.split(torch.cat(parts).cpu(), [len(part) for part in parts]))
@@ -60,14 +61,6 @@ def policy_digest(method: Compressor) -> str:
 def model_digest(model: Any) -> str:
     """Return a hash of a model's configuration and some values of all its weights."""
     return digest([lasting(model.config.to_dict()), weights_digest(model.named_parameters())])
-
-
-def folder_digest(folder: Path) -> str:
-    """Return a hash of the names and bytes of the files in a folder."""
-    digest_ = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if os.path.isfile(path)):
-        digest_.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest_.hexdigest()[:16]
 
 
 def model_files_digest(model: str) -> str:

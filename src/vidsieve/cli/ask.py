@@ -137,7 +137,7 @@ def ask(
     if loading.is_testbed(model) and (warning := toy_warning(loaded, question, processor)):
         notes.append(warning)
     for note in notes:
-        output.out.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        output.note(note)
     request = AskRequest(network, processor, loaded, question, max_new_tokens, seed)
     if several:
         result, kept, sections = _compared(request, chosen, repeats or 3)
@@ -209,7 +209,7 @@ def _answered(
     result = asked(method, clock)
     output.out.print(f"[bold]{escape(result.text)}[/]", highlight=False)
     if not result.text:
-        output.err.print("note: the answer is empty, the model ended it at once")
+        output.note("the answer is empty, the model ended it at once")
     before, after = result.prompt_tokens
     kept = ", ".join(
         f"{t.kept} of {t.total} video tokens ({percent(t.real_retention)}){t.inside}{t.before}" for t in result.traces

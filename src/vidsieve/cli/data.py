@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from vidsieve.cli.annotate import annotate
 from vidsieve.cli.options import Device, Dtype, Json, MaxPixels, MaxRow, Share, Threads, named_model, parse_share
-from vidsieve.cli.output import PICTURES, check_free, check_output, err, out, table, write_json
+from vidsieve.cli.output import PICTURES, check_free, check_output, err, note, out, table, write_json
 from vidsieve.cli.progress import Bar
 from vidsieve.cli.shared import load_model, quiet, set_threads, stoppable
 from vidsieve.errors import TrainingError, UnknownNameError
@@ -188,7 +188,7 @@ def filter_prompts(
     )
     if seeds == 1 and result.chance > 0.05:
         lost = percent(result.chance)
-        out.print(f"note: with one answer each, guesses drop about {lost} of the good questions too; try --seeds 3")
+        note(f"with one answer each, guesses drop about {lost} of the good questions too; try --seeds 3")
     if result.captions or result.others:
         out.print(
             f"kept as they are: {result.captions:,} rows with captions, {result.others:,} questions of other kinds"

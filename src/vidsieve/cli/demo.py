@@ -42,7 +42,7 @@ def demo(
     from vidsieve.adapters.pruning import adapter_for
     from vidsieve.evaluation.conditions import named_methods
     from vidsieve.evaluation.tasks.testbed import ScenesTask, scene_conditions
-    from vidsieve.report.pictures import kept_picture
+    from vidsieve.report.pictures import kept_figure, save
     from vidsieve.testbed.files import write_scene
     from vidsieve.testbed.questions import make_questions
     from vidsieve.testbed.world import FRAMES, make_cast
@@ -79,7 +79,8 @@ def demo(
                 grid = reply.traces[0].grid
         title = f"full against compressed: {escape(question.text)} ({question.answer}); times in ms"
         out.print(table(title, columns, lines, right=range(2, len(columns))))
-    kept_picture(picture_path, video.pixels, grid, kept, title=f"{examples[0].text}  →  {examples[0].answer}")
+    title = f"{examples[0].text}  →  {examples[0].answer}"
+    save(kept_figure(video.pixels, grid, kept, title), picture_path, dpi=110)
     out.print(f"what each method kept for “{escape(examples[0].text)}”: {picture_path}")
     task = ScenesTask(adapter_for(model), processor, "dense", seed + 1, questions)
     conditions = scene_conditions(methods, [methods["random"].budget_ratio(grid.num_tokens)])

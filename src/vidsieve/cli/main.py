@@ -96,7 +96,7 @@ def method_rows() -> list[dict[str, Any]]:
         try:
             method = registry.compressors.get(name)
         except PluginError as error:
-            err.print(f"note: {escape(str(error))}")
+            note(error)
             continue
         rows.append(
             {

@@ -109,10 +109,10 @@ def write_pictures(
     overlay: Path | None,
 ) -> None:
     """Write what methods keep of a video as a picture, as a video, or both, where these are given."""
-    from vidsieve.report.pictures import kept_picture, overlay_video
+    from vidsieve.report.pictures import kept_figure, overlay_video, save
 
     if picture is not None:
-        kept_picture(picture, video.pixels, grid, kept, title=title)
+        save(kept_figure(video.pixels, grid, kept, title), picture, dpi=110)
         out.print(f"picture: {picture}")
     if overlay is not None:
         overlay_video(overlay, video.pixels, video.duration, grid, kept)

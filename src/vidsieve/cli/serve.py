@@ -162,10 +162,10 @@ def _overrides(extra: list[str]) -> tuple[dict[str, object], list[str]]:
 
 def _folder(model: str) -> str:
     """Return the model as vLLM is given it; refuse a folder without a model, and what is no model's name."""
-    if not (os.path.exists(model) or is_repository(model) or "://" in model or model.startswith("testbed")):
-        raise ModelError(f"no folder {model}: give a model's folder, a hub id as OWNER/NAME, or 'testbed'")
     from vidsieve.loading import check_model, is_testbed, shipped_model
 
+    if not (os.path.isdir(model) or is_repository(model) or "://" in model or is_testbed(model)):
+        raise ModelError(f"no folder {model}: give a model's folder, a hub id as OWNER/NAME, or 'testbed'")
     if is_testbed(model):
         return str(shipped_model(model))
     if os.path.isdir(model):

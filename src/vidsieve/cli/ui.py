@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from vidsieve.cli.options import MODEL, Device, Dtype, MaxPixels, Threads, words
-from vidsieve.cli.output import err, out
+from vidsieve.cli.output import note, out
 from vidsieve.cli.shared import load_model, quiet, set_threads
 from vidsieve.errors import OutputError, PluginError
 from vidsieve.io.limits import Limits
@@ -56,7 +56,7 @@ def ui(
     chosen = named_methods(names, model)
     desk = Desk(*load_model(model, dtype=dtype, device=device), {**chosen, "full": None}, frames=frames)
     if host not in ("127.0.0.1", "localhost", "::1"):
-        err.print(f"note: everyone who reaches {host}:{port} can use this page and upload videos")
+        note(f"everyone who reaches {host}:{port} can use this page and upload videos")
     out.print(f"http://{host}:{port}", highlight=False)
     with suppress(OSError, AttributeError):  # glibc's M_ARENA_MAX: what one thread frees, another can use
         ctypes.CDLL(None).mallopt(-8, 2)

@@ -155,20 +155,6 @@ def _best(scores: Tensor, places: Tensor, count: int) -> Tensor:
     return places[scores.sort(dim=1, descending=True, stable=True).indices[:, :count]]
 
 
-def pooled(masks: Tensor, mode: str) -> Tensor:
-    """Return masks (T, n') bool after the release's pooling of square grids (T, n): cut at a half.
-
-    `mode` is ``"bilinear"`` (half the side, rounded up) or ``"average"`` (rounded down).
-    """
-    side = round(masks.shape[1] ** 0.5)
-    values = masks.float().reshape(-1, 1, side, side)
-    if mode == "bilinear":
-        values = F.interpolate(values, size=(-(-side // 2), -(-side // 2)), mode="bilinear")
-    else:
-        values = F.avg_pool2d(values, 2)
-    return values.flatten(1) >= 0.5
-
-
 # -- transport ----------------------------------------------------------------------------------------------
 
 

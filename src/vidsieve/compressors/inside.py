@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from vidsieve.compressors.base import Compressor
 from vidsieve.errors import BudgetError, SelectionError, StageError
-from vidsieve.types import Need, Selection, Stage, TokenGrid, VideoTokens, check_indices
+from vidsieve.types import Need, Selection, Stage, TokenGrid, Tokens, VideoTokens, check_indices
 
 Rows = Literal["last", "text"]
 """Prompt tokens whose attention is read: the last one, or all text behind the video."""
@@ -173,6 +173,14 @@ class LayerCompressor(InnerCompressor):
     """
 
     stage: ClassVar[Stage] = Stage.LAYER
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if getattr(self, "earliest", False) and isinstance(self.retention, Tokens):
+            raise BudgetError(
+                f"earliest moves the layers of {self.name} by the fraction that is kept, which is another for every "
+                f"video if {self.retention.count} tokens are: give a retention from 0 to 1"
+            )
 
     def outer(self, num_layers: int) -> Compressor | None:
         """Return None: methods with a part before the LLM return it instead."""

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from vidsieve.compressors.base import Compressor, within
-from vidsieve.errors import NeedError
+from vidsieve.compressors.base import Compressor, encoder_attention, within
 from vidsieve.selection import even_counts, other_indices, top_indices
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
 
@@ -42,11 +41,9 @@ class VisionZip(Compressor):
     contextual: float = within(10 / 64, "[0, 1)")
 
     def _select(self, video: VideoTokens, budget: int, generator: Generator) -> Selection:
-        encoder, size = video.encoder, video.grid.per_frame
-        if encoder is None or encoder.attention is None or encoder.keys is None:
-            raise NeedError(
-                "visionzip reads the vision encoder's attention and keys: hand over VideoTokens that have them"
-            )
+        attention, size = encoder_attention(video), video.grid.per_frame
+        assert video.encoder is not None and video.encoder.keys is not None  # by `needs`
+        keys = video.encoder.keys.to(attention.device)
         counts = even_counts(budget, video.grid.frames).tolist()
         embeds, indices, rows = video.embeds, [], []
         for frame, count in enumerate(counts):
@@ -54,13 +51,13 @@ class VisionZip(Compressor):
                 continue
             part = slice(frame * size, (frame + 1) * size)
             contextual = min(count - 1, round(self.contextual * count))
-            kept, targets, owner = zipped(encoder.attention[part], encoder.keys[part], count - contextual, contextual)
+            kept, targets, owner = zipped(attention[part], keys[part], count - contextual, contextual)
             merged = merge(embeds[part], targets, owner, doubled=self.variant == "official")
-            own = torch.cat([kept, targets]).to(embeds.device)
+            own = torch.cat([kept, targets])
             order = own.argsort()
             indices.append(own[order] + frame * size)
             rows.append(torch.cat([embeds[part][kept], merged])[order])
-        return Selection(torch.cat(indices), torch.cat(rows), scores=encoder.attention)
+        return Selection(torch.cat(indices), torch.cat(rows), scores=attention)
 
 
 def zipped(attention: Tensor, keys: Tensor, dominant: int, contextual: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ from vidsieve._version import __version__
 from vidsieve.errors import EvaluationError
 from vidsieve.evaluation.conditions import Condition
 from vidsieve.evaluation.stats import clustered_mean, mcnemar, paired_difference
-from vidsieve.evaluation.table import Table
+from vidsieve.evaluation.table import Table, finite
 from vidsieve.io import faults
 from vidsieve.io.files import writing
 from vidsieve.io.journal import Store, measure_all
@@ -299,7 +299,7 @@ def _write(folder: Path, results: Results, table: Table) -> None:
     for name, text in {
         SAMPLES: "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in results.lines()),
         TIMING: json.dumps({"select_ms": {key: ms for key, ms in spent.items() if ms}}, indent=2) + "\n",
-        RESULT: json.dumps({**table.result, "rows": rows}, indent=2) + "\n",
+        RESULT: json.dumps(finite({**table.result, "rows": rows}), indent=2) + "\n",
     }.items():
         with writing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

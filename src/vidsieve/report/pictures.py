@@ -67,24 +67,6 @@ def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) 
     return np.asarray(np.rint(frames * light[..., None]), np.uint8)
 
 
-def kept_picture(
-    path: str | Path,
-    frames: NDArray[np.uint8],
-    grid: TokenGrid,
-    kept: Mapping[str, Sequence[int]],
-    title: str = "",
-    columns: int = 8,
-) -> None:
-    """Write `kept_figure` as PNG, or by the path's ending as SVG or PDF.
-
-    Raises
-    ------
-    OutputError
-        If the file cannot be written.
-    """
-    save(kept_figure(frames, grid, kept, title, columns), path, dpi=110)
-
-
 def kept_figure(
     frames: NDArray[np.uint8], grid: TokenGrid, kept: Mapping[str, Sequence[int]], title: str = "", columns: int = 8
 ) -> Any:

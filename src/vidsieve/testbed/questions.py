@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, FIXTURES, PLACES, QUESTION_NAME, SHAPES
+from vidsieve.testbed.vocabulary import COLOURS, DIRECTIONS, PLACES, QUESTION_NAME, SHAPES
 from vidsieve.testbed.world import GRID, Cast, SceneObject, scene_rng, world_of
 
 KINDS = ("colour", "shape", "place", "motion", "order", "change")
@@ -152,6 +152,3 @@ def make_caption(cast: Cast) -> str:
         if _orderable(members, "shape") and _own_colour(cast, colour):
             lines.append(f"the first {colour} shape is {members[0].shape} and the last is {members[-1].shape} .")
     return " ".join(lines)
-
-
-ANSWER_WORDS: tuple[str, ...] = (*COLOURS, *SHAPES, *FIXTURES, *PLACES, *DIRECTIONS)

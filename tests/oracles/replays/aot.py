@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from replays import Archive, Case, gap, groups, judged, same_indices
-from vidsieve.compressors.aot import anchors, merged_along, merged_within, pooled
+from vidsieve.compressors.aot import anchors, merged_along, merged_within
 from vidsieve.selection import mask_to_indices
 from vidsieve.types import TokenGrid
 
@@ -36,7 +36,6 @@ def _anchors(archive: Archive, case: str) -> Case:
     compared = {
         "anchors": same_indices(chosen, both.sort(1).values),
         "mask": same_indices(mask, archive[f"{case}/mask"]),
-        "pooled mask": same_indices(pooled(mask, str(archive[f"{case}/pool_mode"])), archive[f"{case}/mask_pooled"]),
     }
     return judged("aot", case, compared)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -64,6 +64,7 @@ class StackedAdapter(CountedAdapter):
     """
 
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos",)
+    flat: ClassVar[frozenset[str]] = frozenset({"video", "image"})
     fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
     frame_cells = LlavaOnevisionAdapter.frame_cells
@@ -100,9 +101,3 @@ class StackedAdapter(CountedAdapter):
         """Return the video (1, T, n, D)."""
         frames = video.embeds.reshape(video.grid.frames, -1, video.embeds.shape[-1])
         return {"video": BaseModelOutputWithPooling(pooler_output=frames[None])}
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor (N_kept, 1, D), which beams repeat row by row."""
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vidsieve.adapters.families.mrope import MropeAdapter
 from vidsieve.adapters.locate import needed
-from vidsieve.adapters.probe import attention_modules
 from vidsieve.types import ENCODER_NEEDS, Need
 
 
@@ -23,12 +22,9 @@ class Ernie45VLMoeAdapter(MropeAdapter):
 
     family: ClassVar[str] = "ernie4_5_vl_moe"
     column_keys: ClassVar[tuple[str, ...]] = ("moe_mm_token_type_ids",)
+    tower: ClassVar[str] = "model.vision_tower"
     projector: ClassVar[str] = "model.resampler_model"
     provides: ClassVar[frozenset[Need]] = frozenset({Need.QUESTION}) | ENCODER_NEEDS
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
 
     @property
     def projectors(self) -> list[Any]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
@@ -33,6 +32,7 @@ class FrameAdapter(Adapter):
 
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     modality: ClassVar[Literal["video", "image"]] = "image"
+    flat: ClassVar[frozenset[str]] = frozenset({"image"})
     image_keys: ClassVar[tuple[str, ...]] = ()
     fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
@@ -183,12 +183,6 @@ class FrameAdapter(Adapter):
         patches = torch.cat(values).float()
         side = math.isqrt(patches.shape[1])
         return block_mean(patches, side, side // self.frame_side).flatten(0, 1)
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor (N_kept, 1, D): beams repeat it along its first axis, row by row."""
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
 
 
 def _outside(videos: Sequence[tuple[int, int]], count: int) -> Tensor:

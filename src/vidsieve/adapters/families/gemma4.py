@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.encoded import Encoded, VideoFeatures
 from vidsieve.adapters.families.counted import CountedAdapter
 from vidsieve.adapters.family import Videos
 from vidsieve.adapters.locate import needed
-from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.front import Front
@@ -113,10 +111,6 @@ class Gemma4Adapter(CountedAdapter):
 
         return super()._merged(real, count, needs, front)
 
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]
-
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean over each token's patches, by the places of patches in their frame."""
         patches = torch.cat(values)  # (F, patches, C)
@@ -142,12 +136,6 @@ class Gemma4Adapter(CountedAdapter):
         cap = self.model.config.get_text_config().final_logit_softcapping
         logits = super().logits(hidden)
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor per prompt."""
-        return BaseModelOutputWithPooling(pooler_output=list(rows))
 
 
 class Gemma4UnifiedAdapter(Gemma4Adapter):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -10,7 +9,6 @@ from torch import Tensor
 from vidsieve.adapters.families.counted import CompactPositions
 from vidsieve.adapters.families.mrope import MropeAdapter
 from vidsieve.adapters.families.qwen2_5_vl import Qwen25VLAdapter
-from vidsieve.adapters.probe import attention_modules
 
 
 class HyperCLOVAXVisionV2Adapter(CompactPositions, Qwen25VLAdapter):
@@ -18,6 +16,7 @@ class HyperCLOVAXVisionV2Adapter(CompactPositions, Qwen25VLAdapter):
 
     family: ClassVar[str] = "hyperclovax_vision_v2"
     video_keys: ClassVar[tuple[str, ...]] = MropeAdapter.video_keys
+    tower: ClassVar[str] = "model.vision_model"
     projector: ClassVar[str] = "model.projector"
 
     @property
@@ -29,7 +28,3 @@ class HyperCLOVAXVisionV2Adapter(CompactPositions, Qwen25VLAdapter):
         """Return the head's outputs times ``logits_scaling``."""
         scaling: float = self.model.config.get_text_config().logits_scaling
         return super().logits(hidden) * scaling
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_model)[-1]

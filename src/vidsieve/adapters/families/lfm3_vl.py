@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from vidsieve.adapters.families.counted import CountedPositions
 from vidsieve.adapters.families.mrope import MropeAdapter
-from vidsieve.adapters.probe import attention_modules
 
 
 class Lfm3VlAdapter(CountedPositions, MropeAdapter):
@@ -20,8 +18,5 @@ class Lfm3VlAdapter(CountedPositions, MropeAdapter):
     family: ClassVar[str] = "lfm3_vl"
     oldest: ClassVar[str] = "5.23"
     definition: ClassVar[Literal["masked", "shortened"]] = "shortened"
+    tower: ClassVar[str] = "model.vision_tower"
     projector: ClassVar[str] = "model.multi_modal_projector"
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block that has attention; some are convolutions."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_tower)[-1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.families.counted import StackedAdapter
-from vidsieve.adapters.families.llava_onevision import LlavaOnevisionAdapter, ReadsLayer
+from vidsieve.adapters.families.llava_onevision import ReadsLayer
 from vidsieve.adapters.probe import block_mean
 from vidsieve.types import ENCODER_NEEDS, Need
 
@@ -19,11 +19,10 @@ class LlavaNextVideoAdapter(ReadsLayer, StackedAdapter):
     """Adapter of `LlavaNextVideoForConditionalGeneration`; the vision tower is CLIP."""
 
     family: ClassVar[str] = "llava_next_video"
+    flat: ClassVar[frozenset[str]] = frozenset({"video"})
     provides: ClassVar[frozenset[Need]] = StackedAdapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     cls_token: ClassVar[bool] = True
-
-    encoder_outputs = LlavaOnevisionAdapter.encoder_outputs
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return the mean of the patches that each token is pooled from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +20,7 @@ from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
 
 
 class ReadsLayer(Adapter):
-    """Base of families whose projector reads the hidden states that ``vision_feature_layer`` names.
-
-    Attributes
-    ----------
-    tower : str
-        Path of the vision tower.
-    """
-
-    tower: ClassVar[str] = "model.vision_tower"
+    """Base of families whose projector reads the hidden states that ``vision_feature_layer`` names."""
 
     def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the block whose output the projector reads (several: the last)."""
@@ -60,6 +52,7 @@ class LlavaOnevisionAdapter(ReadsLayer):
     """
 
     family: ClassVar[str] = "llava_onevision"
+    flat: ClassVar[frozenset[str]] = frozenset({"video"})
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values_videos", "image_sizes_videos")
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes", "batch_num_images", "vision_aspect_ratio")
@@ -106,14 +99,6 @@ class LlavaOnevisionAdapter(ReadsLayer):
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
         """Return patches pooled to tokens as features are."""
         return torch.cat([self.model.model.apply_pooling(some.float()).flatten(0, 1) for some in values])
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return videos as one tensor (N_kept, 1, D), which beams repeat row by row; images as a list."""
-        if modality == "image":
-            return BaseModelOutputWithPooling(pooler_output=list(rows))
-        return BaseModelOutputWithPooling(pooler_output=torch.cat(list(rows))[:, None])
 
 
 def layer_options(inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import Encoded, VideoFeatures
@@ -66,9 +65,3 @@ class Molmo2Adapter(Adapter):
         word = self.model.get_input_embeddings()(ids.new_tensor([self.video_token_id]))
         visual = (ids == self.video_token_id)[:, None].to(prompt.embeds.device)
         return replace(prompt, embeds=prompt.embeds + visual * word.to(prompt.embeds))
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor per prompt."""
-        return BaseModelOutputWithPooling(pooler_output=list(rows))

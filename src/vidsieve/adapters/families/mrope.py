@@ -14,7 +14,6 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDe
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.locate import needed, runs
-from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError
 from vidsieve.types import ENCODER_NEEDS, Need, Stage, TokenGrid
@@ -32,6 +31,7 @@ class MropeAdapter(Adapter):
     provides: ClassVar[frozenset[Need]] = Adapter.provides | ENCODER_NEEDS
     image_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "image_grid_thw")
     position_rows: ClassVar[slice] = slice(1, 4)
+    tower: ClassVar[str] = "model.visual"
     projector: ClassVar[str] = "model.visual.merger"
     fronts: ClassVar[frozenset[Stage]] = frozenset({Stage.FRAME, Stage.ENCODER})
 
@@ -149,10 +149,6 @@ class MropeAdapter(Adapter):
         text = torch.arange(position_ids.shape[-1], device=position_ids.device).expand_as(position_ids[:1])
         return torch.cat([text, position_ids])
 
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.visual)[-1]
-
     @property
     def projectors(self) -> list[Any]:
         """The merger, and those of deep features."""
@@ -174,11 +170,11 @@ class MropeAdapter(Adapter):
     def encoder_outputs(
         self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
     ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor per prompt, and each layer's deep features likewise where there are any."""
-        if deep:
-            layers = [list(layer) for layer in deep]
-            return BaseModelOutputWithDeepstackFeatures(pooler_output=list(rows), deepstack_features=layers)
-        return BaseModelOutputWithPooling(pooler_output=list(rows))
+        """Return the features, and each layer's deep features likewise where there are any."""
+        if not deep:
+            return super().encoder_outputs(rows, deep, modality)
+        layers = [list(layer) for layer in deep]
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=list(rows), deepstack_features=layers)
 
 
 def bounds_videos(reader: Any) -> bool:

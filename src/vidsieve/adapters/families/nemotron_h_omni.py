@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -77,9 +77,3 @@ class NemotronHOmniAdapter(Adapter):
         grid = video.grid
         laid_out = video.embeds.view(1, grid.frames, grid.height, grid.width, -1)
         return {"video": BaseModelOutputWithPooling(last_hidden_state=laid_out, pooler_output=[video.embeds])}
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor a prompt."""
-        return BaseModelOutputWithPooling(pooler_output=list(rows))

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.adapter import Adapter
 from vidsieve.adapters.encoded import ImageSpan, VideoFeatures, VideoSpan
@@ -103,12 +102,6 @@ class PieceAdapter(Adapter):
         for row in dict.fromkeys(piece.row for piece in pieces):
             spans += [span_of(*grid) for grid in self.grids([p for p in pieces if p.row == row], ids[row])]
         return tuple(spans), self.locate_images(ids, inputs)
-
-    def encoder_outputs(
-        self, rows: Sequence[Tensor], deep: Sequence[Sequence[Tensor]], modality: str
-    ) -> BaseModelOutputWithPooling:
-        """Return the features as one tensor per prompt."""
-        return BaseModelOutputWithPooling(pooler_output=list(rows))
 
 
 def find_pieces(ids: Tensor, token_id: int, encodings: Sequence[Encoding]) -> list[Piece]:

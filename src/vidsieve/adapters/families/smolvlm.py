@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from vidsieve.adapters.families.frames import FrameAdapter
-from vidsieve.adapters.probe import attention_modules
 from vidsieve.adapters.transformers_api import encoder_features
 
 
@@ -18,6 +17,7 @@ class SmolVLMAdapter(FrameAdapter):
 
     family: ClassVar[str] = "smolvlm"
     video_keys: ClassVar[tuple[str, ...]] = ("pixel_values", "pixel_attention_mask")
+    tower: ClassVar[str] = "model.vision_model"
     projector: ClassVar[str] = "model.connector"
 
     @property
@@ -47,10 +47,6 @@ class SmolVLMAdapter(FrameAdapter):
             name: part.flatten(0, 1)[real][frames.to(real.device)] for name, part in parts.items() if part is not None
         }
         return {**inputs, **{name: part[None] for name, part in chosen.items()}}
-
-    def probe_point(self, inputs: Mapping[str, Any]) -> tuple[Any, Any]:
-        """Return the last block."""
-        return self.model.config.vision_config, attention_modules(self.model.model.vision_model)[-1]
 
     @property
     def frame_side(self) -> int:

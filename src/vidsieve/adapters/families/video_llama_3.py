@@ -12,7 +12,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vidsieve.adapters.encoded import VideoFeatures
 from vidsieve.adapters.families.counted import CountedAdapter
-from vidsieve.adapters.families.mrope import MropeAdapter
 from vidsieve.adapters.transformers_api import encoder_features
 from vidsieve.errors import PromptError, UnsupportedCallError
 from vidsieve.types import Need, Stage, TokenGrid
@@ -38,8 +37,6 @@ class VideoLlama3Adapter(CountedAdapter):
     lacks: ClassVar[Mapping[Need | Stage, str]] = dict.fromkeys(
         [Stage.FRAME, Stage.ENCODER], "its processor leaves out tokens that repeat those of the frame before"
     )
-
-    encoder_outputs = MropeAdapter.encoder_outputs
 
     def limit_frames(self, processor: Any, tokens: int) -> None:
         """Refuse: the processor limits a video, whatever its number of frames."""

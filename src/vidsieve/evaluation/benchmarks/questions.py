@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from vidsieve.errors import EvaluationError, TrainingError
 from vidsieve.evaluation.items import Benchmark, Item, checked
-from vidsieve.training.data.layouts import read_records
+from vidsieve.training.data.layouts import files_of, read_records
 from vidsieve.training.data.rows import Kind, kind_of, labelled, options_of
 
 
@@ -34,7 +34,11 @@ def read(path: Path) -> list[Item]:
 
 
 def _item(row: dict[str, Any], name: str, folder: Path) -> Item:
-    kind, video = cast(Kind, kind_of(row)), folder / row["video"]
+    kind, video = cast(Kind, kind_of(row)), folder / files_of(row)[0]
+    if "video" not in row:
+        return Item(
+            name, video, str(row["question"]), (), "", fault="video: is missing, still images are not asked about"
+        )
     if not labelled(row):
         return Item(name, video, str(row["question"]), (), "", fault="answer: is missing")
     groups = {"kind": (str(row.get("group", kind)),)}

@@ -69,10 +69,11 @@ class CalibrationTask(QuestionsTask):
         return values
 
     def measured(self, results: Results) -> Measured:
-        """Return the answers of the questions that could be asked, as `calibrate` reads them."""
+        """Return the answers of the questions that could be asked at every step, as `calibrate` reads them."""
         whole, *steps = results.conditions
         answered = results.samples[whole.key]
-        items = [item for item in self.items if item.id in answered]
+        asked = set.intersection(*(set(samples) for samples in results.samples.values()))
+        items = [item for item in self.items if item.id in asked]
         names: dict[str, int] = {}
         videos = [names.setdefault(str(item.video), len(names)) for item in items]
         rows = [[results.samples[step.key][item.id] for step in steps] for item in items]

@@ -33,6 +33,7 @@ from vidsieve.evaluation.items import Benchmark, Item, check_videos
 from vidsieve.evaluation.table import Table
 from vidsieve.io.faults import contained
 from vidsieve.options import chosen
+from vidsieve.training.data.rows import single_tokens
 from vidsieve.training.data.wording import Wording, prompt_about, worded
 from vidsieve.training.judging import judge
 from vidsieve.types import ENCODER_NEEDS, Need, Stage
@@ -224,12 +225,12 @@ class QuestionsTask:
         Raises
         ------
         PromptError
-            If it has none, one is not one token, or two are the same one.
+            If it has none, one is not one token or is unknown, or two are the same one.
         """
-        ids = [self.processor.tokenizer(word, add_special_tokens=False)["input_ids"] for word in item.answers]
-        if not ids or any(len(tokens) != 1 for tokens in ids) or len({tokens[0] for tokens in ids}) < len(ids):
+        tokens = single_tokens(self.processor.tokenizer, item.answers)
+        if tokens is None or not len(tokens):
             raise PromptError(f"question {item.id!r} cannot be answered by one token each: use --answer generate")
-        return torch.tensor([tokens[0] for tokens in ids])
+        return tokens
 
     def tabulate(self, results: Results) -> Table:
         """Return the table of accuracies.

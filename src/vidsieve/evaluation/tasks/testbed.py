@@ -16,7 +16,7 @@ from vidsieve.adapters.encoded import Encoded
 from vidsieve.adapters.fingerprint import model_digest
 from vidsieve.adapters.trace import VideoTrace
 from vidsieve.adapters.transformers_api import cache_argument, new_cache
-from vidsieve.answering import next_token_logits
+from vidsieve.answering import likeliest, next_token_logits
 from vidsieve.compressors.base import Compressor
 from vidsieve.compressors.front import Front
 from vidsieve.errors import BudgetError, NeedError, PromptError, StageError, UnsupportedCallError
@@ -397,5 +397,5 @@ def _selected(
 
 def _right(scene: SceneBatch, logits: Tensor) -> list[bool]:
     """Return True for every question whose answer has the highest of its options' logits (questions, V)."""
-    right: list[bool] = (logits.gather(1, scene.options).argmax(1) == scene.answers).tolist()
+    right: list[bool] = (likeliest(logits.gather(1, scene.options)) == scene.answers).tolist()
     return right

@@ -1,1 +1,1 @@
-"""Videos: reading and writing files."""
+"""Prompts of a training: files of questions and captions, and scenes of the testbed."""

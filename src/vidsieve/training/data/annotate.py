@@ -24,7 +24,7 @@ from vidsieve.errors import TrainingError, VideoError
 from vidsieve.io.files import beside, relative, writing
 from vidsieve.io.journal import Journal
 from vidsieve.io.texts import json_line
-from vidsieve.training.data.layouts import confined_records, files_of, moved, path_from
+from vidsieve.training.data.layouts import IMAGE_BYTES, confined_records, files_of, moved, path_from
 from vidsieve.training.data.teacher import Client, HaltedError, Server, Teacher, api_key, is_passing, judge
 
 
@@ -110,7 +110,7 @@ class Annotation:
             if record.fault:
                 yield CaptionItem(record.number, {}, {}, reason="malformed record", detail=record.fault)
             for shown in record.rows:
-                if "bytes" in shown:  # of Parquet: JSON lines cannot hold it
+                if IMAGE_BYTES in shown:  # of Parquet: JSON lines cannot hold it
                     yield CaptionItem(record.number, {}, {}, reason="image inside the file", detail=shown["image"])
                     continue
                 row = shown | moved(shown, self.target)

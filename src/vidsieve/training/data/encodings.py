@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from vidsieve.adapters.adapter import Adapter
@@ -52,9 +53,10 @@ class EncodingPlan:
     def __str__(self) -> str:
         if not self.missing:
             return f"{self.folder} has all {self.videos} videos encoded"
+        needed, each, free = (decimal(n) for n in (self.missing * self.bytes_each, self.bytes_each, self.free))
         return (
             f"{self.folder} has {self.videos - self.missing} of {self.videos} videos encoded; the others take about "
-            f"{_size(self.missing * self.bytes_each)} ({_size(self.bytes_each)} each), {_size(self.free)} are free"
+            f"{needed} ({each} each), {free} are free"
         )
 
 
@@ -280,13 +282,3 @@ def _settings(processor: Any) -> list[Any]:
     parts = [getattr(processor, name, None) for name in ("video_processor", "image_processor")]
     settings = [lasting(part.to_dict()) for part in parts if part is not None]
     return [type(processor).__name__, getattr(processor, "chat_template", None), *settings]
-
-
-def _size(count: int) -> str:
-    """Return bytes in words."""
-    number, unit = float(count), "bytes"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if number < 1000:
-            break
-        number, unit = number / 1000, larger
-    return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vidsieve.answering import likeliest
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import beside, writing
 from vidsieve.io.journal import Store, measure_all
@@ -93,7 +94,7 @@ def blind_answers(
                 weights = (options / temperature).softmax(0).tolist()
                 picked = chance.choices(range(len(weights)), weights)[0]
             else:
-                picked = int(options.argmax())
+                picked = int(likeliest(options))
             marks.append(picked == question.answer)
     return marks
 

@@ -2,7 +2,7 @@
 
 A row has ``video`` (an absolute path), ``question``, ``options``, ``answer`` and ``problem_type``, or ``caption`` and
 perhaps ``prompt``; ``source`` where the file names the set of a record. Rows of still images have ``frames``
-(pseudo-videos, as `vidsieve data pseudo` writes them) or ``image``, with its ``bytes`` where the file holds them. A
+(pseudo-videos, as `vidsieve data pseudo` writes them) or ``image``, with `IMAGE_BYTES` where the file holds them. A
 layout is one file in `formats` and one line in `LAYOUTS`.
 """
 
@@ -30,6 +30,9 @@ LAYOUTS = {
     "vidsieve": "vidsieve.training.data.formats.jsonl",
 }
 """Name: module with ``LAYOUT``. The first one that `matches` reads a file."""
+
+IMAGE_BYTES, INSIDE = "vidsieve:bytes", "vidsieve:inside"
+"""Fields of a row whose image is in the file itself: its bytes, and, once these are checked and left out, the mark."""
 
 Words = Annotated[str, msgspec.Meta(max_length=2**16)]
 """A text of a question, as a field of a `msgspec.Struct`: no longer than regular expressions read at once."""
@@ -164,7 +167,7 @@ def read_records(path: Path, root: Path | None = None) -> Iterator[Record]:
 def confined_records(path: Path, root: Path | None = None) -> Iterator[Record]:
     """Yield what `read_records` does; with a `root`, files outside it, after symbolic links, are faults of a record."""
     for record in read_records(path, root):
-        names = {name: None for row in record.rows if "bytes" not in row for name in files_of(row)}
+        names = {name: None for row in record.rows if IMAGE_BYTES not in row for name in files_of(row)}
         outside = next((name for name in names if root is not None and not is_inside(name, root)), None)
         if outside is None:
             yield record
@@ -174,7 +177,7 @@ def confined_records(path: Path, root: Path | None = None) -> Iterator[Record]:
 
 def files_of(row: Mapping[str, Any]) -> list[str]:
     """Return the paths of a row's files: its video, or its still images; none if its image is inside the file."""
-    if "inside" in row:
+    if INSIDE in row:
         return []
     if "frames" in row:
         return [name for name, _ in row["frames"]]

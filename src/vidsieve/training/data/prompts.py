@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache as once
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -152,7 +152,6 @@ class FilePrompts:
         self.videos = sorted({key for number in (*questions, *captions) for key in table.shown[number]})
         self._broken: set[frozenset[str]] = set()
         self._refused: set[int] = set()
-        self._orders: dict[tuple[int, int], torch.Tensor] = {}
         self.template = adapter.known_template() if adapter is not None else None
 
     def first_of(self, keys: Sequence[str]) -> str:
@@ -164,11 +163,7 @@ class FilePrompts:
         if not len(rows):
             raise TrainingError(f"{self.path} has no rows with {what}")
         turn, start = divmod(number, len(rows))
-        if (turn, len(rows)) not in self._orders:
-            self._orders = {key: order for key, order in self._orders.items() if key[0] >= turn - 1}
-            generator = torch.Generator().manual_seed(self.seed + turn)
-            self._orders[turn, len(rows)] = torch.randperm(len(rows), generator=generator)
-        index = int(self._orders[turn, len(rows)][(start + place) % len(rows)])
+        index = int(_order(self.seed + turn, len(rows))[(start + place) % len(rows)])
         return index, rows[index]
 
     def _readable(self, rows: View, number: int, what: str, read: Callable[[int, dict[str, Any]], Sample]) -> Sample:
@@ -262,3 +257,9 @@ class FilePrompts:
             if name not in extended and isinstance(value, Tensor) and value.shape == inputs["input_ids"].shape:
                 extended[name] = torch.cat([value, torch.zeros_like(answer).to(value)], 1)
         return Caption(inputs | extended, key=f"{self.path}:{index}")
+
+
+@lru_cache(8)
+def _order(seed: int, count: int) -> Tensor:
+    """Return the order (count,) of the rows of one turn through a file."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

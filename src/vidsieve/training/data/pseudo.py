@@ -20,7 +20,7 @@ from typing import Any
 from vidsieve.errors import TrainingError
 from vidsieve.io.files import beside, writing
 from vidsieve.io.texts import json_line
-from vidsieve.training.data.layouts import confined_records, path_from
+from vidsieve.training.data.layouts import IMAGE_BYTES, confined_records, path_from
 from vidsieve.training.data.reading import image_fault
 from vidsieve.video.reading import open_image
 
@@ -179,7 +179,7 @@ def read_captioned(
         if record.fault:
             left_out.append(LeftOut(record.number, "", record.fault))
         for row in record.rows:
-            name, data = row.get("image", ""), row.get("bytes", b"")
+            name, data = row.get("image", ""), row.get(IMAGE_BYTES, b"")
             image = Path(name) if data else Path(name).resolve()
             fault = (image_fault(data) if data else fault_of(image)) if name or data else "no image, but a video"
             if fault:

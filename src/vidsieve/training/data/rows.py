@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -56,14 +57,12 @@ class Remembered:
     """A tokenizer that splits each text once: options are the same few letters all through a file."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.unk_token_id = tokenizer, getattr(tokenizer, "unk_token_id", None)
-        self.known: dict[str, Any] = {}
+        self.unk_token_id = getattr(tokenizer, "unk_token_id", None)
+        self._split = lru_cache(4096)(tokenizer)
 
     def __call__(self, text: str, **options: Any) -> Any:
         """Return the tokens of a text."""
-        if text not in self.known:
-            self.known[text] = self.tokenizer(text, **options)
-        return self.known[text]
+        return self._split(text, **options)
 
 
 def options_of(row: Mapping[str, Any]) -> Options:
@@ -122,8 +121,8 @@ def ask(row: Mapping[str, Any], tokenizer: Any) -> AskedQuestion:
     except OptionsError as error:
         raise TrainingError(f"{error} ({name})") from None
     question = str(row["question"])
-    letters = _single(tokenizer, options.letters)
-    words = None if options.lettered and letters is not None else _single(tokenizer, options.texts)
+    letters = single_tokens(tokenizer, options.letters)
+    words = None if options.lettered and letters is not None else single_tokens(tokenizer, options.texts)
     if letters is not None and words is None:
         text = "\n".join([question, *options.lines(), ASKED["multiple choice"]])
         return AskedQuestion(text, letters, right, options.letters[right] if answered else "")
@@ -144,7 +143,7 @@ def relettered(row: Mapping[str, Any], chance: random.Random) -> dict[str, Any]:
     return {**row, "options": listed, "answer": listed[order.index(options.index(str(row["answer"])))]}
 
 
-def _single(tokenizer: Any, words: Sequence[str]) -> Tensor | None:
+def single_tokens(tokenizer: Any, words: Sequence[str]) -> Tensor | None:
     """Return the token of each word (n,) int64; None where one is not a token, is unknown, or equals another's."""
     ids = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     unknown = [getattr(tokenizer, "unk_token_id", None)]

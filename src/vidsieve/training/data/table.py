@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from vidsieve.errors import PromptError, TrainingError
-from vidsieve.training.data.layouts import confined_records, files_of, layout_of
+from vidsieve.training.data.layouts import IMAGE_BYTES, INSIDE, confined_records, files_of, layout_of
 from vidsieve.training.data.reading import image_fault
 from vidsieve.training.data.rows import labelled
 from vidsieve.training.data.skipped import Skipped
@@ -151,12 +151,12 @@ def load_rows(
                 continue
             if reason:
                 skipped.leave(reason)
-            elif "bytes" not in row:
+            elif IMAGE_BYTES not in row:
                 table.append(row)
-            elif fault := image_fault(row["bytes"]):
+            elif fault := image_fault(row[IMAGE_BYTES]):
                 skipped.add("image that cannot be read", where, fault, file=path)
             else:
-                table.append({key: value for key, value in row.items() if key != "bytes"} | {"inside": True})
+                table.append({key: value for key, value in row.items() if key != IMAGE_BYTES} | {INSIDE: True})
         if progress is not None and count % 500 == 0:
             progress(count)
     missing = {key for key, shown in table.files.items() if present and not os.path.isfile(shown.name)}

@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import msgspec
 
 from vidsieve.options import Options, OptionsError, said_letter
-from vidsieve.training.data.layouts import Layout, Name, Rows, Words, checked
+from vidsieve.training.data.layouts import IMAGE_BYTES, Layout, Name, Rows, Words, checked
 from vidsieve.training.data.reading import MalformedError
 
 LEAST_WORDS = 10
@@ -87,7 +87,7 @@ def _rows(record: Any, folder: Path, file: Path) -> Rows:
         return [], {f"an answer of fewer than {LEAST_WORDS} words, no caption": 1}
     row["caption"], image = caption, checked(record, _Still).image
     if isinstance(image, _ImageInside):
-        return [row | {"bytes": image.data, "image": str(image.path or talk.id or "")}], {}
+        return [row | {IMAGE_BYTES: image.data, "image": str(image.path or talk.id or "")}], {}
     return [row | {"image": str(folder / image)}], {}
 
 
