@@ -325,12 +325,10 @@ def kept_cell(row: dict[str, Any] | None) -> str:
 
 
 def kept(name: str, result: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines about nominal and real retention, and about families that refuse a method."""
+    """Yield the lines about nominal and real retention; none of a method with a policy, which keeps the budget."""
     settings, ratios = result.get("kept", {}), result.get("retentions", [])
     labels = [key for rows in settings.values() for key in rows if key.partition(",")[0].partition(":")[0] == name]
-    refusing = {key: row for key, row in result.get("refused", {}).items() if key.partition(":")[0] == name}
-    if not refusing:
-        yield "**What is kept** at a nominal retention, and which families refuse it, has not been measured."
+    if not labels:
         return
     yield (
         "**What is kept** at a nominal retention: the share of tokens kept after the last stage / the mean over the "
@@ -344,23 +342,8 @@ def kept(name: str, result: dict[str, Any]) -> Iterator[str]:
         rows.append([f"`{key}`", *map(kept_cell, found)])
     yield from table(["method", *heads], rows)
     yield ""
-    dashes = any("–" in row for row in rows)
-    reasons = "–: cannot keep so little; [retention.md](../retention.md) has the reasons. " if dashes else ""
-    yield reasons + families(refusing)
-
-
-def families(refusing: dict[str, dict[str, str]]) -> str:
-    """Return which families refuse a method at half of the tokens, and why."""
-    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
-    for key, row in refusing.items():
-        for family, reason in row.items():
-            if reason:
-                names, where = reasons.setdefault(reason, ({}, {}))
-                names[f"`{key}`"], where[family] = None, None
-    if not reasons:
-        return f"At 50 % it runs on all {len(next(iter(refusing.values())))} families."
-    said = [f"{' and '.join(names)} refused by {', '.join(at)} ({reason})" for reason, (names, at) in reasons.items()]
-    return f"At 50 %: {'; '.join(said)}."
+    if any("–" in row for row in rows):
+        yield "–: cannot keep so little; [retention.md](../retention.md) has the reasons."
 
 
 # -- pages --------------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
-"""Nominal against real retention, method by method, and which family refuses which; JSON and docs/retention.md.
+"""Nominal against real retention, method by method: the JSON and docs/retention.md.
 
-Real videos of the testbed (16×6×6 tokens, 6 layers), and random ones of 32×196 tokens under a random LLaVA-OneVision of
-28 layers, as deep as the 7B model.
+Real videos of the testbed, of 16×6×6 tokens, and random ones of 32×196 tokens under a random LLaVA-OneVision of 28
+layers, as deep as the 7B model.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from vidsieve.loading import load_model
 from vidsieve.testbed.model import chat_inputs
 from vidsieve.testbed.questions import make_questions
 from vidsieve.testbed.world import make_cast, render
-from vidsieve.testing.tiny_models import END, FAMILIES, START, USER, VIDEO, default_grid, inputs_for
+from vidsieve.testing.tiny_models import END, FAMILIES, START, USER, VIDEO
 
 RETENTIONS = (0.25, 0.1)
 DEPTH = 28
@@ -44,7 +43,8 @@ Written by `python benchmarks/retention.py`; every figure is in `benchmarks/resu
 tokens that a layer sees; compute is proportional to it, and variant `ours` keeps it at or below the retention.
 **tokens**: tokens kept after the last stage, plus newlines that no budget counts; for methods that act while decoding,
 also the share of these tokens that layers read. `official` keeps what the release's arithmetic keeps. –: the method
-cannot keep so few tokens here; the reason is below the table.
+cannot keep so few tokens here; the reason is below the table. Methods with a policy keep exactly ⌊R·N⌋ tokens. Which
+family runs which method is in [families.md](families.md).
 """
 
 
@@ -123,20 +123,6 @@ def kept(model: Any, method: Compressor, batches: list[dict[str, Any]]) -> dict[
     }
 
 
-def refusals() -> dict[str, dict[str, str]]:
-    """Return by method and family why it cannot run on a model of that family and of `DEPTH` layers; empty: it can."""
-    models = {family: deep(family) for family in FAMILIES}
-    found: dict[str, dict[str, str]] = {}
-    for label, method in conditions():
-        if "," in label:
-            continue
-        for family, model in models.items():
-            inputs = inputs_for(family, [[default_grid(family, 8)]])
-            outcome = kept(model, replace(method, retention=0.5), [inputs])
-            found.setdefault(label, {})[family] = outcome.get("refused", "")
-    return found
-
-
 def cell(row: dict[str, Any]) -> str:
     """Return what a table says of a row."""
     if "refused" in row:
@@ -159,17 +145,6 @@ def page(result: dict[str, Any]) -> str:
             lines.append(f"| `{label}` | {acts} | {' | '.join(cell(by[f'{ratio:g}']) for ratio in RETENTIONS)} |")
             reasons += [f"- {row['refused']}" for row in by.values() if "refused" in row]
         lines += ["", *dict.fromkeys(reasons), ""]
-    lines += [
-        f"## Which family refuses which method ({DEPTH} layers, retention 0.5)",
-        "",
-        f"| method | {' | '.join(FAMILIES)} |",
-        "|---|" + "---|" * len(FAMILIES),
-    ]
-    reasons = list(dict.fromkeys(why for by in result["refused"].values() for why in by.values() if why))
-    for label, by in result["refused"].items():
-        cells = [f"[{reasons.index(by[family]) + 1}]" if by[family] else "runs" for family in FAMILIES]
-        lines.append(f"| `{label}` | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {why}" for number, why in enumerate(reasons, 1)), ""]
     return "\n".join(lines)
 
 
@@ -181,7 +156,7 @@ def main() -> None:
     quiet()
     model, processor = load_model("testbed")
     settings = {
-        f"The testbed: {SCENES} scenes of 16×6×6 tokens, 6 layers": (model, scene_inputs(processor)),
+        f"The testbed: {SCENES} scenes of 16×6×6 tokens, 8 layers": (model, scene_inputs(processor)),
         f"Random frames: 32×14×14 tokens, {DEPTH} layers": (deep("llava_onevision", image_size=216), random_inputs()),
     }
     found: dict[str, dict[str, Any]] = {}
@@ -190,7 +165,7 @@ def main() -> None:
             by = {f"{ratio:g}": kept(network, method.with_retention(ratio), batches) for ratio in RETENTIONS}
             found.setdefault(title, {})[label] = by
             print(title.partition(":")[0], label, *(cell(row) for row in by.values()), sep=" | ", flush=True)
-    result = {"machine": machine(), "retentions": RETENTIONS, "kept": found, "refused": refusals()}
+    result = {"machine": machine(), "retentions": RETENTIONS, "kept": found}
     write_result(options.json, result)
     with writing(options.page) as temporary:
         temporary.write_text(page(result), encoding="utf-8")

@@ -88,6 +88,8 @@ def test_missing_videos_stop_a_run_or_count_as_failures(cli, scenes, tmp_path):
 def test_the_command_is_told_without_the_share(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "eval", "mlvu", "a b", "--share", "2/4", "--share=1/4", "--seed", "3"])
     assert command_line() == "vidsieve eval mlvu 'a b' --seed 3"
+    monkeypatch.setattr("sys.argv", ["/a checkout/workbench/__main__.py", "ablate", "runs/a"])
+    assert command_line() == "python -m workbench ablate runs/a"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,9 @@ def command_line() -> str:
             del given[:1]
         elif not word.startswith("--share="):
             kept.append(word)
-    return shlex.join(["vidsieve", *kept])
+    program = Path(sys.argv[0])
+    module = f"python -m {program.parent.name} " if program.name == "__main__.py" else "vidsieve "
+    return module + shlex.join(kept)
 
 
 def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[Any]], right: Iterable[int] = ()) -> RichTable:
