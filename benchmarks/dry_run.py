@@ -7,6 +7,7 @@ measured before each training; the ratio of the two times of a prompt is what co
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 import time
 from functools import partial
@@ -103,7 +104,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     blueprints._SIZES.update(SIZES)
     blueprints.BLUEPRINTS.update({n: (s[0], partial(blueprints._configuration, n)) for n, s in SIZES.items()})
-    result: dict[str, Any] = {"machine": machine(), "models": {}}
+    earlier = json.loads(options.json.read_text("utf-8"))["models"] if options.json.exists() else {}
+    result: dict[str, Any] = {"machine": machine(), "models": earlier}
     for name in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
             row = result["models"][name] = measured(name, Path(folder))

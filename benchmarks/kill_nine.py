@@ -238,7 +238,7 @@ def killed(case: Case, folder: Path, kills: int, draw: random.Random) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="of each command")
-    parser.add_argument("--only", default="", help="commands whose name has this")
+    parser.add_argument("--only", default="", help="commands whose name has this; the others' results stay")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/kill_nine.json"))
     options = parser.parse_args()
@@ -252,7 +252,7 @@ def main() -> None:
         write_data(folder / "data")
         log = ["--log", str(folder / "log"), "--slow", "0.05", "--lie", "0.1"]
         with subprocess.Popen([sys.executable, str(TEACHER), str(port), *log], stdout=subprocess.DEVNULL) as teacher:
-            runs = {}
+            runs = json.loads(options.json.read_text("utf-8"))["runs"] if options.json.exists() else {}
             for case_name, case in cases(folder / "data", port).items():
                 if options.only in case_name:
                     (folder / case_name).mkdir()
