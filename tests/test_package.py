@@ -116,18 +116,6 @@ def test_the_oldest_transformers_that_is_tested_is_the_oldest_that_is_allowed():
     assert tested[1] in (allowed[1], f"{allowed[1]}.0")
 
 
-def test_old_names_of_modules_that_moved_are_found_with_a_warning():
-    from vidsieve import answering
-    from vidsieve.training import judging
-
-    with pytest.warns(DeprecationWarning, match="vidsieve.pipeline is vidsieve.answering now"):
-        assert importlib.import_module("vidsieve.pipeline") is answering
-    with pytest.warns(DeprecationWarning, match="vidsieve.rl.answers is vidsieve.training.judging now"):
-        assert importlib.import_module("vidsieve.rl.answers").judge is judging.judge
-    with pytest.raises(ModuleNotFoundError, match=r"training\.nothing"):
-        importlib.import_module("vidsieve.rl.nothing")
-
-
 LAYERS = (
     "cli",
     "serving",

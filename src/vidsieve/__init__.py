@@ -10,13 +10,8 @@ The public names are those of the stub `__init__.pyi`.
 
 import ast
 import importlib
-import sys
 from pathlib import Path
 from typing import Any
-
-from vidsieve._moved import MovedFinder
-
-sys.meta_path.append(MovedFinder())
 
 _STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))
 _HOME = {alias.name: node.module for node in _STUB.body if isinstance(node, ast.ImportFrom) for alias in node.names}

@@ -42,9 +42,7 @@ def test_the_pipeline_of_a_made_clip(cli, tmp_path):
         (["--dtype", "float"], "unknown dtype 'float'"),
         (["--random-weights", "qwen2.5-vl-7"], "Did you mean 'qwen2.5-vl-7b'"),
         (["--methods", "evz"], "Did you mean 'evs'"),
-        (["pipeline", "clip.mp4"], "`bench pipeline` is part of `bench` now"),
-        (["select"], "selection is a column of it"),
-        (["a.mp4", "b.mp4"], "leave b.mp4 out"),
+        (["a.mp4", "b.mp4"], "unexpected extra argument(s) (b.mp4)"),
     ],
 )
 def test_mistakes_are_told(cli, given, said):

@@ -574,21 +574,6 @@ def test_plan_takes_names_in_any_case_and_numbers_that_are_some(cli):
     assert "got inf" in cli("plan", "--model", "qwen2.5-vl-7b", "--gpu", "h100", "--price", "inf", fails=True)
 
 
-@pytest.mark.parametrize(
-    ("given", "now"),
-    [
-        (("reproduce", "cacovid:table1", "--plan"), "python -m workbench reproduce"),
-        (("eval", "open"), "python -m workbench open"),
-        (("testbed", "build", "x"), "python -m workbench build"),
-        (("oracles", "x"), "pytest tests/oracles --oracles DIR"),
-    ],
-)
-def test_commands_that_moved_say_where_they_went(cli, given, now):
-    assert f"not in the package any more: run `{now}` in a checkout" in cli(*given, fails=True)
-    compared = cli("compare", "clip.mp4", "What happens?", "--methods", "evs", fails=True)
-    assert "run `vidsieve ask VIDEO QUESTION --methods a,b,c`" in compared
-
-
 def test_stream_asks_at_a_time_and_at_the_end(run, scene, tmp_path):
     asked = ["--question", "what shape is it ?", "--question", "1=what colour is it ?"]
     kept = ["--method", "score", "--memory", "150", "--fps", "4", "--reader", "sieve", "--retention", "100t"]

@@ -15,12 +15,8 @@ from vidsieve.errors import EvaluationError
 from vidsieve.retention import parse_budget
 from vidsieve.video import check_file
 
-EXTRA = {"allow_extra_args": True}
-"""Lets `bench pipeline clip.mp4`, the command's old form, be answered with its new one."""
-
 
 def bench(
-    context: typer.Context,
     video: Annotated[
         Path | None, typer.Argument(help="A video file; default: a generated moving picture.", show_default=False)
     ] = None,
@@ -58,12 +54,6 @@ def bench(
     json: options.Json = None,
 ) -> None:
     """Time every part from the file to the answer, methods in turns with all tokens, random and downsample."""
-    if str(video) in ("pipeline", "select"):
-        raise EvaluationError(
-            f"`bench {video}` is part of `bench` now: run `vidsieve bench`; selection is a column of it"
-        )
-    if context.args:
-        raise EvaluationError(f"one video at a time: leave {' '.join(context.args)} out")
     output.check_output(json, reads=[video])
     output.check_output(report, output.PAGE, [video])
     if video is not None:

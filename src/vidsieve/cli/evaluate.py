@@ -146,8 +146,6 @@ def evaluate(
     json: options.Json = None,
 ) -> None:
     """Measure methods side by side, beside the model with all tokens: accuracy with errors clustered by video."""
-    if task == "open":
-        raise shared.gone_error("open")
     if task != "testbed" and task not in registry.benchmarks:
         raise UnknownNameError("task", task, ["testbed", *registry.benchmarks])
     for name in ONLY_BENCHMARKS if task == "testbed" else ONLY_TESTBED:

@@ -27,7 +27,6 @@ from vidsieve.cli import stream as stream_command
 from vidsieve.cli import ui as ui_command
 from vidsieve.cli.options import Json
 from vidsieve.cli.output import check_output, err, note, out, table, write_json
-from vidsieve.cli.shared import moved
 from vidsieve.errors import PluginError, VidsieveError
 from vidsieve.io import faults
 
@@ -71,7 +70,7 @@ app.command("report")(report_command.report)
 app.add_typer(train.app, name="train")
 app.command("eval")(evaluate.evaluate)
 app.command("calibrate")(calibrate_command.calibrate)
-app.command("bench", context_settings=bench.EXTRA)(bench.bench)
+app.command("bench")(bench.bench)
 app.add_typer(data.app, name="data")
 app.add_typer(testbed.app, name="testbed")
 app.command("batch")(batch_command.batch)
@@ -79,12 +78,6 @@ app.command("plan")(plan_command.plan)
 app.command("doctor")(doctor_command.doctor)
 app.command("ui")(ui_command.ui)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve_command.serve)
-
-
-COMPARED = "compare is part of `ask` now: run `vidsieve ask VIDEO QUESTION --methods a,b,c`, with the same options"
-moved(app, "compare", error=VidsieveError(COMPARED))
-moved(app, "reproduce")
-moved(app, "oracles", "pytest tests/oracles --oracles DIR")
 
 
 def method_rows() -> list[dict[str, Any]]:

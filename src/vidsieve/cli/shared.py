@@ -1,4 +1,4 @@
-"""Parts that commands share: running a task, loading a model, commands that are gone."""
+"""Parts that commands share: running a task, loading a model."""
 
 from __future__ import annotations
 
@@ -11,29 +11,12 @@ import typer
 from rich.markup import escape
 
 from vidsieve.cli.output import command_line, err, out, print_table, write_json, write_report
-from vidsieve.errors import EvaluationError, VidsieveError
+from vidsieve.errors import EvaluationError
 
 if TYPE_CHECKING:
     from vidsieve.evaluation.conditions import Condition
     from vidsieve.evaluation.experiment import Task
     from vidsieve.evaluation.table import Table
-
-
-def gone_error(name: str, now: str = "python -m workbench {name}") -> VidsieveError:
-    """Return the error that says what to run instead of a command, in a checkout."""
-    return VidsieveError(f"{name} is not in the package any more: run `{now.format(name=name)}` in a checkout")
-
-
-def moved(
-    app: typer.Typer, name: str, now: str = "python -m workbench {name}", error: VidsieveError | None = None
-) -> None:
-    """Give an app a command that says what to run instead: `now` in a checkout, unless there is an `error`."""
-
-    def gone() -> None:
-        raise error or gone_error(name, now)
-
-    anything = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(name, hidden=True, context_settings=anything)(gone)
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import typer
 from vidsieve.cli.options import Json
 from vidsieve.cli.output import check_output, out, write_json
 from vidsieve.cli.progress import Bar
-from vidsieve.cli.shared import moved
 from vidsieve.errors import OutputError
 from vidsieve.io.files import locked
 
@@ -71,7 +70,3 @@ def render(
     for name in summary.get("files", []):
         out.print(f"look at it: vidsieve data check {folder / name}", highlight=False, soft_wrap=True)
     write_json(json, summary)
-
-
-for name in ("build", "talker", "separation", "ablate"):
-    moved(app, name)
