@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vidsieve import load
 from vidsieve.compressors import _clustering
 from vidsieve.compressors._budgets import scaled_counts
+from vidsieve.compressors.visionzip import merge
 from vidsieve.errors import BudgetError
 from vidsieve.testing import GivenView, make_video
 from vidsieve.types import EncoderOutputs, TokenGrid, Tokens, VideoTokens
@@ -125,6 +126,16 @@ def test_vidcom2_gives_an_odd_frame_more():
 
 
 # -- VisionZip ----------------------------------------------------------------------------------------------
+
+
+def test_visionzip_sums_in_full_precision():
+    """In bfloat16 a sum of ones stops at 256."""
+    embeds = torch.ones(601, 4, dtype=torch.bfloat16)
+    owner = torch.zeros(601, dtype=torch.int64)
+    owner[0] = -1
+    for doubled, wanted in ((False, 1), (True, 2)):
+        merged = merge(embeds, torch.tensor([0]), owner, doubled)
+        assert merged.dtype == torch.bfloat16 and torch.equal(merged, torch.full((1, 4), wanted, dtype=torch.bfloat16))
 
 
 def test_visionzip_merges_to_means():

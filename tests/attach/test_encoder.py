@@ -112,6 +112,16 @@ def test_ready_features_carry_no_signals():
         vidsieve.prune(model, rest, zipper())
 
 
+def test_queries_some_at_a_time_are_all_queries(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 4, 9, 8, generator=draw) for _ in range(2))
+    real = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
+    whole = received(query, key, 0.5, real, cls_token=False)[0]
+    monkeypatch.setattr("vidsieve.adapters.probe._QUERIES", 4)
+    assert torch.allclose(received(query, key, 0.5, real, cls_token=False)[0], whole, atol=1e-6)
+    assert torch.allclose(whole.sum(1), torch.ones(2)) and not whole[1, 6:].any()
+
+
 @pytest.mark.parametrize("cls_token", [False, True])
 def test_heads_that_share_keys_receive_as_if_each_had_its_own(cls_token):
     draw = torch.Generator().manual_seed(0)

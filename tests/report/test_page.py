@@ -18,7 +18,7 @@ from vidsieve.evaluation.table import Table
 from vidsieve.evaluation.tasks.timing import comparison_table, timing_table
 from vidsieve.report import charts
 from vidsieve.report.page import FramesOf, Kept, Section, page, write_page
-from vidsieve.report.pictures import kept_figure, overlay_video
+from vidsieve.report.pictures import kept_figure, lit_frames, overlay_video
 from vidsieve.report.sections import answer_sections, comparison_sections, result_sections, training_sections
 from vidsieve.types import TokenGrid
 from vidsieve.video.reading import read_video
@@ -229,6 +229,22 @@ def test_masks_of_methods_are_rows_of_frames():
     assert len(lit) == 4 and (lit[0] == 200).all(), "all tokens first"
     assert (lit[2][:4, :4] == 200).all() and (lit[2][4:] < 60).all() and (lit[2][:4, 4:] < 60).all()
     assert (lit[3][:4, 4:8] == 200).all() and (lit[3][:, :4] < 60).all()
+
+
+def test_frames_that_are_not_shown_are_not_lit(monkeypatch):
+    """Of a long video in high resolution all lit frames in float32 would take gigabytes."""
+    grid, frames = TokenGrid(8, 1, 1), np.arange(1, 17, dtype=np.uint8)[:, None, None, None].repeat(3, 3)
+    whole = lit_frames(frames, grid, [0, 3, 7])
+    assert (lit_frames(frames, grid, [0, 3, 7], [15, 0, 5]) == whole[[15, 0, 5]]).all()
+    asked = []
+
+    def noted(*arguments):
+        asked.append(arguments[3])
+        return lit_frames(*arguments)
+
+    monkeypatch.setattr("vidsieve.report.pictures.lit_frames", noted)
+    kept_figure(frames, grid, {"one": [0]}, columns=3)
+    assert [len(shown) for shown in asked] == [3, 3]
 
 
 def test_an_overlay_shows_kept_tokens_lit_for_as_long_as_the_video(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -184,6 +185,25 @@ def test_a_prompt_past_the_models_window_fails_alone(scenes, monkeypatch):
     answerer.window = 100
     ((answered, said),) = answerer([(row, video)])
     assert not answered and "the model knows 100: take fewer frames" in said["reason"]
+
+
+def test_positions_that_turn_nothing_count_for_no_window(scenes, monkeypatch):
+    """Qwen's plain count of a long video's tokens is far above the positions that its model sees."""
+    answerer = Answerer(BatchSettings(**QUICK))
+    row = BatchRow(1, {"n": 1}, str(scenes / "scene-0000.mp4"), "what ?")
+    video, kind = answerer.settings.read(row), type(answerer.adapter)
+    original = kind.encode_for
+
+    def counted(self, *arguments):
+        encoded = original(self, *arguments)
+        return replace(encoded, positions=torch.cat([encoded.positions, encoded.positions + 10**6]))
+
+    monkeypatch.setattr(kind, "encode_for", counted)
+    monkeypatch.setattr(kind, "position_rows", slice(0, 1))
+    answerer.window = 5000
+    assert answerer([(row, video)])[0][0]
+    monkeypatch.setattr(kind, "position_rows", slice(1, 2))
+    assert not answerer([(row, video)])[0][0]
 
 
 def test_one_poisoned_prompt_does_not_take_its_batch_along(scenes, monkeypatch):

@@ -82,6 +82,20 @@ def test_action_log_probs_are_a_two_way_softmax():
     assert torch.allclose(action_log_probs(logits, masks), torch.tensor(wanted), atol=1e-6)
 
 
+def test_the_pull_to_a_fair_coin_neither_overflows_nor_lets_go():
+    """Its gradient grows up to the bound and stays there: it always points back."""
+    masks, zero = torch.zeros(1, 1, dtype=torch.bool), torch.zeros(1)
+    slopes = []
+    for logit in (2.0, 8.0, 12.0, 200.0):
+        logits = torch.tensor([[0.0, logit]], requires_grad=True)  # kept almost surely, and dropped here
+        old = action_log_probs(logits, masks).detach()
+        loss = cpo_loss(logits, old, masks, zero, kl_weight=1.0)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert loss.isfinite()
+        slopes.append(float(gradient[0, 1]))
+    assert slopes == sorted(slopes) and slopes[0] > 0 and slopes[-1] == pytest.approx(slopes[-2], rel=0.01)
+
+
 @pytest.mark.parametrize("balanced", [False, True])
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_cpo_loss_against_loops(balanced, kl_weight):

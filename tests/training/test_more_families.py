@@ -14,13 +14,13 @@ from vidsieve.compressors._decoder import BlockShape
 from vidsieve.compressors.cacovid import CaCoVIDPolicy
 from vidsieve.compressors.score import ScorePolicy
 from vidsieve.compressors.sieve import SievePolicy
-from vidsieve.errors import NeedError, PolicyError
+from vidsieve.errors import NeedError, PolicyError, TrainingError
 from vidsieve.selection import kept_tokens
 from vidsieve.training.cacovid import CaCoVIDTrainer
 from vidsieve.training.data.samples import Caption, Choice
-from vidsieve.training.recipes import new_cacovid
+from vidsieve.training.recipes import at_width, new_cacovid, new_policy
 from vidsieve.training.score import ScoreTrainer
-from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig
+from vidsieve.training.settings import CaCoVIDConfig, ScoreConfig, SieveConfig, config_of
 from vidsieve.training.sieve import SieveTrainer
 from vidsieve.types import Stage
 from workbench.families import tiny
@@ -97,6 +97,25 @@ def test_a_policy_takes_over_the_attention_of_a_layer_of_experts():
         policy = new_cacovid(adapter, config, variant, "qwen3_vl_moe")
         block = policy.scorer.first_look if policy.body == "question" else policy.layers[0]
         assert torch.equal(block.self_attn.q_proj.weight, wanted)
+
+
+def test_objectives_that_weight_tokens_are_refused_where_others_enter_past_the_weights():
+    adapter = adapter_for(tiny("qwen3_vl_moe").model(0, tiny("qwen3_vl_moe").layers))
+    for method, settings in (("visionselector", {}), ("cacovid", {"objective": "straight_through"})):
+        with pytest.raises(TrainingError, match=r"qwen3_vl_moe adds other features to its first \d layers"):
+            new_policy(adapter, config_of(method, "ours", settings), "ours", "qwen3_vl_moe")
+
+
+def test_default_learning_rates_follow_the_width_and_given_ones_stay():
+    said = []
+    wide = at_width(config_of("cacovid", "ours", {}), {}, 3584, said.append)
+    assert wide.head_lr == pytest.approx(0.004 / 28) and "head_lr is 0.00014: the default, 0.004" in " ".join(said)
+    given = {"head_lr": 0.002}
+    assert at_width(config_of("cacovid", "ours", given), given, 3584, said.append).head_lr == 0.002
+    for method in ("cacovid", "sieve", "visionselector", "score"):
+        config = config_of(method, "ours", {})
+        assert at_width(config, {}, 128, said.append) == config, "as the testbed's policies were trained"
+    assert at_width(config_of("score", "ours", {}), {}, 3584, said.append).lr == 0.001
 
 
 def test_a_policy_says_which_part_of_a_layer_has_another_shape():

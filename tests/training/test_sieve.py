@@ -280,6 +280,24 @@ def test_a_file_gives_questions_and_captions_of_the_same_videos(testbed, tmp_pat
     assert known.rewards.tolist() == pytest.approx([caption_reward(trainer, whole, m) for m in known.masks], rel=1e-4)
 
 
+def test_a_caption_is_written_as_the_model_would_write_it(testbed, tmp_path, monkeypatch):
+    """After a line break without a blank, and none before the end: either would be an improbable token of its own."""
+    path, (*_, caption) = rows_of(tmp_path, 1)
+    path.write_text(json.dumps(caption | {"caption": " a dog . "}) + "\n")
+    prompts, kind, seen = FilePrompts(adapter_for(testbed[0]), testbed[1], path), type(testbed[1].tokenizer), []
+    original = kind.__call__
+
+    def noted(self, text, *arguments, **options):
+        seen.append(text)
+        return original(self, text, *arguments, **options)
+
+    monkeypatch.setattr(kind, "__call__", noted)
+    for last, written in (("assistant\n", "a dog .<|im_end|>"), ("assistant", " a dog .<|im_end|>")):
+        monkeypatch.setattr(kind, "decode", lambda self, ids, text=last: text)
+        ids = prompts.caption(0).inputs
+        assert seen[-1] == written and int((ids["labels"] != -100).sum()) == 4
+
+
 def test_what_has_no_caption_or_no_question_is_left_out(testbed, tmp_path):
     """Such captions are no videos of the run either: other files may have them, and none is held out."""
     few = {"steps": 1, "prompts_per_step": 2, "token_rollouts": 4, "eval_prompts": 2}

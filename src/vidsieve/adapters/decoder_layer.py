@@ -204,9 +204,13 @@ def check_rotary(embedding: Any, shape: BlockShape, kind: str | None = None) -> 
             for their, our in zip(theirs, rotary(positions, shape), strict=True)
         )
     if not plain_call or not same:
+        rounded = next((buffer.dtype for buffer in embedding.buffers() if buffer.dtype.itemsize < 4), None)
+        advice = "choose a method that acts before the LLM, or a policy that starts from no layer"
+        if rounded is not None:
+            advice = f"its frequencies are in {rounded}, rounded by a cast of the model: pass dtype= when it is loaded"
         raise NeedError(
             f"the {type(embedding).__name__} of this model turns queries and keys by their positions in a way that "
-            "vidsieve cannot compute: choose a method that acts before the LLM, or a policy that starts from no layer"
+            f"vidsieve cannot compute: {advice}"
         )
 
 

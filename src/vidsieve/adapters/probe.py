@@ -20,6 +20,8 @@ from vidsieve.errors import NeedError
 from vidsieve.types import EncoderOutputs
 
 _NAME = "vidsieve_probe"
+_QUERIES = 512
+"""Queries whose attention is computed at a time."""
 Note = tuple[Tensor, Tensor, float, Tensor | None]
 """Queries and keys (F, H, n, d) of a call, the scale, and which patches (F, n) bool are no padding; None: all."""
 _listening: dict[int, list[Note]] = {}
@@ -66,7 +68,7 @@ def received(
     """Return the attention each key gets (F, n) float32 and the keys averaged over heads (F, n, d).
 
     With a class token (the first), its row, averaged over heads, without itself; otherwise the mean over queries and
-    heads. Frame by frame: the matrices of one frame are all that is ever held.
+    heads. A frame and some of its queries at a time: a whole matrix of a large frame has gigabytes.
 
     Parameters
     ----------
@@ -80,9 +82,12 @@ def received(
     for frame, (q, k) in enumerate(zip(query.float(), key.float(), strict=True)):
         there = slice(None) if real is None else real[frame]
         q, k = q[:, there], k.repeat_interleave(len(q) // len(k), 0)[:, there]
-        weights = ((q[:, :1] if cls_token else q) @ k.transpose(1, 2) * scale).softmax(-1)
-        row = weights.new_zeros(key.shape[2])
-        row[there] = weights.mean((0, 1))
+        asking = q[:, :1] if cls_token else q
+        total = q.new_zeros(q.shape[1])
+        for some in asking.split(_QUERIES, 1):
+            total += (some @ k.transpose(1, 2) * scale).softmax(-1).sum((0, 1))
+        row = total.new_zeros(key.shape[2])
+        row[there] = total / (asking.shape[0] * asking.shape[1])
         rows.append(row[first:])
     return torch.stack(rows), key.mean(1)[:, first:]
 

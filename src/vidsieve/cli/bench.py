@@ -42,7 +42,7 @@ def bench(
         str, typer.Option(help="Attention of transformers, the same for all: sdpa, eager, ….")
     ] = "sdpa",
     layout: options.Layout = None,
-    dtype: Annotated[str, options.dtype_option(default="float32")] = "float32",
+    dtype: options.Dtype = None,
     device: options.Device = "auto",
     folder: Annotated[
         Path | None,
@@ -68,8 +68,6 @@ def bench(
     for name in names:
         registry.check_known(name)
     shared.set_threads(threads)
-    import torch
-
     from vidsieve.evaluation.conditions import conditions_of, named_methods
 
     shared.quiet()
@@ -78,11 +76,11 @@ def bench(
 
     name = random_weights or model
     conditions = conditions_of(named_methods(names, name, earliest=earliest), amounts)
-    network, prompts = _loaded(model, random_weights, layout, getattr(torch, dtype), device, seed)
+    network, prompts = _loaded(model, random_weights, layout, dtype, device, seed)
     network.set_attn_implementation(attention)
     about = {
         "model": name,
-        "dtype": dtype,
+        "dtype": str(network.dtype).removeprefix("torch."),
         "attention": attention,
         "device": str(network.device),
         "video": str(video) if video is not None else clip,
@@ -109,15 +107,24 @@ def _count(word: str, option: str) -> int:
 
 
 def _loaded(
-    model: str, random_weights: str | None, layout: str | None, dtype: Any, device: str, seed: int
+    model: str, random_weights: str | None, layout: str | None, dtype: str | None, device: str, seed: int
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
-    """Return a model, and what makes its inputs of a video."""
+    """Return a model, and what makes its inputs of a video.
+
+    Random weights have no files with a dtype: it is float32 on a CPU, bfloat16 elsewhere.
+    """
     from vidsieve.answering import chat
 
     if random_weights is None:
         network, processor = shared.load_model(model, layout, dtype, device)
         return network, lambda video: chat(processor, video, "What happens in the video?")
-    return timed_model(random_weights, dtype, device, seed, layout)
+    import torch
+
+    from vidsieve.loading import own_device
+
+    device = own_device() if device == "auto" else device
+    usual = "float32" if device == "cpu" else "bfloat16"
+    return timed_model(random_weights, getattr(torch, dtype or usual), device, seed, layout)
 
 
 def timed_model(
@@ -125,9 +132,8 @@ def timed_model(
 ) -> tuple[Any, Callable[[Any], Mapping[str, Any]]]:
     """Return a model of a published size with random weights, and what makes its inputs of a video."""
     from vidsieve.evaluation.blueprints import random_model
-    from vidsieve.loading import own_device
 
-    blueprint = random_model(size, dtype=dtype, device=own_device() if device == "auto" else device, seed=seed)
+    blueprint = random_model(size, dtype=dtype, device=device, seed=seed)
     if layout is not None:
         blueprint.model.config.vidsieve_layout = layout
     return blueprint.model, lambda video: blueprint.inputs(video, 40, seed)

@@ -154,7 +154,7 @@ class FrameFusion(PartedCompressor):
         before, after = [view.grid.num_tokens, *view.history][last], view.history[-1]
         drops = before - after < self.least * before  # the last step merged too little
         if not drops:
-            alike = similarity(view.hidden.detach(), view.indices, view.grid)
+            alike = similarity(view.hidden.detach(), view.indices.to(view.hidden.device), view.grid)
             merged = merged_step(alike, self.threshold, float(over), going)
             alive = count - int(merged.sum())
             drops = not self._affords(alive, view.history, view.layer, view.depth, view.grid)

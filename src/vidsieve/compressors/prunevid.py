@@ -94,7 +94,7 @@ class PruneVID(TwoPartCompressor):
         scores = view.attention("text", view.layer - 1).amax((0, 1))
         if self.variant != "official" or view.groups is None:
             return LayerChoice(top_indices(scores, keep))
-        return LayerChoice(official_choice(scores, view.groups, self.inner_kept).sort().values)
+        return LayerChoice(official_choice(scores, view.groups.to(scores.device), self.inner_kept).sort().values)
 
 
 # -- segments -----------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
+from vidsieve.compressors._clustering import totals
 from vidsieve.compressors.base import Compressor, encoder_attention, within
 from vidsieve.selection import even_counts, other_indices, top_indices
 from vidsieve.types import ENCODER_NEEDS, Need, Selection, VideoTokens
@@ -95,9 +96,7 @@ def merge(embeds: Tensor, targets: Tensor, owner: Tensor, doubled: bool) -> Tens
     The mean of a token and its members; or, `doubled`, the token plus the mean of its members.
     """
     members = owner >= 0
-    total = torch.zeros(len(targets), embeds.shape[1], dtype=embeds.dtype, device=embeds.device)
-    total = total.index_add(0, owner[members], embeds[members])
-    count = torch.bincount(owner[members], minlength=len(targets))[:, None].to(embeds)
-    if doubled:
-        return embeds[targets] + total / count.clamp(min=1)
-    return (embeds[targets] + total) / (count + 1)
+    total, count = totals(embeds[members], owner[members], len(targets))
+    own = embeds[targets].float()
+    merged = own + total / count.clamp(min=1) if doubled else (own + total) / (count + 1)
+    return merged.to(embeds.dtype)

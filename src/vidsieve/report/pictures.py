@@ -47,8 +47,10 @@ def drawable(text: str) -> str:
     return printable(text).replace("$", r"\$")
 
 
-def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) -> NDArray[np.uint8]:
-    """Return frames (T', H, W, 3) uint8 on which dropped tokens are dark.
+def lit_frames(
+    frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int], shown: Sequence[int] | None = None
+) -> NDArray[np.uint8]:
+    """Return the `shown` ones (default: all) of frames (T', H, W, 3) uint8, dropped tokens dark.
 
     Parameters
     ----------
@@ -62,9 +64,12 @@ def lit_frames(frames: NDArray[np.uint8], grid: TokenGrid, kept: Sequence[int]) 
     count, height, width = frames.shape[:3]
     rows = np.arange(height) * grid.height // height
     columns = np.arange(width) * grid.width // width
-    shown = np.arange(count) * grid.frames // count
-    light = _DIM + (1 - _DIM) * mask[shown][:, rows][:, :, columns]
-    return np.asarray(np.rint(frames * light[..., None]), np.uint8)
+    numbers = np.arange(count) if shown is None else np.asarray(shown)
+    lit = np.empty((len(numbers), *frames.shape[1:]), np.uint8)
+    for place, number in enumerate(numbers):  # in float32 a frame at a time
+        light = _DIM + (1 - _DIM) * mask[number * grid.frames // count][rows][:, columns]
+        lit[place] = np.rint(frames[number] * light[..., None])
+    return lit
 
 
 def kept_figure(
@@ -78,15 +83,14 @@ def kept_figure(
     columns : int
         Frames shown, evenly spaced.
     """
-    shown = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int))
+    shown = np.unique(np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)).tolist()
     aspect = frames.shape[1] / frames.shape[2]
     figure = new_figure(figsize=(1.35 * len(shown) + 1.2, 1.35 * aspect * (len(kept) + 1) + 0.9), layout="constrained")
     axes: Any = figure.subplots(len(kept) + 1, len(shown), squeeze=False)
     lines = {"all tokens": range(grid.num_tokens), **kept}
     for line, (name, indices) in zip(axes, lines.items(), strict=True):
-        lit = lit_frames(frames, grid, list(indices))
-        for axis, frame in zip(line, shown, strict=True):
-            axis.imshow(lit[frame], interpolation="nearest")
+        for axis, lit in zip(line, lit_frames(frames, grid, list(indices), shown), strict=True):
+            axis.imshow(lit, interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
         label = name if name == "all tokens" else f"{drawable(name)}\n{len(indices)} of {grid.num_tokens}"

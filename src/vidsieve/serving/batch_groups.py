@@ -317,7 +317,8 @@ class Answerer:
         try:
             inputs = on_device(chat(self.processor, video, row.prompt), self.adapter.device)
             encoded = self.adapter.encode_for(inputs, method)
-            end = int(encoded.positions.max()) + 1 + self.settings.max_new_tokens
+            rotary = encoded.positions[self.adapter.position_rows]  # the row of plain counts turns nothing
+            end = int(rotary.max()) + 1 + self.settings.max_new_tokens
             if 0 < self.window < end:
                 raise PromptError(
                     f"prompt and answer reach position {end}, and the model knows {self.window}: take fewer frames"

@@ -74,7 +74,9 @@ def dry_run(
             "out, and see what --steps 2 takes"
         )
     adapter = read_model(model)
-    adapter.model.to(torch.bfloat16 if config.precision == "bf16" else torch.float32)
+    usual = torch.float32 if gpu.cpu or is_testbed(model) else torch.bfloat16
+    filed = usual if is_testbed(model) else adapter.model.config.dtype or usual  # a size by name has no files
+    adapter.model.to(torch.bfloat16 if config.precision == "bf16" else filed)
     width = adapter.model.dtype.itemsize
     text, vision = adapter.model.config.get_text_config(), adapter.model.config.vision_config
     with torch.device("meta"):
@@ -107,9 +109,10 @@ def dry_run(
     weights, optimised = width * parameters, 16 * learned  # float32 weights, gradients and two moments
     pack, left = Footprint.of(adapter.model).rollout(length, positions), 1e9 * gpu.memory - weights - optimised
     if left < pack:
+        half = "--precision bf16, " if width > 2 else ""
         raise TrainingError(
             f"{model} and the policy take {(weights + optimised) / 1e9:.1f} of the {gpu.memory:.1f} GB of {gpu.name}, "
-            "and no rollout fits beside them: take --precision bf16, more memory, or a smaller model"
+            f"and no rollout fits beside them: take {half}more memory, or a smaller model"
         )
     most, free = (CPU_TOKENS, min(left, 1e9 * gpu.memory / CPU_SHARE)) if gpu.cpu else (GPU_TOKENS, left)
     rows = max(1, math.floor(min(groups, most // length, free / pack)))

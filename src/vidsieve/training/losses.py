@@ -10,6 +10,8 @@ from torch import Tensor
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 """ε_low and ε_high of CaCoVID's objective."""
+_STEEPEST = 10.0
+"""log ½ − log π above which the divergence from a fair coin goes on as a straight line."""
 
 
 def action_log_probs(logits: Tensor, keep_masks: Tensor) -> Tensor:
@@ -59,13 +61,15 @@ def cpo_loss(
         Weight kept tokens by the dropped fraction of each mask and dropped ones by the kept fraction, as the release
         does for tokens; else the plain mean over tokens (Eq. 16).
     kl_weight : float
-        Weight of the k3 estimate of the divergence from a fair coin, under the same weights.
+        Weight of the k3 estimate of the divergence from a fair coin, under the same weights; linear where an action
+        has a probability below e^−10, so that it neither overflows nor drowns the rewards.
     """
     log_probs = action_log_probs(logits, keep_masks)
     loss = clipped_surrogate(log_probs, old_log_probs, advantages)
     if kl_weight:
         gap = math.log(0.5) - log_probs
-        loss = loss + kl_weight * (gap.exp() - gap - 1)
+        steep = gap.clamp(max=_STEEPEST)
+        loss = loss + kl_weight * (steep.exp() * (1 + gap - steep) - gap - 1)
     if not balanced:
         return loss.mean()
     kept = keep_masks.float().mean(1, keepdim=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -47,6 +47,14 @@ TRAINERS: dict[type[TrainConfig], Any] = {
     SieveConfig: SieveTrainer,
     VisionSelectorConfig: VisionSelectorTrainer,
 }
+WIDTH = 128
+"""Width of the testbed's LLM, for which the default learning rates are chosen."""
+RATES: dict[type[TrainConfig], tuple[str, ...]] = {
+    CaCoVIDConfig: ("body_lr", "head_lr"),
+    SieveConfig: ("head_lr",),
+    VisionSelectorConfig: ("lr",),
+}
+"""By configuration the learning rates that follow the width; SCORE learns at one rate on both."""
 TRACKERS = ("tensorboard", "wandb")
 """Each is an extra of the package, with the name of the module it needs."""
 
@@ -100,6 +108,7 @@ def train_policy(
     world_of(config.world)
     model.requires_grad_(False)
     adapter = adapter_with(model, processor)
+    config = at_width(config, settings, adapter.hidden_size, events.announce)
     if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
         (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
     read = files.data is not None or files.eval_data is not None
@@ -129,6 +138,25 @@ def train_policy(
     return record if files.data is None else {**record, "skipped": skipped.as_dict()}
 
 
+def at_width(
+    config: CaCoVIDConfig | ScoreConfig, given: dict[str, Any], width: int, announce: Callable[[str], None]
+) -> CaCoVIDConfig | ScoreConfig:
+    """Return a configuration whose learning rates, where they were not given, are those for an LLM of some width.
+
+    They are divided by what it is wider than the testbed's: a step moves every weight by about the rate, whatever its
+    gradient, and a score sums over the width.
+    """
+    rates = {name: getattr(config, name) for name in RATES.get(type(config), ()) if name not in given}
+    if width <= WIDTH or not rates:
+        return config
+    scaled = {name: rate * WIDTH / width for name, rate in rates.items()}
+    for name, rate in scaled.items():
+        announce(
+            f"{name} is {rate:.2g}: the default, {rates[name]:g}, is for an LLM of width {WIDTH}; here it is {width}"
+        )
+    return replace(config, **scaled)
+
+
 def new_policy(adapter: Adapter, config: TrainConfig, variant: str, model_name: str, blank: bool = False) -> Policy:
     """Return the policy of a configuration's method before training; `blank` as `new_cacovid` has it.
 
@@ -137,6 +165,11 @@ def new_policy(adapter: Adapter, config: TrainConfig, variant: str, model_name: 
     TrainingError
         If settings and model do not go together.
     """
+    if config.objective in ("soft_topk", "straight_through") and adapter.deep_layers:
+        raise TrainingError(
+            f"objective {config.objective!r} weights what enters the LLM, and {adapter.family} adds other features to "
+            f"its first {adapter.deep_layers} layers, past the weights: set objective=policy_gradient or distil"
+        )
     start: dict[str, Any] = {"seed": config.seed, "base_model": model_name}
     sizes = adapter.hidden_size, adapter.family
     if isinstance(config, SieveConfig):

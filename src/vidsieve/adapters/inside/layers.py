@@ -174,10 +174,11 @@ class LayerRun(InnerRun):
             changes = self._at(number, (real.long().cumsum(1) - 1).clamp(min=0), hidden)
         else:
             changes = self._sliced(layer, kwargs, table)
-        if attention_of(layer) is None:  # a recurrent layer takes a mask of padding, which must not enter its state
-            return hidden, changes | {"attention_mask": None if bool(real.all()) else real.long()}
-        unmasked = argument(kwargs, "attention_mask", layer) is None and bool(real.all())
-        if unmasked and not is_flash(self._decoder.config):
+        whole = bool(real.all())
+        # A recurrent layer takes a mask of padding, which must not enter its state; flash attention none of (L, L).
+        if attention_of(layer) is None or is_flash(self._decoder.config):
+            return hidden, changes | {"attention_mask": None if whole else real.long()}
+        if whole and argument(kwargs, "attention_mask", layer) is None:
             return hidden, changes  # causal without padding, as it came
         causal = _causal(length, length, window_of(self._decoder.config, number), hidden.device)
         # A row of padding may look at itself: it is never read, but must not be empty.

@@ -246,9 +246,12 @@ class FilePrompts:
 
     def _caption(self, index: int, row: dict[str, Any], read: Callable[[], Video] | None = None) -> Caption:
         inputs = self._inputs(row, str(row.get("prompt", CAPTION_PROMPT)), read)
-        end = self.processor.tokenizer.eos_token or ""
-        text = f" {row['caption']} {end}"
-        answer = self.processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        tokenizer = self.processor.tokenizer
+        last = tokenizer.decode(inputs["input_ids"][0, -1:])
+        # As the model would write it: a blank of its own would be one more token, and an improbable one.
+        blank = "" if last[-1:].isspace() else " "
+        text = f"{blank}{row['caption'].strip()}{tokenizer.eos_token or ''}"
+        answer = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         ids = torch.cat([inputs["input_ids"], answer], 1)
         labels = torch.full_like(ids, -100)
         labels[:, -answer.shape[1] :] = answer
