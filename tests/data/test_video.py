@@ -17,6 +17,7 @@ from PIL import Image
 
 from vidsieve.errors import OutputError, VideoError
 from vidsieve.video import decoding as module
+from vidsieve.video.decoding import File
 from vidsieve.video.opening import VideoFile
 from vidsieve.video.reading import Video, read_image, read_parts, read_video, write_video
 
@@ -900,6 +901,12 @@ def test_an_animated_webp_is_refused_by_name(tmp_path):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=100)
     with pytest.raises(VideoError, match=r"animated WebP, which FFmpeg does not read: save it as mp4"):
         read_video(path, frames=2)
+
+
+def test_the_packets_of_a_video_in_parts_are_read_once(files, monkeypatch):
+    asked, original = [], File.index
+    monkeypatch.setattr(File, "index", lambda file: asked.append(1) or original(file))
+    assert len(list(read_parts(files("gop48"), 25.0, frames=4))) > 3 and asked == [1]
 
 
 @pytest.mark.parametrize("fps", [7.0, 40.0])

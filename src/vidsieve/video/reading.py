@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -100,9 +100,19 @@ def read_video(
         If the file holds no readable video, the request cannot be met, or one of `vidsieve.video.limits` is passed.
     """
     request = _Request(Path(path), frames, fps, times, max_frames)
-    source, reel = VideoFile(request.path, playlists=allow_playlists), None
+    return _read(request, VideoFile(request.path, playlists=allow_playlists), seek)
+
+
+def _read(
+    request: _Request,
+    source: VideoFile,
+    seek: bool | None = None,
+    index_of: Callable[[File], Index | None] = File.index,
+) -> Video:
+    """Return the frames that are asked for; `index_of` may know the file's index from an earlier call."""
+    reel = None
     with closing(File(source)) as file:
-        index = file.index()
+        index = index_of(file)
         if index is not None:
             chosen, remarks = request.choose(index)
             file.check(len(chosen))
@@ -114,7 +124,7 @@ def read_video(
         chosen, remarks = request.choose(index)
         reel = decode_all(source, chosen, counting=True)
     if reel is None:
-        raise VideoError(f"{path} changed while it was being read: read it again")
+        raise VideoError(f"{request.path} changed while it was being read: read it again")
     size, rate = (reel.pixels.shape[1], reel.pixels.shape[2]), len(index.pts) / index.duration
     return Video(
         reel.pixels, index.seconds[chosen], (*source.notes, *remarks), index.duration, rate, len(index.pts), size
@@ -124,8 +134,8 @@ def read_video(
 def read_parts(path: str | os.PathLike[str], fps: float, *, frames: int = 64) -> Iterator[tuple[Video, int]]:
     """Yield the frames that ``read_video(path, fps=fps)`` returns, at most `frames` at a time, and how many there are.
 
-    Only one part is in memory; each is read by its times. Where the file has fewer frames than `fps` asks for, the
-    number is that of the times.
+    Only one part is in memory; each is read by its times, and the file's packets once for all of them. Where the file
+    has fewer frames than `fps` asks for, the number is that of the times.
 
     Raises
     ------
@@ -134,10 +144,19 @@ def read_parts(path: str | os.PathLike[str], fps: float, *, frames: int = 64) ->
     """
     if not 0 < fps <= FASTEST:
         raise VideoError(f"{path}: fps must be a number above 0, up to {FASTEST:g}; got {fps!r}")
-    duration = read_video(path, frames=1).duration
+    first, seen = VideoFile(Path(path)), list[Index | None]()
+
+    def index_of(file: File) -> Index | None:
+        if not seen:
+            seen.append(file.index())
+        return seen[0]
+
+    duration = _read(_Request(first.path, 1), first, index_of=index_of).duration
     total, last = max(1, math.ceil((duration - TOLERANCE) * fps)), -1.0
     for start in range(0, total, frames):
-        part = read_video(path, times=[number / fps for number in range(start, min(start + frames, total))])
+        times = [number / fps for number in range(start, min(start + frames, total))]
+        source = VideoFile(first.path, dict(first.notes))  # each part has its own time limit
+        part = _read(_Request(first.path, times=times), source, index_of=index_of)
         new = np.diff(part.timestamps, prepend=last) > 0
         if new.any():
             last = float(part.timestamps[-1])
@@ -283,10 +302,10 @@ def write_video(path: str | os.PathLike[str], pixels: Pixels, fps: float, *, crf
 @dataclass(frozen=True)
 class _Request:
     path: Path
-    frames: int | None
-    fps: float | None
-    times: Sequence[float] | None
-    max_frames: int | None
+    frames: int | None = None
+    fps: float | None = None
+    times: Sequence[float] | None = None
+    max_frames: int | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("frames", "fps", "times") if getattr(self, name) is not None]
