@@ -174,6 +174,16 @@ def test_faults_are_listed_once_however_often_they_are_met(tmp_path):
     assert [line["where"] for line in listed(tmp_path / "other.jsonl")] == ["c.mp4"]
 
 
+def test_videos_that_several_processes_found_broken_count_once(tmp_path):
+    one, two = (Skipped(tmp_path / "skipped.jsonl", lists=first) for first in (True, False))
+    for skipped, names in ((one, ("a.mp4", "b.mp4")), (two, ("b.mp4", "c.mp4"))):
+        for name in names:
+            skipped.add("broken video", name, "", file=Path("rows.jsonl"), rows=2, later=True)
+    one.count_others([*one.later, *two.later])
+    assert one.videos["broken"] == 3 and one.faults["broken video"] == 6
+    assert {json.loads(line)["where"] for line in one.path.read_text().splitlines()} == {"a.mp4", "b.mp4", "c.mp4"}
+
+
 def test_rows_come_back_from_any_thread_as_they_went_in(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 

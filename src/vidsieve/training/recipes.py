@@ -132,6 +132,7 @@ def train_policy(
         policy = new_policy(adapter, config, variant, model_name).to(model.device)
         trainer = TRAINERS[type(config)](adapter, policy, config, samples, folder, **shared)
         record: dict[str, Any] = trainer.fit(resume, force).config.training
+        skipped.count_others(processes.gather(skipped.later))
     broken = skipped.videos["broken"]
     if broken:
         events.announce(f"{broken} broken video{'s' * (broken > 1)} skipped: listed in {skipped.path}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ class Skipped:
         ``"missing"`` and ``"broken"`` videos and images.
     left_out : Counter
         Parts of records that are not for training, by reason; not listed, nothing is wrong with them.
+    later : list of dict
+        What was met after the files were read, as the arguments of `add`.
     layout, read : dict
         By file: its layout, and the number of its rows that are used.
     """
@@ -46,6 +49,7 @@ class Skipped:
         self.layout: dict[str, str] = {}
         self.read: dict[str, int] = {}
         self.faults, self.videos, self.left_out = Counter[str](), Counter[str](), Counter[str]()
+        self.later: list[dict[str, Any]] = []
         self._first: dict[str, str] = {}
         self._shown = Counter[str]()
         self._lock = threading.Lock()
@@ -85,6 +89,8 @@ class Skipped:
         text = reason if reason.startswith(where) else f"{where}: {reason}" if reason else where
         key = str(file), what, where
         with self._lock:
+            if later:
+                self.later.append({"what": what, "where": where, "reason": reason, "file": file, "rows": rows})
             self.faults[what] += rows
             self._first.setdefault(what, text)
             if _is_shown(what):
@@ -94,6 +100,16 @@ class Skipped:
                 self._listed.add(key)
                 entry = {"what": what, "where": where, "reason": reason, "rows": rows, "file": str(file)}
                 _write(self.path, json_line(entry))
+
+    def count_others(self, met: Iterable[dict[str, Any]]) -> None:
+        """Count what other processes met `later`, and listed, each fault once."""
+        known = {(str(fault["file"]), fault["what"], fault["where"]) for fault in self.later}
+        for fault in met:
+            key = str(fault["file"]), fault["what"], fault["where"]
+            if key not in known:
+                known.add(key)
+                self._listed.add(key)
+                self.add(**fault)
 
     def leave(self, reason: str, count: int = 1) -> None:
         """Count parts of records that are not for training."""
