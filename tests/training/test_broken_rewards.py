@@ -117,6 +117,22 @@ def test_a_step_of_broken_prompts_stops_and_names_them(testbed, tmp_path, monkey
     assert (tmp_path / CHECKPOINT).exists()
 
 
+def test_a_sample_without_memory_is_named(testbed, tmp_path, monkeypatch):
+    original, calls = ScoreTrainer.train_step, []
+
+    def full(self, prompt):
+        calls.append(prompt)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, prompt)
+
+    monkeypatch.setattr(ScoreTrainer, "train_step", full)
+    with pytest.raises(
+        TrainingError, match=r"sample 3 is too large for the GPU's memory: .* good checkpoint .* --frames"
+    ):
+        train_policy("score", *testbed, tmp_path, QUICK | {"save_every": 1})
+
+
 def test_a_broken_cross_entropy_under_all_tokens_breaks_the_split(testbed, tmp_path, monkeypatch):
     breaking(monkeypatch, lambda call, count: slice(None) if count == 1 else [])
     model, processor = testbed

@@ -256,10 +256,16 @@ class Trainer(ABC, Generic[Sample]):
         broken: list[str] = []
         with self.processes.agreeing():
             for number in self.processes.share(numbers):
-                prompt = prompts[number] if number in prompts else self.prepare(self.data(number))
-                if self.iterations > 1:
-                    prompts[number] = prompt
-                rows.append(self._add_gradient(number, prompt, iteration, broken))
+                try:
+                    prompt = prompts[number] if number in prompts else self.prepare(self.data(number))
+                    if self.iterations > 1:
+                        prompts[number] = prompt
+                    rows.append(self._add_gradient(number, prompt, iteration, broken))
+                except torch.OutOfMemoryError as error:
+                    raise TrainingError(
+                        f"sample {number} is too large for the GPU's memory: stopped; {self._saved()}. It comes again "
+                        "when the run is resumed: take fewer --frames, or leave long videos out"
+                    ) from error
         if not any(self.processes.any(len(broken) < len(rows))):
             raise TrainingError(
                 f"no reward of step {self.step + 1} is finite: stopped; {self._saved()}. {'; '.join(broken[:3])}: look "
