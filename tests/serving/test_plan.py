@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -63,14 +64,14 @@ def test_grids_and_newlines_are_those_of_the_adapter(tiny, family):
 @pytest.mark.parametrize(
     ("name", "kind", "limits", "frames"),
     [
-        ("qwen2.5-vl-0.1b", "Qwen2VLVideoProcessor", {}, 3),
+        ("qwen2.5-vl-0.1b", "Qwen2VLVideoProcessor", {"shortest_edge": 3136, "longest_edge": 12845056}, 3),
         ("qwen3-vl-0.1b", "Qwen3VLVideoProcessor", {"shortest_edge": 4096, "longest_edge": 25165824}, 4),
     ],
 )
 def test_frames_are_scaled_as_by_the_real_processors(name, kind, limits, frames, size):
     import transformers
 
-    processor = getattr(transformers, kind)(**({"size": limits} if limits else {}))
+    processor = getattr(transformers, kind)(size=limits)
     pixels = np.zeros((frames, *size, 3), np.uint8)
     outputs = processor([pixels], do_sample_frames=False, return_tensors="pt")
     grid, _, _, _ = encoded_video(read_model(name), frames, size)
@@ -83,7 +84,10 @@ def test_prompts_are_as_long_as_the_models_read_them(name, markers):
     import transformers
 
     family, config = BLUEPRINTS[name]
-    kind = {"qwen2_5_vl": transformers.Qwen2VLVideoProcessor}.get(family, transformers.LlavaOnevisionVideoProcessor)
+    kind = {
+        "llava_onevision": transformers.LlavaOnevisionVideoProcessor,
+        "qwen2_5_vl": partial(transformers.Qwen2VLVideoProcessor, min_pixels=3136, max_pixels=12845056),
+    }[family]
     video = Video(np.zeros((6, 90, 160, 3), np.uint8), np.arange(6.0), (), 6.0, 1.0, 6, (90, 160))
     ids = RandomModel(name, family, SimpleNamespace(config=config()), kind()).inputs(video, 20)["input_ids"]
     text = 28 + markers  # words, the template, and tokens around the video

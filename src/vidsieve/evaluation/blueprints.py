@@ -242,7 +242,7 @@ def _video_processor(family: str) -> Any:
     side = {"longest_edge": 384}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llava_onevision": ("LlavaOnevisionVideoProcessor", {}),
-        "qwen2_5_vl": ("Qwen2VLVideoProcessor", {}),
+        "qwen2_5_vl": ("Qwen2VLVideoProcessor", {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}),
         "qwen3_vl": ("Qwen3VLVideoProcessor", {"size": {"shortest_edge": 4096, "longest_edge": 25_165_824}}),
         "internvl": ("InternVLVideoProcessor", {"size": {"height": 448, "width": 448}}),
         "smolvlm": (

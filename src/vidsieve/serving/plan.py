@@ -29,7 +29,7 @@ from vidsieve.types import TokenGrid
 
 USABLE_MEMORY = 0.9
 """Share of the memory for weights and caches; activations and fragmentation take the rest."""
-LIMITS = {"qwen2_5_vl": (128, 768), "qwen3_vl": (4, 24576)}
+LIMITS = {"qwen2_5_vl": (4, 16384), "qwen3_vl": (4, 24576)}
 """Fewest and most tokens that the published processors scale one frame to (Qwen2.5-VL), or all together (Qwen3-VL)."""
 GPUS = {
     "H100": (989.4, 3350, 80),  # SXM5
