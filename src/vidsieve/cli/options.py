@@ -69,10 +69,10 @@ def device_option(panel: str | None = None) -> Any:
     return typer.Option("--device", help=about, rich_help_panel=panel)
 
 
-def dtype_option(panel: str | None = None, default: str = "as in the model's files") -> Any:
+def dtype_option(panel: str | None = None) -> Any:
     """Return the option ``--dtype``, in a panel of the help."""
-    about = f"Number type of the model: {', '.join(DTYPES)}."
-    return typer.Option("--dtype", help=about, show_default=default, callback=known_dtype, rich_help_panel=panel)
+    about, filed = f"Number type of the model: {', '.join(DTYPES)}.", "as in the model's files"
+    return typer.Option("--dtype", help=about, show_default=filed, callback=known_dtype, rich_help_panel=panel)
 
 
 Device = Annotated[str, device_option()]
