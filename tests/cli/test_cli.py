@@ -310,7 +310,7 @@ def test_an_evaluation_in_which_no_method_could_run_ends_with_an_error(run):
     assert "the first frame stays whole" in out and "no method could run: the reasons are below the table" in err
 
 
-def test_baselines_beside_it_do_not_hide_that_no_method_could_run(run):
+def test_random_beside_it_does_not_hide_that_no_method_could_run(run):
     asked = ("--methods", "evs,random", "--retention", "0.01,0.02", "--questions", 24)
     out, err = run("eval", "testbed", *asked, code=2)
     assert "random" in out and "no method could run" in err

@@ -225,10 +225,11 @@ def test_logits_that_are_no_numbers_end_the_run(questions, task, conditions, mon
 
 
 def test_a_question_about_still_images_counts_as_not_asked(tmp_path):
-    rows = [{"frames": [["a.png", 2]], "caption": "a dog", "question": "what is it ?", "options": ["dog", "cat"]}]
-    (tmp_path / "rows.jsonl").write_text(json.dumps(rows[0] | {"answer": "dog"}) + "\n")
-    (item,) = BENCHMARK.read(tmp_path / "rows.jsonl")
-    assert item.fault == "video: is missing, still images are not asked about"
+    asked = {"question": "what is it ?", "options": ["dog", "cat"], "answer": "dog"}
+    rows = [asked | {"frames": [["a.png", 2]], "caption": "a dog"}, asked | {"video": "a.mp4"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    still, moving = BENCHMARK.read(tmp_path / "rows.jsonl")
+    assert still.fault == "video: is missing, still images are not asked about" and not moving.fault
 
 
 def test_the_files_of_one_video_are_json_for_every_reader(tmp_path, questions, testbed):

@@ -17,7 +17,7 @@ from vidsieve.evaluation.table import Table
 from vidsieve.io.texts import json_line, percent, printable
 from vidsieve.report import charts
 from vidsieve.report.page import Section, write_page
-from vidsieve.report.pictures import contact_sheet, kept_picture, save
+from vidsieve.report.pictures import contact_sheet, kept_figure, save
 from vidsieve.training.data.merging import merge_files
 from vidsieve.types import TokenGrid
 
@@ -91,7 +91,7 @@ def test_a_page_of_such_texts_is_valid_utf8_without_control_characters(tmp_path,
 def test_a_picture_is_drawn_whatever_names_say(tmp_path, text):
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     for ending in ("png", "svg"):
-        kept_picture(tmp_path / f"kept.{ending}", frames, TokenGrid(2, 2, 2), {text: [0, 3]}, title=text)
+        save(kept_figure(frames, TokenGrid(2, 2, 2), {text: [0, 3]}, text), tmp_path / f"kept.{ending}")
         save(charts.against({text: [(1, 1, 0)], "b": [(1, 2, 0)]}, x="x", y="y"), tmp_path / f"line.{ending}")
     contact_sheet(tmp_path / "sheet.png", [(frames, text)])
     assert printable((tmp_path / "kept.svg").read_text()) == (tmp_path / "kept.svg").read_text()
