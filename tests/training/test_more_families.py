@@ -108,14 +108,17 @@ def test_objectives_that_weight_tokens_are_refused_where_others_enter_past_the_w
 
 def test_default_learning_rates_follow_the_width_and_given_ones_stay():
     said = []
-    wide = at_width(config_of("cacovid", "ours", {}), {}, 3584, said.append)
+    wide = at_width(config_of("cacovid", "ours", {}), "ours", {}, 3584, said.append)
     assert wide.head_lr == pytest.approx(0.004 / 28) and "head_lr is 0.00014: the default, 0.004" in " ".join(said)
+    assert wide.body_lr == config_of("cacovid", "ours", {}).body_lr, "the question path has no such layers"
+    paper = at_width(config_of("cacovid", "paper", {}), "paper", {}, 3584, said.append)
+    assert paper.body_lr == pytest.approx(1e-4 / 28) and paper.head_lr == pytest.approx(1e-3 / 28)
     given = {"head_lr": 0.002}
-    assert at_width(config_of("cacovid", "ours", given), given, 3584, said.append).head_lr == 0.002
+    assert at_width(config_of("cacovid", "ours", given), "ours", given, 3584, said.append).head_lr == 0.002
     for method in ("cacovid", "sieve", "visionselector", "score"):
         config = config_of(method, "ours", {})
-        assert at_width(config, {}, 128, said.append) == config, "as the testbed's policies were trained"
-    assert at_width(config_of("score", "ours", {}), {}, 3584, said.append).lr == 0.001
+        assert at_width(config, "ours", {}, 128, said.append) == config, "as the testbed's policies were trained"
+    assert at_width(config_of("score", "ours", {}), "ours", {}, 3584, said.append).lr == 0.001
 
 
 def test_a_policy_says_which_part_of_a_layer_has_another_shape():

@@ -108,7 +108,7 @@ def train_policy(
     world_of(config.world)
     model.requires_grad_(False)
     adapter = adapter_with(model, processor)
-    config = at_width(config, settings, adapter.hidden_size, events.announce)
+    config = at_width(config, variant, settings, adapter.hidden_size, events.announce)
     if not resume and is_main() and not os.path.exists(folder / "metrics.jsonl"):
         (folder / SKIPPED).unlink(missing_ok=True)  # of a run that never began
     read = files.data is not None or files.eval_data is not None
@@ -140,14 +140,19 @@ def train_policy(
 
 
 def at_width(
-    config: CaCoVIDConfig | ScoreConfig, given: dict[str, Any], width: int, announce: Callable[[str], None]
+    config: CaCoVIDConfig | ScoreConfig,
+    variant: str,
+    given: dict[str, Any],
+    width: int,
+    announce: Callable[[str], None],
 ) -> CaCoVIDConfig | ScoreConfig:
     """Return a configuration whose learning rates, where they were not given, are those for an LLM of some width.
 
     They are divided by what it is wider than the testbed's: a step moves every weight by about the rate, whatever its
     gradient, and a score sums over the width.
     """
-    rates = {name: getattr(config, name) for name in RATES.get(type(config), ()) if name not in given}
+    left = set(RATES.get(type(config), ())) - given.keys() - config.idle(variant).keys()
+    rates = {name: getattr(config, name) for name in sorted(left)}
     if width <= WIDTH or not rates:
         return config
     scaled = {name: rate * WIDTH / width for name, rate in rates.items()}
