@@ -15,6 +15,7 @@ from vidsieve.errors import NeedError
 from vidsieve.testing.equivalence import CONFIGURATIONS, cell, configuration
 from vidsieve.testing.tiny_models import FAMILIES
 from vidsieve.types import ENCODER_NEEDS
+from workbench.families import tiny
 
 
 def zipper(**fields):
@@ -110,6 +111,13 @@ def test_ready_features_carry_no_signals():
     rest = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": ready}}
     with pytest.raises(NeedError, match="need the video's pixels"):
         vidsieve.prune(model, rest, zipper())
+
+
+@pytest.mark.parametrize("family", ["video_llama_3", "gemma4_unified"])
+def test_families_without_signals_say_so(family):
+    kind = tiny(family)
+    with pytest.raises(NeedError, match=f"the {family} adapter gives no signals of the vision encoder"):
+        adapter_for(kind.model(0, kind.layers)).encode(kind.inputs([[3]], [5], "left"), None, ENCODER_NEEDS)
 
 
 def test_queries_some_at_a_time_are_all_queries(monkeypatch):

@@ -456,6 +456,8 @@ class Family(ABC):
 
         Here the last block that has attention.
         """
+        if not self.provides & ENCODER_NEEDS:
+            raise NeedError(f"the {self.family} adapter gives no signals of the vision encoder")
         return self.model.config.vision_config, attention_modules(self.model.get_submodule(self.tower))[-1]
 
     def pool_signals(self, values: list[Tensor], inputs: Mapping[str, Any]) -> Tensor:
