@@ -156,6 +156,10 @@ BLUEPRINTS: dict[str, tuple[str, Callable[[], Any]]] = {
 """Family and configuration by name."""
 
 
+PIXELS = {"qwen2_5_vl": (3136, 12_845_056), "qwen3_vl": (4096, 25_165_824)}
+"""Fewest and most pixels that the published processors scale one frame to (Qwen2.5-VL), or all together (Qwen3-VL)."""
+
+
 @dataclass(frozen=True)
 class RandomModel:
     """A model with random weights, and what makes its prompts.
@@ -235,6 +239,10 @@ def random_model(name: str, *, dtype: torch.dtype = torch.float32, device: str =
     return RandomModel(name, family, model.eval(), _video_processor(family))
 
 
+def _edges(family: str) -> dict[str, int]:
+    return dict(zip(("shortest_edge", "longest_edge"), PIXELS[family], strict=True))
+
+
 def _video_processor(family: str) -> Any:
     """Return a family's own video processor with its published settings."""
     import transformers
@@ -242,8 +250,8 @@ def _video_processor(family: str) -> Any:
     side = {"longest_edge": 384}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "llava_onevision": ("LlavaOnevisionVideoProcessor", {}),
-        "qwen2_5_vl": ("Qwen2VLVideoProcessor", {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}),
-        "qwen3_vl": ("Qwen3VLVideoProcessor", {"size": {"shortest_edge": 4096, "longest_edge": 25_165_824}}),
+        "qwen2_5_vl": ("Qwen2VLVideoProcessor", {"size": _edges("qwen2_5_vl")}),
+        "qwen3_vl": ("Qwen3VLVideoProcessor", {"size": _edges("qwen3_vl")}),
         "internvl": ("InternVLVideoProcessor", {"size": {"height": 448, "width": 448}}),
         "smolvlm": (
             "SmolVLMVideoProcessor",

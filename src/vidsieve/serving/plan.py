@@ -19,7 +19,7 @@ from vidsieve.adapters.families.frames import FrameAdapter
 from vidsieve.adapters.pruning import adapter_for
 from vidsieve.adapters.transformers_api import head_sizes
 from vidsieve.errors import ModelError, SelectionError, UnknownNameError
-from vidsieve.evaluation.blueprints import BLUEPRINTS
+from vidsieve.evaluation.blueprints import BLUEPRINTS, PIXELS
 from vidsieve.evaluation.flops import prefill_flops
 from vidsieve.io.machine import total_memory
 from vidsieve.io.texts import percent
@@ -29,8 +29,6 @@ from vidsieve.types import TokenGrid
 
 USABLE_MEMORY = 0.9
 """Share of the memory for weights and caches; activations and fragmentation take the rest."""
-LIMITS = {"qwen2_5_vl": (4, 16384), "qwen3_vl": (4, 24576)}
-"""Fewest and most tokens that the published processors scale one frame to (Qwen2.5-VL), or all together (Qwen3-VL)."""
 GPUS = {
     "H100": (989.4, 3350, 80),  # SXM5
     "H200": (989.4, 4800, 141),
@@ -150,10 +148,10 @@ def encoded_video(adapter: Adapter, frames: int, size: tuple[int, int]) -> tuple
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as resize_video
 
     family, vision, newlines = adapter.family, adapter.model.config.vision_config, 0
-    if family in LIMITS:
+    if family in PIXELS:
         depth, together, patch = vision.depth, vision.temporal_patch_size, vision.patch_size
         unit = patch * vision.spatial_merge_size
-        least, most = (tokens * unit**2 for tokens in LIMITS[family])
+        least, most = PIXELS[family]
         try:
             if family == "qwen3_vl":
                 height, width = resize_video(max(frames, together), *size, together, unit, least, most)

@@ -49,12 +49,6 @@ TRAINERS: dict[type[TrainConfig], Any] = {
 }
 WIDTH = 128
 """Width of the testbed's LLM, for which the default learning rates are chosen."""
-RATES: dict[type[TrainConfig], tuple[str, ...]] = {
-    CaCoVIDConfig: ("body_lr", "head_lr"),
-    SieveConfig: ("head_lr",),
-    VisionSelectorConfig: ("lr",),
-}
-"""By configuration the learning rates that follow the width; SCORE learns at one rate on both."""
 TRACKERS = ("tensorboard", "wandb")
 """Each is an extra of the package, with the name of the module it needs."""
 
@@ -151,7 +145,7 @@ def at_width(
     They are divided by what it is wider than the testbed's: a step moves every weight by about the rate, whatever its
     gradient, and a score sums over the width.
     """
-    left = set(RATES.get(type(config), ())) - given.keys() - config.idle(variant).keys()
+    left = set(config.rates) - given.keys() - config.idle(variant).keys()
     rates = {name: getattr(config, name) for name in sorted(left)}
     if width <= WIDTH or not rates:
         return config

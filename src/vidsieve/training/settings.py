@@ -65,6 +65,8 @@ class TrainConfig:
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()
+    rates: ClassVar[tuple[str, ...]] = ()
+    """Learning rates whose defaults are for an LLM as wide as the testbed's; SCORE's is right for others too."""
 
     steps: int = option(1000, "Optimiser steps.", 1)
     prompts_per_step: int = option(8, "Prompts whose gradients are averaged in a step, over all processes.", 1)
@@ -163,6 +165,8 @@ _REWARDED = ("advantage", "balanced", "score_decay", "frame_rollouts")
 @dataclass(frozen=True)
 class CaCoVIDConfig(TrainConfig):
     """Settings of CaCoVID's training; the defaults are the paper's, or scaled to the testbed where the help says so."""
+
+    rates: ClassVar[tuple[str, ...]] = ("body_lr", "head_lr")
 
     ratio: float = option(0.02, "r, the fraction of each frame's tokens in a rollout, at least one a frame.", 1e-6, 1)
     token_rollouts: int = option(24, "g_t, rollouts drawn from token scores.", 2)
@@ -416,6 +420,7 @@ class VisionSelectorConfig(ScoreConfig):
     """Settings of the training of `visionselector`: SCORE's but for those of its network, which are `fixed`."""
 
     fixed: ClassVar[tuple[str, ...]] = ("hidden", "residual")
+    rates: ClassVar[tuple[str, ...]] = ("lr",)
 
     objective: Objective = setting(
         "soft_topk", "'soft_topk', its own; 'policy_gradient', as SCORE is trained; or a control, as for all trainers."
